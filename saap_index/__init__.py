@@ -1,0 +1,66 @@
+"""saap_index: a KV cache that is a vector-search index, so that decoding reads a few percent of it.
+
+    index = saap_index.AsymmetricIndex(d=128, nlist=256, num_heads=32, num_kv_heads=8, rope=rope)
+    index.train(keys, queries)
+    index.add(keys, values)
+    out = index.search_attend(queries)
+"""
+
+from .attend import Selection, merge_states
+from .backends import register_backend
+from .errors import (
+    CompatibilityError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    LayoutError,
+    LengthError,
+    MissingDependencyError,
+    NotFiniteError,
+    NotTrainedError,
+    ParameterError,
+    SaapError,
+    ShapeError,
+    StateError,
+)
+from .index import AsymmetricIndex
+from .io import read_index, write_index
+from .layout import Layout
+from .params import SearchParametersIVF
+from .quantizer import KeyQuantizer
+from .rope import Rope
+from .router import QueryRouter
+from .stats import IndexStats, SearchStats
+from .training import TrainingConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsymmetricIndex",
+    "CompatibilityError",
+    "DTypeError",
+    "DeviceError",
+    "FormatError",
+    "IndexStats",
+    "KeyQuantizer",
+    "Layout",
+    "LayoutError",
+    "LengthError",
+    "MissingDependencyError",
+    "NotFiniteError",
+    "NotTrainedError",
+    "ParameterError",
+    "QueryRouter",
+    "Rope",
+    "SaapError",
+    "SearchParametersIVF",
+    "SearchStats",
+    "Selection",
+    "ShapeError",
+    "StateError",
+    "TrainingConfig",
+    "merge_states",
+    "read_index",
+    "register_backend",
+    "write_index",
+]

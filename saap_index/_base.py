@@ -1,0 +1,245 @@
+"""The configuration and the attributes of an index, and the checks of what its methods are given. No operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checks
+from .attend import Selection
+from .backends import get_backend
+from .errors import CompatibilityError, ParameterError, ShapeError, StateError
+from .invlists import SegmentedInvertedLists
+from .layout import MAX_QUERY_TOKENS, Layout
+from .params import SearchParametersIVF
+from .quantizer import KeyQuantizer
+from .rope import Rope
+from .router import QueryRouter
+
+MAX_DIM = 256
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an argument came, and so how results go back: as NumPy arrays, as (n, d)."""
+
+    numpy: bool
+    flat: bool
+
+    def output(self, x: Tensor) -> Any:
+        x = x[0, 0] if self.flat else x
+        return x.cpu().numpy() if self.numpy else x
+
+
+class IndexBase:
+    """What `AsymmetricIndex` is made with and shows; see there."""
+
+    __slots__ = (
+        "_backend", "_defaults", "_key_quantizer", "_last", "_layout", "_lists", "_prepared_quantizer", "_prepared_router",
+        "_query_router", "backend_name", "d", "d_v", "device", "dtype", "nlist", "num_heads", "num_kv_heads", "rope", "scale",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        d: int,
+        nlist: int = 256,
+        num_heads: int = 1,
+        num_kv_heads: int | None = None,
+        *,
+        d_v: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        rope: Rope | None = None,
+        selectivity: float | None = None,
+        nprobe: int | None = None,
+        max_codes: int = 0,
+        window: int = 128,
+        sinks: int = 4,
+        scale: float | None = None,
+        break_even: int = 1024,
+        seal_tokens: int = 0,
+        max_segment: int = 16384,
+        backend: str | None = None,
+    ) -> None:
+        for name, dim in (("d", d), ("d_v", d if d_v is None else d_v)):
+            if checks.integer(dim, name, 8, MAX_DIM) % 8:
+                raise ParameterError(f"{name}: expected a multiple of 8, got {dim}")
+        self.d, self.d_v = int(d), int(d if d_v is None else d_v)
+        self.nlist = checks.integer(nlist, "nlist", 1, 65535)
+        self.num_heads = checks.integer(num_heads, "num_heads", 1)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else checks.integer(num_kv_heads, "num_kv_heads", 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ParameterError(f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {num_heads}")
+        if dtype not in checks.STORAGE_DTYPES:
+            raise ParameterError(f"dtype: expected one of {checks.STORAGE_DTYPES}, got {dtype!r}")
+        if rope is not None and rope.head_dim != self.d:
+            raise CompatibilityError(f"rope: expected head_dim = {self.d}, got {rope.head_dim}")
+        self.scale = float(self.d**-0.5 if scale is None else scale)
+        if not np.isfinite(self.scale) or self.scale <= 0:
+            raise ParameterError(f"scale: expected a positive number, got {scale!r}")
+        if selectivity is None and nprobe is None:
+            selectivity = 0.05
+        self._defaults = SearchParametersIVF(nprobe=nprobe, selectivity=selectivity, max_codes=max_codes)
+        self._layout = Layout(sinks, window, seal_tokens, max_segment, break_even)
+        self.dtype, self.device, self.rope = dtype, torch.device(device), rope
+        self._backend = get_backend(self.device, backend)
+        self.backend_name = backend
+        self._key_quantizer: KeyQuantizer | None = None
+        self._query_router: QueryRouter | None = None
+        self._prepared_quantizer: Any = None
+        self._prepared_router: Any = None
+        self._lists: SegmentedInvertedLists | None = None
+        self._last: Selection | None = None
+
+    def __repr__(self) -> str:
+        names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
+        return f"AsymmetricIndex({', '.join(f'{n}={getattr(self, n)}' for n in names)}, backend={self._backend.name!r})"
+
+    # -- attributes of a FAISS IVF index -------------------------------------------------------------------------------
+
+    @property
+    def ntotal(self) -> int:
+        """Tokens stored, summed over the sequences; a token counts once, whatever the heads."""
+        return sum(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence; empty before the first `add`."""
+        return [] if self._lists is None else list(self._lists.lengths)
+
+    @property
+    def is_trained(self) -> bool:
+        return self._key_quantizer is not None and self._query_router is not None
+
+    @property
+    def invlists(self) -> SegmentedInvertedLists:
+        """The inverted lists of this batch; StateError before the first `add` or `reserve_memory`."""
+        if self._lists is None:
+            raise StateError("invlists: expected an index that holds a batch, got one without; call add first")
+        return self._lists
+
+    @property
+    def key_quantizer(self) -> KeyQuantizer | None:
+        """The k-means partition. Assigning one checks its shape; StateError while tokens are stored."""
+        return self._key_quantizer
+
+    @key_quantizer.setter
+    def key_quantizer(self, quantizer: KeyQuantizer) -> None:
+        h, nlist, d = quantizer.centroids.shape
+        if (h, nlist, d) != (self.num_kv_heads, self.nlist, self.d):
+            want = (self.num_kv_heads, self.nlist, self.d)
+            raise CompatibilityError(f"key_quantizer: expected centroids {want}, got {(h, nlist, d)}")
+        if self.ntotal:
+            raise StateError(f"key_quantizer: expected an empty index, got one with {self.ntotal} tokens; call reset first")
+        self._key_quantizer = quantizer.to(self.device)
+        self._prepared_quantizer = self._backend.prepare_quantizer(self._key_quantizer.centroids)
+
+    @property
+    def query_router(self) -> QueryRouter | None:
+        """The classifier of queries. May be replaced at any time by one for the same lists."""
+        return self._query_router
+
+    @query_router.setter
+    def query_router(self, router: QueryRouter) -> None:
+        router.check_heads(self.num_kv_heads, self.d, self.nlist)
+        self._query_router = router.to(self.device)
+        self._prepared_router = self._backend.prepare_router(self._query_router.weights)
+
+    @property
+    def nprobe(self) -> int | None:
+        """Lists visited per query, SAAP as published; setting it unsets `selectivity`. None: the budget decides."""
+        return self._defaults.nprobe
+
+    @nprobe.setter
+    def nprobe(self, value: int) -> None:
+        self._defaults = SearchParametersIVF(nprobe=value, max_codes=self.max_codes)
+
+    @property
+    def selectivity(self) -> float | None:
+        """Share of the sealed tokens read; setting it unsets `nprobe`."""
+        return self._defaults.selectivity
+
+    @selectivity.setter
+    def selectivity(self, value: float) -> None:
+        self._defaults = SearchParametersIVF(selectivity=value, max_codes=self.max_codes)
+
+    @property
+    def max_codes(self) -> int:
+        """Most sealed tokens read per KV head; 0 means no limit."""
+        return self._defaults.max_codes or 0
+
+    @max_codes.setter
+    def max_codes(self, value: int) -> None:
+        self._defaults = SearchParametersIVF(max_codes=value).over(self._defaults)
+
+    @property
+    def window(self) -> int:
+        """Recent tokens always read, at least. Setting it re-sorts what is stored."""
+        return self._layout.window
+
+    @window.setter
+    def window(self, value: int) -> None:
+        self._relayout(window=value)
+
+    @property
+    def sinks(self) -> int:
+        """First tokens always read. Setting it re-sorts what is stored."""
+        return self._layout.sinks
+
+    @sinks.setter
+    def sinks(self, value: int) -> None:
+        self._relayout(sinks=value)
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    def _relayout(self, **changes: int) -> None:
+        old = self._layout
+        values = {name: getattr(old, name) for name in ("sinks", "window", "seal_tokens", "max_segment", "break_even")}
+        self._layout = Layout(**{**values, **changes})
+        if self._lists is not None:
+            self._lists.relayout(self._layout, self._assign_rows)
+
+    # -- arguments -----------------------------------------------------------------------------------------------------
+
+    def _input(
+        self, value: Any, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]
+    ) -> Tensor:
+        """A checked tensor of 4 axes; (n, d) becomes (1, 1, n, d)."""
+        x = checks.tensor(value, name)
+        if x.ndim == 2:
+            x = x[None, None]
+        checks.array(x, name, axes, shape, dtypes, self.device)
+        return x
+
+    def _queries(self, queries: Any, any_number: bool = False) -> tuple[Tensor, Form]:
+        """Checked queries by KV head, (b, h, g, q, d), and the form of the results."""
+        form = Form(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
+        batch = self._lists.batch if self._lists is not None else None
+        x = self._input(queries, "queries", "b hq q d", (batch, self.num_heads, None, self.d), checks.STORAGE_DTYPES)
+        b, hq, q, d = x.shape
+        if not any_number and not 1 <= q <= MAX_QUERY_TOKENS:
+            raise ShapeError(f"queries: expected 1 to {MAX_QUERY_TOKENS} queries per sequence, got {q}")
+        return x.reshape(b, self.num_kv_heads, hq // self.num_kv_heads, q, d).contiguous(), form
+
+    def _list_nos(self, list_nos: Any, axes: str, shape: Sequence[int | None], least: int) -> Tensor:
+        """Checked list numbers, int32 (b, h, ...); a vector becomes (1, 1, n)."""
+        nos = checks.tensor(list_nos, "list_nos")
+        nos = nos[None, None] if nos.ndim == 1 else nos
+        if nos.ndim:  # rows of a strided view are fine here: they are small, and read once
+            nos = nos.contiguous()
+        checks.array(nos, "list_nos", axes, shape, [torch.int32, torch.int64], self.device)
+        checks.list_numbers(nos, "list_nos", self.nlist, least)
+        return nos.int()
+
+    def _assign_rows(self, i: int, start: int, stop: int) -> Tensor:
+        """List numbers of recent rows of sequence i: what the inverted lists call when they seal."""
+        lists = self.invlists
+        rotation = None if self.rope is None else self.rope.rotation(lists.positions(i, np.arange(start, stop)))
+        return self._backend.assign(self._prepared_quantizer, lists.keys[i, :, start:stop], rotation)

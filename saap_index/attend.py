@@ -1,0 +1,165 @@
+"""Selection and attention over it: which rows a query reads, and the one softmax over them. Stateless."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checks
+from .backends import Backend, Rotation, get_backend
+from .errors import ShapeError
+from .invlists import SegmentedInvertedLists
+from .params import SearchParametersIVF
+from .router import QueryRouter
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that one call reads, the same for every query head of a KV head.
+
+    rows : int32 (b, h, t) rows inside segments, ascending, padded with -1, or None if no segment is read apart (dense, or
+    nothing sealed); counts : int32 (b, h) of them. Rows [0, sinks[i]) and [sealed[i], lengths[i]) are read besides; sealed and
+    sinks are 0 where every row is read.
+    """
+
+    rows: Tensor | None
+    counts: Tensor | None
+    sinks: list[int]
+    sealed: list[int]
+    lengths: list[int]
+
+
+def everything(lists: SegmentedInvertedLists) -> Selection:
+    """Dense attention: every token that is stored."""
+    none = [0] * lists.batch
+    return Selection(None, None, none, none, list(lists.lengths))
+
+
+def select(
+    backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor, rotation: Rotation | None,
+    params: SearchParametersIVF,
+) -> Selection:  # fmt: skip
+    """Route queries (b, h, g, q, d) and spend the budget on the best runs: one selection per (sequence, KV head)."""
+    batch = range(lists.batch)
+    sinks, sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
+    budgets = [params.budget(high - low) for low, high in zip(sinks, sealed, strict=True)]
+    nprobe = params.nprobe or 0
+    if (not nprobe or nprobe >= router.nlist) and all(t == high - low for t, low, high in zip(budgets, sinks, sealed, strict=True)):
+        return everything(lists)
+    z, a = backend.route(prepared, queries, rotation)
+    num_segments = [len(s) for s in lists.segments]
+    distances = np.ones((lists.batch, max(num_segments)))
+    for i in batch:
+        distances[i, : num_segments[i]] = lists.next_position(i) - 1 - lists.centres(i)
+    knots = torch.from_numpy(router.knots(distances)).to(z.device)
+    rows, counts = backend.probe(z, a, knots, lists.tables, num_segments, budgets, min(nprobe, router.nlist), router.count_lists)
+    return widen(lists, Selection(rows, counts, sinks, sealed, list(lists.lengths)), params)
+
+
+def select_lists(lists: SegmentedInvertedLists, list_nos: Tensor, params: SearchParametersIVF) -> Selection:
+    """Whole lists, every segment of each: list_nos : int (b, h, p), -1 for none, duplicates once. max_codes is not applied."""
+    b, h, _ = list_nos.shape
+    chosen = torch.zeros((b, h, lists.nlist + 1), dtype=torch.bool, device=list_nos.device)
+    chosen.scatter_(2, torch.where(list_nos < 0, lists.nlist, list_nos).long(), True)
+    picked = []
+    for i in range(b):
+        sizes = lists.tables[i, :, : len(lists.segments[i])].diff(dim=-1)  # (h, s, l)
+        for head in range(h):
+            keep = chosen[i, head, :-1].expand_as(sizes[head]).reshape(-1).repeat_interleave(sizes[head].reshape(-1).long())
+            picked.append(torch.nonzero(keep)[:, 0].int() + lists.sinks(i))
+    return widen(lists, _padded(picked, b, h, lists), params)
+
+
+def _padded(picked: list[Tensor], b: int, h: int, lists: SegmentedInvertedLists) -> Selection:
+    rows = torch.nn.utils.rnn.pad_sequence(picked, batch_first=True, padding_value=-1).view(b, h, -1)
+    counts = torch.tensor([len(r) for r in picked], dtype=torch.int32, device=rows.device).view(b, h)
+    sinks, sealed = [lists.sinks(i) for i in range(b)], [lists.sealed(i) for i in range(b)]
+    return Selection(rows, counts, sinks, sealed, list(lists.lengths))
+
+
+def widen(lists: SegmentedInvertedLists, selection: Selection, params: SearchParametersIVF) -> Selection:
+    """Add the sealed tokens that a larger window or more sinks, asked for in this call, read besides."""
+    layout = lists.layout
+    window, sinks = params.window or 0, params.sinks or 0
+    if (window <= layout.window and sinks <= layout.sinks) or selection.rows is None:
+        return selection
+    picked = []
+    for i in range(lists.batch):
+        low, high = lists.sinks(i), lists.sealed(i)
+        ids = lists.ids[i, :, low:high]
+        # ranks are read, not positions: tokens that were removed take no part
+        first = int(lists.positions(i, np.array([max(0, lists.lengths[i] - window)]))[0])
+        last = int(lists.positions(i, np.array([sinks]))[0])
+        for head in range(lists.heads):
+            keep = (ids[head] >= first) | (ids[head] < last)
+            rows = selection.rows[i, head]
+            keep[rows[rows >= 0].long() - low] = True
+            picked.append(torch.nonzero(keep)[:, 0].int() + low)
+    return _padded(picked, lists.batch, lists.heads, lists)
+
+
+def attend(
+    backend: Backend, lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the sinks, the selected rows and the recent tokens: out (b, h, g, q, e), lse (b, h, g, q)."""
+    return backend.scan(
+        queries, lists.keys, lists.values, selection.rows, selection.counts, selection.sinks, selection.sealed, selection.lengths,
+        scale, causal,
+    )  # fmt: skip
+
+
+def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[Tensor]]:
+    """Positions of the tokens read, per sequence and KV head: int64, ascending."""
+    found = []
+    for i in range(lists.batch):
+        row_ids, low, high, n = lists.row_ids(i), selection.sinks[i], selection.sealed[i], selection.lengths[i]
+        keep = torch.zeros((lists.heads, n), dtype=torch.bool, device=row_ids.device)
+        keep[:, :low] = True
+        keep[:, high:] = True
+        for head in range(lists.heads):
+            if selection.rows is not None:
+                rows = selection.rows[i, head]
+                keep[head, rows[rows >= 0].long()] = True
+        found.append([row_ids[head][keep[head]].long().sort().values for head in range(lists.heads)])
+    return found
+
+
+def take(selection: Selection, lists: SegmentedInvertedLists, i: int, head: int) -> Tensor:
+    """All rows read of one sequence and KV head: int64 (t,)."""
+    parts: Sequence[Tensor] = [
+        torch.arange(selection.sinks[i], device=lists.keys.device),
+        torch.arange(selection.sealed[i], selection.lengths[i], device=lists.keys.device),
+    ]
+    if selection.rows is not None:
+        rows = selection.rows[i, head]
+        parts = [*parts, rows[rows >= 0].long()]
+    return torch.cat(list(parts))
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint token sets, from the attention over each.
+
+    out_a, out_b : float (..., e), same dtype; lse_a, lse_b : float32 (...), natural log. Returns (out, lse) alike. Associative
+    and commutative; the state of no tokens, out 0 and lse -inf, is the identity, and merging two of them gives it again.
+
+    Raises ShapeError or DTypeError. Source: Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135.
+
+    >>> out, lse = merge_states(torch.ones(2, 8), torch.zeros(2), torch.zeros(2, 8), torch.full((2,), -torch.inf))
+    >>> bool((out == 1).all()), lse.tolist()
+    (True, [0.0, 0.0])
+    """
+    if out_a.shape != out_b.shape or lse_a.shape != out_a.shape[:-1] or lse_b.shape != lse_a.shape:
+        shapes = [tuple(x.shape) for x in (out_a, lse_a, out_b, lse_b)]
+        raise ShapeError(f"merge_states: expected out (..., e) and lse (...) of the same shapes, got {shapes}")
+    for x, name in ((out_b, "out_b"),):
+        checks.array(x, name, "x " * x.ndim, list(out_a.shape), [out_a.dtype], out_a.device)
+    for x, name in ((lse_a, "lse_a"), (lse_b, "lse_b")):
+        checks.array(x, name, "x " * x.ndim, list(lse_a.shape), [torch.float32], out_a.device)
+    args = [x.contiguous() for x in (out_a, lse_a, out_b, lse_b)]
+    return get_backend(out_a.device).combine(*args)
+

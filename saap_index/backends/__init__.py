@@ -1,0 +1,46 @@
+"""Backends by name: `cpu` (C++), `torch` (any device), `reference` (NumPy float64), and what others register."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..errors import DeviceError
+from .base import Backend, Rotation, RouterWeights
+from .reference_backend import ReferenceBackend
+from .torch_backend import TorchBackend
+
+__all__ = ["Backend", "Rotation", "RouterWeights", "get_backend", "register_backend"]
+
+Factory = Callable[[torch.device], Backend]
+
+
+def _cpu(device: torch.device) -> Backend:
+    from .cpu import CpuBackend, available
+
+    return CpuBackend() if available() else TorchBackend(device)
+
+
+_FACTORIES: dict[str, Factory] = {
+    "cpu": _cpu,
+    "torch": TorchBackend,
+    "reference": lambda device: ReferenceBackend(),
+}
+
+
+def register_backend(name: str, factory: Factory) -> None:
+    """Make ``factory(device)`` serve indexes created with ``backend=name``, or on devices of that type."""
+    _FACTORIES[name] = factory
+
+
+def get_backend(device: torch.device, name: str | None = None) -> Backend:
+    """The backend called ``name``; without a name the one registered for the device's type, else plain torch.
+
+    Raises DeviceError for an unknown name, or for a host backend asked to serve another device.
+    """
+    if name is not None and name not in _FACTORIES:
+        raise DeviceError(f"backend: expected one of {sorted(_FACTORIES)}, got {name!r}")
+    if name in ("cpu", "reference") and device.type != "cpu":
+        raise DeviceError(f"backend: {name!r} expects device 'cpu', got {str(device)!r}")
+    return _FACTORIES.get(name or device.type, TorchBackend)(device)

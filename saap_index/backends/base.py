@@ -1,0 +1,175 @@
+"""The seam between the index and whatever executes it: five operations, one signature for every device.
+
+A backend computes; it holds no tokens. It knows tensors, row numbers and list numbers, and knows nothing of positions,
+RoPE parameters, budgets in percent, files or devices other than its own. The index and its parts call only what stands here,
+so a new device is a new subclass and a call of ``register_backend``.
+
+Axes: b sequences, h KV heads, g query heads per KV head, q queries, j = g * q (query heads of one KV head times queries),
+n tokens, N capacity in tokens, d key dim, e value dim, l lists, s segments, m knots of the distance term, t rows read.
+
+Rows. The arena stores each (sequence, KV head) in N rows. Of ``length`` rows in use, rows [0, sinks) are the sinks, rows
+[sinks, sealed) belong to segments, rows [sealed, length) are recent and in arrival order. Inside a segment the rows of a
+KV head are sorted by list number, stably, and ``table[l]`` to ``table[l + 1]`` are the rows of list l (a *run*).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """The query router of every KV head, as plain arrays: z, a = split(skip x + out silu(hidden x + bias_h) + bias_o).
+
+    hidden : float32 (h, u, d); bias_hidden : float32 (h, u); out : float32 (h, l + m, u)
+    skip : float32 (h, l + m, d); bias_out : float32 (h, l + m)
+
+    The first l outputs are z (log attention mass per token of each list), the last m are a at the knots of the log2 distance.
+    u = 0 gives a linear router, m = 0 one without distance. Standardisation of the input is folded into the weights.
+    """
+
+    hidden: Tensor
+    bias_hidden: Tensor
+    out: Tensor
+    skip: Tensor
+    bias_out: Tensor
+    nlist: int
+
+    @property
+    def num_knots(self) -> int:
+        return int(self.bias_out.shape[1]) - self.nlist
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Angles that undo RoPE for n consecutive tokens: cos, sin : float32 (n, r / 2), r rotated dims of d, r even.
+
+    interleaved False (half-split, Llama): pairs are dims (i, i + r/2); True (GPT-J): pairs are dims (2i, 2i + 1).
+    Undoing computes x' = (x cos + y sin) * scale, y' = (y cos - x sin) * scale for a pair (x, y); other dims pass through.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+    scale: float
+
+
+class Backend(ABC):
+    """One way to execute the index. Tensors are C-contiguous and on the backend's device unless said otherwise."""
+
+    name: str
+
+    @abstractmethod
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory for an arena or a table, placed as this backend scans it best."""
+
+    @abstractmethod
+    def append(
+        self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
+    ) -> bool:
+        """Copy ``counts[i]`` leading tokens of sequence i to its rows from ``starts[i]``.
+
+        keys : storage dtype (b, h, n, d), values : (b, h, n, e), any strides but the last, which is 1.
+        arena_keys : storage dtype (b, h, N, d); arena_values : (b, h, N, e); starts[i] + counts[i] <= N.
+
+        Returns False, having written nothing, if one of those tokens holds NaN or infinity.
+        """
+
+    @abstractmethod
+    def prepare_quantizer(self, centroids: Tensor) -> Any:
+        """Pack centroids : float32 (h, l, d) into whatever `assign` reads fastest; done once per index."""
+
+    @abstractmethod
+    def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
+        """List number of each key: argmax over l of <k', c_l> - |c_l|^2 / 2, k' the key with ``rotation`` undone.
+
+        keys : storage dtype (h, n, d), strided freely over h and n. Returns int32 (h, n). Ties go to the lower list.
+        """
+
+    @abstractmethod
+    def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
+        """Sort rows [start, start + n) of every head by list number, stably and in place; write the offsets.
+
+        keys : storage dtype (h, N, d), values : (h, N, e), ids : int32 (h, N): one sequence of the arena.
+        list_nos : int32 (h, n), in [0, l): of the row as it lies there now.
+        table : int32 (h, l + 1) out, strided over h: table[i] = first row of list i, table[l] = start + n.
+        """
+
+    @abstractmethod
+    def prepare_router(self, weights: RouterWeights) -> Any:
+        """Pack router weights into whatever `route` reads fastest; done once per index."""
+
+    @abstractmethod
+    def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """The router's outputs for each query head: z : float32 (b, h, j, l) and a : float32 (b, h, j, m).
+
+        queries : float32, bfloat16 or float16 (b, h, g, q, d), j = g * q in that order. rotation: angles of the b * q query
+        positions, (b * q, r / 2), sequence-major.
+        """
+
+    @abstractmethod
+    def probe(
+        self,
+        z: Tensor,
+        a: Tensor,
+        knots: Tensor,
+        tables: Tensor,
+        num_segments: Sequence[int],
+        budgets: Sequence[int],
+        nprobe: int,
+        count_lists: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """From scores to the rows to read: one selection per (sequence, KV head).
+
+        z : float32 (b, h, j, l); a : float32 (b, h, j, m), m may be 0.
+        knots : float32 (b, S): place of a segment on the knots, in [0, m - 1]; a_s interpolates a linearly there.
+        tables : int32 (b, h, S, l + 1), the first num_segments[i] <= S of sequence i are valid. n_ls = run length.
+
+        A run's weight is w_ls = sum_j exp(z_jl + a_js) / Z_j with Z_j = sum_ls n_ls exp(z_jl + a_js): the mean, over the
+        group, of the predicted attention probability of one of its tokens. (count_lists False: Z_j = sum_l exp(z_jl), the
+        published classifier, and a is not used.)
+
+        nprobe 0: nonempty runs by falling weight (ties: newer segment, then lower list) until budgets[i] rows are taken.
+        nprobe p: the p lists of largest w_l = sum_j exp(z_jl) / Z_j (ties: lower list; a is not used), every segment of each
+        (newest first), until budgets[i] rows are taken.
+        Of the run that exceeds the budget the last rows (its newest tokens) are taken.
+
+        Returns rows : int32 (b, h, t), ascending, padded with -1, t = the largest count; counts : int32 (b, h).
+        """
+
+    @abstractmethod
+    def scan(
+        self,
+        queries: Tensor,
+        arena_keys: Tensor,
+        arena_values: Tensor,
+        rows: Tensor | None,
+        counts: Tensor | None,
+        sinks: Sequence[int],
+        sealed: Sequence[int],
+        lengths: Sequence[int],
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax attention over rows [0, sinks[i]), ``rows`` and [sealed[i], lengths[i]) of each sequence, in one softmax.
+
+        queries : (b, h, g, q, d) float32, bfloat16 or float16; rows : int32 (b, h, t) as from `probe`, or None for none.
+        causal: query i of q sees a recent row r only if r < lengths - q + 1 + i; sinks and ``rows`` are seen by every query
+        (the caller guarantees that the last q rows are recent, or that all rows are: sealed == sinks == 0).
+
+        Accumulates in float32. Returns out : dtype of queries (b, h, g, q, e) and lse : float32 (b, h, g, q), natural log.
+        Nothing to attend: out = 0, lse = -inf. The result does not depend on the number of threads.
+        """
+
+    @abstractmethod
+    def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Merge two attention states over disjoint tokens. out : (..., e) any float dtype, lse : float32 (...).
+
+        An associative, commutative monoid with identity (0, -inf); two empty states stay empty, never NaN.
+        """

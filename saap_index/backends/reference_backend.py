@@ -1,0 +1,128 @@
+"""The specification behind the seam: converts torch to NumPy float64, loops, and calls `saap_index.reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import reference
+from .base import Backend, Rotation, RouterWeights
+
+
+def _f64(x: Tensor) -> reference.Array:
+    return x.detach().double().numpy()
+
+
+class ReferenceBackend(Backend):
+    """See `Backend` for the contract of every method."""
+
+    name = "reference"
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def append(
+        self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
+    ) -> bool:
+        for i, count in enumerate(counts):
+            if not all(np.isfinite(_f64(x[i, :, :count])).all() for x in (keys, values)):
+                return False
+        for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            arena_keys[i, :, start : start + count] = keys[i, :, :count]
+            arena_values[i, :, start : start + count] = values[i, :, :count]
+        return True
+
+    def prepare_quantizer(self, centroids: Tensor) -> Any:
+        return _f64(centroids)
+
+    def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
+        x = _f64(keys)
+        if rotation is not None:
+            x = reference.unrotate(x, _f64(rotation.cos), _f64(rotation.sin), rotation.interleaved, rotation.scale)
+        nos = [reference.assign(k, c) for k, c in zip(x, quantizer, strict=True)]
+        return torch.from_numpy(np.stack(nos)).to(torch.int32)
+
+    def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
+        n = list_nos.shape[1]
+        for head in range(keys.shape[0]):
+            order, offsets = reference.sort_segment(list_nos[head].numpy().astype(np.int64), table.shape[1] - 1)
+            for rows in (keys[head], values[head], ids[head]):
+                rows[start : start + n] = rows[start + torch.from_numpy(order)]
+            table[head] = torch.from_numpy(start + offsets)
+
+    def prepare_router(self, weights: RouterWeights) -> Any:
+        return weights
+
+    def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        b, h, g, q, d = queries.shape
+        x = _f64(queries)
+        if rotation is not None:
+            cos, sin = _f64(rotation.cos).reshape(b, 1, 1, q, -1), _f64(rotation.sin).reshape(b, 1, 1, q, -1)
+            x = reference.unrotate(x, cos, sin, rotation.interleaved, rotation.scale)
+        x = x.reshape(b, h, g * q, d)
+        parts = [_f64(t) for t in (router.hidden, router.bias_hidden, router.out, router.skip, router.bias_out)]
+        y = [[reference.route(x[i, head], *(p[head] for p in parts), router.nlist) for head in range(h)] for i in range(b)]
+        z, a = (np.stack([[pair[k] for pair in row] for row in y]) for k in (0, 1))
+        return torch.from_numpy(z).float(), torch.from_numpy(a).float()
+
+    def probe(
+        self,
+        z: Tensor,
+        a: Tensor,
+        knots: Tensor,
+        tables: Tensor,
+        num_segments: Sequence[int],
+        budgets: Sequence[int],
+        nprobe: int,
+        count_lists: bool,
+    ) -> tuple[Tensor, Tensor]:
+        b, h = z.shape[:2]
+        found = []
+        for i in range(b):
+            s = num_segments[i]
+            for head in range(h):
+                table = tables[i, head, :s].numpy().astype(np.int64)
+                args = _f64(z[i, head]), _f64(a[i, head]), _f64(knots[i, :s]), table, budgets[i], nprobe, count_lists
+                found.append(torch.from_numpy(reference.probe(*args)))
+        width = max(len(r) for r in found)
+        rows = torch.full((b * h, width), -1, dtype=torch.int32)
+        for r, row in zip(found, rows, strict=True):
+            row[: len(r)] = r
+        return rows.view(b, h, width), torch.tensor([len(r) for r in found], dtype=torch.int32).view(b, h)
+
+    def scan(
+        self,
+        queries: Tensor,
+        arena_keys: Tensor,
+        arena_values: Tensor,
+        rows: Tensor | None,
+        counts: Tensor | None,
+        sinks: Sequence[int],
+        sealed: Sequence[int],
+        lengths: Sequence[int],
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        b, h, g, q, d = queries.shape
+        out = np.zeros((b, h, g, q, arena_values.shape[-1]))
+        lse = np.full((b, h, g, q), -np.inf)
+        for i in range(b):
+            dense = np.concatenate([np.arange(sinks[i]), np.arange(sealed[i], lengths[i])])
+            for head in range(h):
+                picked = dense if rows is None else np.concatenate([rows[i, head].numpy(), dense])
+                picked = picked[picked >= 0].astype(np.int64)
+                limit = lengths[i] - q + 1 + np.arange(q) if causal else np.full(q, lengths[i])
+                seen = (picked[None] < sealed[i]) | (picked[None] < limit[:, None])
+                x = _f64(queries[i, head]).reshape(g * q, d)
+                keys, values = _f64(arena_keys[i, head])[picked], _f64(arena_values[i, head])[picked]
+                o, e = reference.attend(x, keys, values, scale, np.tile(seen, (g, 1)))
+                out[i, head], lse[i, head] = o.reshape(g, q, -1), e.reshape(g, q)
+        return torch.from_numpy(out).to(queries.dtype), torch.from_numpy(lse).float()
+
+    def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = reference.merge_states(_f64(out_a), _f64(lse_a), _f64(out_b), _f64(lse_b))
+        return torch.from_numpy(out).to(out_a.dtype), torch.from_numpy(lse).float()

@@ -1,0 +1,220 @@
+"""The index on plain torch: any device torch knows, no kernels of ours.
+
+It is the fallback where the C++ module is absent and the start for a device that has no kernels yet; right first, fast second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .base import Backend, Rotation, RouterWeights
+
+ASSIGN_TOKENS = 4096  # bounds the score matrix of `assign`: tokens at a time
+
+
+class TorchBackend(Backend):
+    """See `Backend` for the contract of every method."""
+
+    name = "torch"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        if self.device.type == "cpu" and nbytes:  # NumPy asks for huge pages, torch does not: a tenth of the scan time
+            return torch.from_numpy(np.empty(nbytes, np.uint8)).view(dtype).reshape(tuple(shape))
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def append(
+        self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
+    ) -> bool:
+        finite = [torch.isfinite(x[i, :, :count]).all() for i, count in enumerate(counts) for x in (keys, values) if count]
+        if finite and not bool(torch.stack(finite).all()):
+            return False
+        for i, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            arena_keys[i, :, start : start + count] = keys[i, :, :count]
+            arena_values[i, :, start : start + count] = values[i, :, :count]
+        return True
+
+    def prepare_quantizer(self, centroids: Tensor) -> Any:
+        return centroids.transpose(1, 2).contiguous(), -0.5 * centroids.square().sum(-1)
+
+    def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
+        centroids, bias = quantizer
+        out = torch.empty(keys.shape[:2], dtype=torch.int32, device=keys.device)
+        for begin in range(0, keys.shape[1], ASSIGN_TOKENS):
+            part = slice(begin, begin + ASSIGN_TOKENS)
+            x = keys[:, part].float()
+            if rotation is not None:
+                x = unrotate(x, rotation.cos[part], rotation.sin[part], rotation)
+            out[:, part] = torch.baddbmm(bias[:, None], x, centroids).max(-1).indices
+        return out
+
+    def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
+        heads, n = list_nos.shape
+        order = torch.argsort(list_nos, dim=1, stable=True)
+        for rows in (keys, values, ids):
+            part = rows[:, start : start + n]
+            index = order if part.ndim == 2 else order[:, :, None].expand_as(part)
+            part.copy_(part.gather(1, index))
+        sizes = torch.zeros((heads, table.shape[1] - 1), dtype=torch.int64, device=table.device)
+        sizes.scatter_add_(1, list_nos.long(), torch.ones_like(list_nos, dtype=torch.int64))
+        table[:, 0] = start
+        table[:, 1:] = start + sizes.cumsum(1)
+
+    def prepare_router(self, weights: RouterWeights) -> Any:
+        return weights
+
+    def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        b, h, g, q, d = queries.shape
+        x = queries.float()
+        if rotation is not None:
+            x = unrotate(x, rotation.cos.view(b, 1, 1, q, -1), rotation.sin.view(b, 1, 1, q, -1), rotation)
+        x = x.reshape(b, h, g * q, d)
+        hidden = functional.silu(torch.einsum("bhjd,hud->bhju", x, router.hidden) + router.bias_hidden[:, None])
+        y = torch.einsum("bhju,hlu->bhjl", hidden, router.out) + torch.einsum("bhjd,hld->bhjl", x, router.skip)
+        y = y + router.bias_out[:, None]
+        return y[..., : router.nlist].contiguous(), y[..., router.nlist :].contiguous()
+
+    def probe(
+        self,
+        z: Tensor,
+        a: Tensor,
+        knots: Tensor,
+        tables: Tensor,
+        num_segments: Sequence[int],
+        budgets: Sequence[int],
+        nprobe: int,
+        count_lists: bool,
+    ) -> tuple[Tensor, Tensor]:
+        b, h, _, nlist = z.shape
+        top = max(num_segments, default=0)
+        tables = tables[:, :, :top]
+        valid = torch.arange(top, device=z.device) < torch.tensor(list(num_segments), device=z.device)[:, None]  # (b, s)
+        sizes = (tables[..., 1:] - tables[..., :-1]) * valid[:, None, :, None]
+        starts = tables[..., :-1]
+        newest = torch.arange(top - 1, -1, -1, device=z.device)  # newest first, so that a stable sort breaks ties our way
+        sizes, starts = sizes[:, :, newest], starts[:, :, newest]
+        if nprobe:
+            weights = _list_weights(z, sizes.sum(2), count_lists)
+            rank = torch.argsort(torch.argsort(-weights, dim=-1, stable=True), dim=-1)
+            keep = rank < nprobe
+            order_key = rank[:, :, None, :] * top + torch.arange(top, device=z.device)[:, None]
+            sizes = sizes * keep[:, :, None]
+        else:
+            bend = _bend(a, knots[:, :top], count_lists)[..., newest]
+            order_key = -_run_weights(z, bend, sizes, count_lists)
+        order = torch.argsort(order_key.reshape(b, h, -1), dim=-1, stable=True)
+        sizes, starts = sizes.reshape(b, h, -1).long(), starts.reshape(b, h, -1).long()
+        ordered = sizes.gather(2, order)
+        budget = torch.tensor(list(budgets), device=z.device)[:, None, None]
+        before = ordered.cumsum(2) - ordered
+        taken = torch.zeros_like(sizes).scatter_(2, order, torch.minimum(ordered, (budget - before).clamp(min=0)))
+        return _rows(starts + sizes - taken, taken)
+
+    def scan(
+        self,
+        queries: Tensor,
+        arena_keys: Tensor,
+        arena_values: Tensor,
+        rows: Tensor | None,
+        counts: Tensor | None,
+        sinks: Sequence[int],
+        sealed: Sequence[int],
+        lengths: Sequence[int],
+        scale: float,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        b, h, g, q, _ = queries.shape
+        out = torch.empty((b, h, g, q, arena_values.shape[-1]), dtype=queries.dtype, device=queries.device)
+        lse = torch.empty((b, h, g, q), dtype=torch.float32, device=queries.device)
+        for i in range(b):
+            dense = torch.cat([_arange(0, sinks[i], queries), _arange(sealed[i], lengths[i], queries)]).expand(h, -1)
+            picked = dense if rows is None else torch.cat([rows[i].long(), dense], 1)  # -1 rows are masked below
+            width = picked.shape[1]
+            limit = lengths[i] - q + 1 + _arange(0, q, queries) if causal else torch.full((q,), lengths[i], device=queries.device)
+            recent = picked >= sealed[i]
+            seen = (picked[:, None] >= 0) & (~recent[:, None] | (picked[:, None] < limit[None, :, None]))  # (h, q, t)
+            index = picked.clamp(min=0)[:, :, None]
+            k = arena_keys[i].gather(1, index.expand(h, width, arena_keys.shape[-1])).float()
+            v = arena_values[i].gather(1, index.expand(h, width, arena_values.shape[-1])).float()
+            logits = torch.einsum("hgqd,htd->hgqt", queries[i].float() * scale, k)
+            logits = logits.masked_fill(~seen[:, None], float("-inf"))
+            part = torch.logsumexp(logits, -1) if width else torch.full((h, g, q), float("-inf"), device=queries.device)
+            weights = torch.exp(logits - torch.where(part.isfinite(), part, 0.0)[..., None])
+            out[i] = torch.einsum("hgqt,hte->hgqe", weights, v).to(queries.dtype)
+            lse[i] = part
+        return out, lse
+
+    def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        lse = torch.logaddexp(lse_a, lse_b)
+        safe = torch.where(lse.isfinite(), lse, 0.0)
+        out = torch.exp(lse_a - safe)[..., None] * out_a.float() + torch.exp(lse_b - safe)[..., None] * out_b.float()
+        return out.to(out_a.dtype), lse
+
+
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
+    """Undo RoPE on float32 x (..., n, d) with angles that broadcast to (..., n, r / 2)."""
+    half = cos.shape[-1]
+    out = x.clone()
+    first = slice(0, 2 * half, 2) if rotation.interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if rotation.interleaved else slice(half, 2 * half)
+    a, b = x[..., first], x[..., second]
+    out[..., first] = (a * cos + b * sin) * rotation.scale
+    out[..., second] = (b * cos - a * sin) * rotation.scale
+    return out
+
+
+def _arange(start: int, stop: int, like: Tensor) -> Tensor:
+    return torch.arange(start, max(start, stop), device=like.device)
+
+
+def _bend(a: Tensor, knots: Tensor, count_lists: bool) -> Tensor:
+    """The distance term of each segment: a (b, h, j, m) at knots (b, s) -> (b, h, j, s)."""
+    b, h, j, m = a.shape
+    if not m or not count_lists:
+        return a.new_zeros((b, h, j, knots.shape[1]))
+    low = knots.long().clamp(max=m - 1)
+    share = (knots - low)[:, None, None]
+    at = low[:, None, None].expand(b, h, j, -1)
+    return (1 - share) * a.gather(3, at) + share * a.gather(3, (at + 1).clamp(max=m - 1))
+
+
+def _run_weights(z: Tensor, bend: Tensor, sizes: Tensor, count_lists: bool) -> Tensor:
+    """Predicted attention per token of each run, summed over the group: (b, h, s, l)."""
+    scores = bend[..., :, None] + z[..., None, :]  # (b, h, j, s, l)
+    if count_lists:
+        norm = torch.logsumexp(scores + torch.log(sizes[:, :, None].float()), dim=(-2, -1))
+    else:
+        norm = torch.logsumexp(z, dim=-1)
+    return torch.exp(scores - norm[..., None, None]).nan_to_num(0.0, 0.0, 0.0).sum(2)
+
+
+def _list_weights(z: Tensor, sizes: Tensor, count_lists: bool) -> Tensor:
+    """Predicted attention per token of each list, summed over the group: (b, h, l)."""
+    norm = torch.logsumexp(z + torch.log(sizes[:, :, None].float()) if count_lists else z, dim=-1)
+    return torch.exp(z - norm[..., None]).nan_to_num(0.0, 0.0, 0.0).sum(2)
+
+
+def _rows(firsts: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """Row numbers of runs [first, first + taken), ascending and padded with -1. Both int64 (b, h, runs)."""
+    b, h, runs = taken.shape
+    order = torch.argsort(firsts, dim=-1, stable=True)
+    firsts, taken = firsts.gather(2, order).view(b * h, runs), taken.gather(2, order).view(b * h, runs)
+    counts = taken.sum(1)
+    width = int(counts.max()) if counts.numel() else 0
+    ends = taken.cumsum(1)
+    slots = torch.arange(width, device=taken.device).expand(b * h, -1).contiguous()
+    run = torch.searchsorted(ends, slots, right=True).clamp(max=max(0, runs - 1))
+    if not runs:
+        return taken.new_empty((b, h, 0), dtype=torch.int32), counts.view(b, h).int()
+    rows = firsts.gather(1, run) + slots - (ends - taken).gather(1, run)
+    rows = torch.where(slots < counts[:, None], rows, -1)
+    return rows.view(b, h, width).int(), counts.view(b, h).int()

@@ -1,0 +1,80 @@
+"""Checks of arguments: each raises a named error that says which argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import DeviceError, DTypeError, LayoutError, LengthError, NotFiniteError, ParameterError, ShapeError
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def integer(value: object, name: str, least: int, most: int = 2**31 - 1) -> int:
+    """``value`` as int in [least, most]; ParameterError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= int(value) <= most:
+        raise ParameterError(f"{name}: expected an integer in [{least}, {most}], got {value!r}")
+    return int(value)
+
+
+def tensor(value: Any, name: str) -> Tensor:
+    """A torch tensor, or the same memory of a NumPy array; DTypeError for anything else."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray):
+        try:
+            return torch.from_numpy(value)
+        except (TypeError, ValueError) as error:
+            raise DTypeError(f"{name}: expected an array torch can read, got NumPy {value.dtype}") from error
+    raise DTypeError(f"{name}: expected a torch tensor or NumPy array, got {type(value).__name__}")
+
+
+def array(x: Tensor, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+    """Check shape (None: any size), dtype, device and contiguous rows; ``axes`` names the axes in messages."""
+    if x.ndim != len(shape) or any(want is not None and got != want for got, want in zip(x.shape, shape, strict=True)):
+        want = ", ".join(axis if size is None else str(size) for axis, size in zip(axes.split(), shape, strict=True))
+        raise ShapeError(f"{name}: expected shape ({want}), got {tuple(x.shape)}")
+    if x.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise DTypeError(f"{name}: expected {wanted}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.device.type != device.type or (device.index is not None and x.device.index != device.index):
+        raise DeviceError(f"{name}: expected device {device}, got {x.device}")
+    if x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise LayoutError(f"{name}: expected contiguous rows (stride 1 along the last axis), got stride {x.stride(-1)}")
+
+
+def finite(x: Tensor, name: str) -> None:
+    """NotFiniteError if ``x`` holds NaN or infinity."""
+    if not bool(torch.isfinite(x).all()):
+        raise NotFiniteError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def counts(lengths: Any, batch: int, most: int, name: str = "lengths") -> list[int]:
+    """Tokens per sequence from None (all), an int, or b ints, each in [0, most]; LengthError or ShapeError otherwise."""
+    if lengths is None:
+        return [most] * batch
+    if isinstance(lengths, int | np.integer) and not isinstance(lengths, bool):
+        found = [int(lengths)] * batch
+    else:
+        try:
+            found = [int(n) for n in lengths]
+        except (TypeError, ValueError) as error:
+            raise ShapeError(f"{name}: expected an integer or {batch} integers, got {lengths!r}") from error
+    if len(found) != batch:
+        raise ShapeError(f"{name}: expected one integer per sequence ({batch}), got {len(found)}")
+    for n in found:
+        if not 0 <= n <= most:
+            raise LengthError(f"{name}: expected integers in [0, {most}], got {n}")
+    return found
+
+
+def list_numbers(x: Tensor, name: str, nlist: int, least: int = 0) -> None:
+    """ParameterError unless every list number lies in [least, nlist)."""
+    if x.numel():
+        low, high = int(x.min()), int(x.max())
+        if low < least or high >= nlist:
+            raise ParameterError(f"{name}: expected list numbers in [{least}, {nlist}), got {low} to {high}")

@@ -1,0 +1,473 @@
+"""`AsymmetricIndex`: an IVF index over attention keys, with one map for keys and another for queries.
+
+The only stateful public class. It checks arguments, turns parameters into numbers, and calls its parts in one direction:
+quantizer and router (maps), invlists (storage), attend (selection and softmax), and through them a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checks, interop
+from ._base import Form, IndexBase
+from .attend import Selection, attend, read_ids, select, select_lists, take
+from .backends import Rotation, get_backend
+from .errors import LengthError, NotTrainedError, ShapeError, StateError
+from .invlists import SegmentedInvertedLists
+from .params import SearchParametersIVF
+from .stats import IndexStats, SearchStats
+from .training import TrainingConfig, train_layer
+
+
+class AsymmetricIndex(IndexBase):
+    """IVF index over the keys and values of one attention layer; searching it is attention.
+
+    "Asymmetric" as in SAAP (arXiv 2502.08246): keys are assigned to inverted lists by k-means (`key_quantizer`), queries by a
+    classifier trained to predict where their attention mass lies (`query_router`). Both are trained once per layer and shared;
+    the index itself holds one batch of sequences.
+
+    Axes: b sequences, hq query heads, h KV heads, n tokens, q queries, d key dim, e value dim, l lists. Arrays are torch
+    tensors on ``device``, or NumPy arrays (results are then NumPy arrays too); (n, d) stands for (1, 1, n, d). The last axis
+    must be contiguous; the others may be strided.
+
+    Parameters
+    ----------
+    d : key and query dim, a multiple of 8 up to 256.
+    nlist : inverted lists per KV head.
+    num_heads, num_kv_heads : query heads and KV heads; query head i uses KV head i // (num_heads / num_kv_heads).
+    d_v : value dim, default d.
+    dtype : of stored keys and values: float32, bfloat16 or float16.
+    device : where K and V live.
+    rope : the model's rotary embedding. Keys and queries come rotated; the index undoes it to route. None: no rotation.
+    selectivity, nprobe, max_codes : default budget, see `SearchParametersIVF`; 5 % of the sealed tokens if none is given.
+    window, sinks : tokens at the end and the start that are always read.
+    scale : of the logits, default d ** -0.5.
+    break_even : sequences shorter than this are not sealed, and attention over them is dense.
+    seal_tokens, max_segment : see `Layout`.
+    backend : by name, see `saap_index.backends`; default the one for the device.
+
+    Raises ParameterError for a value outside its range, CompatibilityError for a rope of another dim, DeviceError.
+
+    Not safe for concurrent changes; concurrent searches are.
+
+    >>> keys, values = torch.randn(1, 1, 4096, 64), torch.randn(1, 1, 4096, 64)
+    >>> index = AsymmetricIndex(d=64, nlist=16)
+    >>> index.train(keys)
+    >>> index.add(keys, values)
+    >>> index.search_attend(torch.randn(1, 1, 1, 64)).shape, index.ntotal
+    (torch.Size([1, 1, 1, 64]), 4096)
+    """
+
+    __slots__ = ()
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def train(self, keys: Any, queries: Any = None, *, positions: Any = None, config: TrainingConfig | None = None) -> None:
+        """Train the key quantizer and the query router of this layer on whole sequences. Replaces earlier ones.
+
+        Parameters
+        ----------
+        keys : float32, bfloat16 or float16 (b, h, n, d), token i of a sequence at position i, as attention sees them.
+        queries : the same kinds (b, hq, q, d), a sample of the sequences' queries, as attention sees them. None trains the
+            quantizer alone and routes symmetrically, as a plain IVF index does.
+        positions : int (b, q) or (q,), position of each query; default the last q positions.
+        config : see `TrainingConfig`.
+
+        Raises StateError while tokens are stored, ShapeError, DTypeError, NotFiniteError, LengthError for a position outside
+        [0, n), ParameterError with fewer keys than lists, MissingDependencyError without FAISS. The index is unchanged then.
+        """
+        if self.ntotal:
+            raise StateError(f"train: expected an empty index, got one with {self.ntotal} tokens; call reset first")
+        keys = self._input(keys, "keys", "b h n d", (None, self.num_kv_heads, None, self.d), checks.STORAGE_DTYPES)
+        checks.finite(keys, "keys")
+        places = None
+        if queries is not None:
+            shape = (keys.shape[0], self.num_heads, None, self.d)
+            queries = self._input(queries, "queries", "b hq q d", shape, checks.STORAGE_DTYPES)
+            checks.finite(queries, "queries")
+            places = _query_positions(positions, keys.shape[0], queries.shape[2], keys.shape[2])
+        settings = self.nlist, self.rope, self._layout, self.scale, TrainingConfig() if config is None else config
+        self.key_quantizer, self.query_router = train_layer(keys, queries, places, *settings)
+
+    # -- adding --------------------------------------------------------------------------------------------------------
+
+    def add(self, keys: Any, values: Any, *, lengths: Sequence[int] | None = None, coarse_keys: Any = None) -> None:
+        """Append tokens: a prompt, or one per sequence while decoding. Their ids are their positions.
+
+        Parameters
+        ----------
+        keys : storage dtype (b, h, n, d), as attention sees them (rotated); values : storage dtype (b, h, n, e).
+        lengths : tokens to take of each sequence, the leading ones; default all n.
+        coarse_keys : float (b, h, n, d), what to assign in place of the keys with RoPE undone.
+
+        Raises NotTrainedError, ShapeError, DTypeError, DeviceError, LayoutError, NotFiniteError, LengthError; the index is
+        unchanged then.
+        """
+        if self._prepared_quantizer is None:
+            raise NotTrainedError("add: expected a trained index, got one without key_quantizer; call train or set it")
+        keys, values, counts = self._new_tokens(keys, values, lengths)
+        list_nos = None
+        if coarse_keys is not None:
+            coarse = self._input(coarse_keys, "coarse_keys", "b h n d", tuple(keys.shape), checks.STORAGE_DTYPES)
+            checks.finite(coarse, "coarse_keys")
+            list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
+        elif self.rope is not None and self.rope.is_dynamic:
+            # the angles depend on the length at the time of rotation, which is now: assign now, not when the token is sealed
+            list_nos = self._assign_now(keys, counts)
+        self._append(keys, values, counts, list_nos)
+
+    def add_preassigned(self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None) -> None:
+        """`add` with the list numbers given: int32 or int64 (b, h, n), in [0, nlist). Needs no trained quantizer."""
+        keys, values, counts = self._new_tokens(keys, values, lengths)
+        self._append(keys, values, counts, self._list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0))
+
+    def _new_tokens(self, keys: Any, values: Any, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor, list[int]]:
+        batch = self._lists.batch if self._lists is not None and self.ntotal else None
+        keys = self._input(keys, "keys", "b h n d", (batch, self.num_kv_heads, None, self.d), (self.dtype,))
+        b, h, n, _ = keys.shape
+        values = self._input(values, "values", "b h n e", (b, h, n, self.d_v), (self.dtype,))
+        counts = [n] * b if lengths is None else checks.counts(lengths, b, n)
+        if batch and max(self.lengths) + max(counts) >= 2**31:
+            raise LengthError(f"add: expected fewer than 2**31 tokens per sequence, got {max(self.lengths) + max(counts)}")
+        return keys, values, counts
+
+    def _append(self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None) -> None:
+        before, lists = self._lists, self._lists
+        if lists is None or (lists.batch != keys.shape[0] and not self.ntotal):
+            lists = self._new_lists(keys.shape[0])
+        self._lists = lists  # assigning reads it
+        try:
+            lists.append(keys, values, counts, list_nos, self._assign_rows)
+        except Exception:
+            self._lists = before
+            raise
+
+    def _new_lists(self, batch: int) -> SegmentedInvertedLists:
+        shape = (batch, self.num_kv_heads, self.d, self.d_v, self.nlist)
+        return SegmentedInvertedLists(self._backend, self._layout, *shape, self.dtype)
+
+    def _assign_now(self, keys: Tensor, counts: list[int]) -> Tensor:
+        assert self.rope is not None
+        nos = torch.zeros(keys.shape[:3], dtype=torch.int32, device=self.device)
+        for i, count in enumerate(counts):
+            start = self.invlists.next_position(i) if self.ntotal else 0
+            if count:
+                rotation = self.rope.rotation(np.arange(start, start + count), start + count)
+                nos[i, :, :count] = self._backend.assign(self._prepared_quantizer, keys[i, :, :count], rotation)
+        return nos
+
+    # -- searching -----------------------------------------------------------------------------------------------------
+
+    def search_attend(
+        self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None, return_lse: bool = False
+    ) -> Any:
+        """Attention of the newest tokens over what the index holds, reading only what the router expects to matter.
+
+        Parameters
+        ----------
+        queries : float32, bfloat16 or float16 (b, hq, q, d), rotated as attention expects, 1 <= q <= 8. They belong to the
+            last q tokens added: query i of q does not see the q - 1 - i newest tokens (speculative decoding).
+        params : replaces the index's own parameters for this call.
+        coarse_queries : float (b, hq, q, d), what to route in place of the queries with RoPE undone.
+        return_lse : also return the log of the softmax denominator, for `merge_states`.
+
+        Returns
+        -------
+        out : dtype of queries (b, hq, q, e): one softmax over sinks, recent tokens and the selected ones.
+        lse : float32 (b, hq, q), natural log, if asked for. Nothing to attend: out = 0, lse = -inf.
+
+        Raises NotTrainedError without a router, ShapeError, DTypeError, DeviceError, LayoutError. NaN in a query gives NaN in
+        the outputs of its group.
+        """
+        x, form = self._queries(queries)
+        if self._lists is None:
+            return self._nothing(x, form, return_lse)
+        return self._attend(x, self._select(x, params, coarse_queries), form, return_lse)
+
+    def search_attend_preassigned(
+        self, queries: Any, list_nos: Any, *, params: SearchParametersIVF | None = None, return_lse: bool = False
+    ) -> Any:
+        """`search_attend` over whole lists given by number: int32 or int64 (b, h, p), -1 for none, duplicates once.
+
+        Sinks and recent tokens are read besides. Of ``params`` only window and sinks apply.
+        """
+        x, form = self._queries(queries)
+        nos = self._list_nos(list_nos, "b h p", (x.shape[0], self.num_kv_heads, None), least=-1)
+        if self._lists is None:
+            return self._nothing(x, form, return_lse)
+        selection = select_lists(self._lists, nos, SearchParametersIVF() if params is None else params)
+        return self._attend(x, selection, form, return_lse)
+
+    def search(self, queries: Any, k: int, *, params: SearchParametersIVF | None = None) -> tuple[Any, Any]:
+        """The k keys of largest inner product among the tokens that each query would read: FAISS's search, for inspection.
+
+        queries : as in `search_attend`, any q, and every query on its own. Returns scores : float32 (b, hq, q, k), descending,
+        not scaled, and ids : int64 (b, hq, q, k), positions; -inf and -1 where fewer than k tokens were read.
+        """
+        checks.integer(k, "k", 1)
+        x, form = self._queries(queries, any_number=True)
+        b, h, g, q, _ = x.shape
+        scores = torch.full((b, h, g, q, k), float("-inf"), device=self.device)
+        ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=self.device)
+        lists = self._lists
+        row_ids = [] if lists is None else [lists.row_ids(i) for i in range(b)]
+        for j in range(q if lists is not None else 0):
+            one = x[:, :, :, j : j + 1].contiguous()
+            selection = self._select(one, params, None)
+            for i in range(b):
+                for head in range(h):
+                    rows = take(selection, self.invlists, i, head)
+                    inner = one[i, head, :, 0].float() @ self.invlists.keys[i, head].index_select(0, rows).float().T
+                    top = inner.topk(min(k, len(rows)), dim=1)
+                    scores[i, head, :, j, : top.values.shape[1]] = top.values
+                    ids[i, head, :, j, : top.values.shape[1]] = row_ids[i][head][rows[top.indices]].long()
+        return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
+
+    def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:
+        """The first half of `search_attend`: which rows it would read. `read_ids` gives the tokens in them."""
+        x, _ = self._queries(queries)
+        return self._select(x, params, coarse_queries)
+
+    def attend_selected(self, queries: Any, selection: Selection, *, return_lse: bool = False) -> Any:
+        """The second half of `search_attend`: one softmax over a selection made since the last change of the index."""
+        x, form = self._queries(queries)
+        if selection.lengths != self.lengths:
+            raise StateError(f"selection: expected one made at lengths {self.lengths}, got {selection.lengths}")
+        return self._attend(x, selection, form, return_lse)
+
+    def read_ids(self, selection: Selection) -> list[list[Tensor]]:
+        """Ids (positions) of every token that ``selection`` reads: [sequence][KV head] -> int64 (t,), ascending."""
+        return read_ids(self.invlists, selection)
+
+    def _select(self, x: Tensor, params: SearchParametersIVF | None, coarse_queries: Any) -> Selection:
+        lists = self.invlists
+        if self._query_router is None:
+            raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
+        routed, rotation = x, None
+        if coarse_queries is not None:
+            routed, _ = self._queries(coarse_queries)
+            if routed.shape != x.shape:
+                raise ShapeError(f"coarse_queries: expected {x.shape[3]} queries per sequence, got {routed.shape[3]}")
+        elif self.rope is not None:
+            rotation = self._query_rotation(x.shape[3])
+        params = self._defaults if params is None else params.over(self._defaults)
+        return select(self._backend, lists, self._query_router, self._prepared_router, routed, rotation, params)
+
+    def _query_rotation(self, q: int) -> Rotation:
+        """Angles of the last q positions of every sequence, (b * q, r / 2)."""
+        assert self.rope is not None
+        ends = [self.invlists.next_position(i) for i in range(self.invlists.batch)]
+        if len(ends) == 1:
+            return self.rope.rotation(range(max(0, ends[0] - q), max(q, ends[0])), ends[0])
+        parts = [self.rope.rotation(range(max(0, end - q), max(q, end)), end) for end in ends]
+        cos, sin = torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts])
+        return Rotation(cos, sin, parts[0].interleaved, parts[0].scale)
+
+    def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:
+        self._last = selection
+        out, lse = attend(self._backend, self.invlists, x, selection, self.scale, causal=True)
+        return self._result(out, lse, form, return_lse)
+
+    def _nothing(self, x: Tensor, form: Form, return_lse: bool) -> Any:
+        out = x.new_zeros((*x.shape[:-1], self.d_v))
+        return self._result(out, torch.full(x.shape[:-1], float("-inf"), device=x.device), form, return_lse)
+
+    def _result(self, out: Tensor, lse: Tensor, form: Form, return_lse: bool) -> Any:
+        b, h, g, q, e = out.shape
+        found = form.output(out.view(b, h * g, q, e))
+        return (found, form.output(lse.view(b, h * g, q))) if return_lse else found
+
+    # -- shrinking, copying, memory ------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget every token; keep the training and the memory. The next `add` may bring another batch size."""
+        if self._lists is not None:
+            self._lists.clear()
+        self._last = None
+
+    def truncate(self, n: int | Sequence[int]) -> None:
+        """Keep the first n tokens of every sequence (or n[i] of sequence i), in the state they were in at that length.
+
+        Raises LengthError beyond the end, ShapeError for another number of sequences; the index is unchanged then.
+        """
+        if self._lists is None:
+            checks.counts(n, 1 if isinstance(n, int) else len(n), 0, "n")  # an empty index may become a batch of any size
+            return
+        keep = checks.counts(n, self._lists.batch, 2**31 - 1, "n")
+        for i, (count, length) in enumerate(zip(keep, self._lists.lengths, strict=True)):
+            if count > length:
+                raise LengthError(f"n: expected at most the {length} tokens of sequence {i}, got {count}")
+        for i, count in enumerate(keep):
+            self._lists.truncate(i, count, self._assign_rows)
+
+    def remove_ids(self, ids: Any) -> int:
+        """Take tokens out: int64 ids (n,) in every sequence, or one such array per sequence. Others keep their positions.
+
+        Ids that are not stored are ignored, as in FAISS. Returns the number of tokens removed, summed over the sequences.
+        """
+        lists = self._lists
+        if lists is None:
+            return 0
+        nested = isinstance(ids, list | tuple) and len(ids) > 0 and not isinstance(ids[0], int | np.integer)
+        per_sequence = list(ids) if nested else [ids] * lists.batch
+        if len(per_sequence) != lists.batch:
+            raise ShapeError(f"ids: expected one array per sequence ({lists.batch}), got {len(per_sequence)}")
+        chosen = [_ids(x, f"ids[{i}]" if nested else "ids") for i, x in enumerate(per_sequence)]
+        removed = 0
+        for i, wanted in enumerate(chosen):
+            ranks = np.flatnonzero(np.isin(lists.positions(i, np.arange(lists.lengths[i])), wanted))
+            lists.remove(i, ranks, self._assign_rows)
+            removed += len(ranks)
+        return removed
+
+    def reconstruct(self, ids: Any, sequence: int = 0) -> tuple[Any, Any]:
+        """Keys (h, n, d) and values (h, n, e) of the tokens with these ids, as they were added.
+
+        Raises LengthError for an id that is not stored, ParameterError for a sequence that is not there.
+        """
+        wanted = _ids([ids] if isinstance(ids, int) else ids, "ids")
+        sequence = checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
+        stored = self.invlists.row_ids(sequence).long() if self.ntotal else torch.empty((1, 0), dtype=torch.int64)
+        found, order = stored.sort(dim=1)
+        missing = np.setdiff1d(wanted, found[0].cpu().numpy())
+        if len(missing):
+            raise LengthError(f"ids: expected ids that are stored, got {missing[0]}")
+        targets = torch.from_numpy(wanted).to(stored.device).expand(len(stored), -1).contiguous()
+        rows = order.gather(1, torch.searchsorted(found, targets))[:, :, None]
+        keys, values = self.invlists.keys[sequence], self.invlists.values[sequence]
+        return tuple(x.gather(1, rows.expand(-1, -1, x.shape[2])) for x in (keys, values))  # type: ignore[return-value]
+
+    def fork(self, sequences: Sequence[int] | None = None) -> AsymmetricIndex:
+        """An independent copy with the same training, of all sequences or of those named, in that order (beam search).
+
+        Copies the tokens in use: the cost is that of reading and writing them once.
+        """
+        new = self._clone()
+        if self._lists is not None:
+            chosen = list(range(self._lists.batch)) if sequences is None else list(sequences)
+            for s in chosen:
+                checks.integer(s, "sequences", 0, self._lists.batch - 1)
+            new._lists = self._lists.fork(chosen)
+        return new
+
+    def to(self, device: torch.device | str) -> AsymmetricIndex:
+        """This index on another device: itself if it is there already, else a copy."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        new = self._clone(device)
+        if self._lists is not None:
+            new._lists = self._lists.to(new._backend, device)
+        return new
+
+    def _clone(self, device: torch.device | None = None) -> AsymmetricIndex:
+        new = object.__new__(AsymmetricIndex)
+        for name in IndexBase.__slots__:
+            setattr(new, name, getattr(self, name))
+        new._lists = new._last = None
+        if device is not None:
+            new.device, new._backend, new.backend_name = device, get_backend(device), None
+            if self._key_quantizer is not None:
+                new.key_quantizer = self._key_quantizer
+            if self._query_router is not None:
+                new.query_router = self._query_router
+        return new
+
+    def reserve_memory(self, n: int, batch: int | None = None) -> None:
+        """Make room for n tokens per sequence, so that no `add` up to there allocates. ``batch``: for an empty index."""
+        checks.integer(n, "n", 0)
+        size = checks.integer(batch, "batch", 1) if batch is not None else max(1, len(self.lengths))
+        if self._lists is None or (self._lists.batch != size and not self.ntotal):
+            self._lists = self._new_lists(size)
+        elif self._lists.batch != size:
+            raise ShapeError(f"batch: expected {self._lists.batch}, the sequences stored, got {size}")
+        self._lists.reserve(n)
+
+    def reclaim_memory(self) -> int:
+        """Give back memory that no token uses; returns the bytes freed."""
+        return 0 if self._lists is None else self._lists.reclaim()
+
+    def to_faiss(self, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndarray]:
+        """One KV head of one sequence as a FAISS `IndexIVFFlat` with the same lists, and its values by id; see `interop`."""
+        checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
+        checks.integer(head, "head", 0, self.num_kv_heads - 1)
+        return interop.to_faiss(self, sequence, head)
+
+    @classmethod
+    def from_faiss(cls, faiss_index: Any, values: np.ndarray, **options: Any) -> AsymmetricIndex:
+        """An index of one head with the lists of a FAISS `IndexIVFFlat` of ids 0 to n - 1; values : float32 (n, e) by id.
+
+        ``options`` are those of the constructor. Queries are routed as FAISS does: by inner product with the centroids.
+        Raises CompatibilityError for another kind of index, ParameterError for other ids, ShapeError.
+        """
+        return interop.from_faiss(cls, faiss_index, values, options)
+
+    def stats(self) -> IndexStats:
+        """What the index holds, and what its last search read. Reads device memory: not for the decode path."""
+        lists = self._lists
+        shared = 0 if self._key_quantizer is None else self._key_quantizer.centroids.nbytes
+        shared += 0 if self._query_router is None else self._query_router.nbytes()
+        if lists is None:
+            return IndexStats(0, 0, 0, 0, 0, 0, 0, 0, shared, 0.0)
+        spans = [(lists.sinks(i), lists.sealed(i), n) for i, n in enumerate(lists.lengths)]
+        sizes = lists.list_sizes().double()
+        squares, sums = sizes.square().sum(-1), sizes.sum(-1)
+        imbalance = float((self.nlist * squares / sums.square())[sums > 0].mean()) if bool((sums > 0).any()) else 0.0
+        kv_bytes, metadata = lists.used_bytes()
+        return IndexStats(
+            ntotal=self.ntotal,
+            sink_tokens=sum(low if high else min(self.sinks, n) for low, high, n in spans),
+            sealed_tokens=sum(high - low for low, high, _ in spans),
+            recent_tokens=sum(n - high if high else n - min(self.sinks, n) for _, high, n in spans),
+            num_segments=sum(map(len, lists.segments)),
+            kv_bytes=kv_bytes,
+            metadata_bytes=metadata,
+            slack_bytes=lists.allocated_bytes() - kv_bytes - metadata,
+            shared_bytes=shared,
+            imbalance_factor=imbalance,
+            last_search=SearchStats() if self._last is None else self._search_stats(self._last, lists),
+        )
+
+    def _search_stats(self, last: Selection, lists: SegmentedInvertedLists) -> SearchStats:
+        b, h = lists.batch, lists.heads
+        sealed = [high - low for high, low in zip(last.sealed, last.sinks, strict=True)]
+        read = [0.0] * b if last.counts is None else last.counts.float().mean(1).tolist()
+        dense = [n - s for n, s in zip(last.lengths, sealed, strict=True)]
+        routed = last.rows is not None and self._query_router is not None
+        tables = sum(len(s) for s in lists.segments) * h * (self.nlist + 1) * 4 if routed else 0
+        return SearchStats(
+            sealed_tokens=sum(sealed) / b,
+            read_sealed=sum(read) / b,
+            dense_tokens=sum(dense) / b,
+            kv_bytes=int((sum(read) + sum(dense)) * h * (self.d + self.d_v) * self.dtype.itemsize),
+            metadata_bytes=tables + int(sum(read) * h) * 4,
+            router_bytes=self._query_router.nbytes() if routed and self._query_router is not None else 0,
+        )
+
+
+def _query_positions(positions: Any, b: int, q: int, n: int) -> np.ndarray:
+    """Checked positions of training queries, int64 (b, q)."""
+    if positions is None:
+        positions = np.arange(n - q, n)
+    listed = isinstance(positions, list | tuple | range)
+    found = checks.tensor(np.asarray(positions) if listed else positions, "positions").cpu().numpy()
+    if found.shape not in ((q,), (b, q)):
+        raise ShapeError(f"positions: expected shape ({b}, {q}) or ({q},), got {found.shape}")
+    if found.size and (found.min() < 0 or found.max() >= n):
+        raise LengthError(f"positions: expected integers in [0, {n}), got {found.min()} to {found.max()}")
+    return np.broadcast_to(found, (b, q)).astype(np.int64)
+
+
+def _ids(ids: Any, name: str) -> np.ndarray:
+    """Checked token ids, int64 (n,)."""
+    x = checks.tensor(np.asarray(ids) if isinstance(ids, list | tuple | range) else ids, name).cpu().numpy()
+    if x.size and x.dtype.kind not in "iu":
+        raise ShapeError(f"{name}: expected integers (n,), got {x.dtype}")
+    if x.ndim != 1:
+        raise ShapeError(f"{name}: expected shape (n,), got {x.shape}")
+    return x.astype(np.int64)

@@ -1,0 +1,230 @@
+"""`write_index` and `read_index`: one safetensors file for everything an index is. Knows files, not attention.
+
+The file holds the arena as it lies, so loading sorts nothing. Its metadata names the format, the version, the configuration and
+a checksum; sizes are checked against the configuration before anything is allocated, offsets before anything is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .backends import RouterWeights
+from .errors import FormatError, SaapError
+from .index import AsymmetricIndex
+from .quantizer import KeyQuantizer
+from .rope import Rope
+from .router import QueryRouter
+
+FORMAT, VERSION = "saap_index", "1"
+ROUTER_PARTS = ("hidden", "bias_hidden", "out", "skip", "bias_out")
+
+
+def write_index(index: AsymmetricIndex, path: str | os.PathLike[str]) -> None:
+    """Write ``index``, its training and its tokens, to ``path``.
+
+    The file appears whole or not at all: an interruption leaves what was at ``path`` before. Raises OSError.
+    """
+    path = Path(path)
+    tensors, config = _state(index)
+    text = json.dumps(config, sort_keys=True)
+    metadata = {"format": FORMAT, "version": VERSION, "config": text, "checksum": _checksum(tensors, text)}
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, draft, metadata)
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_index(path: str | os.PathLike[str], device: torch.device | str = "cpu", backend: str | None = None) -> AsymmetricIndex:
+    """Read what `write_index` wrote, onto ``device``.
+
+    Raises FormatError for a file that is damaged, of another kind or of another version; OSError if it cannot be opened.
+    """
+    with open(path, "rb"):  # an absent file is the system's error, not ours
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = _config(file.metadata())
+            tensors = _load(file, config)
+            _verify(tensors, file.metadata())
+            return _restore(config, tensors, device, backend)
+    except FormatError:
+        raise
+    except (SafetensorError, SaapError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise FormatError(f"{path}: expected an index written by write_index, got {type(error).__name__}: {error}") from error
+
+
+def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything an index is, as tensors and as plain data."""
+    layout, lists = index.layout, index._lists
+    config: dict[str, Any] = {
+        "index": {
+            "d": index.d, "d_v": index.d_v, "nlist": index.nlist, "num_heads": index.num_heads, "num_kv_heads": index.num_kv_heads,
+            "scale": index.scale, "nprobe": index.nprobe, "selectivity": index.selectivity, "max_codes": index.max_codes,
+            "sinks": layout.sinks, "window": layout.window, "seal_tokens": layout.seal_tokens, "max_segment": layout.max_segment,
+            "break_even": layout.break_even,
+        },
+        "dtype": str(index.dtype).removeprefix("torch."),
+        "rope": None if index.rope is None else index.rope.to_dict(),
+        "router": None,
+        "quantizer": index.key_quantizer is not None,
+        "lengths": index.lengths,
+        "removed": [] if lists is None else [len(r) for r in lists.removed],
+        "pending": lists is not None and lists.pending is not None,
+    }  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    if index.key_quantizer is not None:
+        tensors["centroids"] = index.key_quantizer.centroids
+    if index.query_router is not None:
+        router = index.query_router
+        config["router"] = {
+            "units": router.weights.hidden.shape[1], "knots": router.num_knots, "first_knot": router.first_knot,
+            "count_lists": router.count_lists,
+        }  # fmt: skip
+        tensors.update({f"router.{name}": x for name, x in router.tensors().items()})
+    if lists is not None:
+        rows, count = max(lists.lengths), max(map(len, lists.segments))
+        names = ("keys", "values", "ids") + (("pending",) if config["pending"] else ())
+        for name in names:
+            x = getattr(lists, name)[:, :, :rows].clone()
+            for i, n in enumerate(lists.lengths):
+                low, high = (lists.sinks(i), lists.sealed(i)) if name == "ids" else (0, n)
+                x[i, :, :low] = 0  # memory that no token owns is not written to disk
+                x[i, :, high:] = 0
+                if name == "pending":
+                    x[i, :, : lists.sealed(i)] = -1
+            tensors[name] = x
+        tensors["tables"] = lists.tables[:, :, :count].clone()
+        for i, segments in enumerate(lists.segments):
+            tensors["tables"][i, :, len(segments) :] = 0
+        tensors["removed"] = torch.from_numpy(np.concatenate(lists.removed))
+    return {name: x.cpu().contiguous() for name, x in tensors.items()}, config
+
+
+def _checksum(tensors: dict[str, Tensor], config: str) -> str:
+    value = zlib.crc32(config.encode())
+    for name in sorted(tensors):
+        value = zlib.crc32(name.encode(), value)
+        if tensors[name].numel():
+            value = zlib.crc32(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()), value)
+    return f"{value:08x}"
+
+
+def _config(metadata: dict[str, str] | None) -> dict[str, Any]:
+    if not metadata or metadata.get("format") != FORMAT:
+        raise FormatError(f"expected a file of format {FORMAT!r}, got {(metadata or {}).get('format')!r}")
+    if metadata.get("version") != VERSION:
+        raise FormatError(f"expected version {VERSION} of the format, got {metadata.get('version')!r}")
+    config = json.loads(metadata["config"])
+    if not isinstance(config, dict):
+        raise FormatError(f"expected a configuration, got {type(config).__name__}")
+    return config
+
+
+def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that a file with this configuration holds."""
+    c, lengths = config["index"], config["lengths"]
+    h, d, e, nlist = c["num_kv_heads"], c["d"], c["d_v"], c["nlist"]
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config["dtype"]]
+    want: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if config["quantizer"]:
+        want["centroids"] = ((h, nlist, d), torch.float32)
+    if config["router"] is not None:
+        u, outputs = config["router"]["units"], nlist + config["router"]["knots"]
+        shapes = ((h, u, d), (h, u), (h, outputs, u), (h, outputs, d), (h, outputs))
+        want.update({f"router.{n}": (s, torch.float32) for n, s in zip(ROUTER_PARTS, shapes, strict=True)})
+    if lengths:
+        b, rows = len(lengths), max(lengths)
+        count = max(len(s) for s in _segments(config))
+        want["keys"], want["values"] = ((b, h, rows, d), dtype), ((b, h, rows, e), dtype)
+        want["ids"], want["tables"] = ((b, h, rows), torch.int32), ((b, h, count, nlist + 1), torch.int32)
+        want["removed"] = ((sum(config["removed"]),), torch.int64)
+        if config["pending"]:
+            want["pending"] = ((b, h, rows), torch.int32)
+    return want
+
+
+def _segments(config: dict[str, Any]) -> list[tuple[tuple[int, int], ...]]:
+    layout = _empty_index(config, "cpu", "torch").layout
+    lengths = config["lengths"]
+    if not all(isinstance(n, int) and 0 <= n < 2**31 for n in lengths):
+        raise FormatError(f"expected token counts, got {lengths!r}")
+    if max(lengths) // layout.block > 2**24:
+        raise FormatError(f"expected sequences of fewer than {layout.block << 24} tokens, got {max(lengths)}")
+    return [layout.segments(n) for n in lengths]
+
+
+def _load(file: Any, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors, after their names and shapes were compared with the configuration."""
+    names, found = set(file.keys()), {}
+    for name, shape in ((n, tuple(file.get_slice(n).get_shape())) for n in names):
+        found[name] = shape
+    if len(config["lengths"]) > 2**20 or any(n > found.get("keys", (0, 0, 0))[2] for n in config["lengths"]):
+        raise FormatError(f"expected tokens as in the configuration, got keys of shape {found.get('keys')}")
+    want = _expected(config)
+    if {n: s for n, (s, _) in want.items()} != found:
+        raise FormatError(f"expected tensors {sorted((n, s) for n, (s, _) in want.items())}, got {sorted(found.items())}")
+    tensors = {name: file.get_tensor(name) for name in sorted(names)}
+    for name, x in tensors.items():
+        if x.dtype != want[name][1]:
+            raise FormatError(f"{name}: expected {want[name][1]}, got {x.dtype}")
+    return tensors
+
+
+def _verify(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    checksum = _checksum(tensors, metadata["config"])
+    if checksum != metadata.get("checksum"):
+        raise FormatError(f"expected checksum {metadata.get('checksum')}, got {checksum}: the file is damaged")
+
+
+def _empty_index(config: dict[str, Any], device: torch.device | str, backend: str | None) -> AsymmetricIndex:
+    rope = None if config["rope"] is None else Rope.from_dict(config["rope"])
+    dtype = getattr(torch, config["dtype"])
+    return AsymmetricIndex(**config["index"], dtype=dtype, device=device, rope=rope, backend=backend)
+
+
+def _restore(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str, backend: str | None) -> AsymmetricIndex:
+    index = _empty_index(config, device, backend)
+    if config["quantizer"]:
+        index.key_quantizer = KeyQuantizer(tensors["centroids"])
+    if config["router"] is not None:
+        weights = RouterWeights(*(tensors[f"router.{name}"] for name in ROUTER_PARTS), index.nlist)
+        index.query_router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
+    lengths = config["lengths"]
+    if not lengths:
+        return index
+    segments = _segments(config)
+    for i, parts in enumerate(segments):
+        _check_tables(tensors["tables"][i, :, : len(parts)], tensors["ids"][i], parts)
+    index.reserve_memory(max(lengths), batch=len(lengths))
+    lists = index.invlists
+    lists.lengths, lists.segments = list(lengths), segments
+    lists.removed = [np.array(r) for r in np.split(tensors["removed"].numpy(), np.cumsum(config["removed"])[:-1])]
+    lists._reserve_tables(tensors["tables"].shape[2], exact=True)
+    if config["pending"]:
+        lists.pending = tensors["pending"].to(index.device)
+    for name in ("keys", "values", "ids", "tables"):
+        getattr(lists, name).copy_(tensors[name])
+    return index
+
+
+def _check_tables(tables: Tensor, ids: Tensor, segments: tuple[tuple[int, int], ...]) -> None:
+    """FormatError unless offsets rise from the start to the end of their segment and no id repeats in it."""
+    for s, (start, stop) in enumerate(segments):
+        table, part = tables[:, s], ids[:, start:stop].sort(dim=1).values
+        rising = bool((table.diff(dim=1) >= 0).all()) and bool((table[:, 0] == start).all()) and bool((table[:, -1] == stop).all())
+        if not rising or not bool((part.diff(dim=1) > 0).all()):
+            raise FormatError(f"expected the offsets and ids of segment [{start}, {stop}), got others")

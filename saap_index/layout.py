@@ -1,0 +1,86 @@
+"""Where tokens lie: the one place that decides the segments of a sequence. Knows lengths, not tensors.
+
+The layout is a pure function of the number of tokens, so a prompt added at once, the same tokens added one at a time, and a
+longer sequence truncated to the same length all end in the same state, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .errors import ParameterError
+
+MAX_QUERY_TOKENS = 8
+"""Queries per call of `search_attend`; as many tokens always stay in arrival order, so a causal tail never meets a segment."""
+
+FANOUT = 4
+MIN_SEAL_TOKENS, MAX_SEAL_TOKENS = 64, 256
+
+Segment = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sinks, recent tokens and segments of one sequence, in tokens.
+
+    sinks : the first tokens, always read. window : the last tokens, always read (at least this many).
+    seal_tokens : tokens that leave the recent ones at a time, the smallest segment; 0 chooses the largest power of two that
+    is at most the window, within 64 and 256, so that even the newest segment is as old as it is long.
+    max_segment : no segment is longer; bounds the pause of a merge. break_even : shorter sequences are not sealed.
+    """
+
+    sinks: int = 4
+    window: int = 128
+    seal_tokens: int = 0
+    max_segment: int = 16384
+    break_even: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, least in (("sinks", 0), ("window", 0), ("seal_tokens", 0), ("max_segment", 1), ("break_even", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+                raise ParameterError(f"{name}: expected an integer of {least} or more (below 2**31), got {value!r}")
+
+    @property
+    def recent(self) -> int:
+        """Tokens that stay recent whenever a block is sealed."""
+        return max(self.window, MAX_QUERY_TOKENS)
+
+    @property
+    def block(self) -> int:
+        if self.seal_tokens:
+            return self.seal_tokens
+        return min(MAX_SEAL_TOKENS, max(MIN_SEAL_TOKENS, 1 << max(0, self.window.bit_length() - 1)))
+
+    def num_blocks(self, length: int) -> int:
+        """Blocks that are sealed when a sequence has ``length`` tokens."""
+        if length < self.break_even:
+            return 0
+        return max(0, (length - self.sinks - self.recent) // self.block)
+
+    def segments(self, length: int) -> tuple[Segment, ...]:
+        """The segments [start, stop) of a sequence of ``length`` tokens, oldest first.
+
+        A segment is FANOUT**k aligned blocks, and never longer than it is old (blocks apart), age being the distance of its
+        newest token from the end. As a sequence grows, segments only ever merge; the rule is that of log-structured merge
+        trees (O'Neil et al., 1996) with age in place of fill.
+        """
+        return _segments(self.num_blocks(length), self.sinks, self.recent, self.block, self.max_segment)
+
+
+@lru_cache(maxsize=256)
+def _segments(blocks: int, sinks: int, recent: int, block: int, max_segment: int) -> tuple[Segment, ...]:
+    length = recent + blocks * block  # without sinks, when the newest block was sealed
+    found, i = [], 0
+    while i < blocks:
+        size = 1
+        while True:
+            bigger = size * FANOUT
+            stop = i + bigger
+            if i % bigger or stop > blocks or bigger * block > min(max_segment, length - stop * block):
+                break
+            size = bigger
+        found.append((sinks + i * block, sinks + (i + size) * block))
+        i += size
+    return tuple(found)

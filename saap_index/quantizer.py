@@ -1,0 +1,65 @@
+"""The key quantizer: the k-means partition that decides in which inverted list a key lies. Knows keys, not queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checks
+from .errors import MissingDependencyError, ParameterError
+
+MAX_POINTS_PER_CENTROID = 256  # FAISS's own default: more keys make the centroids hardly better
+
+
+@dataclass(frozen=True)
+class KeyQuantizer:
+    """Centroids of every KV head, trained once per attention layer, frozen, and shared by every sequence.
+
+    centroids : float32 (h, l, d), of keys with RoPE undone if the index has a `Rope`, else of keys as they come.
+    """
+
+    centroids: Tensor
+
+    def __post_init__(self) -> None:
+        checks.array(self.centroids, "centroids", "h l d", (None, None, None), [torch.float32], self.centroids.device)
+        checks.finite(self.centroids, "centroids")
+
+    @property
+    def nlist(self) -> int:
+        return int(self.centroids.shape[1])
+
+    def to(self, device: torch.device | str) -> KeyQuantizer:
+        return KeyQuantizer(self.centroids.to(device))
+
+    def assign(self, keys: Tensor) -> Tensor:
+        """Nearest centroid (Euclidean) of keys : float (h, n, d) with RoPE undone; int32 (h, n). Ties go to the lower list."""
+        bias = -0.5 * self.centroids.square().sum(-1)
+        return torch.baddbmm(bias[:, None], keys.float(), self.centroids.transpose(1, 2)).max(-1).indices.int()
+
+    @classmethod
+    def train(cls, keys: Tensor, nlist: int, niter: int = 10, seed: int = 1234) -> KeyQuantizer:
+        """Lloyd's k-means by FAISS on keys : float32 (h, n, d), every KV head on its own.
+
+        Raises ParameterError with fewer than ``nlist`` keys, MissingDependencyError without FAISS.
+        """
+        try:
+            import faiss
+        except ImportError as error:
+            raise MissingDependencyError(
+                "training key quantizers needs FAISS: pip install 'saap-index[cpu]' (or faiss-cpu)"
+            ) from error
+        heads, n, d = keys.shape
+        if n < nlist:
+            raise ParameterError(f"keys: expected at least nlist = {nlist} keys per KV head to train on, got {n}")
+        centroids = np.empty((heads, nlist, d), np.float32)
+        for head in range(heads):
+            x = np.ascontiguousarray(keys[head].float().cpu().numpy())
+            kmeans = faiss.Kmeans(
+                d, nlist, niter=niter, seed=seed + head, min_points_per_centroid=1, max_points_per_centroid=MAX_POINTS_PER_CENTROID
+            )
+            kmeans.train(x)
+            centroids[head] = kmeans.centroids
+        return cls(torch.from_numpy(centroids).to(keys.device))

@@ -1,0 +1,147 @@
+"""The executable specification: what every operation of the index computes, in NumPy float64, slow and obvious.
+
+It imports nothing of ours. A backend is right when it gives these results up to rounding; the property tests say how close.
+One sequence and one KV head at a time: the loops over both are the caller's.
+
+Axes: j query vectors of one KV head (group times queries), n tokens, d key dim, e value dim, l lists, s segments, m knots.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def attend(queries: Array, keys: Array, values: Array, scale: float, visible: NDArray[np.bool_] | None = None) -> tuple[Array, Array]:
+    """Softmax attention of queries (j, d) over keys (n, d), values (n, e); visible : bool (j, n) hides pairs.
+
+    Returns out (j, e) and lse (j,), the natural log of the sum of exp(logits). A query that sees nothing has out 0, lse -inf.
+    """
+    logits = scale * (queries @ keys.T)
+    if visible is not None:
+        logits = np.where(visible, logits, -np.inf)
+    top = logits.max(axis=1, initial=-np.inf, keepdims=True)
+    weights = np.exp(logits - np.where(np.isfinite(top), top, 0.0))
+    total = weights.sum(axis=1, keepdims=True)
+    out = (weights @ values) / np.where(total > 0, total, 1.0)
+    with np.errstate(divide="ignore"):
+        lse = np.log(total) + top
+    return out, np.where(total > 0, lse, -np.inf)[:, 0]
+
+
+def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
+    """Attention over the union of two disjoint token sets, from the states (out (..., e), lse (...)) over each."""
+    top = np.maximum(lse_a, lse_b)
+    safe = np.where(np.isfinite(top), top, 0.0)
+    weight_a, weight_b = np.exp(lse_a - safe), np.exp(lse_b - safe)
+    total = weight_a + weight_b
+    out = (weight_a[..., None] * out_a + weight_b[..., None] * out_b) / np.where(total > 0, total, 1.0)[..., None]
+    with np.errstate(divide="ignore"):
+        return out, np.where(total > 0, np.log(total) + safe, -np.inf)
+
+
+def unrotate(x: Array, cos: Array, sin: Array, interleaved: bool, scale: float) -> Array:
+    """Undo RoPE. x (..., n, d), cos and sin (n, r / 2): each pair (x, y) becomes (x cos + y sin, y cos - x sin) * scale."""
+    half = cos.shape[-1]
+    out = np.array(x, dtype=np.float64)
+    first = slice(0, 2 * half, 2) if interleaved else slice(0, half)
+    second = slice(1, 2 * half, 2) if interleaved else slice(half, 2 * half)
+    a, b = out[..., first].copy(), out[..., second].copy()
+    out[..., first] = (a * cos + b * sin) * scale
+    out[..., second] = (b * cos - a * sin) * scale
+    return out
+
+
+def assign(keys: Array, centroids: Array) -> Ints:
+    """Nearest centroid (Euclidean) of each key: keys (n, d), centroids (l, d) -> (n,). Ties go to the lower list."""
+    scores = keys @ centroids.T - 0.5 * (centroids**2).sum(axis=1)
+    return scores.argmax(axis=1)
+
+
+def sort_segment(list_nos: Ints, nlist: int) -> tuple[Ints, Ints]:
+    """The order of a segment's rows (n,), stable by list number, and the offsets (l + 1,) of its runs."""
+    order = np.argsort(list_nos, kind="stable")
+    return order, np.concatenate([[0], np.cumsum(np.bincount(list_nos, minlength=nlist))])
+
+
+def segments(length: int, sinks: int, window: int, block: int, max_segment: int, fanout: int = 4) -> list[tuple[int, int]]:
+    """The segments [start, stop) of a sequence of ``length`` tokens: a function of the length alone.
+
+    Tokens leave the recent ones a block at a time. An aligned stretch of fanout**k blocks is one segment as soon as it is at
+    least as old as it is long, its age being counted from the moment the newest block was sealed.
+    """
+    blocks = max(0, (length - sinks - window) // block)
+    sealed_at = window + blocks * block
+    found, i = [], 0
+    while i < blocks:
+        size = 1
+        while True:
+            bigger = size * fanout
+            stop = (i + bigger) * block
+            if i % bigger or i + bigger > blocks or bigger * block > min(max_segment, sealed_at - stop):
+                break
+            size = bigger
+        found.append((sinks + i * block, sinks + (i + size) * block))
+        i += size
+    return found
+
+
+def route(x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int) -> tuple[Array, Array]:
+    """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m), the distance term at the knots."""
+    pre = x @ hidden.T + bias_hidden
+    y = (pre / (1.0 + np.exp(-pre))) @ out.T + x @ skip.T + bias_out
+    return y[:, :nlist], y[:, nlist:]
+
+
+def run_weights(z: Array, a: Array, knots: Array, tables: Ints, count_lists: bool) -> Array:
+    """Predicted attention per token of every run, mean over the group: (s, l). knots (s,), tables (s, l + 1)."""
+    num_segments, nlist = tables.shape[0], z.shape[1]
+    bend = np.zeros((z.shape[0], num_segments))
+    if a.shape[1] and count_lists:
+        for s, knot in enumerate(knots):
+            low = min(int(knot), a.shape[1] - 1)
+            high = min(low + 1, a.shape[1] - 1)
+            bend[:, s] = (1 - (knot - low)) * a[:, low] + (knot - low) * a[:, high]
+    sizes = np.diff(tables, axis=1)
+    weights = np.zeros((num_segments, nlist))
+    for z_j, bend_j in zip(z, bend, strict=True):
+        scores = bend_j[:, None] + z_j[None, :]
+        top = scores.max(initial=-np.inf) if count_lists else z_j.max(initial=-np.inf)
+        mass = np.exp(scores - top)
+        total = (sizes * mass).sum() if count_lists else np.exp(z_j - top).sum()
+        weights += mass / total if total > 0 else 0.0
+    return weights
+
+
+def list_weights(z: Array, sizes: Ints, count_lists: bool) -> Array:
+    """Predicted attention per token of every list without distance, mean over the group: (l,). sizes (l,)."""
+    weights = np.zeros(z.shape[1])
+    for z_j in z:
+        mass = np.exp(z_j - z_j.max())
+        total = (sizes * mass).sum() if count_lists else mass.sum()
+        weights += mass / total if total > 0 else 0.0
+    return weights
+
+
+def probe(z: Array, a: Array, knots: Array, tables: Ints, budget: int, nprobe: int, count_lists: bool) -> Ints:
+    """The rows to read, ascending: best runs first until the budget is spent; the last run is cut, newest tokens kept.
+
+    nprobe > 0 takes instead the nprobe best lists, every segment of each: SAAP as published.
+    """
+    num_segments, nlist = tables.shape[0], z.shape[1]
+    newest_first = [s for s in range(num_segments - 1, -1, -1)]
+    if nprobe:
+        weights = list_weights(z, np.diff(tables, axis=1).sum(axis=0), count_lists)
+        chosen = sorted(range(nlist), key=lambda l: (-weights[l], l))[:nprobe]
+        runs = [(s, l) for l in chosen for s in newest_first]
+    else:
+        per_run = run_weights(z, a, knots, tables, count_lists)
+        runs = sorted(((s, l) for s in newest_first for l in range(nlist)), key=lambda r: (-per_run[r], -r[0], r[1]))
+    rows: list[int] = []
+    for s, l in runs:
+        run = range(tables[s, l], tables[s, l + 1])
+        rows.extend(run[max(0, len(run) - (budget - len(rows))) :] if budget > len(rows) else [])
+    return np.array(sorted(rows), dtype=np.int64)

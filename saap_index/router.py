@@ -1,0 +1,86 @@
+"""The query router: from a query to a score for every inverted list, and a distance term. Knows queries, not tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checks
+from .backends import RouterWeights
+from .errors import CompatibilityError, ShapeError
+
+
+@dataclass(frozen=True)
+class QueryRouter:
+    """One small MLP per KV head, applied to each query head of its group; frozen and shared by every sequence.
+
+    weights : see `RouterWeights`; the input is the query with RoPE undone if the index has a `Rope`, else as it comes.
+    first_knot : log2 of the distance, in tokens, of the first knot; the knots are an octave apart.
+    count_lists : whether z is log mass per *token* (list sizes enter the softmax, the default of training) or, as in the
+        published classifier, the log probability of a whole list.
+
+    Source: SAAP (arXiv 2502.08246) for the classifier; the distance term and the list sizes in the softmax are this library's.
+    """
+
+    weights: RouterWeights
+    first_knot: int = 7
+    count_lists: bool = True
+
+    def __post_init__(self) -> None:
+        w = self.weights
+        if w.hidden.ndim != 3:
+            raise ShapeError(f"router hidden: expected shape (h, u, d), got {tuple(w.hidden.shape)}")
+        h, u, d = w.hidden.shape
+        outputs = w.bias_out.shape[-1]
+        if outputs < w.nlist:
+            raise ShapeError(f"router bias_out: expected at least nlist = {w.nlist} outputs, got {outputs}")
+        for name, shape in {
+            "bias_hidden": (h, u), "out": (h, outputs, u), "skip": (h, outputs, d), "bias_out": (h, outputs), "hidden": (h, u, d),
+        }.items():  # fmt: skip
+            x = getattr(w, name)
+            checks.array(x, f"router {name}", " ".join("hxy"[: len(shape)]), shape, [torch.float32], w.hidden.device)
+            checks.finite(x, f"router {name}")
+
+    @property
+    def nlist(self) -> int:
+        return self.weights.nlist
+
+    @property
+    def num_knots(self) -> int:
+        return self.weights.num_knots
+
+    def knots(self, distances: np.ndarray) -> np.ndarray:
+        """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends."""
+        place = np.log2(np.maximum(distances, 1.0)) - self.first_knot
+        return np.clip(place, 0.0, max(0, self.num_knots - 1)).astype(np.float32)
+
+    def to(self, device: torch.device | str) -> QueryRouter:
+        w = self.weights
+        moved = RouterWeights(*(x.to(device) for x in (w.hidden, w.bias_hidden, w.out, w.skip, w.bias_out)), w.nlist)
+        return QueryRouter(moved, self.first_knot, self.count_lists)
+
+    def tensors(self) -> dict[str, Tensor]:
+        w = self.weights
+        return {"hidden": w.hidden, "bias_hidden": w.bias_hidden, "out": w.out, "skip": w.skip, "bias_out": w.bias_out}
+
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors().values())
+
+    @classmethod
+    def symmetric(cls, centroids: Tensor) -> QueryRouter:
+        """Plain IVF: a query goes to the lists whose centroids have the largest inner product with it. No training."""
+        h, nlist, d = centroids.shape
+        zeros = centroids.new_zeros
+        weights = RouterWeights(zeros((h, 0, d)), zeros((h, 0)), zeros((h, nlist, 0)), centroids, zeros((h, nlist)), nlist)
+        return cls(weights, count_lists=True)
+
+    def check_heads(self, num_kv_heads: int, d: int, nlist: int) -> None:
+        """CompatibilityError if the router belongs to another head shape or partition."""
+        h, _, dim = self.weights.hidden.shape
+        if (h, dim, self.nlist) != (num_kv_heads, d, nlist):
+            raise CompatibilityError(
+                f"query_router: expected {num_kv_heads} KV heads, d = {d}, nlist = {nlist}, got {h}, {dim}, {self.nlist}"
+            )

@@ -1,0 +1,248 @@
+"""A random walk through the whole interface; every output is compared with dense attention over the tokens it read."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close, dense, small_index, tokens
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from saap_index import AsymmetricIndex, Rope, SearchParametersIVF, read_index, write_index
+
+BACKENDS = ("cpu", "torch", "reference")
+PARAMS = st.one_of(
+    st.none(),
+    st.builds(SearchParametersIVF, selectivity=st.sampled_from([0.01, 0.3, 0.9, 1.0]), max_codes=st.sampled_from([0, 1, 7])),
+    st.builds(SearchParametersIVF, nprobe=st.integers(1, 5), max_codes=st.sampled_from([0, 9])),
+    st.builds(SearchParametersIVF, selectivity=st.just(0.1), window=st.integers(0, 40), sinks=st.integers(0, 12)),
+)
+
+
+class Walk(RuleBasedStateMachine):
+    """The model is a list of (position, key, value) per sequence; the index must never disagree with it."""
+
+    backend = "torch"
+
+    @initialize(
+        b=st.integers(1, 3), heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (6, 2), (2, 2)]), dims=st.sampled_from([(32, 32), (40, 64)]),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), rope=st.sampled_from([None, "plain", "dynamic"]),
+        sinks=st.integers(0, 5), window=st.integers(0, 20), break_even=st.sampled_from([0, 30]), count_lists=st.booleans(),
+    )  # fmt: skip
+    def start(self, b, heads, dims, dtype, rope, sinks, window, break_even, count_lists) -> None:
+        self.b, (self.hq, self.h), (self.d, self.e), self.dtype = b, heads, dims, dtype
+        ropes = {
+            None: None,
+            "plain": Rope(head_dim=self.d, theta=100.0),
+            "dynamic": Rope(head_dim=self.d, theta=100.0, scaling="dynamic", factor=2.0, original_max_position=32),
+        }
+        options = {"sinks": sinks, "window": window, "break_even": break_even, "rope": ropes[rope], "dtype": dtype}
+        self.index = small_index(self.d, self.e, 4, self.hq, self.h, backend=self.backend, selectivity=0.2, **options)
+        self.model: list[list[tuple[int, torch.Tensor, torch.Tensor]]] = [[] for _ in range(b)]
+        self.next = [0] * b
+        self.seed = 0
+
+    def fresh(self, heads: int, n: int, d: int) -> torch.Tensor:
+        self.seed += 1
+        return tokens(self.b, heads, n, d, self.dtype, self.seed)
+
+    def remember(self, keys, values, counts) -> None:
+        for i, count in enumerate(counts):
+            for t in range(count):
+                self.model[i].append((self.next[i], keys[i, :, t], values[i, :, t]))
+                self.next[i] += 1
+
+    @rule(n=st.integers(0, 70), data=st.data(), ragged=st.booleans())
+    def add(self, n, data, ragged) -> None:
+        keys, values = self.fresh(self.h, n, self.d), self.fresh(self.h, n, self.e)
+        counts = [data.draw(st.integers(0, n)) for _ in range(self.b)] if ragged else [n] * self.b
+        self.index.add(keys, values, lengths=counts if ragged else None)
+        self.remember(keys, values, counts)
+
+    @rule(steps=st.integers(1, 12))
+    def decode(self, steps) -> None:
+        for _ in range(steps):
+            keys, values = self.fresh(self.h, 1, self.d), self.fresh(self.h, 1, self.e)
+            self.index.add(keys, values)
+            self.remember(keys, values, [1] * self.b)
+
+    @rule(n=st.integers(1, 20), seed=st.integers(0, 9))
+    def add_preassigned(self, n, seed) -> None:
+        keys, values = self.fresh(self.h, n, self.d), self.fresh(self.h, n, self.e)
+        nos = torch.randint(0, 4, (self.b, self.h, n), generator=torch.Generator().manual_seed(seed))
+        self.index.add_preassigned(keys, values, nos)
+        self.remember(keys, values, [n] * self.b)
+
+    @rule(data=st.data())
+    def truncate(self, data) -> None:
+        keep = [data.draw(st.one_of(st.integers(max(0, len(m) - 9), len(m)), st.integers(0, len(m)))) for m in self.model]
+        self.index.truncate(keep)
+        for i, n in enumerate(keep):
+            self.next[i] = self.next[i] if n == len(self.model[i]) else (self.model[i][n - 1][0] + 1 if n else 0)
+            self.model[i] = self.model[i][:n]
+
+    @rule(data=st.data())
+    def remove_ids(self, data) -> None:
+        ids = [data.draw(st.lists(st.integers(0, max(1, n + 3)), max_size=6)) for n in self.next]
+        known = [{p for p, _, _ in m} for m in self.model]
+        removed = self.index.remove_ids([np.array(x, np.int64) for x in ids])
+        assert removed == sum(len(set(x) & k) for x, k in zip(ids, known, strict=True))
+        self.model = [[t for t in m if t[0] not in x] for m, x in zip(self.model, ids, strict=True)]
+
+    @rule()
+    def reset(self) -> None:
+        self.index.reset()
+        self.model, self.next = [[] for _ in range(self.b)], [0] * self.b
+
+    @precondition(lambda self: self.index.lengths)
+    @rule(data=st.data())
+    def fork(self, data) -> None:
+        before = self.index
+        order = [data.draw(st.integers(0, self.b - 1)) for _ in range(self.b)]
+        self.index = before.fork(order)
+        before.reset()
+        self.model, self.next = [list(self.model[i]) for i in order], [self.next[i] for i in order]
+
+    @rule()
+    def save_and_load(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "index.safetensors"
+            write_index(self.index, path)
+            self.index = read_index(path, backend=self.backend)
+
+    @rule(n=st.integers(0, 300))
+    def reserve(self, n) -> None:
+        self.index.reserve_memory(n, batch=self.b)
+
+    @rule()
+    def reclaim(self) -> None:
+        assert self.index.reclaim_memory() >= 0
+
+    @rule(window=st.integers(0, 24))
+    def change_window(self, window) -> None:
+        self.index.window = window
+
+    @rule(q=st.integers(1, 8), params=PARAMS, seed=st.integers(0, 5))
+    def search_attend(self, q, params, seed) -> None:
+        queries = tokens(self.b, self.hq, q, self.d, torch.float32, 1000 + seed)
+        out, lse = self.index.search_attend(queries, params=params, return_lse=True)
+        if not self.index.lengths:
+            assert not out.any() and bool((lse == -torch.inf).all())
+            return
+        selection = self.index.select(queries, params=params)
+        self.compare(queries, out, lse, self.index.read_ids(selection))
+        self.check_budget(selection, params)
+
+    @rule(q=st.integers(1, 3), data=st.data())
+    def search_preassigned(self, q, data) -> None:
+        if not self.index.lengths:
+            return
+        lists = [data.draw(st.lists(st.integers(-1, 3), min_size=2, max_size=2)) for _ in range(self.b * self.h)]
+        nos = torch.tensor(lists).view(self.b, self.h, 2)
+        queries = tokens(self.b, self.hq, q, self.d, torch.float32, 7)
+        out, lse = self.index.search_attend_preassigned(queries, nos, return_lse=True)
+        self.compare(queries, out, lse, self.index.read_ids(self.index._last))
+
+    @rule(k=st.integers(1, 5))
+    def search(self, k) -> None:
+        if not self.index.lengths:
+            return
+        queries = tokens(self.b, self.hq, 1, self.d, torch.float32, 3)
+        full = SearchParametersIVF(selectivity=1.0)
+        scores, ids = self.index.search(queries, k, params=full)
+        for i, model in enumerate(self.model):
+            for head in range(self.hq):
+                keys = torch.stack([t[1][head * self.h // self.hq] for t in model]).float() if model else torch.empty(0, self.d)
+                want = (keys @ queries[i, head, 0]).sort(descending=True).values[:k]
+                assert torch.allclose(scores[i, head, 0, : len(want)], want, rtol=1e-4, atol=1e-4)
+                assert bool((ids[i, head, 0, len(want) :] == -1).all())
+
+    def compare(self, queries, out, lse, read) -> None:
+        """``out`` and ``lse`` against float64 attention over the tokens read, with the causal tail hidden."""
+        q, g = queries.shape[2], self.hq // self.h
+        for i, model in enumerate(self.model):
+            by_id = {p: (k, v) for p, k, v in model}
+            newest = [p for p, _, _ in model][-q:]
+            for head in range(self.h):
+                ids = read[i][head].tolist()
+                assert len(set(ids)) == len(ids) and set(ids) <= set(by_id)
+                assert set(newest) <= set(ids), "recent tokens are always read"
+                keys = torch.stack([by_id[p][0][head] for p in ids]) if ids else torch.empty(0, self.d)
+                values = torch.stack([by_id[p][1][head] for p in ids]) if ids else torch.empty(0, self.e)
+                rank = np.searchsorted([p for p, _, _ in model], ids)
+                hidden = rank[None] > (len(model) - q + np.arange(q))[:, None]
+                part = slice(head * g, head * g + g)
+                want, want_lse = dense(queries[i, part], keys, values, self.index.scale, hidden)
+                assert_close(out[i, part], want, torch.float32, float(values.abs().max()) if ids else 1.0)
+                finite = np.isfinite(want_lse)
+                assert bool((lse[i, part].numpy()[~finite] == -np.inf).all())
+                assert_close(lse[i, part][torch.from_numpy(finite)], want_lse[finite], torch.float32, 10.0)
+
+    def check_budget(self, selection, params) -> None:
+        settings_ = params.over(self.index._defaults) if params else self.index._defaults
+        wide = (settings_.window or 0) > self.index.window or (settings_.sinks or 0) > self.index.sinks
+        if selection.counts is None or wide:
+            return
+        for i in range(self.b):
+            budget = settings_.budget(selection.sealed[i] - selection.sinks[i])
+            if settings_.nprobe is None:
+                assert bool((selection.counts[i] == budget).all()), "the budget is spent exactly"
+            else:
+                assert bool((selection.counts[i] <= budget).all())
+
+    @invariant()
+    def holds_every_token_once(self) -> None:
+        if not hasattr(self, "index") or not self.index.lengths:
+            return
+        lists = self.index.invlists
+        assert self.index.ntotal == sum(map(len, self.model))
+        for i, model in enumerate(self.model):
+            positions = np.array([p for p, _, _ in model], np.int64)
+            row_ids = lists.row_ids(i).numpy()
+            for head in range(self.h):
+                assert np.array_equal(np.sort(row_ids[head]), positions), "ids are a permutation of the positions"
+            if len(model):
+                probe = model[len(model) // 2]
+                keys, values = self.index.reconstruct([probe[0]], sequence=i)
+                assert torch.equal(keys[:, 0], probe[1]) and torch.equal(values[:, 0], probe[2])
+            length, block = len(model), lists.layout.block
+            assert lists.segments[i] == lists.layout.segments(length)
+            for s, (start, stop) in enumerate(lists.segments[i]):
+                assert stop - start <= max(block, length - stop), "a segment is never longer than it is old"
+                tables = lists.tables[i, :, s].numpy()
+                assert (np.diff(tables, axis=1) >= 0).all() and (tables[:, 0] == start).all() and (tables[:, -1] == stop).all()
+                for head in range(self.h):
+                    for low, high in zip(tables[head, :-1], tables[head, 1:], strict=True):
+                        assert (np.diff(row_ids[head, low:high]) > 0).all(), "time order inside a run"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_walk(backend: str) -> None:
+    walk = type(f"Walk_{backend}", (Walk,), {"backend": backend})
+    examples = {"reference": 10}.get(backend, 40)
+    run_state_machine_as_test(walk, settings=settings(max_examples=examples, stateful_step_count=25))
+
+
+def test_one_by_one_equals_at_once() -> None:
+    """The state is a function of the tokens alone, however they were added or truncated: bit for bit."""
+    keys, values = tokens(1, 2, 300, 32, seed=1), tokens(1, 2, 300, 32, seed=2)
+
+    def state(index: AsymmetricIndex) -> list[torch.Tensor]:
+        lists = index.invlists
+        n, s = lists.lengths[0], len(lists.segments[0])
+        return [lists.keys[:, :, :n], lists.values[:, :, :n], lists.row_ids(0), lists.tables[:, :, :s]]
+
+    at_once, one_by_one, longer = small_index(), small_index(), small_index()
+    at_once.add(keys[:, :, :250], values[:, :, :250])
+    for t in range(250):
+        one_by_one.add(keys[:, :, t : t + 1], values[:, :, t : t + 1])
+    longer.add(keys, values)
+    longer.truncate(250)
+    for other in (one_by_one, longer):
+        for a, b in zip(state(at_once), state(other), strict=True):
+            assert torch.equal(a, b)
