@@ -78,3 +78,26 @@ def list_numbers(x: Tensor, name: str, nlist: int, least: int = 0) -> None:
         low, high = int(x.min()), int(x.max())
         if low < least or high >= nlist:
             raise ParameterError(f"{name}: expected list numbers in [{least}, {nlist}), got {low} to {high}")
+
+
+def positions(positions: Any, b: int, q: int, n: int) -> np.ndarray:
+    """Checked positions of training queries, int64 (b, q)."""
+    if positions is None:
+        positions = np.arange(n - q, n)
+    listed = isinstance(positions, list | tuple | range)
+    found = tensor(np.asarray(positions) if listed else positions, "positions").cpu().numpy()
+    if found.shape not in ((q,), (b, q)):
+        raise ShapeError(f"positions: expected shape ({b}, {q}) or ({q},), got {found.shape}")
+    if found.size and (found.min() < 0 or found.max() >= n):
+        raise LengthError(f"positions: expected integers in [0, {n}), got {found.min()} to {found.max()}")
+    return np.broadcast_to(found, (b, q)).astype(np.int64)
+
+
+def ids(ids: Any, name: str) -> np.ndarray:
+    """Checked token ids, int64 (n,)."""
+    x = tensor(np.asarray(ids) if isinstance(ids, list | tuple | range) else ids, name).cpu().numpy()
+    if x.size and x.dtype.kind not in "iu":
+        raise ShapeError(f"{name}: expected integers (n,), got {x.dtype}")
+    if x.ndim != 1:
+        raise ShapeError(f"{name}: expected shape (n,), got {x.shape}")
+    return x.astype(np.int64)

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from . import checks, interop
-from ._base import Form, IndexBase
+from ._base import Form
+from ._storage import IndexStorage
 from .attend import Selection, attend, read_ids, select, select_lists, take
-from .backends import Rotation, get_backend
+from .backends import Rotation
 from .errors import LengthError, NotTrainedError, ShapeError, StateError
-from .invlists import SegmentedInvertedLists
 from .params import SearchParametersIVF
-from .stats import IndexStats, SearchStats
 from .training import TrainingConfig, train_layer
 
 
-class AsymmetricIndex(IndexBase):
+class AsymmetricIndex(IndexStorage):
     """IVF index over the keys and values of one attention layer; searching it is attention.
 
     "Asymmetric" as in SAAP (arXiv 2502.08246): keys are assigned to inverted lists by k-means (`key_quantizer`), queries by a
@@ -90,7 +89,7 @@ class AsymmetricIndex(IndexBase):
             shape = (keys.shape[0], self.num_heads, None, self.d)
             queries = self._input(queries, "queries", "b hq q d", shape, checks.STORAGE_DTYPES)
             checks.finite(queries, "queries")
-            places = _query_positions(positions, keys.shape[0], queries.shape[2], keys.shape[2])
+            places = checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2])
         settings = self.nlist, self.rope, self._layout, self.scale, TrainingConfig() if config is None else config
         self.key_quantizer, self.query_router = train_layer(keys, queries, places, *settings)
 
@@ -146,10 +145,6 @@ class AsymmetricIndex(IndexBase):
         except Exception:
             self._lists = before
             raise
-
-    def _new_lists(self, batch: int) -> SegmentedInvertedLists:
-        shape = (batch, self.num_kv_heads, self.d, self.d_v, self.nlist)
-        return SegmentedInvertedLists(self._backend, self._layout, *shape, self.dtype)
 
     def _assign_now(self, keys: Tensor, counts: list[int]) -> Tensor:
         assert self.rope is not None
@@ -282,115 +277,7 @@ class AsymmetricIndex(IndexBase):
         found = form.output(out.view(b, h * g, q, e))
         return (found, form.output(lse.view(b, h * g, q))) if return_lse else found
 
-    # -- shrinking, copying, memory ------------------------------------------------------------------------------------
-
-    def reset(self) -> None:
-        """Forget every token; keep the training and the memory. The next `add` may bring another batch size."""
-        if self._lists is not None:
-            self._lists.clear()
-        self._last = None
-
-    def truncate(self, n: int | Sequence[int]) -> None:
-        """Keep the first n tokens of every sequence (or n[i] of sequence i), in the state they were in at that length.
-
-        Raises LengthError beyond the end, ShapeError for another number of sequences; the index is unchanged then.
-        """
-        if self._lists is None:
-            checks.counts(n, 1 if isinstance(n, int) else len(n), 0, "n")  # an empty index may become a batch of any size
-            return
-        keep = checks.counts(n, self._lists.batch, 2**31 - 1, "n")
-        for i, (count, length) in enumerate(zip(keep, self._lists.lengths, strict=True)):
-            if count > length:
-                raise LengthError(f"n: expected at most the {length} tokens of sequence {i}, got {count}")
-        for i, count in enumerate(keep):
-            self._lists.truncate(i, count, self._assign_rows)
-
-    def remove_ids(self, ids: Any) -> int:
-        """Take tokens out: int64 ids (n,) in every sequence, or one such array per sequence. Others keep their positions.
-
-        Ids that are not stored are ignored, as in FAISS. Returns the number of tokens removed, summed over the sequences.
-        """
-        lists = self._lists
-        if lists is None:
-            return 0
-        nested = isinstance(ids, list | tuple) and len(ids) > 0 and not isinstance(ids[0], int | np.integer)
-        per_sequence = list(ids) if nested else [ids] * lists.batch
-        if len(per_sequence) != lists.batch:
-            raise ShapeError(f"ids: expected one array per sequence ({lists.batch}), got {len(per_sequence)}")
-        chosen = [_ids(x, f"ids[{i}]" if nested else "ids") for i, x in enumerate(per_sequence)]
-        removed = 0
-        for i, wanted in enumerate(chosen):
-            ranks = np.flatnonzero(np.isin(lists.positions(i, np.arange(lists.lengths[i])), wanted))
-            lists.remove(i, ranks, self._assign_rows)
-            removed += len(ranks)
-        return removed
-
-    def reconstruct(self, ids: Any, sequence: int = 0) -> tuple[Any, Any]:
-        """Keys (h, n, d) and values (h, n, e) of the tokens with these ids, as they were added.
-
-        Raises LengthError for an id that is not stored, ParameterError for a sequence that is not there.
-        """
-        wanted = _ids([ids] if isinstance(ids, int) else ids, "ids")
-        sequence = checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
-        stored = self.invlists.row_ids(sequence).long() if self.ntotal else torch.empty((1, 0), dtype=torch.int64)
-        found, order = stored.sort(dim=1)
-        missing = np.setdiff1d(wanted, found[0].cpu().numpy())
-        if len(missing):
-            raise LengthError(f"ids: expected ids that are stored, got {missing[0]}")
-        targets = torch.from_numpy(wanted).to(stored.device).expand(len(stored), -1).contiguous()
-        rows = order.gather(1, torch.searchsorted(found, targets))[:, :, None]
-        keys, values = self.invlists.keys[sequence], self.invlists.values[sequence]
-        return tuple(x.gather(1, rows.expand(-1, -1, x.shape[2])) for x in (keys, values))  # type: ignore[return-value]
-
-    def fork(self, sequences: Sequence[int] | None = None) -> AsymmetricIndex:
-        """An independent copy with the same training, of all sequences or of those named, in that order (beam search).
-
-        Copies the tokens in use: the cost is that of reading and writing them once.
-        """
-        new = self._clone()
-        if self._lists is not None:
-            chosen = list(range(self._lists.batch)) if sequences is None else list(sequences)
-            for s in chosen:
-                checks.integer(s, "sequences", 0, self._lists.batch - 1)
-            new._lists = self._lists.fork(chosen)
-        return new
-
-    def to(self, device: torch.device | str) -> AsymmetricIndex:
-        """This index on another device: itself if it is there already, else a copy."""
-        device = torch.device(device)
-        if device == self.device:
-            return self
-        new = self._clone(device)
-        if self._lists is not None:
-            new._lists = self._lists.to(new._backend, device)
-        return new
-
-    def _clone(self, device: torch.device | None = None) -> AsymmetricIndex:
-        new = object.__new__(AsymmetricIndex)
-        for name in IndexBase.__slots__:
-            setattr(new, name, getattr(self, name))
-        new._lists = new._last = None
-        if device is not None:
-            new.device, new._backend, new.backend_name = device, get_backend(device), None
-            if self._key_quantizer is not None:
-                new.key_quantizer = self._key_quantizer
-            if self._query_router is not None:
-                new.query_router = self._query_router
-        return new
-
-    def reserve_memory(self, n: int, batch: int | None = None) -> None:
-        """Make room for n tokens per sequence, so that no `add` up to there allocates. ``batch``: for an empty index."""
-        checks.integer(n, "n", 0)
-        size = checks.integer(batch, "batch", 1) if batch is not None else max(1, len(self.lengths))
-        if self._lists is None or (self._lists.batch != size and not self.ntotal):
-            self._lists = self._new_lists(size)
-        elif self._lists.batch != size:
-            raise ShapeError(f"batch: expected {self._lists.batch}, the sequences stored, got {size}")
-        self._lists.reserve(n)
-
-    def reclaim_memory(self) -> int:
-        """Give back memory that no token uses; returns the bytes freed."""
-        return 0 if self._lists is None else self._lists.reclaim()
+    # -- FAISS ---------------------------------------------------------------------------------------------------------
 
     def to_faiss(self, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndarray]:
         """One KV head of one sequence as a FAISS `IndexIVFFlat` with the same lists, and its values by id; see `interop`."""
@@ -406,68 +293,3 @@ class AsymmetricIndex(IndexBase):
         Raises CompatibilityError for another kind of index, ParameterError for other ids, ShapeError.
         """
         return interop.from_faiss(cls, faiss_index, values, options)
-
-    def stats(self) -> IndexStats:
-        """What the index holds, and what its last search read. Reads device memory: not for the decode path."""
-        lists = self._lists
-        shared = 0 if self._key_quantizer is None else self._key_quantizer.centroids.nbytes
-        shared += 0 if self._query_router is None else self._query_router.nbytes()
-        if lists is None:
-            return IndexStats(0, 0, 0, 0, 0, 0, 0, 0, shared, 0.0)
-        spans = [(lists.sinks(i), lists.sealed(i), n) for i, n in enumerate(lists.lengths)]
-        sizes = lists.list_sizes().double()
-        squares, sums = sizes.square().sum(-1), sizes.sum(-1)
-        imbalance = float((self.nlist * squares / sums.square())[sums > 0].mean()) if bool((sums > 0).any()) else 0.0
-        kv_bytes, metadata = lists.used_bytes()
-        return IndexStats(
-            ntotal=self.ntotal,
-            sink_tokens=sum(low if high else min(self.sinks, n) for low, high, n in spans),
-            sealed_tokens=sum(high - low for low, high, _ in spans),
-            recent_tokens=sum(n - high if high else n - min(self.sinks, n) for _, high, n in spans),
-            num_segments=sum(map(len, lists.segments)),
-            kv_bytes=kv_bytes,
-            metadata_bytes=metadata,
-            slack_bytes=lists.allocated_bytes() - kv_bytes - metadata,
-            shared_bytes=shared,
-            imbalance_factor=imbalance,
-            last_search=SearchStats() if self._last is None else self._search_stats(self._last, lists),
-        )
-
-    def _search_stats(self, last: Selection, lists: SegmentedInvertedLists) -> SearchStats:
-        b, h = lists.batch, lists.heads
-        sealed = [high - low for high, low in zip(last.sealed, last.sinks, strict=True)]
-        read = [0.0] * b if last.counts is None else last.counts.float().mean(1).tolist()
-        dense = [n - s for n, s in zip(last.lengths, sealed, strict=True)]
-        routed = last.rows is not None and self._query_router is not None
-        tables = sum(len(s) for s in lists.segments) * h * (self.nlist + 1) * 4 if routed else 0
-        return SearchStats(
-            sealed_tokens=sum(sealed) / b,
-            read_sealed=sum(read) / b,
-            dense_tokens=sum(dense) / b,
-            kv_bytes=int((sum(read) + sum(dense)) * h * (self.d + self.d_v) * self.dtype.itemsize),
-            metadata_bytes=tables + int(sum(read) * h) * 4,
-            router_bytes=self._query_router.nbytes() if routed and self._query_router is not None else 0,
-        )
-
-
-def _query_positions(positions: Any, b: int, q: int, n: int) -> np.ndarray:
-    """Checked positions of training queries, int64 (b, q)."""
-    if positions is None:
-        positions = np.arange(n - q, n)
-    listed = isinstance(positions, list | tuple | range)
-    found = checks.tensor(np.asarray(positions) if listed else positions, "positions").cpu().numpy()
-    if found.shape not in ((q,), (b, q)):
-        raise ShapeError(f"positions: expected shape ({b}, {q}) or ({q},), got {found.shape}")
-    if found.size and (found.min() < 0 or found.max() >= n):
-        raise LengthError(f"positions: expected integers in [0, {n}), got {found.min()} to {found.max()}")
-    return np.broadcast_to(found, (b, q)).astype(np.int64)
-
-
-def _ids(ids: Any, name: str) -> np.ndarray:
-    """Checked token ids, int64 (n,)."""
-    x = checks.tensor(np.asarray(ids) if isinstance(ids, list | tuple | range) else ids, name).cpu().numpy()
-    if x.size and x.dtype.kind not in "iu":
-        raise ShapeError(f"{name}: expected integers (n,), got {x.dtype}")
-    if x.ndim != 1:
-        raise ShapeError(f"{name}: expected shape (n,), got {x.shape}")
-    return x.astype(np.int64)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .attend import Selection
+from .invlists import SegmentedInvertedLists
+from .quantizer import KeyQuantizer
+from .router import QueryRouter
+
 
 @dataclass(frozen=True)
 class SearchStats:
@@ -57,3 +62,49 @@ class IndexStats:
     def overhead(self) -> float:
         """Metadata as a share of K and V."""
         return self.metadata_bytes / self.kv_bytes if self.kv_bytes else 0.0
+
+
+def gather(
+    lists: SegmentedInvertedLists | None, last: Selection | None, quantizer: KeyQuantizer | None, router: QueryRouter | None
+) -> IndexStats:
+    """The statistics of an index with these parts; ``last`` is what its last search read."""
+    shared = (0 if quantizer is None else quantizer.centroids.nbytes) + (0 if router is None else router.nbytes())
+    if lists is None:
+        return IndexStats(0, 0, 0, 0, 0, 0, 0, 0, shared, 0.0)
+    spans = [(lists.sinks(i), lists.sealed(i), n) for i, n in enumerate(lists.lengths)]
+    sinks = [low if high else min(lists.layout.sinks, n) for low, high, n in spans]
+    sealed = sum(high - low for low, high, _ in spans)
+    sizes = lists.list_sizes().double()
+    squares, sums = sizes.square().sum(-1), sizes.sum(-1)
+    imbalance = (lists.nlist * squares / sums.square())[sums > 0]
+    kv_bytes, metadata_bytes = lists.used_bytes()
+    return IndexStats(
+        ntotal=sum(lists.lengths),
+        sink_tokens=sum(sinks),
+        sealed_tokens=sealed,
+        recent_tokens=sum(lists.lengths) - sum(sinks) - sealed,
+        num_segments=sum(map(len, lists.segments)),
+        kv_bytes=kv_bytes,
+        metadata_bytes=metadata_bytes,
+        slack_bytes=lists.allocated_bytes() - kv_bytes - metadata_bytes,
+        shared_bytes=shared,
+        imbalance_factor=float(imbalance.mean()) if len(imbalance) else 0.0,
+        last_search=SearchStats() if last is None else _search(lists, last, router),
+    )
+
+
+def _search(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter | None) -> SearchStats:
+    b, h = lists.batch, lists.heads
+    sealed = [high - low for high, low in zip(last.sealed, last.sinks, strict=True)]
+    read = [0.0] * b if last.counts is None else last.counts.float().mean(1).tolist()
+    dense = [n - s for n, s in zip(last.lengths, sealed, strict=True)]
+    routed = last.rows is not None and router is not None
+    tables = sum(map(len, lists.segments)) * h * (lists.nlist + 1) * 4 if routed else 0
+    return SearchStats(
+        sealed_tokens=sum(sealed) / b,
+        read_sealed=sum(read) / b,
+        dense_tokens=sum(dense) / b,
+        kv_bytes=round((sum(read) + sum(dense)) * h) * (lists.d + lists.d_v) * lists.dtype.itemsize,
+        metadata_bytes=tables + round(sum(read) * h) * 4,
+        router_bytes=router.nbytes() if routed and router is not None else 0,
+    )

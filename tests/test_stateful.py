@@ -224,7 +224,7 @@ class Walk(RuleBasedStateMachine):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_walk(backend: str) -> None:
     walk = type(f"Walk_{backend}", (Walk,), {"backend": backend})
-    examples = {"reference": 10}.get(backend, 40)
+    examples = {"reference": 10}.get(backend, 60)
     run_state_machine_as_test(walk, settings=settings(max_examples=examples, stateful_step_count=25))
 
 
