@@ -364,9 +364,9 @@ class Rope:
         the number of the layer; one of them is needed if the layers differ. interleaved : overrides what is known of
         config.model_type; a model type unknown here is taken for half-split, which nearly all are.
 
-        Raises CompatibilityError, naming the rope type, if the rotation is of another kind (multimodal sections, latent attention
-        with its own rotary dims, scalings or parameters not known here), or if the config states no RoPE at all;
-        ParameterError if layer_type is missing or unknown, or a value is outside its range.
+        Raises CompatibilityError, naming the rope type or the family, if the rotation is of another kind (multimodal sections,
+        latent attention with rotary dims of its own, a family with its own rule, a scaling or parameter not known here), or if
+        the config states no RoPE at all; ParameterError if layer_type is missing or unknown, or a value is outside its range.
         """
         return _from_config(cls, _text_config(config), layer_type, layer, interleaved)
 
@@ -447,7 +447,11 @@ _ONLY_SLIDING = {
     "afmoe": False, "cohere2": False, "exaone4": True, "exaone4_5_text": True, "exaone_moe": True, "flint": False,
     "kolibri1": True,
 }  # fmt: skip
-_OWN_RULE = {"blt", "blt_global_transformer", "blt_local_decoder", "blt_local_encoder", "blt_patcher", "cohere2_moe", "gemma4_text"}
+# Families of another rule: layers chosen otherwise, heads that differ by layer, angles of the other sign, a learnt norm after it.
+_OWN_RULE = {
+    "blt", "blt_global_transformer", "blt_local_decoder", "blt_local_encoder", "blt_patcher", "cohere2_moe", "gemma4_text",
+    "gemma4_unified_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "nanochat",
+}  # fmt: skip
 # partial_rotary_factor of a config.json that does not state it; config objects always do.
 _PARTIAL = {
     "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "gpt_neox": 0.25, "nemotron": 0.5, "persimmon": 0.5, "phi": 0.5, "qwen3_next": 0.25,
@@ -478,7 +482,9 @@ def _from_config(
 ) -> Rope | None:
     model_type = str(_read(config, "model_type", ""))
     if model_type in _OWN_RULE or _read(config, "layer_rope_theta") is not None:
-        raise CompatibilityError(f"config: expected layers that rotate by their layer type or all alike, got {model_type!r}")
+        raise CompatibilityError(
+            f"config: expected a rotation as in Llama or GPT-J, got the family {model_type!r} with a rule of its own"
+        )
     layer_type = _layer_type(config, layer_type, layer)
     if not _rotates(config, model_type, layer_type, layer):
         return None
