@@ -150,8 +150,8 @@ def theirs(case: Case, q: Tensor, k: Tensor, positions: Tensor, module: Any = No
     cos, sin = module(q, positions if positions.ndim == 2 else positions[None], *layer_type)
     share = cos.shape[-1]
     if case.rotary in ("StableLm", "Phi"):  # their attention splits the head, not the function
-        turned = case.module.apply_rotary_pos_emb(q[..., :share], k[..., :share], cos, sin)
-        return tuple(torch.cat([new, old[..., share:]], -1) for new, old in zip(turned, (q, k), strict=True))  # type: ignore[return-value]
+        new_q, new_k = case.module.apply_rotary_pos_emb(q[..., :share], k[..., :share], cos, sin)
+        return torch.cat([new_q, q[..., share:]], -1), torch.cat([new_k, k[..., share:]], -1)
     return case.module.apply_rotary_pos_emb(q, k, cos, sin)  # type: ignore[no-any-return]
 
 
