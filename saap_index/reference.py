@@ -92,7 +92,7 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
 def route(x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int) -> tuple[Array, Array]:
     """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m), the distance term at the knots."""
     pre = x @ hidden.T + bias_hidden
-    y = (pre / (1.0 + np.exp(-pre))) @ out.T + x @ skip.T + bias_out
+    y = (pre * 0.5 * (1.0 + np.tanh(0.5 * pre))) @ out.T + x @ skip.T + bias_out
     return y[:, :nlist], y[:, nlist:]
 
 
@@ -110,8 +110,8 @@ def run_weights(z: Array, a: Array, knots: Array, tables: Ints, count_lists: boo
     for z_j, bend_j in zip(z, bend, strict=True):
         scores = bend_j[:, None] + z_j[None, :]
         top = scores.max(initial=-np.inf) if count_lists else z_j.max(initial=-np.inf)
-        mass = np.exp(scores - top)
-        total = (sizes * mass).sum() if count_lists else np.exp(z_j - top).sum()
+        mass = np.exp(scores - (top if np.isfinite(top) else 0.0))
+        total = (sizes * mass).sum() if count_lists else np.exp(z_j - (top if np.isfinite(top) else 0.0)).sum()
         weights += mass / total if total > 0 else 0.0
     return weights
 
@@ -120,7 +120,8 @@ def list_weights(z: Array, sizes: Ints, count_lists: bool) -> Array:
     """Predicted attention per token of every list without distance, mean over the group: (l,). sizes (l,)."""
     weights = np.zeros(z.shape[1])
     for z_j in z:
-        mass = np.exp(z_j - z_j.max())
+        top = z_j.max()
+        mass = np.exp(z_j - (top if np.isfinite(top) else 0.0))
         total = (sizes * mass).sum() if count_lists else mass.sum()
         weights += mass / total if total > 0 else 0.0
     return weights
