@@ -194,13 +194,19 @@ def _run_weights(z: Tensor, bend: Tensor, sizes: Tensor, count_lists: bool) -> T
         norm = torch.logsumexp(scores + torch.log(sizes[:, :, None].float()), dim=(-2, -1))
     else:
         norm = torch.logsumexp(z, dim=-1)
-    return torch.exp(scores - norm[..., None, None]).nan_to_num(0.0, 0.0, 0.0).sum(2)
+    return _sum_over_group(torch.exp(scores - norm[..., None, None]))
 
 
 def _list_weights(z: Tensor, sizes: Tensor, count_lists: bool) -> Tensor:
     """Predicted attention per token of each list, summed over the group: (b, h, l)."""
     norm = torch.logsumexp(z + torch.log(sizes[:, :, None].float()) if count_lists else z, dim=-1)
-    return torch.exp(z - norm[..., None]).nan_to_num(0.0, 0.0, 0.0).sum(2)
+    return _sum_over_group(torch.exp(z - norm[..., None]))
+
+
+def _sum_over_group(mass: Tensor) -> Tensor:
+    """Sum of (b, h, j, ...) over j, one after the other: torch's own order of summation depends on the place of a column in
+    memory, and equal runs must stay equal to the last bit."""
+    return sum(mass.nan_to_num(0.0, 0.0, 0.0).unbind(2), mass.new_zeros(()))
 
 
 def _rows(firsts: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
