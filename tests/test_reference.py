@@ -22,7 +22,8 @@ def rng(seed: int) -> np.random.Generator:
 
 
 @given(
-    seed=SEEDS, j=st.integers(1, 5), n=st.integers(1, 30), d=DIMS, e=DIMS, size=st.sampled_from([1e-3, 1.0, 1e4]), hide=st.booleans()
+    seed=SEEDS, j=st.integers(1, 5), n=st.integers(1, 30), d=DIMS, e=DIMS, size=st.sampled_from([1e-3, 1.0, 1e4]),
+    hide=st.booleans(),
 )  # fmt: skip
 def test_attend_is_torch_attention(seed: int, j: int, n: int, d: int, e: int, size: float, hide: bool) -> None:
     r = rng(seed)
