@@ -1,9 +1,9 @@
 """saap_index: a KV cache that is a vector-search index, so that decoding reads a few percent of it.
 
-    index = saap_index.AsymmetricIndex(d=128, nlist=256, num_heads=32, num_kv_heads=8, rope=rope)
-    index.train(keys, queries)
-    index.add(keys, values)
-    out = index.search_attend(queries)
+index = saap_index.AsymmetricIndex(d=128, nlist=256, num_heads=32, num_kv_heads=8, rope=rope)
+index.train(keys, queries)
+index.add(keys, values)
+out = index.search_attend(queries)
 """
 
 from .attend import Selection, merge_states

@@ -208,9 +208,7 @@ class IndexBase:
 
     # -- arguments -----------------------------------------------------------------------------------------------------
 
-    def _input(
-        self, value: Any, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]
-    ) -> Tensor:
+    def _input(self, value: Any, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> Tensor:
         """A checked tensor of 4 axes; (n, d) becomes (1, 1, n, d)."""
         x = checks.tensor(value, name)
         if x.ndim == 2:
@@ -241,5 +239,7 @@ class IndexBase:
     def _assign_rows(self, i: int, start: int, stop: int) -> Tensor:
         """List numbers of recent rows of sequence i: what the inverted lists call when they seal."""
         lists = self.invlists
-        rotation = None if self.rope is None else self.rope.rotation(lists.positions(i, np.arange(start, stop)))
+        rotation = None
+        if self.rope is not None:
+            rotation = self.rope.rotation(lists.positions(i, np.arange(start, stop)), device=self.device)
         return self._backend.assign(self._prepared_quantizer, lists.keys[i, :, start:stop], rotation)

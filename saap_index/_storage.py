@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from typing_extensions import Self
 
 from . import checks
 from ._base import IndexBase

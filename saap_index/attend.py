@@ -41,15 +41,16 @@ def everything(lists: SegmentedInvertedLists) -> Selection:
 
 
 def select(
-    backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor, rotation: Rotation | None,
-    params: SearchParametersIVF,
+    backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor,
+    rotation: Rotation | None, params: SearchParametersIVF,
 ) -> Selection:  # fmt: skip
     """Route queries (b, h, g, q, d) and spend the budget on the best runs: one selection per (sequence, KV head)."""
     batch = range(lists.batch)
     sinks, sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
-    budgets = [params.budget(high - low) for low, high in zip(sinks, sealed, strict=True)]
+    sizes = [high - low for low, high in zip(sinks, sealed, strict=True)]
+    budgets = [params.budget(size) for size in sizes]
     nprobe = params.nprobe or 0
-    if (not nprobe or nprobe >= router.nlist) and all(t == high - low for t, low, high in zip(budgets, sinks, sealed, strict=True)):
+    if budgets == sizes and (not nprobe or nprobe >= router.nlist):
         return everything(lists)
     z, a = backend.route(prepared, queries, rotation)
     num_segments = [len(s) for s in lists.segments]
@@ -162,4 +163,3 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
         checks.array(x, name, "x " * x.ndim, list(lse_a.shape), [torch.float32], out_a.device)
     args = [x.contiguous() for x in (out_a, lse_a, out_b, lse_b)]
     return get_backend(out_a.device).combine(*args)
-

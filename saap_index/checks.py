@@ -33,7 +33,9 @@ def tensor(value: Any, name: str) -> Tensor:
     raise DTypeError(f"{name}: expected a torch tensor or NumPy array, got {type(value).__name__}")
 
 
-def array(x: Tensor, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device) -> None:
+def array(
+    x: Tensor, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
     """Check shape (None: any size), dtype, device and contiguous rows; ``axes`` names the axes in messages."""
     if x.ndim != len(shape) or any(want is not None and got != want for got, want in zip(x.shape, shape, strict=True)):
         want = ", ".join(axis if size is None else str(size) for axis, size in zip(axes.split(), shape, strict=True))

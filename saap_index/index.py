@@ -152,7 +152,7 @@ class AsymmetricIndex(IndexStorage):
         for i, count in enumerate(counts):
             start = self.invlists.next_position(i) if self.ntotal else 0
             if count:
-                rotation = self.rope.rotation(np.arange(start, start + count), start + count)
+                rotation = self.rope.rotation(np.arange(start, start + count), start + count, device=self.device)
                 nos[i, :, :count] = self._backend.assign(self._prepared_quantizer, keys[i, :, :count], rotation)
         return nos
 
@@ -258,8 +258,8 @@ class AsymmetricIndex(IndexStorage):
         assert self.rope is not None
         ends = [self.invlists.next_position(i) for i in range(self.invlists.batch)]
         if len(ends) == 1:
-            return self.rope.rotation(range(max(0, ends[0] - q), max(q, ends[0])), ends[0])
-        parts = [self.rope.rotation(range(max(0, end - q), max(q, end)), end) for end in ends]
+            return self.rope.rotation(range(max(0, ends[0] - q), max(q, ends[0])), ends[0], device=self.device)
+        parts = [self.rope.rotation(range(max(0, end - q), max(q, end)), end, device=self.device) for end in ends]
         cos, sin = torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts])
         return Rotation(cos, sin, parts[0].interleaved, parts[0].scale)
 

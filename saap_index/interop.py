@@ -19,7 +19,9 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise MissingDependencyError("to_faiss and from_faiss need FAISS: pip install 'saap-index[cpu]' (or faiss-cpu)") from error
+        raise MissingDependencyError(
+            "to_faiss and from_faiss need FAISS: pip install 'saap-index[cpu]' (or faiss-cpu)"
+        ) from error
     return faiss
 
 
@@ -90,7 +92,6 @@ def from_faiss(cls: type[AsymmetricIndex], faiss_index: Any, values: np.ndarray,
     centroids = np.ascontiguousarray(source.quantizer.reconstruct_n(0, source.nlist), np.float32)[None]
     found.key_quantizer = KeyQuantizer(torch.from_numpy(centroids))
     found.query_router = QueryRouter.symmetric(torch.from_numpy(centroids))
-    to = {"dtype": found.dtype, "device": found.device}
-    k, v = torch.from_numpy(keys[order])[None, None].to(**to), torch.from_numpy(values)[None, None].to(**to)
+    k, v = (torch.from_numpy(x)[None, None].to(found.device, found.dtype) for x in (keys[order], values))
     found.add_preassigned(k, v, torch.from_numpy(nos[order])[None, None].to(found.device))
     return found

@@ -72,10 +72,10 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
     layout, lists = index.layout, index._lists
     config: dict[str, Any] = {
         "index": {
-            "d": index.d, "d_v": index.d_v, "nlist": index.nlist, "num_heads": index.num_heads, "num_kv_heads": index.num_kv_heads,
-            "scale": index.scale, "nprobe": index.nprobe, "selectivity": index.selectivity, "max_codes": index.max_codes,
-            "sinks": layout.sinks, "window": layout.window, "seal_tokens": layout.seal_tokens, "max_segment": layout.max_segment,
-            "break_even": layout.break_even,
+            "d": index.d, "d_v": index.d_v, "nlist": index.nlist, "num_heads": index.num_heads,
+            "num_kv_heads": index.num_kv_heads, "scale": index.scale, "nprobe": index.nprobe, "selectivity": index.selectivity,
+            "max_codes": index.max_codes, "sinks": layout.sinks, "window": layout.window, "seal_tokens": layout.seal_tokens,
+            "max_segment": layout.max_segment, "break_even": layout.break_even,
         },
         "dtype": str(index.dtype).removeprefix("torch."),
         "rope": None if index.rope is None else index.rope.to_dict(),
@@ -119,7 +119,7 @@ def _checksum(tensors: dict[str, Tensor], config: str) -> str:
     for name in sorted(tensors):
         value = zlib.crc32(name.encode(), value)
         if tensors[name].numel():
-            value = zlib.crc32(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()), value)
+            value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 
@@ -196,12 +196,15 @@ def _empty_index(config: dict[str, Any], device: torch.device | str, backend: st
     return AsymmetricIndex(**config["index"], dtype=dtype, device=device, rope=rope, backend=backend)
 
 
-def _restore(config: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str, backend: str | None) -> AsymmetricIndex:
+def _restore(
+    config: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str, backend: str | None
+) -> AsymmetricIndex:
     index = _empty_index(config, device, backend)
     if config["quantizer"]:
         index.key_quantizer = KeyQuantizer(tensors["centroids"])
     if config["router"] is not None:
-        weights = RouterWeights(*(tensors[f"router.{name}"] for name in ROUTER_PARTS), index.nlist)
+        hidden, bias_hidden, out, skip, bias_out = (tensors[f"router.{name}"] for name in ROUTER_PARTS)
+        weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, index.nlist)
         index.query_router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
     lengths = config["lengths"]
     if not lengths:
@@ -225,6 +228,8 @@ def _check_tables(tables: Tensor, ids: Tensor, segments: tuple[tuple[int, int], 
     """FormatError unless offsets rise from the start to the end of their segment and no id repeats in it."""
     for s, (start, stop) in enumerate(segments):
         table, part = tables[:, s], ids[:, start:stop].sort(dim=1).values
-        rising = bool((table.diff(dim=1) >= 0).all()) and bool((table[:, 0] == start).all()) and bool((table[:, -1] == stop).all())
+        rising = (
+            bool((table.diff(dim=1) >= 0).all()) and bool((table[:, 0] == start).all()) and bool((table[:, -1] == stop).all())
+        )
         if not rising or not bool((part.diff(dim=1) > 0).all()):
             raise FormatError(f"expected the offsets and ids of segment [{start}, {stop}), got others")

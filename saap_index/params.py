@@ -29,7 +29,9 @@ class SearchParametersIVF:
 
     def __post_init__(self) -> None:
         if self.nprobe is not None and self.selectivity is not None:
-            raise ParameterError(f"nprobe, selectivity: expected one of them, got nprobe={self.nprobe}, selectivity={self.selectivity}")
+            raise ParameterError(
+                f"nprobe, selectivity: expected one of them, got nprobe={self.nprobe}, selectivity={self.selectivity}"
+            )
         for name, least in (("nprobe", 1), ("max_codes", 0), ("window", 0), ("sinks", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -51,5 +53,7 @@ class SearchParametersIVF:
 
     def budget(self, sealed_tokens: int) -> int:
         """Most of ``sealed_tokens`` that may be read."""
-        tokens = sealed_tokens if self.selectivity is None else min(sealed_tokens, math.ceil(self.selectivity * sealed_tokens - 1e-6))
+        tokens = (
+            sealed_tokens if self.selectivity is None else min(sealed_tokens, math.ceil(self.selectivity * sealed_tokens - 1e-6))
+        )
         return min(tokens, self.max_codes) if self.max_codes else tokens

@@ -58,7 +58,12 @@ class KeyQuantizer:
         for head in range(heads):
             x = np.ascontiguousarray(keys[head].float().cpu().numpy())
             kmeans = faiss.Kmeans(
-                d, nlist, niter=niter, seed=seed + head, min_points_per_centroid=1, max_points_per_centroid=MAX_POINTS_PER_CENTROID
+                d,
+                nlist,
+                niter=niter,
+                seed=seed + head,
+                min_points_per_centroid=1,
+                max_points_per_centroid=MAX_POINTS_PER_CENTROID,
             )
             kmeans.train(x)
             centroids[head] = kmeans.centroids

@@ -15,7 +15,9 @@ Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def attend(queries: Array, keys: Array, values: Array, scale: float, visible: NDArray[np.bool_] | None = None) -> tuple[Array, Array]:
+def attend(
+    queries: Array, keys: Array, values: Array, scale: float, visible: NDArray[np.bool_] | None = None
+) -> tuple[Array, Array]:
     """Softmax attention of queries (j, d) over keys (n, d), values (n, e); visible : bool (j, n) hides pairs.
 
     Returns out (j, e) and lse (j,), the natural log of the sum of exp(logits). A query that sees nothing has out 0, lse -inf.
@@ -58,7 +60,8 @@ def unrotate(x: Array, cos: Array, sin: Array, interleaved: bool, scale: float) 
 def assign(keys: Array, centroids: Array) -> Ints:
     """Nearest centroid (Euclidean) of each key: keys (n, d), centroids (l, d) -> (n,). Ties go to the lower list."""
     scores = keys @ centroids.T - 0.5 * (centroids**2).sum(axis=1)
-    return scores.argmax(axis=1)
+    nearest: Ints = scores.argmax(axis=1)
+    return nearest
 
 
 def sort_segment(list_nos: Ints, nlist: int) -> tuple[Ints, Ints]:
@@ -89,7 +92,9 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
     return found
 
 
-def route(x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int) -> tuple[Array, Array]:
+def route(
+    x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int
+) -> tuple[Array, Array]:
     """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m), the distance term at the knots."""
     pre = x @ hidden.T + bias_hidden
     y = (pre * 0.5 * (1.0 + np.tanh(0.5 * pre))) @ out.T + x @ skip.T + bias_out

@@ -55,11 +55,13 @@ class QueryRouter:
     def knots(self, distances: np.ndarray) -> np.ndarray:
         """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends."""
         place = np.log2(np.maximum(distances, 1.0)) - self.first_knot
-        return np.clip(place, 0.0, max(0, self.num_knots - 1)).astype(np.float32)
+        knots: np.ndarray = np.clip(place, 0.0, max(0, self.num_knots - 1)).astype(np.float32)
+        return knots
 
     def to(self, device: torch.device | str) -> QueryRouter:
         w = self.weights
-        moved = RouterWeights(*(x.to(device) for x in (w.hidden, w.bias_hidden, w.out, w.skip, w.bias_out)), w.nlist)
+        hidden, bias_hidden, out, skip, bias_out = (x.to(device) for x in self.tensors().values())
+        moved = RouterWeights(hidden, bias_hidden, out, skip, bias_out, w.nlist)
         return QueryRouter(moved, self.first_knot, self.count_lists)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -76,8 +76,9 @@ class RouterTargets:
 
     @classmethod
     def cat(cls, parts: list[RouterTargets]) -> RouterTargets:
-        joined = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("x", "list_mass", "bin_mass", "counts"))
-        return cls(*joined, parts[0].bins)
+        names = ("x", "list_mass", "bin_mass", "counts")
+        x, list_mass, bin_mass, counts = (torch.cat([getattr(p, name) for p in parts], 1) for name in names)
+        return cls(x, list_mass, bin_mass, counts, parts[0].bins)
 
 
 def bin_edges(nearest: int, farthest: int, distance: bool) -> Tensor:
@@ -140,7 +141,8 @@ def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_
     outputs, u = nlist + num_knots, config.hidden
 
     def weight(rows: int, columns: int, gain: float) -> Tensor:
-        return (torch.randn((h, rows, columns), generator=generator) * gain / max(1, columns) ** 0.5).to(device).requires_grad_()
+        drawn = torch.randn((h, rows, columns), generator=generator) * (gain / max(1, columns) ** 0.5)
+        return drawn.to(device).requires_grad_()
 
     hidden, out, skip = weight(u, d, 1.0), weight(outputs, u, 0.1), weight(outputs, d, 0.1)
     bias_hidden, bias_out = torch.zeros((h, u), device=device), torch.zeros((h, outputs), device=device)
@@ -174,8 +176,7 @@ def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_
         hidden_, skip_ = hidden / deviation[:, None], skip / deviation[:, None]
         shift_hidden = bias_hidden - torch.einsum("hud,hd->hu", hidden_, mean)
         shift_out = bias_out - torch.einsum("hld,hd->hl", skip_, mean)
-        final = (hidden_, shift_hidden, out, skip_, shift_out)
-        weights = RouterWeights(*(p.detach().contiguous() for p in final), nlist)
+        weights = RouterWeights(hidden_, shift_hidden, out.detach().contiguous(), skip_, shift_out, nlist)
     return QueryRouter(weights, first_knot, config.count_lists)
 
 

@@ -13,7 +13,9 @@ SMALL = {"sinks": 2, "window": 8, "seal_tokens": 4, "max_segment": 64, "break_ev
 """A layout in which 40 tokens already have several segments."""
 
 
-def random_router(heads: int, nlist: int, d: int, knots: int = 3, units: int = 5, seed: int = 0, count_lists: bool = True) -> QueryRouter:
+def random_router(
+    heads: int, nlist: int, d: int, knots: int = 3, units: int = 5, seed: int = 0, count_lists: bool = True
+) -> QueryRouter:
     g = torch.Generator().manual_seed(seed)
     shapes = ((heads, units, d), (heads, units), (heads, nlist + knots, units), (heads, nlist + knots, d), (heads, nlist + knots))
     parts = [torch.randn(s, generator=g) * 0.5 for s in shapes]
@@ -35,7 +37,9 @@ def tokens(b: int, heads: int, n: int, d: int, dtype: torch.dtype = torch.float3
     return torch.randn((b, heads, n, d), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def dense(queries: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def dense(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Float64 attention of queries (g, q, d) over the keys (n, d), values (n, e) of one KV head; hidden : bool (q, n)."""
     g, q, d = queries.shape
     visible = None if hidden is None else np.tile(~hidden, (g, 1))

@@ -65,7 +65,12 @@ class ReferenceBackend(Backend):
             x = reference.unrotate(x, cos, sin, rotation.interleaved, rotation.scale)
         x = x.reshape(b, h, g * q, d)
         parts = [_f64(t) for t in (router.hidden, router.bias_hidden, router.out, router.skip, router.bias_out)]
-        y = [[reference.route(x[i, head], *(p[head] for p in parts), router.nlist) for head in range(h)] for i in range(b)]
+        hidden, bias_hidden, out, skip, bias_out = parts
+
+        def one(i: int, k: int) -> tuple[reference.Array, reference.Array]:
+            return reference.route(x[i, k], hidden[k], bias_hidden[k], out[k], skip[k], bias_out[k], router.nlist)
+
+        y = [[one(i, head) for head in range(h)] for i in range(b)]
         z, a = (np.stack([[pair[k] for pair in row] for row in y]) for k in (0, 1))
         return torch.from_numpy(z).float(), torch.from_numpy(a).float()
 

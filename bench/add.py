@@ -1,0 +1,95 @@
+"""Adding tokens: one at a time, sealing and merging included, at several context lengths; and a whole prompt at once.
+
+    python bench/add.py
+
+The prompt is compared, in the same run, with one dense pass of its keys through the assignment GEMM of k-means (torch addmm
+into a reused buffer and a maximum, 512 keys at a time), which any index over the same lists has to do at the least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import harness
+import torch
+from search_attend import SHAPES, build
+
+
+def one_at_a_time(shape: str, context: int, steps: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Mean and longest seconds of adding one token after ``context`` others, over ``steps`` of them."""
+    index = build(shape, context, 256, dtype, 1)[0]
+    _, heads, d, _ = SHAPES[shape]
+    index.reserve_memory(context + steps)
+    tokens = [torch.randn((1, heads, 1, d)).to(dtype) for _ in range(64)]
+    longest, began = 0.0, time.perf_counter()
+    for i in range(steps):
+        start = time.perf_counter()
+        index.add(tokens[i % 64], tokens[(i + 7) % 64])
+        longest = max(longest, time.perf_counter() - start)
+    return (time.perf_counter() - began) / steps, longest
+
+
+def at_once(shape: str, n: int, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+    index = build(shape, 4096, 256, dtype, 1)[0]
+    _, heads, d, _ = SHAPES[shape]
+    keys = torch.cat([torch.randn((1, heads, 8192, d)).to(dtype) for _ in range(n // 8192)], 2)
+    values = keys.clone()
+    index.reset()
+    index.reserve_memory(n)
+
+    def bulk() -> None:
+        index.reset()
+        index.add(keys, values)
+
+    quantizer = index.key_quantizer
+    assert quantizer is not None
+    wide = [keys[0, h].float() for h in range(heads)]
+    centroids = [c.T.contiguous() for c in quantizer.centroids]
+    bias = [-0.5 * c.square().sum(-1) for c in quantizer.centroids]
+    scores = torch.empty((512, quantizer.nlist))
+
+    def gemm() -> None:
+        for h in range(heads):
+            for start in range(0, n, 512):
+                torch.addmm(bias[h], wide[h][start : start + 512], centroids[h], out=scores).max(1)
+
+    copy = torch.empty_like(keys), torch.empty_like(values)
+
+    def clone() -> None:
+        copy[0].copy_(keys)
+        copy[1].copy_(values)
+
+    return harness.race({"bulk add": bulk, "assignment GEMM alone": gemm, "copying K and V": clone}, seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--steps", type=int, default=16384, help="tokens added one by one: a whole cycle of merges")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    figures: dict[str, object] = {}
+    print(f"{options.shape}, {options.dtype}; {harness.environment()}")
+    for context in options.contexts:
+        mean, longest = one_at_a_time(options.shape, context, options.steps, dtype)
+        print(f"  add one token after {context:7d}: {mean * 1e6:7.1f} us on average, longest {longest * 1e3:7.2f} ms")
+        figures[f"one after {context}"] = {"mean_us": mean * 1e6, "longest_ms": longest * 1e3}
+    times = at_once(options.shape, options.tokens, dtype, 2.0)
+    for name, seconds in times.items():
+        print(
+            harness.line(f"{name}, {options.tokens} tokens", seconds, 0, 0)
+            + f" {seconds / times['assignment GEMM alone']:6.2f}x the GEMM"
+        )
+    harness.save(options.json, "add", {"one_at_a_time": figures, "at_once_seconds": times})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
