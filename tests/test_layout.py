@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ LENGTHS = st.one_of(st.integers(0, 3000), st.integers(0, 100_000))
 def test_segments_tile_what_is_sealed(layout: Layout, length: int) -> None:
     segments = layout.segments(length)
     assert len(segments) == 0 or segments[0][0] == layout.sinks
-    assert all(a[1] == b[0] for a, b in zip(segments, segments[1:], strict=False)), "no gap, no overlap"
+    assert all(a[1] == b[0] for a, b in pairwise(segments)), "no gap, no overlap"
     for start, stop in segments:
         blocks = (stop - start) // layout.block
         assert (stop - start) % layout.block == 0 and blocks == FANOUT ** round(math.log(blocks, FANOUT))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -108,7 +110,7 @@ def test_merging_is_attention_over_the_union(seed: int, cuts: list[int], size: f
     queries, keys, values = r.normal(size=(4, 6)) * size, r.normal(size=(40, 6)), r.normal(size=(40, 5))
     state = np.zeros((4, 5)), np.full(4, -np.inf)
     edges = [0, *sorted(cuts), 40]
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         state = reference.merge_states(*state, *reference.attend(queries, keys[low:high], values[low:high], 1.0))
     close(state, reference.attend(queries, keys, values, 1.0))
 
