@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def counts(lengths: Any, batch: int, most: int, name: str = "lengths") -> list[i
         found = [int(lengths)] * batch
     else:
         try:
-            found = [int(n) for n in lengths]
+            found = [operator.index(n) for n in lengths]
         except (TypeError, ValueError) as error:
             raise ShapeError(f"{name}: expected an integer or {batch} integers, got {lengths!r}") from error
     if len(found) != batch:
@@ -88,6 +89,8 @@ def positions(positions: Any, b: int, q: int, n: int) -> np.ndarray:
         positions = np.arange(n - q, n)
     listed = isinstance(positions, list | tuple | range)
     found = tensor(np.asarray(positions) if listed else positions, "positions").cpu().numpy()
+    if found.size and found.dtype.kind not in "iu":
+        raise DTypeError(f"positions: expected integers, got {found.dtype}")
     if found.shape not in ((q,), (b, q)):
         raise ShapeError(f"positions: expected shape ({b}, {q}) or ({q},), got {found.shape}")
     if found.size and (found.min() < 0 or found.max() >= n):
@@ -99,7 +102,7 @@ def ids(ids: Any, name: str) -> np.ndarray:
     """Checked token ids, int64 (n,)."""
     x = tensor(np.asarray(ids) if isinstance(ids, list | tuple | range) else ids, name).cpu().numpy()
     if x.size and x.dtype.kind not in "iu":
-        raise ShapeError(f"{name}: expected integers (n,), got {x.dtype}")
+        raise DTypeError(f"{name}: expected integers (n,), got {x.dtype}")
     if x.ndim != 1:
         raise ShapeError(f"{name}: expected shape (n,), got {x.shape}")
     return x.astype(np.int64)
