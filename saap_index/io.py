@@ -44,6 +44,8 @@ def write_index(index: AsymmetricIndex, path: str | os.PathLike[str]) -> None:
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except SafetensorError as error:  # safetensors hides what the system said
+        raise OSError(f"{path}: expected a path that can be written, got {error}") from error
     finally:
         draft.unlink(missing_ok=True)
 
