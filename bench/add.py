@@ -9,6 +9,7 @@ into a reused buffer and a maximum, 512 keys at a time), which any index over th
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,25 @@ def one_at_a_time(shape: str, context: int, steps: int, dtype: torch.dtype) -> t
         index.add(tokens[i % 64], tokens[(i + 7) % 64])
         longest = max(longest, time.perf_counter() - start)
     return (time.perf_counter() - began) / steps, longest
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def memory(shape: str, n: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Growth of the process by an index of ``n`` tokens, added 4096 at a time, and the bytes of its keys and values."""
+    build(shape, 16384, 256, dtype, 1)  # once before, for what the first use of anything keeps
+    index = build(shape, 16384, 256, dtype, 1)[0]
+    index.reset()
+    index.reclaim_memory()
+    before = resident_bytes()
+    index.reserve_memory(n)
+    _, heads, d, _ = SHAPES[shape]
+    tokens = torch.randn((1, heads, 4096, d)).to(dtype)
+    for _ in range(0, n, 4096):
+        index.add(tokens, tokens)
+    return resident_bytes() - before - tokens.nbytes, index.stats().kv_bytes
 
 
 def at_once(shape: str, n: int, dtype: torch.dtype, seconds: float) -> dict[str, float]:
@@ -81,6 +101,9 @@ def main() -> int:
         mean, longest = one_at_a_time(options.shape, context, options.steps, dtype)
         print(f"  add one token after {context:7d}: {mean * 1e6:7.1f} us on average, longest {longest * 1e3:7.2f} ms")
         figures[f"one after {context}"] = {"mean_us": mean * 1e6, "longest_ms": longest * 1e3}
+    grown, kv_bytes = memory(options.shape, options.tokens, dtype)
+    print(f"  memory of {options.tokens} tokens: {grown / 1e6:.1f} MB resident, {grown / kv_bytes - 1:.2%} more than K and V")
+    figures["memory"] = {"resident_bytes": grown, "kv_bytes": kv_bytes}
     times = at_once(options.shape, options.tokens, dtype, 2.0)
     for name, seconds in times.items():
         print(

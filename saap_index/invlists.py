@@ -48,7 +48,8 @@ class SegmentedInvertedLists:
     def _allocate(self, capacity: int) -> None:
         """Move everything in use to an arena of ``capacity`` rows."""
         b, h, used = self.batch, self.heads, max(self.lengths, default=0)
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"keys": ((b, h, capacity, self.d), self.dtype), "values": ((b, h, capacity, self.d_v), self.dtype)}
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        shapes = {"keys": ((b, h, capacity, self.d), self.dtype), "values": ((b, h, capacity, self.d_v), self.dtype)}
         shapes["ids"] = ((b, h, capacity), torch.int32)
         if self.pending is not None:
             shapes["pending"] = ((b, h, capacity), torch.int32)

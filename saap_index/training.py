@@ -40,7 +40,7 @@ class TrainingConfig:
     hidden: int = 64
     epochs: int = 20
     lr: float = 3e-3
-    batch: int = 256
+    batch: int = 128
     decay: float = 1e-2
     distance: bool = True
     count_lists: bool = True
@@ -142,7 +142,8 @@ def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_
 
     def weight(rows: int, columns: int, gain: float) -> Tensor:
         drawn = torch.randn((h, rows, columns), generator=generator) * (gain / max(1, columns) ** 0.5)
-        return drawn.to(device).requires_grad_()
+        moved: Tensor = drawn.to(device).requires_grad_()
+        return moved
 
     hidden, out, skip = weight(u, d, 1.0), weight(outputs, u, 0.1), weight(outputs, d, 0.1)
     bias_hidden, bias_out = torch.zeros((h, u), device=device), torch.zeros((h, outputs), device=device)
