@@ -1,0 +1,112 @@
+// The Python module saap_index._cpu: the operations of ops.h over raw addresses. backends/cpu.py, its only caller, has checked
+// dtypes, shapes and strides; addresses instead of array objects keep a call below a microsecond.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+
+#include "kernels.h"
+#include "ops.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace saap;
+
+namespace {
+
+using Address = uintptr_t;
+template <class T> T* at(Address a) { return reinterpret_cast<T*>(a); }
+
+using Free = nb::gil_scoped_release;  // while kernels run, other Python threads do
+
+Angles angles(Address cos, Address sin, int r, bool interleaved, float scale) {
+  return {at<const float>(cos), at<const float>(sin), r, interleaved, scale};
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "Native CPU kernels of saap_index; use saap_index.backends.cpu.";
+
+  nb::class_<Quantizer>(m, "Quantizer")
+      .def_prop_ro("shape", [](const Quantizer& q) { return nb::make_tuple(q.heads, q.lists, q.dim); });
+  nb::class_<Router>(m, "Router").def_prop_ro("shape", [](const Router& r) {
+    return nb::make_tuple(r.heads, r.hidden_units, r.dim, r.lists, r.knots);
+  });
+
+  m.def("append", [](int type, Address keys, int64_t kb, int64_t kh, int64_t kn, Address values, int64_t vb, int64_t vh, int64_t vn,
+                     Address arena_keys, Address arena_values, int b, int h, int64_t N, int d, int e, const Ints& starts, const Ints& counts) {
+    AppendSide k{{at<const void>(keys), kb, kh, kn}, at<void>(arena_keys), d};
+    AppendSide v{{at<const void>(values), vb, vh, vn}, at<void>(arena_values), e};
+    Free free;
+    return append(static_cast<DType>(type), k, v, b, h, N, starts, counts);
+  });
+
+  m.def("make_quantizer", [](Address centroids, int h, int l, int d) { return make_quantizer(at<const float>(centroids), h, l, d); });
+  m.def("assign", [](const Quantizer& q, int type, Address keys, int64_t kh, int64_t kn, int64_t n, Address cos, Address sin, int r,
+                     bool interleaved, float scale, Address list_nos) {
+    Free free;
+    assign(q, static_cast<DType>(type), {at<const void>(keys), 0, kh, kn}, n, angles(cos, sin, r, interleaved, scale), at<int32_t>(list_nos));
+  });
+
+  m.def("seal", [](int type, Address keys, Address values, Address ids, int h, int64_t N, int d, int e, int64_t start, int64_t n,
+                   Address list_nos, int l, Address table, int64_t table_stride) {
+    Free free;
+    seal(static_cast<DType>(type), at<void>(keys), at<void>(values), at<int32_t>(ids), h, N, d, e, start, n, at<const int32_t>(list_nos), l,
+         at<int32_t>(table), table_stride);
+  });
+
+  m.def("make_router", [](Address hidden, Address bias_hidden, Address out, Address skip, Address bias_out, int h, int u, int d, int l, int k) {
+    return make_router(at<const float>(hidden), at<const float>(bias_hidden), at<const float>(out), at<const float>(skip),
+                       at<const float>(bias_out), h, u, d, l, k);
+  });
+  m.def("route", [](const Router& router, int type, Address queries, int b, int g, int q, Address cos, Address sin, int r, bool interleaved,
+                    float scale, Address z, Address a) {
+    Free free;
+    route(router, static_cast<DType>(type), at<const void>(queries), b, g, q, angles(cos, sin, r, interleaved, scale), at<float>(z), at<float>(a));
+  });
+
+  m.def("probe_bound", [](Address tables, int b, int h, int l, int S, const Ints& num_segments, const Ints& budgets) {
+    ProbeArgs p{};
+    p.tables = at<const int32_t>(tables), p.b = b, p.h = h, p.l = l, p.S = S;
+    return probe_bound(p, num_segments, budgets);
+  });
+  m.def("probe", [](Address z, Address a, Address knots, Address tables, int b, int h, int j, int l, int k, int S, bool count_lists, int nprobe,
+                    const Ints& num_segments, const Ints& budgets, int64_t bound, Address rows, Address counts) {
+    ProbeArgs p{at<const float>(z), at<const float>(a), at<const float>(knots), at<const int32_t>(tables), b, h, j, l, k, S, count_lists, nprobe};
+    Free free;
+    return probe(p, num_segments, budgets, bound, at<int32_t>(rows), at<int32_t>(counts));
+  });
+
+  m.def("scan", [](Address q, int q_type, Address k, Address v, int type, int b, int h, int g, int n_queries, int d, int e, int64_t N,
+                   Address rows, Address counts, int64_t t, const Ints& sinks, const Ints& sealed, const Ints& lengths, float scale,
+                   bool causal, Address out, Address lse) {
+    ScanArgs p{at<const void>(q), at<const void>(k), at<const void>(v), static_cast<DType>(q_type), static_cast<DType>(type), b, h, g,
+               n_queries, d, e, N, at<const int32_t>(rows), at<const int32_t>(counts), t, scale, causal, at<void>(out), at<float>(lse)};
+    Free free;
+    scan(p, sinks, sealed, lengths);
+  });
+
+  m.def("combine", [](int type, Address out_a, Address lse_a, Address out_b, Address lse_b, int64_t n, int e, Address out, Address lse) {
+    Free free;
+    combine(static_cast<DType>(type), at<const void>(out_a), at<const float>(lse_a), at<const void>(out_b), at<const float>(lse_b), n, e,
+            at<void>(out), at<float>(lse));
+  });
+
+  m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes") = int64_t(1) << 30, nb::arg("repetitions") = 5,
+        nb::call_guard<Free>(), "GB/s at which all threads together read that much memory, one figure per repetition.");
+  m.def("set_num_threads", &set_num_threads, nb::arg("threads"), "Threads of the pool; 0: SAAP_NUM_THREADS or all.");
+  m.def("get_num_threads", &get_num_threads);
+  m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use.");
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const char* name : {"baseline", "avx2", "avx512"})
+      if (isa_supported(name)) names.push_back(name);
+    return names;
+  }, "Instruction sets this processor can run, slowest first.");
+  m.def("set_isa", [](const std::string& name) {
+    if (!select_isa(name.c_str())) throw nb::value_error(("set_isa: this processor has no " + name).c_str());
+  }, nb::arg("name"));
+}

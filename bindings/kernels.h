@@ -1,0 +1,80 @@
+// The inner loops, compiled once per instruction set, behind one table of functions chosen at run time.
+//
+// Everything here works on one head and is single-threaded; the operations in ops.h cut the work and call these.
+#pragma once
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace saap {
+
+constexpr int kPanel = 16;       // output columns of a weight panel, for every instruction set
+constexpr int kScanPad = 32;     // valid row numbers that must follow the last one of a ScanItem, for prefetching
+constexpr int kScanColumns = 64; // most query columns of a ScanItem
+
+// Attention of a few query columns over listed rows of one head. All columns pass over a block of rows while it is in cache.
+struct ScanItem {
+  const float* q;         // (chunks * group, dp) from pack_queries
+  const void* k;          // (N, d) storage type
+  const void* v;          // (N, e)
+  int d, e, dp, ep;       // dp, ep: d, e rounded up to `round` of the kernel table
+  const int32_t* rows;    // (n + kScanPad), n > 0
+  int n;
+  const int32_t* limits;  // (chunks * group) a column sees rows below its limit only; null: sees all
+  int32_t limits_from;    // the least of limits
+  int group, chunks;      // group: columns per chunk, a power of two <= lanes
+  float *o, *m, *l;       // out: (chunks * group, ep) unnormalised sums in packed order; maximum in log2 units; sum of weights
+};
+
+// Keys of one head: float (n, k) rows against panels of kPanel columns, laid out (panels, k, kPanel).
+struct PanelProduct {
+  const float* x;       // (n, k), row stride ldx
+  int n, k;
+  int64_t ldx;
+  const float* panels;  // (num_panels, k, kPanel)
+  const float* bias;    // (num_panels * kPanel)
+  int num_panels;
+};
+
+// One selection, see Backend.probe. lp: l rounded up to a multiple of kPanel.
+struct ProbeHead {
+  const float* z;         // (j, l)
+  const float* a;         // (j, s) interpolated, natural log
+  const int32_t* tables;  // (s, l + 1)
+  int j, l, s, lp;
+  bool count_lists;
+  float* e;               // scratch (j, lp)
+  float* c;               // scratch (j, s)
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  int round;  // head dims are padded to a multiple of this in packed queries and accumulators
+
+  void (*scan)(DType, const ScanItem&);
+  // Packed queries: row c of q times `scale`, in the order in which scan widens the storage type; the rest of dp is zero.
+  void (*pack_queries)(DType, const float* row, int d, int dp, float scale, float* packed);
+  // The inverse for one accumulated row: packed (ep) to plain (e).
+  void (*unpack_values)(DType, const float* packed, int e, float* row);
+
+  // best[i] = argmax over columns of x_i w + bias, the lower on ties.
+  void (*nearest)(const PanelProduct&, int32_t* best);
+  // y (n, ldy) = x w + bias, columns [0, cols) of panels [0, num_panels); silu: y silu(y).
+  void (*dense)(const PanelProduct&, bool silu, float* y, int64_t ldy, int cols);
+  // d values of a storage type as floats, rotated back by cos, sin (r / 2), pairs as in Rotation. r = 0: not rotated.
+  void (*load_row)(DType, const void* src, int d, const float* cos, const float* sin, int r, bool interleaved, float scale, float* dst);
+
+  // w (s, lp): weight of each run, 0 where it is empty. Returns false if a sum underflowed: the caller must do it in float64.
+  bool (*run_weights)(const ProbeHead&, float* w);
+  // w (lp): weight of each list from z alone.
+  bool (*list_weights)(const ProbeHead&, float* w);
+};
+
+// The table in use: the best that this processor can run, or what select_isa chose.
+const Kernels& kernels();
+// "baseline", "avx2" or "avx512". False, changing nothing, if the processor (or the build) lacks it.
+bool select_isa(const char* name);
+bool isa_supported(const char* name);
+
+}  // namespace saap

@@ -1,0 +1,94 @@
+// The operations of the CPU backend as plain functions: the contracts are those of saap_index/backends/base.py.
+//
+// Nothing here checks sizes; the caller (backends/cpu.py) has. Contents that index memory (row numbers, offsets, list numbers)
+// are checked here: an operation that finds one out of range returns false or throws std::out_of_range.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "dtypes.h"
+
+namespace saap {
+
+using Ints = std::vector<int64_t>;
+
+// A tensor with free strides over sequences, heads and tokens, in elements; the last axis is contiguous.
+struct Strided {
+  const void* data;
+  int64_t b, h, n;
+};
+
+struct Angles {
+  const float* cos = nullptr;  // (n, r / 2)
+  const float* sin = nullptr;
+  int r = 0;
+  bool interleaved = false;
+  float scale = 1;
+};
+
+// Weights in panels of kPanel columns, 64-byte aligned: see PanelProduct.
+struct Panels {
+  int count = 0, k = 0, cols = 0;
+  int64_t head_size = 0;  // floats per head
+  std::shared_ptr<float[]> weights, bias;
+};
+
+struct Quantizer {
+  int heads, lists, dim;
+  Panels panels;
+};
+std::shared_ptr<Quantizer> make_quantizer(const float* centroids, int h, int l, int d);
+// keys: Strided with b unused.
+void assign(const Quantizer&, DType, Strided keys, int64_t n, const Angles&, int32_t* list_nos);
+
+struct Router {
+  int heads, hidden_units, dim, lists, knots;
+  Panels hidden, to_lists, to_knots;
+};
+std::shared_ptr<Router> make_router(const float* hidden, const float* bias_hidden, const float* out, const float* skip,
+                                    const float* bias_out, int h, int u, int d, int l, int m);
+void route(const Router&, DType, const void* queries, int b, int g, int q, const Angles&, float* z, float* a);
+
+struct ProbeArgs {
+  const float *z, *a, *knots;
+  const int32_t* tables;
+  int b, h, j, l, m, S;
+  bool count_lists;
+  int nprobe;
+};
+// The most rows any head can come to, hence the row stride `probe` needs.
+int64_t probe_bound(const ProbeArgs&, const Ints& num_segments, const Ints& budgets);
+// rows (b, h, bound). Returns t; afterwards the first b * h * t elements are the rows as (b, h, t).
+int64_t probe(const ProbeArgs&, const Ints& num_segments, const Ints& budgets, int64_t bound, int32_t* rows, int32_t* counts);
+
+struct ScanArgs {
+  const void *q, *k, *v;
+  DType q_type, type;  // of queries and out; of the arena
+  int b, h, g, n_queries, d, e;
+  int64_t N;
+  const int32_t *rows, *counts;
+  int64_t t;
+  float scale;
+  bool causal;
+  void* out;
+  float* lse;
+};
+void scan(const ScanArgs&, const Ints& sinks, const Ints& sealed, const Ints& lengths);
+
+struct AppendSide {
+  Strided from;
+  void* arena;  // (b, h, N, dim)
+  int dim;
+};
+bool append(DType, const AppendSide& keys, const AppendSide& values, int b, int h, int64_t N, const Ints& starts, const Ints& counts);
+
+void seal(DType, void* keys, void* values, int32_t* ids, int h, int64_t N, int d, int e, int64_t start, int64_t n,
+          const int32_t* list_nos, int l, int32_t* table, int64_t table_stride);
+
+void combine(DType, const void* out_a, const float* lse_a, const void* out_b, const float* lse_b, int64_t n, int e, void* out, float* lse);
+
+// GB/s at which all threads together read `bytes` of memory, one figure per repetition.
+std::vector<double> read_bandwidth(int64_t bytes, int repetitions);
+
+}  // namespace saap

@@ -1,0 +1,146 @@
+// The operations made of panel products: assigning keys to lists, and the query router.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+#include "kernels.h"
+#include "ops.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace saap {
+namespace {
+
+std::shared_ptr<float[]> aligned_floats(int64_t n) {
+  // Over-allocated rather than aligned_alloc, which not every platform has.
+  float* raw = new float[n + 16]();
+  float* at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~uintptr_t(63));
+  return std::shared_ptr<float[]>(at, [raw](float*) { delete[] raw; });
+}
+
+// cols columns of k weights each, weight(head, column, i) and bias(head, column), per head. Columns that fill the last panel up
+// get `filler` as their bias.
+template <class Weight, class Bias>
+Panels make_panels(int heads, int cols, int k, float filler, Weight weight, Bias bias) {
+  Panels p;
+  p.count = (cols + kPanel - 1) / kPanel;
+  p.k = k;
+  p.cols = cols;
+  p.head_size = static_cast<int64_t>(p.count) * k * kPanel;
+  p.weights = aligned_floats(heads * p.head_size);
+  p.bias = aligned_floats(static_cast<int64_t>(heads) * p.count * kPanel);
+  for (int h = 0; h < heads; h++)
+    for (int c = 0; c < p.count * kPanel; c++) {
+      p.bias[(static_cast<int64_t>(h) * p.count) * kPanel + c] = c < cols ? bias(h, c) : filler;
+      float* panel = p.weights.get() + h * p.head_size + static_cast<int64_t>(c / kPanel) * k * kPanel + c % kPanel;
+      for (int i = 0; i < k && c < cols; i++) panel[static_cast<int64_t>(i) * kPanel] = weight(h, c, i);
+    }
+  return p;
+}
+
+PanelProduct product(const Panels& p, int head, int first, int last, const float* x, int n, int64_t ldx) {
+  PanelProduct out{};
+  out.x = x, out.n = n, out.k = p.k, out.ldx = ldx;
+  out.panels = p.weights.get() + head * p.head_size + static_cast<int64_t>(first) * p.k * kPanel;
+  out.bias = p.bias.get() + (static_cast<int64_t>(head) * p.count + first) * kPanel;
+  out.num_panels = last - first;
+  return out;
+}
+
+}  // namespace
+
+std::shared_ptr<Quantizer> make_quantizer(const float* centroids, int h, int l, int d) {
+  auto at = [=](int head, int list) { return centroids + (static_cast<int64_t>(head) * l + list) * d; };
+  auto half_norm = [=](int head, int list) {
+    double sum = 0;
+    for (int i = 0; i < d; i++) sum += static_cast<double>(at(head, list)[i]) * at(head, list)[i];
+    return static_cast<float>(-0.5 * sum);
+  };
+  auto weight = [=](int head, int list, int i) { return at(head, list)[i]; };
+  auto out = std::make_shared<Quantizer>();
+  out->heads = h, out->lists = l, out->dim = d;
+  out->panels = make_panels(h, l, d, -std::numeric_limits<float>::infinity(), weight, half_norm);
+  return out;
+}
+
+void assign(const Quantizer& quantizer, DType type, Strided keys, int64_t n, const Angles& angles, int32_t* list_nos) {
+  constexpr int64_t kKeys = 96;  // of an item: their floats and the best columns so far stay in the first caches
+  const Kernels& kern = kernels();
+  const int d = quantizer.dim, half = angles.r / 2;
+  const int64_t blocks = (n + kKeys - 1) / kKeys;
+  pool().run(blocks * quantizer.heads, [&](int64_t item) {
+    thread_local Scratch memory;
+    float* x = memory.get<float>(kKeys * d);
+    const int head = static_cast<int>(item / blocks);
+    const int64_t from = item % blocks * kKeys;
+    const int count = static_cast<int>(std::min(kKeys, n - from));
+    const char* src = static_cast<const char*>(keys.data) + (head * keys.h + from * keys.n) * static_cast<int64_t>(size_of(type));
+    for (int i = 0; i < count; i++) {
+      const int64_t at = (from + i) * half;
+      kern.load_row(type, src + i * keys.n * static_cast<int64_t>(size_of(type)), d, angles.cos + at, angles.sin + at, angles.r,
+                    angles.interleaved, angles.scale, x + static_cast<int64_t>(i) * d);
+    }
+    kern.nearest(product(quantizer.panels, head, 0, quantizer.panels.count, x, count, d), list_nos + head * n + from);
+  });
+}
+
+std::shared_ptr<Router> make_router(const float* hidden, const float* bias_hidden, const float* out, const float* skip,
+                                    const float* bias_out, int h, int u, int d, int l, int m) {
+  const int64_t o = l + m;
+  auto router = std::make_shared<Router>();
+  router->heads = h, router->hidden_units = u, router->dim = d, router->lists = l, router->knots = m;
+  router->hidden = make_panels(
+      h, u, d, 0.f, [=](int head, int c, int i) { return hidden[(static_cast<int64_t>(head) * u + c) * d + i]; },
+      [=](int head, int c) { return bias_hidden[static_cast<int64_t>(head) * u + c]; });
+  // Both inputs of the second layer side by side: hidden units, then the query itself.
+  auto second = [=](int first, int cols) {
+    return make_panels(
+        h, cols, u + d, 0.f,
+        [=](int head, int c, int i) {
+          const int64_t row = head * o + first + c;
+          return i < u ? out[row * u + i] : skip[row * d + i - u];
+        },
+        [=](int head, int c) { return bias_out[head * o + first + c]; });
+  };
+  router->to_lists = second(0, l);
+  router->to_knots = second(l, m);
+  return router;
+}
+
+void route(const Router& router, DType type, const void* queries, int b, int g, int q, const Angles& angles, float* z, float* a) {
+  constexpr int64_t kColumns = 48;  // queries of an item: weights are read once for all of them
+  const Kernels& kern = kernels();
+  const int u = router.hidden_units, d = router.dim, k = u + d, half = angles.r / 2;
+  const int64_t j = static_cast<int64_t>(g) * q, groups = (j + kColumns - 1) / kColumns;
+  const int64_t whole = static_cast<int64_t>(b) * router.heads * groups;
+  // With few heads the lists are shared out too, at the price of computing the hidden units once for each part.
+  const int64_t wanted = (2 * static_cast<int64_t>(pool().threads()) + whole - 1) / std::max<int64_t>(whole, 1);
+  const int parts = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(1, router.to_lists.count / 4)));
+  pool().run(whole * parts, [&](int64_t item) {
+    thread_local Scratch memory;
+    float* x = memory.get<float>(kColumns * k);
+    const int part = static_cast<int>(item % parts);
+    const int64_t group = item / parts % groups, bh = item / parts / groups;
+    const int head = static_cast<int>(bh % router.heads);
+    const int64_t sequence = bh / router.heads, from = group * kColumns;
+    const int n = static_cast<int>(std::min(kColumns, j - from));
+    const char* src = static_cast<const char*>(queries) + (bh * j + from) * d * static_cast<int64_t>(size_of(type));
+    for (int i = 0; i < n; i++) {
+      const int64_t at = (sequence * q + (from + i) % q) * half;
+      kern.load_row(type, src + static_cast<int64_t>(i) * d * static_cast<int64_t>(size_of(type)), d, angles.cos + at, angles.sin + at,
+                    angles.r, angles.interleaved, angles.scale, x + static_cast<int64_t>(i) * k + u);
+    }
+    if (u) kern.dense(product(router.hidden, head, 0, router.hidden.count, x + u, n, k), true, x, k, u);
+    const int count = router.to_lists.count;
+    const int first = static_cast<int>(static_cast<int64_t>(count) * part / parts), last = static_cast<int>(static_cast<int64_t>(count) * (part + 1) / parts);
+    const int64_t row = bh * j + from;
+    kern.dense(product(router.to_lists, head, first, last, x, n, k), false, z + row * router.lists + static_cast<int64_t>(first) * kPanel,
+               router.lists, router.lists - first * kPanel);
+    if (part == parts - 1 && router.knots)
+      kern.dense(product(router.to_knots, head, 0, router.to_knots.count, x, n, k), false, a + row * router.knots, router.knots, router.knots);
+  });
+}
+
+}  // namespace saap

@@ -1,0 +1,162 @@
+// Products of a few rows with panels of kPanel columns: the matrix work of `assign` and `route`. See PanelProduct in kernels.h.
+constexpr int kVectors = kPanel / W;                // vectors per panel row
+constexpr int kRows = W == 16 ? 12 : W == 8 ? 6 : (kWideFile ? 6 : 2);  // rows whose sums fit the register file
+static_assert(kPanel % W == 0);
+
+// sum (M, kVectors) = bias + x panel, for M consecutive rows of x.
+template <int M>
+INLINE void product(const float* x, int64_t ldx, int k, const float* panel, const float* bias, vf (&sum)[M][kVectors]) {
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < kVectors; v++) sum[m][v] = load(bias + v * W);
+  for (int i = 0; i < k; i++) {
+    vf b[kVectors];
+    for (int v = 0; v < kVectors; v++) b[v] = load(panel + (int64_t)i * kPanel + v * W);
+    for (int m = 0; m < M; m++) {
+      vf a = splat(x[m * ldx + i]);
+      for (int v = 0; v < kVectors; v++) sum[m][v] += a * b[v];
+    }
+  }
+}
+
+// The best column so far of each row, lane by lane: lane i of panel p is column p * kPanel + i.
+struct Best {
+  float value[kRows][kPanel];
+  int32_t panel[kRows][kPanel];
+};
+
+template <int M>
+INLINE void update_best(const PanelProduct& p, int row, int panel, Best& best) {
+  vf sum[M][kVectors];
+  product<M>(p.x + row * p.ldx, p.ldx, p.k, p.panels + (int64_t)panel * p.k * kPanel, p.bias + (int64_t)panel * kPanel, sum);
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < kVectors; v++) {
+      vf old = load(best.value[m] + v * W);
+      vi which = load(best.panel[m] + v * W), better = sum[m][v] > old;  // strict: the earlier panel keeps a tie
+      store(best.value[m] + v * W, better ? sum[m][v] : old);
+      which = better ? splat(panel) : which;
+      std::memcpy(best.panel[m] + v * W, &which, sizeof which);
+    }
+}
+
+void nearest(const PanelProduct& p, int32_t* best_columns) {
+  constexpr int kMost = 96;
+  static_assert(kMost % kRows == 0);
+  alignas(64) static thread_local Best best[kMost / kRows];
+  for (int start = 0; start < p.n; start += kMost) {
+    const int n = p.n - start < kMost ? p.n - start : kMost;
+    const int tiles = (n + kRows - 1) / kRows;
+    for (int t = 0; t < tiles; t++) {
+      std::memset(best[t].panel, 0, sizeof best[t].panel);
+      for (int m = 0; m < kRows; m++)
+        for (int v = 0; v < kPanel; v += W) store(best[t].value[m] + v, splat(-INFINITY));
+    }
+    for (int panel = 0; panel < p.num_panels; panel++)
+      for (int t = 0; t < tiles; t++) {
+        const int row = start + t * kRows;
+        if (row + kRows <= p.n) update_best<kRows>(p, row, panel, best[t]);
+        else
+          for (int i = row; i < p.n; i++) {
+            Best one;
+            std::memcpy(one.value[0], best[t].value[i - row], sizeof one.value[0]);
+            std::memcpy(one.panel[0], best[t].panel[i - row], sizeof one.panel[0]);
+            update_best<1>(p, i, panel, one);
+            std::memcpy(best[t].value[i - row], one.value[0], sizeof one.value[0]);
+            std::memcpy(best[t].panel[i - row], one.panel[0], sizeof one.panel[0]);
+          }
+      }
+    for (int i = 0; i < n; i++) {
+      const float* value = best[i / kRows].value[i % kRows];
+      const int32_t* panel = best[i / kRows].panel[i % kRows];
+      int32_t column = panel[0] * kPanel;
+      float top = value[0];
+      for (int lane = 1; lane < kPanel; lane++) {
+        int32_t c = panel[lane] * kPanel + lane;
+        if (value[lane] > top || (value[lane] == top && c < column)) {
+          top = value[lane];
+          column = c;
+        }
+      }
+      best_columns[start + i] = column;
+    }
+  }
+}
+
+INLINE vf silu_of(vf x) {
+  // x / (1 + e^-x), by the exponential of -|x|, which cannot overflow.
+  vf size = x < vf{} ? -x : x;
+  vf t = exp2_nonpositive(size * splat(-1.44269504f));
+  return x * (x < vf{} ? t : splat(1.f)) / (splat(1.f) + t);
+}
+
+template <int M>
+INLINE void dense_rows(const PanelProduct& p, int row, bool silu, float* y, int64_t ldy, int cols) {
+  for (int panel = 0; panel < p.num_panels; panel++) {
+    vf sum[M][kVectors];
+    product<M>(p.x + row * p.ldx, p.ldx, p.k, p.panels + (int64_t)panel * p.k * kPanel, p.bias + (int64_t)panel * kPanel, sum);
+    const int n = cols - panel * kPanel;
+    for (int m = 0; m < M; m++) {
+      float* out = y + (row + m) * ldy + panel * kPanel;
+      alignas(64) float block[kPanel];
+      for (int v = 0; v < kVectors; v++) {
+        vf r = silu ? silu_of(sum[m][v]) : sum[m][v];
+        if (n >= kPanel) store(out + v * W, r);
+        else store(block + v * W, r);
+      }
+      if (n < kPanel) std::memcpy(out, block, sizeof(float) * n);
+    }
+  }
+}
+
+void dense(const PanelProduct& p, bool silu, float* y, int64_t ldy, int cols) {
+  int row = 0;
+  for (; row + 6 <= p.n && kRows >= 6; row += 6) dense_rows<6>(p, row, silu, y, ldy, cols);
+  for (; row + 4 <= p.n && kRows >= 4; row += 4) dense_rows<4>(p, row, silu, y, ldy, cols);
+  for (; row + 2 <= p.n; row += 2) dense_rows<2>(p, row, silu, y, ldy, cols);
+  for (; row < p.n; row++) dense_rows<1>(p, row, silu, y, ldy, cols);
+}
+
+template <class T>
+void load_row_of(const T* src, int d, const float* cos, const float* sin, int r, bool interleaved, float scale, float* dst) {
+  alignas(64) float x_y[kStep];
+  int j = 0;
+  for (; j + kStep <= d; j += kStep) {
+    vf x, y;
+    load2(src + j, x, y);
+    if (kEvenOdd<T>) {
+      store(x_y, x);
+      store(x_y + W, y);
+      for (int i = 0; i < W; i++) {
+        dst[j + 2 * i] = x_y[i];
+        dst[j + 2 * i + 1] = x_y[W + i];
+      }
+    } else {
+      store(dst + j, x);
+      store(dst + j + W, y);
+    }
+  }
+  for (; j < d; j++) dst[j] = saap::to_float(src[j]);
+  const int half = r / 2;
+  if (interleaved) {
+    for (int i = 0; i < half; i++) {
+      float x = dst[2 * i], y = dst[2 * i + 1];
+      dst[2 * i] = (x * cos[i] + y * sin[i]) * scale;
+      dst[2 * i + 1] = (y * cos[i] - x * sin[i]) * scale;
+    }
+  } else {
+    int i = 0;
+    for (; i + W <= half; i += W) {
+      vf x = load(dst + i), y = load(dst + half + i), c = load(cos + i) * splat(scale), s = load(sin + i) * splat(scale);
+      store(dst + i, x * c + y * s);
+      store(dst + half + i, y * c - x * s);
+    }
+    for (; i < half; i++) {
+      float x = dst[i], y = dst[half + i];
+      dst[i] = (x * cos[i] + y * sin[i]) * scale;
+      dst[half + i] = (y * cos[i] - x * sin[i]) * scale;
+    }
+  }
+}
+
+void load_row(DType t, const void* src, int d, const float* cos, const float* sin, int r, bool interleaved, float scale, float* dst) {
+  with_type(t, [&](auto x) { load_row_of((const decltype(x)*)src, d, cos, sin, r, interleaved, scale, dst); });
+}

@@ -1,0 +1,126 @@
+// The worker pool of pool.h. Knows nothing of what it runs.
+#include "pool.h"
+
+#include <cstdlib>
+#include <mutex>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace saap {
+namespace {
+
+// Long enough to bridge the gap between the operations of one decode step, short enough to leave the core to others after it.
+constexpr int kSpins = 400;
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+std::atomic<Pool*> current{nullptr};
+std::mutex starting;
+int wanted = 0;  // 0: not asked for
+
+int default_threads() {
+  if (const char* text = std::getenv("SAAP_NUM_THREADS")) {
+    int n = std::atoi(text);
+    if (n > 0) return n;
+  }
+  unsigned n = std::thread::hardware_concurrency();
+  return n ? static_cast<int>(n) : 1;
+}
+
+#if !defined(_WIN32)
+// The parent's pool object describes threads that do not exist here: it is abandoned, not destroyed.
+void forget_after_fork() {
+  current.store(nullptr);
+  new (&starting) std::mutex;
+}
+#endif
+
+}  // namespace
+
+Pool::Pool(int threads) {
+  for (int i = 1; i < threads; i++) workers_.emplace_back([this] { work(); });
+}
+
+Pool::~Pool() {
+  stop_ = true;
+  job_.fetch_add(1);
+  job_.notify_all();
+  for (auto& t : workers_) t.join();
+}
+
+void Pool::drain() {
+  uint64_t s = open_.load(std::memory_order_acquire);
+  while (static_cast<uint32_t>(s)) {
+    if (!open_.compare_exchange_weak(s, s - 1, std::memory_order_acquire)) continue;
+    // Taken: the job cannot end, nor fn_ change, before unfinished_ falls.
+    fn_(arg_, count_ - static_cast<uint32_t>(s));
+    unfinished_.fetch_sub(1, std::memory_order_release);
+    s = open_.load(std::memory_order_acquire);
+  }
+}
+
+void Pool::work() {
+  uint32_t seen = 0;
+  while (!stop_.load(std::memory_order_relaxed)) {
+    for (int k = 0; k < kSpins && job_.load(std::memory_order_acquire) == seen; k++) relax();
+    job_.wait(seen, std::memory_order_acquire);
+    seen = job_.load(std::memory_order_acquire);
+    drain();
+  }
+}
+
+void Pool::run_erased(int64_t n, Erased fn, void* arg) {
+  if (n <= 0) return;
+  if (n == 1 || workers_.empty() || n > UINT32_MAX || busy_.exchange(true, std::memory_order_acquire)) {
+    for (int64_t i = 0; i < n; i++) fn(arg, i);
+    return;
+  }
+  fn_ = fn;
+  arg_ = arg;
+  count_ = n;
+  unfinished_.store(static_cast<uint32_t>(n), std::memory_order_relaxed);
+  uint32_t number = job_.load(std::memory_order_relaxed) + 1;
+  open_.store(static_cast<uint64_t>(number) << 32 | static_cast<uint32_t>(n), std::memory_order_release);
+  job_.store(number, std::memory_order_release);
+  job_.notify_all();
+  drain();
+  for (int k = 0; unfinished_.load(std::memory_order_acquire); k++) {
+    if (k < 4096) relax();
+    else std::this_thread::yield();
+  }
+  busy_.store(false, std::memory_order_release);
+}
+
+Pool& pool() {
+  if (Pool* p = current.load(std::memory_order_acquire)) return *p;
+  std::lock_guard<std::mutex> lock(starting);
+  if (Pool* p = current.load(std::memory_order_acquire)) return *p;
+#if !defined(_WIN32)
+  static bool registered = (pthread_atfork(nullptr, nullptr, forget_after_fork), true);
+  (void)registered;
+#endif
+  Pool* p = new Pool(wanted ? wanted : default_threads());
+  current.store(p, std::memory_order_release);
+  return *p;
+}
+
+// Not to be called while another thread runs an operation.
+void set_num_threads(int threads) {
+  std::lock_guard<std::mutex> lock(starting);
+  wanted = threads > 0 ? threads : 0;
+  delete current.exchange(nullptr);
+}
+
+int get_num_threads() { return pool().threads(); }
+
+}  // namespace saap

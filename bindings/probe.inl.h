@@ -1,0 +1,91 @@
+// The weights of the runs of one head, see ProbeHead in kernels.h. exp(z + a) is formed as exp(z) exp(a), each relative to its
+// maximum: j * (l + s) exponentials instead of j * l * s.
+constexpr float kLog2E = 1.44269504f;
+
+// e (n) = exp(x - max x), e (padded) = 0 beyond n.
+INLINE void exp_row(const float* x, int n, int padded, float* e) {
+  float top = -INFINITY;
+  vf tops = splat(top);
+  int i = 0;
+  for (; i + W <= n; i += W) tops = maximum(tops, load(x + i));
+  for (; i < n; i++) top = x[i] > top ? x[i] : top;
+  for (int lane = 0; lane < W; lane++) top = tops[lane] > top ? tops[lane] : top;
+  for (i = 0; i + W <= n; i += W) store(e + i, exp2_nonpositive((load(x + i) - splat(top)) * splat(kLog2E)));
+  if (i < n) {
+    alignas(64) float block[W] = {};
+    std::memcpy(block, x + i, sizeof(float) * (n - i));
+    store(block, exp2_nonpositive((load(block) - splat(top)) * splat(kLog2E)));
+    std::memcpy(e + i, block, sizeof(float) * (n - i));
+  }
+  for (i = n; i < padded; i++) e[i] = 0;
+}
+
+INLINE float sum_lanes(vf x) {
+  float sum = 0;
+  for (int lane = 0; lane < W; lane++) sum += x[lane];
+  return sum;
+}
+
+// Run lengths of lists [i, i + W) as floats; the table ends at n, so the last ones are read one by one.
+INLINE vf run_lengths(const int32_t* table, int i, int n) {
+  if (i + W <= n) return to_float(load(table + i + 1) - load(table + i));
+  alignas(64) float length[W] = {};
+  for (int k = i; k < n; k++) length[k - i] = (float)(table[k + 1] - table[k]);
+  return load(length);
+}
+
+// A normal sum of at least this much leaves room for weights of single runs 20 orders of magnitude below.
+constexpr float kLeastSum = 1e-15f;
+
+bool run_weights(const ProbeHead& h, float* w) {
+  for (int j = 0; j < h.j; j++) {
+    float* e = h.e + (int64_t)j * h.lp;
+    float* c = h.c + (int64_t)j * h.s;
+    exp_row(h.z + (int64_t)j * h.l, h.l, h.lp, e);
+    float total = 0;
+    if (h.count_lists) {
+      exp_row(h.a + (int64_t)j * h.s, h.s, h.s, c);
+      for (int s = 0; s < h.s; s++) {
+        const int32_t* table = h.tables + (int64_t)s * (h.l + 1);
+        vf sum{};
+        for (int i = 0; i < h.l; i += W) sum += run_lengths(table, i, h.l) * load(e + i);
+        total += sum_lanes(sum) * c[s];
+      }
+    } else {
+      vf sum{};
+      for (int i = 0; i < h.lp; i += W) sum += load(e + i);
+      total = sum_lanes(sum);
+      for (int s = 0; s < h.s; s++) c[s] = 1;
+    }
+    if (!(total >= kLeastSum)) return false;
+    for (int s = 0; s < h.s; s++) c[s] /= total;
+  }
+  for (int s = 0; s < h.s; s++) {
+    const int32_t* table = h.tables + (int64_t)s * (h.l + 1);
+    float* out = w + (int64_t)s * h.lp;
+    for (int i = 0; i < h.lp; i += W) {
+      vf sum{};
+      for (int j = 0; j < h.j; j++) sum += load(h.e + (int64_t)j * h.lp + i) * splat(h.c[(int64_t)j * h.s + s]);
+      store(out + i, run_lengths(table, i, h.l) > vf{} ? sum : vf{});
+    }
+  }
+  return true;
+}
+
+bool list_weights(const ProbeHead& h, float* w) {
+  for (int i = 0; i < h.lp; i++) w[i] = 0;
+  for (int j = 0; j < h.j; j++) {
+    exp_row(h.z + (int64_t)j * h.l, h.l, h.lp, h.e);
+    vf sum{};
+    if (h.count_lists) {
+      for (int s = 0; s < h.s; s++)
+        for (int i = 0; i < h.l; i += W) sum += run_lengths(h.tables + (int64_t)s * (h.l + 1), i, h.l) * load(h.e + i);
+    } else {
+      for (int i = 0; i < h.lp; i += W) sum += load(h.e + i);
+    }
+    float total = sum_lanes(sum);
+    if (!(total >= kLeastSum)) return false;
+    for (int i = 0; i < h.lp; i += W) store(w + i, load(w + i) + load(h.e + i) * splat(1 / total));
+  }
+  return true;
+}

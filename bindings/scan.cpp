@@ -1,0 +1,201 @@
+// Attention over sinks, listed rows and recent rows: cuts the work into items of rows, runs them, merges them in item order.
+//
+// How a head is cut depends on its own row count only, and the merge follows item order, so neither the number of threads nor
+// the rest of the batch changes a bit of the result. Whoever finishes the last item of a head merges it.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "../cuda/softmax_state.cuh"
+#include "kernels.h"
+#include "ops.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace saap {
+namespace {
+
+constexpr int64_t kMostRows = 2048, kLeastRows = 256;  // of an item: small enough to share out, large beside its merge
+
+// The rows of one (sequence, KV head) in reading order: sinks, listed, recent.
+struct Source {
+  int64_t sinks, listed, recent_from, recent;
+  const int32_t* list;
+  int64_t total() const { return sinks + listed + recent; }
+
+  // Row numbers of places [from, from + n), then kScanPad repeats of the last. False if one lies outside [0, N).
+  bool read(int64_t from, int n, int64_t N, int32_t* rows) const {
+    int64_t at = from, end = from + n;
+    int32_t* out = rows;
+    for (; at < end && at < sinks; at++) *out++ = static_cast<int32_t>(at);
+    int64_t stop = std::min(end, sinks + listed);
+    bool fine = true;
+    for (; at < stop; at++) {
+      int32_t r = list[at - sinks];
+      fine &= static_cast<uint32_t>(r) < static_cast<uint64_t>(N);
+      *out++ = r;
+    }
+    for (int64_t r = recent_from + at - sinks - listed; at < end; at++, r++) *out++ = static_cast<int32_t>(r);
+    for (int i = 0; i < kScanPad; i++) rows[n + i] = rows[n - 1];
+    return fine;
+  }
+};
+
+// A group of query columns of one head, and where its items and their partial results lie.
+struct Task {
+  int head;     // sequence * h + KV head
+  int column;   // first query column
+  int columns, group, chunks;
+  int64_t rows_per_item, first_item, items;
+  float* q;     // (chunks * group, dp)
+  float* part;  // per item: value sums (chunks * group, ep), then maxima and weight sums (chunks * group)
+  int32_t* limits;
+};
+
+struct Plan {
+  std::vector<Source> sources;
+  std::vector<Task> tasks;
+  std::vector<std::pair<int32_t, int32_t>> items;  // task, number within it
+  std::vector<std::atomic<int64_t>> left;
+  Scratch floats, ints;
+};
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Floats that the partial result of one item takes.
+int64_t part_size(int64_t columns, int64_t ep) { return round_up(columns * (ep + 2), 16); }
+
+void merge_task(const ScanArgs& p, const Kernels& kern, const Task& task, int ep) {
+  thread_local Scratch memory;
+  float* sum = memory.get<float>(ep + p.e);
+  float* plain = sum + ep;
+  const int columns = task.chunks * task.group;
+  const int64_t j = static_cast<int64_t>(p.g) * p.n_queries;
+  for (int c = 0; c < task.columns; c++) {
+    std::fill(sum, sum + ep, 0.f);
+    softmax_mass mass = softmax_mass::empty();
+    for (int64_t i = 0; i < task.items; i++) {
+      const float* block = task.part + i * part_size(columns, ep);
+      const float* o = block + static_cast<int64_t>(c) * ep;
+      float keep, take;
+      mass.join({block[static_cast<int64_t>(columns) * ep + c], block[static_cast<int64_t>(columns) * (ep + 1) + c]}, keep, take);
+      for (int x = 0; x < ep; x++) sum[x] = sum[x] * keep + o[x] * take;
+    }
+    kern.unpack_values(p.type, sum, p.e, plain);
+    const float inverse = mass.inverse();
+    const int64_t at = task.head * j + task.column + c;
+    with_type(p.q_type, [&](auto t) {
+      using T = decltype(t);
+      T* out = static_cast<T*>(p.out) + at * p.e;
+      for (int x = 0; x < p.e; x++) out[x] = from_float<T>(plain[x] * inverse);
+    });
+    p.lse[at] = mass.lse();
+  }
+}
+
+}  // namespace
+
+void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& lengths) {
+  const Kernels& kern = kernels();
+  const int dp = static_cast<int>(round_up(p.d, kern.round)), ep = static_cast<int>(round_up(p.e, kern.round));
+  const int64_t j = static_cast<int64_t>(p.g) * p.n_queries, heads = static_cast<int64_t>(p.b) * p.h;
+  thread_local Plan plan;
+  plan.sources.clear();
+  plan.tasks.clear();
+  plan.items.clear();
+  size_t floats = 0, ints = 0;
+  for (int64_t head = 0; head < heads; head++) {
+    const int64_t i = head / p.h;
+    const int64_t listed = p.rows ? p.counts[head] : 0;
+    if (listed < 0 || listed > p.t) throw std::out_of_range("scan: counts: a count lies outside [0, " + std::to_string(p.t) + "]");
+    Source s{sinks[i], listed, sealed[i], lengths[i] - sealed[i], p.rows ? p.rows + head * p.t : nullptr};
+    plan.sources.push_back(s);
+    const int64_t per_item = std::clamp(round_up(s.total() * p.h / 64, 16), kLeastRows, kMostRows);
+    for (int64_t column = 0; column < j; column += kScanColumns) {
+      Task t{};
+      t.head = static_cast<int>(head);
+      t.column = static_cast<int>(column);
+      t.columns = static_cast<int>(std::min<int64_t>(kScanColumns, j - column));
+      t.chunks = (t.columns + kern.lanes - 1) / kern.lanes;
+      t.group = 1;
+      while (t.group * t.chunks < t.columns) t.group *= 2;
+      t.rows_per_item = per_item;
+      t.items = (s.total() + per_item - 1) / per_item;
+      t.first_item = static_cast<int64_t>(plan.items.size());
+      for (int64_t k = 0; k < t.items; k++) plan.items.emplace_back(static_cast<int32_t>(plan.tasks.size()), static_cast<int32_t>(k));
+      const size_t columns = static_cast<size_t>(t.chunks) * t.group;
+      floats += round_up(columns * dp, 16) + t.items * part_size(columns, ep);
+      ints += columns;
+      plan.tasks.push_back(t);
+    }
+  }
+  const bool limited = p.causal && p.n_queries > 1;
+  float* memory = plan.floats.get<float>(floats + p.d);
+  int32_t* limits = plan.ints.get<int32_t>(ints);
+  float* row = memory + floats;
+  if (plan.left.size() < plan.tasks.size()) plan.left = std::vector<std::atomic<int64_t>>(plan.tasks.size());
+  for (size_t n = 0; n < plan.tasks.size(); n++) {
+    Task& t = plan.tasks[n];
+    const int columns = t.chunks * t.group;
+    plan.left[n].store(t.items, std::memory_order_relaxed);
+    t.q = memory;
+    memory += round_up(static_cast<int64_t>(columns) * dp, 16);
+    t.part = memory;
+    memory += t.items * part_size(columns, ep);
+    t.limits = limits;
+    limits += columns;
+    const int64_t first_seen = lengths[t.head / p.h] - p.n_queries + 1;
+    for (int c = 0; c < columns; c++) {
+      // Columns that only fill the last chunk up have a zero query and are never read.
+      t.limits[c] = static_cast<int32_t>(std::max<int64_t>(first_seen + (t.column + c) % p.n_queries, 0));
+      if (c >= t.columns) {
+        std::fill(t.q + static_cast<int64_t>(c) * dp, t.q + static_cast<int64_t>(c + 1) * dp, 0.f);
+        continue;
+      }
+      with_type(p.q_type, [&](auto x) {
+        using T = decltype(x);
+        const T* q = static_cast<const T*>(p.q) + (t.head * j + t.column + c) * p.d;
+        for (int i = 0; i < p.d; i++) row[i] = to_float(q[i]);
+      });
+      kern.pack_queries(p.type, row, p.d, dp, p.scale * kLog2e, t.q + static_cast<int64_t>(c) * dp);
+    }
+    if (!t.items) merge_task(p, kern, t, ep);
+  }
+
+  std::atomic<bool> fine{true};
+  Plan& shared = plan;  // a thread_local named inside the lambda would be the worker's own
+  pool().run(static_cast<int64_t>(plan.items.size()), [&](int64_t n) {
+    const auto [number, k] = shared.items[n];
+    const Task& t = shared.tasks[number];
+    const Source& s = shared.sources[t.head];
+    const int columns = t.chunks * t.group;
+    alignas(64) int32_t rows[kMostRows + kScanPad];
+    const int64_t from = k * t.rows_per_item;
+    const int count = static_cast<int>(std::min(t.rows_per_item, s.total() - from));
+    ScanItem it{};
+    if (s.read(from, count, p.N, rows)) {
+      const int64_t head = t.head;
+      it.q = t.q;
+      it.k = static_cast<const char*>(p.k) + head * p.N * p.d * static_cast<int64_t>(size_of(p.type));
+      it.v = static_cast<const char*>(p.v) + head * p.N * p.e * static_cast<int64_t>(size_of(p.type));
+      it.d = p.d, it.e = p.e, it.dp = dp, it.ep = ep;
+      it.rows = rows;
+      it.n = count;
+      it.limits = limited ? t.limits : nullptr;
+      it.limits_from = static_cast<int32_t>(std::max<int64_t>(lengths[t.head / p.h] - p.n_queries + 1, 0));
+      it.group = t.group, it.chunks = t.chunks;
+      it.o = t.part + k * part_size(columns, ep);
+      it.m = it.o + static_cast<int64_t>(columns) * ep;
+      it.l = it.m + columns;
+      kern.scan(p.type, it);
+    } else {
+      fine.store(false, std::memory_order_relaxed);
+    }
+    if (shared.left[number].fetch_sub(1, std::memory_order_acq_rel) == 1 && fine.load(std::memory_order_relaxed)) merge_task(p, kern, t, ep);
+  });
+  if (!fine) throw std::out_of_range("scan: rows: a row number lies outside [0, " + std::to_string(p.N) + ")");
+}
+
+}  // namespace saap

@@ -1,0 +1,216 @@
+// Attention over listed rows, for a chunk of G query columns at a time: see ScanItem in kernels.h.
+//
+// A block of 16 rows is scored, its softmax weights are formed and its values are added, then the next block follows. The
+// values of a block are prefetched while its keys are multiplied, the keys of the next block while the values are, so the memory
+// is never idle; because rows come as a list, this bridges the gap from one run to the next without any further care.
+constexpr int kBlock = 16;
+constexpr float kLowest = -1e30f;  // the running maximum before anything was seen: finite, so that differences stay numbers
+
+INLINE void prefetch_row(const char* p, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+// s (kBlock, G): scores of the block's rows in log2 units.
+template <class T, int D, int G, bool Ahead>
+INLINE void score_block(const ScanItem& it, const float* q, const int32_t* rows, int n, float* s) {
+  constexpr int R = W / G;  // rows scored at once: R * G sums fill the lanes of one vector
+  const int d = D ? D : it.d, dp = D ? D : it.dp, whole = D ? D : d / kStep * kStep;
+  const T* k = (const T*)it.k;
+  const char* v = (const char*)it.v;
+  const int v_bytes = it.e * (int)sizeof(T);
+  for (int t = 0; t < n; t += R) {
+    vf sum[W] = {};
+    const T* row[R];
+    for (int i = 0; i < R; i++) row[i] = k + (int64_t)rows[t + i] * d;
+    for (int j = 0; j < whole; j += kStep) {
+      vf x[R], y[R];
+      for (int i = 0; i < R; i++) load2(row[i] + j, x[i], y[i]);
+      for (int g = 0; g < G; g++) {
+        vf qx = load(q + g * dp + j), qy = load(q + g * dp + j + W);
+        for (int i = 0; i < R; i++) {
+          sum[i * G + g] += x[i] * qx;
+          sum[i * G + g] += y[i] * qy;
+        }
+      }
+    }
+    if (D == 0 && whole < d) {
+      for (int i = 0; i < R; i++) {
+        vf x, y;
+        load2_tail(row[i] + whole, d - whole, x, y);
+        for (int g = 0; g < G; g++) sum[i * G + g] += x * load(q + g * dp + whole) + y * load(q + g * dp + whole + W);
+      }
+    }
+    if (Ahead)
+      for (int i = 0; i < R; i++) prefetch_row(v + (int64_t)rows[t + i] * v_bytes, v_bytes);
+    store(s + t * G, sums_of(sum));
+  }
+}
+
+// acc (G, ep) += weights (n, G) times the block's values. The weights past n are zero, but their rows may not be read.
+template <class T, int E, int G, bool Ahead>
+INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, int n, float* acc) {
+  constexpr int P = G > 4 ? 4 : G;                 // columns and
+  constexpr int B = P == 1 ? 4 : P == 2 ? 4 : 2;   // vectors of the row held in registers at once
+  const int e = E ? E : it.e, ep = E ? E : it.ep, whole = E ? E : e / kStep * kStep;
+  const T* v = (const T*)it.v;
+  const char* k = (const char*)it.k;
+  const int k_bytes = it.d * (int)sizeof(T);
+  auto columns = [&](auto width, int j, int g0, bool first) __attribute__((always_inline)) {
+    constexpr int b_count = decltype(width)::value;
+    vf a[P][b_count];
+    for (int g = 0; g < P; g++)
+      for (int b = 0; b < b_count; b++) a[g][b] = load(acc + (g0 + g) * ep + j + b * W);
+    for (int i = 0; i < n; i++) {
+      if (Ahead && first) prefetch_row(k + (int64_t)rows[kBlock + i] * k_bytes, k_bytes);
+      vf x[b_count];
+      for (int b = 0; b < b_count; b += 2) load2(v + (int64_t)rows[i] * e + j + b * W, x[b], x[b + 1]);
+      for (int g = 0; g < P; g++) {
+        vf p = splat(w[i * G + g0 + g]);
+        for (int b = 0; b < b_count; b++) a[g][b] += p * x[b];
+      }
+    }
+    for (int g = 0; g < P; g++)
+      for (int b = 0; b < b_count; b++) store(acc + (g0 + g) * ep + j + b * W, a[g][b]);
+  };
+  for (int g0 = 0; g0 < G; g0 += P) {
+    int j = 0;
+    for (; j + B * W <= whole; j += B * W) columns(std::integral_constant<int, B>{}, j, g0, g0 == 0 && j == 0);
+    for (; j < whole; j += kStep) columns(std::integral_constant<int, 2>{}, j, g0, g0 == 0 && j == 0);
+  }
+  if (E == 0 && whole < e) {
+    for (int i = 0; i < n; i++) {
+      vf x, y;
+      load2_tail(v + (int64_t)rows[i] * e + whole, e - whole, x, y);
+      for (int g = 0; g < G; g++) {
+        vf p = splat(w[i * G + g]);
+        float* a = acc + g * ep + whole;
+        store(a, load(a) + p * x);
+        store(a + W, load(a + W) + p * y);
+      }
+    }
+  }
+}
+
+// Turns scores into weights and brings maximum, sum and accumulators of the chunk up to date.
+template <int G>
+INLINE void weigh_block(int n, int ep, float* s, float* acc, float* m_mem, float* l_mem) {
+  const int vectors = (n * G + W - 1) / W;
+  vf m = load(m_mem), l = load(l_mem), top = splat(kLowest);
+  for (int i = 0; i < vectors; i++) top = maximum(top, load(s + i * W));
+  top = maximum(m, max_modulo<G>(top));
+  vi grew = top > m;
+  int any = 0;
+  for (int i = 0; i < G; i++) any |= grew[i];
+  if (any) {
+    vf shrink = exp2_nonpositive(m - top);
+    l *= shrink;
+    for (int g = 0; g < G; g++) {
+      vf c = splat(shrink[g]);
+      for (int j = 0; j < ep; j += W) store(acc + g * ep + j, load(acc + g * ep + j) * c);
+    }
+    store(m_mem, top);
+  }
+  for (int i = 0; i < vectors; i++) {
+    vf p = exp2_nonpositive(load(s + i * W) - top);
+    store(s + i * W, p);
+    l += p;
+  }
+  store(l_mem, l);
+}
+
+// Scores of rows that do not exist or that a column may not see become -inf, whose weight is exactly zero.
+template <int G>
+INLINE void hide_scores(const ScanItem& it, const int32_t* limits, const int32_t* rows, int n, float* s) {
+  const int padded = (n * G + W - 1) / W * W;
+  for (int i = n * G; i < padded; i++) s[i] = -INFINITY;
+  if (!limits) return;
+  for (int t = 0; t < n; t++)
+    for (int g = 0; g < G; g++)
+      if (rows[t] >= limits[g]) s[t * G + g] = -INFINITY;
+}
+
+template <class T, int D, int G>
+void scan_item(const ScanItem& it) {
+  const int columns = it.chunks * G;
+  alignas(64) float s[kBlock * G], m[kScanColumns * W], l[kScanColumns * W];
+  const int dp = D ? D : it.dp, ep = D ? D : it.ep;
+  std::memset(it.o, 0, sizeof(float) * columns * ep);
+  for (int i = 0; i < it.chunks; i++) {
+    store(m + i * W, splat(kLowest));  // lane i belongs to column i % G
+    store(l + i * W, vf{});
+  }
+  for (int t = 0; t < it.n; t += kBlock) {
+    const int n = it.n - t < kBlock ? it.n - t : kBlock;
+    const int32_t* rows = it.rows + t;
+    bool limited = false;
+    if (it.limits)
+      for (int i = 0; i < n; i++) limited |= rows[i] >= it.limits_from;
+    for (int c = 0; c < it.chunks; c++) {
+      const float* q = it.q + c * G * dp;
+      float* acc = it.o + c * G * ep;
+      if (c == 0) score_block<T, D, G, true>(it, q, rows, n, s);
+      else score_block<T, D, G, false>(it, q, rows, n, s);
+      if (limited || n * G % W) hide_scores<G>(it, limited ? it.limits + c * G : nullptr, rows, n, s);
+      weigh_block<G>(n, ep, s, acc, m + c * W, l + c * W);
+      if (c == 0) add_values<T, D, G, true>(it, s, rows, n, acc);
+      else add_values<T, D, G, false>(it, s, rows, n, acc);
+    }
+  }
+  for (int c = 0; c < it.chunks; c++) {
+    vf sum = sum_modulo<G>(load(l + c * W));
+    for (int g = 0; g < G; g++) {
+      it.m[c * G + g] = m[c * W + g];
+      it.l[c * G + g] = sum[g];
+    }
+  }
+}
+
+template <class T, int D> void scan_group(const ScanItem& it) {
+  switch (it.group) {
+    case 1: return scan_item<T, D, 1>(it);
+    case 2: return scan_item<T, D, 2>(it);
+    case 4: return scan_item<T, D, 4>(it);
+#if W >= 8
+    case 8: return scan_item<T, D, 8>(it);
+#endif
+#if W >= 16
+    case 16: return scan_item<T, D, 16>(it);
+#endif
+  }
+}
+
+// Head dims of 64 and 128 in 16 bits are worth code of their own; in 32 bits memory is the limit before arithmetic is.
+template <class T> void scan_dims(const ScanItem& it) {
+#if W >= 8
+  if constexpr (sizeof(T) == 2) {
+    if (it.d == 64 && it.e == 64) return scan_group<T, 64>(it);
+    if (it.d == 128 && it.e == 128) return scan_group<T, 128>(it);
+  }
+#endif
+  scan_group<T, 0>(it);
+}
+
+void scan(DType t, const ScanItem& it) {
+  with_type(t, [&](auto x) { scan_dims<decltype(x)>(it); });
+}
+
+template <class T> void pack_row(const float* row, int d, int dp, float scale, float* out) {
+  for (int j = 0; j < dp; j += kStep) {
+    float block[kStep] = {};
+    const int n = d - j < kStep ? d - j : kStep;
+    for (int i = 0; i < n; i++) block[i] = row[j + i] * scale;
+    for (int i = 0; i < kStep; i++) out[j + place<T>(i)] = block[i];
+  }
+}
+
+void pack_queries(DType t, const float* row, int d, int dp, float scale, float* out) {
+  with_type(t, [&](auto x) { pack_row<decltype(x)>(row, d, dp, scale, out); });
+}
+
+template <class T> void unpack_row(const float* packed, int e, float* row) {
+  for (int j = 0; j < e; j++) row[j] = packed[j / kStep * kStep + place<T>(j % kStep)];
+}
+
+void unpack_values(DType t, const float* packed, int e, float* row) {
+  with_type(t, [&](auto x) { unpack_row<decltype(x)>(packed, e, row); });
+}

@@ -1,0 +1,29 @@
+"""The compiled module; everything else about the package stands in setup.cfg."""
+
+from glob import glob
+
+import nanobind
+from setuptools import Extension, setup
+
+# Through the package's own view of the folders (symbolic links in a checkout), so that the sources lie in one place in a sdist.
+FOLDER = "saap_index/bindings/"
+setup(
+    ext_modules=[
+        Extension(
+            "saap_index._cpu",
+            sorted(glob(FOLDER + "*.cpp")),
+            depends=[*glob(FOLDER + "*.h"), "saap_index/cuda/softmax_state.cuh"],
+            include_dirs=[nanobind.include_dir()],
+            define_macros=[
+                ("Py_LIMITED_API", "0x030A0000"),
+                ("NB_BACKEND_MODULE", "nanobind_backend"),
+                ("NB_BACKEND_PYPI", "nanobind-backend"),
+            ],
+            # -Wno-psabi: vectors wider than the baseline's never cross a function that is not inlined.
+            extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wno-psabi"],
+            language="c++",
+            py_limited_api=True,
+            optional=True,  # without a compiler the package still installs, and says at run time what it lacks
+        )
+    ]
+)
