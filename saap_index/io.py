@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import checks
 from .backends import RouterWeights
 from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
@@ -65,7 +66,7 @@ def read_index(path: str | os.PathLike[str], device: torch.device | str = "cpu",
             return _restore(config, tensors, device, backend)
     except FormatError:
         raise
-    except (SafetensorError, SaapError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+    except (SafetensorError, SaapError, LookupError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: expected an index written by write_index, got {type(error).__name__}: {error}") from error
 
 
@@ -96,7 +97,8 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "units": router.weights.hidden.shape[1], "knots": router.num_knots, "first_knot": router.first_knot,
             "count_lists": router.count_lists,
         }  # fmt: skip
-        tensors.update({f"router.{name}": x for name, x in router.tensors().items()})
+        # cloned, for those of a symmetric router are the centroids, and a file shares no memory
+        tensors.update({f"router.{name}": x.clone() for name, x in router.tensors().items()})
     if lists is not None:
         rows, count = max(lists.lengths), max(map(len, lists.segments))
         names = ("keys", "values", "ids") + (("pending",) if config["pending"] else ())
@@ -174,7 +176,9 @@ def _load(file: Any, config: dict[str, Any]) -> dict[str, Tensor]:
     names, found = set(file.keys()), {}
     for name, shape in ((n, tuple(file.get_slice(n).get_shape())) for n in names):
         found[name] = shape
-    if len(config["lengths"]) > 2**20 or any(n > found.get("keys", (0, 0, 0))[2] for n in config["lengths"]):
+    lengths, form = config["lengths"], config["index"]
+    # before any list is made to the measure of a length that the file only claims
+    if lengths and found.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), form["d"]):
         raise FormatError(f"expected tokens as in the configuration, got keys of shape {found.get('keys')}")
     want = _expected(config)
     if {n: s for n, (s, _) in want.items()} != found:
@@ -212,12 +216,18 @@ def _restore(
     if not lengths:
         return index
     segments = _segments(config)
-    for i, parts in enumerate(segments):
-        _check_tables(tensors["tables"][i, :, : len(parts)], tensors["ids"][i], parts)
     index.reserve_memory(max(lengths), batch=len(lengths))
     lists = index.invlists
     lists.lengths, lists.segments = list(lengths), segments
-    lists.removed = [np.array(r) for r in np.split(tensors["removed"].numpy(), np.cumsum(config["removed"])[:-1])]
+    counts = checks.counts(config["removed"], len(lengths), 2**31 - 1, "removed")
+    lists.removed = [np.array(r) for r in np.split(tensors["removed"].numpy(), np.cumsum(counts)[:-1])]
+    for i, parts in enumerate(segments):
+        if not np.array_equal(lists.removed[i], np.intersect1d(lists.removed[i], np.arange(lists.next_position(i)))):
+            raise FormatError(f"removed: expected rising positions below {lists.next_position(i)}, got others")
+        positions = torch.from_numpy(lists.positions(i, np.arange(lengths[i])))
+        _check_tables(tensors["tables"][i, :, : len(parts)], tensors["ids"][i], positions, parts)
+        if config["pending"]:
+            checks.list_numbers(tensors["pending"][i, :, lists.sealed(i) : lengths[i]], "pending", index.nlist, -1)
     lists._reserve_tables(tensors["tables"].shape[2], exact=True)
     if config["pending"]:
         lists.pending = tensors["pending"].to(index.device)
@@ -226,12 +236,12 @@ def _restore(
     return index
 
 
-def _check_tables(tables: Tensor, ids: Tensor, segments: tuple[tuple[int, int], ...]) -> None:
-    """FormatError unless offsets rise from the start to the end of their segment and no id repeats in it."""
+def _check_tables(tables: Tensor, ids: Tensor, positions: Tensor, segments: tuple[tuple[int, int], ...]) -> None:
+    """FormatError unless offsets rise from the start to the end of their segment and its ids are its positions, each once."""
     for s, (start, stop) in enumerate(segments):
         table, part = tables[:, s], ids[:, start:stop].sort(dim=1).values
         rising = (
             bool((table.diff(dim=1) >= 0).all()) and bool((table[:, 0] == start).all()) and bool((table[:, -1] == stop).all())
         )
-        if not rising or not bool((part.diff(dim=1) > 0).all()):
+        if not rising or not bool((part == positions[start:stop]).all()):
             raise FormatError(f"expected the offsets and ids of segment [{start}, {stop}), got others")

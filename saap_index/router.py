@@ -30,6 +30,7 @@ class QueryRouter:
     count_lists: bool = True
 
     def __post_init__(self) -> None:
+        checks.integer(self.first_knot, "first_knot", 0, 62)
         w = self.weights
         if w.hidden.ndim != 3:
             raise ShapeError(f"router hidden: expected shape (h, u, d), got {tuple(w.hidden.shape)}")
