@@ -118,7 +118,7 @@ def targets(
     bin_mass = keys.new_empty((h, q, g, num_bins))
     counts = torch.empty((h, q, num_bins, nlist), dtype=torch.int16 if n < 2**15 else torch.int32, device=keys.device)
     for head in range(h):
-        logits = (queries[head].reshape(g * q, -1) @ keys[head].T).view(g, q, n) * scale
+        logits = (queries[head].flatten(0, 1) @ keys[head].T).view(g, q, n) * scale
         mass = torch.softmax(logits.masked_fill_(~outside, float("-inf")), -1)
         index = lists[head].long().expand(g, q, n)
         list_mass[head] = mass.new_zeros((g, q, nlist)).scatter_add_(2, index, mass).transpose(0, 1)
