@@ -54,7 +54,7 @@ def select(
         return everything(lists)
     z, a = backend.route(prepared, queries, rotation)
     num_segments = [len(s) for s in lists.segments]
-    distances = np.ones((lists.batch, max(num_segments)))
+    distances = np.ones((lists.batch, lists.tables.shape[2]))
     for i in batch:
         distances[i, : num_segments[i]] = lists.next_position(i) - 1 - lists.centres(i)
     knots = torch.from_numpy(router.knots(distances)).to(z.device)

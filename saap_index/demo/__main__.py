@@ -41,9 +41,9 @@ LATE = 14
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m saap_index.demo", description=__doc__)
-    parser.add_argument("--training", type=int, default=5, help="training sequences of 8192 tokens (default %(default)s)")
+    parser.add_argument("--training", type=int, default=4, help="training sequences of 8192 tokens (default %(default)s)")
     parser.add_argument("--unseen", type=int, default=2, help="unseen sequences (default %(default)s)")
-    parser.add_argument("--layers", default=",".join(map(str, capture.LAYERS)), help="layers to index (default %(default)s)")
+    parser.add_argument("--layers", default="3,8,14,20", help="layers to index (default %(default)s)")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="own training texts instead of Python's")
     parser.add_argument("--unseen-text", type=Path, nargs="+", metavar="FILE", help="own unseen texts instead of Python's")
     parser.add_argument(
