@@ -142,7 +142,7 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
 def opened(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, Any]]:
     """Tensors, metadata and configuration of a file."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         metadata = file.metadata()
     return tensors, metadata, json.loads(metadata["config"])
 

@@ -145,7 +145,7 @@ def test_assign_is_the_nearest_centroid_and_ties_go_down(seed: int, n: int, nlis
 def test_sort_segment_is_a_stable_sort(list_nos: list[int]) -> None:
     order, offsets = reference.sort_segment(np.array(list_nos, np.int64), 6)
     assert order.tolist() == sorted(range(len(list_nos)), key=lambda i: list_nos[i])
-    assert offsets.tolist() == [sum(no < l for no in list_nos) for l in range(7)]
+    assert offsets.tolist() == [sum(no < bound for no in list_nos) for bound in range(7)]
 
 
 @given(seed=SEEDS, j=st.integers(1, 4), u=st.integers(0, 5), d=DIMS, nlist=st.integers(1, 6), knots=st.integers(0, 3))
@@ -220,10 +220,10 @@ def test_run_weights_are_a_softmax_over_tokens(case: dict[str, np.ndarray]) -> N
 def test_probe_takes_the_best_tokens_one_by_one(case: dict[str, np.ndarray], budget: int, data: st.DataObject) -> None:
     tables, nlist = case["tables"], case["z"].shape[1]
     nprobe = data.draw(st.integers(0, nlist), label="nprobe")
-    tokens = [(s, l, row) for s in range(len(tables)) for l in range(nlist) for row in range(tables[s, l], tables[s, l + 1])]
+    tokens = [(s, no, row) for s in range(len(tables)) for no in range(nlist) for row in range(tables[s, no], tables[s, no + 1])]
     if nprobe:
         weights = reference.list_weights(case["z"], np.diff(tables, axis=1).sum(0), case["count_lists"])
-        place = {l: rank for rank, l in enumerate(sorted(range(nlist), key=lambda l: (-weights[l], l)))}
+        place = {no: rank for rank, no in enumerate(sorted(range(nlist), key=lambda no: (-weights[no], no)))}
         tokens = sorted((t for t in tokens if place[t[1]] < nprobe), key=lambda t: (place[t[1]], -t[0], -t[2]))
     else:
         weights = reference.run_weights(**case)

@@ -1,0 +1,142 @@
+"""The import direction: index -> storage, selection and maps -> backends -> bindings, and nothing upwards."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saap_index
+
+PACKAGE = Path(saap_index.__file__).parent
+
+ANY = {"errors"}  # knows nothing, may be known by all
+ALLOWED = {
+    # plain data and checks
+    "errors": set(),
+    "reference": set(),
+    "checks": ANY,
+    "params": ANY,
+    "layout": ANY,
+    # what executes
+    "bindings": ANY,
+    "bindings.native": ANY,
+    "backends.base": ANY,
+    "backends.torch_backend": {"backends.base"},
+    "backends.reference_backend": {"backends.base", "reference"},
+    "backends.cpu": {"backends.base", "bindings", "bindings.native"} | ANY,
+    "backends.cuda": {"backends.base", "bindings", "bindings.native"} | ANY,
+    "backends": {"backends.base", "backends.torch_backend", "backends.reference_backend", "backends.cpu", "backends.cuda"} | ANY,
+    # the parts of an index
+    "rope": {"backends.base"} | ANY,
+    "rope_config": {"rope"} | ANY,
+    "quantizer": {"checks"} | ANY,
+    "router": {"backends", "checks"} | ANY,
+    "invlists": {"backends", "layout"} | ANY,
+    "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
+    "training": {"backends", "layout", "quantizer", "rope", "router"} | ANY,
+    "stats": {"attend", "invlists", "quantizer", "router"} | ANY,
+    # the index
+    "_base": {"attend", "backends", "checks", "invlists", "layout", "params", "quantizer", "rope", "router"} | ANY,
+    "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
+    "interop": {"quantizer", "router"} | ANY,
+    "index": {"_base", "_storage", "attend", "backends", "checks", "interop", "invlists", "params", "stats", "training"} | ANY,
+    "io": {"backends", "checks", "index", "quantizer", "rope", "router"} | ANY,
+    "": {"attend", "backends", "index", "io", "layout", "params", "quantizer", "rope", "router", "stats", "training"} | ANY,
+}
+LATER = {"rope": {"rope_config"}}  # inside a function: Rope.from_config hands over to the module that reads models' files
+OUTSIDE = {"numpy", "torch", "safetensors", "faiss", "cupy"}  # faiss and cupy inside functions only
+LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "cuda"))
+
+
+def module_name(path: Path) -> str:
+    """'' for the package itself, 'backends.cpu' for saap_index/backends/cpu.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports(path: Path, at_import: bool = False) -> tuple[set[str], set[str]]:
+    """Modules of ours and of others that a file imports when it runs; ``at_import``: only those not inside a function."""
+    ours: set[str] = set()
+    others: set[str] = set()
+    package = [*PACKAGE.parts[-1:], *path.relative_to(PACKAGE).parts[:-1]]
+
+    def found(name: str) -> None:
+        head, _, rest = name.partition(".")
+        if head == PACKAGE.name:
+            ours.add(rest)
+        else:
+            others.add(head)
+
+    def visit(node: ast.AST) -> None:
+        if types_only(node) or (at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            return
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                inner = PACKAGE.joinpath(*base[1:], alias.name) if base[0] == PACKAGE.name else None
+                is_module = inner is not None and (inner.with_suffix(".py").exists() or inner.is_dir())
+                found(".".join([*base, alias.name] if is_module else base))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return ours, others
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: module_name(p) or "saap_index")
+def test_direction(path: Path) -> None:
+    name = module_name(path)
+    assert name in ALLOWED, f"{name} is new: say in ALLOWED what it may know"
+    ours, others = imports(path)
+    native = {x for x in ours if x.startswith("_cpu")}
+    assert not native or name in ("bindings.native", "backends.cpu"), "compiled code is reached through the bindings"
+    unknown = ours - native - ALLOWED[name] - LATER.get(name, set()) - {name}
+    assert not unknown, f"{name} must not know {sorted(unknown)}"
+    assert not LATER.get(name, set()) & imports(path, at_import=True)[0]
+    foreign = others - set(sys.stdlib_module_names)
+    assert foreign <= OUTSIDE, f"{name} needs {sorted(foreign - OUTSIDE)}"
+    assert not {"faiss", "cupy"} & imports(path, at_import=True)[1], "optional packages are imported where they are used"
+
+
+def test_the_specification_needs_numpy_only() -> None:
+    ours, others = imports(PACKAGE / "reference.py")
+    assert ours == set() and others - set(sys.stdlib_module_names) == {"numpy"}
+
+
+def test_the_allowed_edges_have_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {name for name, needs in ALLOWED.items() if name not in done and needs - {name} <= done}
+        assert ready, f"a cycle among {sorted(set(ALLOWED) - done)}"
+        done |= ready
+
+
+def test_nothing_of_the_library_knows_the_demo() -> None:
+    assert all(not any(x.split(".")[0] == "demo" for x in imports(path)[0]) for path in LIBRARY)
+
+
+def test_cuda_is_no_package() -> None:
+    """A package named `cuda` on the path would hide the one that CuPy imports."""
+    assert not (PACKAGE / "cuda" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("use", ["", "saap_index.AsymmetricIndex(d=32, nlist=4)"])
+def test_importing_is_light(use: str) -> None:
+    code = f"import sys, saap_index\n{use}\nprint(*sys.modules)"
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=where, timeout=120, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "saap_index" in loaded and not loaded & {"faiss", "transformers", "cupy", "matplotlib"}
