@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import Self
 
 from . import checks
 from ._base import IndexBase

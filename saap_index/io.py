@@ -66,7 +66,16 @@ def read_index(path: str | os.PathLike[str], device: torch.device | str = "cpu",
             return _restore(config, tensors, device, backend)
     except FormatError:
         raise
-    except (SafetensorError, SaapError, LookupError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
+    except (
+        SafetensorError,
+        SaapError,
+        LookupError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise FormatError(f"{path}: expected an index written by write_index, got {type(error).__name__}: {error}") from error
 
 

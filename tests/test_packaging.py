@@ -45,6 +45,7 @@ def test_source_distribution_is_complete(tmp_path: Path) -> None:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
     sources = {f"saap_index/bindings/{p.name}" for p in (ROOT / "bindings").iterdir() if p.suffix in (".h", ".cpp", ".py")}
     sources |= {f"saap_index/cuda/{p.name}" for p in (ROOT / "cuda").iterdir()}
-    sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "saap_index").glob("*.py")} | {"saap_index/py.typed", "LICENSE", "setup.py"}
+    sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "saap_index").glob("*.py")}
+    sources |= {"saap_index/py.typed", "LICENSE", "setup.py"}
     assert sources <= names, sorted(sources - names)
     assert "cuda/__init__.py" not in names, "it would shadow NVIDIA's namespace package"

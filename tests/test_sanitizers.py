@@ -10,7 +10,8 @@ FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-
 
 
 def test_no_memory_error_and_no_undefined_behaviour(tmp_path: Path) -> None:
-    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "o")]
+    folders = ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "o")]
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", *folders]
     env = {**os.environ, "CFLAGS": FLAGS, "LDFLAGS": "-fsanitize=address,undefined"}
     subprocess.run(build, cwd=ROOT, env=env, check=True, capture_output=True, timeout=600)
     modules = list(tmp_path.glob("saap_index/_cpu*.so"))
