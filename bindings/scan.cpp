@@ -67,7 +67,14 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 // Floats that the partial result of one item takes.
 int64_t part_size(int64_t columns, int64_t ep) { return round_up(columns * (ep + 2), 16); }
 
-void merge_task(const ScanArgs& p, const Kernels& kern, const Task& task, int ep) {
+// The kernels' maxima pass over NaN, so a query that holds one is told apart here: its output is NaN, as dense attention's is.
+bool holds_nan(const float* q, int n) {
+  bool found = false;
+  for (int i = 0; i < n; i++) found |= !(q[i] - q[i] == 0);  // infinities count: their products are not numbers either
+  return found;
+}
+
+void merge_task(const ScanArgs& p, const Kernels& kern, const Task& task, int dp, int ep) {
   thread_local Scratch memory;
   float* sum = memory.get<float>(ep + p.e);
   float* plain = sum + ep;
@@ -84,14 +91,15 @@ void merge_task(const ScanArgs& p, const Kernels& kern, const Task& task, int ep
       for (int x = 0; x < ep; x++) sum[x] = sum[x] * keep + o[x] * take;
     }
     kern.unpack_values(p.type, sum, p.e, plain);
-    const float inverse = mass.inverse();
+    const bool broken = task.items && holds_nan(task.q + static_cast<int64_t>(c) * dp, dp);
+    const float inverse = broken ? NAN : mass.inverse();
     const int64_t at = task.head * j + task.column + c;
     with_type(p.q_type, [&](auto t) {
       using T = decltype(t);
       T* out = static_cast<T*>(p.out) + at * p.e;
       for (int x = 0; x < p.e; x++) out[x] = from_float<T>(plain[x] * inverse);
     });
-    p.lse[at] = mass.lse();
+    p.lse[at] = broken ? NAN : mass.lse();
   }
 }
 
@@ -161,7 +169,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
       });
       kern.pack_queries(p.type, row, p.d, dp, p.scale * kLog2e, t.q + static_cast<int64_t>(c) * dp);
     }
-    if (!t.items) merge_task(p, kern, t, ep);
+    if (!t.items) merge_task(p, kern, t, dp, ep);
   }
 
   std::atomic<bool> fine{true};
@@ -193,7 +201,9 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     } else {
       fine.store(false, std::memory_order_relaxed);
     }
-    if (shared.left[number].fetch_sub(1, std::memory_order_acq_rel) == 1 && fine.load(std::memory_order_relaxed)) merge_task(p, kern, t, ep);
+    if (shared.left[number].fetch_sub(1, std::memory_order_acq_rel) == 1 && fine.load(std::memory_order_relaxed)) {
+      merge_task(p, kern, t, dp, ep);
+    }
   });
   if (!fine) throw std::out_of_range("scan: rows: a row number lies outside [0, " + std::to_string(p.N) + ")");
 }
