@@ -49,7 +49,7 @@ ALLOWED = {
     "": {"attend", "backends", "index", "io", "layout", "params", "quantizer", "rope", "router", "stats", "training"} | ANY,
 }
 LATER = {"rope": {"rope_config"}}  # inside a function: Rope.from_config hands over to the module that reads models' files
-OUTSIDE = {"numpy", "torch", "safetensors", "faiss", "cupy"}  # faiss and cupy inside functions only
+OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions", "faiss", "cupy"}  # faiss and cupy inside functions only
 LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "cuda"))
 
 
