@@ -1,5 +1,6 @@
 """The compiled module; everything else about the package stands in setup.cfg."""
 
+import os
 from glob import glob
 
 import nanobind
@@ -23,7 +24,9 @@ setup(
             extra_compile_args=["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wno-psabi"],
             language="c++",
             py_limited_api=True,
-            optional=True,  # without a compiler the package still installs, and says at run time what it lacks
+            # Without a compiler the package still installs, and says at run time what it lacks; whoever develops or packages
+            # it sets the variable, and a failed build fails.
+            optional=not os.environ.get("SAAP_REQUIRE_NATIVE"),
         )
     ]
 )

@@ -25,7 +25,7 @@ uint64_t preference(float weight, int s, int l) {
 
 struct Candidate {
   uint64_t order;
-  int32_t length;
+  int32_t end, length;
 };
 
 // The last run that gets rows, and how many of its rows it gets. Every run before it in order of preference is taken whole.
@@ -74,9 +74,11 @@ void list_weights_wide(const ProbeHead& p, float* w) {
   for (int l = 0; l < p.lp; l++) w[l] = l < p.l ? static_cast<float>(std::min(sum[l], 3e38)) : 0.f;
 }
 
-Cut find_cut(const ProbeHead& p, const float* w, int64_t budget) {
+// The runs among which the budget ends, and the better ones, in row order; all of them together hold more than `budget` rows.
+// `rest` becomes what is left for the runs of weight below `edge`.
+void gather(const ProbeHead& p, const float* w, int64_t budget, std::vector<Candidate>& runs, float& edge, int64_t& rest) {
   constexpr int kBins = 2048, kShift = 20;  // exponent and the first bits of the fraction: an eighth of an octave
-  thread_local std::vector<Candidate> few;
+  thread_local std::vector<int32_t> places;
   int32_t bins[kBins] = {};
   for (int s = 0; s < p.s; s++) {
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
@@ -85,25 +87,40 @@ Cut find_cut(const ProbeHead& p, const float* w, int64_t budget) {
   }
   int bin = kBins - 1;
   for (; bin > 0 && bins[bin] < budget; bin--) budget -= bins[bin];
-  few.clear();
+  rest = budget;
+  edge = bit_float(static_cast<uint32_t>(bin + 1) << kShift);
+  const float least = bit_float(static_cast<uint32_t>(bin) << kShift);
+  places.resize(p.l + 1);
+  runs.clear();
   for (int s = 0; s < p.s; s++) {
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
     const float* row = w + static_cast<int64_t>(s) * p.lp;
-    for (int l = 0; l < p.l; l++)
-      if (static_cast<int>(float_bits(row[l]) >> kShift) == bin && table[l + 1] > table[l])
-        few.push_back({preference(row[l], s, l), table[l + 1] - table[l]});
+    int found = 0;  // without a branch: which runs are good is anybody's guess
+    for (int l = 0; l < p.l; l++) {
+      places[found] = l;
+      found += row[l] >= least;
+    }
+    for (int i = 0; i < found; i++) {
+      const int l = places[i];
+      if (table[l + 1] > table[l]) runs.push_back({preference(row[l], s, l), table[l + 1], table[l + 1] - table[l]});
+    }
   }
-  // Halve until the run is found in which the budget ends: linear in the number of candidates.
+}
+
+// The run in which `budget` rows end when runs are taken in order of preference. Reorders them.
+Cut find_cut(std::vector<Candidate>& few, int64_t budget) {
+  auto better = [](const Candidate& x, const Candidate& y) { return x.order > y.order; };
   size_t from = 0, to = few.size();
+  // Keep the half in which it lies: linear in the number of runs.
   while (to - from > 16) {
     const size_t middle = from + (to - from) / 2;
-    std::nth_element(few.begin() + from, few.begin() + middle, few.begin() + to, [](auto& x, auto& y) { return x.order > y.order; });
+    std::nth_element(few.begin() + from, few.begin() + middle, few.begin() + to, better);
     int64_t upper = 0;
     for (size_t i = from; i < middle; i++) upper += few[i].length;
     if (upper >= budget) to = middle;
     else budget -= upper, from = middle;
   }
-  std::sort(few.begin() + from, few.begin() + to, [](auto& x, auto& y) { return x.order > y.order; });
+  std::sort(few.begin() + from, few.begin() + to, better);
   for (; from + 1 < to && few[from].length < budget; from++) budget -= few[from].length;
   return {few[from].order, static_cast<int32_t>(std::min<int64_t>(few[from].length, budget))};
 }
@@ -116,27 +133,26 @@ int32_t* write_rows(int32_t first, int32_t n, int32_t* out) {
 // nprobe 0. Returns the end of what it wrote.
 int32_t* take_runs(const ProbeHead& p, float* w, int64_t total, int64_t budget, int32_t* out) {
   if (budget <= 0 || total <= 0) return out;
-  Cut cut{0, 0};
-  if (total > budget) {
-    if (!kernels().run_weights(p, w)) run_weights_wide(p, w);
-    cut = find_cut(p, w, budget);
-  }
-  const float least = bit_float(static_cast<uint32_t>(cut.order >> 32));
-  for (int s = 0; s < p.s; s++) {
-    const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
-    if (total <= budget) {
+  if (total <= budget) {
+    for (int s = 0; s < p.s; s++) {
+      const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
       out = write_rows(table[0], table[p.l] - table[0], out);
-      continue;
     }
-    const float* row = w + static_cast<int64_t>(s) * p.lp;
-    for (int l = 0; l < p.l; l++) {
-      if (row[l] < least) continue;
-      const int32_t length = table[l + 1] - table[l];
-      const uint64_t order = preference(row[l], s, l);
-      if (length <= 0 || order < cut.order) continue;
-      const int32_t n = order == cut.order ? cut.rows : length;
-      out = write_rows(table[l + 1] - n, n, out);
-    }
+    return out;
+  }
+  if (!kernels().run_weights(p, w)) run_weights_wide(p, w);
+  thread_local std::vector<Candidate> runs, few;
+  float edge;
+  int64_t rest;
+  gather(p, w, budget, runs, edge, rest);
+  few.clear();
+  for (const Candidate& run : runs)
+    if (run.order < preference(edge, 0, 65535)) few.push_back(run);
+  const Cut cut = find_cut(few, rest);
+  for (const Candidate& run : runs) {
+    if (run.order < cut.order) continue;
+    const int32_t n = run.order == cut.order ? cut.rows : run.length;
+    out = write_rows(run.end - n, n, out);
   }
   return out;
 }

@@ -37,28 +37,46 @@ INLINE vf run_lengths(const int32_t* table, int i, int n) {
 // A normal sum of at least this much leaves room for weights of single runs 20 orders of magnitude below.
 constexpr float kLeastSum = 1e-15f;
 
+// total (4) += sum over the runs of one segment of length * e, for columns j to j + 4 (those past the last repeat it).
+INLINE void add_segment(const ProbeHead& h, const int32_t* table, int j, float* total) {
+  const float* e[4];
+  for (int k = 0; k < 4; k++) e[k] = h.e + (int64_t)(j + k < h.j ? j + k : h.j - 1) * h.lp;
+  vf sum[4] = {};
+  for (int i = 0; i < h.l; i += W) {
+    vf n = run_lengths(table, i, h.l);
+    for (int k = 0; k < 4; k++) sum[k] += n * load(e[k] + i);
+  }
+  for (int k = 0; k < 4; k++) total[k] += sum_lanes(sum[k]);
+}
+
 bool run_weights(const ProbeHead& h, float* w) {
-  for (int j = 0; j < h.j; j++) {
-    float* e = h.e + (int64_t)j * h.lp;
-    float* c = h.c + (int64_t)j * h.s;
-    exp_row(h.z + (int64_t)j * h.l, h.l, h.lp, e);
-    float total = 0;
+  for (int j = 0; j < h.j; j++) exp_row(h.z + (int64_t)j * h.l, h.l, h.lp, h.e + (int64_t)j * h.lp);
+  for (int j0 = 0; j0 < h.j; j0 += 4) {
+    const int some = h.j - j0 < 4 ? h.j - j0 : 4;
+    float total[4] = {};
+    for (int j = j0; j < j0 + some; j++) {
+      float* c = h.c + (int64_t)j * h.s;
+      if (h.count_lists) exp_row(h.a + (int64_t)j * h.s, h.s, h.s, c);
+      else
+        for (int s = 0; s < h.s; s++) c[s] = 1;
+    }
     if (h.count_lists) {
-      exp_row(h.a + (int64_t)j * h.s, h.s, h.s, c);
       for (int s = 0; s < h.s; s++) {
-        const int32_t* table = h.tables + (int64_t)s * (h.l + 1);
-        vf sum{};
-        for (int i = 0; i < h.l; i += W) sum += run_lengths(table, i, h.l) * load(e + i);
-        total += sum_lanes(sum) * c[s];
+        float part[4] = {};
+        add_segment(h, h.tables + (int64_t)s * (h.l + 1), j0, part);
+        for (int k = 0; k < some; k++) total[k] += part[k] * h.c[(int64_t)(j0 + k) * h.s + s];
       }
     } else {
-      vf sum{};
-      for (int i = 0; i < h.lp; i += W) sum += load(e + i);
-      total = sum_lanes(sum);
-      for (int s = 0; s < h.s; s++) c[s] = 1;
+      for (int k = 0; k < some; k++) {
+        vf sum{};
+        for (int i = 0; i < h.lp; i += W) sum += load(h.e + (int64_t)(j0 + k) * h.lp + i);
+        total[k] = sum_lanes(sum);
+      }
     }
-    if (!(total >= kLeastSum)) return false;
-    for (int s = 0; s < h.s; s++) c[s] /= total;
+    for (int k = 0; k < some; k++) {
+      if (!(total[k] >= kLeastSum)) return false;
+      for (int s = 0; s < h.s; s++) h.c[(int64_t)(j0 + k) * h.s + s] /= total[k];
+    }
   }
   for (int s = 0; s < h.s; s++) {
     const int32_t* table = h.tables + (int64_t)s * (h.l + 1);

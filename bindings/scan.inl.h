@@ -7,7 +7,7 @@ constexpr int kBlock = 16;
 constexpr float kLowest = -1e30f;  // the running maximum before anything was seen: finite, so that differences stay numbers
 
 INLINE void prefetch_row(const char* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
 
 // s (kBlock, G): scores of the block's rows in log2 units.
@@ -55,13 +55,15 @@ INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, 
   const T* v = (const T*)it.v;
   const char* k = (const char*)it.k;
   const int k_bytes = it.d * (int)sizeof(T);
-  auto columns = [&](auto width, int j, int g0, bool first) __attribute__((always_inline)) {
+  auto columns = [&](auto width, int j, int g0) __attribute__((always_inline)) {
     constexpr int b_count = decltype(width)::value;
+    // An even share of the next block's keys in each pass: all of them in the first would fill the queue of cache misses.
+    if (Ahead && g0 == 0)
+      for (int i = kBlock * j / ep; i < kBlock * (j + b_count * W) / ep; i++) prefetch_row(k + (int64_t)rows[kBlock + i] * k_bytes, k_bytes);
     vf a[P][b_count];
     for (int g = 0; g < P; g++)
       for (int b = 0; b < b_count; b++) a[g][b] = load(acc + (g0 + g) * ep + j + b * W);
     for (int i = 0; i < n; i++) {
-      if (Ahead && first) prefetch_row(k + (int64_t)rows[kBlock + i] * k_bytes, k_bytes);
       vf x[b_count];
       for (int b = 0; b < b_count; b += 2) load2(v + (int64_t)rows[i] * e + j + b * W, x[b], x[b + 1]);
       for (int g = 0; g < P; g++) {
@@ -74,8 +76,8 @@ INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, 
   };
   for (int g0 = 0; g0 < G; g0 += P) {
     int j = 0;
-    for (; j + B * W <= whole; j += B * W) columns(std::integral_constant<int, B>{}, j, g0, g0 == 0 && j == 0);
-    for (; j < whole; j += kStep) columns(std::integral_constant<int, 2>{}, j, g0, g0 == 0 && j == 0);
+    for (; j + B * W <= whole; j += B * W) columns(std::integral_constant<int, B>{}, j, g0);
+    for (; j < whole; j += kStep) columns(std::integral_constant<int, 2>{}, j, g0);
   }
   if (E == 0 && whole < e) {
     for (int i = 0; i < n; i++) {
