@@ -40,6 +40,7 @@ struct PanelProduct {
 struct ProbeHead {
   const float* z;         // (j, l)
   const float* a;         // (j, s) interpolated, natural log
+  const float* share;     // (j) how much each column counts in the sum over the group
   const int32_t* tables;  // (s, l + 1)
   int j, l, s, lp;
   bool count_lists;

@@ -48,7 +48,7 @@ void run_weights_wide(const ProbeHead& p, float* w) {
     for (int s = 0; s < (p.count_lists ? p.s : 1); s++)
       for (int l = 0; l < p.l; l++) total += (p.count_lists ? length(s, l) : 1) * std::exp(score(s, l) - top);
     for (int s = 0; s < p.s; s++)
-      for (int l = 0; l < p.l; l++) sum[static_cast<size_t>(s) * p.l + l] += std::exp(score(s, l) - top) / total;
+      for (int l = 0; l < p.l; l++) sum[static_cast<size_t>(s) * p.l + l] += p.share[j] * std::exp(score(s, l) - top) / total;
   }
   for (int s = 0; s < p.s; s++)
     for (int l = 0; l < p.lp; l++) {
@@ -69,7 +69,7 @@ void list_weights_wide(const ProbeHead& p, float* w) {
       if (n[l] > 0) top = std::max(top, static_cast<double>(z[l]));
     for (int l = 0; l < p.l; l++)
       if (n[l] > 0) total += n[l] * std::exp(z[l] - top);
-    for (int l = 0; l < p.l; l++) sum[l] += total > 0 ? std::exp(z[l] - top) / total : 0.0;
+    for (int l = 0; l < p.l; l++) sum[l] += total > 0 ? p.share[j] * std::exp(z[l] - top) / total : 0.0;
   }
   for (int l = 0; l < p.lp; l++) w[l] = l < p.l ? static_cast<float>(std::min(sum[l], 3e38)) : 0.f;
 }
@@ -182,6 +182,18 @@ int32_t* take_lists(const ProbeHead& p, float* w, int nprobe, int64_t budget, in
   return out;
 }
 
+// share (j): the sigmoid of the last of a's m columns, relative to the largest, for only the order of weights matters; 1 without.
+void head_shares(const ProbeArgs& p, int64_t bh, float* share) {
+  const bool known = p.m && p.count_lists;
+  double top = -INFINITY;
+  auto log_share = [&](int j) {
+    const double c = p.a[(bh * p.j + j) * p.m + p.m - 1];
+    return c < 0 ? c - std::log1p(std::exp(c)) : -std::log1p(std::exp(-c));
+  };
+  for (int j = 0; j < p.j && known; j++) top = std::max(top, log_share(j));
+  for (int j = 0; j < p.j; j++) share[j] = known && std::isfinite(top) ? static_cast<float>(std::exp(log_share(j) - top)) : 1.f;
+}
+
 const int32_t* table_of(const ProbeArgs& p, int64_t bh, int s) { return p.tables + (bh * p.S + s) * (static_cast<int64_t>(p.l) + 1); }
 
 int64_t total_of(const ProbeArgs& p, int64_t bh, int64_t segments) {
@@ -222,17 +234,21 @@ int64_t probe(const ProbeArgs& p, const Ints& num_segments, const Ints& budgets,
     for (int s = 0; s < head.s; s++)
       if (!ordered(table_of(p, bh, s), p.l)) return fine.store(false);
     const int64_t runs = static_cast<int64_t>(head.s) * head.lp, e_size = static_cast<int64_t>(p.j) * head.lp;
-    float* w = memory.get<float>(std::max<int64_t>(runs, head.lp) + e_size + 2 * static_cast<int64_t>(p.j) * head.s);
+    float* w = memory.get<float>(std::max<int64_t>(runs, head.lp) + e_size + 2 * static_cast<int64_t>(p.j) * head.s + p.j);
     head.e = w + std::max<int64_t>(runs, head.lp);
     head.c = head.e + e_size;
     float* interpolated = head.c + static_cast<int64_t>(p.j) * head.s;
     head.a = interpolated;
+    float* share = interpolated + static_cast<int64_t>(p.j) * head.s;
+    head_shares(p, bh, share);
+    head.share = share;
+    const int knots = p.m - 1;
     for (int s = 0; s < head.s; s++) {
-      const float place = p.m ? std::clamp(p.knots[i * p.S + s], 0.f, static_cast<float>(p.m - 1)) : 0.f;
-      const int low = static_cast<int>(place), high = std::min(low + 1, p.m - 1);
+      const float place = knots > 0 ? std::clamp(p.knots[i * p.S + s], 0.f, static_cast<float>(knots - 1)) : 0.f;
+      const int low = static_cast<int>(place), high = std::min(low + 1, knots - 1);
       for (int j = 0; j < p.j; j++) {
         const float* a = p.a + (bh * p.j + j) * p.m;
-        interpolated[static_cast<int64_t>(j) * head.s + s] = p.m ? a[low] + (place - static_cast<float>(low)) * (a[high] - a[low]) : 0.f;
+        interpolated[static_cast<int64_t>(j) * head.s + s] = knots > 0 ? a[low] + (place - static_cast<float>(low)) * (a[high] - a[low]) : 0.f;
       }
     }
     int32_t* out = rows + bh * bound;

@@ -75,7 +75,8 @@ bool run_weights(const ProbeHead& h, float* w) {
     }
     for (int k = 0; k < some; k++) {
       if (!(total[k] >= kLeastSum)) return false;
-      for (int s = 0; s < h.s; s++) h.c[(int64_t)(j0 + k) * h.s + s] /= total[k];
+      const float factor = h.share[j0 + k] / total[k];
+      for (int s = 0; s < h.s; s++) h.c[(int64_t)(j0 + k) * h.s + s] *= factor;
     }
   }
   for (int s = 0; s < h.s; s++) {
@@ -103,7 +104,7 @@ bool list_weights(const ProbeHead& h, float* w) {
     }
     float total = sum_lanes(sum);
     if (!(total >= kLeastSum)) return false;
-    for (int i = 0; i < h.lp; i += W) store(w + i, load(w + i) + load(h.e + i) * splat(1 / total));
+    for (int i = 0; i < h.lp; i += W) store(w + i, load(w + i) + load(h.e + i) * splat(h.share[j] / total));
   }
   return true;
 }

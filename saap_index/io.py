@@ -103,7 +103,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if index.query_router is not None:
         router = index.query_router
         config["router"] = {
-            "units": router.weights.hidden.shape[1], "knots": router.num_knots, "first_knot": router.first_knot,
+            "units": router.weights.hidden.shape[1], "outputs": router.weights.bias_out.shape[1], "first_knot": router.first_knot,
             "count_lists": router.count_lists,
         }  # fmt: skip
         # cloned, for those of a symmetric router are the centroids, and a file shares no memory
@@ -156,7 +156,7 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
     if config["quantizer"]:
         want["centroids"] = ((h, nlist, d), torch.float32)
     if config["router"] is not None:
-        u, outputs = config["router"]["units"], nlist + config["router"]["knots"]
+        u, outputs = config["router"]["units"], config["router"]["outputs"]
         shapes = ((h, u, d), (h, u), (h, outputs, u), (h, outputs, d), (h, outputs))
         want.update({f"router.{n}": (s, torch.float32) for n, s in zip(ROUTER_PARTS, shapes, strict=True)})
     if lengths:

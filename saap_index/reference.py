@@ -95,40 +95,46 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
 def route(
     x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int
 ) -> tuple[Array, Array]:
-    """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m), the distance term at the knots."""
+    """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m + 1), the distance term at m knots and c."""
     pre = x @ hidden.T + bias_hidden
     y = (pre * 0.5 * (1.0 + np.tanh(0.5 * pre))) @ out.T + x @ skip.T + bias_out
     return y[:, :nlist], y[:, nlist:]
 
 
 def run_weights(z: Array, a: Array, knots: Array, tables: Ints, count_lists: bool) -> Array:
-    """Predicted attention per token of every run, mean over the group: (s, l). knots (s,), tables (s, l + 1)."""
+    """Predicted attention per token of every run, summed over the group: (s, l). knots (s,), tables (s, l + 1)."""
     num_segments, nlist = tables.shape[0], z.shape[1]
     bend = np.zeros((z.shape[0], num_segments))
-    if a.shape[1] and count_lists:
+    if a.shape[1] > 1 and count_lists:
+        last = a.shape[1] - 2
         for s, knot in enumerate(knots):
-            low = min(int(knot), a.shape[1] - 1)
-            high = min(low + 1, a.shape[1] - 1)
-            bend[:, s] = (1 - (knot - low)) * a[:, low] + (knot - low) * a[:, high]
+            low = min(int(knot), last)
+            bend[:, s] = (1 - (knot - low)) * a[:, low] + (knot - low) * a[:, min(low + 1, last)]
+    shares = head_shares(a, count_lists)
     sizes = np.diff(tables, axis=1)
     weights = np.zeros((num_segments, nlist))
-    for z_j, bend_j in zip(z, bend, strict=True):
+    for z_j, bend_j, share in zip(z, bend, shares, strict=True):
         scores = bend_j[:, None] + z_j[None, :]
         top = scores.max(initial=-np.inf) if count_lists else z_j.max(initial=-np.inf)
         mass = np.exp(scores - (top if np.isfinite(top) else 0.0))
         total = (sizes * mass).sum() if count_lists else np.exp(z_j - (top if np.isfinite(top) else 0.0)).sum()
-        weights += mass / total if total > 0 else 0.0
+        weights += share * mass / total if total > 0 else 0.0
     return weights
 
 
-def list_weights(z: Array, sizes: Ints, count_lists: bool) -> Array:
-    """Predicted attention per token of every list without distance, mean over the group: (l,). sizes (l,)."""
+def head_shares(a: Array, count_lists: bool) -> Array:
+    """How much each query vector counts in the sum over the group: its predicted attention outside sinks and window, (j,)."""
+    return 1.0 / (1.0 + np.exp(-a[:, -1])) if a.shape[1] and count_lists else np.ones(a.shape[0])
+
+
+def list_weights(z: Array, a: Array, sizes: Ints, count_lists: bool) -> Array:
+    """Predicted attention per token of every list without distance, summed over the group: (l,). sizes (l,)."""
     weights = np.zeros(z.shape[1])
-    for z_j in z:
+    for z_j, share in zip(z, head_shares(a, count_lists), strict=True):
         top = z_j.max()
         mass = np.exp(z_j - (top if np.isfinite(top) else 0.0))
         total = (sizes * mass).sum() if count_lists else mass.sum()
-        weights += mass / total if total > 0 else 0.0
+        weights += share * mass / total if total > 0 else 0.0
     return weights
 
 
@@ -140,7 +146,7 @@ def probe(z: Array, a: Array, knots: Array, tables: Ints, budget: int, nprobe: i
     num_segments, nlist = tables.shape[0], z.shape[1]
     newest_first = [s for s in range(num_segments - 1, -1, -1)]
     if nprobe:
-        weights = list_weights(z, np.diff(tables, axis=1).sum(axis=0), count_lists)
+        weights = list_weights(z, a, np.diff(tables, axis=1).sum(axis=0), count_lists)
         chosen = sorted(range(nlist), key=lambda l: (-weights[l], l))[:nprobe]
         runs = [(s, l) for l in chosen for s in newest_first]
     else:

@@ -64,11 +64,13 @@ class TrainingConfig:
 class RouterTargets:
     """What the loss needs of P query positions. x : float32 (h, P, g, d), queries as the router sees them.
 
-    list_mass : float32 (h, P, g, l) and bin_mass : (h, P, g, B), each summing to 1, of the attention outside window and sinks;
+    outside : float32 (h, P, g), share of the attention that lies outside window and sinks;
+    list_mass : float32 (h, P, g, l) and bin_mass : (h, P, g, B), each summing to 1, of that attention;
     counts : int16 or int32 (h, P, B, l) tokens of each list and bin; bins : float32 (B,), log2 of the bins' centres.
     """
 
     x: Tensor
+    outside: Tensor
     list_mass: Tensor
     bin_mass: Tensor
     counts: Tensor
@@ -76,9 +78,9 @@ class RouterTargets:
 
     @classmethod
     def cat(cls, parts: list[RouterTargets]) -> RouterTargets:
-        names = ("x", "list_mass", "bin_mass", "counts")
-        x, list_mass, bin_mass, counts = (torch.cat([getattr(p, name) for p in parts], 1) for name in names)
-        return cls(x, list_mass, bin_mass, counts, parts[0].bins)
+        names = ("x", "outside", "list_mass", "bin_mass", "counts")
+        x, outside, list_mass, bin_mass, counts = (torch.cat([getattr(p, name) for p in parts], 1) for name in names)
+        return cls(x, outside, list_mass, bin_mass, counts, parts[0].bins)
 
 
 def bin_edges(nearest: int, farthest: int, distance: bool) -> Tensor:
@@ -114,12 +116,16 @@ def targets(
     first[:, 0] = last + 1
     first = torch.minimum(first.clamp(min=sinks), last[:, None] + 1)
     first[:, -1] = sinks
+    share = keys.new_empty((h, q, g))
     list_mass = keys.new_empty((h, q, g, nlist))
     bin_mass = keys.new_empty((h, q, g, num_bins))
     counts = torch.empty((h, q, num_bins, nlist), dtype=torch.int16 if n < 2**15 else torch.int32, device=keys.device)
     for head in range(h):
         logits = (queries[head].flatten(0, 1) @ keys[head].T).view(g, q, n) * scale
-        mass = torch.softmax(logits.masked_fill_(~outside, float("-inf")), -1)
+        near = torch.logsumexp(logits.masked_fill(outside | (token > positions[:, None]), float("-inf")), -1)
+        far = torch.logsumexp(logits.masked_fill_(~outside, float("-inf")), -1)
+        share[head] = torch.sigmoid(far - near).T
+        mass = torch.exp(logits - far[..., None])
         index = lists[head].long().expand(g, q, n)
         list_mass[head] = mass.new_zeros((g, q, nlist)).scatter_add_(2, index, mass).transpose(0, 1)
         upto = functional.pad(mass.double().cumsum(-1), (1, 0))  # mass of tokens below each position
@@ -130,15 +136,19 @@ def targets(
         seen = hot.cumsum(0, dtype=torch.int32)
         counts[head] = seen[first[:, :-1]] - seen[first[:, 1:]]
     centres = torch.log2(edges[:-1]) + 0.5 / BINS_PER_OCTAVE if num_bins > 1 else torch.zeros(1, dtype=torch.float64)
-    return RouterTargets(router_queries.transpose(1, 2).contiguous(), list_mass, bin_mass, counts, centres.float())
+    return RouterTargets(router_queries.transpose(1, 2).contiguous(), share, list_mass, bin_mass, counts, centres.float())
 
 
 def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_knot: int, num_knots: int) -> QueryRouter:
-    """Fit the MLPs of all KV heads together. Deterministic for a seed and thread count. Same device as the data."""
+    """Fit the MLPs of all KV heads together. Deterministic for a seed and thread count. Same device as the data.
+
+    With list sizes inside the softmax the router also learns which share of the attention lies outside, by binary cross-entropy:
+    a query that attends to nothing far away should have no say in what its group reads.
+    """
     h, positions, _, d = data.x.shape
     device = data.x.device
     generator = torch.Generator().manual_seed(config.seed)
-    outputs, u = nlist + num_knots, config.hidden
+    outputs, u = nlist + (num_knots + 1 if config.count_lists else 0), config.hidden
 
     def weight(rows: int, columns: int, gain: float) -> Tensor:
         drawn = torch.randn((h, rows, columns), generator=generator) * (gain / max(1, columns) ** 0.5)
@@ -164,7 +174,9 @@ def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_
             inner = functional.silu(torch.einsum("hpgd,hud->hpgu", part, hidden) + bias_hidden[:, None, None])
             y = torch.einsum("hpgu,hlu->hpgl", inner, out) + torch.einsum("hpgd,hld->hpgl", part, skip)
             y = y + bias_out[:, None, None]
-            loss = _loss(y[..., :nlist], y[..., nlist:] @ bend, data, batch, config)
+            loss = _loss(y[..., :nlist], y[..., nlist : nlist + num_knots] @ bend, data, batch, config)
+            if config.count_lists:
+                loss = loss + functional.binary_cross_entropy_with_logits(y[..., -1], data.outside[:, batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

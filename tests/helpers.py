@@ -16,8 +16,10 @@ SMALL = {"sinks": 2, "window": 8, "seal_tokens": 4, "max_segment": 64, "break_ev
 def random_router(
     heads: int, nlist: int, d: int, knots: int = 3, units: int = 5, seed: int = 0, count_lists: bool = True
 ) -> QueryRouter:
+    """Random weights; knots = -1 for a router of lists alone."""
     g = torch.Generator().manual_seed(seed)
-    shapes = ((heads, units, d), (heads, units), (heads, nlist + knots, units), (heads, nlist + knots, d), (heads, nlist + knots))
+    outputs = nlist + knots + 1
+    shapes = ((heads, units, d), (heads, units), (heads, outputs, units), (heads, outputs, d), (heads, outputs))
     parts = [torch.randn(s, generator=g) * 0.5 for s in shapes]
     return QueryRouter(RouterWeights(*parts, nlist), first_knot=1, count_lists=count_lists)
 

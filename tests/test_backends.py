@@ -241,7 +241,7 @@ def probes(draw: st.DrawFn) -> dict[str, Any]:
     budgets = [draw(st.one_of(st.integers(0, max(1, t)), st.sampled_from([0, t, t + 9]))) for t in total]
     nprobe = draw(st.one_of(st.just(0), st.integers(1, nlist)))
     return {
-        "knots": torch.from_numpy(r.uniform(0, max(0, m - 1), (b, most)).astype(np.float32)),
+        "knots": torch.from_numpy(r.uniform(0, max(0, m - 2), (b, most)).astype(np.float32)),
         "tables": torch.from_numpy(tables), "num_segments": num_segments, "budgets": budgets, "nprobe": nprobe,
         "count_lists": draw(st.booleans()), "shape": (b, h, j, nlist, m), "r": r,
     }  # fmt: skip

@@ -89,7 +89,7 @@ def symmetric() -> AsymmetricIndex:
 
 def published() -> AsymmetricIndex:
     index = filled(nprobe=2)
-    index.query_router = random_router(H, NLIST, D, knots=0, count_lists=False)
+    index.query_router = random_router(H, NLIST, D, knots=-1, count_lists=False)
     return index
 
 
@@ -356,7 +356,7 @@ CONFIGS = {
     },
     **{f"router = {value!r}": entry("router", value=value) for value in [None, 3, "x", [], {}]},
     **{f"units = {value!r}": entry("router", "units", value=value) for value in [None, -1, 6, "x", 2**63]},
-    **{f"knots = {value!r}": entry("router", "knots", value=value) for value in [None, -9, 6, "x", 2**63]},
+    **{f"outputs = {value!r}": entry("router", "outputs", value=value) for value in [None, -9, 99, "x", 2**63]},
     **{f"first_knot = {value!r}": entry("router", "first_knot", value=value) for value in [None, "x", [], 10**400]},
     **{f"rope = {value!r}": entry("rope", value=value) for value in [3, "x", [], {}, {"head_dim": 8, "theta": "x"}]},
     "rope of another dim": entry("rope", "head_dim", value=16),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,9 @@ def test_targets(
             for j in range(g):
                 assert torch.equal(data.x[head, place, j], routed[head, j, i])
                 logits = scale * keys[head].double().numpy()[outside] @ queries[head, j, i].double().numpy()
+                every = scale * keys[head, : p + 1].double().numpy() @ queries[head, j, i].double().numpy()
+                share = np.exp(logits).sum() / np.exp(every).sum()
+                assert float(data.outside[head, place, j]) == pytest.approx(share, abs=1e-5)
                 mass = np.exp(logits - logits.max())
                 mass /= mass.sum()
                 by_list, by_bin = np.bincount(nos, mass, nlist), np.bincount(bin_of, mass, bins)
@@ -75,7 +79,8 @@ def made_up(seed: int, h: int = 2, p: int = 40, g: int = 2, d: int = 8, nlist: i
     counts = torch.randint(0, 6, (h, p, bins, nlist), generator=rng)
     counts[..., 0, 0] += 1
     mass = [torch.softmax(2 * torch.randn((h, p, g, size), generator=rng), -1) for size in (nlist, bins)]
-    return RouterTargets(torch.randn((h, p, g, d), generator=rng), *mass, counts, torch.arange(bins) / 2 + 5)
+    x, outside = torch.randn((h, p, g, d), generator=rng), torch.rand((h, p, g), generator=rng)
+    return RouterTargets(x, outside, *mass, counts, torch.arange(bins) / 2 + 5)
 
 
 @given(seed=SEEDS)
@@ -131,7 +136,7 @@ def test_loss_falls_and_is_reported(config: TrainingConfig) -> None:
 
 
 def outputs(router: QueryRouter, x: Tensor) -> Tensor:
-    """z and a of x (h, p, g, d)."""
+    """z, a and c of x (h, p, g, d)."""
     return torch.cat(TorchBackend().route(router.weights, x[None].transpose(2, 3), None), -1)[0]
 
 
@@ -141,7 +146,7 @@ def test_standardisation_is_folded_into_the_weights(hidden: int) -> None:
     data = made_up(4)
     config = TrainingConfig(**{**QUICK, "hidden": hidden})
     size, shift = torch.logspace(-2, 2, 8), torch.linspace(-3, 30, 8)
-    moved = RouterTargets(data.x * size + shift * size, data.list_mass, data.bin_mass, data.counts, data.bins)
+    moved = replace(data, x=data.x * size + shift * size)
     plain, other = train_router(data, 5, config, 5, 3), train_router(moved, 5, config, 5, 3)
     want, got = outputs(plain, data.x), outputs(other, moved.x)
     assert float((want - got).abs().max()) < 2e-2 * float(want.abs().max())
@@ -153,8 +158,7 @@ def test_an_input_that_never_changes_does_no_harm() -> None:
     for value in (0.0, 7.0):
         x = data.x.clone()
         x[..., 3] = value
-        still = RouterTargets(x, data.list_mass, data.bin_mass, data.counts, data.bins)
-        found.append(outputs(train_router(still, 5, TrainingConfig(**QUICK), 5, 3), x))
+        found.append(outputs(train_router(replace(data, x=x), 5, TrainingConfig(**QUICK), 5, 3), x))
     assert float((found[0] - found[1]).abs().max()) < 2e-2 * float(found[0].abs().max())
 
 
@@ -253,7 +257,7 @@ def test_the_distance_term_learns_that_the_recent_matter() -> None:
         shares[distance], newest = captured(index, fresh_keys, fresh_queries, budget)
         if distance:
             router = index.query_router
-            a = outputs(router, fresh_queries)[0, :, NLIST:].mean(0)
+            a = outputs(router, fresh_queries)[0, :, NLIST : NLIST + router.num_knots].mean(0)
             octaves = router.first_knot + torch.arange(router.num_knots)
             assert router.num_knots > 3 and bool((a.diff()[octaves[1:] <= 9] < 0).all()), f"{a.tolist()} falls with distance"
     assert shares[True] > 2 * shares[False] and shares[True] > 0.7 * newest, (shares, newest)

@@ -25,13 +25,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """The query router of every KV head, as plain arrays: z, a = split(skip x + out silu(hidden x + bias_h) + bias_o).
+    """The query router of every KV head, as plain arrays: z, a, c = split(skip x + out silu(hidden x + bias_h) + bias_o).
 
-    hidden : float32 (h, u, d); bias_hidden : float32 (h, u); out : float32 (h, l + m, u)
-    skip : float32 (h, l + m, d); bias_out : float32 (h, l + m)
+    hidden : float32 (h, u, d); bias_hidden : float32 (h, u); out : float32 (h, l + m + 1, u)
+    skip : float32 (h, l + m + 1, d); bias_out : float32 (h, l + m + 1)
 
-    The first l outputs are z (log attention mass per token of each list), the last m are a at the knots of the log2 distance.
-    u = 0 gives a linear router, m = 0 one without distance. Standardisation of the input is folded into the weights.
+    The first l outputs are z (log attention mass per token of each list), the next m are a at the knots of the log2 distance,
+    the last is c, whose sigmoid is the share of the attention that lies outside sinks and window. u = 0 gives a linear router,
+    m = 0 one without distance; l outputs alone one without c too. Standardisation of the input is folded into the weights.
     """
 
     hidden: Tensor
@@ -43,7 +44,7 @@ class RouterWeights:
 
     @property
     def num_knots(self) -> int:
-        return int(self.bias_out.shape[1]) - self.nlist
+        return max(0, int(self.bias_out.shape[1]) - self.nlist - 1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Backend(ABC):
 
     @abstractmethod
     def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """The router's outputs for each query head: z : float32 (b, h, j, l) and a : float32 (b, h, j, m).
+        """The router's outputs for each query head: z : float32 (b, h, j, l) and a : float32 (b, h, j, m + 1), the
+        distance term at the knots and c; of a router without c, a : (b, h, j, 0).
 
         queries : float32, bfloat16 or float16 (b, h, g, q, d), j = g * q in that order. rotation: angles of the b * q query
         positions, (b * q, r / 2), sequence-major.
@@ -127,17 +129,17 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor]:
         """From scores to the rows to read: one selection per (sequence, KV head).
 
-        z : float32 (b, h, j, l); a : float32 (b, h, j, m), m may be 0.
+        z : float32 (b, h, j, l); a : float32 (b, h, j, m + 1) or (b, h, j, 0), as from `route`; m may be 0.
         knots : float32 (b, S): place of a segment on the knots, in [0, m - 1]; a_s interpolates a linearly there.
         tables : int32 (b, h, S, l + 1), the first num_segments[i] <= S of sequence i are valid. n_ls = run length.
 
-        A run's weight is w_ls = sum_j exp(z_jl + a_js) / Z_j with Z_j = sum_ls n_ls exp(z_jl + a_js): the mean, over the
-        group, of the predicted attention probability of one of its tokens. (count_lists False: Z_j = sum_l exp(z_jl), the
-        published classifier, and a is not used.)
+        A run's weight is w_ls = sum_j sigmoid(c_j) exp(z_jl + a_js) / Z_j with Z_j = sum_ls n_ls exp(z_jl + a_js): the sum, over
+        the group, of the predicted attention probability of one of its tokens. Without c the factor is 1. (count_lists False:
+        w_ls = sum_j exp(z_jl) / sum_l exp(z_jl), the published classifier; a is not used.)
 
         nprobe 0: nonempty runs by falling weight (ties: newer segment, then lower list) until budgets[i] rows are taken.
-        nprobe p: the p lists of largest w_l = sum_j exp(z_jl) / Z_j (ties: lower list; a is not used), every segment of each
-        (newest first), until budgets[i] rows are taken.
+        nprobe p: the p lists of largest w_l, which is w_ls with a_js = 0 (ties: lower list), every segment of each (newest
+        first), until budgets[i] rows are taken.
         Of the run that exceeds the budget the last rows (its newest tokens) are taken.
 
         Returns rows : int32 (b, h, t), ascending, padded with -1, t = the largest count; counts : int32 (b, h).

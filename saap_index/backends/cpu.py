@@ -110,7 +110,8 @@ class CpuBackend(Backend):
 
     def prepare_router(self, weights: RouterWeights) -> Any:
         h, u, d = weights.hidden.shape
-        lists, m = weights.nlist, weights.num_knots
+        lists = weights.nlist
+        m = weights.bias_out.shape[1] - lists
         if lists < 1 or m < 0:
             raise ShapeError(f"nlist: expected 1 to {weights.bias_out.shape[1]}, got {lists}")
         return self._cpu.make_router(

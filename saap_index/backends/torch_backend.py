@@ -103,14 +103,14 @@ class TorchBackend(Backend):
         newest = torch.arange(top - 1, -1, -1, device=z.device)  # newest first, so that a stable sort breaks ties our way
         sizes, starts = sizes[:, :, newest], starts[:, :, newest]
         if nprobe:
-            weights = _list_weights(z, sizes.sum(2), count_lists)
+            weights = _list_weights(z, _log_shares(a, count_lists), sizes.sum(2), count_lists)
             rank = torch.argsort(torch.argsort(-weights, dim=-1, stable=True), dim=-1)
             keep = rank < nprobe
             order_key = rank[:, :, None, :] * top + torch.arange(top, device=z.device)[:, None]
             sizes = sizes * keep[:, :, None]
         else:
             bend = _bend(a, knots[:, :top], count_lists)[..., newest]
-            order_key = -_run_weights(z, bend, sizes, count_lists)
+            order_key = -_run_weights(z, bend, _log_shares(a, count_lists), sizes, count_lists)
         order = torch.argsort(order_key.reshape(b, h, -1), dim=-1, stable=True)
         sizes, starts = sizes.reshape(b, h, -1).long(), starts.reshape(b, h, -1).long()
         ordered = sizes.gather(2, order)
@@ -177,9 +177,9 @@ def _arange(start: int, stop: int, like: Tensor) -> Tensor:
 
 
 def _bend(a: Tensor, knots: Tensor, count_lists: bool) -> Tensor:
-    """The distance term of each segment: a (b, h, j, m) at knots (b, s) -> (b, h, j, s)."""
-    b, h, j, m = a.shape
-    if not m or not count_lists:
+    """The distance term of each segment: a (b, h, j, m + 1) at knots (b, s) -> (b, h, j, s)."""
+    b, h, j, m = a.shape[0], a.shape[1], a.shape[2], a.shape[3] - 1
+    if m < 1 or not count_lists:
         return a.new_zeros((b, h, j, knots.shape[1]))
     low = knots.long().clamp(max=m - 1)
     share = (knots - low)[:, None, None]
@@ -187,20 +187,25 @@ def _bend(a: Tensor, knots: Tensor, count_lists: bool) -> Tensor:
     return (1 - share) * a.gather(3, at) + share * a.gather(3, (at + 1).clamp(max=m - 1))
 
 
-def _run_weights(z: Tensor, bend: Tensor, sizes: Tensor, count_lists: bool) -> Tensor:
+def _log_shares(a: Tensor, count_lists: bool) -> Tensor:
+    """Log of how much each query vector counts in the sum over the group: (b, h, j)."""
+    return functional.logsigmoid(a[..., -1]) if a.shape[3] and count_lists else a.new_zeros(a.shape[:3])
+
+
+def _run_weights(z: Tensor, bend: Tensor, log_shares: Tensor, sizes: Tensor, count_lists: bool) -> Tensor:
     """Predicted attention per token of each run, summed over the group: (b, h, s, l)."""
     scores = bend[..., :, None] + z[..., None, :]  # (b, h, j, s, l)
     if count_lists:
         norm = torch.logsumexp(scores + torch.log(sizes[:, :, None].float()), dim=(-2, -1))
     else:
         norm = torch.logsumexp(z, dim=-1)
-    return _sum_over_group(torch.exp(scores - norm[..., None, None]))
+    return _sum_over_group(torch.exp(scores - (norm - log_shares)[..., None, None]))
 
 
-def _list_weights(z: Tensor, sizes: Tensor, count_lists: bool) -> Tensor:
+def _list_weights(z: Tensor, log_shares: Tensor, sizes: Tensor, count_lists: bool) -> Tensor:
     """Predicted attention per token of each list, summed over the group: (b, h, l)."""
     norm = torch.logsumexp(z + torch.log(sizes[:, :, None].float()) if count_lists else z, dim=-1)
-    return _sum_over_group(torch.exp(z - norm[..., None]))
+    return _sum_over_group(torch.exp(z - (norm - log_shares)[..., None]))
 
 
 def _sum_over_group(mass: Tensor) -> Tensor:
