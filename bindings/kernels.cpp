@@ -36,6 +36,12 @@ TABLE("baseline")
 }  // namespace baseline
 
 #ifdef SAAP_X86
+// The tests compile the 16-lane code for AVX2 too, so that its logic runs where no AVX-512 is at hand.
+#ifdef SAAP_EMULATE_AVX512
+#define WIDE_TARGET "avx2,fma,f16c"
+#else
+#define WIDE_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#endif
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -53,11 +59,15 @@ TABLE("avx2")
 }  // namespace avx2
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target(WIDE_TARGET))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
+#ifdef SAAP_EMULATE_AVX512
+#pragma GCC target("avx2,fma,f16c")
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#endif
 #endif
 namespace avx512 {
 #define W 16
@@ -82,8 +92,12 @@ const Kernels* find(const char* name) {
   // These ask the operating system's saved state (xgetbv) as well as cpuid.
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef SAAP_EMULATE_AVX512
+  const bool has_avx512 = has_avx2;
+#else
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   if (has_avx512 && !std::strcmp(name, "avx512")) return &avx512::table;
   if (has_avx2 && !std::strcmp(name, "avx2")) return &avx2::table;
 #endif

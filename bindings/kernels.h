@@ -9,7 +9,7 @@
 namespace saap {
 
 constexpr int kPanel = 16;       // output columns of a weight panel, for every instruction set
-constexpr int kScanPad = 32;     // valid row numbers that must follow the last one of a ScanItem, for prefetching
+constexpr int kScanPad = 64;     // valid row numbers that must follow the last one of a ScanItem, for prefetching
 constexpr int kScanColumns = 64; // most query columns of a ScanItem
 
 // Attention of a few query columns over listed rows of one head. All columns pass over a block of rows while it is in cache.

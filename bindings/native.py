@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from types import ModuleType
 
@@ -11,7 +12,7 @@ from types import ModuleType
 def load() -> ModuleType | None:
     """The module ``saap_index._cpu``, or None, with one warning, where it was not built."""
     try:
-        from saap_index import _cpu
+        return importlib.import_module("saap_index._cpu")
     except ImportError as error:
         warnings.warn(
             f"saap_index._cpu, the native CPU kernels, cannot be loaded ({error}); the torch backend is used instead. "
@@ -20,4 +21,3 @@ def load() -> ModuleType | None:
             stacklevel=2,
         )
         return None
-    return _cpu

@@ -25,7 +25,7 @@ INLINE void load2(const bf16* p, vf& x, vf& y) {
   x = (vf)(u << 16);
   y = (vf)(u & 0xffff0000u);
 }
-#if W == 16
+#if W == 16 && !defined(SAAP_EMULATE_AVX512)
 template <> constexpr bool kEvenOdd<f16> = false;
 INLINE void load2(const f16* p, vf& x, vf& y) {
   x = (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -86,7 +86,7 @@ template <int G, int H = W / 2> INLINE vf sum_modulo(vf x) {
 // nearest integer, which -ffast-math would undo.
 INLINE vf exp2_nonpositive(vf x) {
   vf t = x + splat(12582912.f);
-  vi exponent = (vi)t << 23;
+  vu exponent = (vu)t << 23;  // unsigned: below -126 the sum wraps round, and is not used
   vf f = x - (t - splat(12582912.f));
   vf p = splat(1.540353e-4f);
   p = p * f + splat(1.3333558e-3f);
@@ -95,5 +95,5 @@ INLINE vf exp2_nonpositive(vf x) {
   p = p * f + splat(2.4022651e-1f);
   p = p * f + splat(6.9314718e-1f);
   p = p * f + splat(1.f);
-  return (vf)(((vi)p + exponent) & (x > splat(-126.f)));
+  return (vf)((vi)((vu)p + exponent) & (x > splat(-126.f)));
 }

@@ -155,11 +155,13 @@ class CpuBackend(Backend):
         tables_at = _plain("tables", tables, _I32, (b, h, segments, lists + 1))
         if len(num_segments) != b or len(budgets) != b:
             raise ShapeError(f"num_segments, budgets: expected {b} numbers each, got {len(num_segments)} and {len(budgets)}")
-        for used, budget in zip(num_segments, budgets, strict=True):
-            if not 0 <= used <= segments or budget < 0:
-                raise LengthError(f"num_segments, budgets: expected at most {segments} and at least 0, got {used} and {budget}")
+        for valid, budget in zip(num_segments, budgets, strict=True):
+            if not 0 <= valid <= segments or budget < 0:
+                raise LengthError(f"num_segments, budgets: expected at most {segments} and at least 0, got {valid} and {budget}")
         if not 0 < lists < 65536 or segments > 65535 or nprobe < 0:
-            raise LengthError(f"expected 1 to 65535 lists, at most 65535 segments and nprobe >= 0, got {lists}, {segments}, {nprobe}")
+            raise LengthError(
+                f"expected 1 to 65535 lists, up to 65535 segments and nprobe >= 0, got {lists}, {segments}, {nprobe}"
+            )
         used, most = list(num_segments), list(budgets)
         bound = self._cpu.probe_bound(tables_at, b, h, lists, segments, used, most)
         rows, counts = torch.empty((b, h, bound), dtype=_I32), torch.empty((b, h), dtype=_I32)
@@ -210,7 +212,7 @@ class CpuBackend(Backend):
         elif rows is not counts:
             raise ShapeError("rows, counts: expected both or neither")
         if not len(sinks) == len(sealed) == len(lengths) == b:
-            raise ShapeError(f"sinks, sealed, lengths: expected {b} numbers each, got {len(sinks)}, {len(sealed)}, {len(lengths)}")
+            raise ShapeError(f"sinks, sealed, lengths: expected {b} each, got {len(sinks)}, {len(sealed)}, {len(lengths)}")
         for first, middle, last in zip(sinks, sealed, lengths, strict=True):
             if not 0 <= first <= middle <= last <= capacity:
                 raise LengthError(f"expected 0 <= sinks <= sealed <= lengths <= {capacity}, got {first}, {middle}, {last}")
