@@ -48,12 +48,14 @@ void run_weights_wide(const ProbeHead& p, float* w) {
     for (int s = 0; s < (p.count_lists ? p.s : 1); s++)
       for (int l = 0; l < p.l; l++) total += (p.count_lists ? length(s, l) : 1) * std::exp(score(s, l) - top);
     for (int s = 0; s < p.s; s++)
-      for (int l = 0; l < p.l; l++) sum[static_cast<size_t>(s) * p.l + l] += p.share[j] * std::exp(score(s, l) - top) / total;
+      for (int l = 0; l < p.l && total > 0; l++) sum[static_cast<size_t>(s) * p.l + l] += p.share[j] * std::exp(score(s, l) - top) / total;
   }
   for (int s = 0; s < p.s; s++)
     for (int l = 0; l < p.lp; l++) {
       const bool run = l < p.l && p.tables[static_cast<int64_t>(s) * (p.l + 1) + l + 1] > p.tables[static_cast<int64_t>(s) * (p.l + 1) + l];
-      w[static_cast<int64_t>(s) * p.lp + l] = run ? static_cast<float>(sum[static_cast<size_t>(s) * p.l + l]) : 0.f;
+      const double weight = run ? sum[static_cast<size_t>(s) * p.l + l] : 0.0;
+      // The histogram and the cut take a weight for a number: scores that are none (of a NaN query) weigh nothing.
+      w[static_cast<int64_t>(s) * p.lp + l] = weight > 0 ? static_cast<float>(std::min(weight, 3e38)) : 0.f;
     }
 }
 
@@ -191,7 +193,10 @@ void head_shares(const ProbeArgs& p, int64_t bh, float* share) {
     return c < 0 ? c - std::log1p(std::exp(c)) : -std::log1p(std::exp(-c));
   };
   for (int j = 0; j < p.j && known; j++) top = std::max(top, log_share(j));
-  for (int j = 0; j < p.j; j++) share[j] = known && std::isfinite(top) ? static_cast<float>(std::exp(log_share(j) - top)) : 1.f;
+  for (int j = 0; j < p.j; j++) {
+    const double relative = known && std::isfinite(top) ? std::exp(log_share(j) - top) : 1.0;
+    share[j] = relative > 0 ? static_cast<float>(relative) : 0.f;  // 0 also for NaN
+  }
 }
 
 const int32_t* table_of(const ProbeArgs& p, int64_t bh, int s) { return p.tables + (bh * p.S + s) * (static_cast<int64_t>(p.l) + 1); }
