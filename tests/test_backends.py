@@ -291,6 +291,30 @@ def test_probe_of_equal_scores_takes_the_newest(name: str, nprobe: int, count_li
     assert rows[0, 0].tolist() == want and counts.tolist() == [[5]]
 
 
+@over_backends
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["one list", "one head", "every score", "a knot", "every knot", "the last knot"])
+@pytest.mark.parametrize("nprobe", [0, 2])
+@pytest.mark.parametrize("count_lists", [True, False])
+def test_probe_of_scores_that_are_no_numbers(name: str, bad: float, where: str, nprobe: int, count_lists: bool) -> None:
+    """What a query that holds NaN or infinity leads to: any choice will do, but of rows that are there, and no more of them."""
+    r = np.random.default_rng(0)
+    sizes = np.repeat(r.integers(1, 4, (1, 1, 8, 5)), 2, 1)
+    z, a = (torch.from_numpy(r.normal(size=(1, 2, 3, n)).astype(np.float32)) for n in (5, 3))
+    part = {
+        "one list": z[:, 0, :, 1], "one head": z[:, 0, 1], "every score": z, "a knot": a[:, 0, :, 0], "every knot": a,
+        "the last knot": a[:, 0, 0, -1],
+    }[where]  # fmt: skip
+    part.fill_(bad)
+    knots, tables, budget = torch.linspace(0, 1, 8)[None], torch.from_numpy(tables_of(sizes, 2)), 11
+    for _ in range(20):
+        rows, counts = backend(name).probe(z, a, knots, tables, [8], [budget], nprobe, count_lists)
+        assert counts.tolist() == [[budget, budget]] and rows.shape == (1, 2, budget)
+        assert bool((rows.diff() > 0).all()) and int(rows.min()) >= 2 and int(rows.max()) < 2 + sizes[0, 0].sum()
+    if where == "every score" and bad == -torch.inf:
+        assert torch.equal(rows, SPEC.probe(z, a, knots, tables, [8], [budget], nprobe, count_lists)[0])
+
+
 # -- scan -----------------------------------------------------------------------------------------------------------------
 
 
