@@ -262,14 +262,15 @@ def test_survives_fork() -> None:
 def probe_head(
     z: np.ndarray, a: np.ndarray, knots: np.ndarray, tables: np.ndarray, budget: int, nprobe: int, count_lists: bool
 ) -> list[int]:
-    """One head of the contract, run by run. z (j, l), a (j, m), knots (s), tables (s, l + 1)."""
+    """One head of the contract, run by run. z (j, l), a (j, m + 1), knots (s), tables (s, l + 1)."""
     segments, lists = len(tables), z.shape[1]
     lengths = np.diff(tables, axis=1)
     bend = np.zeros((len(z), segments))
-    if a.shape[1] and count_lists and not nprobe:
-        bend = np.stack([[np.interp(x, range(a.shape[1]), row) for x in knots] for row in a])
+    if a.shape[1] > 1 and count_lists and not nprobe:
+        bend = np.stack([[np.interp(x, range(a.shape[1] - 1), row[:-1]) for x in knots] for row in a])
     scores = np.exp(z[:, None, :] + bend[:, :, None])  # (j, s, l)
     norm = (scores * lengths).sum((1, 2)) if count_lists else np.exp(z).sum(1)
+    norm = norm * (1 + np.exp(-a[:, -1])) if a.shape[1] and count_lists else norm
     if nprobe:
         weights = (np.exp(z) / norm[:, None]).sum(0) if norm.all() else np.zeros(lists)
         chosen = sorted(range(lists), key=lambda x: (-weights[x], x))[:nprobe]
@@ -295,7 +296,7 @@ def test_probe(data: st.DataObject, seed: int, count_lists: bool, ties: bool) ->
     distinct = 0.5 * np.log(1 + rng.permuted(np.arange(b * h * lists))).reshape(b, h, 1, lists)
     z = np.repeat(rng.integers(0, 3, (b, h, 1, lists)) * 1.0 if ties else distinct, j, axis=2)
     a = np.zeros((b, h, j, m)) if ties else 0.37 * rng.standard_normal((b, h, 1, m)).repeat(j, 2)
-    knots = rng.uniform(0, max(0, m - 1), (b, segments))
+    knots = rng.uniform(0, max(0, m - 2), (b, segments))
     lengths = rng.integers(0, data.draw(st.sampled_from([1, 2, 6])) + 1, (b, h, segments, lists))
     lengths[..., 0] += lengths.sum((3,)).max(1)[:, None] - lengths.sum(3)  # segments hold as many rows for every head
     tables = np.zeros((b, h, segments, lists + 1), dtype=np.int32)
