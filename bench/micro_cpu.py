@@ -87,7 +87,7 @@ class Case:
         self.sealed = bounds[-1]
         self.budget = round(shape.selectivity * (self.sealed - shape.sinks))
         self.knots = torch.linspace(shape.knots - 1, 0, count)[None].contiguous()
-        o = shape.nlist + shape.knots
+        o = shape.nlist + shape.knots + 1  # the last: the share outside sinks and window
         self.weights = RouterWeights(
             0.1 * torch.randn((h, shape.units, d), generator=g),
             torch.zeros((h, shape.units)),
@@ -176,7 +176,7 @@ def run(shape: Shape, seconds: float) -> None:
     runs = float((rows[0, :, 1:] != rows[0, :, :-1] + 1).sum() + h)
     us = median_us([lambda x=x, s=s: scan(x, *s, False) for x, s in zip(case.queries, selections, strict=True)], seconds)
     report.line(f"scan, {shape.selectivity:.0%} of the rows", us, read, f"runs of {float(counts.sum()) / runs:.0f} rows")
-    weight_bytes = 4 * h * (shape.units * d + (shape.nlist + shape.knots) * (shape.units + d))
+    weight_bytes = 4 * h * (shape.units * d + (shape.nlist + shape.knots + 1) * (shape.units + d))
     route_us = median_us([lambda x=x: CPU.route(router, x, case.rotation) for x in case.queries], seconds)
     report.line("route", route_us, weight_bytes)
     scores = [CPU.route(router, x, case.rotation) for x in case.queries]
