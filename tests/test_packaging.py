@@ -32,6 +32,7 @@ def test_without_the_module_torch_takes_over_and_says_so_once() -> None:
 
 def test_without_a_compiler_the_build_succeeds(tmp_path: Path) -> None:
     env = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    env.pop("SAAP_REQUIRE_NATIVE", None)
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "o")]
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=120)
     assert not list(tmp_path.glob("**/*.so"))

@@ -43,6 +43,6 @@ def mass_against_bytes(table: Table, layers: Sequence[int], names: Mapping[str, 
     axes.set_ylim(0, 101)
     axes.set_title(f"SmolLM2-135M, 8192 tokens of unseen text, layers {', '.join(map(str, layers))}", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.06))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
