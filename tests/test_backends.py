@@ -466,4 +466,5 @@ def test_combine(name: str, data: st.DataObject, rows: int, e: int, dtype: torch
     assert torch.equal(lse, swapped[1]) and torch.allclose(out.float(), swapped[0].float(), rtol=0, atol=float(size * 4 * EPS32))
     empty = torch.zeros_like(parts[0]), torch.full_like(parts[1], -torch.inf)
     same = through_seam(name)(parts[0], parts[1], *empty)
-    assert torch.equal(same[0], parts[0]) and torch.equal(same[1], parts[1]), "the empty state is the identity"
+    assert torch.equal(same[0], parts[0]), "the empty state is the identity"
+    assert torch.allclose(same[1], parts[1], rtol=2 * EPS32, atol=0), "of lse up to rounding: a kernel may count in powers of 2"
