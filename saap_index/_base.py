@@ -77,16 +77,18 @@ class IndexBase:
             raise ParameterError(f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {num_heads}")
         if dtype not in checks.STORAGE_DTYPES:
             raise ParameterError(f"dtype: expected one of {checks.STORAGE_DTYPES}, got {dtype!r}")
+        if rope is not None and not isinstance(rope, Rope):
+            raise ParameterError(f"rope: expected a saap_index.Rope or None, got {type(rope).__name__}")
         if rope is not None and rope.head_dim != self.d:
             raise CompatibilityError(f"rope: expected head_dim = {self.d}, got {rope.head_dim}")
-        self.scale = float(self.d**-0.5 if scale is None else scale)
-        if not np.isfinite(self.scale) or self.scale <= 0:
+        if scale is not None and (not isinstance(scale, int | float | np.number) or not 0 < float(scale) < np.inf):
             raise ParameterError(f"scale: expected a positive number, got {scale!r}")
+        self.scale = float(self.d**-0.5 if scale is None else scale)
         if selectivity is None and nprobe is None:
             selectivity = 0.05
         self._defaults = SearchParametersIVF(nprobe=nprobe, selectivity=selectivity, max_codes=max_codes)
         self._layout = Layout(sinks, window, seal_tokens, max_segment, break_even)
-        self.dtype, self.device, self.rope = dtype, torch.device(device), rope
+        self.dtype, self.device, self.rope = dtype, checks.device(device), rope
         self._backend = get_backend(self.device, backend)
         self.backend_name = backend
         self._key_quantizer: KeyQuantizer | None = None

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from . import checks
 from ._base import IndexBase
 from .backends import get_backend
-from .errors import LengthError, ShapeError
+from .errors import LengthError, ParameterError, ShapeError
 from .invlists import SegmentedInvertedLists
 from .stats import IndexStats, gather
 
@@ -94,6 +94,8 @@ class IndexStorage(IndexBase):
         new = self._clone()
         if self._lists is not None:
             chosen = list(range(self._lists.batch)) if sequences is None else list(sequences)
+            if not chosen:
+                raise ParameterError("sequences: expected at least one, got none")
             for s in chosen:
                 checks.integer(s, "sequences", 0, self._lists.batch - 1)
             new._lists = self._lists.fork(chosen)
@@ -101,7 +103,7 @@ class IndexStorage(IndexBase):
 
     def to(self, device: torch.device | str) -> Self:
         """This index on another device: itself if it is there already, else a copy."""
-        device = torch.device(device)
+        device = checks.device(device)
         if device == self.device:
             return self
         new = self._clone(device)

@@ -22,13 +22,21 @@ def integer(value: object, name: str, least: int, most: int = 2**31 - 1) -> int:
     return int(value)
 
 
+def device(value: torch.device | str) -> torch.device:
+    """``value`` as a torch device; DeviceError for one that torch does not know."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise DeviceError(f"device: expected a torch device, got {value!r}") from error
+
+
 def tensor(value: Any, name: str) -> Tensor:
     """A torch tensor, or the same memory of a NumPy array; DTypeError for anything else."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, np.ndarray):
         try:
-            return torch.from_numpy(value)
+            return torch.from_numpy(value if value.flags.writeable else value.copy())  # torch warns of memory it may not write
         except (TypeError, ValueError) as error:
             raise DTypeError(f"{name}: expected an array torch can read, got NumPy {value.dtype}") from error
     raise DTypeError(f"{name}: expected a torch tensor or NumPy array, got {type(value).__name__}")

@@ -18,7 +18,7 @@ from ._base import Form
 from ._storage import IndexStorage
 from .attend import Selection, attend, read_ids, select, select_lists, take
 from .backends import Rotation
-from .errors import LengthError, NotTrainedError, ShapeError, StateError
+from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
 from .params import SearchParametersIVF
 from .training import TrainingConfig, train_layer
 
@@ -129,6 +129,8 @@ class AsymmetricIndex(IndexStorage):
         batch = self._lists.batch if self._lists is not None and self.ntotal else None
         keys = self._input(keys, "keys", "b h n d", (batch, self.num_kv_heads, None, self.d), (self.dtype,))
         b, h, n, _ = keys.shape
+        if not b:
+            raise ShapeError("keys: expected at least one sequence, got none")
         values = self._input(values, "values", "b h n e", (b, h, n, self.d_v), (self.dtype,))
         counts = [n] * b if lengths is None else checks.counts(lengths, b, n)
         if batch and max(self.lengths) + max(counts) >= 2**31:
@@ -176,8 +178,9 @@ class AsymmetricIndex(IndexStorage):
         out : dtype of queries (b, hq, q, e): one softmax over sinks, recent tokens and the selected ones.
         lse : float32 (b, hq, q), natural log, if asked for. Nothing to attend: out = 0, lse = -inf.
 
-        Raises NotTrainedError without a router, ShapeError, DTypeError, DeviceError, LayoutError. NaN in a query gives NaN in
-        the outputs of its group.
+        Raises NotTrainedError without a router (but for an index that never held a token, which gives zeros), ShapeError,
+        DTypeError, DeviceError, LayoutError, ParameterError. NaN in a query gives NaN in its own output, and an arbitrary
+        selection to its group.
         """
         x, form = self._queries(queries)
         if self._lists is None:
@@ -250,6 +253,8 @@ class AsymmetricIndex(IndexStorage):
                 raise ShapeError(f"coarse_queries: expected {x.shape[3]} queries per sequence, got {routed.shape[3]}")
         elif self.rope is not None:
             rotation = self._query_rotation(x.shape[3])
+        if params is not None and not isinstance(params, SearchParametersIVF):
+            raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
         params = self._defaults if params is None else params.over(self._defaults)
         return select(self._backend, lists, self._query_router, self._prepared_router, routed, rotation, params)
 

@@ -159,7 +159,8 @@ def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_
     bias_hidden, bias_out = torch.zeros((h, u), device=device), torch.zeros((h, outputs), device=device)
     parameters = [hidden, out, skip, bias_hidden.requires_grad_(), bias_out.requires_grad_()]
     mean = data.x.mean((1, 2))
-    deviation = data.x.var((1, 2)).add_(1e-8).sqrt_()
+    # what varies by less than a percent of its mean is rounding: blown up, it would decide
+    deviation = torch.maximum(data.x.std((1, 2), correction=0), 0.01 * mean.abs() + 1e-4)
     x = (data.x - mean[:, None, None]) / deviation[:, None, None]
     bend = _knot_matrix(data.bins, first_knot, num_knots).to(device)
 

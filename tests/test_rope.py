@@ -543,7 +543,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
             rope.rotation(positions)  # type: ignore[arg-type]
         with pytest.raises(DTypeError, match="positions: expected"):
             rope.rotate(x, positions)  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match="positions: expected shape .n,., got .1, 5."):
+    with pytest.raises(ShapeError, match=r"positions: expected shape .n,., got .1, 5."):
         rope.rotation(torch.zeros(1, 5, dtype=torch.int64))
     for shape in ((4,), (), (3, 5), (1, 1, 5), (2, 4)):
         with pytest.raises(ShapeError, match="positions: expected shape"):

@@ -30,7 +30,8 @@ class Walk(RuleBasedStateMachine):
     backend = "torch"
 
     @initialize(
-        b=st.integers(1, 3), heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (6, 2), (2, 2)]), dims=st.sampled_from([(32, 32), (40, 64)]),
+        b=st.integers(1, 3), heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (6, 2), (2, 2)]),
+        dims=st.sampled_from([(32, 32), (40, 64)]),
         dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), rope=st.sampled_from([None, "plain", "dynamic"]),
         sinks=st.integers(0, 5), window=st.integers(0, 20), break_even=st.sampled_from([0, 30]), count_lists=st.booleans(),
     )  # fmt: skip
