@@ -63,7 +63,7 @@ class IndexBase:
         scale: float | None = None,
         break_even: int = 1024,
         seal_tokens: int = 0,
-        max_segment: int = 16384,
+        max_segment: int = 32768,
         backend: str | None = None,
     ) -> None:
         for name, dim in (("d", d), ("d_v", d if d_v is None else d_v)):

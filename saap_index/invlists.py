@@ -186,9 +186,11 @@ class SegmentedInvertedLists:
 
     def _run_lists(self, i: int, s: int) -> Tensor:
         """List numbers of the rows of segment s, as they lie: int32 (h, n)."""
-        sizes = self.tables[i, :, s].diff(dim=1)
-        lists = torch.arange(self.nlist, dtype=torch.int32, device=sizes.device)
-        return torch.stack([torch.repeat_interleave(lists, size) for size in sizes])
+        start, stop = self.segments[i][s]
+        begins = (self.tables[i, :, s, 1:-1] - start).long()  # of every list but the first; past the end if the rest is empty
+        marks = torch.zeros((self.heads, stop - start + 1), dtype=torch.int32, device=begins.device)
+        marks.scatter_add_(1, begins, torch.ones_like(begins, dtype=torch.int32))
+        return marks[:, :-1].cumsum(1, dtype=torch.int32)
 
     def _pending_lists(self, i: int, start: int, stop: int, assign: Assign) -> Tensor:
         """List numbers of recent rows about to be sealed, whose ids are written: int32 (h, n)."""

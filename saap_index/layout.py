@@ -7,7 +7,7 @@ longer sequence truncated to the same length all end in the same state, bit for 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from .errors import ParameterError
 
@@ -33,7 +33,7 @@ class Layout:
     sinks: int = 4
     window: int = 128
     seal_tokens: int = 0
-    max_segment: int = 16384
+    max_segment: int = 32768
     break_even: int = 1024
 
     def __post_init__(self) -> None:
@@ -42,12 +42,12 @@ class Layout:
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
                 raise ParameterError(f"{name}: expected an integer of {least} or more (below 2**31), got {value!r}")
 
-    @property
+    @cached_property
     def recent(self) -> int:
         """Tokens that stay recent whenever a block is sealed."""
         return max(self.window, MAX_QUERY_TOKENS)
 
-    @property
+    @cached_property
     def block(self) -> int:
         if self.seal_tokens:
             return self.seal_tokens
