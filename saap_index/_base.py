@@ -61,7 +61,7 @@ class IndexBase:
         window: int = 128,
         sinks: int = 4,
         scale: float | None = None,
-        break_even: int = 1024,
+        break_even: int = 2048,
         seal_tokens: int = 0,
         max_segment: int = 32768,
         backend: str | None = None,

@@ -27,14 +27,15 @@ class Layout:
     sinks : the first tokens, always read. window : the last tokens, always read (at least this many).
     seal_tokens : tokens that leave the recent ones at a time, the smallest segment; 0 chooses the largest power of two that
     is at most the window, within 64 and 256, so that even the newest segment is as old as it is long.
-    max_segment : no segment is longer; bounds the pause of a merge. break_even : shorter sequences are not sealed.
+    max_segment : no segment is longer; bounds the pause of a merge. break_even : shorter sequences are not sealed; at 2048
+    tokens a small layer (3 KV heads, d = 64) was as fast dense as at 5 % on a CPU, a large one (8, d = 128) 1.5 times slower.
     """
 
     sinks: int = 4
     window: int = 128
     seal_tokens: int = 0
     max_segment: int = 32768
-    break_even: int = 1024
+    break_even: int = 2048
 
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("window", 0), ("seal_tokens", 0), ("max_segment", 1), ("break_even", 0)):
