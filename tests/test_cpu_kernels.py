@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -237,7 +236,6 @@ def _child(results: multiprocessing.connection.Connection, q: Tensor, k: Tensor)
     results.send(out.tolist())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_survives_fork() -> None:
     # Made before the fork: torch's own threads do not survive one.
