@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="llama")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--tokens", type=int, default=131072)
-    parser.add_argument("--steps", type=int, default=16384, help="tokens added one by one: a whole cycle of merges")
+    parser.add_argument("--steps", type=int, default=32768, help="tokens added one by one: a whole cycle of merges")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..index import AsymmetricIndex
 from ..params import SearchParametersIVF
-from .baselines import SINKS, WINDOW, selector
+from .baselines import SINKS, WINDOW, Selector, selector
 from .capture import Capture
 from .measures import Exact, exact_attention, measure, output_error
 
@@ -25,7 +25,8 @@ class Row:
     """One method, layer and share, over all sequences so far.
 
     captured, outside : attention mass per sequence, summed over queries and heads; errors : mean output error per sequence.
-    tokens : read per query and KV head, sinks and window included; kv_bytes of them in the dtype of the index;
+    tokens : read per query and KV head, sinks and window included; kv_bytes of them in the dtype of the index (these and the
+    other sizes are the last sequence's: they hardly differ);
     other_bytes : tables, row lists, centroids; router_bytes : router weights, read once per step whatever the batch.
     """
 
@@ -66,10 +67,10 @@ def evaluate(
         for layer in layers:
             found = sequence.layers[layer]
             exact = exact_attention(found.keys[0], found.values[0], found.queries[0], sequence.positions, SINKS, WINDOW)
-            for share in shares:
-                budgets = [round(share * int(n)) for n in exact.outside.sum(1)]
-                for name in baselines:
-                    _baseline(table.setdefault((name, layer, share), Row()), name, sequence, layer, exact, budgets)
+            for name in baselines:
+                choose = selector(name, found.keys[0], sinks=SINKS, window=WINDOW)
+                for share in shares:
+                    _baseline(table.setdefault((name, layer, share), Row()), name, choose, sequence, layer, exact, share)
             for method, by_layer in indexes.items():
                 rows = [table.setdefault((method, layer, share), Row()) for share in shares]
                 _index(rows, by_layer[layer], sequence, layer, exact, shares)
@@ -78,10 +79,10 @@ def evaluate(
     return table
 
 
-def _baseline(row: Row, name: str, sequence: Capture, layer: int, exact: Exact, budgets: Sequence[int]) -> None:
+def _baseline(row: Row, name: str, choose: Selector, sequence: Capture, layer: int, exact: Exact, share: float) -> None:
     found = sequence.layers[layer]
     keys, queries = found.keys[0], found.queries[0]
-    choose = _prepared(name, keys)
+    budgets = [round(share * int(n)) for n in exact.outside.sum(1)]
     chosen = [choose(queries[:, j], int(p), budgets[j]) for j, p in enumerate(sequence.positions)]
     measures = measure(exact, torch.stack(chosen, 1))
     _record(row, measures.captured, measures.outside, measures.error)
@@ -91,17 +92,6 @@ def _baseline(row: Row, name: str, sequence: Capture, layer: int, exact: Exact, 
     per_token = {"quest": 2 * d * keys.dtype.itemsize / 16}.get(name, 0.0)  # a page's bounds
     fixed = {"ivf": 256 * d * keys.dtype.itemsize}.get(name, 0)  # centroids
     row.other_bytes = heads * (per_token * n + fixed)
-
-
-_memo: dict[str, tuple[Tensor, Callable[[Tensor, int, int], Tensor]]] = {}
-
-
-def _prepared(name: str, keys: Tensor) -> Callable[[Tensor, int, int], Tensor]:
-    """The selection bound to these keys; what it prepares is used for every share."""
-    known = _memo.get(name)
-    if known is None or known[0] is not keys:
-        _memo[name] = known = (keys, selector(name, keys, sinks=SINKS, window=WINDOW))
-    return known[1]
 
 
 def _index(
