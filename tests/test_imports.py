@@ -15,6 +15,7 @@ import saap_index
 PACKAGE = Path(saap_index.__file__).parent
 
 ANY = {"errors"}  # knows nothing, may be known by all
+GPU = {f"bindings.gpu_{part}" for part in ("build", "route", "runtime", "scan", "select", "types")}
 ALLOWED = {
     # plain data and checks
     "errors": set(),
@@ -25,11 +26,16 @@ ALLOWED = {
     # what executes
     "bindings": ANY,
     "bindings.native": ANY,
+    "bindings.gpu_types": ANY,
+    "bindings.gpu_source": ANY,
+    "bindings.gpu_nvrtc": {"bindings", "bindings.gpu_source"} | ANY,
+    "bindings.gpu_runtime": {"bindings", "bindings.gpu_source", "bindings.gpu_types"} | ANY,
+    **{f"bindings.gpu_{kernels}": {"bindings.gpu_types"} | ANY for kernels in ("build", "combine", "route", "scan", "select")},
     "backends.base": ANY,
     "backends.torch_backend": {"backends.base"},
     "backends.reference_backend": {"backends.base", "reference"},
     "backends.cpu": {"backends.base", "bindings", "bindings.native"} | ANY,
-    "backends.cuda": {"backends.base", "bindings", "bindings.native"} | ANY,
+    "backends.cuda": {"backends.base", "backends.torch_backend", "bindings", *GPU} | ANY,
     "backends": {"backends.base", "backends.torch_backend", "backends.reference_backend", "backends.cpu", "backends.cuda"} | ANY,
     # the parts of an index
     "rope": {"backends.base"} | ANY,

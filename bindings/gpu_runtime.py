@@ -1,0 +1,133 @@
+"""The runtime of real devices: torch owns memory and streams, CuPy compiles and launches. Knows no kernel.
+
+CuPy is imported when the first index on a GPU is made, not before. Compiled kernels lie in CuPy's cache on disk
+(``~/.cupy/kernel_cache``, or CUPY_CACHE_DIR) under a hash of their whole text, headers included.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DeviceError, MissingDependencyError
+from . import gpu_source
+from .gpu_types import Kernel, Runtime
+
+LEAST_CAPABILITY = (8, 0)
+SHARED_BYTES_PER_BLOCK_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
+
+
+class _Stream:
+    """What CuPy asks of a stream: its address. torch's current one, looked up for every launch."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+class CupyKernel:
+    """One kernel of one device."""
+
+    def __init__(self, raw: Any, device: torch.device, most_shared_bytes: int) -> None:
+        # Set once, here: inside the capture of a graph it would be too late.
+        raw.max_dynamic_shared_size_bytes = most_shared_bytes
+        self._function = raw.kernel
+        self._device = device
+
+    def launch(self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any]) -> None:
+        # The current stream changes, inside torch.cuda.graph above all, so it is never kept.
+        stream = _Stream(torch.cuda.current_stream(self._device).cuda_stream)
+        if torch.cuda.current_device() == self._device.index:
+            self._function(grid, (block,), (params,), shared_mem=shared_bytes, stream=stream)
+        else:
+            with torch.cuda.device(self._device):
+                self._function(grid, (block,), (params,), shared_mem=shared_bytes, stream=stream)
+
+
+class CupyRuntime:
+    """One CUDA device, as launchers see it (`gpu_types.Runtime`).
+
+    Raises DeviceError without a usable GPU or with too old a driver, MissingDependencyError without CuPy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cupy = _cupy(device)
+        self.device = device
+        properties = torch.cuda.get_device_properties(device)
+        self.name = str(properties.name)
+        self.multiprocessors = int(properties.multi_processor_count)
+        self.max_shared_bytes = int(self._cupy.cuda.runtime.deviceGetAttribute(SHARED_BYTES_PER_BLOCK_OPTIN, device.index))
+        self._kernels: dict[tuple[str, str, tuple[str, ...]], CupyKernel] = {}
+
+    def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
+        key = file, name, gpu_source.options(macros)
+        found = self._kernels.get(key)
+        if found is None:
+            with torch.cuda.device(self.device):
+                module = self._cupy.RawModule(code=gpu_source.source(file), options=("-std=c++17", *key[2]), backend="nvrtc")
+                raw = module.get_function(name)
+                # what the kernel keeps static (nothing, by the rules of cuda/) is no longer there for dynamic use
+                found = CupyKernel(raw, self.device, self.max_shared_bytes - int(raw.shared_size_bytes))
+            self._kernels[key] = found
+        return found
+
+
+def runtime(device: torch.device) -> Runtime:
+    """The runtime of a CUDA device, one for the process. Raises as `CupyRuntime` does."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        _no_gpu(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if not 0 <= index < torch.cuda.device_count():
+        raise DeviceError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {str(device)!r}")
+    return _runtime(index)
+
+
+@functools.cache
+def _runtime(index: int) -> CupyRuntime:
+    return CupyRuntime(torch.device("cuda", index))
+
+
+def _no_gpu(device: torch.device) -> None:
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is built without CUDA"
+    else:
+        why = f"torch {torch.__version__} finds no usable GPU for CUDA {torch.version.cuda} (no device, or too old a driver)"
+    raise DeviceError(f"device: expected a CUDA device for {str(device)!r}, but {why}; device='cpu' needs none")
+
+
+def _cupy(device: torch.device) -> Any:
+    """The module cupy, if it and the driver under it can serve ``device``."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        raise DeviceError(
+            f"device: expected compute capability {_dotted(LEAST_CAPABILITY)} or more (Ampere), got {_dotted(capability)}"
+        )
+    extra = f"saap-index[cuda{(torch.version.cuda or '13').split('.')[0]}]"
+    try:
+        import cupy
+    except ImportError as error:
+        raise MissingDependencyError(f"device 'cuda' needs CuPy: pip install '{extra}' ({error})") from error
+    try:
+        driver, built = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(f"device: CuPy {cupy.__version__} cannot use the driver ({error}); {_advice()}") from error
+    if driver // 1000 < built // 1000:
+        raise DeviceError(
+            f"device: expected a driver for CUDA {built // 1000}, which CuPy {cupy.__version__} is built for, got one for "
+            f"{driver // 1000}.{driver % 1000 // 10}; {_advice()}"
+        )
+    return cupy
+
+
+def _advice() -> str:
+    return "update the driver, or install CuPy for the CUDA it supports: saap-index[cuda12] or saap-index[cuda13]"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
