@@ -129,6 +129,22 @@ SAAP_PRIM uint4 ld_stream16(const void* global) {
   return v;
 }
 
+// What other blocks of the same launch may have written: from L2, past the L1 of this multiprocessor. Aligned to their size.
+SAAP_PRIM float4 ld_l2_16(const void* global) {
+  float4 v;
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(global)
+               : "memory");
+  return v;
+}
+
+SAAP_PRIM float2 ld_l2_8(const void* global) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(global) : "memory");
+  return v;
+}
+
 SAAP_PRIM int ld_acquire(const int* global) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(global) : "memory");

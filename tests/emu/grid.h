@@ -1,0 +1,265 @@
+// Runs one grid to its end, or to the first error: starts blocks, lets threads go on, turns a fault of the processor into a report.
+#pragma once
+#include <signal.h>
+
+#include <cstring>
+#include <map>
+#include <type_traits>
+
+#include "collective.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace emu {
+
+[[noreturn]] inline void thread_main() {
+  Fiber* me = machine.current;
+#if EMU_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+  acquire(&machine.start);
+  machine.invoke(machine.params);
+  release(&machine.end);
+  Quiet quiet;
+  depart(me);
+  // A finished block is taken down by the scheduler.
+  change(me, me->block->alive ? pick() : nullptr);
+  __builtin_unreachable();
+}
+
+inline void start(Block& b, dim3 index) {
+  const Launch& l = machine.launch;
+  b.index = index;
+  b.alive = l.block;
+  b.fibers.resize(static_cast<size_t>(l.block));
+  b.warps.resize(static_cast<size_t>(l.block + 31) / 32);
+  b.at_barrier.clear();
+  b.votes = 0;
+  // The end of the shared memory lies at the end of a page, as near as its alignment allows.
+  auto bytes = static_cast<size_t>(l.shared_bytes), rounded = (bytes + 127) / 128 * 128;
+  if (EMU_TSAN || b.shared.bytes() < rounded || !b.memory) b.shared = Mapping(rounded + !rounded);
+  b.memory = b.shared.end() - rounded;
+  memset(b.memory, 0xff, rounded);
+#if EMU_ASAN
+  __asan_unpoison_memory_region(b.shared.begin(), b.shared.bytes());
+  __asan_poison_memory_region(b.shared.begin(), static_cast<size_t>(b.memory - b.shared.begin()));
+  __asan_poison_memory_region(b.memory + bytes, rounded - bytes);
+#endif
+  for (Warp& w : b.warps) w.alive = 0, w.open.clear();
+  for (size_t i = 0; i < b.fibers.size(); i++) {
+    Fiber& f = b.fibers[i];
+    // Fresh memory for every stack, so that the race detector does not compare two threads' locals.
+    if (EMU_TSAN || !f.stack.bytes()) f.stack = Mapping(kStackBytes);
+    f.block = &b, f.thread = static_cast<int>(i), f.done = false, f.waits = nullptr, f.fenced = false, f.group = 0;
+    f.copies.clear(), f.flags.clear();
+    b.warps[i / 32].alive |= 1u << i % 32;
+    f.context.prepare(f.stack.begin(), f.stack.bytes(), thread_main);
+#if EMU_TSAN
+    f.tsan = __tsan_create_fiber(0);
+#endif
+#if EMU_ASAN
+    __asan_unpoison_memory_region(f.stack.begin(), f.stack.bytes());
+#endif
+    machine.ready.push_back(&f);
+  }
+}
+
+inline void take_down([[maybe_unused]] Block& b) {
+#if EMU_TSAN
+  for (Fiber& f : b.fibers) __tsan_destroy_fiber(f.tsan);
+#endif
+}
+
+// Who waits where, threads of the same place together.
+inline std::string deadlock() {
+  std::string text = "deadlock:";
+  int lines = 0;
+  for (auto& b : machine.flying) {
+    std::map<std::string, std::vector<int>> places;
+    for (Fiber& f : b->fibers)
+      if (!f.done) places[f.waits ? std::string(f.waits->name) + " at " + place(f.at) : "nothing"].push_back(f.thread);
+    for (auto& [where, threads] : places) {
+      if (lines++ == 8) return text + " ...";
+      text += " [" + name(*b) + ": ";
+      for (size_t i = 0; i < threads.size();) {
+        size_t k = i;
+        while (k + 1 < threads.size() && threads[k + 1] == threads[k] + 1) k++;
+        text += (i ? "," : "") + std::to_string(threads[i]) + (k > i ? "-" + std::to_string(threads[k]) : "");
+        i = k + 1;
+      }
+      text += threads.size() == 1 ? " waits in " : " wait in ";
+      text += where + "]";
+    }
+  }
+  return text;
+}
+
+// ---- faults
+
+#if !EMU_ASAN && !EMU_TSAN
+inline void on_fault(int signal, siginfo_t* info, [[maybe_unused]] void* context) {
+  Fiber* me = machine.current;
+  if (!me) {
+    ::signal(signal, SIG_DFL);
+    return;
+  }
+#if defined(__x86_64__)
+  machine.fault = reinterpret_cast<const void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+#endif
+  char buffer[200];
+  auto* p = static_cast<const char*>(info->si_addr);
+  auto end = me->block->memory + machine.launch.shared_bytes;
+  if (signal == SIGILL)
+    snprintf(buffer, sizeof buffer, "undefined behaviour: misaligned access, index of an array, shift or division");
+  else if (signal == SIGFPE)
+    snprintf(buffer, sizeof buffer, "integer division by zero");
+  else if (me->stack.guards(p))
+    snprintf(buffer, sizeof buffer, "the emulator's stack of a thread is too small");
+  else if (me->block->shared.guards(p))
+    snprintf(buffer, sizeof buffer, "out of bounds: byte %td of %d of the dynamic shared memory", p - end + machine.launch.shared_bytes,
+             machine.launch.shared_bytes);
+  else
+    snprintf(buffer, sizeof buffer, "out of bounds: no access to address %p", static_cast<const void*>(p));
+  machine.error = std::string(buffer) + ", " + name(*me->block) + " thread " + std::to_string(me->thread);
+  machine.failed = true;
+  change(me, nullptr);
+}
+#endif
+
+// Catches faults, and flushes subnormals as the kernels are compiled to, for as long as it lives.
+class Environment {
+ public:
+  Environment() {
+#if !EMU_ASAN && !EMU_TSAN
+    static char stack[64 << 10];
+    stack_t mine{};
+    mine.ss_sp = stack, mine.ss_size = sizeof stack;
+    sigaltstack(&mine, &stack_);
+    struct sigaction action {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    for (int i = 0; i < 4; i++) sigaction(kSignals[i], &action, &before_[i]);
+#endif
+#if defined(__x86_64__)
+    control_ = _mm_getcsr();
+    _mm_setcsr(control_ | 0x8040);
+#endif
+  }
+  ~Environment() {
+#if defined(__x86_64__)
+    _mm_setcsr(control_);
+#endif
+#if !EMU_ASAN && !EMU_TSAN
+    for (int i = 0; i < 4; i++) sigaction(kSignals[i], &before_[i], nullptr);
+    sigaltstack(&stack_, nullptr);
+#endif
+  }
+
+ private:
+  static constexpr int kSignals[4] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+  struct sigaction before_[4];
+  stack_t stack_;
+  unsigned control_ = 0;
+};
+
+// ---- the grid
+
+inline void schedule() {
+  Machine& m = machine;
+  auto total = static_cast<uint64_t>(m.grid.x) * m.grid.y * m.grid.z;
+  std::vector<uint64_t> blocks(total);
+  for (uint64_t i = 0; i < total; i++) blocks[i] = m.order() == Order::lifo ? total - 1 - i : i;
+  if (m.order() == Order::random)
+    for (uint64_t i = total; i > 1; i--) std::swap(blocks[i - 1], blocks[m.random() % i]);
+  uint64_t next = 0;
+  while (true) {
+    std::erase_if(m.flying, [&m](std::unique_ptr<Block>& b) {
+      if (b->alive) return false;
+      take_down(*b);
+      m.idle.push_back(std::move(b));
+      return true;
+    });
+    while (next < total && static_cast<int>(m.flying.size()) < m.launch.inflight) {
+      if (m.idle.empty()) m.idle.push_back(std::make_unique<Block>());
+      m.flying.push_back(std::move(m.idle.back()));
+      m.idle.pop_back();
+      uint64_t i = blocks[next++];
+      unsigned x = static_cast<unsigned>(i % m.grid.x), y = static_cast<unsigned>(i / m.grid.x % m.grid.y);
+      start(*m.flying.back(), {x, y, static_cast<unsigned>(i / m.grid.x / m.grid.y)});
+    }
+    Fiber* f = pick();
+    if (!f) {
+      if (!m.flying.empty()) m.failed = true, m.error = deadlock();
+      return;
+    }
+    change(nullptr, f);
+    m.current = nullptr;
+    if (m.failed) return;
+  }
+}
+
+// Returns what went wrong, or null.
+inline const char* run(const Launch& launch, void (*invoke)(const void*), const void* params) {
+  Quiet quiet;
+  Machine& m = machine;
+  m.launch = launch;
+  m.grid = {static_cast<unsigned>(launch.grid[0]), static_cast<unsigned>(launch.grid[1]), static_cast<unsigned>(launch.grid[2])};
+  m.block_size = {static_cast<unsigned>(launch.block), 1, 1};
+  m.invoke = invoke, m.params = params;
+  m.failed = false, m.error.clear(), m.fault = nullptr, m.idle_polls = 0;
+  m.state = launch.seed * 2 + 1;
+  m.ready.clear(), m.head = 0;
+#if EMU_TSAN
+  m.scheduler_tsan = __tsan_get_current_fiber();
+#endif
+#if EMU_ASAN
+  pthread_attr_t attributes;
+  pthread_getattr_np(pthread_self(), &attributes);
+  void* stack;
+  pthread_attr_getstack(&attributes, &stack, &m.scheduler_stack_bytes);
+  pthread_attr_destroy(&attributes);
+  m.scheduler_stack = stack;
+#endif
+  release(&m.start);
+  {
+    Environment environment;
+    schedule();
+  }
+  acquire(&m.end);
+  for (auto& b : m.flying) {
+    take_down(*b);
+    m.idle.push_back(std::move(b));
+  }
+  m.flying.clear();
+  return m.failed ? m.error.c_str() : nullptr;
+}
+
+// The parameter struct of a kernel, from its bytes.
+template <auto kernel>
+struct Entry;
+template <class P, void (*kernel)(P)>
+struct Entry<kernel> {
+  using Params = std::remove_const_t<P>;
+  static_assert(std::is_trivially_copyable_v<Params>);
+  static void invoke(const void* params) { kernel(*static_cast<const Params*>(params)); }
+};
+
+}  // namespace emu
+
+// Exports a kernel for runtime.py.
+#define EMU_EXPORT(kernel)                                                                     \
+  extern "C" const char* emu_run(const emu::Launch* launch, const void* params) {              \
+    return emu::run(*launch, emu::Entry<kernel>::invoke, params);                              \
+  }                                                                                            \
+  extern "C" int emu_params_bytes() { return sizeof(emu::Entry<kernel>::Params); }             \
+  extern "C" const void* emu_fault() { return emu::machine.fault; }                            \
+  extern "C" void emu_counters(uint64_t* out) { memcpy(out, &emu::machine.counters, sizeof(emu::Counters)); } \
+  extern "C" int emu_conflict(int i, uint64_t* out, char* place, int bytes) {                  \
+    auto& all = emu::machine.conflicts;                                                        \
+    if (i >= static_cast<int>(all.size())) return 0;                                           \
+    out[0] = all[i].phases, out[1] = all[i].extra;                                             \
+    snprintf(place, bytes, "%s", emu::place(all[i].at).c_str());                               \
+    return 1;                                                                                  \
+  }

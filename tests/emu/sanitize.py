@@ -1,0 +1,35 @@
+"""Starts a Python process in which kernels are built with a sanitizer: `EmulatedRuntime` there has it as its default."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from emu.runtime import COMPILER
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RUNTIMES = {"address": ["libasan.so", "libstdc++.so"], "thread": ["libtsan.so"]}
+
+
+def run(sanitizer: str, arguments: list[str], timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """``python <arguments>`` in the repository, with tests/ on the path."""
+    names = [[COMPILER, f"-print-file-name={name}"] for name in RUNTIMES[sanitizer]]
+    preload = [subprocess.run(x, capture_output=True, text=True, check=True).stdout.strip() for x in names]
+    env = {
+        **os.environ,
+        "SAAP_EMU_SANITIZER": sanitizer,
+        "LD_PRELOAD": " ".join(preload),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0",
+        # Everything but the kernels is left alone: torch's own threads are not instrumented.
+        "TSAN_OPTIONS": "report_bugs=1:halt_on_error=0:exitcode=0:history_size=4:ignore_noninstrumented_modules=1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    # ThreadSanitizer needs the usual places in the address space.
+    fixed = ["setarch", "-R"] if sanitizer == "thread" else []
+    return subprocess.run(
+        [*fixed, sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )  # fmt: skip
