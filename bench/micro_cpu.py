@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saap_index import _cpu
-from saap_index.backends.base import Rotation, RouterWeights
+from saap_index.backends.base import Budget, Rotation, RouterWeights
 from saap_index.backends.cpu import CpuBackend
 from saap_index.backends.torch_backend import TorchBackend
 
@@ -160,11 +160,14 @@ def run(shape: Shape, seconds: float) -> None:
     got, ref = CPU.route(router, q, case.rotation), TORCH.route(case.weights, q, case.rotation)
     assert worst(got[0], ref[0]) < 1e-3 and worst(got[1], ref[1]) < 1e-3
 
+    budget = Budget(torch.full((1, h), case.budget, dtype=torch.int32))
+
     def probe(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        return CPU.probe(z, a, case.knots, case.tables, [case.segments], [case.budget], 0, True)
+        found = CPU.probe(z, a, case.knots, case.tables, [case.segments], budget, True)
+        return found.rows, found.counts
 
     rows, counts = probe(*got)
-    other, _ = TORCH.probe(*got, case.knots, case.tables, [case.segments], [case.budget], 0, True)
+    other = TORCH.probe(*got, case.knots, case.tables, [case.segments], budget, True).rows
     same = sum(len(set(x.tolist()) & set(y.tolist())) for x, y in zip(rows[0], other[0], strict=True)) / counts.sum().item()
     assert same > 0.999, same
     out, lse = scan(q, rows, counts, False)

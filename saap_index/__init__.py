@@ -8,6 +8,7 @@ out = index.search_attend(queries)
 
 from .attend import Selection, merge_states
 from .backends import register_backend
+from .calibration import Calibration
 from .errors import (
     CompatibilityError,
     DeviceError,
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsymmetricIndex",
+    "Calibration",
     "CompatibilityError",
     "DTypeError",
     "DeviceError",

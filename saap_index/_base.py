@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ from torch import Tensor
 from . import checks
 from .attend import Selection
 from .backends import get_backend
+from .calibration import Calibration
 from .errors import CompatibilityError, ParameterError, ShapeError, StateError
 from .invlists import SegmentedInvertedLists
 from .layout import MAX_QUERY_TOKENS, Layout
-from .params import SearchParametersIVF
+from .params import SELECTIVITY, SearchParametersIVF
 from .quantizer import KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
@@ -40,8 +41,9 @@ class IndexBase:
     """What `AsymmetricIndex` is made with and shows; see there."""
 
     __slots__ = (
-        "_backend", "_defaults", "_key_quantizer", "_last", "_layout", "_lists", "_prepared_quantizer", "_prepared_router",
-        "_query_router", "backend_name", "d", "d_v", "device", "dtype", "nlist", "num_heads", "num_kv_heads", "rope", "scale",
+        "_backend", "_budget_shares", "_calibration", "_defaults", "_key_quantizer", "_last", "_layout", "_lists", "_miss",
+        "_prepared_quantizer", "_prepared_router", "_query_router", "backend_name", "d", "d_v", "device", "dtype", "nlist",
+        "num_heads", "num_kv_heads", "rope", "scale",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +66,10 @@ class IndexBase:
         break_even: int = 2048,
         seal_tokens: int = 0,
         max_segment: int = 32768,
+        target_mass: float | None = None,
+        budget_shares: Any = None,
+        mean_run_tokens: int = 0,
+        tail: float = 0.0,
         backend: str | None = None,
     ) -> None:
         for name, dim in (("d", d), ("d_v", d if d_v is None else d_v)):
@@ -84,15 +90,20 @@ class IndexBase:
         if scale is not None and (not isinstance(scale, int | float | np.number) or not 0 < float(scale) < np.inf):
             raise ParameterError(f"scale: expected a positive number, got {scale!r}")
         self.scale = float(self.d**-0.5 if scale is None else scale)
-        if selectivity is None and nprobe is None:
-            selectivity = 0.05
-        self._defaults = SearchParametersIVF(nprobe=nprobe, selectivity=selectivity, max_codes=max_codes)
-        self._layout = Layout(sinks, window, seal_tokens, max_segment, break_even)
+        self._layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
+        asked = SearchParametersIVF(
+            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail or None
+        )
+        self._defaults = self._checked(asked.over(SearchParametersIVF(selectivity=SELECTIVITY)))
+        self._budget_shares: np.ndarray | None = None
+        self.budget_shares = budget_shares
         self.dtype, self.device, self.rope = dtype, checks.device(device), rope
         self._backend = get_backend(self.device, backend)
         self.backend_name = backend
         self._key_quantizer: KeyQuantizer | None = None
         self._query_router: QueryRouter | None = None
+        self._calibration: Calibration | None = None
+        self._miss: tuple[float, Tensor] | None = None
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
@@ -143,7 +154,7 @@ class IndexBase:
 
     @property
     def query_router(self) -> QueryRouter | None:
-        """The classifier of queries. May be replaced at any time by one for the same lists."""
+        """The classifier of queries. May be replaced at any time by one for the same lists, which drops `calibration`."""
         return self._query_router
 
     @query_router.setter
@@ -151,10 +162,25 @@ class IndexBase:
         router.check_heads(self.num_kv_heads, self.d, self.nlist)
         self._query_router = router.to(self.device)
         self._prepared_router = self._backend.prepare_router(self._query_router.weights)
+        self._calibration = self._miss = None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What `target_mass` makes of the router's word, see `calibrate`; None takes the router at its word."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, value: Calibration | None) -> None:
+        if value is not None and not isinstance(value, Calibration):
+            raise ParameterError(f"calibration: expected a Calibration or None, got {type(value).__name__}")
+        if value is not None and len(value.miss) != self.num_kv_heads:
+            raise CompatibilityError(f"calibration: expected {self.num_kv_heads} KV heads, got {len(value.miss)}")
+        self._calibration, self._miss = value, None
 
     @property
     def nprobe(self) -> int | None:
-        """Lists visited per query, SAAP as published; setting it unsets `selectivity`. None: the budget decides."""
+        """Lists visited per query, SAAP as published; setting it unsets `selectivity`, `target_mass` and `tail`. None: the budget
+        decides."""
         return self._defaults.nprobe
 
     @nprobe.setter
@@ -163,12 +189,48 @@ class IndexBase:
 
     @property
     def selectivity(self) -> float | None:
-        """Share of the sealed tokens read; setting it unsets `nprobe`."""
+        """Share of the sealed tokens read, or the most of them with `target_mass`; setting it unsets `nprobe`."""
         return self._defaults.selectivity
 
     @selectivity.setter
     def selectivity(self, value: float) -> None:
-        self._defaults = SearchParametersIVF(selectivity=value, max_codes=self.max_codes)
+        self._defaults = SearchParametersIVF(
+            selectivity=value, target_mass=self.target_mass, max_codes=self.max_codes, tail=self._defaults.tail
+        )
+
+    @property
+    def target_mass(self) -> float | None:
+        """Attention that each step and KV head is to capture, by the router's estimate; see `SearchParametersIVF`.
+
+        Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.
+        """
+        return self._defaults.target_mass
+
+    @target_mass.setter
+    def target_mass(self, value: float | None) -> None:
+        if value is None:
+            budget = SearchParametersIVF(nprobe=self.nprobe, selectivity=self.selectivity)
+        else:
+            budget = SearchParametersIVF(target_mass=value)
+        self._defaults = budget.over(self._defaults)
+
+    @property
+    def tail(self) -> float:
+        """Share of the budget spent on the means of runs that are not read."""
+        return self._defaults.tail or 0.0
+
+    @tail.setter
+    def tail(self, value: float) -> None:
+        self._defaults = self._checked(SearchParametersIVF(tail=value).over(self._defaults))
+
+    @property
+    def budget_shares(self) -> np.ndarray | None:
+        """float32 (h,): what `selectivity` is multiplied with for each KV head; None for 1 each."""
+        return None if self._budget_shares is None else self._budget_shares.copy()
+
+    @budget_shares.setter
+    def budget_shares(self, value: Any) -> None:
+        self._budget_shares = None if value is None else checks.shares(value, "budget_shares", self.num_kv_heads)
 
     @property
     def max_codes(self) -> int:
@@ -198,17 +260,32 @@ class IndexBase:
         self._relayout(sinks=value)
 
     @property
+    def mean_run_tokens(self) -> int:
+        """Tokens that an average run of a segment needs for its runs to keep their means; 0: none do. Setting it re-sorts."""
+        return self._layout.mean_run_tokens
+
+    @mean_run_tokens.setter
+    def mean_run_tokens(self, value: int) -> None:
+        if not value and self.tail:
+            raise ParameterError(f"mean_run_tokens: expected at least 1 while tail is {self.tail}, got {value!r}")
+        self._relayout(mean_run_tokens=value)
+
+    @property
     def layout(self) -> Layout:
         return self._layout
 
     def _relayout(self, **changes: int) -> None:
-        old = self._layout
-        values = {name: getattr(old, name) for name in ("sinks", "window", "seal_tokens", "max_segment", "break_even")}
-        self._layout = Layout(**{**values, **changes})
+        self._layout = replace(self._layout, **changes)
         if self._lists is not None:
             self._lists.relayout(self._layout, self._assign_rows)
 
     # -- arguments -----------------------------------------------------------------------------------------------------
+
+    def _checked(self, params: SearchParametersIVF) -> SearchParametersIVF:
+        """``params``, unless they ask for means that this index does not keep."""
+        if params.tail and not self.mean_run_tokens:
+            raise ParameterError(f"tail: expected an index with mean_run_tokens of 1 or more, got tail={params.tail} and 0")
+        return params
 
     def _input(self, value: Any, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> Tensor:
         """A checked tensor of 4 axes; (n, d) becomes (1, 1, n, d)."""

@@ -122,6 +122,7 @@ class IndexStorage(IndexBase):
                 new.key_quantizer = self._key_quantizer
             if self._query_router is not None:
                 new.query_router = self._query_router
+            new.calibration = self._calibration
         return new
 
     def reserve_memory(self, n: int, batch: int | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import Backend, Rotation, get_backend
-from .errors import ShapeError
+from .backends import Backend, Budget, Rotation, Tail, get_backend
+from .errors import CompatibilityError, ShapeError
 from .invlists import SegmentedInvertedLists
 from .params import SearchParametersIVF
 from .router import QueryRouter
@@ -24,7 +24,8 @@ class Selection:
 
     rows : int32 (b, h, t) rows inside segments, ascending, padded with -1, or None if no segment is read apart (dense, or
     nothing sealed); counts : int32 (b, h) of them. Rows [0, sinks[i]) and [sealed[i], lengths[i]) are read besides; sealed and
-    sinks are 0 where every row is read.
+    sinks are 0 where every row is read. tail : int32 (b, h, x), numbers segment * nlist + list of the runs that are read through
+    their means, ascending, padded with -1, or None for none; tail_counts : int32 (b, h) of them.
     """
 
     rows: Tensor | None
@@ -32,6 +33,8 @@ class Selection:
     sinks: list[int]
     sealed: list[int]
     lengths: list[int]
+    tail: Tensor | None = None
+    tail_counts: Tensor | None = None
 
 
 def everything(lists: SegmentedInvertedLists) -> Selection:
@@ -42,15 +45,18 @@ def everything(lists: SegmentedInvertedLists) -> Selection:
 
 def select(
     backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor,
-    rotation: Rotation | None, params: SearchParametersIVF,
+    rotation: Rotation | None, params: SearchParametersIVF, shares: np.ndarray | None, miss: Tensor | None,
 ) -> Selection:  # fmt: skip
-    """Route queries (b, h, g, q, d) and spend the budget on the best runs: one selection per (sequence, KV head)."""
+    """Route queries (b, h, g, q, d) and spend the budget on the best runs: one selection per (sequence, KV head).
+
+    shares : float32 (h,), factors of the budget, or None for 1 each; miss : float32 (h,), see `Budget`, or None.
+    """
     batch = range(lists.batch)
     sinks, sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
     sizes = [high - low for low, high in zip(sinks, sealed, strict=True)]
-    budgets = [params.budget(size) for size in sizes]
+    budgets = params.budgets(sizes, lists.heads, shares)
     nprobe = params.nprobe or 0
-    if budgets == sizes and (not nprobe or nprobe >= router.nlist):
+    if miss is None and (not nprobe or nprobe >= router.nlist) and (budgets == np.array(sizes)[:, None]).all():
         return everything(lists)
     z, a = backend.route(prepared, queries, rotation)
     num_segments = [len(s) for s in lists.segments]
@@ -58,8 +64,29 @@ def select(
     for i in batch:
         distances[i, : num_segments[i]] = lists.next_position(i) - 1 - lists.centres(i)
     knots = torch.from_numpy(router.knots(distances)).to(z.device)
-    rows, counts = backend.probe(z, a, knots, lists.tables, num_segments, budgets, min(nprobe, router.nlist), router.count_lists)
-    return widen(lists, Selection(rows, counts, sinks, sealed, list(lists.lengths)), params)
+    budget = _budget(lists, router, params, budgets, miss)
+    found = backend.probe(z, a, knots, lists.tables, num_segments, budget, router.count_lists)
+    lengths = list(lists.lengths)
+    selection = Selection(found.rows, found.counts, sinks, sealed, lengths, found.tail, found.tail_counts)
+    return widen(lists, selection, params)
+
+
+def _budget(
+    lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, budgets: np.ndarray, miss: Tensor | None
+) -> Budget:
+    """Tokens to read, int32 (b, h), as rows and as entries of the tail: an entry costs the bytes of a row."""
+    device, nprobe = lists.keys.device, min(params.nprobe or 0, router.nlist)
+    if not params.tail or nprobe:
+        return Budget(torch.from_numpy(budgets).to(device), nprobe, miss)
+    if not router.count_lists:
+        raise CompatibilityError("tail: expected a query_router of mass per token, got the published classifier")
+    means = [lists.num_means(i) for i in range(lists.batch)]
+    most = np.array(means)[:, None] * lists.nlist
+    entries = np.minimum(np.floor(budgets * params.tail + 1e-6), most).astype(np.int32)
+    if not entries.any():
+        return Budget(torch.from_numpy(budgets).to(device), nprobe, miss)
+    rows = torch.from_numpy(budgets - entries).to(device)
+    return Budget(rows, nprobe, miss, torch.from_numpy(entries).to(device), means)
 
 
 def select_lists(lists: SegmentedInvertedLists, list_nos: Tensor, params: SearchParametersIVF) -> Selection:
@@ -89,7 +116,7 @@ def widen(lists: SegmentedInvertedLists, selection: Selection, params: SearchPar
     window, sinks = params.window or 0, params.sinks or 0
     if (window <= layout.window and sinks <= layout.sinks) or selection.rows is None:
         return selection
-    picked = []
+    picked, tail = [], None if selection.tail is None else selection.tail.clone()
     for i in range(lists.batch):
         low, high = lists.sinks(i), lists.sealed(i)
         ids = lists.ids[i, :, low:high]
@@ -101,21 +128,36 @@ def widen(lists: SegmentedInvertedLists, selection: Selection, params: SearchPar
             rows = selection.rows[i, head]
             keep[rows[rows >= 0].long() - low] = True
             picked.append(torch.nonzero(keep)[:, 0].int() + low)
-    return _padded(picked, lists.batch, lists.heads, lists)
+            if tail is not None:
+                _leave_out(tail[i, head], lists.tables[i, head], picked[-1])
+    wider = _padded(picked, lists.batch, lists.heads, lists)
+    return wider if tail is None else replace(wider, tail=tail, tail_counts=(tail >= 0).sum(-1).int())
+
+
+def _leave_out(runs: Tensor, tables: Tensor, rows: Tensor) -> None:
+    """Take out of ``runs`` (x,), in place, those of which one of ``rows`` (t,), ascending, is read. tables : (S, l + 1)."""
+    nlist, real = tables.shape[1] - 1, runs[runs >= 0].long()
+    first, past = tables[real // nlist, real % nlist], tables[real // nlist, real % nlist + 1]
+    untouched = real[torch.searchsorted(rows, first) == torch.searchsorted(rows, past)]
+    runs.fill_(-1)
+    runs[: len(untouched)] = untouched.int()
 
 
 def attend(
     backend: Backend, lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over the sinks, the selected rows and the recent tokens: out (b, h, g, q, e), lse (b, h, g, q)."""
+    """One softmax over the sinks, the selected rows, the tail and the recent tokens: out (b, h, g, q, e), lse (b, h, g, q)."""
+    tail = None
+    if selection.tail is not None and selection.tail_counts is not None:
+        tail = Tail(selection.tail, selection.tail_counts, lists.mean_keys, lists.mean_values, lists.tables)
     return backend.scan(
         queries, lists.keys, lists.values, selection.rows, selection.counts, selection.sinks, selection.sealed, selection.lengths,
-        scale, causal,
+        scale, causal, tail,
     )  # fmt: skip
 
 
 def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[Tensor]]:
-    """Positions of the tokens read, per sequence and KV head: int64, ascending."""
+    """Positions of the tokens read, those in the tail not among them, per sequence and KV head: int64, ascending."""
     found = []
     for i in range(lists.batch):
         row_ids, low, high, n = lists.row_ids(i), selection.sinks[i], selection.sealed[i], selection.lengths[i]

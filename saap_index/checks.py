@@ -114,3 +114,16 @@ def ids(ids: Any, name: str) -> np.ndarray:
     if x.ndim != 1:
         raise ShapeError(f"{name}: expected shape (n,), got {x.shape}")
     return x.astype(np.int64)
+
+
+def shares(value: Any, name: str, heads: int) -> np.ndarray:
+    """Checked factors per KV head, float32 (h,), finite and not negative."""
+    try:
+        x = np.array(value.detach().cpu() if isinstance(value, Tensor) else value, np.float32)
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"{name}: expected {heads} numbers or None, got {value!r}") from error
+    if x.shape != (heads,):
+        raise ShapeError(f"{name}: expected shape ({heads},), one factor per KV head, got {x.shape}")
+    if not (np.isfinite(x).all() and (x >= 0).all()):
+        raise ParameterError(f"{name}: expected finite numbers of 0 or more, got {x.tolist()}")
+    return x

@@ -18,6 +18,7 @@ from ._base import Form
 from ._storage import IndexStorage
 from .attend import Selection, attend, read_ids, select, select_lists, take
 from .backends import Rotation
+from .calibration import Calibration, calibrate
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
 from .params import SearchParametersIVF
 from .training import TrainingConfig, train_layer
@@ -43,7 +44,12 @@ class AsymmetricIndex(IndexStorage):
     dtype : of stored keys and values: float32, bfloat16 or float16.
     device : where K and V live.
     rope : the model's rotary embedding. Keys and queries come rotated; the index undoes it to route. None: no rotation.
-    selectivity, nprobe, max_codes : default budget, see `SearchParametersIVF`; 5 % of the sealed tokens if none is given.
+    selectivity, nprobe, target_mass, max_codes : default budget, see `SearchParametersIVF`; 5 % of the sealed tokens if none is
+        given. With ``target_mass`` selectivity is the cap, 25 % if not given.
+    budget_shares : float (h,), what selectivity is multiplied with for each KV head (as many tokens as are sealed at most), so
+        that a model's budget may be spread unevenly over its layers and heads. The cap of ``target_mass`` is the same for all.
+    mean_run_tokens, tail : keep the mean key and value of the runs of segments whose average run has that many tokens (0: none),
+        and spend that share of the budget on means of runs that are not read, in place of rows.
     window, sinks : tokens at the end and the start that are always read.
     scale : of the logits, default d ** -0.5.
     break_even : sequences shorter than this are not sealed, and attention over them is dense.
@@ -82,16 +88,37 @@ class AsymmetricIndex(IndexStorage):
         """
         if self.ntotal:
             raise StateError(f"train: expected an empty index, got one with {self.ntotal} tokens; call reset first")
-        keys = self._input(keys, "keys", "b h n d", (None, self.num_kv_heads, None, self.d), checks.STORAGE_DTYPES)
-        checks.finite(keys, "keys")
-        places = None
-        if queries is not None:
-            shape = (keys.shape[0], self.num_heads, None, self.d)
-            queries = self._input(queries, "queries", "b hq q d", shape, checks.STORAGE_DTYPES)
-            checks.finite(queries, "queries")
-            places = checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2])
+        keys, queries, places = self._sequences(keys, queries, positions)
         settings = self.nlist, self.rope, self._layout, self.scale, TrainingConfig() if config is None else config
         self.key_quantizer, self.query_router = train_layer(keys, queries, places, *settings)
+
+    def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = 0.9) -> None:
+        """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
+
+        keys, queries, positions : as in `train`; some tens of positions of each of four sequences or more are enough.
+        confidence : for each KV head, the share of texts whose mean captured attention is to reach the target.
+
+        Raises NotTrainedError, CompatibilityError for a router that does not predict the attention outside sinks and window,
+        LengthError if no query lies past the window of a sealed sequence, and as `train` does. The index is unchanged then.
+        """
+        if self._key_quantizer is None or self._query_router is None:
+            raise NotTrainedError("calibrate: expected a trained index, got one without key_quantizer and query_router")
+        if not isinstance(confidence, float) or not 0.5 <= confidence < 1:
+            raise ParameterError(f"confidence: expected 0.5 <= confidence < 1, got {confidence!r}")
+        keys, queries, places = self._sequences(keys, queries, positions)
+        parts = self._key_quantizer, self._query_router, self.rope, self._layout, self.scale
+        self.calibration = calibrate(keys, queries, places, *parts, confidence)
+
+    def _sequences(self, keys: Any, queries: Any, positions: Any) -> tuple[Tensor, Any, Any]:
+        """Checked keys (b, h, n, d), queries (b, hq, q, d) and positions (b, q) of whole sequences; None without queries."""
+        keys = self._input(keys, "keys", "b h n d", (None, self.num_kv_heads, None, self.d), checks.STORAGE_DTYPES)
+        checks.finite(keys, "keys")
+        if queries is None:
+            return keys, None, None
+        shape = (keys.shape[0], self.num_heads, None, self.d)
+        queries = self._input(queries, "queries", "b hq q d", shape, checks.STORAGE_DTYPES)
+        checks.finite(queries, "queries")
+        return keys, queries, checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2])
 
     # -- adding --------------------------------------------------------------------------------------------------------
 
@@ -255,8 +282,20 @@ class AsymmetricIndex(IndexStorage):
             rotation = self._query_rotation(x.shape[3])
         if params is not None and not isinstance(params, SearchParametersIVF):
             raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
-        params = self._defaults if params is None else params.over(self._defaults)
-        return select(self._backend, lists, self._query_router, self._prepared_router, routed, rotation, params)
+        params = self._defaults if params is None else self._checked(params.over(self._defaults))
+        miss = None if params.target_mass is None else self._allowed_miss(params.target_mass)
+        router, prepared = self._query_router, self._prepared_router
+        return select(self._backend, lists, router, prepared, routed, rotation, params, self._budget_shares, miss)
+
+    def _allowed_miss(self, target: float) -> Tensor:
+        """Attention per query that every KV head may leave unread, by the router's estimate: float32 (h,)."""
+        assert self._query_router is not None
+        self._query_router.check_outside("target_mass")
+        known = self._miss
+        if known is None or known[0] != target:
+            table = Calibration.trusting(self.num_kv_heads) if self._calibration is None else self._calibration
+            self._miss = known = (target, table.at(target).to(self.device))
+        return known[1]
 
     def _query_rotation(self, q: int) -> Rotation:
         """Angles of the last q positions of every sequence, (b * q, r / 2)."""

@@ -25,7 +25,8 @@ class SegmentedInvertedLists:
     """Storage of one batch: keys, values, ids, offset tables, and the segments of every sequence.
 
     Attributes (read them, do not write): keys : storage dtype (b, h, N, d); values : (b, h, N, e); ids : int32 (b, h, N), the
-    position of the token in each sealed row; tables : int32 (b, h, S, l + 1); lengths : tokens of each sequence;
+    position of the token in each sealed row; tables : int32 (b, h, S, l + 1); mean_keys : storage dtype (b, h, M, l, d),
+    mean_values : (b, h, M, l, e), means of the runs of the first `num_means` segments; lengths : tokens of each sequence;
     segments : [start, stop) of each sequence; removed : sorted positions of tokens taken out of each sequence.
     """
 
@@ -58,11 +59,24 @@ class SegmentedInvertedLists:
             if self.capacity:
                 new[:, :, :used] = getattr(self, name)[:, :, :used]
             setattr(self, name, new)
+        self._allocate_means(capacity)
         self.capacity = capacity
+
+    def _allocate_means(self, capacity: int) -> None:
+        """Room for the means of every segment that ``capacity`` rows can hold; keep those there are."""
+        count = self.layout.most_means(capacity, self.nlist)
+        for name, dim in (("mean_keys", self.d), ("mean_values", self.d_v)):
+            new = self.backend.empty((self.batch, self.heads, count, self.nlist, dim), self.dtype)
+            if self.capacity:
+                old = getattr(self, name)[:, :, :count]
+                new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
 
     keys: Tensor
     values: Tensor
     ids: Tensor
+    mean_keys: Tensor
+    mean_values: Tensor
 
     def reserve(self, tokens: int) -> None:
         """Room for ``tokens`` per sequence without further allocation."""
@@ -86,7 +100,8 @@ class SegmentedInvertedLists:
 
     def allocated_bytes(self) -> int:
         """Bytes of every array of this batch."""
-        arrays = [self.keys, self.values, self.ids, self.tables] + ([] if self.pending is None else [self.pending])
+        arrays = [self.keys, self.values, self.ids, self.tables, self.mean_keys, self.mean_values]
+        arrays += [] if self.pending is None else [self.pending]
         return sum(x.nbytes for x in arrays)
 
     def used_bytes(self) -> tuple[int, int]:
@@ -94,7 +109,12 @@ class SegmentedInvertedLists:
         tokens, segments = sum(self.lengths) * self.heads, sum(map(len, self.segments)) * self.heads
         per_token = 4 if self.pending is None else 8
         kv_bytes = tokens * (self.d + self.d_v) * self.dtype.itemsize
-        return kv_bytes, tokens * per_token + segments * (self.nlist + 1) * 4
+        return kv_bytes, tokens * per_token + segments * (self.nlist + 1) * 4 + self.mean_bytes()
+
+    def mean_bytes(self) -> int:
+        """Bytes of the means of runs that the stored tokens have."""
+        runs = sum(map(self.num_means, range(self.batch))) * self.heads * self.nlist
+        return runs * (self.d + self.d_v) * self.dtype.itemsize
 
     def clear(self) -> None:
         """Forget every token; keep the memory."""
@@ -111,6 +131,10 @@ class SegmentedInvertedLists:
     def sinks(self, i: int) -> int:
         """Sink rows in front of the segments of sequence i; 0 if it has none."""
         return self.segments[i][0][0] if self.segments[i] else 0
+
+    def num_means(self, i: int) -> int:
+        """How many segments of sequence i, the first ones, keep the means of their runs."""
+        return self.layout.num_means(self.segments[i], self.nlist)
 
     def positions(self, i: int, ranks: np.ndarray) -> np.ndarray:
         """Positions of the tokens with these ranks (0 = oldest still stored): int64 (n,)."""
@@ -183,6 +207,13 @@ class SegmentedInvertedLists:
             self.backend.seal(self.keys[i], self.values[i], self.ids[i], start, list_nos.contiguous(), table)
         self.tables[i, :, first : len(target)] = tables
         self.segments[i] = target
+        self.update_means(i, first)
+
+    def update_means(self, i: int, first: int = 0) -> None:
+        """Compute the means of the runs of sequence i from the rows of segments ``first`` on."""
+        for s in range(first, self.num_means(i)):
+            table, outs = self.tables[i, :, s], (self.mean_keys[i, :, s], self.mean_values[i, :, s])
+            self.backend.means(self.keys[i], self.values[i], table, *outs)
 
     def _run_lists(self, i: int, s: int) -> Tensor:
         """List numbers of the rows of segment s, as they lie: int32 (h, n)."""
@@ -234,6 +265,7 @@ class SegmentedInvertedLists:
         for i, length in enumerate(self.lengths):
             self._unseal(i, 0, length)
         self.layout = layout
+        self._allocate_means(self.capacity)
         for i in range(self.batch):
             self._seal(i, assign)
 
@@ -277,13 +309,16 @@ class SegmentedInvertedLists:
             for name in ("keys", "values", "ids") + (() if self.pending is None else ("pending",)):
                 getattr(new, name)[to, :, : lengths[to]] = getattr(self, name)[i, :, : lengths[to]]
             new.tables[to, :, : len(new.segments[to])] = self.tables[i, :, : len(new.segments[to])]
+            count = new.num_means(to)
+            new.mean_keys[to, :, :count] = self.mean_keys[i, :, :count]
+            new.mean_values[to, :, :count] = self.mean_values[i, :, :count]
         return new
 
     def to(self, backend: Backend, device: torch.device) -> SegmentedInvertedLists:
         """A copy on another device."""
         new = self.fork(range(self.batch))
         new.backend = backend
-        for name in ("keys", "values", "ids", "tables", "pending"):
+        for name in ("keys", "values", "ids", "tables", "pending", "mean_keys", "mean_values"):
             if getattr(new, name) is not None:
                 setattr(new, name, getattr(new, name).to(device))
         return new

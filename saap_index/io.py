@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import RouterWeights
+from .calibration import TARGETS, Calibration
 from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
 from .quantizer import KeyQuantizer
@@ -87,12 +88,15 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "d": index.d, "d_v": index.d_v, "nlist": index.nlist, "num_heads": index.num_heads,
             "num_kv_heads": index.num_kv_heads, "scale": index.scale, "nprobe": index.nprobe, "selectivity": index.selectivity,
             "max_codes": index.max_codes, "sinks": layout.sinks, "window": layout.window, "seal_tokens": layout.seal_tokens,
-            "max_segment": layout.max_segment, "break_even": layout.break_even,
+            "max_segment": layout.max_segment, "break_even": layout.break_even, "mean_run_tokens": layout.mean_run_tokens,
+            "target_mass": index.target_mass, "tail": index.tail,
+            "budget_shares": None if index.budget_shares is None else index.budget_shares.tolist(),
         },
         "dtype": str(index.dtype).removeprefix("torch."),
         "rope": None if index.rope is None else index.rope.to_dict(),
         "router": None,
         "quantizer": index.key_quantizer is not None,
+        "calibrated": index.calibration is not None,
         "lengths": index.lengths,
         "removed": [] if lists is None else [len(r) for r in lists.removed],
         "pending": lists is not None and lists.pending is not None,
@@ -108,6 +112,8 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         }  # fmt: skip
         # cloned, for those of a symmetric router are the centroids, and a file shares no memory
         tensors.update({f"router.{name}": x.clone() for name, x in router.tensors().items()})
+    if index.calibration is not None:
+        tensors["calibration"] = index.calibration.miss
     if lists is not None:
         rows, count = max(lists.lengths), max(map(len, lists.segments))
         names = ("keys", "values", "ids") + (("pending",) if config["pending"] else ())
@@ -159,6 +165,8 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         u, outputs = config["router"]["units"], config["router"]["outputs"]
         shapes = ((h, u, d), (h, u), (h, outputs, u), (h, outputs, d), (h, outputs))
         want.update({f"router.{n}": (s, torch.float32) for n, s in zip(ROUTER_PARTS, shapes, strict=True)})
+    if config["calibrated"]:
+        want["calibration"] = ((h, len(TARGETS)), torch.float32)
     if lengths:
         b, rows = len(lengths), max(lengths)
         count = max(len(s) for s in _segments(config))
@@ -221,6 +229,8 @@ def _restore(
         hidden, bias_hidden, out, skip, bias_out = (tensors[f"router.{name}"] for name in ROUTER_PARTS)
         weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, index.nlist)
         index.query_router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
+    if config["calibrated"]:
+        index.calibration = Calibration(tensors["calibration"])
     lengths = config["lengths"]
     if not lengths:
         return index
@@ -242,6 +252,8 @@ def _restore(
         lists.pending = tensors["pending"].to(index.device)
     for name in ("keys", "values", "ids", "tables"):
         getattr(lists, name).copy_(tensors[name])
+    for i in range(lists.batch):
+        lists.update_means(i)
     return index
 
 

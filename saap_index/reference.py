@@ -8,6 +8,8 @@ Axes: j query vectors of one KV head (group times queries), n tokens, d key dim,
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,13 +18,18 @@ Ints = NDArray[np.int64]
 
 
 def attend(
-    queries: Array, keys: Array, values: Array, scale: float, visible: NDArray[np.bool_] | None = None
-) -> tuple[Array, Array]:
+    queries: Array, keys: Array, values: Array, scale: float, visible: NDArray[np.bool_] | None = None,
+    counts: Array | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """Softmax attention of queries (j, d) over keys (n, d), values (n, e); visible : bool (j, n) hides pairs.
+
+    counts (n,) : the tokens that each key stands for (a run read through its means), default 1 each.
 
     Returns out (j, e) and lse (j,), the natural log of the sum of exp(logits). A query that sees nothing has out 0, lse -inf.
     """
     logits = scale * (queries @ keys.T)
+    if counts is not None:
+        logits = logits + np.log(counts)
     if visible is not None:
         logits = np.where(visible, logits, -np.inf)
     top = logits.max(axis=1, initial=-np.inf, keepdims=True)
@@ -68,6 +75,15 @@ def sort_segment(list_nos: Ints, nlist: int) -> tuple[Ints, Ints]:
     """The order of a segment's rows (n,), stable by list number, and the offsets (l + 1,) of its runs."""
     order = np.argsort(list_nos, kind="stable")
     return order, np.concatenate([[0], np.cumsum(np.bincount(list_nos, minlength=nlist))])
+
+
+def run_means(keys: Array, values: Array, offsets: Ints) -> tuple[Array, Array]:
+    """Mean key (l, d) and mean value (l, e) of the runs [offsets[i], offsets[i + 1]) of keys (n, d), values (n, e); empty: 0."""
+    bounds = list(pairwise(offsets))
+    mean_keys, mean_values = (
+        np.stack([x[low:high].sum(axis=0) / max(1, high - low) for low, high in bounds]) for x in (keys, values)
+    )
+    return mean_keys, mean_values
 
 
 def segments(length: int, sinks: int, window: int, block: int, max_segment: int, fanout: int = 4) -> list[tuple[int, int]]:
@@ -138,9 +154,12 @@ def list_weights(z: Array, a: Array, sizes: Ints, count_lists: bool) -> Array:
     return weights
 
 
-def probe(z: Array, a: Array, knots: Array, tables: Ints, budget: int, nprobe: int, count_lists: bool) -> Ints:
+def probe(
+    z: Array, a: Array, knots: Array, tables: Ints, budget: int, nprobe: int, count_lists: bool, miss: float | None = None
+) -> Ints:
     """The rows to read, ascending: best runs first until the budget is spent; the last run is cut, newest tokens kept.
 
+    miss : stop also before a run if the runs left, this one included, hold at most that much attention per query vector.
     nprobe > 0 takes instead the nprobe best lists, every segment of each: SAAP as published.
     """
     num_segments, nlist = tables.shape[0], z.shape[1]
@@ -152,8 +171,25 @@ def probe(z: Array, a: Array, knots: Array, tables: Ints, budget: int, nprobe: i
     else:
         per_run = run_weights(z, a, knots, tables, count_lists)
         runs = sorted(((s, l) for s in newest_first for l in range(nlist)), key=lambda r: (-per_run[r], -r[0], r[1]))
+        if miss is not None:
+            mass = np.diff(tables, axis=1) * per_run
+            left = np.cumsum([mass[r] for r in reversed(runs)])[::-1]
+            runs = [run for run, unread in zip(runs, left, strict=True) if unread > miss * z.shape[0]]
     rows: list[int] = []
     for s, l in runs:
         run = range(tables[s, l], tables[s, l + 1])
         rows.extend(run[max(0, len(run) - (budget - len(rows))) :] if budget > len(rows) else [])
     return np.array(sorted(rows), dtype=np.int64)
+
+
+def tail(z: Array, a: Array, knots: Array, tables: Ints, rows: Ints, entries: int, means: int) -> Ints:
+    """Numbers s * l + list, ascending, of the runs to read through their means: of the first ``means`` segments and without a
+    row in ``rows``, those of most predicted attention (ties: newer segment, then lower list)."""
+    nlist = z.shape[1]
+    mass = np.diff(tables, axis=1) * run_weights(z, a, knots, tables, True)
+    unread = [
+        (s, l) for s in range(means) for l in range(nlist)
+        if tables[s, l + 1] > tables[s, l] and not ((rows >= tables[s, l]) & (rows < tables[s, l + 1])).any()
+    ]  # fmt: skip
+    best = sorted(unread, key=lambda r: (-mass[r], -r[0], r[1]))[:entries]
+    return np.array(sorted(s * nlist + l for s, l in best), dtype=np.int64)

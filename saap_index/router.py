@@ -53,6 +53,11 @@ class QueryRouter:
     def num_knots(self) -> int:
         return self.weights.num_knots
 
+    @property
+    def predicts_outside(self) -> bool:
+        """Whether there is an output for the share of the attention outside sinks and window."""
+        return self.count_lists and int(self.weights.bias_out.shape[1]) > self.nlist
+
     def knots(self, distances: np.ndarray) -> np.ndarray:
         """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends."""
         place = np.log2(np.maximum(distances, 1.0)) - self.first_knot
@@ -86,4 +91,12 @@ class QueryRouter:
         if (h, dim, self.nlist) != (num_kv_heads, d, nlist):
             raise CompatibilityError(
                 f"query_router: expected {num_kv_heads} KV heads, d = {d}, nlist = {nlist}, got {h}, {dim}, {self.nlist}"
+            )
+
+    def check_outside(self, what: str) -> None:
+        """CompatibilityError, naming ``what`` needs it, if no output predicts the attention outside sinks and window."""
+        if not self.predicts_outside:
+            kind = "a symmetric one, or one of lists alone" if self.count_lists else "the published classifier"
+            raise CompatibilityError(
+                f"{what}: expected a query_router that predicts the attention outside sinks and window, got {kind}"
             )

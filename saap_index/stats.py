@@ -14,9 +14,9 @@ from .router import QueryRouter
 class SearchStats:
     """Of the last search, averages per (sequence, KV head) in tokens; bytes over all of them.
 
-    sealed_tokens were there to choose from, read_sealed of them were read, dense_tokens are sinks and recent tokens.
-    kv_bytes : K and V rows read; metadata_bytes : offset tables and row lists; router_bytes : weights, read once per call
-    whatever the batch is.
+    sealed_tokens were there to choose from, read_sealed of them were read, dense_tokens are sinks and recent tokens; tail_entries
+    are runs read through their means. kv_bytes : K and V rows read; mean_bytes : rows of means read; metadata_bytes : offset
+    tables and row lists; router_bytes : weights, read once per call whatever the batch is.
     """
 
     sealed_tokens: float = 0.0
@@ -25,6 +25,8 @@ class SearchStats:
     kv_bytes: int = 0
     metadata_bytes: int = 0
     router_bytes: int = 0
+    tail_entries: float = 0.0
+    mean_bytes: int = 0
 
     @property
     def selectivity(self) -> float:
@@ -33,14 +35,15 @@ class SearchStats:
 
     @property
     def total_bytes(self) -> int:
-        return self.kv_bytes + self.metadata_bytes + self.router_bytes
+        return self.kv_bytes + self.mean_bytes + self.metadata_bytes + self.router_bytes
 
 
 @dataclass(frozen=True)
 class IndexStats:
     """What an index holds. Token counts are summed over the sequences; a token counts once, whatever the heads.
 
-    kv_bytes : K and V of the stored tokens; metadata_bytes : ids, offset tables, pending list numbers of the stored tokens;
+    kv_bytes : K and V of the stored tokens; metadata_bytes : ids, offset tables, pending list numbers of the stored tokens and
+    means of runs; mean_bytes : those means alone;
     slack_bytes : allocated but unused; shared_bytes : quantizer and router, shared by every cache of this layer.
     imbalance_factor : l * sum of squared list sizes / (their sum)^2, averaged over sequences and heads; 1 is balanced
     (FAISS's definition).
@@ -57,6 +60,7 @@ class IndexStats:
     shared_bytes: int
     imbalance_factor: float
     last_search: SearchStats = field(default_factory=SearchStats)
+    mean_bytes: int = 0
 
     @property
     def overhead(self) -> float:
@@ -90,6 +94,7 @@ def gather(
         shared_bytes=shared,
         imbalance_factor=float(imbalance.mean()) if len(imbalance) else 0.0,
         last_search=SearchStats() if last is None else _search(lists, last, router),
+        mean_bytes=lists.mean_bytes(),
     )
 
 
@@ -98,13 +103,17 @@ def _search(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter 
     sealed = [high - low for high, low in zip(last.sealed, last.sinks, strict=True)]
     read = [0.0] * b if last.counts is None else last.counts.float().mean(1).tolist()
     dense = [n - s for n, s in zip(last.lengths, sealed, strict=True)]
+    entries = 0 if last.tail_counts is None else int(last.tail_counts.sum())
+    row_bytes = (lists.d + lists.d_v) * lists.dtype.itemsize
     routed = last.rows is not None and router is not None
     tables = sum(map(len, lists.segments)) * h * (lists.nlist + 1) * 4 if routed else 0
     return SearchStats(
         sealed_tokens=sum(sealed) / b,
         read_sealed=sum(read) / b,
         dense_tokens=sum(dense) / b,
-        kv_bytes=round((sum(read) + sum(dense)) * h) * (lists.d + lists.d_v) * lists.dtype.itemsize,
-        metadata_bytes=tables + round(sum(read) * h) * 4,
+        kv_bytes=round((sum(read) + sum(dense)) * h) * row_bytes,
+        metadata_bytes=tables + (round(sum(read) * h) + entries) * 4,
         router_bytes=router.nbytes() if routed and router is not None else 0,
+        tail_entries=entries / (b * h),
+        mean_bytes=entries * row_bytes,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saap_index import DeviceError, merge_states, reference, register_backend
-from saap_index.backends import Backend, Rotation, RouterWeights, get_backend
+from saap_index.backends import Backend, Budget, Rotation, RouterWeights, get_backend
 from saap_index.backends.reference_backend import ReferenceBackend
 
 BACKENDS = ("cpu", "torch")
@@ -238,22 +238,25 @@ def probes(draw: st.DrawFn) -> dict[str, Any]:
     for i, s in enumerate(num_segments):
         tables[i, :, s:] = r.integers(-(10**6), 10**6, tables[i, :, s:].shape)  # never written, never read
     total = [int(lengths[i, :s].sum()) for i, s in enumerate(num_segments)]
-    budgets = [draw(st.one_of(st.integers(0, max(1, t)), st.sampled_from([0, t, t + 9]))) for t in total]
+    limits = [[draw(st.one_of(st.integers(0, max(1, t)), st.sampled_from([0, t, t + 9]))) for _ in range(h)] for t in total]
     nprobe = draw(st.one_of(st.just(0), st.integers(1, nlist)))
     return {
         "knots": torch.from_numpy(r.uniform(0, max(0, m - 2), (b, most)).astype(np.float32)),
-        "tables": torch.from_numpy(tables), "num_segments": num_segments, "budgets": budgets, "nprobe": nprobe,
-        "count_lists": draw(st.booleans()), "shape": (b, h, j, nlist, m), "r": r,
+        "tables": torch.from_numpy(tables), "num_segments": num_segments, "count_lists": draw(st.booleans()),
+        "budget": Budget(torch.tensor(limits, dtype=torch.int32), nprobe), "shape": (b, h, j, nlist, m), "r": r,
     }  # fmt: skip
 
 
 def check_probe(name: str, case: dict[str, Any], z: Tensor, a: Tensor) -> None:
-    order = ("knots", "tables", "num_segments", "budgets", "nprobe", "count_lists")
-    rows, counts = backend(name).probe(z, a, *(case[x] for x in order))
-    want_rows, want_counts = SPEC.probe(z, a, *(case[x] for x in order))
-    assert rows.dtype == counts.dtype == torch.int32
-    assert torch.equal(counts, want_counts)
-    assert rows.shape == want_rows.shape and torch.equal(rows, want_rows)
+    order = ("knots", "tables", "num_segments", "budget", "count_lists")
+    got, want = (x.probe(z, a, *(case[x] for x in order)) for x in (backend(name), SPEC))
+    for rows, counts, want_rows, want_counts in (
+        (got.rows, got.counts, want.rows, want.counts), (got.tail, got.tail_counts, want.tail, want.tail_counts)
+    ):  # fmt: skip
+        assert (rows is None) == (counts is None) == (want_rows is None)
+        if rows is not None:
+            assert rows.dtype == counts.dtype == torch.int32 and torch.equal(counts, want_counts)
+            assert rows.shape == want_rows.shape and torch.equal(rows, want_rows)
 
 
 @over_backends
@@ -286,9 +289,10 @@ def test_probe_with_ties(name: str, case: dict[str, Any], steps: int, minus: boo
 def test_probe_of_equal_scores_takes_the_newest(name: str, nprobe: int, count_lists: bool) -> None:
     tables = torch.from_numpy(tables_of(np.full((1, 1, 3, 4), 2), 1))  # 3 segments of 4 runs of 2 rows, from row 1
     z, a, knots = torch.zeros((1, 1, 2, 4)), torch.zeros((1, 1, 2, 0)), torch.zeros((1, 3))
-    rows, counts = backend(name).probe(z, a, knots, tables, [3], [5], nprobe, count_lists)
+    budget = Budget(torch.tensor([[5]], dtype=torch.int32), nprobe)
+    found = backend(name).probe(z, a, knots, tables, [3], budget, count_lists)
     want = {0: [17, 18, 19, 20, 22], 1: [2, 9, 10, 17, 18], 4: [2, 9, 10, 17, 18]}[nprobe]
-    assert rows[0, 0].tolist() == want and counts.tolist() == [[5]]
+    assert found.rows[0, 0].tolist() == want and found.counts.tolist() == [[5]] and found.tail is None
 
 
 @over_backends
@@ -307,12 +311,14 @@ def test_probe_of_scores_that_are_no_numbers(name: str, bad: float, where: str, 
     }[where]  # fmt: skip
     part.fill_(bad)
     knots, tables, budget = torch.linspace(0, 1, 8)[None], torch.from_numpy(tables_of(sizes, 2)), 11
+    limits = Budget(torch.full((1, 2), budget, dtype=torch.int32), nprobe)
     for _ in range(20):
-        rows, counts = backend(name).probe(z, a, knots, tables, [8], [budget], nprobe, count_lists)
-        assert counts.tolist() == [[budget, budget]] and rows.shape == (1, 2, budget)
+        found = backend(name).probe(z, a, knots, tables, [8], limits, count_lists)
+        rows = found.rows
+        assert found.counts.tolist() == [[budget, budget]] and rows.shape == (1, 2, budget)
         assert bool((rows.diff() > 0).all()) and int(rows.min()) >= 2 and int(rows.max()) < 2 + sizes[0, 0].sum()
     if where == "every score" and bad == -torch.inf:
-        assert torch.equal(rows, SPEC.probe(z, a, knots, tables, [8], [budget], nprobe, count_lists)[0])
+        assert torch.equal(rows, SPEC.probe(z, a, knots, tables, [8], limits, count_lists).rows)
 
 
 # -- scan -----------------------------------------------------------------------------------------------------------------

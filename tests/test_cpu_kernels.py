@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saap_index.backends.base import Rotation, RouterWeights
+from saap_index.backends.base import Budget, Rotation, RouterWeights
 from saap_index.backends.cpu import CpuBackend
 from saap_index.errors import DTypeError, LayoutError, LengthError, ShapeError
 
@@ -209,7 +209,9 @@ def everything(seed: int) -> list[Tensor]:
         *(randn(*s, seed=seed + 3) for s in ((h, 8, d), (h, 8), (h, lists + 3, 8), (h, lists + 3, d), (h, lists + 3))), lists
     )
     z, a = CPU.route(CPU.prepare_router(weights), queries, None)
-    rows, counts = CPU.probe(z, a, torch.tensor([[2.0, 1.5, 0.0]]), tables, [segments], [700], 0, True)
+    knots, budget = torch.tensor([[2.0, 1.5, 0.0]]), Budget(torch.full((1, h), 700, dtype=torch.int32))
+    found = CPU.probe(z, a, knots, tables, [segments], budget, True)
+    rows, counts = found.rows, found.counts
     out, lse = CPU.scan(queries, keys, values, rows, counts, [4], [4500], [n], 0.1, True)
     list_nos = CPU.assign(CPU.prepare_quantizer(randn(h, lists, d, seed=seed + 4)), keys[0], None)
     arena, ids = keys[0].clone(), torch.arange(n, dtype=torch.int32).repeat(h, 1)
@@ -305,7 +307,9 @@ def test_probe(data: st.DataObject, seed: int, count_lists: bool, ties: bool) ->
     used = [data.draw(st.integers(0, segments)) for _ in range(b)]
     budgets = [data.draw(st.one_of(st.integers(0, 60), st.just(10**6))) for _ in range(b)]
     to = lambda x: torch.from_numpy(np.ascontiguousarray(x)).float()  # noqa: E731
-    rows, counts = CPU.probe(to(z), to(a), to(knots), torch.from_numpy(tables), used, budgets, nprobe, count_lists)
+    budget = Budget(torch.tensor(budgets, dtype=torch.int32)[:, None].repeat(1, h), nprobe)
+    found = CPU.probe(to(z), to(a), to(knots), torch.from_numpy(tables), used, budget, count_lists)
+    rows, counts = found.rows, found.counts
     assert rows.dtype == counts.dtype == torch.int32 and rows.is_contiguous()
     assert rows.shape == (b, h, counts.max())
     for i in range(b):
@@ -320,14 +324,16 @@ def test_probe_scores_beyond_float32() -> None:
     """Only runs of vanishing weight hold rows: the order is still that of the scores."""
     z = torch.tensor([[[[0.0, -200.0, -300.0, -250.0]]]])
     tables = torch.tensor([[[[0, 0, 3, 5, 9]]]], dtype=torch.int32)
-    rows, _ = CPU.probe(z, torch.zeros((1, 1, 1, 0)), torch.zeros((1, 1)), tables, [1], [5], 0, True)
+    budget = Budget(torch.tensor([[5]], dtype=torch.int32))
+    rows = CPU.probe(z, torch.zeros((1, 1, 1, 0)), torch.zeros((1, 1)), tables, [1], budget, True).rows
     assert rows[0, 0].tolist() == [0, 1, 2, 7, 8]
 
 
 def test_probe_refuses_falling_offsets() -> None:
     tables = torch.tensor([[[[0, 9, 3, 5]]]], dtype=torch.int32)
     with pytest.raises(IndexError, match="ascending"):
-        CPU.probe(torch.zeros((1, 1, 1, 3)), torch.zeros((1, 1, 1, 0)), torch.zeros((1, 1)), tables, [1], [4], 0, True)
+        budget = Budget(torch.tensor([[4]], dtype=torch.int32))
+        CPU.probe(torch.zeros((1, 1, 1, 3)), torch.zeros((1, 1, 1, 0)), torch.zeros((1, 1)), tables, [1], budget, True)
 
 
 # -- assign, route --------------------------------------------------------------------------------------------------------

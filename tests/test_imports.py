@@ -34,7 +34,7 @@ ALLOWED = {
     "backends.base": ANY,
     "backends.torch_backend": {"backends.base"},
     "backends.reference_backend": {"backends.base", "reference"},
-    "backends.cpu": {"backends.base", "bindings", "bindings.native"} | ANY,
+    "backends.cpu": {"backends.base", "backends.torch_backend", "bindings", "bindings.native"} | ANY,
     "backends.cuda": {"backends.base", "backends.torch_backend", "bindings", *GPU} | ANY,
     "backends": {"backends.base", "backends.torch_backend", "backends.reference_backend", "backends.cpu", "backends.cuda"} | ANY,
     # the parts of an index
@@ -44,15 +44,21 @@ ALLOWED = {
     "router": {"backends", "checks"} | ANY,
     "invlists": {"backends", "layout"} | ANY,
     "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
+    "calibration": {"checks", "layout", "quantizer", "reference", "rope", "router"} | ANY,
     "training": {"backends", "layout", "quantizer", "rope", "router"} | ANY,
     "stats": {"attend", "invlists", "quantizer", "router"} | ANY,
     # the index
-    "_base": {"attend", "backends", "checks", "invlists", "layout", "params", "quantizer", "rope", "router"} | ANY,
+    "_base": {"attend", "backends", "calibration", "checks", "invlists", "layout", "params", "quantizer", "rope", "router"} | ANY,
     "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
     "interop": {"quantizer", "router"} | ANY,
-    "index": {"_base", "_storage", "attend", "backends", "checks", "interop", "invlists", "params", "stats", "training"} | ANY,
-    "io": {"backends", "checks", "index", "quantizer", "rope", "router"} | ANY,
-    "": {"attend", "backends", "index", "io", "layout", "params", "quantizer", "rope", "router", "stats", "training"} | ANY,
+    "index": {
+        "_base", "_storage", "attend", "backends", "calibration", "checks", "interop", "invlists", "params", "stats", "training",
+    } | ANY,
+    "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router"} | ANY,
+    "": {
+        "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "stats",
+        "training",
+    } | ANY,
 }
 LATER = {"rope": {"rope_config"}}  # inside a function: Rope.from_config hands over to the module that reads models' files
 OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions", "faiss", "cupy"}  # faiss and cupy inside functions only

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from ..errors import DeviceError
-from .base import Backend, Rotation, RouterWeights
+from .base import Backend, Budget, Rotation, RouterWeights, Tail
 from .reference_backend import ReferenceBackend
 from .torch_backend import TorchBackend
 
-__all__ = ["Backend", "Rotation", "RouterWeights", "get_backend", "register_backend"]
+__all__ = ["Backend", "Budget", "Rotation", "RouterWeights", "Tail", "get_backend", "register_backend"]
 
 Factory = Callable[[torch.device], Backend]
 

@@ -1,15 +1,17 @@
-"""The seam between the index and whatever executes it: five operations, one signature for every device.
+"""The seam between the index and whatever executes it: a handful of operations, one signature for every device.
 
 A backend computes; it holds no tokens. It knows tensors, row numbers and list numbers, and knows nothing of positions,
 RoPE parameters, budgets in percent, files or devices other than its own. The index and its parts call only what stands here,
 so a new device is a new subclass and a call of ``register_backend``.
 
 Axes: b sequences, h KV heads, g query heads per KV head, q queries, j = g * q (query heads of one KV head times queries),
-n tokens, N capacity in tokens, d key dim, e value dim, l lists, s segments, m knots of the distance term, t rows read.
+n tokens, N capacity in tokens, d key dim, e value dim, l lists, s segments, m knots of the distance term, t rows read,
+M segments that may have run means, x runs read through their means.
 
 Rows. The arena stores each (sequence, KV head) in N rows. Of ``length`` rows in use, rows [0, sinks) are the sinks, rows
 [sinks, sealed) belong to segments, rows [sealed, length) are recent and in arrival order. Inside a segment the rows of a
-KV head are sorted by list number, stably, and ``table[l]`` to ``table[l + 1]`` are the rows of list l (a *run*).
+KV head are sorted by list number, stably, and ``table[l]`` to ``table[l + 1]`` are the rows of list l (a *run*). Leading
+segments may keep the mean key and the mean value of each run, by which a run that is not read can still be estimated.
 """
 
 from __future__ import annotations
@@ -61,6 +63,54 @@ class Rotation:
     scale: float
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What `Backend.probe` may take of each (sequence, KV head).
+
+    rows : int32 (b, h), most rows.
+    nprobe : 0, or lists to visit whole, as SAAP was published; then there is neither ``miss`` nor ``entries``.
+    miss : float32 (h,) or None: attention per query vector, as predicted, that may stay unread outside sinks and window; no
+        further run is taken once no more than that is left. Needs count_lists and a router with c.
+    entries : int32 (b, h) or None, most unread runs to enter through their means. Needs count_lists.
+    means : leading segments of each sequence that have run means, b numbers <= num_segments; read with ``entries`` only.
+    """
+
+    rows: Tensor
+    nprobe: int = 0
+    miss: Tensor | None = None
+    entries: Tensor | None = None
+    means: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What `Backend.probe` took. rows : int32 (b, h, t), ascending, padded with -1, t = the largest count; counts : int32 (b, h).
+
+    tail : int32 (b, h, x), numbers s * l + list of runs that enter through their means, ascending, padded with -1, x = the
+    largest count; tail_counts : int32 (b, h). Both None where ``entries`` was.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    tail: Tensor | None = None
+    tail_counts: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Runs that `Backend.scan` reads through their means, each an entry of logit scale * <q, mean key> + ln(its tokens).
+
+    runs : int32 (b, h, x), counts : int32 (b, h), as in `Probed`; none of their rows is read. tables : int32 (b, h, S, l + 1);
+    keys : storage dtype (b, h, M, l, d), values : (b, h, M, l, e), as from `Backend.means`.
+    """
+
+    runs: Tensor
+    counts: Tensor
+    keys: Tensor
+    values: Tensor
+    tables: Tensor
+
+
 class Backend(ABC):
     """One way to execute the index. Tensors are C-contiguous and on the backend's device unless said otherwise."""
 
@@ -103,6 +153,14 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
+        """Mean key and mean value of every run of a segment: float32 sums in row order, rounded once; zero for an empty run.
+
+        keys : storage dtype (h, N, d), values : (h, N, e): one sequence of the arena. table : int32 (h, l + 1), as from `seal`,
+        strided over h. mean_keys : storage dtype (h, l, d) out, mean_values : (h, l, e) out, strided over h.
+        """
+
+    @abstractmethod
     def prepare_router(self, weights: RouterWeights) -> Any:
         """Pack router weights into whatever `route` reads fastest; done once per index."""
 
@@ -123,10 +181,9 @@ class Backend(ABC):
         knots: Tensor,
         tables: Tensor,
         num_segments: Sequence[int],
-        budgets: Sequence[int],
-        nprobe: int,
+        budget: Budget,
         count_lists: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Probed:
         """From scores to the rows to read: one selection per (sequence, KV head).
 
         z : float32 (b, h, j, l); a : float32 (b, h, j, m + 1) or (b, h, j, 0), as from `route`; m may be 0.
@@ -135,14 +192,16 @@ class Backend(ABC):
 
         A run's weight is w_ls = sum_j sigmoid(c_j) exp(z_jl + a_js) / Z_j with Z_j = sum_ls n_ls exp(z_jl + a_js): the sum, over
         the group, of the predicted attention probability of one of its tokens. Without c the factor is 1. (count_lists False:
-        w_ls = sum_j exp(z_jl) / sum_l exp(z_jl), the published classifier; a is not used.)
+        w_ls = sum_j exp(z_jl) / sum_l exp(z_jl), the published classifier; a is not used.) Its mass is n_ls w_ls.
 
-        nprobe 0: nonempty runs by falling weight (ties: newer segment, then lower list) until budgets[i] rows are taken.
+        nprobe 0: nonempty runs by falling weight (ties: newer segment, then lower list) until budget.rows are taken. With
+        ``miss``: or, checked before each run, until the masses of the runs not taken sum to at most miss[h] * j.
         nprobe p: the p lists of largest w_l, which is w_ls with a_js = 0 (ties: lower list), every segment of each (newest
-        first), until budgets[i] rows are taken.
+        first), until budget.rows are taken.
         Of the run that exceeds the budget the last rows (its newest tokens) are taken.
 
-        Returns rows : int32 (b, h, t), ascending, padded with -1, t = the largest count; counts : int32 (b, h).
+        ``entries``: of the nonempty runs in segments [0, means[i]) of which no row is taken, those of largest mass (ties: newer
+        segment, then lower list).
         """
 
     @abstractmethod
@@ -158,12 +217,14 @@ class Backend(ABC):
         lengths: Sequence[int],
         scale: float,
         causal: bool,
+        tail: Tail | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Softmax attention over rows [0, sinks[i]), ``rows`` and [sealed[i], lengths[i]) of each sequence, in one softmax.
+        """Softmax attention over rows [0, sinks[i]), ``rows`` and [sealed[i], lengths[i]) of each sequence, in one softmax,
+        and over the entries of ``tail``.
 
         queries : (b, h, g, q, d) float32, bfloat16 or float16; rows : int32 (b, h, t) as from `probe`, or None for none.
-        causal: query i of q sees a recent row r only if r < lengths - q + 1 + i; sinks and ``rows`` are seen by every query
-        (the caller guarantees that the last q rows are recent, or that all rows are: sealed == sinks == 0).
+        causal: query i of q sees a recent row r only if r < lengths - q + 1 + i; sinks, ``rows`` and entries are seen by every
+        query (the caller guarantees that the last q rows are recent, or that all rows are: sealed == sinks == 0).
 
         Accumulates in float32. Returns out : dtype of queries (b, h, g, q, e) and lse : float32 (b, h, g, q), natural log.
         Nothing to attend: out = 0, lse = -inf. The result does not depend on the number of threads.

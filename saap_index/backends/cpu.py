@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..bindings import native
 from ..errors import DeviceError, DTypeError, LayoutError, LengthError, MissingDependencyError, ShapeError
-from .base import Backend, Rotation, RouterWeights
+from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
+from .torch_backend import TorchBackend
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
@@ -108,6 +109,9 @@ class CpuBackend(Backend):
             table.stride(0),
         )
 
+    def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
+        TorchBackend().means(keys, values, table, mean_keys, mean_values)
+
     def prepare_router(self, weights: RouterWeights) -> Any:
         h, u, d = weights.hidden.shape
         lists = weights.nlist
@@ -143,26 +147,28 @@ class CpuBackend(Backend):
         knots: Tensor,
         tables: Tensor,
         num_segments: Sequence[int],
-        budgets: Sequence[int],
-        nprobe: int,
+        budget: Budget,
         count_lists: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Probed:
+        if budget.miss is not None or budget.entries is not None or bool((budget.rows != budget.rows[:, :1]).any()):
+            return TorchBackend().probe(z, a, knots, tables, num_segments, budget, count_lists)
+        most, nprobe = budget.rows[:, 0].tolist(), budget.nprobe
         b, h, j, lists = z.shape
         m, segments = a.shape[3], tables.shape[2]
         z_at = _plain("z", z, _F32, (b, h, j, lists))
         a_at = _plain("a", a, _F32, (b, h, j, m))
         knots_at = _plain("knots", knots, _F32, (b, segments))
         tables_at = _plain("tables", tables, _I32, (b, h, segments, lists + 1))
-        if len(num_segments) != b or len(budgets) != b:
-            raise ShapeError(f"num_segments, budgets: expected {b} numbers each, got {len(num_segments)} and {len(budgets)}")
-        for valid, budget in zip(num_segments, budgets, strict=True):
-            if not 0 <= valid <= segments or budget < 0:
-                raise LengthError(f"num_segments, budgets: expected at most {segments} and at least 0, got {valid} and {budget}")
+        if len(num_segments) != b:
+            raise ShapeError(f"num_segments: expected {b} numbers, got {len(num_segments)}")
+        for valid in num_segments:
+            if not 0 <= valid <= segments:
+                raise LengthError(f"num_segments: expected 0 to {segments}, got {valid}")
         if not 0 < lists < 65536 or segments > 65535 or nprobe < 0:
             raise LengthError(
                 f"expected 1 to 65535 lists, up to 65535 segments and nprobe >= 0, got {lists}, {segments}, {nprobe}"
             )
-        used, most = list(num_segments), list(budgets)
+        used = list(num_segments)
         bound = self._cpu.probe_bound(tables_at, b, h, lists, segments, used, most)
         rows, counts = torch.empty((b, h, bound), dtype=_I32), torch.empty((b, h), dtype=_I32)
         t = self._cpu.probe(
@@ -184,7 +190,7 @@ class CpuBackend(Backend):
             rows.data_ptr(),
             counts.data_ptr(),
         )
-        return rows if t == bound else rows.view(-1)[: b * h * t].view(b, h, t), counts
+        return Probed(rows if t == bound else rows.view(-1)[: b * h * t].view(b, h, t), counts)
 
     def scan(
         self,
@@ -198,7 +204,12 @@ class CpuBackend(Backend):
         lengths: Sequence[int],
         scale: float,
         causal: bool,
+        tail: Tail | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if tail is not None:
+            return TorchBackend().scan(
+                queries, arena_keys, arena_values, rows, counts, sinks, sealed, lengths, scale, causal, tail
+            )
         b, h, g, q, d = queries.shape
         capacity, e = arena_values.shape[2:]
         dtype = arena_keys.dtype

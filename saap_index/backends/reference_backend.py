@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .base import Backend, Rotation, RouterWeights
+from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
 
 
 def _f64(x: Tensor) -> reference.Array:
@@ -54,6 +54,12 @@ class ReferenceBackend(Backend):
                 rows[start : start + n] = rows[start + torch.from_numpy(order)]
             table[head] = torch.from_numpy(start + offsets)
 
+    def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
+        for head in range(keys.shape[0]):
+            offsets = table[head].numpy().astype(np.int64)
+            found = reference.run_means(_f64(keys[head]), _f64(values[head]), offsets)
+            mean_keys[head], mean_values[head] = (torch.from_numpy(x) for x in found)
+
     def prepare_router(self, weights: RouterWeights) -> Any:
         return weights
 
@@ -81,23 +87,23 @@ class ReferenceBackend(Backend):
         knots: Tensor,
         tables: Tensor,
         num_segments: Sequence[int],
-        budgets: Sequence[int],
-        nprobe: int,
+        budget: Budget,
         count_lists: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Probed:
         b, h = z.shape[:2]
-        found = []
+        found, tails = [], []
         for i in range(b):
             s = num_segments[i]
             for head in range(h):
-                table = tables[i, head, :s].numpy().astype(np.int64)
-                args = _f64(z[i, head]), _f64(a[i, head]), _f64(knots[i, :s]), table, budgets[i], nprobe, count_lists
-                found.append(torch.from_numpy(reference.probe(*args)))
-        width = max(len(r) for r in found)
-        rows = torch.full((b * h, width), -1, dtype=torch.int32)
-        for r, row in zip(found, rows, strict=True):
-            row[: len(r)] = r
-        return rows.view(b, h, width), torch.tensor([len(r) for r in found], dtype=torch.int32).view(b, h)
+                args = _f64(z[i, head]), _f64(a[i, head]), _f64(knots[i, :s]), tables[i, head, :s].numpy().astype(np.int64)
+                miss = None if budget.miss is None else float(budget.miss[head])
+                rows = reference.probe(*args, int(budget.rows[i, head]), budget.nprobe, count_lists, miss)
+                found.append(rows)
+                if budget.entries is not None:
+                    tails.append(reference.tail(*args, rows, int(budget.entries[i, head]), budget.means[i]))
+        if budget.entries is None:
+            return Probed(*_padded(found, b, h))
+        return Probed(*_padded(found, b, h), *_padded(tails, b, h))
 
     def scan(
         self,
@@ -111,6 +117,7 @@ class ReferenceBackend(Backend):
         lengths: Sequence[int],
         scale: float,
         causal: bool,
+        tail: Tail | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         out = np.zeros((b, h, g, q, arena_values.shape[-1]))
@@ -124,10 +131,27 @@ class ReferenceBackend(Backend):
                 seen = (picked[None] < sealed[i]) | (picked[None] < limit[:, None])
                 x = _f64(queries[i, head]).reshape(g * q, d)
                 keys, values = _f64(arena_keys[i, head])[picked], _f64(arena_values[i, head])[picked]
-                o, e = reference.attend(x, keys, values, scale, np.tile(seen, (g, 1)))
+                tokens = np.ones(len(picked))
+                if tail is not None:
+                    runs = tail.runs[i, head, : int(tail.counts[i, head])].numpy()
+                    nlist = tail.keys.shape[3]
+                    keys = np.concatenate([keys, _f64(tail.keys[i, head].flatten(0, 1))[runs]])
+                    values = np.concatenate([values, _f64(tail.values[i, head].flatten(0, 1))[runs]])
+                    sizes = np.diff(tail.tables[i, head].numpy(), axis=1)
+                    tokens = np.concatenate([tokens, sizes[runs // nlist, runs % nlist]])
+                    seen = np.concatenate([seen, np.ones((q, len(runs)), bool)], 1)
+                o, e = reference.attend(x, keys, values, scale, np.tile(seen, (g, 1)), tokens)
                 out[i, head], lse[i, head] = o.reshape(g, q, -1), e.reshape(g, q)
         return torch.from_numpy(out).to(queries.dtype), torch.from_numpy(lse).float()
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = reference.merge_states(_f64(out_a), _f64(lse_a), _f64(out_b), _f64(lse_b))
         return torch.from_numpy(out).to(out_a.dtype), torch.from_numpy(lse).float()
+
+
+def _padded(found: list[reference.Ints], b: int, h: int) -> tuple[Tensor, Tensor]:
+    """b * h lists of numbers as int32 (b, h, t), padded with -1, and how many there are, int32 (b, h)."""
+    rows = torch.full((b * h, max(map(len, found))), -1, dtype=torch.int32)
+    for numbers, row in zip(found, rows, strict=True):
+        row[: len(numbers)] = torch.from_numpy(numbers)
+    return rows.view(b, h, -1), torch.tensor([len(x) for x in found], dtype=torch.int32).view(b, h)

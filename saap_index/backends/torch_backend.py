@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import Backend, Rotation, RouterWeights
+from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
 
 ASSIGN_TOKENS = 4096  # bounds the score matrix of `assign`: tokens at a time
 
@@ -69,6 +69,14 @@ class TorchBackend(Backend):
         table[:, 0] = start
         table[:, 1:] = start + sizes.cumsum(1)
 
+    def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
+        for head, offsets in enumerate(table.long()):
+            sizes = offsets.diff()
+            for rows, means in ((keys, mean_keys), (values, mean_values)):
+                part = rows[head, int(offsets[0]) : int(offsets[-1])].float()
+                sums = torch.segment_reduce(part, "sum", lengths=sizes, axis=0, initial=0.0)  # in row order on every device
+                means[head] = sums / sizes.clamp(min=1)[:, None]
+
     def prepare_router(self, weights: RouterWeights) -> Any:
         return weights
 
@@ -90,11 +98,10 @@ class TorchBackend(Backend):
         knots: Tensor,
         tables: Tensor,
         num_segments: Sequence[int],
-        budgets: Sequence[int],
-        nprobe: int,
+        budget: Budget,
         count_lists: bool,
-    ) -> tuple[Tensor, Tensor]:
-        b, h = z.shape[:2]
+    ) -> Probed:
+        b, h, j, nlist = z.shape
         top = max(num_segments, default=0)
         tables = tables[:, :, :top]
         valid = torch.arange(top, device=z.device) < torch.tensor(list(num_segments), device=z.device)[:, None]  # (b, s)
@@ -102,22 +109,34 @@ class TorchBackend(Backend):
         starts = tables[..., :-1]
         newest = torch.arange(top - 1, -1, -1, device=z.device)  # newest first, so that a stable sort breaks ties our way
         sizes, starts = sizes[:, :, newest], starts[:, :, newest]
-        if nprobe:
+        if budget.nprobe:
             weights = _list_weights(z, _log_shares(a, count_lists), sizes.sum(2), count_lists)
             rank = torch.argsort(torch.argsort(-weights, dim=-1, stable=True), dim=-1)
-            keep = rank < nprobe
+            keep = rank < budget.nprobe
             order_key = rank[:, :, None, :] * top + torch.arange(top, device=z.device)[:, None]
-            sizes = sizes * keep[:, :, None]
+            open_ = sizes * keep[:, :, None]
         else:
             bend = _bend(a, knots[:, :top], count_lists)[..., newest]
-            order_key = -_run_weights(z, bend, _log_shares(a, count_lists), sizes, count_lists)
+            weights = _run_weights(z, bend, _log_shares(a, count_lists), sizes, count_lists)
+            order_key, open_ = -weights, sizes
         order = torch.argsort(order_key.reshape(b, h, -1), dim=-1, stable=True)
-        sizes, starts = sizes.reshape(b, h, -1).long(), starts.reshape(b, h, -1).long()
-        ordered = sizes.gather(2, order)
-        budget = torch.tensor(list(budgets), device=z.device)[:, None, None]
+        open_, starts = open_.reshape(b, h, -1).long(), starts.reshape(b, h, -1).long()
+        ordered = open_.gather(2, order)
+        if budget.miss is not None:
+            mass = (sizes * weights).reshape(b, h, -1).gather(2, order).double()
+            left = mass.flip(2).cumsum(2).flip(2)  # before each run, it included
+            ordered = ordered * (left > budget.miss[:, None].double() * j)
         before = ordered.cumsum(2) - ordered
-        taken = torch.zeros_like(sizes).scatter_(2, order, torch.minimum(ordered, (budget - before).clamp(min=0)))
-        return _rows(starts + sizes - taken, taken)
+        taken = torch.minimum(ordered, (budget.rows[:, :, None] - before).clamp(min=0))
+        taken = torch.zeros_like(open_).scatter_(2, order, taken)
+        rows, counts = _rows(starts + open_ - taken, taken)
+        if budget.entries is None:
+            return Probed(rows, counts)
+        known = newest < torch.tensor(list(budget.means), device=z.device)[:, None]  # (b, s)
+        unread = (taken.view_as(sizes) == 0) & (sizes > 0) & known[:, None, :, None]
+        mass = torch.where(unread, sizes * weights, -1.0)
+        numbers = newest[:, None] * nlist + torch.arange(nlist, device=z.device)
+        return Probed(rows, counts, *_best(mass.reshape(b, h, -1), numbers.flatten(), budget.entries))
 
     def scan(
         self,
@@ -131,6 +150,7 @@ class TorchBackend(Backend):
         lengths: Sequence[int],
         scale: float,
         causal: bool,
+        tail: Tail | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, _ = queries.shape
         out = torch.empty((b, h, g, q, arena_values.shape[-1]), dtype=queries.dtype, device=queries.device)
@@ -147,6 +167,10 @@ class TorchBackend(Backend):
             v = arena_values[i].gather(1, index.expand(h, width, arena_values.shape[-1])).float()
             logits = torch.einsum("hgqd,htd->hgqt", queries[i].float() * scale, k)
             logits = logits.masked_fill(~seen[:, None], float("-inf"))
+            if tail is not None:
+                entry_logits, entry_values = _entries(tail, i, queries[i].float() * scale)
+                logits, v = torch.cat([logits, entry_logits], -1), torch.cat([v, entry_values], 1)
+                width += entry_values.shape[1]
             part = torch.logsumexp(logits, -1) if width else torch.full((h, g, q), float("-inf"), device=queries.device)
             weights = torch.exp(logits - torch.where(part.isfinite(), part, 0.0)[..., None])
             out[i] = torch.einsum("hgqt,hte->hgqe", weights, v).to(queries.dtype)
@@ -170,6 +194,18 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
     out[..., first] = (a * cos + b * sin) * rotation.scale
     out[..., second] = (b * cos - a * sin) * rotation.scale
     return out
+
+
+def _entries(tail: Tail, i: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (h, g, q, x) and values (h, x, e) of the entries of sequence i; -inf where there is none. queries : scaled."""
+    h, d, e = tail.keys.shape[1], tail.keys.shape[4], tail.values.shape[4]
+    runs = tail.runs[i].long().clamp(min=0)
+    present = torch.arange(runs.shape[1], device=runs.device) < tail.counts[i][:, None]
+    sizes = tail.tables[i].diff(dim=-1).flatten(1).gather(1, runs)
+    keys = tail.keys[i].reshape(h, -1, d).gather(1, runs[:, :, None].expand(-1, -1, d)).float()
+    values = tail.values[i].reshape(h, -1, e).gather(1, runs[:, :, None].expand(-1, -1, e)).float()
+    logits = torch.einsum("hgqd,hxd->hgqx", queries, keys) + torch.log(sizes.float())[:, None, None]
+    return logits.masked_fill(~present[:, None, None], float("-inf")), torch.where(present[:, :, None], values, 0.0)
 
 
 def _arange(start: int, stop: int, like: Tensor) -> Tensor:
@@ -229,3 +265,15 @@ def _rows(firsts: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
     rows = firsts.gather(1, run) + slots - (ends - taken).gather(1, run)
     rows = torch.where(slots < counts[:, None], rows, -1)
     return rows.view(b, h, width).int(), counts.view(b, h).int()
+
+
+def _best(mass: Tensor, numbers: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers (runs,) of the most[b, h] largest mass (b, h, runs), those below zero left out: ascending, padded with -1."""
+    order = torch.argsort(-mass, dim=-1, stable=True)
+    rank = torch.argsort(order, dim=-1)
+    chosen = (rank < most[:, :, None]) & (mass >= 0)
+    counts = chosen.sum(-1)
+    width = int(counts.max()) if counts.numel() else 0
+    found = torch.where(chosen, numbers, torch.iinfo(torch.int64).max).sort(-1).values[..., :width]
+    present = torch.arange(width, device=mass.device) < counts[:, :, None]
+    return torch.where(present, found, -1).int(), counts.int()

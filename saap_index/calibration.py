@@ -1,0 +1,150 @@
+"""How much predicted attention may stay unread for a promised share of the true one: a table per KV head, and how it is measured.
+
+A router is sure of itself on text it was trained on and less right than it thinks on other text. So `target_mass` is not taken at
+its word: on sequences that were held out of the fit, the true attention captured is measured for every amount of predicted
+attention left unread (``miss``), and the table holds, for each target, the largest miss that kept it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checks, reference
+from .errors import LengthError, ParameterError
+from .layout import Layout
+from .quantizer import KeyQuantizer
+from .rope import Rope
+from .router import QueryRouter
+
+TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
+"""The targets a table has entries for; below the first its entry serves, above the last the miss falls linearly to 0."""
+
+MISSES = (0.0, *np.geomspace(1e-4, 1.0, 81).tolist())
+"""The amounts of predicted attention left unread at which the captured mass is measured."""
+
+GROUP = 16
+"""Query positions, in order, that count as one text when the spread over texts is estimated from few sequences."""
+
+PRIOR_TEXTS = 4
+"""Texts that the spread of all heads counts for in the spread of each: with few texts its own is anybody's guess."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """miss : float32 (h, len(TARGETS)), in [0, 1], falling along the targets: what `target_mass` hands to `Backend.probe`."""
+
+    miss: Tensor
+
+    def __post_init__(self) -> None:
+        checks.array(self.miss, "calibration", "h t", (None, len(TARGETS)), [torch.float32], self.miss.device)
+        x = self.miss
+        if not bool(((x >= 0) & (x <= 1)).all()) or not bool((x.diff(dim=1) <= 0).all()):
+            raise ParameterError("calibration: expected misses in [0, 1] that fall along the targets, got others")
+
+    @classmethod
+    def trusting(cls, heads: int) -> Calibration:
+        """The router taken at its word: 1 - target, for an index that was not calibrated."""
+        return cls((1 - torch.tensor(TARGETS)).expand(heads, -1).contiguous())
+
+    def at(self, target: float) -> Tensor:
+        """The miss of every KV head for a target, linear between the targets of the table: float32 (h,)."""
+        table = self.miss.cpu().numpy()
+        found = [np.interp(target, [*TARGETS, 1.0], [*row, 0.0]) for row in table]
+        return torch.tensor(found, dtype=torch.float32)
+
+
+def calibrate(
+    keys: Tensor, queries: Tensor, positions: np.ndarray, quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
+    layout: Layout, scale: float, confidence: float = 0.9,
+) -> Calibration:  # fmt: skip
+    """The table of one layer from whole sequences that were in no training; checked arguments of `AsymmetricIndex.calibrate`.
+
+    keys : (b, h, n, d), queries : (b, hq, q, d), as attention sees them; positions : int64 (b, q) of the queries. Each query is
+    replayed over the segments that its sequence had at its position. confidence : for each KV head, the share of texts whose mean
+    captured mass is to reach the target; the spread over texts is estimated from the sequences, or, if there are fewer than four,
+    from stretches of GROUP queries. Budgets take no part: the promise holds as far as the cap lets it.
+
+    Raises LengthError without a query past window and sinks of a sealed sequence, CompatibilityError for a router without c.
+    """
+    router.check_outside("calibrate")
+    b, h, n, d = keys.shape
+    curves: list[np.ndarray] = []
+    for i in range(b):
+        coarse = keys[i].float() if rope is None else rope.unrotate(keys[i].float(), np.arange(n), n)
+        lists = quantizer.assign(coarse).cpu().numpy()
+        grouped = queries[i].float().reshape(h, queries.shape[1] // h, -1, d)
+        routed = grouped if rope is None else rope.unrotate(grouped, positions[i], n)
+        order = np.argsort(positions[i], kind="stable")
+        replayed = [
+            _captured(keys[i], grouped[:, :, j], routed[:, :, j], int(positions[i, j]), lists, router, layout, scale)
+            for j in order
+        ]
+        kept = [x for x in replayed if x is not None]
+        if kept:
+            parts = [kept] if b >= 4 else [kept[at : at + GROUP] for at in range(0, len(kept), GROUP)]
+            curves += [np.mean(part, axis=0) for part in parts]
+    if not curves:
+        raise LengthError(f"positions: expected queries past the window of a sealed sequence, got none among {n} tokens")
+    return _table(np.stack(curves), confidence)
+
+
+def _captured(
+    keys: Tensor, queries: Tensor, routed: Tensor, position: int, lists: np.ndarray, router: QueryRouter, layout: Layout,
+    scale: float,
+) -> np.ndarray | None:  # fmt: skip
+    """True attention captured by one query position, for every miss: float64 (h, len(MISSES)); None if nothing is sealed.
+
+    keys : (h, n, d); queries, routed : (h, g, d), as attention and as the router see them; lists : int (h, n).
+    """
+    length, nlist = position + 1, router.nlist
+    segments = layout.segments(length)
+    if not segments:
+        return None
+    heads, low, high = len(keys), segments[0][0], segments[-1][1]
+    middle = np.array([(start + stop - 1) / 2 for start, stop in segments])
+    knots = router.knots(length - 1 - middle).astype(np.float64)
+    of_segment = np.repeat(np.arange(len(segments)), [stop - start for start, stop in segments])
+    hidden, bias_hidden, out, skip, bias_out = (w.double().cpu().numpy() for w in router.tensors().values())
+    true = torch.softmax(torch.einsum("hgd,hnd->hgn", queries, keys[:, :length].float()) * scale, -1).double().cpu().numpy()
+    x = routed.double().cpu().numpy()
+    found = np.empty((heads, len(MISSES)))
+    for head in range(heads):
+        z, a = reference.route(x[head], hidden[head], bias_hidden[head], out[head], skip[head], bias_out[head], nlist)
+        runs = of_segment * nlist + lists[head, low:high]
+        sizes = np.bincount(runs, minlength=len(segments) * nlist)
+        tables = np.concatenate([np.zeros((len(segments), 1), np.int64), np.cumsum(sizes.reshape(len(segments), nlist), 1)], 1)
+        predicted = reference.run_weights(z, a, knots, tables, True).ravel()
+        mean = true[head].mean(axis=0)
+        held = np.bincount(runs, mean[low:high], minlength=len(sizes))
+        best = np.argsort(-predicted, kind="stable")
+        left = np.cumsum((sizes * predicted)[best][::-1])[::-1] / len(z)  # before each run, it included
+        captured = np.concatenate([[0.0], np.cumsum(held[best])]) + (1 - mean[low:high].sum())
+        taken = np.searchsorted(-left, -np.array(MISSES), side="left")  # the runs before which more than the miss is left
+        found[head] = captured[taken]
+    return found
+
+
+def _table(curves: np.ndarray, confidence: float) -> Calibration:
+    """From the captured mass of each text (texts, h, misses) to the largest miss at which a text keeps the target.
+
+    A text is taken to spread normally about the mean of its head, which is known as well as so many texts let it be.
+    """
+    texts = len(curves)
+    mean = curves.mean(axis=0)  # (h, misses)
+    squares = ((curves - mean) ** 2).sum(axis=0)
+    common = squares.mean(axis=0) / max(1, texts - 1)
+    spread = np.sqrt((squares + PRIOR_TEXTS * common) / (texts - 1 + PRIOR_TEXTS))
+    assured = mean - NormalDist().inv_cdf(confidence) * spread * math.sqrt(1 + 1 / texts)
+    assured = np.minimum.accumulate(assured, axis=1)  # more left unread captures no more
+    miss = np.zeros((curves.shape[1], len(TARGETS)), np.float32)
+    for head, row in enumerate(assured):
+        for t, target in enumerate(TARGETS):
+            kept = int(np.searchsorted(-row, -target, side="right"))  # leading misses that keep the target
+            miss[head, t] = MISSES[kept - 1] if kept else 0.0
+    return Calibration(torch.from_numpy(miss))
