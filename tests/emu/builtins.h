@@ -4,9 +4,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <type_traits>
-
-#include "machine.h"
+#include "threads.h"
 
 #define __global__
 #define __device__
@@ -31,14 +29,10 @@ EMU_VECTOR(ushort, unsigned short, 4, 8)
 #undef EMU_VECTOR
 
 namespace emu {
-EMU_UNSEEN uint3 thread_index() { return {static_cast<unsigned>(machine.current->thread), 0, 0}; }
-EMU_UNSEEN uint3 block_index() {
-  dim3 i = machine.current->block->index;
-  return {i.x, i.y, i.z};
-}
-EMU_UNSEEN dim3 block_size() { return machine.block_size; }
-EMU_UNSEEN dim3 grid_size() { return machine.grid; }
-EMU_UNSEEN char* shared_memory() { return machine.current->block->memory; }
+EMU_UNSEEN uint3 thread_index() { return {running.thread, 0, 0}; }
+EMU_UNSEEN dim3 block_index() { return running.index; }
+EMU_UNSEEN dim3 block_size() { return running.block; }
+EMU_UNSEEN dim3 grid_size() { return running.grid; }
 }  // namespace emu
 
 #define threadIdx (emu::thread_index())

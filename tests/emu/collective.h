@@ -1,150 +1,6 @@
-// Where threads meet: block barriers and warp collectives. The last to come does the work of all and goes on; the others become
-// ready. Lanes of one warp may be in several collectives at once, under disjoint masks.
+// The barriers, shuffles and votes of CUDA.
 #pragma once
-#include <algorithm>
-
-#include "machine.h"
-
-namespace emu {
-
-inline void wake(Fiber* f) {
-  f->waits = nullptr;
-  machine.ready.push_back(f);
-  machine.idle_polls = 0;
-}
-
-// Waits until woken; what was published on the thread's token then has happened before.
-inline void wait_in(const Kind& kind, Site at) {
-  Fiber* me = machine.current;
-  me->waits = &kind, me->at = at;
-  park();
-}
-
-inline Warp& warp_of(Fiber* f) { return f->block->warps[static_cast<size_t>(f->thread / 32)]; }
-
-inline void finish(Warp& warp, size_t i, Fiber* last) {
-  Gathering g = warp.open[i];
-  warp.open[i] = warp.open.back();
-  warp.open.pop_back();
-  machine.counters.collectives++;
-  g.work(g.arguments, g.have);
-  for (int lane = 0; lane < 32; lane++)
-    if ((g.have >> lane & 1) && g.lanes[lane] != last) wake(g.lanes[lane]);
-}
-
-// Meets the other lanes of the mask; the last runs work(arguments by lane, lanes present).
-inline void gather(const Kind& kind, unsigned mask, void* argument, void (*work)(void* const*, unsigned), Site at) {
-  {
-    Quiet quiet;
-    Fiber* me = machine.current;
-    Warp& warp = warp_of(me);
-    unsigned bit = 1u << me->lane();
-    if (!(mask & bit)) fail(at, "%s: lane %d is not in its own mask %08x", kind.name, me->lane(), mask);
-    if (kind.aligned && (warp.alive & mask) != mask)
-      fail(at, "%s: lanes %08x of the mask have exited or do not exist", kind.name, mask & ~warp.alive);
-    size_t found = warp.open.size();
-    for (size_t i = 0; i < warp.open.size(); i++) {
-      Gathering& g = warp.open[i];
-      if (g.mask == mask && g.kind == &kind && g.work == work && (!kind.aligned || g.at.line() == at.line())) {
-        found = i;
-      } else if (g.have & mask) {
-        fail(at, "divergence: lane %d is in %s with mask %08x, lanes %08x wait in %s with mask %08x at %s", me->lane(), kind.name,
-             mask, g.have, g.kind->name, g.mask, place(g.at).c_str());
-      }
-    }
-    if (found == warp.open.size()) {
-      const char* token = warp.tokens + warp.sequence++ % sizeof warp.tokens;
-      warp.open.push_back(Gathering{mask, 0, &kind, at, work, token, {}, {}});
-    }
-    Gathering& g = warp.open[found];
-    g.have |= bit;
-    g.arguments[me->lane()] = argument;
-    g.lanes[me->lane()] = me;
-    me->token = g.token;
-    if (kind.orders) release(me->token);
-    if (g.have == (mask & warp.alive)) {
-      finish(warp, found, me);
-      waver();
-    } else {
-      wait_in(kind, at);
-    }
-  }
-  if (kind.orders) acquire(self().token);
-}
-
-// ---- the block's barrier
-
-inline void open_barrier(Block& b, Fiber* last) {
-  machine.counters.barriers++;
-  for (Fiber* f : b.at_barrier) {
-    f->result = b.votes;
-    if (f != last) wake(f);
-  }
-  b.at_barrier.clear();
-  b.votes = 0;
-  b.phase++;
-}
-
-// Returns how many threads of the block voted.
-inline int barrier(const Kind& kind, bool vote, Site at) {
-  {
-    Quiet quiet;
-    Fiber* me = machine.current;
-    Block& b = *me->block;
-    if (!b.at_barrier.empty()) {
-      Fiber* other = b.at_barrier.front();
-      const Kind* theirs = other->waits;
-      if (theirs != &kind || other->at.line() != at.line() || place(other->at) != place(at))
-        fail(at, "divergence: thread %d is in %s, thread %d waits in %s at %s", me->thread, kind.name, other->thread, theirs->name,
-             place(other->at).c_str());
-    }
-    for (Gathering& g : warp_of(me).open)
-      if (g.mask >> me->lane() & 1 && kind.aligned)
-        fail(at, "divergence: lane %d is in %s, lanes %08x wait for it in %s at %s", me->lane(), kind.name, g.have, g.kind->name,
-             place(g.at).c_str());
-    // Threads still on their way out of the last phase must not see what this one publishes: two tokens take turns.
-    me->token = &b.tokens[b.phase % 2];
-    release(me->token);
-    b.votes += vote;
-    b.at_barrier.push_back(me);
-    if (static_cast<int>(b.at_barrier.size()) == b.alive) {
-      open_barrier(b, me);
-      waver();
-    } else {
-      wait_in(kind, at);
-    }
-  }
-  acquire(self().token);
-  Quiet quiet;
-  return self().result;
-}
-
-// A thread has returned from the kernel: those who waited only for it go on.
-inline void depart(Fiber* me) {
-  Block& b = *me->block;
-  Warp& warp = warp_of(me);
-  unsigned bit = 1u << me->lane();
-  warp.alive &= ~bit;
-  b.alive--;
-  me->done = true;
-  machine.idle_polls = 0;
-  for (size_t i = 0; i < warp.open.size();) {
-    Gathering& g = warp.open[i];
-    if (g.mask & bit && g.kind->aligned)
-      fail(g.at, "%s: lanes %08x wait for lane %d, which has returned", g.kind->name, g.have, me->lane());
-    if (g.have == (g.mask & warp.alive)) {
-      finish(warp, i, me);
-      i = 0;
-    } else {
-      i++;
-    }
-  }
-  if (b.alive && static_cast<int>(b.at_barrier.size()) == b.alive) open_barrier(b, me);
-}
-
-}  // namespace emu
-
-#define EMU_HERE std::source_location at = std::source_location::current()
+#include "builtins.h"
 
 namespace emu {
 inline constexpr Kind kSyncthreads{"__syncthreads", true, true}, kSyncthreadsCount{"__syncthreads_count", true, true},
@@ -185,8 +41,6 @@ V shuffle(const Kind& kind, unsigned mask, V value, int source, Site at) {
   Quiet quiet;
   return mine.result;
 }
-
-EMU_UNSEEN int lane() { return machine.current->lane(); }
 
 // One result for all lanes: fold(values, lanes).
 template <class V, class R>
@@ -252,7 +106,7 @@ unsigned __match_any_sync(unsigned mask, V value, EMU_HERE) {
       for (int k = 0; k < 32; k++)
         if ((lanes >> i & 1) && (lanes >> k & 1)) {
           auto *a = static_cast<Argument*>(arguments[i]), *b = static_cast<Argument*>(arguments[k]);
-          a->result |= memcmp(&a->value, &b->value, sizeof(V)) == 0 ? 1u << k : 0;
+          a->result |= __builtin_memcmp(&a->value, &b->value, sizeof(V)) == 0 ? 1u << k : 0;
         }
   }, at);
   emu::Quiet quiet;

@@ -1,4 +1,4 @@
-// The machine that runs a grid: a fiber per CUDA thread, a few blocks in flight, an adversarial choice of who goes on.
+// The state of the machine that runs a grid: a fiber per CUDA thread, a few blocks in flight, an adversarial choice of who goes on.
 //
 // A thread runs until it waits for others; nothing preempts it. Whoever completes a barrier or a collective makes the others
 // ready; the order (first come, last come, or random by seed) decides which ready thread goes on, and in which order the blocks
@@ -7,28 +7,14 @@
 #include <cstdarg>
 #include <cstdio>
 #include <memory>
-#include <source_location>
 #include <string>
 #include <vector>
 
 #include "context.h"
 #include "mapping.h"
-#include "sanitizers.h"
-
-struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
-};
+#include "threads.h"
 
 namespace emu {
-
-using Site = std::source_location;
-
-// What a thread waits in. aligned: every lane of the mask must take part, from the same place. orders: memory accesses before
-// it happen before those after it.
-struct Kind {
-  const char* name;
-  bool aligned, orders;
-};
 
 struct Block;
 
@@ -46,7 +32,7 @@ struct Fiber {
   bool done = false;
   const Kind* waits = nullptr;  // null while it runs or is ready
   Site at;
-  const void* token = nullptr;  // what to acquire when the wait is over
+  const Kind* kind = nullptr;  // of the last barrier
   int result = 0;               // of a barrier that also reduces
 
   std::vector<Copy> copies;  // asynchronous and not complete, oldest first
@@ -115,7 +101,6 @@ struct Conflict {
 
 struct Machine {
   Launch launch;
-  dim3 grid, block_size;
   void (*invoke)(const void* params) = nullptr;
   const void* params = nullptr;
 
@@ -149,101 +134,16 @@ inline Machine machine;
 
 constexpr size_t kStackBytes = EMU_ASAN || EMU_TSAN ? 256 << 10 : 128 << 10;
 
-EMU_UNSEEN Fiber& self() { return *machine.current; }
-
-inline std::string format(const char* text, va_list arguments) {
-  char buffer[512];
-  vsnprintf(buffer, sizeof buffer, text, arguments);
-  return buffer;
-}
-
-inline std::string place(Site at) {
-  const char* name = at.file_name();
-  for (const char* c = name; *c; c++)
-    if (*c == '/') name = c + 1;
-  return std::string(name) + ":" + std::to_string(at.line());
-}
-
-inline std::string name(const Block& b) {
-  auto n = [](unsigned x) { return std::to_string(x); };
-  return "block (" + n(b.index.x) + ", " + n(b.index.y) + ", " + n(b.index.z) + ")";
-}
-
-// ---- switching
+std::string place(Site at);
+std::string name(const Block& b);
 
 // Leaves `from` (a fiber, or null: the scheduler) for `to`; returns when somebody comes back.
-#if EMU_TSAN
-__attribute__((noinline, no_sanitize("thread")))
-#else
-__attribute__((noinline))
-#endif
-inline void change(Fiber* from, Fiber* to) {
-  machine.counters.switches++;
-  machine.current = to;
-#if EMU_TSAN
-  __tsan_switch_to_fiber(to ? to->tsan : machine.scheduler_tsan, 1);
-#endif
-#if EMU_ASAN
-  void** save = from ? &from->asan : &machine.scheduler_asan;
-  if (to)
-    __sanitizer_start_switch_fiber(save, to->stack.begin(), to->stack.bytes());
-  else
-    __sanitizer_start_switch_fiber(save, machine.scheduler_stack, machine.scheduler_stack_bytes);
-#endif
-  Context::swap(from ? from->context : machine.scheduler, to ? to->context : machine.scheduler);
-#if EMU_ASAN
-  __sanitizer_finish_switch_fiber(from ? from->asan : machine.scheduler_asan, nullptr, nullptr);
-#endif
-}
-
-inline Fiber* pick() {
-  auto& ready = machine.ready;
-  if (machine.head == ready.size()) return nullptr;
-  Fiber* f;
-  if (machine.order() == Order::fifo) {
-    f = ready[machine.head++];
-  } else {
-    if (machine.order() == Order::random) std::swap(ready[machine.random() % ready.size()], ready.back());
-    f = ready.back();
-    ready.pop_back();
-  }
-  if (machine.head == ready.size() || machine.head > 4096) {
-    ready.erase(ready.begin(), ready.begin() + static_cast<std::ptrdiff_t>(machine.head));
-    machine.head = 0;
-  }
-  return f;
-}
-
-// Gives the processor to another thread, until somebody has made this one ready.
-inline void park() {
-  Fiber* me = machine.current;
-  Fiber* next = pick();
-  if (next != me) change(me, next);
-}
-
-// Lets others go first, if there are any.
-inline void step_back() {
-  machine.ready.push_back(machine.current);
-  park();
-}
-
-// In a random schedule a thread sometimes does.
-inline void waver() {
-  if (machine.order() == Order::random && machine.random() % 4 == 0) step_back();
-}
-
-// Ends the grid with an error; whatever else its threads would have done is dropped.
-[[noreturn]] inline void fail(Site at, const char* text, ...) {
-  Quiet quiet;
-  va_list arguments;
-  va_start(arguments, text);
-  std::string message = format(text, arguments);
-  va_end(arguments);
-  Fiber* me = machine.current;
-  machine.error = place(at) + ": " + message + ", " + name(*me->block) + " thread " + std::to_string(me->thread);
-  machine.failed = true;
-  change(me, nullptr);
-  __builtin_unreachable();
-}
+void change(Fiber* from, Fiber* to);
+// The next ready thread, or null.
+Fiber* pick();
+// Makes f ready.
+void wake(Fiber* f);
+// The thread has returned from the kernel: those who waited only for it go on.
+void depart(Fiber* me);
 
 }  // namespace emu

@@ -27,7 +27,7 @@ from torch import Tensor
 EMULATOR = Path(__file__).resolve().parent
 CUDA = EMULATOR.parent.parent / "cuda"
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-DSAAP_EMU", "-Wall", "-Wno-unknown-pragmas", "-march=native"]
+FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-DSAAP_EMU", "-Wall", "-Wno-unknown-pragmas", "-march=native"]
 SANITIZE = {
     # What the hardware traps, or leaves undefined, traps here too: misaligned vectors, indices of arrays, shifts.
     None: ["-fsanitize=alignment,bounds,shift,integer-divide-by-zero,unreachable", "-fsanitize-undefined-trap-on-error"],
@@ -35,6 +35,7 @@ SANITIZE = {
     "thread": ["-fsanitize=thread", "-O1"],
 }
 ORDERS = ("fifo", "lifo", "random")
+MACHINE = ("machine.cpp", "copies.cpp", "matrix.cpp", "grid.cpp")
 KEPT_DAYS = 7
 
 
@@ -113,7 +114,9 @@ class EmulatedKernel:
         extents = np.array(runtime.extents, np.uint64).reshape(-1, 2)
         args = (block, shared_bytes, runtime.order, runtime.inflight, len(extents), seed, extents.ctypes.data)
         with self.library.lock:
-            error = native.emu_run(ctypes.byref(_Launch(grid, *args)), ctypes.create_string_buffer(data, len(data)))
+            error = native.emu_run(
+                ctypes.byref(_Launch(grid, *args)), native.emu_invoke, ctypes.create_string_buffer(data, len(data))
+            )
             report = self.library.new_report()
             if error is not None:
                 raise EmulationError(f"{self.title}: {error.decode()}{self.library.fault()}{report}")
@@ -231,24 +234,33 @@ def sources(file: Path, folders: tuple[Path, ...]) -> dict[Path, str]:
 
 
 def build(file: Path, name: str, macros: Mapping[str, int], sanitizer: str | None = None) -> Path:
-    """The library with the kernel ``name`` of ``file``, from the cache if these very sources were built before."""
-    includes = (file.parent, CUDA, EMULATOR)
-    texts = sources(file, includes) | sources(EMULATOR / "emulator.h", includes)
-    flags = FLAGS + SANITIZE[sanitizer] + [f"-D{k}={v}" for k, v in sorted(macros.items())]
-    key = [_compiler(), name, *flags, *(f"{p.name}\n{text}" for p, text in sorted(texts.items()))]
+    """The library with the kernel ``name`` of ``file``."""
+    machine = _compile("machine", [EMULATOR / x for x in MACHINE], ["-c"], "", sanitizer)
+    defined = [f"-D{k}={v}" for k, v in sorted(macros.items())]
+    return _compile(name, [file], [*defined, "-shared", "-x", "none", str(machine)], f"EMU_EXPORT({name})\n", sanitizer)
+
+
+def _compile(name: str, files: list[Path], arguments: list[str], tail: str, sanitizer: str | None) -> Path:
+    """Compiles ``files`` as one unit, or takes the result from the cache if these very texts were compiled before."""
+    includes = (files[0].parent, CUDA, EMULATOR)
+    texts: dict[Path, str] = {}
+    for path in (*files, CUDA / "prims.cuh", EMULATOR / "emulator.h"):
+        texts |= sources(path, includes)
+    flags = [*FLAGS, *SANITIZE[sanitizer]]
+    key = [_compiler(), tail, *flags, *arguments, *(f"{p.name}\n{text}" for p, text in sorted(texts.items()))]
     folder = cache_folder()
     _prune(folder)
-    target = folder / f"{name}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.so"
+    target = folder / f"{name}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.{'o' if '-c' in arguments else 'so'}"
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             os.utime(target)
             return target
         unfinished = target.with_suffix(f".{os.getpid()}")
-        unit = f'#include "{file.name}"\nEMU_EXPORT({name})\n'
-        run = [COMPILER, *flags, *(f"-I{x}" for x in includes), "-x", "c++", "-", "-o", str(unfinished)]
+        unit = "".join(f'#include "{x.name}"\n' for x in [CUDA / "prims.cuh", *files]) + tail
+        run = [COMPILER, *flags, *(f"-I{x}" for x in includes), "-x", "c++", "-", *arguments, "-o", str(unfinished)]
         result = subprocess.run(run, input=unit, capture_output=True, text=True)
         if result.returncode:
-            raise EmulationError(f"{file.name}: {name} does not compile\n{result.stderr[:8000]}")
+            raise EmulationError(f"{files[0].name}: {name} does not compile\n{result.stderr[:8000]}")
         os.replace(unfinished, target)
     return target

@@ -78,8 +78,6 @@ inline void release([[maybe_unused]] const void* token) {
 inline void declare_read([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
 #if EMU_TSAN
   __tsan_read_range(const_cast<void*>(p), bytes);
-#elif EMU_ASAN
-  for (size_t i = 0; i < bytes; i++) (void)static_cast<const volatile char*>(p)[i];
 #endif
 }
 

@@ -1,12 +1,11 @@
 // Runs one grid to its end, or to the first error: starts blocks, lets threads go on, turns a fault of the processor into a report.
-#pragma once
 #include <signal.h>
 
+#include <cstdio>
 #include <cstring>
 #include <map>
-#include <type_traits>
 
-#include "collective.h"
+#include "machine.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -14,7 +13,7 @@
 
 namespace emu {
 
-[[noreturn]] inline void thread_main() {
+[[noreturn]] static void thread_main() {
   Fiber* me = machine.current;
 #if EMU_ASAN
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
@@ -29,7 +28,7 @@ namespace emu {
   __builtin_unreachable();
 }
 
-inline void start(Block& b, dim3 index) {
+static void start(Block& b, dim3 index) {
   const Launch& l = machine.launch;
   b.index = index;
   b.alive = l.block;
@@ -66,14 +65,14 @@ inline void start(Block& b, dim3 index) {
   }
 }
 
-inline void take_down([[maybe_unused]] Block& b) {
+static void take_down([[maybe_unused]] Block& b) {
 #if EMU_TSAN
   for (Fiber& f : b.fibers) __tsan_destroy_fiber(f.tsan);
 #endif
 }
 
 // Who waits where, threads of the same place together.
-inline std::string deadlock() {
+static std::string deadlock() {
   std::string text = "deadlock:";
   int lines = 0;
   for (auto& b : machine.flying) {
@@ -99,7 +98,7 @@ inline std::string deadlock() {
 // ---- faults
 
 #if !EMU_ASAN && !EMU_TSAN
-inline void on_fault(int signal, siginfo_t* info, [[maybe_unused]] void* context) {
+static void on_fault(int signal, siginfo_t* info, [[maybe_unused]] void* context) {
   Fiber* me = machine.current;
   if (!me) {
     ::signal(signal, SIG_DFL);
@@ -166,9 +165,10 @@ class Environment {
 
 // ---- the grid
 
-inline void schedule() {
+static void schedule() {
   Machine& m = machine;
-  auto total = static_cast<uint64_t>(m.grid.x) * m.grid.y * m.grid.z;
+  auto [wide, high, deep] = running.grid;
+  auto total = static_cast<uint64_t>(wide) * high * deep;
   std::vector<uint64_t> blocks(total);
   for (uint64_t i = 0; i < total; i++) blocks[i] = m.order() == Order::lifo ? total - 1 - i : i;
   if (m.order() == Order::random)
@@ -186,8 +186,8 @@ inline void schedule() {
       m.flying.push_back(std::move(m.idle.back()));
       m.idle.pop_back();
       uint64_t i = blocks[next++];
-      unsigned x = static_cast<unsigned>(i % m.grid.x), y = static_cast<unsigned>(i / m.grid.x % m.grid.y);
-      start(*m.flying.back(), {x, y, static_cast<unsigned>(i / m.grid.x / m.grid.y)});
+      auto narrow = [](uint64_t v) { return static_cast<unsigned>(v); };
+      start(*m.flying.back(), {narrow(i % wide), narrow(i / wide % high), narrow(i / wide / high)});
     }
     Fiber* f = pick();
     if (!f) {
@@ -200,13 +200,14 @@ inline void schedule() {
   }
 }
 
-// Returns what went wrong, or null.
-inline const char* run(const Launch& launch, void (*invoke)(const void*), const void* params) {
+static const char* run(const Launch& launch, void (*invoke)(const void*), const void* params) {
   Quiet quiet;
   Machine& m = machine;
   m.launch = launch;
-  m.grid = {static_cast<unsigned>(launch.grid[0]), static_cast<unsigned>(launch.grid[1]), static_cast<unsigned>(launch.grid[2])};
-  m.block_size = {static_cast<unsigned>(launch.block), 1, 1};
+  auto size = [&](int i) { return static_cast<unsigned>(launch.grid[i]); };
+  running.grid = {size(0), size(1), size(2)};
+  running.block = {static_cast<unsigned>(launch.block), 1, 1};
+  running.shared_bytes = launch.shared_bytes;
   m.invoke = invoke, m.params = params;
   m.failed = false, m.error.clear(), m.fault = nullptr, m.idle_polls = 0;
   m.state = launch.seed * 2 + 1;
@@ -236,30 +237,25 @@ inline const char* run(const Launch& launch, void (*invoke)(const void*), const 
   return m.failed ? m.error.c_str() : nullptr;
 }
 
-// The parameter struct of a kernel, from its bytes.
-template <auto kernel>
-struct Entry;
-template <class P, void (*kernel)(P)>
-struct Entry<kernel> {
-  using Params = std::remove_const_t<P>;
-  static_assert(std::is_trivially_copyable_v<Params>);
-  static void invoke(const void* params) { kernel(*static_cast<const Params*>(params)); }
-};
-
 }  // namespace emu
 
-// Exports a kernel for runtime.py.
-#define EMU_EXPORT(kernel)                                                                     \
-  extern "C" const char* emu_run(const emu::Launch* launch, const void* params) {              \
-    return emu::run(*launch, emu::Entry<kernel>::invoke, params);                              \
-  }                                                                                            \
-  extern "C" int emu_params_bytes() { return sizeof(emu::Entry<kernel>::Params); }             \
-  extern "C" const void* emu_fault() { return emu::machine.fault; }                            \
-  extern "C" void emu_counters(uint64_t* out) { memcpy(out, &emu::machine.counters, sizeof(emu::Counters)); } \
-  extern "C" int emu_conflict(int i, uint64_t* out, char* place, int bytes) {                  \
-    auto& all = emu::machine.conflicts;                                                        \
-    if (i >= static_cast<int>(all.size())) return 0;                                           \
-    out[0] = all[i].phases, out[1] = all[i].extra;                                             \
-    snprintf(place, bytes, "%s", emu::place(all[i].at).c_str());                               \
-    return 1;                                                                                  \
-  }
+// ---- for runtime.py
+
+using namespace emu;
+
+// Returns what went wrong, or null.
+extern "C" const char* emu_run(const Launch* launch, void (*invoke)(const void*), const void* params) {
+  return run(*launch, invoke, params);
+}
+
+extern "C" const void* emu_fault() { return machine.fault; }
+
+extern "C" void emu_counters(uint64_t* out) { memcpy(out, &machine.counters, sizeof(Counters)); }
+
+extern "C" int emu_conflict(int i, uint64_t* out, char* where, size_t bytes) {
+  if (i >= static_cast<int>(machine.conflicts.size())) return 0;
+  const Conflict& c = machine.conflicts[static_cast<size_t>(i)];
+  out[0] = c.phases, out[1] = c.extra;
+  snprintf(where, bytes, "%s", place(c.at).c_str());
+  return 1;
+}
