@@ -186,10 +186,9 @@ def tail(z: Array, a: Array, knots: Array, tables: Ints, rows: Ints, entries: in
     """Numbers s * l + list, ascending, of the runs to read through their means: of the first ``means`` segments and without a
     row in ``rows``, those of most predicted attention (ties: newer segment, then lower list)."""
     nlist = z.shape[1]
-    mass = np.diff(tables, axis=1) * run_weights(z, a, knots, tables, True)
-    unread = [
-        (s, l) for s in range(means) for l in range(nlist)
-        if tables[s, l + 1] > tables[s, l] and not ((rows >= tables[s, l]) & (rows < tables[s, l + 1])).any()
-    ]  # fmt: skip
+    sizes = np.diff(tables, axis=1)
+    mass = sizes * run_weights(z, a, knots, tables, True)
+    taken = np.diff(np.searchsorted(rows, tables), axis=1)
+    unread = [(s, l) for s in range(means) for l in range(nlist) if sizes[s, l] and not taken[s, l]]
     best = sorted(unread, key=lambda r: (-mass[r], -r[0], r[1]))[:entries]
     return np.array(sorted(s * nlist + l for s, l in best), dtype=np.int64)

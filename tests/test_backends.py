@@ -350,19 +350,21 @@ def scans(draw: st.DrawFn) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def torch_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, seen: Tensor) -> Tensor:
-    """What torch makes of (g, q, d) over (n, d), (n, e) in the precision of the queries; seen : bool (q, n)."""
+def torch_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, seen: Tensor, tokens: Tensor) -> Tensor:
+    """What torch makes of (g, q, d) over (n, d), (n, e) in the precision of the queries; seen : bool (q, n); tokens : (n,) that
+    each key stands for."""
     to = queries.dtype
-    return functional.scaled_dot_product_attention(
-        queries, keys.to(to).expand(len(queries), -1, -1), values.to(to).expand(len(queries), -1, -1), attn_mask=seen, scale=scale
-    )
+    k, v = (x.to(to).expand(len(queries), -1, -1) for x in (keys, values))
+    mask = torch.log(tokens.to(to)).expand(seen.shape).masked_fill(~seen, -torch.inf)
+    return functional.scaled_dot_product_attention(queries, k, v, attn_mask=mask, scale=scale)
 
 
 def check_scan(name: str, case: dict[str, Any], queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
     """Error against float64 at most twice torch's own in the same precision, plus the rounding of the result."""
+    tail = case.get("tail")
     order = ("rows", "counts", "sinks", "sealed", "lengths")
     args = [*(case[x] for x in order), scale, case["causal"]]
-    out, lse = backend(name).scan(queries, keys, values, *args)
+    out, lse = backend(name).scan(queries, keys, values, *args, tail)
     b, h, g, q = case["shape"]
     assert out.shape == (b, h, g, q, values.shape[-1]) and out.dtype == queries.dtype
     assert lse.shape == (b, h, g, q) and lse.dtype == torch.float32
@@ -372,11 +374,15 @@ def check_scan(name: str, case: dict[str, Any], queries: Tensor, keys: Tensor, v
         ids = torch.tensor([*range(low), *picked, *range(high, n)], dtype=torch.int64)
         limit = torch.arange(n - q + 1, n + 1) if case["causal"] else torch.full((q,), n)
         seen = (ids < high) | (ids < limit[:, None])
-        k, v, x = keys[i, head, ids], values[i, head, ids], queries[i, head]
-        logits = (scale * x.double() @ k.double().T).masked_fill(~seen, -torch.inf)
-        want, want_lse = reference.attend(
-            x.double().reshape(g * q, -1).numpy(), k.double().numpy(), v.double().numpy(), scale, seen.repeat(g, 1).numpy()
-        )
+        k, v, x, tokens = keys[i, head, ids], values[i, head, ids], queries[i, head], torch.ones(len(ids))
+        if tail is not None:
+            runs = tail.runs[i, head, : tail.counts[i, head]].long()
+            k, v = (torch.cat([y, m[i, head].flatten(0, 1)[runs]]) for y, m in ((k, tail.keys), (v, tail.values)))
+            tokens = torch.cat([tokens, tail.tables[i, head].diff(dim=1).flatten()[runs]])
+            seen = torch.cat([seen, torch.ones((q, len(runs)), dtype=torch.bool)], 1)
+        logits = (scale * x.double() @ k.double().T + tokens.double().log()).masked_fill(~seen, -torch.inf)
+        flat, plain = x.double().reshape(g * q, -1).numpy(), [y.double().numpy() for y in (k, v)]
+        want, want_lse = reference.attend(flat, *plain, scale, seen.repeat(g, 1).numpy(), tokens.double().numpy())
         want = torch.from_numpy(want).view(g, q, -1)
         want_lse = torch.from_numpy(want_lse).view(g, q)
         nothing = ~want_lse.isfinite()
@@ -386,7 +392,7 @@ def check_scan(name: str, case: dict[str, Any], queries: Tensor, keys: Tensor, v
         top = float(logits[logits.isfinite()].abs().max())
         noise = 16 * EPS32 * (1 + top)
         assert float((lse[i, head].double() - want_lse)[~nothing].abs().max()) <= noise
-        theirs = torch_attention(x, k, v, scale, seen).double()
+        theirs = torch_attention(x, k, v, scale, seen, tokens).double()
         allowed = 2 * float((theirs - want)[~nothing].abs().max())
         allowed += (torch.finfo(queries.dtype).eps + noise) * float(v.double().abs().max())
         error = float((out[i, head].double() - want)[~nothing].abs().max())
