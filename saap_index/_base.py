@@ -271,6 +271,15 @@ class IndexBase:
         self._relayout(mean_run_tokens=value)
 
     @property
+    def break_even(self) -> int:
+        """Shorter sequences are not sealed. Setting it re-sorts what is stored."""
+        return self._layout.break_even
+
+    @break_even.setter
+    def break_even(self, value: int) -> None:
+        self._relayout(break_even=value)
+
+    @property
     def layout(self) -> Layout:
         return self._layout
 

@@ -49,10 +49,12 @@ class IndexStorage(IndexBase):
         for i, count in enumerate(keep):
             self._lists.truncate(i, count, self._assign_rows)
 
-    def remove_ids(self, ids: Any) -> int:
+    def remove_ids(self, ids: Any, *, close_gaps: bool = False) -> int:
         """Take tokens out: int64 ids (n,) in every sequence, or one such array per sequence. Others keep their positions.
 
         Ids that are not stored are ignored, as in FAISS. Returns the number of tokens removed, summed over the sequences.
+        close_gaps : those behind a removed one move up, as if it had never been there; for padding, whose place the model did
+            not count when it rotated the others.
         """
         lists = self._lists
         if lists is None:
@@ -65,7 +67,7 @@ class IndexStorage(IndexBase):
         removed = 0
         for i, wanted in enumerate(chosen):
             ranks = np.flatnonzero(np.isin(lists.positions(i, np.arange(lists.lengths[i])), wanted))
-            lists.remove(i, ranks, self._assign_rows)
+            lists.remove(i, ranks, self._assign_rows, close_gaps)
             removed += len(ranks)
         return removed
 
@@ -100,6 +102,19 @@ class IndexStorage(IndexBase):
                 checks.integer(s, "sequences", 0, self._lists.batch - 1)
             new._lists = self._lists.fork(chosen)
         return new
+
+    def reorder(self, sequences: Sequence[int]) -> None:
+        """Sequence i becomes what sequences[i] was, in place (a step of beam search): `fork`, but sequences that stem from one
+        another copy only what came since. Raises ShapeError for another number of sequences, ParameterError for one not there.
+        """
+        chosen = [int(i) for i in sequences]
+        if self._lists is None:
+            return
+        if len(chosen) != self._lists.batch:
+            raise ShapeError(f"sequences: expected one per sequence ({self._lists.batch}), got {len(chosen)}")
+        for s in chosen:
+            checks.integer(s, "sequences", 0, self._lists.batch - 1)
+        self._lists.reorder(chosen)
 
     def to(self, device: torch.device | str) -> Self:
         """This index on another device: itself if it is there already, else a copy."""

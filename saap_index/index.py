@@ -122,7 +122,9 @@ class AsymmetricIndex(IndexStorage):
 
     # -- adding --------------------------------------------------------------------------------------------------------
 
-    def add(self, keys: Any, values: Any, *, lengths: Sequence[int] | None = None, coarse_keys: Any = None) -> None:
+    def add(
+        self, keys: Any, values: Any, *, lengths: Sequence[int] | None = None, coarse_keys: Any = None, seal: bool = True
+    ) -> None:
         """Append tokens: a prompt, or one per sequence while decoding. Their ids are their positions.
 
         Parameters
@@ -130,6 +132,8 @@ class AsymmetricIndex(IndexStorage):
         keys : storage dtype (b, h, n, d), as attention sees them (rotated); values : storage dtype (b, h, n, e).
         lengths : tokens to take of each sequence, the leading ones; default all n.
         coarse_keys : float (b, h, n, d), what to assign in place of the keys with RoPE undone.
+        seal : False leaves the new tokens in arrival order behind the others, for the caller to attend to densely, until
+            `seal`, or the next change of the index, brings them where their number asks for.
 
         Raises NotTrainedError, ShapeError, DTypeError, DeviceError, LayoutError, NotFiniteError, LengthError; the index is
         unchanged then.
@@ -145,12 +149,17 @@ class AsymmetricIndex(IndexStorage):
         elif self.rope is not None and self.rope.is_dynamic:
             # the angles depend on the length at the time of rotation, which is now: assign now, not when the token is sealed
             list_nos = self._assign_now(keys, counts)
-        self._append(keys, values, counts, list_nos)
+        self._append(keys, values, counts, list_nos, seal)
 
     def add_preassigned(self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None) -> None:
         """`add` with the list numbers given: int32 or int64 (b, h, n), in [0, nlist). Needs no trained quantizer."""
         keys, values, counts = self._new_tokens(keys, values, lengths)
         self._append(keys, values, counts, self._list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0))
+
+    def seal(self) -> None:
+        """Bring tokens that were added with ``seal=False`` to where a plain `add` would have put them."""
+        if self._lists is not None:
+            self._lists.seal(self._assign_rows)
 
     def _new_tokens(self, keys: Any, values: Any, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor, list[int]]:
         batch = self._lists.batch if self._lists is not None and self.ntotal else None
@@ -164,13 +173,13 @@ class AsymmetricIndex(IndexStorage):
             raise LengthError(f"add: expected fewer than 2**31 tokens per sequence, got {max(self.lengths) + max(counts)}")
         return keys, values, counts
 
-    def _append(self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None) -> None:
+    def _append(self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None, seal: bool = True) -> None:
         before, lists = self._lists, self._lists
         if lists is None or (lists.batch != keys.shape[0] and not self.ntotal):
             lists = self._new_lists(keys.shape[0])
         self._lists = lists  # assigning reads it
         try:
-            lists.append(keys, values, counts, list_nos, self._assign_rows)
+            lists.append(keys, values, counts, list_nos, self._assign_rows if seal else None)
         except Exception:
             self._lists = before
             raise

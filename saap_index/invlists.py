@@ -40,6 +40,7 @@ class SegmentedInvertedLists:
         self.removed = [np.empty(0, np.int64) for _ in range(batch)]
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
         self.capacity = 0
+        self._same = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
         self._centres: list[tuple[tuple[Segment, ...], np.ndarray] | None] = [None] * batch
         self._allocate(0)
         self.tables = self.backend.empty((batch, heads, 0, nlist + 1), torch.int32)
@@ -121,6 +122,7 @@ class SegmentedInvertedLists:
         self.lengths, self.segments = [0] * self.batch, [()] * self.batch
         self.removed = [np.empty(0, np.int64) for _ in range(self.batch)]
         self._centres, self.pending = [None] * self.batch, None
+        self._same[:] = 0
 
     # -- positions ---------------------------------------------------------------------------------------------------
 
@@ -163,8 +165,8 @@ class SegmentedInvertedLists:
 
     # -- growing -----------------------------------------------------------------------------------------------------
 
-    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign) -> None:
-        """Add counts[i] tokens to sequence i; seal and merge what the new length asks for.
+    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None) -> None:
+        """Add counts[i] tokens to sequence i; seal and merge what the new length asks for, unless ``assign`` is None.
 
         list_nos : int32 (b, h, n) or None, where ``assign`` decides when a token is sealed. Raises NotFiniteError, having
         changed nothing, if a key or value is NaN or infinite.
@@ -183,6 +185,12 @@ class SegmentedInvertedLists:
             if self.pending is not None:
                 self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
             self.lengths[i] = start + count
+            if assign is not None:
+                self._seal(i, assign)
+
+    def seal(self, assign: Assign) -> None:
+        """Bring every sequence to the layout of its length."""
+        for i in range(self.batch):
             self._seal(i, assign)
 
     def will_seal(self, counts: Sequence[int]) -> bool:
@@ -238,13 +246,14 @@ class SegmentedInvertedLists:
         if length == self.lengths[i]:
             return
         self._unseal(i, length, length)
+        self._differs(i, length)
         last = int(self.positions(i, np.array([length - 1]))[0]) if length else -1
         self.removed[i] = self.removed[i][self.removed[i] <= last]
         self.lengths[i] = length
         self._seal(i, assign)
 
-    def remove(self, i: int, ranks: np.ndarray, assign: Assign) -> None:
-        """Take the tokens with these ranks (sorted, unique) out of sequence i; positions of the others stay."""
+    def remove(self, i: int, ranks: np.ndarray, assign: Assign, close_gaps: bool = False) -> None:
+        """Take the tokens with these ranks (sorted, unique) out of sequence i; positions of the others stay, or close up."""
         if not len(ranks):
             return
         length = self.lengths[i]
@@ -256,7 +265,9 @@ class SegmentedInvertedLists:
         arrays = (self.keys, self.values) if self.pending is None else (self.keys, self.values, self.pending)
         for x in arrays:
             x[i, :, first : first + len(kept)] = x[i].index_select(1, rows)
-        self.removed[i] = np.union1d(self.removed[i], gone)
+        before = self.removed[i]
+        self.removed[i] = before - np.searchsorted(gone, before) if close_gaps else np.union1d(before, gone)
+        self._differs(i, first)
         self.lengths[i] = length - len(ranks)
         self._seal(i, assign)
 
@@ -287,6 +298,11 @@ class SegmentedInvertedLists:
         self.segments[i] = have[:first]
         self._centres[i] = None
 
+    def _differs(self, i: int, length: int) -> None:
+        """From token ``length`` on, sequence i may differ from every other."""
+        self._same[i] = np.minimum(self._same[i], length)
+        self._same[:, i] = np.minimum(self._same[:, i], length)
+
     # -- whole batches -----------------------------------------------------------------------------------------------
 
     def fork(self, sequences: Sequence[int]) -> SegmentedInvertedLists:
@@ -298,6 +314,7 @@ class SegmentedInvertedLists:
         new.segments = [self.segments[i] for i in sequences]
         new.removed = [self.removed[i] for i in sequences]
         new._centres = [self._centres[i] for i in sequences]
+        new._same = self._common_tokens(sequences)
         used = max(new.lengths, default=0)
         if self.pending is not None:
             new.pending = self.backend.empty((new.batch, self.heads, 0), torch.int32)
@@ -313,6 +330,40 @@ class SegmentedInvertedLists:
             new.mean_keys[to, :, :count] = self.mean_keys[i, :, :count]
             new.mean_values[to, :, :count] = self.mean_values[i, :, :count]
         return new
+
+    def reorder(self, sequences: Sequence[int]) -> None:
+        """In place: sequence i becomes what sequences[i] was. Copies only what the two are not known to have in common.
+
+        Hypotheses of a beam search stem from one another, so after the first step that is little more than recent tokens.
+        """
+        moved = [(i, source) for i, source in enumerate(sequences) if i != source]
+        names = ("keys", "values", "ids") + (() if self.pending is None else ("pending",))
+        parts = []
+        for i, source in moved:
+            same, length = int(self._same[i, source]), self.lengths[source]
+            have, want = self.segments[i], self.segments[source]
+            kept = sum(stop <= same for _, stop in want[: _common(have, want)])  # segments of tokens in common are in one order
+            first = min([same, length, *(s[kept][0] for s in (have, want) if len(s) > kept)])
+            rows = [getattr(self, name)[source, :, first:length].clone() for name in names]
+            ends = {"tables": len(want), "mean_keys": self.num_means(source), "mean_values": self.num_means(source)}
+            runs = {name: getattr(self, name)[source, :, kept:end].clone() for name, end in ends.items()}
+            parts.append((i, first, length, rows, kept, runs))
+        for i, first, length, rows, kept, runs in parts:  # after all were read: a sequence may be overwritten and copied
+            for name, part in zip(names, rows, strict=True):
+                getattr(self, name)[i, :, first:length] = part
+            for name, part in runs.items():
+                getattr(self, name)[i, :, kept : kept + part.shape[1]] = part
+        self._same = self._common_tokens(sequences)
+        for name in ("lengths", "segments", "removed", "_centres"):
+            values = getattr(self, name)
+            setattr(self, name, [values[source] for source in sequences])
+
+    def _common_tokens(self, sequences: Sequence[int]) -> np.ndarray:
+        """What `_same` becomes if sequence i is a copy of sequences[i]."""
+        chosen = np.asarray(sequences)
+        lengths = np.array([self.lengths[i] for i in sequences])
+        same: np.ndarray = np.where(chosen[:, None] == chosen, lengths, self._same[np.ix_(chosen, chosen)])
+        return same
 
     def to(self, backend: Backend, device: torch.device) -> SegmentedInvertedLists:
         """A copy on another device."""

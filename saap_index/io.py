@@ -82,6 +82,7 @@ def read_index(path: str | os.PathLike[str], device: torch.device | str = "cpu",
 
 def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything an index is, as tensors and as plain data."""
+    index.seal()  # the file holds no word of tokens that still wait for it
     layout, lists = index.layout, index._lists
     config: dict[str, Any] = {
         "index": {

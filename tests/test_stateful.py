@@ -95,6 +95,16 @@ class Walk(RuleBasedStateMachine):
         assert removed == sum(len(set(x) & k) for x, k in zip(ids, known, strict=True))
         self.model = [[t for t in m if t[0] not in x] for m, x in zip(self.model, ids, strict=True)]
 
+    @rule(data=st.data())
+    def remove_padding(self, data) -> None:
+        """As `remove_ids`, but later tokens move up by as many as were removed before them."""
+        ids = [sorted(data.draw(st.sets(st.integers(0, max(1, n + 3)), max_size=6))) for n in self.next]
+        self.index.remove_ids([np.array(x, np.int64) for x in ids], close_gaps=True)
+        for i, x in enumerate(ids):
+            gone = [p for p, _, _ in self.model[i] if p in x]
+            self.model[i] = [(p - sum(g < p for g in gone), k, v) for p, k, v in self.model[i] if p not in x]
+            self.next[i] -= len(gone)
+
     @rule()
     def reset(self) -> None:
         self.index.reset()
@@ -108,6 +118,30 @@ class Walk(RuleBasedStateMachine):
         self.index = before.fork(order)
         before.reset()
         self.model, self.next = [list(self.model[i]) for i in order], [self.next[i] for i in order]
+
+    @precondition(lambda self: self.index.lengths)
+    @rule(data=st.data())
+    def reorder(self, data) -> None:
+        order = [data.draw(st.integers(0, self.b - 1)) for _ in range(self.b)]
+        copy = self.index.fork(order)
+        self.index.reorder(order)
+        self.model, self.next = [list(self.model[i]) for i in order], [self.next[i] for i in order]
+        same_state(self.index, copy)
+
+    @precondition(lambda self: self.index.lengths)
+    @rule(n=st.integers(0, 70))
+    def add_and_seal_later(self, n) -> None:
+        keys, values = self.fresh(self.h, n, self.d), self.fresh(self.h, n, self.e)
+        copy = self.index.fork()
+        copy.add(keys, values)
+        self.index.add(keys, values, seal=False)
+        for i, length in enumerate(self.index.lengths):
+            rows = slice(length - n, length)
+            for stored, new in ((self.index.invlists.keys, keys), (self.index.invlists.values, values)):
+                assert torch.equal(stored[i, :, rows], new[i]), "new tokens lie in arrival order"
+        self.index.seal()
+        self.remember(keys, values, [n] * self.b)
+        same_state(self.index, copy)
 
     @rule()
     def save_and_load(self) -> None:
@@ -220,6 +254,19 @@ class Walk(RuleBasedStateMachine):
                 for head in range(self.h):
                     for low, high in zip(tables[head, :-1], tables[head, 1:], strict=True):
                         assert (np.diff(row_ids[head, low:high]) > 0).all(), "time order inside a run"
+
+
+def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
+    """The two indexes hold the same rows in the same places."""
+    x, y = a.invlists, b.invlists
+    assert x.lengths == y.lengths and x.segments == y.segments
+    for i, n in enumerate(x.lengths):
+        parts = len(x.segments[i])
+        assert torch.equal(x.keys[i, :, :n], y.keys[i, :, :n]) and torch.equal(x.values[i, :, :n], y.values[i, :, :n])
+        assert torch.equal(x.row_ids(i), y.row_ids(i)) and torch.equal(x.tables[i, :, :parts], y.tables[i, :, :parts])
+        assert np.array_equal(x.removed[i], y.removed[i])
+        count = x.num_means(i)
+        assert torch.equal(x.mean_keys[i, :, :count], y.mean_keys[i, :, :count])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
