@@ -1,0 +1,108 @@
+// The mean key and the mean value of every run: what the tail estimate attends to in place of the rows.
+#include "prims.cuh"
+
+struct MeansParams {
+  const char *keys, *values;       // (h, N, d), (h, N, e): one sequence of the arena, rows contiguous, 16-byte aligned
+  const int* tables;               // (h, s, l + 1), strides below: rows where runs start
+  char *mean_keys, *mean_values;   // out (h, s, l, d), (h, s, l, e), strides below, rows 16-byte aligned; dtype of the arena
+  i64 key_head, value_head;                                                                // bytes
+  i64 table_head, table_segment;                                                           // elements
+  i64 mean_key_head, mean_key_segment, mean_value_head, mean_value_segment;                // bytes
+  int capacity;                    // N
+  int key_vectors, value_vectors;  // row lengths in units of 16 bytes
+  int type;                        // dtype of the arena
+};
+
+namespace {
+
+constexpr int kWarp = 32, kWarps = 8;
+constexpr int kAhead = 8;  // rows of a warp in flight
+
+template <int T>
+struct Lane {
+  static constexpr int kElements = T == kF32 ? 4 : 8;
+  // sums[i] += element i of a vector.
+  static __device__ __forceinline__ void add(float (&sums)[kElements], uint4 v) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < kElements; i++)
+      if constexpr (T == kF32) sums[i] += __uint_as_float(words[i]);
+      else sums[i] += widen<T>(static_cast<u16>(words[i / 2] >> 16 * (i % 2)));
+  }
+  static __device__ __forceinline__ uint4 pack(const float (&x)[kElements]) {
+    if constexpr (T == kF32)
+      return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+    else
+      return make_uint4(narrow2<T>(x[0], x[1]), narrow2<T>(x[2], x[3]), narrow2<T>(x[4], x[5]), narrow2<T>(x[6], x[7]));
+  }
+};
+
+template <int T>
+__device__ __forceinline__ void run_mean(const MeansParams& p, float* partial) {
+  constexpr int kElements = Lane<T>::kElements;
+  const int list = blockIdx.x, head = blockIdx.y, segment = blockIdx.z;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int* table = p.tables + head * p.table_head + segment * p.table_segment;
+  const int first = min(max(table[list], 0), p.capacity), past = min(max(table[list + 1], first), p.capacity);
+  const char *keys = p.keys + head * p.key_head, *values = p.values + head * p.value_head;
+  char* mean_keys = p.mean_keys + head * p.mean_key_head + segment * p.mean_key_segment;
+  char* mean_values = p.mean_values + head * p.mean_value_head + segment * p.mean_value_segment;
+  mean_keys += static_cast<i64>(list) * p.key_vectors * 16;
+  mean_values += static_cast<i64>(list) * p.value_vectors * 16;
+  const int vectors = p.key_vectors + p.value_vectors;
+
+  for (int group = 0; group < vectors; group += kWarp) {
+    const int v = group + lane;
+    const bool is_key = v < p.key_vectors;
+    const int row_bytes = (is_key ? p.key_vectors : p.value_vectors) * 16, at = (is_key ? v : v - p.key_vectors) * 16;
+    float sums[kElements] = {};
+    if (v < vectors) {
+      const char* from = (is_key ? keys : values) + at;
+      // Warp w takes rows 8 w to 8 w + 7 of every 64. Counting what is left cannot overflow, as a row number could.
+      for (int left = past - first - warp * kAhead; left > 0; left -= kWarps * kAhead) {
+        const char* row = from + static_cast<i64>(past - left) * row_bytes;
+        uint4 data[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; i++)
+          if (i < left) data[i] = ld_stream16(row + i * row_bytes);
+#pragma unroll
+        for (int i = 0; i < kAhead; i++)
+          if (i < left) Lane<T>::add(sums, data[i]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kElements; i++) partial[(warp * kElements + i) * kWarp + lane] = sums[i];
+    __syncthreads();
+    if (warp == 0 && v < vectors) {
+      const float count = fmaxf(static_cast<float>(past - first), 1.f);
+      float mean[kElements];
+#pragma unroll
+      for (int i = 0; i < kElements; i++) {
+        float sum = partial[i * kWarp + lane];
+#pragma unroll
+        for (int w = 1; w < kWarps; w++) sum += partial[(w * kElements + i) * kWarp + lane];
+        mean[i] = sum / count;
+      }
+      *reinterpret_cast<uint4*>((is_key ? mean_keys : mean_values) + at) = Lane<T>::pack(mean);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+// Means of every run of the segments of `tables`; an empty run has mean 0.
+//
+// Grid (l, h, s): a block of 256 threads per run, its warps taking stretches of 8 rows in turn; shared memory 8 KiB.
+// Sums in float32, in an order that depends on the length of the run alone: the same bits each time. Offsets are clamped to
+// the arena.
+extern "C" __global__ void __launch_bounds__(kWarp* kWarps) saap_means(const __grid_constant__ MeansParams p) {
+  SAAP_SHARED(float, partial);  // (warp, element, lane)
+  if (p.type == kBF16) run_mean<kBF16>(p, partial);
+  else if (p.type == kF16) run_mean<kF16>(p, partial);
+  else run_mean<kF32>(p, partial);
+}
+
+#ifdef SAAP_EMU
+extern "C" int saap_sizeof_means() { return sizeof(MeansParams); }
+#endif
