@@ -1,0 +1,220 @@
+"""Launches cuda/scan.cu, cuda/scan_f32.cu and cuda/combine.cu. Knows the configurations of those kernels, their parameters and
+how much memory they need; tensors come checked: of the dtype and shape said here, contiguous, on the device of the runtime.
+
+Axes as in backends/base.py: b sequences, h KV heads, j = g * q query vectors of a KV head, N rows of the arena, t rows listed,
+x runs read through their means, S segments, M of them with means, l lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .gpu_types import Runtime
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
+
+_POINTERS = "queries keys values rows counts tail tail_counts mean_keys mean_values tables meta partials masses tickets out lse"
+_INTS = "sequences heads vectors num_queries capacity max_rows max_tail max_segments max_means lists causal dense"
+PARAMS = np.dtype(
+    [(name, np.uint64) for name in _POINTERS.split()]
+    + [("scale_log2", np.float32)]
+    + [(name, np.int32) for name in _INTS.split()],
+    align=True,
+)
+COMBINE_PARAMS = np.dtype(
+    [(name, np.uint64) for name in "out_a lse_a out_b lse_b out lse".split()] + [("n", np.int64), ("e", np.int32)], align=True
+)
+COMBINE_THREADS = 256
+
+H200_SHARED_BYTES = 227 * 1024
+MOST_WARPS, MOST_STAGES = 8, 4
+
+
+def file_of(storage: torch.dtype) -> tuple[str, str]:
+    """The source and the kernel for arenas of that dtype."""
+    return ("scan_f32.cu", "saap_scan_f32") if storage is torch.float32 else ("scan.cu", "saap_scan")
+
+
+def configuration(
+    d: int, e: int, storage: torch.dtype, query: torch.dtype, j: int, max_shared_bytes: int, blocks: int = 1
+) -> dict[str, int]:
+    """The macros of the kernel for these shapes, in a block of at most ``max_shared_bytes``; ``blocks`` of the grid in x.
+
+    What holds memory busy is bytes in flight, so a block takes as many warps, and then stages, as its shared memory holds.
+    """
+    wide = _padded(d, storage) + _padded(e, storage)
+    # two groups where their fragments fit into the registers of a thread
+    groups = 2 if j > 8 and storage is not torch.float32 and wide <= 256 else 1
+    macros = {
+        "SAAP_D": d,
+        "SAAP_E": e,
+        "SAAP_T": CODES[storage],
+        "SAAP_TQ": CODES[query],
+        "SAAP_GROUPS": groups,
+        "SAAP_TILE": 32 if wide <= 128 and storage is not torch.float32 else 16,
+        "SAAP_BLOCKS": 1,
+    }
+    for warps in range(MOST_WARPS, 0, -1):
+        for stages in range(MOST_STAGES, 2, -1):
+            macros |= {"SAAP_WARPS": warps, "SAAP_STAGES": stages}
+            if shared_bytes(macros, blocks) <= max_shared_bytes:
+                return macros
+    macros["SAAP_STAGES"] = 2
+    return macros
+
+
+def shared_bytes(macros: dict[str, int], blocks: int) -> int:
+    """Dynamic shared memory of a block: see scan_params.cuh."""
+    d, e, warps, tile = (macros[f"SAAP_{name}"] for name in ("D", "E", "WARPS", "TILE"))
+    storage = next(dtype for dtype, code in CODES.items() if code == macros["SAAP_T"])
+    stage = tile * (_padded(d, storage) + _padded(e, storage)) * storage.itemsize
+    core = 8 * d * 4 + warps * 8 * tile * 4 if storage is torch.float32 else 0
+    exchange = max(warps * 8 * (-(-e // 16) * 16 + 4), blocks * 8 * macros["SAAP_GROUPS"])
+    return warps * macros["SAAP_STAGES"] * stage + 16 + warps * 64 + core + exchange * 4
+
+
+def _padded(dim: int, storage: torch.dtype) -> int:
+    """Elements of a row in shared memory."""
+    return dim if storage is torch.float32 else -(-dim // 16) * 16
+
+
+@dataclass(frozen=True)
+class ScanShape:
+    """What a scan is compiled and sized for. dense: it reads rows [0, length) of each sequence, and no list."""
+
+    sequences: int
+    heads: int
+    vectors: int
+    num_queries: int
+    d: int
+    e: int
+    storage: torch.dtype
+    query: torch.dtype
+    capacity: int
+    causal: bool = False
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Rows to read: rows : int32 (b, h, t), counts : int32 (b, h)."""
+
+    rows: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Means:
+    """Runs to read through their means: runs : int32 (b, h, x), counts : int32 (b, h), keys : storage dtype (b, h, M, l, d),
+    values : (b, h, M, l, e), tables : int32 (b, h, S, l + 1), M <= S."""
+
+    runs: Tensor
+    counts: Tensor
+    keys: Tensor
+    values: Tensor
+    tables: Tensor
+
+
+class Scan:
+    """Attention over listed rows for one shape: the kernel, compiled, and its grid. Holds no memory of the device.
+
+    num_floats, num_tickets : elements of the two workspaces of a call. A workspace serves one call at a time; the tickets are
+    zeros before the first and zeros again after each.
+    """
+
+    def __init__(self, runtime: Runtime, shape: ScanShape, knobs: dict[str, int] | None = None) -> None:
+        """knobs : macros other than those of `configuration`, to try."""
+        blocks = runtime.multiprocessors
+        shared = runtime.max_shared_bytes
+        macros = configuration(shape.d, shape.e, shape.storage, shape.query, shape.vectors, shared, blocks) | (knobs or {})
+        self.vectors = 8 * macros["SAAP_GROUPS"]
+        passes = max(1, -(-shape.vectors // self.vectors))
+        # All passes at once: they read the same rows, so all but one of them find them in the second cache.
+        blocks = max(1, runtime.multiprocessors * macros["SAAP_BLOCKS"] // passes)
+        self.macros = macros
+        self.grid = blocks, passes, 1
+        self.block = 32 * macros["SAAP_WARPS"]
+        self.shared_bytes = shared_bytes(macros, blocks)
+        pairs = shape.sequences * shape.heads
+        self._states = passes * (blocks + pairs) * self.vectors
+        self.num_floats = self._states * (shape.e + 2)
+        self.num_tickets = passes * pairs
+        self._mass_offset = 4 * self._states * shape.e
+        self._kernel = runtime.kernel(*file_of(shape.storage), macros)
+        self._params = np.zeros((), PARAMS)
+        for name in ("sequences", "heads", "vectors", "num_queries", "capacity", "causal", "dense"):
+            self._params[name] = getattr(shape, name)
+
+    def __call__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        meta: Tensor,
+        listed: Listed | None,
+        means: Means | None,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+        floats: Tensor,
+        tickets: Tensor,
+    ) -> None:
+        """One softmax over rows [0, sinks), the listed ones, [sealed, length) and the means: see cuda/scan.cu.
+
+        queries : query dtype (b, h, j, d); keys : storage dtype (b, h, N, d), values : (b, h, N, e), rows aligned to 16 bytes;
+        meta : int32 (b, 8). out : query dtype (b, h, j, e), lse : float32 (b, h, j), written. floats : float32 (num_floats,),
+        tickets : int32 (num_tickets,).
+        """
+        p = self._params
+        p["queries"], p["keys"], p["values"] = queries.data_ptr(), keys.data_ptr(), values.data_ptr()
+        p["meta"], p["out"], p["lse"] = meta.data_ptr(), out.data_ptr(), lse.data_ptr()
+        p["scale_log2"] = scale * math.log2(math.e)
+        p["partials"] = floats.data_ptr()
+        p["masses"] = floats.data_ptr() + self._mass_offset
+        p["tickets"] = tickets.data_ptr()
+        p["rows"] = p["tail"] = 0
+        if listed is not None and listed.rows.shape[2]:
+            p["rows"], p["counts"], p["max_rows"] = listed.rows.data_ptr(), listed.counts.data_ptr(), listed.rows.shape[2]
+        if means is not None and means.runs.shape[2]:
+            p["tail"], p["tail_counts"], p["max_tail"] = means.runs.data_ptr(), means.counts.data_ptr(), means.runs.shape[2]
+            p["mean_keys"], p["mean_values"] = means.keys.data_ptr(), means.values.data_ptr()
+            p["tables"], p["max_segments"], p["max_means"] = means.tables.data_ptr(), means.tables.shape[2], means.keys.shape[2]
+            p["lists"] = means.tables.shape[3] - 1
+        self._kernel.launch(self.grid, self.block, self.shared_bytes, p)
+
+
+def combine(runtime: Runtime, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge two states over disjoint tokens. out_a, out_b, out : (..., e) of one dtype, lse_a, lse_b, lse : float32 (...);
+    out and lse are written and overlap no input."""
+    n, e = lse_a.numel(), out_a.shape[-1]
+    if n * e == 0:
+        return
+    params = np.zeros((), COMBINE_PARAMS)
+    for name, x in {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b, "out": out, "lse": lse}.items():
+        params[name] = x.data_ptr()
+    params["n"], params["e"] = n, e
+    blocks = min(-(-n * e // COMBINE_THREADS), 16 * runtime.multiprocessors)
+    kernel = runtime.kernel("combine.cu", "saap_combine", {"SAAP_T": CODES[out_a.dtype]})
+    kernel.launch((blocks, 1, 1), COMBINE_THREADS, 0, params)
+
+
+def _shipped() -> Iterator[tuple[str, str, dict[str, int]]]:
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    same = [(64, 64, 8), (64, 64, 16), (96, 96, 16), (128, 128, 8), (128, 128, 16), (192, 128, 8), (192, 192, 8), (256, 256, 8)]
+    shapes = [(*shape, bf16, bf16) for shape in same]
+    shapes += [(64, 64, 16, bf16, f32), (128, 128, 8, bf16, f32), (128, 128, 16, bf16, f32), (256, 256, 8, bf16, f32)]
+    shapes += [(128, 128, 16, f16, f16), (128, 128, 16, f16, bf16), (128, 128, 8, f32, f32), (256, 256, 8, f32, f32)]
+    for d, e, j, storage, query in shapes:
+        yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES)
+    for storage in CODES:
+        yield "combine.cu", "saap_combine", {"SAAP_T": CODES[storage]}
+
+
+CONFIGURATIONS = tuple(_shipped())
+"""What is shipped, a sample of it: (file, kernel, macros). Other dims and dtypes need no more registers than these."""

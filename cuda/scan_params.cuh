@@ -1,0 +1,88 @@
+// What every part of the scan kernels shares: the macros of a configuration, the parameters, the shape of a tile in shared
+// memory. The kernels' contract is at the top of scan.cu.
+//
+// Macros of a configuration:
+//   SAAP_D, SAAP_E   key and value dims, multiples of 8      SAAP_T, SAAP_TQ   dtype of the storage and of the queries
+//   SAAP_GROUPS      query vectors of a pass, in eights      SAAP_TILE         tokens a warp takes at once, 16 or 32
+//   SAAP_STAGES      tiles in flight per warp                SAAP_WARPS        warps of a block
+//   SAAP_BLOCKS      blocks of a multiprocessor
+#pragma once
+#include "prims.cuh"
+#include "softmax_state.cuh"
+
+constexpr int kD = SAAP_D, kE = SAAP_E, kStorage = SAAP_T, kQuery = SAAP_TQ;
+constexpr int kGroups = SAAP_GROUPS, kTile = SAAP_TILE, kStages = SAAP_STAGES, kWarps = SAAP_WARPS, kThreads = 32 * kWarps;
+constexpr int kVectors = 8 * kGroups;  // of one pass
+constexpr u32 kAll = 0xffffffffu;
+static_assert(kD % 8 == 0 && kE % 8 == 0 && (kTile == 16 || kTile == 32) && kStages >= 2, "no such configuration");
+
+// Pairs are (sequence, KV head), p = b * heads + h. Everything is C-contiguous. Rows, counts and their like are clamped.
+struct ScanParams {
+  const void* queries;      // dtype TQ (b, h, j, d), the q queries of a head innermost in j
+  const void* keys;         // dtype T (b, h, N, d), 16-byte aligned
+  const void* values;       // dtype T (b, h, N, e), 16-byte aligned
+  const int* rows;          // int32 (b, h, t), or null: none
+  const int* counts;        // int32 (b, h), read if rows is given
+  const int* tail;          // int32 (b, h, x) run numbers, segment * l + list, or null: none
+  const int* tail_counts;   // int32 (b, h), read if tail is given, as are the three that follow
+  const void* mean_keys;    // dtype T (b, h, M, l, d), 16-byte aligned
+  const void* mean_values;  // dtype T (b, h, M, l, e), 16-byte aligned
+  const int* tables;        // int32 (b, h, S, l + 1)
+  const int* meta;          // int32 (b, 8): length, sinks, sealed, ..., 16-byte aligned
+  float* partials;          // float32 (passes, grid + b * h, vectors, e): scratch
+  float* masses;            // float32 (passes, grid + b * h, vectors, 2): scratch
+  int* tickets;             // int32 (passes, b * h): zeros before the first launch; every launch leaves zeros
+  void* out;                // dtype TQ (b, h, j, e)
+  float* lse;               // float32 (b, h, j), natural log
+  float scale_log2;         // of the logits, times log2 e
+  int sequences, heads;
+  int vectors, num_queries;  // j and q
+  int capacity;              // N
+  int max_rows, max_tail;    // t and x
+  int max_segments, max_means, lists;  // S, M <= S, l
+  int causal, dense;
+};
+
+// How rows of `dim` elements lie in shared memory: in chunks of 16 bytes, as many as whole steps of the matrix instruction
+// need, swapped within a row such that eight rows of one chunk lie in different banks.
+template <int dim>
+struct RowShape {
+  static constexpr int kBytes = dim * static_cast<int>(sizeof(element_t<kStorage>));  // in device memory
+  static constexpr int kFilled = kBytes / 16;                                         // chunks that hold data
+  static constexpr int kChunks = kStorage == kF32 ? kFilled : (dim + 15) / 16 * 2;    // even
+  static constexpr int kTileBytes = kTile * kChunks * 16;
+  // Rows are an odd multiple of this many chunks apart; exchanges stay within as many.
+  static constexpr int kGroup = (kChunks & -kChunks) < 8 ? (kChunks & -kChunks) : 8;
+  static SAAP_PRIM int offset(int row, int chunk) {
+    return (row * kChunks + (chunk ^ (row / (8 / kGroup) & (kGroup - 1)))) * 16;
+  }
+};
+using KeyShape = RowShape<kD>;
+using ValueShape = RowShape<kE>;
+constexpr int kStageBytes = KeyShape::kTileBytes + ValueShape::kTileBytes;
+
+// Dynamic shared memory: stages (kWarps, kStages, kStageBytes), a flag, masses, what the core wants for itself, and to the end
+// max(kWarps * 8 * kStride, gridDim.x * kVectors) floats.
+constexpr int kStagesBytes = kWarps * kStages * kStageBytes, kCoreOffset = 16 + kWarps * 64;
+constexpr int kCoreBytes = kStorage == kF32 ? 8 * kD * 4 + kWarps * 8 * kTile * 4 : 0;
+constexpr int kStride = (kE + 15) / 16 * 16 + 4;  // floats between value sums: the lanes of a fragment hit different banks
+
+SAAP_PRIM int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+SAAP_PRIM int ceil_div(int x, int y) { return (x + y - 1) / y; }
+
+// Butterflies: a sum or maximum has the same bits in every lane.
+SAAP_PRIM int warp_sum(int x) {
+#pragma unroll
+  for (int o = 16; o; o /= 2) x += __shfl_xor_sync(kAll, x, o);
+  return x;
+}
+SAAP_PRIM float warp_sum(float x) {
+#pragma unroll
+  for (int o = 16; o; o /= 2) x += __shfl_xor_sync(kAll, x, o);
+  return x;
+}
+SAAP_PRIM float warp_max(float x) {
+#pragma unroll
+  for (int o = 16; o; o /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, o));
+  return x;
+}
