@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops
 from .attend import Selection
 from .backends import get_backend
 from .calibration import Calibration
@@ -41,9 +41,9 @@ class IndexBase:
     """What `AsymmetricIndex` is made with and shows; see there."""
 
     __slots__ = (
-        "_backend", "_budget_shares", "_calibration", "_defaults", "_key_quantizer", "_last", "_layout", "_lists", "_miss",
-        "_prepared_quantizer", "_prepared_router", "_query_router", "backend_name", "d", "d_v", "device", "dtype", "nlist",
-        "num_heads", "num_kv_heads", "rope", "scale",
+        "__weakref__", "_backend", "_budget_shares", "_calibration", "_defaults", "_key_quantizer", "_last", "_layout", "_lists",
+        "_miss", "_number", "_prepared_quantizer", "_prepared_router", "_query_router", "_token", "backend_name", "d", "d_v",
+        "device", "dtype", "nlist", "num_heads", "num_kv_heads", "rope", "scale",
     )  # fmt: skip
 
     def __init__(
@@ -108,6 +108,17 @@ class IndexBase:
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
         self._last: Selection | None = None
+        self._name_for_compiler()
+
+    def _name_for_compiler(self) -> None:
+        """A number and a token of its own, see ops.py."""
+        self._number = ops.register(self)
+        self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+    def __setstate__(self, state: Any) -> None:
+        for name, value in state[1].items():
+            setattr(self, name, value)
+        self._name_for_compiler()  # a copy is another index
 
     def __repr__(self) -> str:
         names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")

@@ -129,7 +129,8 @@ class IndexStorage(IndexBase):
     def _clone(self, device: torch.device | None = None) -> Self:
         new = object.__new__(type(self))
         for name in IndexBase.__slots__:
-            setattr(new, name, getattr(self, name))
+            if name != "__weakref__":
+                setattr(new, name, getattr(self, name))
         new._lists = new._last = None
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
@@ -138,6 +139,7 @@ class IndexStorage(IndexBase):
             if self._query_router is not None:
                 new.query_router = self._query_router
             new.calibration = self._calibration
+        new._name_for_compiler()
         return new
 
     def reserve_memory(self, n: int, batch: int | None = None) -> None:

@@ -55,8 +55,7 @@ def select(
     sinks, sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
     sizes = [high - low for low, high in zip(sinks, sealed, strict=True)]
     budgets = params.budgets(sizes, lists.heads, shares)
-    nprobe = params.nprobe or 0
-    if miss is None and (not nprobe or nprobe >= router.nlist) and (budgets == np.array(sizes)[:, None]).all():
+    if everything_fits(params, router, sizes, budgets, miss):
         return everything(lists)
     z, a = backend.route(prepared, queries, rotation)
     num_segments = [len(s) for s in lists.segments]
@@ -64,14 +63,22 @@ def select(
     for i in batch:
         distances[i, : num_segments[i]] = lists.next_position(i) - 1 - lists.centres(i)
     knots = torch.from_numpy(router.knots(distances)).to(z.device)
-    budget = _budget(lists, router, params, budgets, miss)
+    budget = spend(lists, router, params, budgets, miss)
     found = backend.probe(z, a, knots, lists.tables, num_segments, budget, router.count_lists)
     lengths = list(lists.lengths)
     selection = Selection(found.rows, found.counts, sinks, sealed, lengths, found.tail, found.tail_counts)
     return widen(lists, selection, params)
 
 
-def _budget(
+def everything_fits(
+    params: SearchParametersIVF, router: QueryRouter, sizes: Sequence[int], budgets: np.ndarray, miss: Tensor | None
+) -> bool:
+    """Whether budgets (b, h) allow every sealed token of every sequence, ``sizes`` of them, so that nothing need be chosen."""
+    nprobe = params.nprobe or 0
+    return miss is None and (not nprobe or nprobe >= router.nlist) and bool((budgets == np.array(sizes)[:, None]).all())
+
+
+def spend(
     lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, budgets: np.ndarray, miss: Tensor | None
 ) -> Budget:
     """Tokens to read, int32 (b, h), as rows and as entries of the tail: an entry costs the bytes of a row."""

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from . import checks, interop
 from ._base import Form
-from ._storage import IndexStorage
-from .attend import Selection, attend, read_ids, select, select_lists, take
-from .backends import Rotation
-from .calibration import Calibration, calibrate
+from ._decode import IndexDecode
+from .attend import Selection, attend, read_ids, select, select_lists, take, widen
+from .backends.resident import MAX_STEP_TOKENS
+from .calibration import calibrate
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
 from .params import SearchParametersIVF
 from .training import TrainingConfig, train_layer
 
 
-class AsymmetricIndex(IndexStorage):
+class AsymmetricIndex(IndexDecode):
     """IVF index over the keys and values of one attention layer; searching it is attention.
 
     "Asymmetric" as in SAAP (arXiv 2502.08246): keys are assigned to inverted lists by k-means (`key_quantizer`), queries by a
@@ -138,8 +138,13 @@ class AsymmetricIndex(IndexStorage):
         Raises NotTrainedError, ShapeError, DTypeError, DeviceError, LayoutError, NotFiniteError, LengthError; the index is
         unchanged then.
         """
+        if torch.compiler.is_compiling():
+            return self._traced_add(keys, values, lengths is None and coarse_keys is None, seal)
         if self._prepared_quantizer is None:
             raise NotTrainedError("add: expected a trained index, got one without key_quantizer; call train or set it")
+        capturing = self._capturing()
+        if capturing is not None:
+            return self._record_add(capturing, keys, values, lengths is None and coarse_keys is None)
         keys, values, counts = self._new_tokens(keys, values, lengths)
         list_nos = None
         if coarse_keys is not None:
@@ -159,7 +164,8 @@ class AsymmetricIndex(IndexStorage):
     def seal(self) -> None:
         """Bring tokens that were added with ``seal=False`` to where a plain `add` would have put them."""
         if self._lists is not None:
-            self._lists.seal(self._assign_rows)
+            with self._changing():
+                self._lists.seal(self._assign_rows)
 
     def _new_tokens(self, keys: Any, values: Any, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor, list[int]]:
         batch = self._lists.batch if self._lists is not None and self.ntotal else None
@@ -178,11 +184,16 @@ class AsymmetricIndex(IndexStorage):
         if lists is None or (lists.batch != keys.shape[0] and not self.ntotal):
             lists = self._new_lists(keys.shape[0])
         self._lists = lists  # assigning reads it
+        state = self._decode_state()
+        if state is not None and (list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS):
+            state.settle()
         try:
             lists.append(keys, values, counts, list_nos, self._assign_rows if seal else None)
         except Exception:
             self._lists = before
             raise
+        if state is not None:
+            state.follow()
 
     def _assign_now(self, keys: Tensor, counts: list[int]) -> Tensor:
         assert self.rope is not None
@@ -218,9 +229,14 @@ class AsymmetricIndex(IndexStorage):
         DTypeError, DeviceError, LayoutError, ParameterError. NaN in a query gives NaN in its own output, and an arbitrary
         selection to its group.
         """
+        if torch.compiler.is_compiling():
+            return self._traced_search(queries, params, coarse_queries is None, return_lse)
         x, form = self._queries(queries)
         if self._lists is None:
             return self._nothing(x, form, return_lse)
+        found = self._fused(x, self._settings(params)) if coarse_queries is None else None
+        if found is not None:
+            return self._result(*found, form, return_lse)
         return self._attend(x, self._select(x, params, coarse_queries), form, return_lse)
 
     def search_attend_preassigned(
@@ -279,9 +295,11 @@ class AsymmetricIndex(IndexStorage):
         return read_ids(self.invlists, selection)
 
     def _select(self, x: Tensor, params: SearchParametersIVF | None, coarse_queries: Any) -> Selection:
-        lists = self.invlists
-        if self._query_router is None:
-            raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
+        lists, params = self.invlists, self._settings(params)
+        assert self._query_router is not None
+        found = self._resident_select(x, params) if coarse_queries is None else None
+        if found is not None:
+            return widen(lists, found, params)
         routed, rotation = x, None
         if coarse_queries is not None:
             routed, _ = self._queries(coarse_queries)
@@ -289,32 +307,17 @@ class AsymmetricIndex(IndexStorage):
                 raise ShapeError(f"coarse_queries: expected {x.shape[3]} queries per sequence, got {routed.shape[3]}")
         elif self.rope is not None:
             rotation = self._query_rotation(x.shape[3])
+        shares, miss = self._given(params)
+        router, prepared = self._query_router, self._prepared_router
+        return select(self._backend, lists, router, prepared, routed, rotation, params, shares, miss)
+
+    def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
+        """Checked parameters of one search: those given, over the index's own."""
+        if self._query_router is None:
+            raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
         if params is not None and not isinstance(params, SearchParametersIVF):
             raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
-        params = self._defaults if params is None else self._checked(params.over(self._defaults))
-        miss = None if params.target_mass is None else self._allowed_miss(params.target_mass)
-        router, prepared = self._query_router, self._prepared_router
-        return select(self._backend, lists, router, prepared, routed, rotation, params, self._budget_shares, miss)
-
-    def _allowed_miss(self, target: float) -> Tensor:
-        """Attention per query that every KV head may leave unread, by the router's estimate: float32 (h,)."""
-        assert self._query_router is not None
-        self._query_router.check_outside("target_mass")
-        known = self._miss
-        if known is None or known[0] != target:
-            table = Calibration.trusting(self.num_kv_heads) if self._calibration is None else self._calibration
-            self._miss = known = (target, table.at(target).to(self.device))
-        return known[1]
-
-    def _query_rotation(self, q: int) -> Rotation:
-        """Angles of the last q positions of every sequence, (b * q, r / 2)."""
-        assert self.rope is not None
-        ends = [self.invlists.next_position(i) for i in range(self.invlists.batch)]
-        if len(ends) == 1:
-            return self.rope.rotation(range(max(0, ends[0] - q), max(q, ends[0])), ends[0], device=self.device)
-        parts = [self.rope.rotation(range(max(0, end - q), max(q, end)), end, device=self.device) for end in ends]
-        cos, sin = torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts])
-        return Rotation(cos, sin, parts[0].interleaved, parts[0].scale)
+        return self._defaults if params is None else self._checked(params.over(self._defaults))
 
     def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:
         self._last = selection

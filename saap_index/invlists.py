@@ -8,6 +8,7 @@ and merge with their neighbours as they age (layout.py). Axes as in backends/bas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class SegmentedInvertedLists:
         self.removed = [np.empty(0, np.int64) for _ in range(batch)]
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
         self.capacity = 0
+        self.decode: Any = None  # the state on the device that follows this batch (decode.py), or None
         self._same = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
         self._centres: list[tuple[tuple[Segment, ...], np.ndarray] | None] = [None] * batch
         self._allocate(0)
@@ -83,6 +85,7 @@ class SegmentedInvertedLists:
         """Room for ``tokens`` per sequence without further allocation."""
         if tokens > self.capacity:
             self._allocate(tokens)
+        self._reserve_tables(self.layout.most_segments(self.capacity), exact=True, shrink=False)
 
     def reclaim(self) -> int:
         """Give back unused rows; returns the bytes freed."""
@@ -91,9 +94,9 @@ class SegmentedInvertedLists:
         self._reserve_tables(max(map(len, self.segments), default=0), exact=True)
         return before - self.allocated_bytes()
 
-    def _reserve_tables(self, count: int, exact: bool = False) -> None:
+    def _reserve_tables(self, count: int, exact: bool = False, shrink: bool = True) -> None:
         have = self.tables.shape[2]
-        if count > have or (exact and count < have):
+        if count > have or (exact and shrink and count < have):
             new = self.backend.empty((self.batch, self.heads, count if exact else count + 8, self.nlist + 1), torch.int32)
             keep = min(have, new.shape[2])
             new[:, :, :keep] = self.tables[:, :, :keep]
@@ -173,8 +176,11 @@ class SegmentedInvertedLists:
         """
         need = max(map(sum, zip(self.lengths, counts, strict=True)), default=0)
         if need > self.capacity:
+            if self.decode is not None:
+                self.decode.refuse_growth()
             self._allocate(max(need, self.capacity + self.capacity // 2))
-        if not self.backend.append(keys, values, self.keys, self.values, self.lengths, counts):
+        in_one_launch = self.decode is not None and list_nos is None and self.decode.append(keys, values, counts)
+        if not in_one_launch and not self.backend.append(keys, values, self.keys, self.values, self.lengths, counts):
             raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
         if list_nos is not None and self.pending is None:
             self.pending = self.backend.empty((self.batch, self.heads, self.capacity), torch.int32)
@@ -192,6 +198,13 @@ class SegmentedInvertedLists:
         """Bring every sequence to the layout of its length."""
         for i in range(self.batch):
             self._seal(i, assign)
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Take note of ``counts[i]`` tokens that were written behind those of sequence i without `append`."""
+        for i, count in enumerate(counts):
+            if self.pending is not None:
+                self.pending[i, :, self.lengths[i] : self.lengths[i] + count] = -1
+            self.lengths[i] += count
 
     def will_seal(self, counts: Sequence[int]) -> bool:
         """Whether `append` of so many tokens seals some (and so needs a quantizer)."""

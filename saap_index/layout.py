@@ -74,6 +74,17 @@ class Layout:
         """
         return _segments(self.num_blocks(length), self.sinks, self.recent, self.block, self.max_segment)
 
+    def most_segments(self, length: int) -> int:
+        """At least as many as a sequence of up to ``length`` tokens ever has segments.
+
+        Of each size but the largest there are at most FANOUT that are too young to merge and FANOUT - 1 that lack a neighbour.
+        """
+        blocks = max(0, (length - self.sinks - self.recent) // self.block)
+        largest, sizes = 1, 0
+        while largest * FANOUT * self.block <= self.max_segment:
+            largest, sizes = largest * FANOUT, sizes + 1
+        return min(blocks, blocks // largest + sizes * (2 * FANOUT - 1))
+
     def num_means(self, segments: Sequence[Segment], nlist: int) -> int:
         """How many of these segments, the leading ones, keep the means of their runs: none is longer than the one before it."""
         if not self.mean_run_tokens:

@@ -15,7 +15,8 @@ import saap_index
 PACKAGE = Path(saap_index.__file__).parent
 
 ANY = {"errors"}  # knows nothing, may be known by all
-GPU = {f"bindings.gpu_{part}" for part in ("build", "route", "runtime", "scan", "select", "types")}
+GPU = {f"bindings.gpu_{part}" for part in ("build", "combine", "route", "runtime", "scan", "seal", "select", "types")}
+LAUNCHERS = [f"bindings.gpu_{part}" for part in ("combine", "route", "scan", "seal", "select")]
 ALLOWED = {
     # plain data and checks
     "errors": set(),
@@ -30,13 +31,21 @@ ALLOWED = {
     "bindings.gpu_source": ANY,
     "bindings.gpu_nvrtc": {"bindings", "bindings.gpu_source"} | ANY,
     "bindings.gpu_runtime": {"bindings", "bindings.gpu_source", "bindings.gpu_types"} | ANY,
-    **{f"bindings.gpu_{kernels}": {"bindings.gpu_types"} | ANY for kernels in ("build", "combine", "route", "scan", "select")},
+    **{name: {"backends.base", "bindings.gpu_build", "bindings.gpu_types"} | ANY for name in LAUNCHERS},
+    "bindings.gpu_build": {"backends.base", "bindings.gpu_types"} | ANY,
     "backends.base": ANY,
     "backends.torch_backend": {"backends.base"},
     "backends.reference_backend": {"backends.base", "reference"},
     "backends.cpu": {"backends.base", "backends.torch_backend", "bindings", "bindings.native"} | ANY,
-    "backends.cuda": {"backends.base", "backends.torch_backend", "bindings", *GPU} | ANY,
-    "backends": {"backends.base", "backends.torch_backend", "backends.reference_backend", "backends.cpu", "backends.cuda"} | ANY,
+    "backends.resident": {"backends.base"} | ANY,
+    "backends.cuda_state": {"backends.base", "backends.resident", "bindings", *GPU} | ANY,
+    "backends.cuda": {
+        "backends.base", "backends.torch_backend", "backends.resident", "backends.cuda_state", "bindings", *GPU,
+    } | ANY,
+    "backends": {
+        "backends.base", "backends.torch_backend", "backends.reference_backend", "backends.cpu", "backends.cuda",
+        "bindings", "bindings.gpu_runtime",
+    } | ANY,
     # the parts of an index
     "rope": {"backends.base"} | ANY,
     "rope_config": {"rope"} | ANY,
@@ -48,11 +57,19 @@ ALLOWED = {
     "training": {"backends", "layout", "quantizer", "rope", "router"} | ANY,
     "stats": {"attend", "invlists", "quantizer", "router"} | ANY,
     # the index
-    "_base": {"attend", "backends", "calibration", "checks", "invlists", "layout", "params", "quantizer", "rope", "router"} | ANY,
+    "ops": {"params"} | ANY,
+    "decode": {"attend", "backends", "backends.resident", "invlists", "params", "router"} | ANY,
+    "_base": {
+        "attend", "backends", "calibration", "checks", "invlists", "layout", "ops", "params", "quantizer", "rope", "router",
+    } | ANY,
     "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
+    "_decode": {
+        "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "decode", "ops", "params", "stats",
+    } | ANY,
     "interop": {"quantizer", "router"} | ANY,
     "index": {
-        "_base", "_storage", "attend", "backends", "calibration", "checks", "interop", "invlists", "params", "stats", "training",
+        "_base", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop", "invlists",
+        "params", "stats", "training",
     } | ANY,
     "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router"} | ANY,
     "": {

@@ -19,10 +19,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .resident import Resident
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,10 @@ class Backend(ABC):
     @abstractmethod
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for an arena or a table, placed as this backend scans it best."""
+
+    def resident(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Resident | None:
+        """State on the device for the decode step of a batch of this shape, see resident.py; None for a backend without."""
+        return None
 
     @abstractmethod
     def append(

@@ -1,0 +1,208 @@
+"""The decode step of an index: in three launches where the backend keeps state on the device, in a CUDA graph, or compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from . import checks, ops
+from ._storage import IndexStorage
+from .attend import Selection
+from .backends import Rotation
+from .backends.resident import Routing
+from .calibration import Calibration
+from .decode import DecodeState
+from .errors import StateError
+from .params import SearchParametersIVF
+from .stats import IndexStats
+
+
+class IndexDecode(IndexStorage):
+    """The decoding half of `AsymmetricIndex`; see there."""
+
+    __slots__ = ()
+
+    def advance(self, n: int | Sequence[int] | None = None) -> None:
+        """Take note of tokens that replays of a CUDA graph appended, and seal what is due (docs/gpu.md).
+
+        n : tokens per sequence since the last call; None asks the device, and waits for it. May be called late, for what is
+        not sealed yet is read in full, but before any other method. Not needed where `add` was called without a graph.
+
+        Raises StateError for a backend without graphs, and if a replay found no room (what it brought is lost) or the device
+        holds another number of tokens; NotFiniteError if a step brought NaN or infinity. The index can be used further.
+        """
+        state = self._decode_state()
+        if state is None:
+            raise StateError(f"advance: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        counts = None if n is None else checks.counts(n, state.lists.batch, 2**31 - 1, "n")
+        problem = state.advance(counts)
+        state.lists.seal(self._assign_rows)
+        state.follow()
+        if problem is not None:
+            raise problem
+
+    # -- the device in step --------------------------------------------------------------------------------------------
+
+    def _decode_state(self) -> DecodeState | None:
+        """The device state of this batch, made on first use; None for a backend that keeps none, or without a batch."""
+        lists = self._lists
+        if lists is None or lists.decode is not None:
+            return None if lists is None else lists.decode
+        resident = self._backend.resident(lists.batch, lists.heads, lists.d, lists.d_v, lists.nlist, lists.dtype)
+        if resident is not None:
+            lists.decode = DecodeState(resident, lists)
+        return lists.decode
+
+    def _capturing(self) -> DecodeState | None:
+        """The device state while a graph is captured, else None."""
+        state = self._decode_state()
+        return state if state is not None and state.resident.capturing else None
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change: host and device agree before it, and after it where a graph may be replayed next."""
+        state = self._decode_state()
+        if state is not None:
+            state.settle()
+        yield
+        self._follow()
+
+    def _follow(self) -> None:
+        state = self._decode_state()
+        if state is not None and state.captured:
+            state.follow()
+
+    def reset(self) -> None:
+        state = self._decode_state()
+        if state is not None:
+            state.forget()
+        super().reset()
+        self._follow()
+
+    def truncate(self, n: int | Sequence[int]) -> None:
+        with self._changing():
+            super().truncate(n)
+
+    def remove_ids(self, ids: Any, **options: Any) -> int:
+        with self._changing():
+            return super().remove_ids(ids, **options)
+
+    def reorder(self, sequences: Sequence[int]) -> None:
+        with self._changing():
+            super().reorder(sequences)
+
+    def fork(self, sequences: Sequence[int] | None = None) -> Self:
+        with self._changing():
+            return super().fork(sequences)
+
+    def to(self, device: torch.device | str) -> Self:
+        with self._changing():
+            return super().to(device)
+
+    def reserve_memory(self, n: int, batch: int | None = None) -> None:
+        with self._changing():
+            super().reserve_memory(n, batch)
+
+    def reclaim_memory(self) -> int:
+        with self._changing():
+            return super().reclaim_memory()
+
+    def stats(self) -> IndexStats:
+        with self._changing():
+            return super().stats()
+
+    def _relayout(self, **changes: int) -> None:
+        with self._changing():
+            super()._relayout(**changes)
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def _record_add(self, state: DecodeState, keys: Any, values: Any, plain: bool) -> None:
+        """`add` inside a capture."""
+        if not plain or (self.rope is not None and self.rope.is_dynamic):
+            raise StateError("capture: expected add of keys and values alone, and angles that depend on the position alone")
+        shape = (state.lists.batch, self.num_kv_heads, None, self.d)
+        keys = self._input(keys, "keys", "b h n d", shape, (self.dtype,))
+        values = self._input(values, "values", "b h n e", (*keys.shape[:3], self.d_v), (self.dtype,))
+        state.record_append(keys, values)
+
+    def _fused(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
+        """Selection and attention in one go, for queries (b, h, g, q, d); None where the general way must be taken."""
+        state = self._decode_state()
+        if state is None:
+            return None
+        if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
+            state.refuse_capture("a larger window or more sinks than the index has")
+            return None
+        routing, given = self._routing(state, x.shape[3]), self._given(params)
+        assert self._query_router is not None
+        out, lse, self._last = state.step(x, params, self._query_router, routing, given, self.scale)
+        return out, lse
+
+    def _resident_select(self, x: Tensor, params: SearchParametersIVF) -> Selection | None:
+        """The selection that `_fused` attends to; None for a backend without state."""
+        state = self._decode_state()
+        if state is None:
+            return None
+        assert self._query_router is not None
+        return state.select(x, params, self._query_router, self._routing(state, x.shape[3]), self._given(params))
+
+    def _routing(self, state: DecodeState, q: int) -> Routing:
+        """How queries of the last q tokens are routed."""
+        router, rope = self._query_router, self.rope
+        assert router is not None
+        known = state.routing
+        if known is None or known.router is not self._prepared_router:
+            known = Routing(self._prepared_router, router.first_knot, router.count_lists)
+            if rope is not None and not rope.is_dynamic:
+                turn = rope.inv_freq().to(self.device), rope.interleaved, 1.0 / rope.attention_scale
+                known = Routing(self._prepared_router, router.first_knot, router.count_lists, *turn)
+            state.routing = known
+        if rope is None or not rope.is_dynamic:
+            return known
+        state.refuse_capture("a rope whose angles depend on the length")
+        return Routing(known.router, known.first_knot, known.count_lists, rotation=self._query_rotation(q))
+
+    def _given(self, params: SearchParametersIVF) -> tuple[Any, Tensor | None]:
+        """Shares and miss, see `attend.select`."""
+        return self._budget_shares, None if params.target_mass is None else self._allowed_miss(params.target_mass)
+
+    def _allowed_miss(self, target: float) -> Tensor:
+        """Attention per query that every KV head may leave unread, by the router's estimate: float32 (h,)."""
+        assert self._query_router is not None
+        self._query_router.check_outside("target_mass")
+        known = self._miss
+        if known is None or known[0] != target:
+            table = Calibration.trusting(self.num_kv_heads) if self._calibration is None else self._calibration
+            self._miss = known = (target, table.at(target).to(self.device))
+        return known[1]
+
+    def _query_rotation(self, q: int) -> Rotation:
+        """Angles of the last q positions of every sequence, (b * q, r / 2)."""
+        assert self.rope is not None
+        ends = [self.invlists.next_position(i) for i in range(self.invlists.batch)]
+        if len(ends) == 1:
+            return self.rope.rotation(range(max(0, ends[0] - q), max(q, ends[0])), ends[0], device=self.device)
+        parts = [self.rope.rotation(range(max(0, end - q), max(q, end)), end, device=self.device) for end in ends]
+        cos, sin = torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts])
+        return Rotation(cos, sin, parts[0].interleaved, parts[0].scale)
+
+    # -- compiled ------------------------------------------------------------------------------------------------------
+
+    def _traced_add(self, keys: Any, values: Any, plain: bool, seal: bool) -> None:
+        """`add` as the compiler sees it."""
+        if not plain:
+            raise StateError("compile: expected add of keys and values alone")
+        ops.add(self._token, keys, values, self._number, seal)
+
+    def _traced_search(self, queries: Any, params: SearchParametersIVF | None, plain: bool, return_lse: bool) -> Any:
+        """`search_attend` as the compiler sees it."""
+        if not plain:
+            raise StateError("compile: expected search_attend without coarse_queries")
+        out, lse = ops.search_attend(self._token, queries, self._number, self.d_v, ops.pack(params))
+        return (out, lse) if return_lse else out
