@@ -22,6 +22,7 @@ struct ScanItem {
   int n;
   const int32_t* limits;  // (chunks * group) a column sees rows below its limit only; null: sees all
   int32_t limits_from;    // the least of limits
+  bool scattered;         // most rows come in short runs
   int group, chunks;      // group: columns per chunk, a power of two <= lanes
   float *o, *m, *l;       // out: (chunks * group, ep) unnormalised sums in packed order; maximum in log2 units; sum of weights
 };

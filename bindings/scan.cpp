@@ -191,6 +191,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
       it.d = p.d, it.e = p.e, it.dp = dp, it.ep = ep;
       it.rows = rows;
       it.n = count;
+      it.scattered = 2 * (std::min(from + count, s.sinks + s.listed) - std::max(from, s.sinks)) > count;
       it.limits = limited ? t.limits : nullptr;
       it.limits_from = static_cast<int32_t>(std::max<int64_t>(lengths[t.head / p.h] - p.n_queries + 1, 0));
       it.group = t.group, it.chunks = t.chunks;

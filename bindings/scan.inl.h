@@ -1,9 +1,10 @@
 // Attention over listed rows, for a chunk of G query columns at a time: see ScanItem in kernels.h.
 //
-// A block of 16 rows is scored, its softmax weights are formed and its values are added, then the next block follows. The
-// values of a block are prefetched while its keys are multiplied, the keys of the next block while the values are, so the memory
-// is never idle, within a run and from one run to the next. The head of a run, which no hardware prefetcher foresees, is fetched
-// two blocks ahead.
+// A block of 16 rows is scored, its softmax weights are formed and its values are added, then the next block follows, and the
+// memory is never idle. Long stretches of rows: the values of a block are prefetched while its keys are multiplied, the keys of
+// the next block while the values are, both into the first cache; the processor's own prefetcher runs ahead of that, but for the
+// head of a stretch, which is fetched two blocks before. Short runs (listed rows): nothing foresees them, so every row is
+// fetched into the second cache, the values one block before their use and the keys two.
 constexpr int kBlock = 16;
 constexpr float kLowest = -1e30f;  // the running maximum before anything was seen: finite, so that differences stay numbers
 
@@ -27,8 +28,10 @@ INLINE void prefetch_run_heads(const ScanItem& it, const int32_t* rows) {
   }
 }
 
+enum class Fetch { none, near, far };
+
 // s (kBlock, G): scores of the block's rows in log2 units.
-template <class T, int D, int G, bool Ahead>
+template <class T, int D, int G, Fetch F>
 INLINE void score_block(const ScanItem& it, const float* q, const int32_t* rows, int n, float* s) {
   constexpr int R = W / G;  // rows scored at once: R * G sums fill the lanes of one vector
   const int d = D ? D : it.d, dp = D ? D : it.dp, whole = D ? D : d / kStep * kStep;
@@ -57,14 +60,16 @@ INLINE void score_block(const ScanItem& it, const float* q, const int32_t* rows,
         for (int g = 0; g < G; g++) sum[i * G + g] += x * load(q + g * dp + whole) + y * load(q + g * dp + whole + W);
       }
     }
-    if (Ahead)
-      for (int i = 0; i < R; i++) prefetch_row(v + (int64_t)rows[t + i] * v_bytes, v_bytes);
+    for (int i = 0; i < R; i++) {
+      if (F == Fetch::near) prefetch_row(v + (int64_t)rows[t + i] * v_bytes, v_bytes);
+      if (F == Fetch::far) prefetch_far(v + (int64_t)rows[kBlock + t + i] * v_bytes, v_bytes);
+    }
     store(s + t * G, sums_of(sum));
   }
 }
 
 // acc (G, ep) += weights (n, G) times the block's values. The weights past n are zero, but their rows may not be read.
-template <class T, int E, int G, bool Ahead>
+template <class T, int E, int G, Fetch F>
 INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, int n, float* acc) {
   constexpr int P = G > 4 ? 4 : G;                 // columns and
   constexpr int B = P == 1 ? 4 : P == 2 ? 4 : 2;   // vectors of the row held in registers at once
@@ -74,9 +79,12 @@ INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, 
   const int k_bytes = it.d * (int)sizeof(T);
   auto columns = [&](auto width, int j, int g0) __attribute__((always_inline)) {
     constexpr int b_count = decltype(width)::value;
-    // An even share of the next block's keys in each pass: all of them in the first would fill the queue of cache misses.
-    if (Ahead && g0 == 0)
-      for (int i = kBlock * j / ep; i < kBlock * (j + b_count * W) / ep; i++) prefetch_row(k + (int64_t)rows[kBlock + i] * k_bytes, k_bytes);
+    // An even share of a later block's keys in each pass: all of them in the first would fill the queue of cache misses.
+    if (F != Fetch::none && g0 == 0)
+      for (int i = kBlock * j / ep; i < kBlock * (j + b_count * W) / ep; i++) {
+        if (F == Fetch::near) prefetch_row(k + (int64_t)rows[kBlock + i] * k_bytes, k_bytes);
+        else prefetch_far(k + (int64_t)rows[2 * kBlock + i] * k_bytes, k_bytes);
+      }
     vf a[P][b_count];
     for (int g = 0; g < P; g++)
       for (int b = 0; b < b_count; b++) a[g][b] = load(acc + (g0 + g) * ep + j + b * W);
@@ -148,8 +156,8 @@ INLINE void hide_scores(const ScanItem& it, const int32_t* limits, const int32_t
       if (rows[t] >= limits[g]) s[t * G + g] = -INFINITY;
 }
 
-template <class T, int D, int G>
-void scan_item(const ScanItem& it) {
+template <class T, int D, int G, Fetch F>
+INLINE void scan_blocks(const ScanItem& it) {
   const int columns = it.chunks * G;
   alignas(64) float s[kBlock * G], m[kScanColumns * W], l[kScanColumns * W];
   const int dp = D ? D : it.dp, ep = D ? D : it.ep;
@@ -158,22 +166,28 @@ void scan_item(const ScanItem& it) {
     store(m + i * W, splat(kLowest));  // lane i belongs to column i % G
     store(l + i * W, vf{});
   }
+  if (F == Fetch::far) {
+    for (int i = 0; i < 2 * kBlock; i++) {
+      prefetch_far((const char*)((const T*)it.k + (int64_t)it.rows[i] * it.d), it.d * (int)sizeof(T));
+      if (i < kBlock) prefetch_far((const char*)((const T*)it.v + (int64_t)it.rows[i] * it.e), it.e * (int)sizeof(T));
+    }
+  }
   for (int t = 0; t < it.n; t += kBlock) {
     const int n = it.n - t < kBlock ? it.n - t : kBlock;
     const int32_t* rows = it.rows + t;
-    prefetch_run_heads<T>(it, rows);
+    if (F == Fetch::near) prefetch_run_heads<T>(it, rows);
     bool limited = false;
     if (it.limits)
       for (int i = 0; i < n; i++) limited |= rows[i] >= it.limits_from;
     for (int c = 0; c < it.chunks; c++) {
       const float* q = it.q + c * G * dp;
       float* acc = it.o + c * G * ep;
-      if (c == 0) score_block<T, D, G, true>(it, q, rows, n, s);
-      else score_block<T, D, G, false>(it, q, rows, n, s);
+      if (c == 0) score_block<T, D, G, F>(it, q, rows, n, s);
+      else score_block<T, D, G, Fetch::none>(it, q, rows, n, s);
       if (limited || n * G % W) hide_scores<G>(it, limited ? it.limits + c * G : nullptr, rows, n, s);
       weigh_block<G>(n, ep, s, acc, m + c * W, l + c * W);
-      if (c == 0) add_values<T, D, G, true>(it, s, rows, n, acc);
-      else add_values<T, D, G, false>(it, s, rows, n, acc);
+      if (c == 0) add_values<T, D, G, F>(it, s, rows, n, acc);
+      else add_values<T, D, G, Fetch::none>(it, s, rows, n, acc);
     }
   }
   for (int c = 0; c < it.chunks; c++) {
@@ -183,6 +197,12 @@ void scan_item(const ScanItem& it) {
       it.l[c * G + g] = sum[g];
     }
   }
+}
+
+template <class T, int D, int G>
+void scan_item(const ScanItem& it) {
+  if (it.scattered) scan_blocks<T, D, G, Fetch::far>(it);
+  else scan_blocks<T, D, G, Fetch::near>(it);
 }
 
 template <class T, int D> void scan_group(const ScanItem& it) {
