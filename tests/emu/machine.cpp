@@ -144,7 +144,7 @@ static const void* gather_quietly(const Kind& kind, unsigned mask, void* argumen
     Gathering& g = warp.open[i];
     if (g.mask == mask && g.kind == &kind && g.work == work && (!kind.aligned || g.at.line() == at.line()))
       found = i;
-    else if (g.have & mask)
+    else if (g.mask & bit && g.have & mask)  // each waits for the other
       fail(at, "divergence: lane %d is in %s with mask %08x, lanes %08x wait in %s with mask %08x at %s", me->lane(), kind.name, mask,
            g.have, g.kind->name, g.mask, place(g.at).c_str());
   }

@@ -28,6 +28,8 @@ EMULATOR = Path(__file__).resolve().parent
 CUDA = EMULATOR.parent.parent / "cuda"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-DSAAP_EMU", "-Wall", "-Wno-unknown-pragmas", "-march=native"]
+# Without these the code of two lines may become one, and a fault be reported with the wrong one.
+FLAGS += ["-fno-crossjumping", "-fno-tree-tail-merge", "-fno-tree-sink", "-fno-code-hoisting"]
 SANITIZE = {
     # What the hardware traps, or leaves undefined, traps here too: misaligned vectors, indices of arrays, shifts.
     None: ["-fsanitize=alignment,bounds,shift,integer-divide-by-zero,unreachable", "-fsanitize-undefined-trap-on-error"],

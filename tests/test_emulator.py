@@ -1,0 +1,195 @@
+"""The emulator itself: planted bugs are reported with their line, and every primitive's CPU body against NumPy."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from emu import sanitize
+from emu.guarded import guarded
+from emu.runtime import EMULATOR, EmulatedRuntime, EmulationError, available
+from torch import Tensor
+
+from saap_index.bindings import gpu_selftest
+
+pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler")
+
+PARAMS = np.dtype([("global", np.uint64), ("out", np.uint64), ("flags", np.uint64), ("plant", np.int32)], align=True)
+SOURCE = (EMULATOR / "planted.cu").read_text().splitlines()
+ORDERS = ("fifo", "lifo", "random")
+
+
+def plant(number: int, blocks: int = 1, order: str = "fifo", guard: bool = True, **options: int) -> tuple[Tensor, Tensor]:
+    """out and flags after planted.cu; the tensors end where memory does."""
+    runtime = EmulatedRuntime(order, cuda=EMULATOR, **options)
+    hide = guarded if guard else torch.clone
+    source = hide(torch.arange(512).to(torch.float16))
+    out, flags = hide(torch.full((256,), -1.0)), hide(torch.zeros(8, dtype=torch.int32))
+    params = np.array((source.data_ptr(), out.data_ptr(), flags.data_ptr(), number), PARAMS)
+    kernel = runtime.kernel("planted.cu", "planted", {})
+    assert kernel.sizeof("planted") == PARAMS.itemsize
+    shared = 64 * 16
+    if guard:
+        with runtime.allow(source, out, flags):
+            kernel.launch((blocks, 1, 1), 64, shared, params)
+    else:
+        kernel.launch((blocks, 1, 1), 64, shared, params)
+    return out, flags
+
+
+def lines_of(number: int) -> set[int]:
+    """Lines whose last comment names the plant."""
+    return {i for i, text in enumerate(SOURCE, 1) if re.search(rf"// [\d ]*\b{number}\b[\d ]*$", text)}
+
+
+def report_of(number: int, order: str = "fifo") -> str:
+    with pytest.raises(EmulationError) as error:
+        plant(number, order=order)
+    text = str(error.value)
+    named = {int(x) for x in re.findall(r"planted\.cu:(\d+)", text)}
+    assert named and named <= lines_of(number), f"lines {sorted(lines_of(number))} expected: {text}"
+    return text
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_correct_code_runs(order: str) -> None:
+    expected = torch.arange(64) * 8.0
+    assert torch.equal(plant(0, order=order)[0][:64], expected)
+    assert plant(1, 3, order)[1].tolist() == [3, 192, 0, 0, 0, 0, 0, 0]
+    lanes = torch.arange(64) % 32
+    apart = torch.where(lanes < 8, lanes ^ 1, torch.where(lanes >= 24, lanes ^ 2, 0)).float()
+    assert torch.equal(plant(2, order=order)[0][:64], apart)
+    assert plant(3, order=order)[0][[0, 31, 32, 39, 40]].tolist() == [255, 255, 255, 255, -1]
+    assert plant(4, 2, order)[0][1] == 7
+
+
+def test_unfinished_copies_and_unwritten_memory_are_nan() -> None:
+    for number in (10, 11, 12):
+        assert plant(number)[0][:64].isnan().all(), number
+
+
+MEETINGS = {
+    200: "divergence", 201: "divergence|deadlock", 202: "lane.*returned", 203: "divergence", 204: "not in its own mask",
+    205: "reads lane 20", 206: "no progress", 207: "divergence", 208: "divergence", 209: "divergence|deadlock",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("number", MEETINGS)
+def test_threads_that_never_meet(number: int, order: str) -> None:
+    assert re.search(MEETINGS[number], report_of(number, order))
+
+
+ADDRESSES = {
+    300: "out of bounds: byte 1024 of 1024", 301: "not aligned", 302: "global address .* not aligned", 303: "none of the tensors",
+    304: "out of bounds", 305: "out of bounds: byte 1024 of 1024", 306: "undefined|out of bounds", 307: "undefined",
+    308: "aligned", 309: "no access to address", 310: "none of the tensors", 311: "none of the tensors", 312: "undefined",
+    313: "division", 314: "out of bounds",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", ADDRESSES)
+def test_wrong_addresses_and_undefined_behaviour(number: int) -> None:
+    assert re.search(ADDRESSES[number], report_of(number))
+
+
+def test_deadlock_lists_who_waits_where() -> None:
+    text = report_of(201, "lifo")
+    assert re.search(r"deadlock:.* \[block \(0, 0, 0\): 0-15,32-47 wait in __syncwarp at planted\.cu:\d+\]", text), text
+
+
+def test_the_machine_is_usable_after_an_error() -> None:
+    for _ in range(3):
+        report_of(305)
+        test_correct_code_runs("random")
+
+
+def test_parameters_and_sizes_are_checked() -> None:
+    kernel = EmulatedRuntime(cuda=EMULATOR).kernel("planted.cu", "planted", {})
+    params = np.zeros((), PARAMS)
+    for grid, block, shared, data in [
+        ((1, 1, 1), 64, 64, np.zeros(3)), ((0, 1, 1), 64, 64, params), ((1, 1, 1), 2048, 64, params),
+        ((1, 1, 1), 64, 1 << 20, params),
+    ]:  # fmt: skip
+        with pytest.raises(EmulationError):
+            kernel.launch(grid, block, shared, data)  # type: ignore[arg-type]
+
+
+def test_seeds_repeat_a_schedule() -> None:
+    def switches(seed: int) -> list[int]:
+        kernel = EmulatedRuntime("random", cuda=EMULATOR).kernel("planted.cu", "planted", {})
+        before = kernel.counters["switches"]
+        plant(1, 3, "random", seed=seed)
+        return [kernel.counters["switches"] - before]
+
+    assert switches(5) == switches(5)
+    assert len({tuple(switches(seed)) for seed in range(6)}) > 1
+
+
+def test_does_not_compile(tmp_path: Path) -> None:
+    (tmp_path / "broken.cu").write_text("int f() { return nothing; }\n")
+    with pytest.raises(EmulationError, match=r"broken\.cu:1"):
+        EmulatedRuntime(cuda=tmp_path).kernel("broken.cu", "f", {})
+
+
+# ---- sanitizers, each in a process of its own
+
+RACES = {100: 1, 101: 1, 102: 1, 103: 1, 104: 3, 105: 3, 106: 3, 107: 1}
+"""Blocks of each plant."""
+
+
+def in_other_process(sanitizer: str, cases: dict[int, int]) -> dict[int, str]:
+    """Report of each plant, empty for none."""
+    result = sanitize.run(sanitizer, [__file__, json.dumps(cases)])
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return {int(k): v for k, v in json.loads(result.stdout.splitlines()[-1]).items()}
+
+
+def test_races_are_found_without_parallel_threads() -> None:
+    reports = in_other_process("thread", {0: 1, 1: 3, 2: 1, 3: 1, 4: 2} | RACES)
+    for number, text in reports.items():
+        assert bool(text) == (number in RACES), f"plant {number}: {text or 'no report'}"
+        if text:
+            named = {int(x) for x in re.findall(r"planted\.cu:(\d+)", text)}
+            assert named & lines_of(number), f"lines {sorted(lines_of(number))} expected: {text}"
+
+
+@pytest.mark.parametrize("number", [304, 305, 306, 314])
+def test_address_sanitizer(number: int) -> None:
+    result = sanitize.run("address", [__file__, json.dumps({number: 1})])
+    assert result.returncode != 0
+    named = {int(x) for x in re.findall(r"planted\.cu:(\d+)", result.stderr)}
+    assert named & lines_of(number), result.stderr[-4000:]
+
+
+def test_correct_code_under_address_sanitizer() -> None:
+    assert not any(in_other_process("address", {0: 1, 1: 3, 2: 1, 3: 1, 4: 2}).values())
+
+
+# ---- primitives
+
+
+def selftest(family: str, words: np.ndarray, runtime: EmulatedRuntime | None = None) -> np.ndarray:
+    given = torch.from_numpy(words.view(np.int32))
+    out = torch.zeros(gpu_selftest.words_out(family, len(words)), dtype=torch.int32)
+    flags = torch.zeros(len(words) // 64 + 2, dtype=torch.int32)
+    gpu_selftest.run(runtime or EmulatedRuntime(), family, given, out, flags)
+    assert not flags.any()
+    return out.numpy().view(np.uint32)
+
+
+if __name__ == "__main__":
+    found = {}
+    for number, blocks in json.loads(sys.argv[1]).items():
+        try:
+            for order in ORDERS:
+                plant(int(number), blocks, order, guard=False)
+            found[number] = ""
+        except EmulationError as error:
+            found[number] = str(error)
+    print(json.dumps(found))
