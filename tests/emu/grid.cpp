@@ -21,10 +21,13 @@ namespace emu {
   acquire(&machine.start);
   machine.invoke(machine.params);
   release(&machine.end);
-  Quiet quiet;
-  depart(me);
-  // A finished block is taken down by the scheduler.
-  change(me, me->block->alive ? pick() : nullptr);
+  Fiber* next = nullptr;
+  {
+    Quiet quiet;
+    depart(me);
+    if (me->block->alive) next = pick();  // a finished block is taken down by the scheduler
+  }
+  change(me, next);
   __builtin_unreachable();
 }
 
@@ -40,9 +43,11 @@ static void start(Block& b, dim3 index) {
   auto bytes = static_cast<size_t>(l.shared_bytes), rounded = (bytes + 127) / 128 * 128;
   if (EMU_TSAN || b.shared.bytes() < rounded || !b.memory) b.shared = Mapping(rounded + !rounded);
   b.memory = b.shared.end() - rounded;
-  memset(b.memory, 0xff, rounded);
 #if EMU_ASAN
   __asan_unpoison_memory_region(b.shared.begin(), b.shared.bytes());
+#endif
+  memset(b.memory, 0xff, rounded);
+#if EMU_ASAN
   __asan_poison_memory_region(b.shared.begin(), static_cast<size_t>(b.memory - b.shared.begin()));
   __asan_poison_memory_region(b.memory + bytes, rounded - bytes);
 #endif
@@ -67,7 +72,9 @@ static void start(Block& b, dim3 index) {
 
 static void take_down([[maybe_unused]] Block& b) {
 #if EMU_TSAN
-  for (Fiber& f : b.fibers) __tsan_destroy_fiber(f.tsan);
+  // Where a grid failed, threads stand inside a Quiet, and to destroy such a one is an error.
+  for (Fiber& f : b.fibers)
+    if (f.done) __tsan_destroy_fiber(f.tsan);
 #endif
 }
 

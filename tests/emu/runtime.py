@@ -155,7 +155,9 @@ class Library:
         self.native = ctypes.CDLL(str(path))
         self.native.emu_run.restype = ctypes.c_char_p
         self.native.emu_fault.restype = ctypes.c_void_p
-        self.reports = _report_file() if sanitizer == "thread" else None
+        self.sanitizer = sanitizer
+        if sanitizer == "thread":
+            _reports()
 
     def fault(self) -> str:
         """Where the last fault's instruction stands, if there was one: innermost first, the emulator's own lines left out."""
@@ -169,18 +171,22 @@ class Library:
         return f" at {' < '.join(kept or lines)}"
 
     def new_report(self) -> str:
-        """What ThreadSanitizer wrote since the last call, cut to what tells: the accesses and their lines."""
-        if self.reports is None or not self.reports.exists():
+        """What ThreadSanitizer wrote since the last launch, of any kernel."""
+        if self.sanitizer != "thread" or not _reports().exists():
             return ""
-        text = self.reports.read_text()
-        self.reports.write_text("")
-        if "WARNING: ThreadSanitizer" not in text:
-            return ""
-        return "race:\n" + text[:6000]
+        with open(_reports()) as file:
+            file.seek(_read[0])
+            text = file.read()
+            _read[0] = file.tell()
+        return f"race:\n{text[:6000]}" if "WARNING: ThreadSanitizer" in text else ""
+
+
+_read = [0]
 
 
 @cache
-def _report_file() -> Path:
+def _reports() -> Path:
+    """Where the sanitizer writes from now on."""
     stem = Path(tempfile.mkdtemp()) / "report"
     ctypes.CDLL(None)["__sanitizer_set_report_path"](str(stem).encode())
     return stem.with_name(f"report.{os.getpid()}")

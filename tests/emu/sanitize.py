@@ -24,7 +24,7 @@ def run(sanitizer: str, arguments: list[str], timeout: float = 600) -> subproces
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0",
         # Everything but the kernels is left alone: torch's own threads are not instrumented.
-        "TSAN_OPTIONS": "report_bugs=1:halt_on_error=0:exitcode=0:history_size=4:ignore_noninstrumented_modules=1",
+        "TSAN_OPTIONS": "halt_on_error=0:exitcode=0:history_size=4:ignore_noninstrumented_modules=1",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }

@@ -43,7 +43,7 @@ void __asan_unpoison_memory_region(const volatile void* address, size_t bytes);
 
 // Reads the emulator's state on behalf of a CUDA thread: never inlined into instrumented code.
 #if EMU_TSAN
-#define EMU_UNSEEN __attribute__((noinline, no_sanitize("thread")))
+#define EMU_UNSEEN inline __attribute__((noinline, no_sanitize("thread")))
 #else
 #define EMU_UNSEEN inline
 #endif
