@@ -59,13 +59,13 @@ static void start(Block& b, dim3 index) {
     f.block = &b, f.thread = static_cast<int>(i), f.done = false, f.waits = nullptr, f.fenced = false, f.group = 0;
     f.copies.clear(), f.flags.clear();
     b.warps[i / 32].alive |= 1u << i % 32;
-    f.context.prepare(f.stack.begin(), f.stack.bytes(), thread_main);
+#if EMU_ASAN
+    __asan_unpoison_memory_region(f.stack.begin(), f.stack.bytes());  // the last thread's frames may have left it closed
+#endif
 #if EMU_TSAN
     f.tsan = __tsan_create_fiber(0);
 #endif
-#if EMU_ASAN
-    __asan_unpoison_memory_region(f.stack.begin(), f.stack.bytes());
-#endif
+    f.context.prepare(f.stack.begin(), f.stack.bytes(), thread_main);
     machine.ready.push_back(&f);
   }
 }
