@@ -1,0 +1,368 @@
+// The weights of runs, from the router's scores: see Backend.probe in backends/base.py.
+//
+// exp(z + a) is formed as exp(z) exp(a), each relative to its largest: j * (l + S) exponentials instead of j * l * S. Scores too
+// far apart for that (the best list lies in segments of no weight) are weighed again, one exponential a run.
+#pragma once
+#include "select_cut.cuh"
+
+#ifndef SAAP_COLUMNS
+#define SAAP_COLUMNS 4  // query vectors that are weighed together, a multiple of 4
+#endif
+#ifndef SAAP_LISTS
+#define SAAP_LISTS 0  // 1: nprobe, whole lists are selected
+#endif
+#ifndef SAAP_FAR
+#define SAAP_FAR 0  // 1: what grows with S does not fit in shared memory and lies in the workspace
+#endif
+
+struct SelectParams {
+  const float* z;        // (b, h, j, l)
+  const float* a;        // (b, h, j, m + 1): the distance term at m knots, and c; null without c
+  const int* tables;     // (b, h, S, l + 1)
+  const float* centres;  // (b, S)
+  const int* meta;       // (b, 8)
+  const int* budgets;    // (b, h) most rows
+  const int* entries;    // (b, h) most tail entries, or null: no tail
+  const float* miss;     // (h) attention per query vector that may stay unread, or null
+  int* rows;             // out (b, h, t_cap)
+  int* counts;           // out (b, h)
+  int* tail;             // out (b, h, x_cap), null without entries
+  int* tail_counts;      // out (b, h), likewise
+  float* workspace;      // (b, h, room(S, l)) if SAAP_FAR, else null
+  int h, j, l, segments;  // segments: S
+  int knots, first_knot;  // m; 0 without c
+  int t_cap, x_cap, nprobe, count_lists;
+};
+
+namespace {
+
+constexpr int kColumns = SAAP_COLUMNS, kUnroll = kColumns > 4 ? 2 : 4;
+constexpr float kLog2E = 1.44269504f;
+constexpr float kMost = 3e38f;           // the largest weight
+constexpr float kLeastSum = 1e-15f;      // a sum this large leaves room for runs 20 orders of magnitude below
+constexpr float kMassUnits = 2147483648.f;  // mass is counted in these parts of the whole
+
+__device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+__device__ __forceinline__ float weigh(float relative) { return exp2_fast(kLog2E * relative); }
+
+// A sum of exponentials: sum * exp(top). A score of NaN or infinity makes the sum NaN.
+struct Mass {
+  float top, sum;
+
+  __device__ __forceinline__ void add(float score, float weight) {
+    if (!(score < INFINITY)) {
+      sum = NAN;
+    } else if (score > top) {
+      sum = sum * weigh(top - score) + weight;
+      top = score;
+    } else if (score > -INFINITY) {
+      sum += weight * weigh(score - top);
+    }
+  }
+  // Takes in what the lane whose number differs by `bit` has.
+  __device__ __forceinline__ void join_lane(int bit) {
+    const float other_top = __shfl_xor_sync(kAllLanes, top, bit), other_sum = __shfl_xor_sync(kAllLanes, sum, bit);
+    const float most = fmaxf(top, other_top), base = most == -INFINITY ? 0.f : most;
+    sum = sum * weigh(top - base) + other_sum * weigh(other_top - base);
+    top = most;
+  }
+};
+
+// The runs of one (sequence, KV head).
+struct Runs {
+  const int* tables;  // (S, l + 1)
+  int lists;
+
+  __device__ __forceinline__ int end(int segment, int list) const { return tables[segment * (lists + 1) + list + 1]; }
+  __device__ __forceinline__ int length(int segment, int list) const {
+    const int* at = tables + (segment * (lists + 1) + list);
+    const int n = at[1] - at[0];
+    return n > 0 ? n : 0;
+  }
+};
+
+// Shared memory whose size is known to the compiler; share and, unless SAAP_FAR, bend, place and keys follow.
+struct Fixed {
+  Search search;
+  Mass partial[kWarps * kColumns];
+  float top[kColumns];     // of the vectors at hand: scores are relative to this
+  float factor[kColumns];  // share / sum; 0 where there is nothing to count
+  int odd[kColumns];       // whether the distance term is no number somewhere
+  float most_share;        // the largest share, not relative to itself
+  int far;                 // whether the vectors at hand need `wide`
+};
+
+// Floats of bend, place and keys.
+__device__ __forceinline__ i64 room(int segments, int lists) {
+  return (static_cast<i64>(segments) * (kColumns + 1 + lists) + 3) / 4 * 4;
+}
+
+// How threads share lists and segments: a warp reads neighbouring lists, and few lists leave threads for several segments.
+struct Split {
+  int list, step, group, groups;
+
+  __device__ __forceinline__ explicit Split(int lists) {
+    const int width = lists < kThreads ? (lists + 31) / 32 * 32 : kThreads;
+    step = width, groups = kThreads / width, group = static_cast<int>(threadIdx.x) / width;
+    list = group < groups ? static_cast<int>(threadIdx.x) - group * width : lists;
+  }
+};
+
+// One selection: where it reads, where its shared memory is.
+struct Selection {
+  const float* z;  // (j, l)
+  const float* a;  // (j, stride), or null
+  Runs runs;
+  Fixed* fixed;
+  float* bend;     // (S, kColumns) exp of the distance term of the vectors at hand, relative to its largest; wide: the term itself
+  float* place;    // (S) of a segment on the knots
+  float* share;    // (j) what each vector counts, relative to the most
+  u32* keys;       // (items) bits of the weights
+  int j, segments, knots, stride;  // knots: 0 if there is no distance term
+  bool count_lists, by_mass;       // without count_lists: knots = 0, a = null
+
+  __device__ __forceinline__ float c(int i) const { return a ? a[(i + 1) * stride - 1] : INFINITY; }
+
+  // What each vector counts: the sigmoid of c, relative to the largest. One warp.
+  __device__ __forceinline__ void find_shares() const {
+    const int lane = threadIdx.x % 32;
+    float best = -INFINITY;
+    for (int i = lane; i < j; i += 32) best = fmaxf(best, c(i));
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, step));
+    // sigmoid(c) = exp(min(c, 0)) / (1 + exp(-|c|)): the ratio of two of them is safe however small both are
+    const float base = fminf(best, 0.f), one = 1.f + weigh(-fabsf(best));
+    for (int i = lane; i < j; i += 32) {
+      const float x = c(i), relative = weigh(fminf(x, 0.f) - base) * (one / (1.f + weigh(-fabsf(x))));
+      share[i] = x == x && relative > 0.f ? relative : 0.f;
+    }
+    if (lane == 0) fixed->most_share = weigh(base) / one;
+  }
+
+  // Where each segment lies on the knots, as QueryRouter.knots has it.
+  __device__ __forceinline__ void find_places(const float* centres, int next_position, int first_knot) const {
+    for (int s = threadIdx.x; s < segments; s += kThreads) {
+      const double distance = static_cast<double>(next_position) - 1.0 - static_cast<double>(centres[s]);
+      const float at = static_cast<float>(log2(distance > 1.0 ? distance : 1.0) - first_knot);
+      place[s] = fminf(fmaxf(at, 0.f), static_cast<float>(knots > 0 ? knots - 1 : 0));
+    }
+  }
+
+  // Fills bend for vectors j0, j0 + 1, ...; a warp takes one.
+  __device__ __forceinline__ void find_bends(int j0, bool wide) const {
+    const int lane = threadIdx.x % 32;
+    for (int column = threadIdx.x / 32; column < kColumns; column += kWarps) {
+      const bool present = j0 + column < j;
+      const float knot = present && lane < knots ? a[(j0 + column) * stride + lane] : 0.f;
+      float top = -INFINITY;
+      bool odd = false;
+      for (int base = 0; base < segments; base += 32) {
+        const int s = base + lane;
+        const float at = s < segments ? place[s] : 0.f;
+        const int low = static_cast<int>(at);
+        const float from = __shfl_sync(kAllLanes, knot, low), to = __shfl_sync(kAllLanes, knot, low + 1 < knots ? low + 1 : low);
+        const float x = from + (at - static_cast<float>(low)) * (to - from);
+        if (s >= segments) continue;
+        bend[s * kColumns + column] = x;
+        odd |= !(x < INFINITY);
+        top = fmaxf(top, x);
+      }
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+      odd = __any_sync(kAllLanes, odd);
+      if (!wide)
+        for (int s = lane; s < segments; s += 32) {
+          float& x = bend[s * kColumns + column];
+          x = x < INFINITY && top > -INFINITY ? weigh(x - top) : 0.f;
+        }
+      if (lane == 0) fixed->odd[column] = odd;
+    }
+  }
+
+  // The sums Z of vectors j0, j0 + 1, ...: fixed->top and fixed->factor. Lists that hold no token have no say in top.
+  __device__ __forceinline__ void find_sums(int j0, bool wide) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Mass mass[kColumns];
+#pragma unroll
+    for (int k = 0; k < kColumns; k++) mass[k] = {-INFINITY, 0.f};
+    const Split split(runs.lists);
+#pragma unroll 1
+    for (int list = split.list; list < runs.lists; list += split.step) {
+      float density[kColumns], score[kColumns];
+      scores(j0, list, score);
+      bool present = false;
+#pragma unroll
+      for (int k = 0; k < kColumns; k++) density[k] = 0.f;
+      if (!count_lists) {
+        present = split.group == 0;
+#pragma unroll
+        for (int k = 0; k < kColumns; k++) density[k] = present;
+      } else if (!wide) {
+#pragma unroll kUnroll
+        for (int s = split.group; s < segments; s += split.groups) {
+          const int n = runs.length(s, list);
+          const Bends x = bends(s);
+          present |= n > 0;
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) density[k] += static_cast<float>(n) * x.of[k];
+        }
+      } else {
+#pragma unroll 1
+        for (int s = split.group; s < segments; s += split.groups) {
+          const int n = runs.length(s, list);
+#pragma unroll
+          for (int k = 0; k < kColumns; k++)
+            if (n > 0) mass[k].add(score[k] + bend[s * kColumns + k], static_cast<float>(n));
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kColumns; k++) {
+        if (!(score[k] < INFINITY)) mass[k].sum = NAN;
+        else if (present) mass[k].add(score[k], density[k]);
+      }
+    }
+#pragma unroll 1
+    for (int step = 16; step > 0; step /= 2)
+#pragma unroll
+      for (int k = 0; k < kColumns; k++) mass[k].join_lane(step);
+#pragma unroll
+    for (int k = 0; k < kColumns; k++)
+      if (lane == 0) fixed->partial[warp * kColumns + k] = mass[k];
+    __syncthreads();
+#pragma unroll 1
+    for (int column = warp; column < kColumns; column += kWarps) {
+      Mass all = lane < kWarps ? fixed->partial[lane * kColumns + column] : Mass{-INFINITY, 0.f};
+#pragma unroll 1
+      for (int step = 16; step > 0; step /= 2) all.join_lane(step);
+      if (lane != 0) continue;
+      const float mine = j0 + column < j && !fixed->odd[column] ? share[j0 + column] : 0.f;
+      if (!wide && knots > 0 && mine > 0.f && all.sum < kLeastSum) fixed->far = 1;
+      fixed->top[column] = all.top;
+      fixed->factor[column] = all.sum > 0.f ? mine / all.sum : 0.f;
+    }
+    __syncthreads();
+  }
+
+  struct Bends {
+    float of[kColumns];
+  };
+  __device__ __forceinline__ Bends bends(int s) const {
+    Bends x;
+    const float4* from = reinterpret_cast<const float4*>(bend + s * kColumns);
+#pragma unroll
+    for (int k = 0; k < kColumns / 4; k++) {
+      const float4 four = from[k];
+      x.of[4 * k] = four.x, x.of[4 * k + 1] = four.y, x.of[4 * k + 2] = four.z, x.of[4 * k + 3] = four.w;
+    }
+    return x;
+  }
+
+  // Scores of a list for vectors j0, j0 + 1, ...
+  __device__ __forceinline__ void scores(int j0, int list, float (&score)[kColumns]) const {
+#pragma unroll
+    for (int k = 0; k < kColumns; k++) score[k] = j0 + k < j ? z[(j0 + k) * runs.lists + list] : -INFINITY;
+  }
+
+  // Weight of a list to vectors j0, j0 + 1, ..., but for the distance term. Infinite at most for a list without tokens.
+  __device__ __forceinline__ void relative_weights(const float (&score)[kColumns], float (&w)[kColumns]) const {
+#pragma unroll
+    for (int k = 0; k < kColumns; k++) {
+      const float factor = fixed->factor[k];
+      w[k] = factor > 0.f ? factor * weigh(score[k] - fixed->top[k]) : 0.f;
+    }
+  }
+
+  // Adds a sum of weights to what earlier vectors gave, and makes it a key: NaN weighs nothing.
+  __device__ __forceinline__ float keep(int item, float w, bool first) const {
+    if (!first) w += __uint_as_float(keys[item]);
+    w = w > 0.f ? fminf(w, kMost) : 0.f;
+    keys[item] = __float_as_uint(w);
+    return w;
+  }
+
+  __device__ __forceinline__ void tally(float key, Measure x) const { fixed->search.tally(__float_as_uint(key) >> kFirstShift, x); }
+
+  // A run of n tokens of weight w; units: of mass, of a weight of one.
+  __device__ __forceinline__ Measure measure(int n, float w, float units) const {
+    if (!by_mass || !(w > 0.f)) return {static_cast<u32>(n), 0};
+    const float mass = fminf(static_cast<float>(n) * w * units, kMassUnits);
+    return {static_cast<u32>(n), mass > 1.f ? static_cast<u32>(mass + 0.5f) : 1};
+  }
+
+  // Adds the weights of vectors j0, j0 + 1, ... to those of all runs. last: tallies them.
+  __device__ __forceinline__ void store_runs(int j0, bool wide, bool last, float units) const {
+    const Split split(runs.lists);
+#pragma unroll 1
+    for (int list = split.list; list < runs.lists; list += split.step) {
+      float score[kColumns], relative[kColumns];
+      scores(j0, list, score);
+      relative_weights(score, relative);
+#pragma unroll kUnroll
+      for (int s = split.group; s < segments; s += split.groups) {
+        const int n = runs.length(s, list);
+        float w = 0.f;
+        if (!wide) {
+          const Bends x = bends(s);
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) w += relative[k] * x.of[k];
+        } else {
+#pragma unroll 1
+          for (int k = 0; k < kColumns && j0 + k < j; k++)
+            if (fixed->factor[k] > 0.f)
+              w += fixed->factor[k] * weigh(z[(j0 + k) * runs.lists + list] + bend[s * kColumns + k] - fixed->top[k]);
+        }
+        w = keep(s * runs.lists + list, n > 0 ? w : 0.f, j0 == 0);
+        if (last && n > 0) tally(w, measure(n, w, units));
+      }
+    }
+  }
+
+  // The same for lists without distance, each counting as one and with all its rows.
+  __device__ __forceinline__ void store_lists(int j0, bool last) const {
+#pragma unroll 1
+    for (int list = threadIdx.x; list < runs.lists; list += kThreads) {
+      float score[kColumns], relative[kColumns], w = 0.f;
+      scores(j0, list, score);
+      relative_weights(score, relative);
+#pragma unroll
+      for (int k = 0; k < kColumns; k++) w += relative[k];
+      w = keep(list, w, j0 == 0);
+      if (last) tally(w, {rows_of_list(list), 1});
+    }
+  }
+  __device__ __forceinline__ u32 rows_of_list(int list) const {
+    u32 rows = 0;
+#pragma unroll kUnroll
+    for (int s = 0; s < segments; s++) rows += runs.length(s, list);
+    return rows;
+  }
+
+  // Keys of all runs (or lists, if SAAP_LISTS), tallied in the search, which is clear. Returns the sum of the shares; units: by
+  // what the mass of a run is multiplied to be counted.
+  __device__ __forceinline__ float weigh_all(float& units) const {
+    float total = 0.f;
+#pragma unroll 1
+    for (int j0 = 0; j0 < j; j0 += kColumns) {
+      const bool last = j0 + kColumns >= j;
+      bool wide = false;
+      if (threadIdx.x == 0) fixed->far = 0;
+#pragma unroll 1
+      for (;;) {
+        find_bends(j0, wide);
+        __syncthreads();
+        find_sums(j0, wide);
+        if (wide || !fixed->far) break;
+        wide = true;
+        __syncthreads();
+      }
+      for (int k = 0; k < kColumns; k++) total += fixed->factor[k] > 0.f ? share[j0 + k] : 0.f;
+      units = total > 0.f ? kMassUnits / total : 0.f;
+      if (SAAP_LISTS) store_lists(j0, last);
+      else store_runs(j0, wide, last, units);
+      __syncthreads();
+    }
+    return total;
+  }
+};
+
+}  // namespace
