@@ -1,0 +1,1 @@
+"""Sparse attention methods side by side on one model: what each reads, and what the output is worth. Needs transformers."""

@@ -1,0 +1,71 @@
+"""This library's index, and SAAP as published, as methods under test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..index import AsymmetricIndex
+from ..params import SearchParametersIVF
+from .method import Attended, Layer, Method, State
+
+
+class Saap(Method):
+    """An `AsymmetricIndex` per layer, trained, of batch 1; only its training and configuration are used.
+
+    share : of the tokens outside sinks and window, the model's average if the indexes have ``budget_shares``. An index whose
+    default budget is ``nprobe`` visits whole lists in the router's order up to the budget: SAAP as published. params : replaces
+    the budget, for ``target_mass`` and the like; ``share`` is None then.
+    """
+
+    kind = "query-adaptive index"
+
+    def __init__(
+        self, name: str, indexes: Mapping[int, AsymmetricIndex], share: float | None, params: SearchParametersIVF | None = None
+    ) -> None:
+        self.name, self.indexes, self.share, self.params = name, indexes, share, params
+
+    def start(self, layer: Layer, tokens: int) -> State:
+        index = self.indexes[layer.number].fork()
+        index.reset()
+        index.reserve_memory(tokens, batch=1)
+        return _SaapState(self, index, layer)
+
+
+class _SaapState(State):
+    def __init__(self, method: Saap, index: AsymmetricIndex, layer: Layer) -> None:
+        self.method, self.index, self.layer = method, index, layer
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        self.index.add(keys[None], values[None])
+
+    def attend(self, queries: Tensor) -> Attended:
+        index, layer = self.index, self.layer
+        flat = queries.reshape(1, layer.heads * layer.group, 1, layer.d)
+        selection = index.select(flat, params=self._params())
+        out = index.attend_selected(flat, selection)[0, :, 0].view(layer.heads, layer.group, layer.e)
+        chosen = torch.zeros((layer.heads, index.ntotal), dtype=torch.bool)
+        for head, ids in enumerate(index.read_ids(selection)[0]):
+            chosen[head, ids] = True
+        last: Any = index.stats().last_search
+        read = last.read_sealed + last.dense_tokens
+        kv_bytes = read * layer.heads * layer.token_bytes
+        means = last.tail_entries * layer.heads * layer.token_bytes
+        return Attended(out, read + last.tail_entries, kv_bytes, last.metadata_bytes + means, last.router_bytes, chosen)
+
+    def _params(self) -> SearchParametersIVF | None:
+        """The share as this step's parameters: recent tokens beyond the window are read anyway, and part of the budget."""
+        if self.method.share is None:
+            return self.method.params
+        index, layout = self.index, self.index.layout
+        sealed = index.invlists.sealed(0) - index.invlists.sinks(0)
+        if not sealed:
+            return None
+        outside = max(0, index.ntotal - layout.sinks - layout.window)
+        budget = max(1, round(self.method.share * outside) - (outside - sealed))
+        if index.nprobe is not None:
+            return SearchParametersIVF(nprobe=index.nlist, max_codes=budget)
+        return SearchParametersIVF(selectivity=min(1.0, budget / sealed))
