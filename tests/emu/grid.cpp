@@ -216,6 +216,7 @@ static const char* run(const Launch& launch, void (*invoke)(const void*), const 
   running.block = {static_cast<unsigned>(launch.block), 1, 1};
   running.shared_bytes = launch.shared_bytes;
   m.invoke = invoke, m.params = params;
+  m.counters = {}, m.conflicts.clear();
   m.failed = false, m.error.clear(), m.fault = nullptr, m.idle_polls = 0;
   m.state = launch.seed * 2 + 1;
   m.ready.clear(), m.head = 0;

@@ -9,6 +9,7 @@
 namespace emu {
 
 Running running;
+Machine machine;
 
 std::string place(Site at) {
   std::string path = at.file_name();

@@ -130,7 +130,7 @@ struct Machine {
   }
 };
 
-inline Machine machine;
+extern Machine machine;
 
 constexpr size_t kStackBytes = EMU_ASAN || EMU_TSAN ? 256 << 10 : 128 << 10;
 

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -27,7 +28,7 @@ from torch import Tensor
 EMULATOR = Path(__file__).resolve().parent
 CUDA = EMULATOR.parent.parent / "cuda"
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-DSAAP_EMU", "-Wall", "-Wno-unknown-pragmas", "-march=native"]
+FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-DSAAP_EMU", "-Wall", "-Wno-unknown-pragmas", "-march=native"]
 # Without these the code of two lines may become one, and a fault be reported with the wrong one.
 FLAGS += ["-fno-crossjumping", "-fno-tree-tail-merge", "-fno-tree-sink", "-fno-code-hoisting"]
 SANITIZE = {
@@ -98,8 +99,14 @@ class EmulatedRuntime:
 
 
 class EmulatedKernel:
+    """counters : of all launches: switches, collectives, barriers, 16-byte async copies, 8 x 8 matrices read.
+    conflicts : of ldmatrix, by file:line: phases, and further passes over shared memory that bank conflicts cost them.
+    """
+
     def __init__(self, runtime: EmulatedRuntime, title: str, library: Library) -> None:
         self.runtime, self.title, self.library = runtime, title, library
+        self.counters: Counter[str] = Counter()
+        self.conflicts: dict[str, tuple[int, int]] = {}
 
     def launch(self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any]) -> None:
         """Runs to the end. Each launch of a random runtime has another schedule; the first repeats under the same seed."""
@@ -115,11 +122,12 @@ class EmulatedKernel:
         runtime.launches += 1
         extents = np.array(runtime.extents, np.uint64).reshape(-1, 2)
         args = (block, shared_bytes, runtime.order, runtime.inflight, len(extents), seed, extents.ctypes.data)
-        with self.library.lock:
+        with _one_at_a_time:
             error = native.emu_run(
                 ctypes.byref(_Launch(grid, *args)), native.emu_invoke, ctypes.create_string_buffer(data, len(data))
             )
             report = self.library.new_report()
+            self.library.add_counters(self.counters, self.conflicts)
             if error is not None:
                 raise EmulationError(f"{self.title}: {error.decode()}{self.library.fault()}{report}")
         if report:
@@ -129,29 +137,11 @@ class EmulatedKernel:
         """What the source exports as ``saap_sizeof_<name>``."""
         return int(getattr(self.library.native, f"saap_sizeof_{name}")())
 
-    @property
-    def counters(self) -> dict[str, int]:
-        """Since the library was loaded, by whomever: switches, collectives, barriers, 16-byte async copies, 8 x 8 matrices."""
-        out = (ctypes.c_uint64 * 5)()
-        self.library.native.emu_counters(out)
-        return dict(zip(("switches", "collectives", "barriers", "copies", "matrices"), out, strict=True))
-
-    @property
-    def conflicts(self) -> dict[str, tuple[int, int]]:
-        """Of ldmatrix, by file:line: phases, and further passes over shared memory that bank conflicts cost them."""
-        found, numbers, place = {}, (ctypes.c_uint64 * 2)(), ctypes.create_string_buffer(256)
-        i = 0
-        while self.library.native.emu_conflict(i, numbers, place, len(place)):
-            found[place.value.decode()] = (numbers[0], numbers[1])
-            i += 1
-        return found
-
 
 class Library:
     """A loaded build, and how to read its faults and the sanitizer's reports."""
 
     def __init__(self, path: Path, sanitizer: str | None) -> None:
-        self.path, self.lock = path, threading.Lock()
         self.native = ctypes.CDLL(str(path))
         self.native.emu_run.restype = ctypes.c_char_p
         self.native.emu_fault.restype = ctypes.c_void_p
@@ -159,13 +149,31 @@ class Library:
         if sanitizer == "thread":
             _reports()
 
+    def add_counters(self, counters: Counter[str], conflicts: dict[str, tuple[int, int]]) -> None:
+        """Those of the last launch."""
+        out, place = (ctypes.c_uint64 * 5)(), ctypes.create_string_buffer(256)
+        self.native.emu_counters(out)
+        counters.update(dict(zip(("switches", "collectives", "barriers", "copies", "matrices"), out, strict=True)))
+        i = 0
+        while self.native.emu_conflict(i, out, place, len(place)):
+            before = conflicts.get(place.value.decode(), (0, 0))
+            conflicts[place.value.decode()] = (before[0] + out[0], before[1] + out[1])
+            i += 1
+
     def fault(self) -> str:
         """Where the last fault's instruction stands, if there was one: innermost first, the emulator's own lines left out."""
         at = self.native.emu_fault()
         if at is None:
             return ""
-        base = next(int(x.split("-")[0], 16) for x in Path("/proc/self/maps").read_text().splitlines() if str(self.path) in x)
-        run = ["addr2line", "-i", "-s", "-e", str(self.path), hex(at - base)]
+        ranges = [
+            (int(first, 16), int(last, 16), path)
+            for first, last, path in re.findall(r"^(\w+)-(\w+) .* (/.*\.so)$", Path("/proc/self/maps").read_text(), re.M)
+        ]
+        path = next((path for first, last, path in ranges if first <= at < last), None)
+        if path is None:
+            return ""
+        base = min(first for first, _, other in ranges if other == path)
+        run = ["addr2line", "-i", "-s", "-e", path, hex(at - base)]
         lines = [x.split(" ")[0] for x in subprocess.run(run, capture_output=True, text=True).stdout.split("\n") if x]
         kept = [x for x in lines if x.split(":")[0].endswith((".cu", ".cuh"))]
         return f" at {' < '.join(kept or lines)}"
@@ -182,6 +190,7 @@ class Library:
 
 
 _read = [0]
+_one_at_a_time = threading.Lock()
 
 
 @cache
@@ -243,9 +252,9 @@ def sources(file: Path, folders: tuple[Path, ...]) -> dict[Path, str]:
 
 def build(file: Path, name: str, macros: Mapping[str, int], sanitizer: str | None = None) -> Path:
     """The library with the kernel ``name`` of ``file``."""
-    machine = _compile("machine", [EMULATOR / x for x in MACHINE], ["-c"], "", sanitizer)
+    machine = _compile("machine", [EMULATOR / x for x in MACHINE], [], "", sanitizer)
     defined = [f"-D{k}={v}" for k, v in sorted(macros.items())]
-    return _compile(name, [file], [*defined, "-shared", "-x", "none", str(machine)], f"EMU_EXPORT({name})\n", sanitizer)
+    return _compile(name, [file], [*defined, "-x", "none", str(machine)], f"EMU_EXPORT({name})\n", sanitizer)
 
 
 def _compile(name: str, files: list[Path], arguments: list[str], tail: str, sanitizer: str | None) -> Path:
@@ -258,7 +267,7 @@ def _compile(name: str, files: list[Path], arguments: list[str], tail: str, sani
     key = [_compiler(), tail, *flags, *arguments, *(f"{p.name}\n{text}" for p, text in sorted(texts.items()))]
     folder = cache_folder()
     _prune(folder)
-    target = folder / f"{name}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.{'o' if '-c' in arguments else 'so'}"
+    target = folder / f"{name}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.so"
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
