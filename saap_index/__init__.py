@@ -4,7 +4,11 @@ index = saap_index.AsymmetricIndex(d=128, nlist=256, num_heads=32, num_kv_heads=
 index.train(keys, queries)
 index.add(keys, values)
 out = index.search_attend(queries)
+
+Inside Hugging Face transformers: model = saap_index.attach(model, routers), and `generate` decodes sparsely.
 """
+
+from typing import Any
 
 from .attend import Selection, merge_states
 from .backends import register_backend
@@ -36,6 +40,18 @@ from .training import TrainingConfig
 
 __version__ = "0.1.0"
 
+_TRANSFORMERS = ("SaapCache", "attach", "detach")
+"""What needs transformers, and is imported when it is asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import hf
+
+    return getattr(hf, name)
+
+
 __all__ = [
     "AsymmetricIndex",
     "Calibration",
@@ -54,6 +70,7 @@ __all__ = [
     "ParameterError",
     "QueryRouter",
     "Rope",
+    "SaapCache",
     "SaapError",
     "SearchParametersIVF",
     "SearchStats",
@@ -61,6 +78,8 @@ __all__ = [
     "ShapeError",
     "StateError",
     "TrainingConfig",
+    "attach",
+    "detach",
     "merge_states",
     "read_index",
     "register_backend",

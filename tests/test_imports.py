@@ -76,8 +76,23 @@ ALLOWED = {
         "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "stats",
         "training",
     } | ANY,
+    # the index inside transformers
+    "hf.support": ANY,
+    "hf.masks": ANY,
+    "hf.plan": {"backends", "calibration", "checks", "hf.support", "index", "quantizer", "rope", "router"} | ANY,
+    "hf.slots": {"hf.masks", "hf.plan", "index", "layout", "params", "stats"} | ANY,
+    "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
+    "hf.attention": {"hf.layer", "hf.slots"} | ANY,
+    "hf.cache": {"hf.layer", "hf.plan", "params", "stats"} | ANY,
+    "hf.saving": {"checks", "hf.layer", "hf.plan", "hf.slots", "index"} | ANY,
+    "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support"} | ANY,
+    "hf": {"hf.attach", "hf.attention", "hf.cache", "hf.support"} | ANY,
 }
-LATER = {"rope": {"rope_config"}}  # inside a function: Rope.from_config hands over to the module that reads models' files
+LATER = {  # inside a function
+    "rope": {"rope_config"},  # Rope.from_config hands over to the module that reads models' files
+    "": {"hf"},  # which needs transformers
+    "hf.cache": {"hf.saving"},
+}
 OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions", "faiss", "cupy"}  # faiss and cupy inside functions only
 LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "cuda"))
 
@@ -136,7 +151,8 @@ def test_direction(path: Path) -> None:
     assert not unknown, f"{name} must not know {sorted(unknown)}"
     assert not LATER.get(name, set()) & imports(path, at_import=True)[0]
     foreign = others - set(sys.stdlib_module_names)
-    assert foreign <= OUTSIDE, f"{name} needs {sorted(foreign - OUTSIDE)}"
+    known = OUTSIDE | ({"transformers"} if name.split(".")[0] == "hf" else set())
+    assert foreign <= known, f"{name} needs {sorted(foreign - known)}"
     assert not {"faiss", "cupy"} & imports(path, at_import=True)[1], "optional packages are imported where they are used"
 
 

@@ -1,0 +1,19 @@
+"""The index inside Hugging Face transformers: one line, and `generate` decodes sparsely.
+
+    model = saap_index.attach(model, routers, selectivity=0.05)
+    model.generate(**inputs, max_new_tokens=200)
+
+Importing this package makes the attention function "saap" known to transformers. `docs/transformers.md` walks through it.
+"""
+
+from .support import check_version
+
+check_version()
+
+from .attach import attach, detach  # noqa: E402 - after the version is known to be one that has what these import
+from .attention import register  # noqa: E402
+from .cache import SaapCache  # noqa: E402
+
+register()
+
+__all__ = ["SaapCache", "attach", "detach"]

@@ -1,0 +1,46 @@
+"""The attention function "saap" of transformers, and its place in the registries. Knows the cache layer, not the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..errors import CompatibilityError, StateError
+from .layer import IndexedLayer
+from .slots import LAYER
+
+NAME = "saap"
+
+_UNSERVED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change what a softmax is taken of
+
+
+@torch.compiler.disable
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """What transformers calls in every layer: query (b, hq, q, d), key (b, h, n, d), value (b, h, n, e) -> (b, q, hq, e).
+
+    Keys from a layer of a `SaapCache` lead to its index. Any other keys, those of a layer left dense or of a call without a
+    cache, are attended to by transformers' SDPA, with the same arguments.
+    """
+    layer: IndexedLayer | None = getattr(key, LAYER, None)
+    if layer is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    for name in _UNSERVED:
+        if kwargs.get(name) is not None:
+            raise CompatibilityError(f"layer {layer.plan.number}: expected plain softmax attention, got {name}")
+    if dropout:
+        raise StateError(f"SaapCache: expected a model in evaluation mode, got dropout={dropout}; call model.eval()")
+    return layer.attend(module, query, attention_mask, scaling, **{"position_ids": None, **kwargs}), None
+
+
+def register() -> None:
+    """Make the name known to transformers, with SDPA's masks: without those, padding would be ignored silently."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)

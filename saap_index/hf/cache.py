@@ -1,0 +1,167 @@
+"""`SaapCache`: a cache of transformers whose global layers are indexes. Knows the model only by its plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..errors import CompatibilityError, ParameterError, StateError
+from ..params import SearchParametersIVF
+from ..stats import IndexStats
+from .layer import IndexedLayer
+from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
+
+
+class SaapCache(DynamicCache):
+    """A `DynamicCache` in which the layers that attend to the whole context keep their keys and values in an index.
+
+    For a model that `attach` was called on, `generate` makes one by itself; pass your own as ``past_key_values`` to keep it: for
+    a chat, for a prompt that is asked many times, to save it. For a model loaded with attn_implementation="saap", pass it always.
+
+    model : a model of transformers; routers, selectivity, options : as in `attach`, and not given if that was called.
+    max_tokens : room to make at once, in tokens per sequence; a cache grows without it, but copies itself when it does.
+
+    Raises what `attach` raises; StateError for a model with another attention function.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        routers: Any = None,
+        selectivity: float | None = None,
+        *,
+        dense_layers: Sequence[int] = (),
+        max_sparse_tokens: int = MAX_SPARSE_TOKENS,
+        max_tokens: int = 0,
+        **options: Any,
+    ) -> None:
+        plan = plan_of(model)
+        if routers is not None:
+            if plan is not None:
+                raise StateError("routers: expected none for a model they are attached to; detach first, or leave them out")
+            plan = make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options)
+        elif plan is None:
+            raise StateError("routers: expected those of the model, or a model that they are attached to, got neither")
+        elif selectivity is not None or options or dense_layers or max_sparse_tokens != MAX_SPARSE_TOKENS:
+            raise ParameterError("options: expected none for an attached model, whose own hold; set selectivity afterwards")
+        if plan.config._attn_implementation != "saap":
+            raise StateError(
+                f"model: expected attn_implementation='saap', got {plan.config._attn_implementation!r}; load it so or attach"
+            )
+        self._start(plan, DynamicCache(config=plan.config).layers, max_tokens)
+
+    def _start(self, plan: Plan, layers: list[Any], max_tokens: int = 0) -> None:
+        """Take ``layers``, the list itself, and put an index in place of those that the plan says."""
+        Cache.__init__(self, layers=layers)
+        self.plan = plan
+        for number, layer_plan in plan.layers.items():
+            old = layers[number]
+            if isinstance(old, IndexedLayer):
+                if old.plan is not layer_plan:
+                    raise CompatibilityError("past_key_values: expected a cache of this model and these routers, got another's")
+                continue
+            layers[number] = IndexedLayer(layer_plan, plan.max_sparse_tokens, max_tokens)
+            if old.is_initialized and old.get_seq_length():
+                layers[number].adopt(old.keys, old.values)
+
+    # -- what it holds -------------------------------------------------------------------------------------------------
+
+    @property
+    def indexed(self) -> dict[int, IndexedLayer]:
+        """The layers that are indexed, by number."""
+        return {number: layer for number, layer in enumerate(self.layers) if isinstance(layer, IndexedLayer)}
+
+    def set_search(self, params: SearchParametersIVF | None) -> None:
+        """Search with these parameters in place of the attached ones, in this cache alone; None: with those again."""
+        for layer in self.indexed.values():
+            layer.params = params
+
+    def stats(self) -> dict[int, IndexStats]:
+        """`AsymmetricIndex.stats` of every indexed layer that holds tokens."""
+        return {number: layer.index.stats() for number, layer in self.indexed.items() if layer.index is not None}
+
+    def tokens_read(self) -> float:
+        """Share of the stored tokens that the last step read, a mean over indexed layers, sequences and KV heads; 1 if dense."""
+        shares = []
+        for layer in self.indexed.values():
+            last = layer.last_search()
+            if last is not None:
+                shares.append((last.read_sealed + last.dense_tokens) / max(1.0, last.sealed_tokens + last.dense_tokens))
+        return sum(shares) / len(shares) if shares else 1.0
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], tokens: Tensor | None = None) -> None:
+        """Write everything this cache holds to a folder, for `load` in a later process.
+
+        tokens : int64 (b, n), the token ids that were cached, to be kept beside it.
+
+        The folder appears whole or not at all, in place of a saved prompt of that name. Under tensor parallelism every process
+        writes a folder of its own inside. Raises OSError; FileExistsError if something else has that name.
+        """
+        from .saving import save
+
+        save(self, path, tokens)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any, *, max_tokens: int = 0, verify: bool = False) -> SaapCache:
+        """Map what `save` wrote into memory, for a model that `attach` was called on with the same routers.
+
+        Takes no longer for a long prompt than for a short one: the disk is read when attention asks for a token. The folder must
+        not change while the cache is in use. ``tokens`` of the result are those that were saved, or None.
+
+        verify : read everything now and compare checksums.
+
+        Raises FormatError for damaged files, CompatibilityError for those of another model, other routers or another share of
+        the heads, OSError.
+        """
+        from .saving import load
+
+        plan = plan_of(model)
+        if plan is None:
+            raise StateError("model: expected one that routers are attached to, got one without; call attach first")
+        found: SaapCache = load(cls, path, model, plan, max_tokens, verify)
+        return found
+
+    tokens: Tensor | None = None
+
+
+def adopt(cache: Any, plan: Plan) -> SaapCache:
+    """A `SaapCache` over the layers of a cache that transformers or a user made, which keeps sharing them.
+
+    What the cache holds already is indexed. Raises CompatibilityError for a kind of cache that an index cannot take the place of.
+    """
+    if isinstance(cache, SaapCache):
+        if cache.plan is not plan:
+            raise CompatibilityError("past_key_values: expected a cache of this model and these routers, got another's")
+        return cache
+    kinds = [type(layer) for layer in getattr(cache, "layers", [])]
+    if not isinstance(cache, DynamicCache) or any(
+        kinds[number] not in (DynamicLayer, IndexedLayer) for number in plan.layers if number < len(kinds)
+    ):
+        raise CompatibilityError(
+            f"past_key_values: expected a DynamicCache or SaapCache, got {type(cache).__name__}; with an index attached, leave "
+            "cache_implementation at its default"
+        )
+    if cache.offloading:
+        raise CompatibilityError("past_key_values: expected a cache that stays where it is, got offloading=True")
+    missing = len(cache.layers) - plan.num_layers
+    if missing < 0:
+        cache.layers.extend(DynamicCache(config=plan.config).layers[missing:])
+    new = SaapCache.__new__(SaapCache)
+    new._start(plan, cache.layers)
+    return new
+
+
+def plan_of(model: Any) -> Plan | None:
+    """The plan that `attach` made for a model; None if it is not attached."""
+    attachment = getattr(model, ATTACHED, None)
+    return None if attachment is None else attachment.plan
+
+
+ATTACHED = "_saap_attached"
+"""Attribute of an attached model."""

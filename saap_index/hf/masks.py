@@ -1,0 +1,77 @@
+"""What an attention mask and position ids of transformers say of the tokens in a cache. Knows no index.
+
+Both are the same objects for every layer of a forward call, so what was read from one is kept on it, and read once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CompatibilityError
+
+_NOTE = "_saap_read"  # an attribute of the tensors themselves: it lives as long as they do
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The slots of a cache that hold tokens, as the newest query sees them.
+
+    visible : bool (b, slots), False for padding; counts : tokens of each sequence.
+    """
+
+    visible: Tensor
+    counts: list[int]
+
+    def has_new_padding(self, q: int) -> bool:
+        """Whether the newest q slots of any sequence are not all tokens."""
+        return not bool(self.visible[:, -q:].all())
+
+
+def read_mask(mask: Tensor | None, batch: int, q: int, slots: int) -> Seen | None:
+    """Which of ``slots`` slots are tokens, by the mask that an attention layer was given; None: all of them.
+
+    mask : bool (b, 1, q, slots), True where a query may look, as `sdpa_mask` makes it, or None for plain causal attention.
+    Raises CompatibilityError for a mask of another form.
+    """
+    if mask is None:
+        return None
+    note = getattr(mask, _NOTE, None)
+    if note is None or note[0] != (batch, q, slots):
+        if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1:] != (1, q, slots):
+            raise CompatibilityError(
+                f"attention_mask: expected a mask of tokens (b, n), which becomes bool (b, 1, {q}, {slots}), got {mask.dtype} "
+                f"{tuple(mask.shape)}"
+            )
+        visible = mask[:, 0, -1].expand(batch, slots)
+        counts = visible.sum(1).tolist()
+        note = (batch, q, slots), None if min(counts) == slots else Seen(visible, counts)
+        setattr(mask, _NOTE, note)
+    found: Seen | None = note[1]
+    return found
+
+
+def check_causal(mask: Tensor | None) -> None:
+    """CompatibilityError unless the newest q tokens see each other causally, and everything before them alike."""
+    if mask is None or mask.shape[2] == 1 or getattr(mask, "_saap_causal", False):
+        return
+    q, slots = mask.shape[2:]
+    ages = torch.arange(slots, device=mask.device)[None] - (slots - q + torch.arange(q, device=mask.device)[:, None])
+    if not torch.equal(mask, mask[:, :, -1:] & (ages <= 0)):
+        raise CompatibilityError("attention_mask: expected causal attention among the new tokens, got a mask of another pattern")
+    mask._saap_causal = True  # type: ignore[attr-defined]
+
+
+def last_positions(position_ids: Tensor | None, batch: int) -> list[int] | None:
+    """Position of the newest token of every sequence, as the model rotated it; None if it was not told."""
+    if position_ids is None:
+        return None
+    note: list[int] | None = getattr(position_ids, _NOTE, None)
+    if note is None or len(note) != batch:
+        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch):
+            raise CompatibilityError(f"position_ids: expected (b, n), got {tuple(position_ids.shape)}")
+        note = position_ids[:, -1].expand(batch).tolist()
+        setattr(position_ids, _NOTE, note)
+    return note

@@ -1,0 +1,171 @@
+"""How each layer of a model is indexed: its routers, shapes and options. Frozen data, shared by every cache of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import checks
+from ..backends import RouterWeights
+from ..calibration import Calibration
+from ..errors import CompatibilityError, ParameterError
+from ..index import AsymmetricIndex
+from ..quantizer import KeyQuantizer
+from ..rope import Rope
+from ..router import QueryRouter
+from . import support
+
+MAX_SPARSE_TOKENS = 8
+"""Tokens that one forward call may bring and still be attended to as decoding does: those that assisted decoding verifies."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: what an empty index of it is made of.
+
+    num_heads, num_kv_heads : of the whole model; shard : (rank, ranks), the share of them in this process.
+    options : of `AsymmetricIndex`.
+    """
+
+    number: int
+    num_heads: int
+    num_kv_heads: int
+    rope: Rope | None
+    key_quantizer: KeyQuantizer
+    query_router: QueryRouter
+    calibration: Calibration | None
+    options: Mapping[str, Any]
+    shard: tuple[int, int]
+    _empty: dict[Any, AsymmetricIndex] = field(default_factory=dict, repr=False, compare=False)
+
+    def new_index(self, kv_heads: int, d: int, d_v: int, dtype: torch.dtype, device: torch.device) -> AsymmetricIndex:
+        """An empty index for keys of this shape; the packed router and quantizer are shared by all of one kind.
+
+        Raises CompatibilityError for keys of another shape than the routers were trained on.
+        """
+        rank, ranks = self.shard
+        dim = self.key_quantizer.centroids.shape[2]
+        if kv_heads * ranks != self.num_kv_heads or d != dim:
+            raise CompatibilityError(
+                f"layer {self.number}: expected keys of {self.num_kv_heads // ranks} KV heads and {dim} dims, "
+                f"got {kv_heads} and {d}"
+            )
+        key = d_v, dtype, device
+        if key not in self._empty:
+            share = slice(rank * kv_heads, (rank + 1) * kv_heads)
+            options = dict(self.options)
+            if options.get("budget_shares") is not None:
+                options["budget_shares"] = options["budget_shares"][share]
+            heads = self.num_heads // self.num_kv_heads * kv_heads
+            nlist = self.key_quantizer.nlist
+            index = AsymmetricIndex(d, nlist, heads, kv_heads, d_v=d_v, dtype=dtype, device=device, rope=self.rope, **options)
+            index.key_quantizer = KeyQuantizer(self.key_quantizer.centroids[share].contiguous())
+            index.query_router = _share_of(self.query_router, share)
+            if self.calibration is not None:
+                index.calibration = Calibration(self.calibration.miss[share].contiguous())
+            self._empty[key] = index
+        return self._empty[key].fork()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model: the layers that are indexed, and what a saved prompt must agree with."""
+
+    layers: Mapping[int, LayerPlan]
+    num_layers: int
+    max_sparse_tokens: int
+    config: Any
+    identity: Mapping[str, Any]
+
+    def __deepcopy__(self, memo: Any) -> Plan:
+        return self  # nothing of it changes, and a copied cache is to fit the model as the first one does
+
+    @property
+    def dense_layers(self) -> list[int]:
+        return [number for number in range(self.num_layers) if number not in self.layers]
+
+
+def make_plan(
+    model: Any,
+    routers: Any,
+    selectivity: float | None,
+    dense_layers: Iterable[int],
+    max_sparse_tokens: int,
+    options: Mapping[str, Any],
+) -> Plan:
+    """Check a model against its routers and decide which layers are indexed; see `attach`.
+
+    A layer is indexed if it attends to the whole context, has a router, and is not named in ``dense_layers``.
+    """
+    decoder = support.decoder_of(model)
+    config = decoder.config
+    support.check_decoder(decoder)
+    if hasattr(routers, "check"):
+        routers.check(config)
+    dense = support.check_dense_layers(dense_layers, config.num_hidden_layers)
+    checks.integer(max_sparse_tokens, "max_sparse_tokens", 1)
+    whole = support.global_layers(decoder)
+    chosen = [number for number in whole if number in routers.layers and number not in dense]
+    if not chosen:
+        raise CompatibilityError(
+            f"model: expected a layer with attention over the whole context that has a router and is not in dense_layers, got "
+            f"layers {whole} with such attention, routers for {sorted(routers.layers)}, dense_layers {sorted(dense)}"
+        )
+    modules = support.attention_layers(decoder)
+    layers = {number: _layer_plan(config, number, modules[number].self_attn, routers, selectivity, options) for number in chosen}
+    rank, ranks = next(iter(layers.values())).shard
+    identity = {
+        "model_type": config.model_type, "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads, "hidden": config.hidden_size, "vocab": config.vocab_size, "rank": rank,
+        "ranks": ranks, "weights": support.fingerprint(decoder),
+    }  # fmt: skip
+    return Plan(layers, config.num_hidden_layers, max_sparse_tokens, config, identity)
+
+
+def _layer_plan(
+    config: Any, number: int, attention: Any, routers: Any, selectivity: float | None, options: Mapping[str, Any]
+) -> LayerPlan:
+    quantizer, router, calibration, shares = _parts(routers, number)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    h, nlist, d = quantizer.centroids.shape
+    support.check_head_dim(d, number)
+    rope = Rope.from_config(config, layer=number)
+    dim = getattr(attention, "head_dim", d)
+    if h != kv_heads or d != dim or (rope is not None and rope.head_dim != d):
+        raise CompatibilityError(
+            f"routers: expected those of a model with {kv_heads} KV heads and {dim} dims in layer {number}, got {h} and {d}"
+        )
+    router.check_heads(h, d, nlist)
+    shard = support.head_shard(attention)
+    if kv_heads % shard[1]:
+        raise CompatibilityError(f"model: expected KV heads that divide among {shard[1]} processes, got {kv_heads}")
+    mine = {**({} if selectivity is None else {"selectivity": selectivity}), **options}
+    if shares is not None and "budget_shares" not in mine:
+        mine["budget_shares"] = checks.shares(shares, "budget_shares", kv_heads)
+    plan = LayerPlan(number, heads, kv_heads, rope, quantizer, router, calibration, mine, shard)
+    try:
+        AsymmetricIndex(d, nlist, heads, kv_heads, rope=rope, **mine)  # what is wrong with an option is said now
+    except TypeError as error:
+        raise ParameterError(f"options: expected those of AsymmetricIndex, got {sorted(options)}: {error}") from error
+    return plan
+
+
+def _parts(routers: Any, number: int) -> tuple[KeyQuantizer, QueryRouter, Calibration | None, Any]:
+    """Of one layer: quantizer, router, calibration or None, and budget shares of its KV heads or None."""
+    entry = routers.layers[number]
+    if isinstance(entry, tuple):
+        shares = getattr(routers, "budget_shares", None)
+        return entry[0], entry[1], None, None if shares is None else shares[number]
+    return (
+        entry.key_quantizer, entry.query_router, getattr(entry, "calibration", None), getattr(entry, "budget_shares", None),
+    )  # fmt: skip
+
+
+def _share_of(router: QueryRouter, share: slice) -> QueryRouter:
+    """The router of some of the KV heads."""
+    hidden, bias_hidden, out, skip, bias_out = (x[share].contiguous() for x in router.tensors().values())
+    weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, router.nlist)
+    return QueryRouter(weights, router.first_knot, router.count_lists)

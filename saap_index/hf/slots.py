@@ -1,0 +1,221 @@
+"""The slots of one cache layer, and the index that their keys and values lie in. Knows tokens and padding, not attention.
+
+transformers counts slots: tokens and padding, alike for all sequences. While a batch with padding is short enough to stay
+dense, the index holds its padding too, and the mask hides it, as in any other cache. Before anything is sealed the padding is
+taken out; from then on the sequences have different lengths (``ragged``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+from typing_extensions import Self
+
+from ..errors import CompatibilityError, StateError
+from ..index import AsymmetricIndex
+from ..layout import Layout
+from ..params import SearchParametersIVF
+from ..stats import SearchStats
+from .masks import Seen, last_positions
+from .plan import LayerPlan
+
+LAYER = "saap_layer"
+"""Attribute of the keys that `update` returns: by it the attention function finds the layer."""
+
+NEVER = 2**31 - 1  # break_even of an index that must not seal
+ROOM_TOKENS = 256  # a prompt is given room for so many tokens more, or an eighth of its length
+
+
+class SlotLayer(CacheLayerMixin):
+    """The half of `IndexedLayer` that a `Cache` calls; see there."""
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(self, plan: LayerPlan, max_sparse_tokens: int, room_tokens: int = 0) -> None:
+        super().__init__()
+        self.plan, self.max_sparse_tokens, self.room_tokens = plan, max_sparse_tokens, room_tokens
+        self.index: AsymmetricIndex | None = None
+        self.slots = 0
+        self.ragged = False
+        self.visible: Tensor | None = None
+        self.params: SearchParametersIVF | None = None  # in place of the index's own
+        self._new: tuple[Tensor, Tensor] | None = None  # what `update` brought and `attend` has not seen
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        b, h, _, d = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.index = self.plan.new_index(h, d, value_states.shape[-1], self.dtype, self.device)
+        if self.room_tokens:
+            self.index.reserve_memory(self.room_tokens, batch=b)
+        self.is_initialized = True
+
+    @torch.compiler.disable
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append tokens: keys (b, h, q, d), after RoPE, and values (b, h, q, e). Returns those of all slots, views of the index.
+
+        Raises StateError if the attention function "saap" has not seen what came before, or if gradients are asked for.
+        """
+        if self._new is not None:
+            raise StateError(
+                f"layer {self.plan.number}: expected the attention function 'saap', which searches this cache, got another; load "
+                "the model with attn_implementation='saap', or attach to it"
+            )
+        if key_states.requires_grad or value_states.requires_grad:
+            raise StateError("SaapCache: expected no gradients, which do not pass an index; call the model under torch.no_grad()")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._new = key_states, value_states
+        self.slots += key_states.shape[2]
+        if not self.ragged:
+            self._append(key_states, value_states)
+            key_states, value_states = self._rows()
+        setattr(key_states, LAYER, self)
+        return key_states, value_states
+
+    def adopt(self, keys: Tensor, values: Tensor) -> None:
+        """Take over the slots of a layer of another cache; the mask of the next call tells which of them are padding."""
+        if keys.requires_grad or values.requires_grad:
+            raise StateError(
+                "past_key_values: expected no gradients, which do not pass an index; call the model under torch.no_grad()"
+            )
+        self.lazy_initialization(keys, values)
+        self.slots = keys.shape[2]
+        self._append(keys, values)
+
+    def last_search(self) -> SearchStats | None:
+        """What the last step read; None before the first one that searched."""
+        stats = None if self.index is None else self.index.stats().last_search
+        return stats if stats is not None and stats.dense_tokens else None
+
+    def get_seq_length(self) -> int:
+        return self.slots
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Slots that attention will see, and the first of them. query_length : an int; positions, in older transformers."""
+        q = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.slots + q, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """What `get_max_length` was called before."""
+        return -1
+
+    def reset(self) -> None:
+        if self.index is not None:
+            self.index.reset()
+            self.index.break_even = self._break_even
+        self.slots, self.ragged, self.visible, self._new = 0, False, None, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget that many of the newest slots, a number below zero; one above zero is the number to keep, as it once was."""
+        remove = self.slots - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        remove = max(0, min(remove, self.slots))
+        if not remove or self.index is None:
+            return
+        lengths = self.index.lengths
+        if self.ragged:
+            assert self.visible is not None
+            gone = self.visible[:, self.slots - remove :].sum(1).tolist()
+            self.index.truncate([n - g for n, g in zip(lengths, gone, strict=True)])
+        else:
+            self.index.truncate(self.slots - remove)
+        self.slots -= remove
+        if self.visible is not None:
+            self.visible = self.visible[:, : self.slots]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.index is not None:
+            self.index.reorder(beam_idx.tolist())
+            self._pick(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.index is not None:
+            self.batch_select_indices(torch.arange(len(self.index.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.index is not None and self.index.lengths:
+            chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+            self.index = self.index.fork(chosen.tolist())
+            self._pick(chosen)
+
+    def _pick(self, sequences: Tensor) -> None:
+        if self.visible is not None:
+            self.visible = self.visible[sequences.to(self.visible.device)]
+
+    def offload(self) -> None:
+        raise CompatibilityError("SaapCache: expected a cache that stays where it is, got offloading=True")
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        """A copy with tokens of its own and the same plan: what users of transformers do to ask a prompt twice."""
+        new = type(self)(self.plan, self.max_sparse_tokens, self.room_tokens)
+        new.__dict__.update(self.__dict__)
+        new.index = None if self.index is None else self.index.fork()
+        return new
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _break_even(self) -> int:
+        return int(self.plan.options.get("break_even", Layout().break_even))
+
+    def _seals(self, length: int) -> bool:
+        """Whether a sequence of that many tokens has some in lists."""
+        assert self.index is not None
+        layout = self.index.layout
+        if layout.break_even == NEVER:
+            return length >= self._break_even and length - layout.sinks - layout.recent >= layout.block
+        return layout.num_blocks(length) > 0
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        """Append at the end in arrival order, with room for some more where the arena has to grow."""
+        assert self.index is not None
+        n = keys.shape[2]
+        if self.slots == n and self.room_tokens < n + ROOM_TOKENS:
+            self.index.reserve_memory(n + max(ROOM_TOKENS, n // 8), batch=keys.shape[0])
+        self.index.add(keys, values, seal=False)
+
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        """Keys (b, h, slots, d) and values (b, h, slots, e), views of the arena."""
+        assert self.index is not None
+        lists = self.index.invlists
+        return lists.keys[:, :, : self.slots], lists.values[:, :, : self.slots]
+
+    def _hold(self) -> None:
+        """Seal nothing: there is padding among the rows."""
+        assert self.index is not None
+        if self.index.break_even != NEVER:
+            self.index.break_even = NEVER
+
+    def _take_padding_out(self, seen: Seen, position_ids: Tensor | None) -> None:
+        """Leave nothing but tokens, and seal what their number asks for."""
+        assert self.index is not None
+        self._hold()
+        hidden = ~seen.visible.cpu().numpy()
+        last = last_positions(position_ids, len(hidden))
+        # positions count tokens, as generate has them, or slots, where a model was called with a mask alone
+        by_token = last is None or any(p < self.slots - 1 for p, row in zip(last, hidden, strict=True) if row.any())
+        self.index.remove_ids([np.flatnonzero(row) for row in hidden], close_gaps=by_token)
+        self.ragged = True
+        self._check_positions(self.index.lengths, position_ids)
+        self.index.break_even = self._break_even
+
+    def _check_positions(self, lengths: list[int], position_ids: Tensor | None) -> None:
+        """CompatibilityError unless the newest token of every sequence was rotated by its place: routing undoes RoPE by that."""
+        assert self.index is not None
+        last = last_positions(position_ids, len(lengths))
+        lists = self.index.invlists
+        for i, n in enumerate(lengths):
+            at_end = self.visible is None or bool(self.visible[i, -1])
+            if last is not None and n and at_end and last[i] != lists.next_position(i) - 1:
+                raise CompatibilityError(
+                    f"position_ids: expected the newest token of sequence {i} at {lists.next_position(i) - 1}, counting its "
+                    f"tokens or its slots from 0, got {last[i]}"
+                )

@@ -1,0 +1,131 @@
+"""Which models of transformers an index can serve, and which of their layers. Refuses the others by name, before anything runs.
+
+Looks at configs and modules; knows no tokens, caches or attention.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..errors import CompatibilityError, MissingDependencyError, ParameterError
+
+OLDEST = (5, 0)
+"""The first version of transformers that is supported and tested; the other end is the newest 5.x."""
+
+_MAX_DIM, _DIM_STEP = 256, 8  # head dims that the kernels take
+
+
+def check_version() -> None:
+    """MissingDependencyError unless transformers is there in a version that works."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError("attaching an index to a model needs transformers: pip install 'transformers>=5'") from error
+    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not OLDEST <= found < (6, 0):
+        raise MissingDependencyError(
+            f"transformers: expected {OLDEST[0]}.{OLDEST[1]} or later, below 6, got {transformers.__version__}"
+        )
+
+
+def decoder_of(model: Any) -> Any:
+    """The module of ``model`` that holds the decoder layers; CompatibilityError if it has none as they are known here."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise ParameterError(f"model: expected a PreTrainedModel of transformers, got {type(model).__name__}")
+    if model.config.is_encoder_decoder:
+        raise CompatibilityError(f"model: expected a decoder, got the encoder-decoder {type(model).__name__}")
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if layers is None or not all(hasattr(layer, "self_attn") for layer in attention_layers(decoder)):
+        raise CompatibilityError(f"model: expected decoder layers with self_attn as in Llama, got {type(model).__name__}")
+    if not model._can_set_attn_implementation() or not decoder._can_set_attn_implementation():
+        raise CompatibilityError(f"model: expected one whose attention goes by AttentionInterface, got {type(model).__name__}")
+    return decoder
+
+
+def attention_layers(decoder: Any) -> list[Any]:
+    """The decoder layers in use; a config may ask for fewer than there are."""
+    return list(decoder.layers)[: decoder.config.num_hidden_layers]
+
+
+def check_decoder(decoder: Any) -> None:
+    """CompatibilityError for what no layer of a decoder may have, indexed or not: it would change what attention computes."""
+    config, name = decoder.config, type(decoder).__name__
+    if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
+        raise CompatibilityError(f"model: expected keys and values of its own in each layer, got {name}, whose layers share them")
+    if not getattr(config, "is_causal", True):
+        raise CompatibilityError(f"model: expected causal attention, got {name} with is_causal=False")
+    for number, layer in enumerate(attention_layers(decoder)):
+        attention = getattr(layer, "self_attn", None)
+        cap = getattr(attention, "attn_logit_softcapping", None)
+        if cap is not None:
+            raise CompatibilityError(
+                f"model: expected plain softmax attention, got attn_logit_softcapping={cap} in layer {number} of {name}; neither "
+                "the scan nor SDPA can cap logits"
+            )
+        if getattr(attention, "sinks", None) is not None:
+            raise CompatibilityError(
+                f"model: expected plain softmax attention, got learnt attention sinks in layer {number} of {name}"
+            )
+
+
+def global_layers(decoder: Any) -> list[int]:
+    """Layers with full attention over the whole context: those there is something to index in."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    layers = DynamicCache(config=decoder.config).layers
+    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
+def check_dense_layers(dense_layers: Iterable[int], count: int) -> frozenset[int]:
+    """Numbers of layers to leave dense; negative ones count from the end. ParameterError for one that is not there."""
+    found = []
+    for number in dense_layers:
+        if isinstance(number, bool) or not isinstance(number, int) or not -count <= number < count:
+            raise ParameterError(f"dense_layers: expected numbers of the {count} layers, got {number!r}")
+        found.append(number % count)
+    return frozenset(found)
+
+
+def check_head_dim(dim: int, number: int) -> None:
+    if dim % _DIM_STEP or dim > _MAX_DIM:
+        raise CompatibilityError(
+            f"layer {number}: expected a head dim that is a multiple of {_DIM_STEP} up to {_MAX_DIM}, got {dim}; name it in "
+            "dense_layers"
+        )
+
+
+def head_shard(attention: Any) -> tuple[int, int]:
+    """(rank, ranks): which share of the KV heads of an attention module lives in this process, by its key projection.
+
+    Tensor parallelism splits the rows of the projection, head after head; without it the answer is (0, 1).
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    weight = getattr(getattr(attention, "k_proj", None), "weight", None)
+    if not isinstance(weight, DTensor):
+        return 0, 1
+    for axis, placement in enumerate(weight.placements):
+        if isinstance(placement, Shard) and placement.dim == 0:
+            return weight.device_mesh.get_local_rank(axis), weight.device_mesh.size(axis)
+    return 0, 1
+
+
+def fingerprint(decoder: Any) -> str:
+    """A checksum of a few numbers of every parameter in this process: tells two checkpoints of one architecture apart."""
+    from torch.distributed.tensor import DTensor
+
+    value = 0
+    for name, parameter in decoder.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.device.type == "meta" or not local.is_floating_point():  # on disk, or packed: its values are not here
+            continue
+        some = local.detach().reshape(-1)[:256].to("cpu", torch.float32)
+        value = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"

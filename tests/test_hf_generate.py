@@ -1,0 +1,173 @@
+"""`generate` with an index that reads everything gives the tokens of `generate` without one, whatever users do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hf_models import CASES, FAMILIES, attached, greedy, left_padded, prompt, sealed_tokens, tiny
+from transformers import DynamicCache
+
+import saap_index as saap
+
+Inputs = dict[str, torch.Tensor]
+
+
+def plain(batch: int = 1, length: int = 100) -> Inputs:
+    ids = prompt(batch, length)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+PADDED = left_padded(prompt(3, 110), [0, 37, 80])
+TWICE = prompt(1, 50).repeat(1, 2)  # text that repeats itself, so that looked-up continuations are right now and then
+
+USES: dict[str, tuple[Inputs, dict[str, Any]]] = {
+    "greedy": (plain(), {}),
+    "batch": (plain(3), {}),
+    "left padding": (PADDED, {}),
+    "padding that outgrows the break-even": (left_padded(prompt(2, 70), [50, 25]), {"new": 60}),
+    "short, then long": (plain(1, 40), {"new": 60}),
+    "sampling": (plain(2), {"do_sample": True, "top_k": 20}),
+    "several answers": (plain(), {"do_sample": True, "num_return_sequences": 3}),
+    "beams": (plain(2), {"num_beams": 3}),
+    "beams, padded": (PADDED, {"num_beams": 2, "num_return_sequences": 2}),
+    "looked-up candidates": ({"input_ids": TWICE, "attention_mask": torch.ones_like(TWICE)}, {"prompt_lookup_num_tokens": 5}),
+    "prompt in chunks": (plain(2), {"prefill_chunk_size": 24}),
+    "prompt in chunks, padded": (PADDED, {"prefill_chunk_size": 32}),
+    "without a cache": (plain(1, 70), {"use_cache": False, "new": 6}),
+    "guidance": (plain(), {"guidance_scale": 1.5, "new": 8}),
+}
+
+
+def both(case: str, run: Callable[[Any], torch.Tensor], **options: Any) -> torch.Tensor:
+    """Run something on a model alone, on its like with routers attached, and on that detached again: the same tokens."""
+    results = []
+    for state in ("alone", "attached", "detached"):
+        if state != "detached":
+            model = tiny(case)
+        if state == "attached":
+            attached(model, **options)
+        if state == "detached":
+            saap.detach(model)
+            if case == "llama_dynamic":  # its frequencies stay those of the longest text it has seen
+                continue
+        torch.manual_seed(11)
+        results.append(run(model))
+        assert torch.equal(results[0], results[-1]), (state, (results[0] != results[-1]).nonzero()[:3])
+    return results[0]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_same_tokens(case: str, use: str) -> None:
+    inputs, options = USES[use]
+    both(case, lambda model: greedy(model, inputs, **options))
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - set(FAMILIES)))
+def test_other_rotations_and_layer_patterns(case: str) -> None:
+    both(case, lambda model: greedy(model, plain(2)))
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_some_of_the_context_is_read(case: str) -> None:
+    """The layers that can be are sealed, and at 20 % a step reads 20 % of what they sealed."""
+    model = attached(tiny(case), 0.2)
+    out = model.generate(**PADDED, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    cache = out.past_key_values
+    assert isinstance(cache, saap.SaapCache)
+    assert sorted(cache.indexed) == ([1, 3] if case == "gemma3" else [0, 1, 2])
+    assert min(sealed_tokens(cache)) > 150
+    for stats in cache.stats().values():
+        assert 0.2 <= stats.last_search.selectivity < 0.23
+    assert 0.2 < cache.tokens_read() < 0.55
+
+
+def test_assisted_by_another_model() -> None:
+    assistant = tiny("llama", seed=1, num_hidden_layers=1)
+    both("llama", lambda model: greedy(model, plain(), assistant_model=assistant))
+
+
+def test_assisted_by_an_attached_model() -> None:
+    assistant = attached(tiny("llama", seed=1, num_hidden_layers=1))
+    both("qwen3", lambda model: greedy(model, plain(), assistant_model=assistant))
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3"])
+def test_assisted_over_many_rounds(case: str) -> None:
+    """Every candidate is refused or taken; the cache is cropped in each round, over block borders too."""
+    model = tiny(case)
+    want = greedy(model, plain(), 80)
+    perfect = tiny(case)  # the same weights: all its candidates are taken
+    attached(model)
+    assert torch.equal(greedy(model, plain(), 80, assistant_model=perfect, num_assistant_tokens=7), want)
+    assert torch.equal(greedy(model, plain(), 80, assistant_model=perfect, num_assistant_tokens=20), want)
+
+
+@pytest.mark.parametrize("kind", ["ours", "theirs", "theirs, without a config"])
+@pytest.mark.parametrize("case", ["llama", "gemma3"])
+def test_chat_on_a_kept_cache(case: str, kind: str) -> None:
+    """Turn after turn on one cache, each longer than what is decoded at once; the same as one dense pass over all of it."""
+
+    def chat(model: Any) -> torch.Tensor:
+        made = {"ours": lambda: saap.SaapCache(model), "theirs, without a config": DynamicCache}
+        cache = None
+        if kind == "theirs, without a config" and case == "gemma3":
+            pytest.skip("transformers itself asks for the config where layers have windows")
+        for turn in range(4):
+            said = prompt(1, 30 + 10 * turn, seed=turn)
+            ids = said if cache is None else torch.cat([ids, said], 1)  # noqa: F821 - of the turn before
+            if cache is None:
+                is_ours = kind == "ours" and getattr(model, "_saap_attached", None) is not None
+                cache = made["ours"]() if is_ours else (
+                    DynamicCache() if kind == "theirs, without a config" else DynamicCache(config=model.config)
+                )  # fmt: skip
+            ids = torch.cat([ids, greedy(model, ids, 12, past_key_values=cache)], 1)
+            assert cache.get_seq_length() == ids.shape[1] - 1
+        return ids
+
+    both(case, chat)
+
+
+@pytest.mark.parametrize("tokens", [3, 8, 9, 30])
+def test_a_few_tokens_at_once_are_searched(tokens: int) -> None:
+    """max_sparse_tokens: a question behind an indexed document is decoded, not prefilled; reading everything it is the same."""
+    model = tiny("llama")
+    document, question = prompt(2, 100), prompt(2, tokens, seed=9)
+    with torch.no_grad():
+        want = model(torch.cat([document, question], 1)).logits[:, -tokens:]
+        attached(model, max_sparse_tokens=30)
+        cache = saap.SaapCache(model)
+        model(document, past_key_values=cache)
+        got = model(question, past_key_values=cache).logits
+        assert cache.indexed[0].last_search() is not None
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16() -> None:
+    """Rounding differs, so tokens may; the distribution may not by much."""
+    model = tiny("llama").to(torch.bfloat16)
+    ids = prompt(2, 120)
+    with torch.no_grad():
+        want = model(ids).logits[:, -20:].float()
+        attached(model, max_sparse_tokens=20)
+        cache = saap.SaapCache(model)
+        model(ids[:, :-20], past_key_values=cache)
+        got = model(ids[:, -20:], past_key_values=cache).logits.float()
+    assert cache.indexed[0].index.dtype == torch.bfloat16 and min(sealed_tokens(cache)) > 100
+    assert (got - want).abs().max() < 0.05 * want.abs().max()
+    assert greedy(model, plain(2)).shape == (2, 24)
+
+
+def test_loaded_with_the_attention_function() -> None:
+    """The other road: no attach, the name in from_pretrained and a SaapCache given to generate."""
+    from hf_models import SMALL, make_routers
+
+    want = greedy(tiny("qwen3"), PADDED)
+    model = tiny("qwen3", attn_implementation="saap")
+    cache = saap.SaapCache(model, make_routers(model), 1.0, **SMALL)
+    assert torch.equal(greedy(model, PADDED, past_key_values=cache), want)
+    assert min(sealed_tokens(cache)) > 100
+    assert torch.equal(greedy(model, PADDED), want), "without one, it is a dense model"
