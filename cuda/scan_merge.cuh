@@ -115,16 +115,16 @@ SAAP_PRIM void finish_pair(const ScanParams& p, Core& core, const Exchange& area
         if (x == 0) *reinterpret_cast<float2*>(p.masses + scratch * 2) = make_float2(whole.m, whole.l);
       }
     }
-    if (parts > 1 && g == kGroups - 1) __threadfence();
     __syncthreads();
   }
   if (parts == 1) return;
   if (threadIdx.x == 0) {
     int* ticket = p.tickets + static_cast<i64>(pass) * p.sequences * p.heads + at.pair;
+    __threadfence();  // what the barrier gave this thread to see, whoever sees its ticket sees too
     const bool last = atomicAdd(ticket, 1) == parts - 1;
-    if (last) *ticket = 0;  // for the next launch
-    *area.flag = last;
     __threadfence();
+    if (last) atomicAdd(ticket, -parts);  // for the next launch
+    *area.flag = last;
   }
   __syncthreads();
   if (*area.flag) merge_parts(p, area, at.pair, pass, slots + first_block + at.pair, parts);

@@ -105,7 +105,7 @@ SAAP_PRIM void gather(char* to, const char* base, int number) {
   using Shape = RowShape<dim>;
   constexpr int kLanes = (Shape::kChunks & -Shape::kChunks) < 32 ? (Shape::kChunks & -Shape::kChunks) : 32;  // to a row
   const int lane = threadIdx.x % 32, column = lane % kLanes;
-#pragma unroll
+#pragma unroll 4  // no more: the addresses would take the registers of the value sums
   for (int r = 0; r < kTile; r += 32 / kLanes) {
     const int token = r + lane / kLanes, row = __shfl_sync(kAll, number, token);
     const char* from = base + static_cast<i64>(row) * Shape::kBytes + column * 16;
