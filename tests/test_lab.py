@@ -136,3 +136,28 @@ def test_bad_input_is_named(model, tokens) -> None:
         Selected("best", 0.1)
     with pytest.raises(ParameterError, match="share"):
         Saap("x", {}, None) and budget_tokens(0.0, 100, 4, 8)
+
+
+def test_records_resume_and_reports_are_made(model, tokens, prompt, tmp_path, capsys) -> None:
+    from saap_index.lab import evaluate, report
+
+    path = tmp_path / "records.json"
+    settings = evaluate.Settings(shares=(0.1, 0.3), span=100, step=50, decoded=LAST, decode_shares=(0.3,), sinks=2, window=32)
+    trained, lines = indexes(prompt), []
+
+    def methods_at(share: float) -> list[Method]:
+        return [Dense(), Selected("recent", share, 2, 32), Saap("saap", trained, share)]
+
+    rope = Rope.from_config(model.config)
+    records = evaluate.Records(path)
+    evaluate.evaluate_text(model, rope, "a/b", tokens, methods_at, settings, records, lines.append)
+    assert len(records.rows) == 2 * 2 * 3 + 3 and len(lines) == 1 + 2 + 3
+    again = evaluate.Records(path)
+    evaluate.evaluate_text(model, rope, "a/b", tokens, methods_at, settings, again, lines.append)
+    assert again.rows == records.rows and len(lines) == 6
+    dense = records.rows["text/a/b/dense/0.3"]
+    assert dense["kl"] == pytest.approx(0, abs=1e-6) and dense["top1"] == 1
+    report.print_report(records.rows, 2)
+    printed = capsys.readouterr().out
+    assert "late layers" in printed and "every layer replaced" in printed and "recent" in printed
+    assert [p.name for p in report.plot(records.rows, 2, tmp_path)] == ["mass_all.png", "mass_late.png", "kl.png"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..demo.measures import exact_attention
+from ..demo.measures import Exact, exact_attention
 from ..errors import ShapeError
 from .method import Layer, Method
 from .replace import Prompt
@@ -19,8 +19,8 @@ class LayerQuality:
     """One layer, one sequence; sums and means over its query heads and query positions.
 
     captured, outside : attention probability of the tokens read, and of all tokens, outside sinks and window; captured is NaN
-        for a method that reads no tokens as such. error : mean of |out - exact| / |exact|. worst_heads : captured share of
-        all attention, sinks and window included, per KV head (h,). tokens, kv_bytes, other_bytes : per step
+        for a method that reads no tokens as such. error : mean of |out - exact| / |exact|. total_per_head : float64 (h,), the
+        share of all attention that was read, sinks and window included. tokens and the bytes : per step
     """
 
     captured: float
@@ -33,12 +33,15 @@ class LayerQuality:
     shared_bytes: float
 
 
-def layer_quality(method: Method, prompt: Prompt, number: int, sinks: int = 4, window: int = 128) -> LayerQuality:
-    """Replay the kept queries of one layer of a prompt, each over exactly the tokens before it."""
+def layer_quality(
+    method: Method, prompt: Prompt, number: int, sinks: int = 4, window: int = 128, exact: Exact | None = None
+) -> LayerQuality:
+    """Replay the kept queries of one layer of a prompt, each over exactly the tokens before it; exact : if known already."""
     at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
     layer: Layer = prompt.layers[at]
     keys, values, queries = prompt.keys[at], prompt.values[at], prompt.queries[at]
-    exact = exact_attention(keys, values, queries.flatten(0, 1), prompt.positions, sinks, window)
+    if exact is None:
+        exact = exact_attention(keys, values, queries.flatten(0, 1), prompt.positions, sinks, window)
     state = method.start(layer, keys.shape[1])
     done = 0
     captured = outside = 0.0

@@ -1,0 +1,152 @@
+"""A model under several methods and budgets: every figure of a sequence as one plain record, so that a run can stop and go on.
+
+Per sequence: each layer against exact attention, the next-token distributions of the last tokens with every layer replaced, and
+needles with the question processed sparsely too. Records are JSON; `report` turns many of them into tables and plots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..demo.measures import exact_attention
+from ..rope import Rope
+from . import quality
+from .method import Method
+from .needles import Needle
+from .replace import Prompt, decode, generate, read_prompt, start
+
+MethodsAt = Callable[[float], Sequence[Method]]
+"""The methods to measure at a share of the tokens."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. shares : of the tokens outside sinks and window; layers : measured one by one, None for all;
+    span, step : queries are every ``step``-th of the last ``span`` tokens; decoded : tokens fed one at a time with every layer
+    replaced, 0 for none, at ``decode_shares`` (None: shares)."""
+
+    shares: tuple[float, ...] = (0.02, 0.05, 0.1)
+    layers: tuple[int, ...] | None = None
+    span: int = 512
+    step: int = 16
+    decoded: int = 256
+    decode_shares: tuple[float, ...] | None = None
+    sinks: int = 4
+    window: int = 128
+
+
+@dataclass
+class Records:
+    """Results by key in one JSON file, written after each new one; what is there already is not measured again."""
+
+    path: Path | None = None
+    rows: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.is_file():
+            self.rows = json.loads(self.path.read_text())
+
+    def once(self, key: str, measure: Callable[[], Any]) -> Any:
+        if key not in self.rows:
+            self.rows[key] = measure()
+            if self.path is not None:
+                scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+                scratch.write_text(json.dumps(self.rows, indent=1))
+                scratch.replace(self.path)
+        return self.rows[key]
+
+
+def evaluate_text(
+    model: Any, rope: Rope | None, name: str, tokens: Sequence[int], methods_at: MethodsAt, settings: Settings, records: Records,
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:  # fmt: skip
+    """Measure one sequence; records are called ``layer/<name>/<layer>/<method>/<share>`` and ``text/<name>/<method>/<share>``."""
+    n, last = len(tokens), settings.decoded
+    shares = settings.decode_shares or settings.shares
+    jobs = {(m.name, s) for s in settings.shares for m in methods_at(s)}
+    wanted = settings.layers if settings.layers is not None else range(model.config.num_hidden_layers)
+    keys = [f"layer/{name}/{x}/{m}/{s}" for x in wanted for m, s in jobs]
+    keys += [f"text/{name}/{m.name}/{s}" for s in shares for m in methods_at(s)] if last else []
+    if all(key in records.rows for key in keys):
+        return
+    prompt = read_prompt(model, tokens, rope, torch.arange(max(n - settings.span, 0), n, settings.step), last)
+    progress(f"{name}: {n} tokens read")
+    for number in wanted:
+        _layer(prompt, name, number, methods_at, settings, records)
+        progress(f"{name}: layer {number}")
+    for share in shares if last else ():
+        for method in methods_at(share):
+            records.once(f"text/{name}/{method.name}/{share}", partial(_text, model, prompt, method, last))
+            progress(f"{name}: {method.name} at {share:.1%} in every layer")
+
+
+def _layer(prompt: Prompt, name: str, number: int, methods_at: MethodsAt, settings: Settings, records: Records) -> None:
+    exact = None
+    for share in settings.shares:
+        for method in methods_at(share):
+            key = f"layer/{name}/{number}/{method.name}/{share}"
+            if key in records.rows:
+                continue
+            if exact is None:
+                at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
+                queries = prompt.queries[at].flatten(0, 1)
+                exact = exact_attention(
+                    prompt.keys[at], prompt.values[at], queries, prompt.positions, settings.sinks, settings.window
+                )
+            found = quality.layer_quality(method, prompt, number, settings.sinks, settings.window, exact)
+            row = {**asdict(found), "total_per_head": found.total_per_head.tolist(), "kind": method.kind}
+            records.once(key, partial(dict, row))
+
+
+def _text(model: Any, prompt: Prompt, method: Method, last: int) -> dict[str, Any]:
+    """The last tokens one at a time, every layer replaced; what the last one predicts is not known and not counted."""
+    tokens = prompt.tokens.tolist()
+    first = len(tokens) - last
+    states = start(_same(prompt, method), prompt, first, last)
+    began = time.perf_counter()
+    logits, traffic = decode(model, states, tokens[first:], first)
+    seconds = time.perf_counter() - began
+    same = quality.agreement(prompt.logits[:-1], logits[:-1], prompt.tokens[first + 1 :])
+    per_layer = {str(layer): tokens_read for layer, tokens_read in traffic.per_layer.items()}  # as JSON gives it back
+    return {**asdict(same), **asdict(traffic), "per_layer": per_layer, "kind": method.kind, "seconds_per_token": seconds / last}
+
+
+def evaluate_needle(
+    model: Any, tokenizer: Any, rope: Rope | None, name: str, needle: Needle, methods_at: MethodsAt, shares: Iterable[float],
+    records: Records, progress: Callable[[str], None] = lambda line: None,
+) -> None:  # fmt: skip
+    """Ask for one needle; key ``needle/<name>/<method>/<share>``, the answer and whether it was right."""
+    shares = tuple(shares)
+    if all(f"needle/{name}/{m.name}/{s}" in records.rows for s in shares for m in methods_at(s)):
+        return
+    document, question = (_encode(tokenizer, text) for text in (needle.document, needle.question))
+    prompt = read_prompt(model, document, rope)
+    room = len(question) + 12
+    for share in shares:
+        for method in methods_at(share):
+
+            def ask(method: Method = method) -> dict[str, Any]:
+                states = start(_same(prompt, method), prompt, len(document), room)
+                found = tokenizer.decode(generate(model, states, question, len(document), 10))
+                return {"answer": found, "right": needle.answer in found, "tokens": len(document) + len(question)}
+
+            records.once(f"needle/{name}/{method.name}/{share}", ask)
+    progress(f"needle {name}")
+
+
+def _same(prompt: Prompt, method: Method) -> Mapping[int, Method]:
+    return {layer.number: method for layer in prompt.layers}
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokens
