@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-gpu lint bench bench-gpu clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -27,6 +27,9 @@ demo: setup ## capture a real model, train, measure on unseen text; table and pl
 test: setup lint ## everything that needs no GPU
 	$(BIN)/python -m pytest
 
+test-gpu: ## what needs a CUDA device, in the Python at hand: torch with CUDA, CuPy, pytest and hypothesis
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -m gpu
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy saap_index
@@ -35,6 +38,9 @@ bench: setup ## the speed claims of the README, checked and timed on this machin
 	$(BIN)/python bench/search_attend.py --shape llama --tokens 131072
 	$(BIN)/python bench/search_attend.py --shape smollm2 --tokens 8192
 	$(BIN)/python bench/add.py
+
+bench-gpu: ## everything that needs a CUDA device, under nine minutes: tests, sanitizers, benchmarks; in the Python at hand
+	PYTHON=$(PYTHON) bench/gpu_session.sh
 
 clean: ## remove the environment and what was built
 	rm -rf $(VENV) build *.egg-info saap_index/*.so demo_results

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import DeviceError, MissingDependencyError
 from . import gpu_source
-from .gpu_types import Kernel, Runtime
+from .gpu_types import Kernel
 
 LEAST_CAPABILITY = (8, 0)
 SHARED_BYTES_PER_BLOCK_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
@@ -64,6 +64,11 @@ class CupyRuntime:
         self.max_shared_bytes = int(self._cupy.cuda.runtime.deviceGetAttribute(SHARED_BYTES_PER_BLOCK_OPTIN, device.index))
         self._kernels: dict[tuple[str, str, tuple[str, ...]], CupyKernel] = {}
 
+    @property
+    def capturing(self) -> bool:
+        """Whether launches on the current stream are recorded for a graph."""
+        return bool(torch.cuda.is_current_stream_capturing())
+
     def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
         key = file, name, gpu_source.options(macros)
         found = self._kernels.get(key)
@@ -77,7 +82,7 @@ class CupyRuntime:
         return found
 
 
-def runtime(device: torch.device) -> Runtime:
+def runtime(device: torch.device) -> CupyRuntime:
     """The runtime of a CUDA device, one for the process. Raises as `CupyRuntime` does."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         _no_gpu(device)

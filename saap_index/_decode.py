@@ -63,6 +63,12 @@ class IndexDecode(IndexStorage):
         state = self._decode_state()
         return state if state is not None and state.resident.capturing else None
 
+    def _refuse_capture(self, what: str) -> None:
+        """StateError while a graph is captured."""
+        state = self._capturing()
+        if state is not None:
+            state.refuse_capture(what)
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Around a change: host and device agree before it, and after it where a graph may be replayed next."""
@@ -124,8 +130,10 @@ class IndexDecode(IndexStorage):
 
     def _record_add(self, state: DecodeState, keys: Any, values: Any, plain: bool) -> None:
         """`add` inside a capture."""
-        if not plain or (self.rope is not None and self.rope.is_dynamic):
-            raise StateError("capture: expected add of keys and values alone, and angles that depend on the position alone")
+        if not plain:
+            raise StateError("capture: expected add of keys and values alone, got coarse_keys or lengths")
+        if self.rope is not None and self.rope.is_dynamic:
+            state.refuse_capture("a rope whose angles depend on the length")
         shape = (state.lists.batch, self.num_kv_heads, None, self.d)
         keys = self._input(keys, "keys", "b h n d", shape, (self.dtype,))
         values = self._input(values, "values", "b h n e", (*keys.shape[:3], self.d_v), (self.dtype,))
@@ -197,12 +205,12 @@ class IndexDecode(IndexStorage):
     def _traced_add(self, keys: Any, values: Any, plain: bool, seal: bool) -> None:
         """`add` as the compiler sees it."""
         if not plain:
-            raise StateError("compile: expected add of keys and values alone")
+            raise StateError("compile: expected add of keys and values alone, got coarse_keys or lengths")
         ops.add(self._token, keys, values, self._number, seal)
 
     def _traced_search(self, queries: Any, params: SearchParametersIVF | None, plain: bool, return_lse: bool) -> Any:
         """`search_attend` as the compiler sees it."""
         if not plain:
-            raise StateError("compile: expected search_attend without coarse_queries")
+            raise StateError("compile: expected search_attend of queries alone, got coarse_queries")
         out, lse = ops.search_attend(self._token, queries, self._number, self.d_v, ops.pack(params))
         return (out, lse) if return_lse else out

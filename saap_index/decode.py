@@ -25,6 +25,9 @@ MOST_LIMITS = 16
 """Sets of search parameters whose budgets are kept on the device, beside those a graph uses."""
 
 
+NOT_BEFORE = "capture: expected a step that ran once before, got one with other"
+
+
 class _Limits:
     """The budgets of one set of search parameters: what they are made from, and where they lie."""
 
@@ -57,6 +60,7 @@ class DecodeState:
 
         Cheap if nothing changed. StateError inside a capture, for it would be part of the graph.
         """
+        self.resident.enter()
         lists = self.lists
         objects = (*lists.segments, *lists.removed, lists.keys, lists.values, lists.tables, lists.mean_keys, lists.mean_values)
         known = self._published
@@ -90,11 +94,12 @@ class DecodeState:
     def refuse_capture(self, what: str) -> None:
         """StateError while a graph is captured."""
         if self.resident.capturing:
-            raise StateError(f"capture: expected a decode step that only launches kernels, got {what}")
+            raise StateError(f"capture: expected steps that only launch kernels, got {what}")
 
     def settle(self) -> None:
         """Before a change of the index: make sure that host and device agree, and raise what the device noted."""
-        self.refuse_capture("an operation other than add of a few tokens and search_attend")
+        self.resident.enter()
+        self.refuse_capture("an operation other than add and search_attend")
         problem = self._noted()
         if problem is not None:
             raise problem
@@ -102,6 +107,7 @@ class DecodeState:
     def forget(self) -> None:
         """The tokens are about to go, and what the device noted about them with them."""
         self.refuse_capture("reset")
+        self.resident.enter()
         if self._lengths is not None:
             self.resident.read()
             self._lengths = None
@@ -157,6 +163,7 @@ class DecodeState:
     def advance(self, counts: Sequence[int] | None) -> Exception | None:
         """Take note of tokens that replays appended, as many as the device says where None. Returns what it noted."""
         self.refuse_capture("advance")
+        self.resident.enter()
         lists, problem = self.lists, None
         if self._lengths is None:
             self.follow()
@@ -187,10 +194,12 @@ class DecodeState:
         if self.resident.capturing:
             routing_of = None if limits.always_dense else routing
             if not self.resident.ready(queries, routing_of, limits.on_device):
-                raise StateError("capture: expected a step that ran once before, got one with other queries or parameters")
+                raise StateError(f"{NOT_BEFORE} queries")
             limits.kept, self.captured = routing, True
         else:
             routing_of = None if limits.dense else routing
+            if limits.dense and not limits.always_dense and not self.resident.ready(queries, routing, limits.on_device):
+                self.resident.prepare(queries, routing, limits.on_device)  # a graph of this step will not be dense for ever
         out, lse, found = self.resident.step(queries, routing_of, limits.on_device, scale)
         if found is None:
             return out, lse, everything(self.lists)
@@ -218,7 +227,8 @@ class DecodeState:
         key = params, id(router), id(shares), id(miss)
         limits = self._limits.get(key)
         if limits is None:
-            self.refuse_capture("search parameters that were not used before")
+            if self.resident.capturing:
+                raise StateError(f"{NOT_BEFORE} search parameters")
             limits = _Limits((params, router, shares, miss))  # holds what the ids in the key stand for
             while len(self._limits) >= MOST_LIMITS and not all(x.kept is not None for x in self._limits.values()):
                 self._limits.pop(next(k for k, x in self._limits.items() if x.kept is None))

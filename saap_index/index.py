@@ -158,6 +158,7 @@ class AsymmetricIndex(IndexDecode):
 
     def add_preassigned(self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None) -> None:
         """`add` with the list numbers given: int32 or int64 (b, h, n), in [0, nlist). Needs no trained quantizer."""
+        self._refuse_capture("add_preassigned")
         keys, values, counts = self._new_tokens(keys, values, lengths)
         self._append(keys, values, counts, self._list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0))
 
@@ -246,6 +247,7 @@ class AsymmetricIndex(IndexDecode):
 
         Sinks and recent tokens are read besides. Of ``params`` only window and sinks apply.
         """
+        self._refuse_capture("search_attend_preassigned")
         x, form = self._queries(queries)
         nos = self._list_nos(list_nos, "b h p", (x.shape[0], self.num_kv_heads, None), least=-1)
         if self._lists is None:
@@ -285,6 +287,7 @@ class AsymmetricIndex(IndexDecode):
 
     def attend_selected(self, queries: Any, selection: Selection, *, return_lse: bool = False) -> Any:
         """The second half of `search_attend`: one softmax over a selection made since the last change of the index."""
+        self._refuse_capture("attend_selected")
         x, form = self._queries(queries)
         if selection.lengths != self.lengths:
             raise StateError(f"selection: expected one made at lengths {self.lengths}, got {selection.lengths}")
@@ -295,6 +298,7 @@ class AsymmetricIndex(IndexDecode):
         return read_ids(self.invlists, selection)
 
     def _select(self, x: Tensor, params: SearchParametersIVF | None, coarse_queries: Any) -> Selection:
+        self._refuse_capture("a selection apart from attention")
         lists, params = self.invlists, self._settings(params)
         assert self._query_router is not None
         found = self._resident_select(x, params) if coarse_queries is None else None

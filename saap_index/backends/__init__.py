@@ -1,8 +1,9 @@
-"""Backends by name: `cpu` (C++), `torch` (any device), `reference` (NumPy float64), and what others register."""
+"""Backends by name: `cpu` (C++), `cuda` (CuPy), `torch` (any device), `reference` (NumPy float64), and what others register."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,8 +23,23 @@ def _cpu(device: torch.device) -> Backend:
     return CpuBackend() if available() else TorchBackend(device)
 
 
+def _cuda(device: torch.device) -> Backend:
+    from ..bindings.gpu_runtime import runtime
+    from .cuda import CudaBackend
+
+    if device.type != "cuda":
+        raise DeviceError(f"backend: 'cuda' expects device 'cuda', got {str(device)!r}")
+    found = runtime(device)
+    if found not in _CUDA:
+        _CUDA[found] = CudaBackend(torch.device("cuda", found.device.index), found)
+    return _CUDA[found]
+
+
+_CUDA: dict[Any, Backend] = {}
+
 _FACTORIES: dict[str, Factory] = {
     "cpu": _cpu,
+    "cuda": _cuda,
     "torch": TorchBackend,
     "reference": lambda device: ReferenceBackend(),
 }

@@ -66,7 +66,7 @@ class Resident(ABC):
     """The state of one batch on the device.
 
     `append` and `step` only launch kernels. `step` writes the selection into memory of the batch, where it is valid until the
-    next one. Work on one stream waits for what was started before on another, but for what a capture records.
+    next one.
     """
 
     @property
@@ -75,8 +75,16 @@ class Resident(ABC):
         """Whether launches are recorded now, for a graph, instead of run."""
 
     @abstractmethod
+    def enter(self) -> None:
+        """What follows, on the current stream, waits for what was started before on another; not inside a capture."""
+
+    @abstractmethod
     def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
         """Whether a `step` with such queries finds its memory and kernels in place, as it does from the second time on."""
+
+    @abstractmethod
+    def prepare(self, queries: Tensor, routing: Routing | None, limits: Any) -> None:
+        """Put memory and kernels in place for a `step` with such queries."""
 
     @abstractmethod
     def publish(self, placement: Placement) -> None:

@@ -1,0 +1,94 @@
+"""The CUDA backend on the emulated device, under the name "cuda-emu", and CUDA graphs of what it launches.
+
+A graph here is what it is there: launches with their parameters, recorded instead of run, and run when replayed. Whatever else a
+captured step did would be missing from the replays, as it would be illegal or lost in a real capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from emu.runtime import EmulatedRuntime
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saap_index import register_backend
+from saap_index.backends.cuda import CudaBackend
+from saap_index.bindings.gpu_types import Kernel, Runtime
+
+Grid = tuple[int, int, int]
+
+MULTIPROCESSORS, SHARED_BYTES = 2, 64 << 10
+SMALL = {"select": {"SAAP_THREADS": 64}}
+"""A small device, and small blocks: every thread is executed. The shapes that ship have tests of their own, kernel by kernel."""
+
+
+class Graph(TorchDispatchMode):
+    """Launches in order. While it is recorded, what torch returns is kept: memory of a capture belongs to the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[tuple[str, Callable[[], None]]] = []
+        self.memory: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.memory.append(function(*args, **(kwargs or {})))
+        return self.memory[-1]
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.launches]
+
+    def replay(self) -> None:
+        for _, launch in self.launches:
+            launch()
+
+
+class RecordingKernel:
+    def __init__(self, runtime: RecordingRuntime, name: str, kernel: Kernel) -> None:
+        self.runtime, self.name, self.kernel = runtime, name, kernel
+
+    def launch(self, grid: Grid, block: int, shared_bytes: int, params: np.ndarray[Any, Any]) -> None:
+        self.runtime.launched.append(self.name)
+        if self.runtime.graph is None:
+            self.kernel.launch(grid, block, shared_bytes, params)
+            return
+        kept = params.copy()
+        self.runtime.graph.launches.append((self.name, lambda: self.kernel.launch(grid, block, shared_bytes, kept)))
+
+
+class RecordingRuntime:
+    """A runtime that can record. launched : names of the kernels launched since it was cleared, recorded ones among them."""
+
+    def __init__(self, inner: Runtime) -> None:
+        self.inner = inner
+        self.name, self.multiprocessors, self.max_shared_bytes = inner.name, MULTIPROCESSORS, SHARED_BYTES
+        self.launched: list[str] = []
+        self.graph: Graph | None = None
+
+    @property
+    def capturing(self) -> bool:
+        return self.graph is not None
+
+    def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
+        return RecordingKernel(self, name, self.inner.kernel(file, name, macros))
+
+    @contextmanager
+    def capture(self) -> Iterator[Graph]:
+        self.graph = graph = Graph()
+        try:
+            with graph:
+                yield graph
+        finally:
+            self.graph = None
+
+
+def register(name: str = "cuda-emu", **schedule: Any) -> RecordingRuntime:
+    """Make ``backend=name`` mean the CUDA backend on a new emulated device, which is returned."""
+    runtime = RecordingRuntime(EmulatedRuntime(**schedule))
+    backend = CudaBackend(torch.device("cpu"), runtime, SMALL)
+    register_backend(name, lambda device: backend)
+    return runtime
