@@ -1,0 +1,227 @@
+"""What cannot be served is refused by a named error, before a token is generated, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hf_models import MIXED, SMALL, attached, greedy, left_padded, make_routers, prompt, tiny
+from transformers import DynamicCache, StaticCache
+
+import saap_index as saap
+from saap_index.hf import support
+
+
+def refused(model: Any, error: type[Exception], match: str, routers: Any = None, **options: Any) -> None:
+    before = getattr(model, "config", None) and model.config._attn_implementation
+    with pytest.raises(error, match=match):
+        saap.attach(model, make_routers(model) if routers is None else routers, **options)
+    assert not hasattr(model, "_saap_attached")
+    assert (getattr(model, "config", None) and model.config._attn_implementation) == before
+
+
+def test_attention_that_is_not_a_plain_softmax() -> None:
+    refused(tiny("Gemma2", **MIXED, query_pre_attn_scalar=16), saap.CompatibilityError, "attn_logit_softcapping=50.0 in layer 0")
+    sinks = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
+    )  # fmt: skip
+    refused(transformers.GptOssForCausalLM(sinks), saap.CompatibilityError, "attention sinks in layer 0")
+
+
+def test_gemma2_without_its_cap_is_served() -> None:
+    model = tiny("Gemma2", **MIXED, query_pre_attn_scalar=16, attn_logit_softcapping=None)
+    want = greedy(model, prompt(2))
+    assert torch.equal(greedy(attached(model), prompt(2)), want)
+
+
+def test_models_without_anything_to_index() -> None:
+    refused(tiny("Mistral", sliding_window=32), saap.CompatibilityError, r"layers \[\] with such attention")
+    refused(tiny("llama"), saap.CompatibilityError, "dense_layers", dense_layers=[0, 1, 2])
+    refused(tiny("llama"), saap.CompatibilityError, r"routers for \[\]", routers=SimpleNamespace(layers={}))
+
+
+def test_other_kinds_of_models() -> None:
+    config = transformers.T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16, vocab_size=64)
+    t5 = transformers.T5ForConditionalGeneration(config)
+    refused(t5, saap.CompatibilityError, "encoder-decoder", routers=SimpleNamespace(layers={}))
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=64))
+    refused(gpt2, saap.CompatibilityError, "decoder layers", routers=SimpleNamespace(layers={}))
+    refused(torch.nn.Linear(2, 2), saap.ParameterError, "PreTrainedModel", routers=SimpleNamespace(layers={}))
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
+    refused(mamba, saap.CompatibilityError, "decoder layers", routers=SimpleNamespace(layers={}))
+
+
+def test_routers_of_another_model() -> None:
+    model = tiny("llama")
+    refused(
+        model,
+        saap.CompatibilityError,
+        "2 KV heads and 16 dims in layer 0, got 4",
+        make_routers(tiny("llama", num_key_value_heads=4)),
+    )
+    refused(model, saap.CompatibilityError, "got 2 and 32", make_routers(tiny("llama", head_dim=32)))
+    mixed = make_routers(model)
+    mixed.layers[1] = (mixed.layers[1][0], make_routers(model, nlist=4).layers[1][1])
+    refused(model, saap.CompatibilityError, "nlist = 8", mixed)
+
+    def check(config: Any) -> None:
+        raise saap.CompatibilityError("routers: expected another model")
+
+    refused(model, saap.CompatibilityError, "another model", SimpleNamespace(layers=make_routers(model).layers, check=check))
+
+
+def test_rotations_that_are_not_known() -> None:
+    model = tiny("llama")
+    model.config.rope_parameters["rope_type"] = "spiral"
+    refused(model, saap.CompatibilityError, "spiral")
+
+
+def test_options() -> None:
+    model = tiny("llama")
+    refused(model, saap.ParameterError, "selectivity", selectivity=1.5)
+    refused(model, saap.ParameterError, "nprobe", nprobe=0)
+    refused(model, saap.ParameterError, "warp", warp=9)
+    refused(model, saap.ParameterError, "dense_layers: .* 3 layers, got 3", dense_layers=[3])
+    refused(model, saap.ParameterError, "max_sparse_tokens", max_sparse_tokens=0)
+
+
+def test_heads_that_the_kernels_do_not_take() -> None:
+    refused(tiny("llama", head_dim=12), saap.CompatibilityError, "layer 0: .* multiple of 8 up to 256, got 12")
+
+
+def test_attach_and_detach_twice() -> None:
+    model = attached(tiny("llama"))
+    with pytest.raises(saap.StateError, match="detach first"):
+        attached(model)
+    saap.detach(model)
+    with pytest.raises(saap.StateError, match="attach was called"):
+        saap.detach(model)
+
+
+def test_detach_leaves_nothing() -> None:
+    model = tiny("gemma3", attn_implementation="eager")
+
+    def hooks_and_attributes() -> dict[str, Any]:
+        return {name: (len(m._forward_pre_hooks), len(m._forward_hooks), sorted(vars(m))) for name, m in model.named_modules()}
+
+    before = hooks_and_attributes()
+    config = model.config.to_dict()
+    want = greedy(model, prompt())
+    saap.detach(attached(model))
+    assert before == hooks_and_attributes()
+    assert model.config._attn_implementation == "eager" and model.config.to_dict() == config
+    assert torch.equal(greedy(model, prompt()), want)
+
+
+@pytest.mark.parametrize("implementation", ["static", "quantized", "offloaded"])
+@pytest.mark.filterwarnings("ignore")
+def test_other_caches(implementation: str) -> None:
+    model = attached(tiny("llama"))
+    error = saap.CompatibilityError
+    if implementation == "quantized":  # transformers asks for packages of its own first
+        error = (saap.CompatibilityError, ImportError, ValueError)
+    with pytest.raises(error, match=r"past_key_values|quanto"):
+        greedy(model, prompt(), cache_implementation=implementation)
+
+
+def test_caches_of_other_models_and_routers() -> None:
+    model = attached(tiny("llama"))
+    with pytest.raises(saap.CompatibilityError, match="StaticCache"):
+        greedy(model, prompt(), past_key_values=StaticCache(config=model.config, max_cache_len=200))
+    other = saap.SaapCache(attached(tiny("llama")))
+    with pytest.raises(saap.CompatibilityError, match="this model and these routers"):
+        greedy(model, prompt(), past_key_values=other)
+    with torch.no_grad():
+        view = DynamicCache(config=model.config)
+        other_model = attached(tiny("llama"))
+        other_model(prompt(), past_key_values=view)
+        with pytest.raises(saap.CompatibilityError, match="this model and these routers"):
+            model(prompt(), past_key_values=view)
+
+
+def test_a_cache_without_its_attention_function() -> None:
+    model = tiny("llama")
+    with pytest.raises(saap.StateError, match="routers"):
+        saap.SaapCache(model)
+    with pytest.raises(saap.StateError, match="attn_implementation='saap'"):
+        saap.SaapCache(model, make_routers(model), **SMALL)
+    attached(model)
+    with pytest.raises(saap.StateError, match="expected none for a model"):
+        saap.SaapCache(model, make_routers(model))
+    with pytest.raises(saap.ParameterError, match="attached model"):
+        saap.SaapCache(model, selectivity=0.5)
+    cache = saap.SaapCache(model)
+    saap.detach(model)
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+        with pytest.raises(saap.StateError, match="attention function 'saap'"):
+            model(prompt(1, 1), past_key_values=cache)
+
+
+def test_gradients() -> None:
+    model = attached(tiny("llama"))
+    with pytest.raises(saap.StateError, match="no_grad"):
+        model(prompt(), past_key_values=saap.SaapCache(model))
+    loss = model(prompt(), labels=prompt()).loss
+    loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad is not None, "without a cache a model trains as ever"
+
+
+def test_training_mode() -> None:
+    model = attached(tiny("llama", attention_dropout=0.1)).train()
+    with torch.no_grad(), pytest.raises(saap.StateError, match=r"model.eval\(\)"):
+        model(prompt(), past_key_values=saap.SaapCache(model))
+
+
+def test_masks_and_positions_of_another_kind() -> None:
+    model, ids = attached(tiny("llama")), prompt(2, 90)
+
+    def cache() -> saap.SaapCache:
+        made = saap.SaapCache(model)
+        with torch.no_grad():
+            model(ids, past_key_values=made, attention_mask=mask)
+        return made
+
+    def refuses(
+        match: str, made: Any, error: type[Exception] = saap.CompatibilityError, tokens: Any = ids[:, :1], **given: Any
+    ) -> None:
+        with torch.no_grad(), pytest.raises(error, match=match):
+            model(tokens, past_key_values=made, **given)
+
+    mask = torch.ones_like(ids)
+    refuses("bool", saap.SaapCache(model), tokens=ids, attention_mask=torch.zeros(2, 1, 90, 90))
+    refuses("position_ids", saap.SaapCache(model), tokens=ids, position_ids=torch.arange(5, 95)[None])
+    tree = torch.ones(2, 1, 4, 94, dtype=torch.bool)
+    refuses("causal attention among the new tokens", cache(), tokens=ids[:, :4], attention_mask=tree)
+    mask = left_padded(ids, [0, 20])["attention_mask"]
+    one = torch.ones(2, 1, dtype=torch.long)
+    made = cache()
+    refuses("mask of the whole batch", made, saap.StateError)
+    refuses("hides or shows", cache(), attention_mask=torch.cat([left_padded(ids, [0, 10])["attention_mask"], one], 1))
+    with torch.no_grad():
+        model(ids[:, :1], past_key_values=cache(), attention_mask=torch.cat([mask, one], 1))
+
+
+def test_continuous_batching_has_a_cache_of_its_own() -> None:
+    from saap_index.hf.attention import attention
+
+    keys = prompt(1, 16).float().view(1, 1, 1, 16)
+    layer = saap.SaapCache(attached(tiny("llama"))).layers[0]
+    keys.saap_layer = layer
+    for name in ("s_aux", "softcap", "position_bias"):
+        with pytest.raises(saap.CompatibilityError, match=name):
+            attention(SimpleNamespace(), keys, keys, keys, None, **{name: 1.0})
+
+
+@pytest.mark.parametrize(("version", "fine"), [("4.57.6", False), ("5.0.0", True), ("5.99.0.dev0", True), ("6.0.0", False)])
+def test_versions(version: str, fine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", version)
+    if fine:
+        support.check_version()
+    else:
+        with pytest.raises(saap.MissingDependencyError, match=version):
+            support.check_version()
