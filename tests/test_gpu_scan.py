@@ -329,7 +329,7 @@ def test_sanitized(sanitizer: str) -> None:
 
 def sanitized() -> None:
     small = {"order": "random", "seed": 1, "inflight": 3}
-    for name in ("nothing but sequences", "junk", "tail alone"):
+    for name in ("nothing but sequences", "junk", "tail alone", "one long"):
         smallest(CORNERS[name], **small)
     smallest(Case(((2, 150, 190), (0, 0, 25)), share=0.6, q=2, causal=True), **small)
     print("sanitized")
