@@ -1,0 +1,186 @@
+"""A saved prompt: asked later, it answers as the cache itself would have; files that do not fit are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import SMALL, attached, greedy, left_padded, make_routers, prompt, sealed_tokens, tiny
+from safetensors.torch import load_file, save_file
+
+import saap_index as saap
+
+CASES = {
+    "one": ("llama", [0], {}),
+    "lengths differ": ("llama", [0, 35, 70], {}),
+    "padding is still there": ("qwen3", [0, 35, 70], {"break_even": 400}),
+    "windows": ("gemma3", [0, 35], {}),
+    "angles depend on the length": ("llama_dynamic", [0], {}),
+    "means": ("llama", [0], {"mean_run_tokens": 2, "tail": 0.3, "selectivity": 0.4}),
+}
+
+
+def read(model: Any, padding: list[int], length: int = 120, **given: Any) -> tuple[saap.SaapCache, dict[str, torch.Tensor]]:
+    """A cache that holds a document, and the document."""
+    inputs = left_padded(prompt(len(padding), length), padding)
+    cache = saap.SaapCache(model)
+    with torch.no_grad():
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        model(**inputs, position_ids=positions, past_key_values=cache)
+    return cache, inputs
+
+
+def ask(model: Any, cache: Any, inputs: dict[str, torch.Tensor], **given: Any) -> torch.Tensor:
+    """Answer to a question behind the document."""
+    question = prompt(len(inputs["input_ids"]), 9, seed=5)
+    ids = torch.cat([inputs["input_ids"], question], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(question)], 1)
+    return greedy(model, {"input_ids": ids, "attention_mask": mask}, 20, past_key_values=cache, **given)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_asked_later(tmp_path: Path, name: str) -> None:
+    case, padding, options = CASES[name]
+    made = tiny(case)
+    options = {"selectivity": 0.3, **options}
+    cache, inputs = read(attached(made, **options), padding)
+    cache.save(tmp_path / "prompt", tokens=inputs["input_ids"])
+    want = ask(made, cache, inputs)
+    later = attached(tiny(case), **options)
+    for verify in (False, True):
+        loaded = saap.SaapCache.load(tmp_path / "prompt", later, verify=verify)
+        assert torch.equal(loaded.tokens, inputs["input_ids"]) and loaded.get_seq_length() == 120
+        assert torch.equal(ask(later, loaded, inputs), want)
+        assert sealed_tokens(loaded) == sealed_tokens(cache)
+        if case not in ("gemma3", "llama_dynamic"):  # windows forget, and that model remembers the longest text
+            loaded.crop(120 - loaded.get_seq_length())
+            assert torch.equal(ask(later, loaded, inputs), want), "the document is there again"
+
+
+def test_the_files_are_mapped_and_stay_as_they_are(tmp_path: Path) -> None:
+    model = attached(tiny("llama"), 0.2)
+    cache, inputs = read(model, [0])
+    cache.save(tmp_path / "prompt")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "prompt").iterdir()}
+    loaded = saap.SaapCache.load(tmp_path / "prompt", model)
+    lists = loaded.layers[1].index.invlists
+    address = lists.keys.data_ptr()
+    if Path("/proc/self/maps").exists():
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            low, high = (int(x, 16) for x in line.split()[0].split("-"))
+            if low <= address < high:
+                assert line.endswith("layer_001.safetensors")
+    ask(model, loaded, inputs)
+    assert lists.keys.data_ptr() == address, "there is room behind a prompt"
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "prompt").iterdir()}
+
+
+def test_more_than_the_room(tmp_path: Path) -> None:
+    model = attached(tiny("llama", num_hidden_layers=1))
+    cache, inputs = read(model, [0])
+    cache.save(tmp_path / "prompt")
+    loaded = saap.SaapCache.load(tmp_path / "prompt", model, max_tokens=3000)
+    more = prompt(1, 2000, seed=1)
+    with torch.no_grad():
+        want = model(torch.cat([inputs["input_ids"], more], 1)).logits[:, -1]
+        got = model(more, past_key_values=loaded).logits[:, -1]
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-3)
+
+
+def test_an_empty_cache(tmp_path: Path) -> None:
+    model = attached(tiny("gemma3"))
+    saap.SaapCache(model).save(tmp_path / "prompt")
+    loaded = saap.SaapCache.load(tmp_path / "prompt", model)
+    assert loaded.get_seq_length() == 0 and greedy(model, prompt(), past_key_values=loaded).shape == (1, 24)
+
+
+def test_in_place_of_an_older_one(tmp_path: Path) -> None:
+    model = attached(tiny("llama"))
+    for length in (70, 90):
+        read(model, [0], length)[0].save(tmp_path / "prompt")
+        assert saap.SaapCache.load(tmp_path / "prompt", model).get_seq_length() == length
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="other"):
+        read(model, [0])[0].save(other)
+    assert (other / "thesis.tex").read_text() == "years of work"
+    assert {path.name for path in tmp_path.iterdir()} == {"prompt", "other"}
+
+
+def test_an_interrupted_write_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached(tiny("llama"))
+    read(model, [0], 70)[0].save(tmp_path / "prompt")
+
+    def full(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        read(model, [0], 90)[0].save(tmp_path / "prompt")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["prompt"]
+    assert saap.SaapCache.load(tmp_path / "prompt", model).get_seq_length() == 70
+
+
+def test_other_models_and_routers_are_refused(tmp_path: Path) -> None:
+    read(attached(tiny("llama")), [0])[0].save(tmp_path / "prompt")
+    with pytest.raises(saap.StateError, match="attach first"):
+        saap.SaapCache.load(tmp_path / "prompt", tiny("llama"))
+    for model, match in (
+        (attached(tiny("llama", seed=5)), "model: .* weights"),
+        (attached(tiny("qwen3")), "model: .* model_type 'llama', got 'qwen3'"),
+        (attached(tiny("llama", num_hidden_layers=2)), "model: .* layers 3, got 2"),
+        (saap.attach(tiny("llama"), make_routers(tiny("llama"), nlist=4), **SMALL), "routers: "),
+        (attached(tiny("llama"), dense_layers=[1]), "routers: .* 1 '.*', got None"),
+        (attached(tiny("llama"), window=16), "layer 0: .* window 8, got 16"),
+        (attached(tiny("llama").to(torch.bfloat16)), "weights|dtype"),
+    ):
+        with pytest.raises(saap.CompatibilityError, match=match):
+            saap.SaapCache.load(tmp_path / "prompt", model)
+
+
+def test_damage_is_refused(tmp_path: Path) -> None:
+    model = attached(tiny("llama"))
+    folder = tmp_path / "prompt"
+    read(model, [0, 30])[0].save(folder)
+    about = json.loads((folder / "cache.json").read_text())
+    layer = folder / "layer_001.safetensors"
+    whole = layer.read_bytes()
+
+    def refuses(match: str, **given: Any) -> None:
+        with pytest.raises(saap.FormatError, match=match):
+            saap.SaapCache.load(folder, model, **given)
+
+    layer.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    refuses("damaged", verify=True)
+    layer.write_bytes(whole[: len(whole) // 2])
+    refuses("SafetensorError")
+    layer.write_bytes(whole)
+    tensors = load_file(layer)
+    for name, other in (
+        ("keys", tensors["keys"][:, :, :50].clone()), ("keys", tensors["keys"].double()), ("ids", tensors["ids"].long()),
+        ("tables", tensors["tables"][:, :, :1].clone()), ("removed", torch.zeros(3, dtype=torch.int64)),
+    ):  # fmt: skip
+        save_file({**tensors, name: other}, layer)
+        refuses("layer 1: expected|dtype: expected")
+    save_file({name: x for name, x in tensors.items() if name != "values"}, layer)
+    refuses("values")
+    layer.write_bytes(whole)
+    for change in (
+        {"version": 2}, {"format": "other"}, {"layers": about["layers"][:2]}, {"layers": None},
+        {"layers": [{**about["layers"][0], "lengths": [10**6, 5]}, *about["layers"][1:]]},
+        {"layers": [{**about["layers"][0], "lengths": [-1, 5]}, *about["layers"][1:]]},
+    ):  # fmt: skip
+        (folder / "cache.json").write_text(json.dumps({**about, **change}))
+        refuses(".")
+    (folder / "cache.json").write_text("{")
+    refuses(".")
+    (folder / "cache.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        saap.SaapCache.load(folder, model)
