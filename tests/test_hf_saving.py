@@ -50,8 +50,8 @@ def test_asked_later(tmp_path: Path, name: str) -> None:
     cache, inputs = read(attached(made, **options), padding)
     cache.save(tmp_path / "prompt", tokens=inputs["input_ids"])
     want = ask(made, cache, inputs)
-    later = attached(tiny(case), **options)
     for verify in (False, True):
+        later = attached(tiny(case), **options)
         loaded = saap.SaapCache.load(tmp_path / "prompt", later, verify=verify)
         assert torch.equal(loaded.tokens, inputs["input_ids"]) and loaded.get_seq_length() == 120
         assert torch.equal(ask(later, loaded, inputs), want)
