@@ -68,23 +68,39 @@ NB_MODULE(_cpu, m) {
     route(router, static_cast<DType>(type), at<const void>(queries), b, g, q, angles(cos, sin, r, interleaved, scale), at<float>(z), at<float>(a));
   });
 
-  m.def("probe_bound", [](Address tables, int b, int h, int l, int S, const Ints& num_segments, const Ints& budgets) {
+  m.def("means", [](int type, Address keys, Address values, int h, int64_t N, int d, int e, int l, Address table, int64_t table_stride,
+                    Address mean_keys, int64_t keys_stride, Address mean_values, int64_t values_stride) {
+    MeansSide k{at<const void>(keys), at<void>(mean_keys), keys_stride, d}, v{at<const void>(values), at<void>(mean_values), values_stride, e};
+    Free free;
+    means(static_cast<DType>(type), k, v, h, N, l, at<const int32_t>(table), table_stride);
+  });
+
+  m.def("probe_bound", [](Address tables, int b, int h, int l, int S, const Ints& num_segments, Address budgets) {
     ProbeArgs p{};
-    p.tables = at<const int32_t>(tables), p.b = b, p.h = h, p.l = l, p.S = S;
-    return probe_bound(p, num_segments, budgets);
+    p.tables = at<const int32_t>(tables), p.b = b, p.h = h, p.l = l, p.S = S, p.budgets = at<const int32_t>(budgets);
+    return probe_bound(p, num_segments);
   });
   m.def("probe", [](Address z, Address a, Address knots, Address tables, int b, int h, int j, int l, int k, int S, bool count_lists, int nprobe,
-                    const Ints& num_segments, const Ints& budgets, int64_t bound, Address rows, Address counts) {
-    ProbeArgs p{at<const float>(z), at<const float>(a), at<const float>(knots), at<const int32_t>(tables), b, h, j, l, k, S, count_lists, nprobe};
-    Free free;
-    return probe(p, num_segments, budgets, bound, at<int32_t>(rows), at<int32_t>(counts));
+                    const Ints& num_segments, Address budgets, Address miss, Address entries, const Ints& means, int64_t bound, Address rows,
+                    Address counts, int64_t tail_bound, Address tail, Address tail_counts) {
+    ProbeArgs p{at<const float>(z), at<const float>(a), at<const float>(knots), at<const int32_t>(tables), b, h, j, l, k, S, count_lists, nprobe,
+                at<const int32_t>(budgets), at<const float>(miss), at<const int32_t>(entries)};
+    ProbeOut r{bound, at<int32_t>(rows), at<int32_t>(counts)}, t{tail_bound, at<int32_t>(tail), at<int32_t>(tail_counts)};
+    {
+      Free free;
+      probe(p, num_segments, means, r, t);
+    }
+    return nb::make_tuple(r.width, t.width);
   });
 
   m.def("scan", [](Address q, int q_type, Address k, Address v, int type, int b, int h, int g, int n_queries, int d, int e, int64_t N,
                    Address rows, Address counts, int64_t t, const Ints& sinks, const Ints& sealed, const Ints& lengths, float scale,
-                   bool causal, Address out, Address lse) {
+                   bool causal, Address out, Address lse, Address runs, Address run_counts, int64_t x, Address mean_k, Address mean_v, int64_t M,
+                   Address tables, int64_t S, int l) {
+    TailArgs tail{at<const int32_t>(runs), at<const int32_t>(run_counts), x, at<const void>(mean_k), at<const void>(mean_v), M,
+                  at<const int32_t>(tables), S, l};
     ScanArgs p{at<const void>(q), at<const void>(k), at<const void>(v), static_cast<DType>(q_type), static_cast<DType>(type), b, h, g,
-               n_queries, d, e, N, at<const int32_t>(rows), at<const int32_t>(counts), t, scale, causal, at<void>(out), at<float>(lse)};
+               n_queries, d, e, N, at<const int32_t>(rows), at<const int32_t>(counts), t, scale, causal, at<void>(out), at<float>(lse), tail};
     Free free;
     scan(p, sinks, sealed, lengths);
   });

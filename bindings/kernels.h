@@ -23,6 +23,7 @@ struct ScanItem {
   const int32_t* limits;  // (chunks * group) a column sees rows below its limit only; null: sees all
   int32_t limits_from;    // the least of limits
   bool scattered;         // most rows come in short runs
+  const float* bias;      // (n) added to the score of a row, log2 units; null: none
   int group, chunks;      // group: columns per chunk, a power of two <= lanes
   float *o, *m, *l;       // out: (chunks * group, ep) unnormalised sums in packed order; maximum in log2 units; sum of weights
 };

@@ -56,11 +56,31 @@ struct ProbeArgs {
   int b, h, j, l, m, S;
   bool count_lists;
   int nprobe;
+  const int32_t* budgets;  // (b, h)
+  const float* miss;       // (h) or null
+  const int32_t* entries;  // (b, h) or null
 };
-// The most rows any head can come to, hence the row stride `probe` needs.
-int64_t probe_bound(const ProbeArgs&, const Ints& num_segments, const Ints& budgets);
-// rows (b, h, bound). Returns t; afterwards the first b * h * t elements are the rows as (b, h, t).
-int64_t probe(const ProbeArgs&, const Ints& num_segments, const Ints& budgets, int64_t bound, int32_t* rows, int32_t* counts);
+// Numbers of each head, up to `bound` of them. `probe` packs them: afterwards the first b * h * width elements are (b, h, width).
+struct ProbeOut {
+  int64_t bound;
+  int32_t *numbers, *counts;  // (b, h, bound), (b, h)
+  int64_t width = 0;
+};
+// The most rows any head can come to.
+int64_t probe_bound(const ProbeArgs&, const Ints& num_segments);
+// means: leading segments of each sequence with means; tail is used if p.entries is.
+void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, ProbeOut& rows, ProbeOut& tail);
+
+// Runs read through their means: numbers s * l + list of each head, and where their means and lengths are.
+struct TailArgs {
+  const int32_t *runs, *counts;  // (b, h, x), (b, h); runs null: none
+  int64_t x;
+  const void *k, *v;  // (b, h, M, l, d), (b, h, M, l, e)
+  int64_t M;
+  const int32_t* tables;  // (b, h, S, l + 1)
+  int64_t S;
+  int l;
+};
 
 struct ScanArgs {
   const void *q, *k, *v;
@@ -73,6 +93,7 @@ struct ScanArgs {
   bool causal;
   void* out;
   float* lse;
+  TailArgs tail;
 };
 void scan(const ScanArgs&, const Ints& sinks, const Ints& sealed, const Ints& lengths);
 
@@ -85,6 +106,14 @@ bool append(DType, const AppendSide& keys, const AppendSide& values, int b, int 
 
 void seal(DType, void* keys, void* values, int32_t* ids, int h, int64_t N, int d, int e, int64_t start, int64_t n,
           const int32_t* list_nos, int l, int32_t* table, int64_t table_stride);
+
+struct MeansSide {
+  const void* rows;  // (h, N, dim)
+  void* out;         // (h, l, dim), strided over h
+  int64_t out_stride;
+  int dim;
+};
+void means(DType, const MeansSide& keys, const MeansSide& values, int h, int64_t N, int l, const int32_t* table, int64_t table_stride);
 
 void combine(DType, const void* out_a, const float* lse_a, const void* out_b, const float* lse_b, int64_t n, int e, void* out, float* lse);
 

@@ -1,7 +1,8 @@
-// From scores to rows: weighs the runs of each head, finds the weight at which the budget is spent, lists the rows.
+// From scores to rows: weighs the runs of each head, finds the weight at which the budget is spent or enough attention is read,
+// lists the rows, and the best runs besides that are read through their means.
 //
-// Weights are not sorted: a histogram over their bit patterns, in which a run counts with its length, finds the few runs among
-// which the budget ends, and only those are put in order.
+// Weights are not sorted: a histogram over their bit patterns, in which a run counts with its length and its mass, finds the few
+// runs among which the budget ends, and only those are put in order.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -33,6 +34,17 @@ struct Cut {
   uint64_t order;
   int32_t rows;
 };
+constexpr uint64_t kNoRun = UINT64_MAX;  // before every run in order of preference
+
+// What is left to take while runs are taken: rows, and attention beyond what may stay unread, in the units of the weights.
+struct Room {
+  int64_t rows;
+  double mass;
+  bool ends_with(int64_t more_rows, double more_mass) const { return more_rows >= rows || mass - more_mass <= 0; }
+  void take(int64_t more_rows, double more_mass) { rows -= more_rows, mass -= more_mass; }
+};
+
+double mass_of(const Candidate& run) { return static_cast<double>(bit_float(static_cast<uint32_t>(run.order >> 32))) * run.length; }
 
 // The plain way, for scores too far apart for single precision: everything relative to the largest single weight, in float64.
 void run_weights_wide(const ProbeHead& p, float* w) {
@@ -76,24 +88,36 @@ void list_weights_wide(const ProbeHead& p, float* w) {
   for (int l = 0; l < p.lp; l++) w[l] = l < p.l ? static_cast<float>(std::min(sum[l], 3e38)) : 0.f;
 }
 
-// The runs among which the budget ends, and the better ones, in row order; all of them together hold more than `budget` rows.
-// `rest` becomes what is left for the runs of weight below `edge`.
-void gather(const ProbeHead& p, const float* w, int64_t budget, std::vector<Candidate>& runs, float& edge, int64_t& rest) {
-  constexpr int kBins = 2048, kShift = 20;  // exponent and the first bits of the fraction: an eighth of an octave
+constexpr int kBins = 2048, kShift = 20;  // exponent and the first bits of the fraction: an eighth of an octave
+
+// The runs among which the room ends, and the better ones, in row order. `room` becomes what is left for those of weight below
+// `edge`. `allowed` : mass that may stay unread, used if Enough. False, with no runs, if no more than that is there at all.
+template <bool Enough>
+bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, std::vector<Candidate>& runs, float& edge) {
   thread_local std::vector<int32_t> places;
   int32_t bins[kBins] = {};
+  double masses[Enough ? kBins : 1] = {};
   for (int s = 0; s < p.s; s++) {
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
     const float* row = w + static_cast<int64_t>(s) * p.lp;
-    for (int l = 0; l < p.l; l++) bins[float_bits(row[l]) >> kShift] += table[l + 1] - table[l];
+    for (int l = 0; l < p.l; l++) {
+      const int32_t n = table[l + 1] - table[l];
+      bins[float_bits(row[l]) >> kShift] += n;
+      if (Enough) masses[float_bits(row[l]) >> kShift] += static_cast<double>(row[l]) * n;
+    }
+  }
+  runs.clear();
+  room.mass = INFINITY;
+  if (Enough) {
+    room.mass = -allowed;
+    for (double mass : masses) room.mass += mass;
+    if (!(room.mass > 0)) return false;
   }
   int bin = kBins - 1;
-  for (; bin > 0 && bins[bin] < budget; bin--) budget -= bins[bin];
-  rest = budget;
+  for (; bin > 0 && !room.ends_with(bins[bin], masses[Enough ? bin : 0]); bin--) room.take(bins[bin], masses[Enough ? bin : 0]);
   edge = bit_float(static_cast<uint32_t>(bin + 1) << kShift);
   const float least = bit_float(static_cast<uint32_t>(bin) << kShift);
   places.resize(p.l + 1);
-  runs.clear();
   for (int s = 0; s < p.s; s++) {
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
     const float* row = w + static_cast<int64_t>(s) * p.lp;
@@ -107,10 +131,11 @@ void gather(const ProbeHead& p, const float* w, int64_t budget, std::vector<Cand
       if (table[l + 1] > table[l]) runs.push_back({preference(row[l], s, l), table[l + 1], table[l + 1] - table[l]});
     }
   }
+  return true;
 }
 
-// The run in which `budget` rows end when runs are taken in order of preference. Reorders them.
-Cut find_cut(std::vector<Candidate>& few, int64_t budget) {
+// The run in which the room ends when runs are taken in order of preference, the last one if it ends in none. Reorders them.
+Cut find_cut(std::vector<Candidate>& few, Room room) {
   auto better = [](const Candidate& x, const Candidate& y) { return x.order > y.order; };
   size_t from = 0, to = few.size();
   // Keep the half in which it lies: linear in the number of runs.
@@ -118,13 +143,14 @@ Cut find_cut(std::vector<Candidate>& few, int64_t budget) {
     const size_t middle = from + (to - from) / 2;
     std::nth_element(few.begin() + from, few.begin() + middle, few.begin() + to, better);
     int64_t upper = 0;
-    for (size_t i = from; i < middle; i++) upper += few[i].length;
-    if (upper >= budget) to = middle;
-    else budget -= upper, from = middle;
+    double mass = 0;
+    for (size_t i = from; i < middle; i++) upper += few[i].length, mass += mass_of(few[i]);
+    if (room.ends_with(upper, mass)) to = middle;
+    else room.take(upper, mass), from = middle;
   }
   std::sort(few.begin() + from, few.begin() + to, better);
-  for (; from + 1 < to && few[from].length < budget; from++) budget -= few[from].length;
-  return {few[from].order, static_cast<int32_t>(std::min<int64_t>(few[from].length, budget))};
+  for (; from + 1 < to && !room.ends_with(few[from].length, mass_of(few[from])); from++) room.take(few[from].length, mass_of(few[from]));
+  return {few[from].order, static_cast<int32_t>(std::min<int64_t>(few[from].length, room.rows))};
 }
 
 int32_t* write_rows(int32_t first, int32_t n, int32_t* out) {
@@ -132,31 +158,92 @@ int32_t* write_rows(int32_t first, int32_t n, int32_t* out) {
   return out + n;
 }
 
-// nprobe 0. Returns the end of what it wrote.
-int32_t* take_runs(const ProbeHead& p, float* w, int64_t total, int64_t budget, int32_t* out) {
-  if (budget <= 0 || total <= 0) return out;
-  if (total <= budget) {
-    for (int s = 0; s < p.s; s++) {
-      const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
-      out = write_rows(table[0], table[p.l] - table[0], out);
-    }
-    return out;
-  }
-  if (!kernels().run_weights(p, w)) run_weights_wide(p, w);
+// Rows of runs in order of preference until `budget` are taken or the rest has no more mass than `allowed` (if Enough). w : weights
+// of the runs. Moves `out` to the end of what it wrote; returns the last run in order of preference that got rows.
+template <bool Enough>
+uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, int32_t*& out) {
   thread_local std::vector<Candidate> runs, few;
   float edge;
-  int64_t rest;
-  gather(p, w, budget, runs, edge, rest);
+  Room room{budget, 0};
+  if (!gather<Enough>(p, w, allowed, room, runs, edge)) return kNoRun;
   few.clear();
   for (const Candidate& run : runs)
     if (run.order < preference(edge, 0, 65535)) few.push_back(run);
-  const Cut cut = find_cut(few, rest);
+  // Where masses were summed in another order than before, the room may not end in any run: then all are taken.
+  const Cut cut = few.empty() ? Cut{0, 0} : find_cut(few, room);
   for (const Candidate& run : runs) {
     if (run.order < cut.order) continue;
     const int32_t n = run.order == cut.order ? cut.rows : run.length;
     out = write_rows(run.end - n, n, out);
   }
+  return cut.order;
+}
+
+// Numbers s * l + list of up to `entries` runs of the first `means` segments that come after `last` in order of preference, those
+// of most mass. Returns the end of what it wrote.
+int32_t* take_tail(const ProbeHead& p, const float* w, uint64_t last, int means, int64_t entries, int32_t* out) {
+  thread_local std::vector<uint32_t> masses;  // bits of the mass of an unread run, plus one; 0 for others
+  thread_local std::vector<uint64_t> few;
+  if (entries <= 0) return out;
+  masses.resize(static_cast<size_t>(means) * p.l);
+  int32_t bins[kBins] = {};
+  int64_t unread = 0;
+  for (int s = 0; s < means; s++) {
+    const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
+    const float* row = w + static_cast<int64_t>(s) * p.lp;
+    uint32_t* mass = masses.data() + static_cast<size_t>(s) * p.l;
+    for (int l = 0; l < p.l; l++) {
+      const int32_t n = table[l + 1] - table[l];
+      const bool open = n > 0 && preference(row[l], s, l) < last;
+      mass[l] = open ? float_bits(row[l] * static_cast<float>(n)) + 1 : 0;
+      bins[mass[l] >> kShift] += open;
+      unread += open;
+    }
+  }
+  uint64_t least = 0;
+  if (unread > entries) {
+    int bin = kBins - 1;
+    for (; bins[bin] < entries; bin--) entries -= bins[bin];
+    few.clear();
+    for (int s = 0; s < means; s++)
+      for (int l = 0; l < p.l; l++) {
+        const uint32_t mass = masses[static_cast<size_t>(s) * p.l + l];
+        if (mass && static_cast<int>(mass >> kShift) == bin) few.push_back(preference(bit_float(mass), s, l));
+      }
+    std::nth_element(few.begin(), few.begin() + (entries - 1), few.end(), std::greater<>());
+    least = few[entries - 1];
+  }
+  for (int s = 0; s < means; s++)
+    for (int l = 0; l < p.l; l++) {
+      const uint32_t mass = masses[static_cast<size_t>(s) * p.l + l];
+      if (mass && preference(bit_float(mass), s, l) >= least) *out++ = s * p.l + l;
+    }
   return out;
+}
+
+// What one head may take, nprobe 0. allowed: mass that may stay unread, in the units of the weights; negative: no such limit.
+struct Limits {
+  int64_t rows;
+  double allowed;
+  int64_t entries;
+  int means;
+};
+
+// nprobe 0. Moves `out` and `tail` to the ends of what it wrote.
+void take_runs(const ProbeHead& p, float* w, int64_t total, const Limits& most, int32_t*& out, int32_t*& tail) {
+  const bool enough = most.allowed >= 0;
+  if (total <= 0 || (most.rows <= 0 && most.entries <= 0)) return;
+  if (total <= most.rows && !enough) {
+    for (int s = 0; s < p.s; s++) {
+      const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
+      out = write_rows(table[0], table[p.l] - table[0], out);
+    }
+    return;
+  }
+  if (!kernels().run_weights(p, w)) run_weights_wide(p, w);
+  uint64_t last = kNoRun;
+  if (most.rows > 0) last = enough ? take_best<true>(p, w, most.rows, most.allowed, out) : take_best<false>(p, w, most.rows, 0, out);
+  tail = take_tail(p, w, last, most.means, most.entries, tail);
 }
 
 // nprobe p. Returns the end of what it wrote.
@@ -184,8 +271,9 @@ int32_t* take_lists(const ProbeHead& p, float* w, int nprobe, int64_t budget, in
   return out;
 }
 
-// share (j): the sigmoid of the last of a's m columns, relative to the largest, for only the order of weights matters; 1 without.
-void head_shares(const ProbeArgs& p, int64_t bh, float* share) {
+// share (j): the sigmoid of the last of a's m columns, relative to the largest, for mostly only the order of weights matters; 1
+// without. Returns the log of the largest.
+double head_shares(const ProbeArgs& p, int64_t bh, float* share) {
   const bool known = p.m && p.count_lists;
   double top = -INFINITY;
   auto log_share = [&](int j) {
@@ -197,6 +285,7 @@ void head_shares(const ProbeArgs& p, int64_t bh, float* share) {
     const double relative = known && std::isfinite(top) ? std::exp(log_share(j) - top) : 1.0;
     share[j] = relative > 0 ? static_cast<float>(relative) : 0.f;  // 0 also for NaN
   }
+  return known ? top : 0.0;
 }
 
 const int32_t* table_of(const ProbeArgs& p, int64_t bh, int s) { return p.tables + (bh * p.S + s) * (static_cast<int64_t>(p.l) + 1); }
@@ -216,14 +305,27 @@ bool ordered(const int32_t* table, int l) {
 
 }  // namespace
 
-int64_t probe_bound(const ProbeArgs& p, const Ints& num_segments, const Ints& budgets) {
+int64_t probe_bound(const ProbeArgs& p, const Ints& num_segments) {
   int64_t most = 0;
   for (int64_t bh = 0; bh < static_cast<int64_t>(p.b) * p.h; bh++)
-    most = std::max(most, std::min(budgets[bh / p.h], total_of(p, bh, num_segments[bh / p.h])));
+    most = std::max(most, std::min<int64_t>(p.budgets[bh], total_of(p, bh, num_segments[bh / p.h])));
   return most;
 }
 
-int64_t probe(const ProbeArgs& p, const Ints& num_segments, const Ints& budgets, int64_t bound, int32_t* rows, int32_t* counts) {
+namespace {
+
+void pack(ProbeOut& out, int64_t heads) {
+  for (int64_t bh = 0; bh < heads; bh++) out.width = std::max<int64_t>(out.width, out.counts[bh]);
+  for (int64_t bh = 0; bh < heads; bh++) {
+    int32_t* to = out.numbers + bh * out.width;
+    if (out.width != out.bound) std::memmove(to, out.numbers + bh * out.bound, sizeof(int32_t) * out.counts[bh]);
+    std::fill(to + out.counts[bh], to + out.width, -1);
+  }
+}
+
+}  // namespace
+
+void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, ProbeOut& rows, ProbeOut& tail) {
   const int64_t heads = static_cast<int64_t>(p.b) * p.h;
   std::atomic<bool> fine{true};
   pool().run(heads, [&](int64_t bh) {
@@ -235,7 +337,8 @@ int64_t probe(const ProbeArgs& p, const Ints& num_segments, const Ints& budgets,
     head.z = p.z + bh * p.j * p.l;
     head.tables = table_of(p, bh, 0);
     head.count_lists = p.count_lists;
-    counts[bh] = 0;
+    rows.counts[bh] = 0;
+    if (p.entries) tail.counts[bh] = 0;
     for (int s = 0; s < head.s; s++)
       if (!ordered(table_of(p, bh, s), p.l)) return fine.store(false);
     const int64_t runs = static_cast<int64_t>(head.s) * head.lp, e_size = static_cast<int64_t>(p.j) * head.lp;
@@ -245,7 +348,7 @@ int64_t probe(const ProbeArgs& p, const Ints& num_segments, const Ints& budgets,
     float* interpolated = head.c + static_cast<int64_t>(p.j) * head.s;
     head.a = interpolated;
     float* share = interpolated + static_cast<int64_t>(p.j) * head.s;
-    head_shares(p, bh, share);
+    const double log_share = head_shares(p, bh, share);
     head.share = share;
     const int knots = p.m - 1;
     for (int s = 0; s < head.s; s++) {
@@ -256,20 +359,23 @@ int64_t probe(const ProbeArgs& p, const Ints& num_segments, const Ints& budgets,
         interpolated[static_cast<int64_t>(j) * head.s + s] = knots > 0 ? a[low] + (place - static_cast<float>(low)) * (a[high] - a[low]) : 0.f;
       }
     }
-    int32_t* out = rows + bh * bound;
-    int32_t* end = p.nprobe ? take_lists(head, w, p.nprobe, budgets[i], out)
-                            : take_runs(head, w, total_of(p, bh, head.s), budgets[i], out);
-    counts[bh] = static_cast<int32_t>(end - out);
+    int32_t *const out = rows.numbers + bh * rows.bound, *end = out;
+    if (p.nprobe) {
+      end = take_lists(head, w, p.nprobe, p.budgets[bh], out);
+    } else {
+      Limits most{p.budgets[bh], -1, 0, 0};
+      // Shares beyond float64 let nothing be read: what they say lies outside sinks and window is nothing.
+      if (p.miss) most.allowed = std::isfinite(log_share) ? static_cast<double>(p.miss[bh % p.h]) * p.j * std::exp(-log_share) : INFINITY;
+      if (p.entries) most.entries = p.entries[bh], most.means = static_cast<int>(means[i]);
+      int32_t *const tail_out = tail.numbers + bh * tail.bound, *tail_end = tail_out;
+      take_runs(head, w, total_of(p, bh, head.s), most, end, tail_end);
+      if (p.entries) tail.counts[bh] = static_cast<int32_t>(tail_end - tail_out);
+    }
+    rows.counts[bh] = static_cast<int32_t>(end - out);
   });
   if (!fine) throw std::out_of_range("probe: tables: the offsets of a segment are not ascending");
-  int64_t t = 0;
-  for (int64_t bh = 0; bh < heads; bh++) t = std::max<int64_t>(t, counts[bh]);
-  for (int64_t bh = 0; bh < heads; bh++) {
-    int32_t* to = rows + bh * t;
-    if (t != bound) std::memmove(to, rows + bh * bound, sizeof(int32_t) * counts[bh]);
-    std::fill(to + counts[bh], to + t, -1);
-  }
-  return t;
+  pack(rows, heads);
+  if (p.entries) pack(tail, heads);
 }
 
 }  // namespace saap

@@ -1,4 +1,5 @@
-// Attention over sinks, listed rows and recent rows: cuts the work into items of rows, runs them, merges them in item order.
+// Attention over sinks, listed rows, recent rows and means of runs: cuts the work into items of rows, runs them, merges them in
+// item order.
 //
 // How a head is cut depends on its own row count only, and the merge follows item order, so neither the number of threads nor
 // the rest of the batch changes a bit of the result. Whoever finishes the last item of a head merges it.
@@ -43,12 +44,32 @@ struct Source {
   }
 };
 
+// The runs of one head that are read through their means, and where in the means of that head they lie.
+struct Entries {
+  const int32_t* runs;
+  int64_t count;
+
+  // Rows of means [from, from + n), then kScanPad repeats of the last, and the log2 of their tokens. False if there is no such run.
+  bool read(const TailArgs& p, int64_t head, int64_t from, int n, int32_t* rows, float* bias) const {
+    for (int i = 0; i < n; i++) {
+      const int32_t run = runs[from + i];
+      if (run < 0 || run >= std::min(p.M, p.S) * p.l) return false;
+      const int32_t* table = p.tables + (head * p.S + run / p.l) * (p.l + 1) + run % p.l;
+      if (table[1] <= table[0]) return false;
+      rows[i] = run;
+      bias[i] = std::log2(static_cast<float>(table[1] - table[0]));
+    }
+    std::fill(rows + n, rows + n + kScanPad, rows[n - 1]);
+    return true;
+  }
+};
+
 // A group of query columns of one head, and where its items and their partial results lie.
 struct Task {
   int head;     // sequence * h + KV head
   int column;   // first query column
   int columns, group, chunks;
-  int64_t rows_per_item, first_item, items;
+  int64_t rows_per_item, first_item, row_items, items;  // items of rows, then those of means
   float* q;     // (chunks * group, dp)
   float* part;  // per item: value sums (chunks * group, ep), then maxima and weight sums (chunks * group)
   int32_t* limits;
@@ -56,6 +77,7 @@ struct Task {
 
 struct Plan {
   std::vector<Source> sources;
+  std::vector<Entries> entries;
   std::vector<Task> tasks;
   std::vector<std::pair<int32_t, int32_t>> items;  // task, number within it
   std::vector<std::atomic<int64_t>> left;
@@ -111,6 +133,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
   const int64_t j = static_cast<int64_t>(p.g) * p.n_queries, heads = static_cast<int64_t>(p.b) * p.h;
   thread_local Plan plan;
   plan.sources.clear();
+  plan.entries.clear();
   plan.tasks.clear();
   plan.items.clear();
   size_t floats = 0, ints = 0;
@@ -120,6 +143,10 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     if (listed < 0 || listed > p.t) throw std::out_of_range("scan: counts: a count lies outside [0, " + std::to_string(p.t) + "]");
     Source s{sinks[i], listed, sealed[i], lengths[i] - sealed[i], p.rows ? p.rows + head * p.t : nullptr};
     plan.sources.push_back(s);
+    Entries tail{p.tail.runs ? p.tail.runs + head * p.tail.x : nullptr, p.tail.runs ? p.tail.counts[head] : 0};
+    if (tail.count < 0 || tail.count > p.tail.x)
+      throw std::out_of_range("scan: tail.counts: a count lies outside [0, " + std::to_string(p.tail.x) + "]");
+    plan.entries.push_back(tail);
     const int64_t per_item = std::clamp(round_up(s.total() * p.h / 64, 16), kLeastRows, kMostRows);
     for (int64_t column = 0; column < j; column += kScanColumns) {
       Task t{};
@@ -130,7 +157,8 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
       t.group = 1;
       while (t.group * t.chunks < t.columns) t.group *= 2;
       t.rows_per_item = per_item;
-      t.items = (s.total() + per_item - 1) / per_item;
+      t.row_items = (s.total() + per_item - 1) / per_item;
+      t.items = t.row_items + (tail.count + kMostRows - 1) / kMostRows;
       t.first_item = static_cast<int64_t>(plan.items.size());
       for (int64_t k = 0; k < t.items; k++) plan.items.emplace_back(static_cast<int32_t>(plan.tasks.size()), static_cast<int32_t>(k));
       const size_t columns = static_cast<size_t>(t.chunks) * t.group;
@@ -180,19 +208,23 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     const Source& s = shared.sources[t.head];
     const int columns = t.chunks * t.group;
     alignas(64) int32_t rows[kMostRows + kScanPad];
-    const int64_t from = k * t.rows_per_item;
-    const int count = static_cast<int>(std::min(t.rows_per_item, s.total() - from));
+    float bias[kMostRows];
+    const bool of_rows = k < t.row_items;
+    const Entries& tail = shared.entries[t.head];
+    const int64_t head = t.head, from = of_rows ? k * t.rows_per_item : (k - t.row_items) * kMostRows;
+    const int count = static_cast<int>(of_rows ? std::min(t.rows_per_item, s.total() - from) : std::min(kMostRows, tail.count - from));
     ScanItem it{};
-    if (s.read(from, count, p.N, rows)) {
-      const int64_t head = t.head;
+    if (of_rows ? s.read(from, count, p.N, rows) : tail.read(p.tail, head, from, count, rows, bias)) {
+      const int64_t first = of_rows ? head * p.N : head * p.tail.M * p.tail.l, size = static_cast<int64_t>(size_of(p.type));
       it.q = t.q;
-      it.k = static_cast<const char*>(p.k) + head * p.N * p.d * static_cast<int64_t>(size_of(p.type));
-      it.v = static_cast<const char*>(p.v) + head * p.N * p.e * static_cast<int64_t>(size_of(p.type));
+      it.k = static_cast<const char*>(of_rows ? p.k : p.tail.k) + first * p.d * size;
+      it.v = static_cast<const char*>(of_rows ? p.v : p.tail.v) + first * p.e * size;
       it.d = p.d, it.e = p.e, it.dp = dp, it.ep = ep;
       it.rows = rows;
       it.n = count;
-      it.scattered = 2 * (std::min(from + count, s.sinks + s.listed) - std::max(from, s.sinks)) > count;
-      it.limits = limited ? t.limits : nullptr;
+      it.bias = of_rows ? nullptr : bias;
+      it.scattered = !of_rows || 2 * (std::min(from + count, s.sinks + s.listed) - std::max(from, s.sinks)) > count;
+      it.limits = limited && of_rows ? t.limits : nullptr;
       it.limits_from = static_cast<int32_t>(std::max<int64_t>(lengths[t.head / p.h] - p.n_queries + 1, 0));
       it.group = t.group, it.chunks = t.chunks;
       it.o = t.part + k * part_size(columns, ep);
@@ -206,7 +238,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
       merge_task(p, kern, t, dp, ep);
     }
   });
-  if (!fine) throw std::out_of_range("scan: rows: a row number lies outside [0, " + std::to_string(p.N) + ")");
+  if (!fine) throw std::out_of_range("scan: rows, tail: a row number lies outside [0, " + std::to_string(p.N) + "), or a run is empty or not there");
 }
 
 }  // namespace saap

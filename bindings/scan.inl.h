@@ -156,6 +156,12 @@ INLINE void hide_scores(const ScanItem& it, const int32_t* limits, const int32_t
       if (rows[t] >= limits[g]) s[t * G + g] = -INFINITY;
 }
 
+template <int G>
+INLINE void add_bias(const float* bias, int n, float* s) {
+  for (int t = 0; t < n; t++)
+    for (int g = 0; g < G; g++) s[t * G + g] += bias[t];
+}
+
 template <class T, int D, int G, Fetch F>
 INLINE void scan_blocks(const ScanItem& it) {
   const int columns = it.chunks * G;
@@ -184,6 +190,7 @@ INLINE void scan_blocks(const ScanItem& it) {
       float* acc = it.o + c * G * ep;
       if (c == 0) score_block<T, D, G, F>(it, q, rows, n, s);
       else score_block<T, D, G, Fetch::none>(it, q, rows, n, s);
+      if (it.bias) add_bias<G>(it.bias + t, n, s);
       if (limited || n * G % W) hide_scores<G>(it, limited ? it.limits + c * G : nullptr, rows, n, s);
       weigh_block<G>(n, ep, s, acc, m + c * W, l + c * W);
       if (c == 0) add_values<T, D, G, F>(it, s, rows, n, acc);

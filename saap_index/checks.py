@@ -119,7 +119,7 @@ def ids(ids: Any, name: str) -> np.ndarray:
 def shares(value: Any, name: str, heads: int) -> np.ndarray:
     """Checked factors per KV head, float32 (h,), finite and not negative."""
     try:
-        x = np.array(value.detach().cpu() if isinstance(value, Tensor) else value, np.float32)
+        x = np.array(value.detach().cpu().numpy() if isinstance(value, Tensor) else value, np.float32)
     except (TypeError, ValueError) as error:
         raise ParameterError(f"{name}: expected {heads} numbers or None, got {value!r}") from error
     if x.shape != (heads,):

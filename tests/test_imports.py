@@ -36,7 +36,7 @@ ALLOWED = {
     "backends.base": ANY,
     "backends.torch_backend": {"backends.base"},
     "backends.reference_backend": {"backends.base", "reference"},
-    "backends.cpu": {"backends.base", "backends.torch_backend", "bindings", "bindings.native"} | ANY,
+    "backends.cpu": {"backends.base", "bindings", "bindings.native"} | ANY,
     "backends.resident": {"backends.base"} | ANY,
     "backends.cuda_state": {"backends.base", "backends.resident", "bindings", *GPU} | ANY,
     "backends.cuda": {

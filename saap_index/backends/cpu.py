@@ -16,13 +16,13 @@ from torch import Tensor
 from ..bindings import native
 from ..errors import DeviceError, DTypeError, LayoutError, LengthError, MissingDependencyError, ShapeError
 from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
-from .torch_backend import TorchBackend
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
 
 _F32, _I32 = torch.float32, torch.int32
 _NO_ROTATION = (0, 0, 0, False, 1.0)
+_NO_TAIL = (0, 0, 0, 0, 0, 0, 0, 0, 1)
 
 
 def available() -> bool:
@@ -110,7 +110,22 @@ class CpuBackend(Backend):
         )
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
-        TorchBackend().means(keys, values, table, mean_keys, mean_values)
+        h, capacity, d = keys.shape
+        e, lists = values.shape[-1], table.shape[1] - 1
+        self._cpu.means(
+            _code("keys", keys),
+            _plain("keys", keys, keys.dtype, (h, capacity, d)),
+            _plain("values", values, keys.dtype, (h, capacity, e)),
+            h,
+            capacity,
+            d,
+            e,
+            lists,
+            _rows("table", table, _I32, (h, lists + 1)),
+            table.stride(0),
+            *_lists("mean_keys", mean_keys, keys.dtype, (h, lists, d)),
+            *_lists("mean_values", mean_values, keys.dtype, (h, lists, e)),
+        )
 
     def prepare_router(self, weights: RouterWeights) -> Any:
         h, u, d = weights.hidden.shape
@@ -150,9 +165,6 @@ class CpuBackend(Backend):
         budget: Budget,
         count_lists: bool,
     ) -> Probed:
-        if budget.miss is not None or budget.entries is not None or bool((budget.rows != budget.rows[:, :1]).any()):
-            return TorchBackend().probe(z, a, knots, tables, num_segments, budget, count_lists)
-        most, nprobe = budget.rows[:, 0].tolist(), budget.nprobe
         b, h, j, lists = z.shape
         m, segments = a.shape[3], tables.shape[2]
         z_at = _plain("z", z, _F32, (b, h, j, lists))
@@ -164,14 +176,22 @@ class CpuBackend(Backend):
         for valid in num_segments:
             if not 0 <= valid <= segments:
                 raise LengthError(f"num_segments: expected 0 to {segments}, got {valid}")
-        if not 0 < lists < 65536 or segments > 65535 or nprobe < 0:
+        if not 0 < lists < 65536 or segments > 65535 or budget.nprobe < 0:
             raise LengthError(
-                f"expected 1 to 65535 lists, up to 65535 segments and nprobe >= 0, got {lists}, {segments}, {nprobe}"
+                f"expected 1 to 65535 lists, up to 65535 segments and nprobe >= 0, got {lists}, {segments}, {budget.nprobe}"
             )
-        used = list(num_segments)
-        bound = self._cpu.probe_bound(tables_at, b, h, lists, segments, used, most)
+        used, budgets_at = list(num_segments), _plain("budget.rows", budget.rows, _I32, (b, h))
+        miss_at = 0 if budget.miss is None else _plain("budget.miss", budget.miss, _F32, (h,))
+        bound = self._cpu.probe_bound(tables_at, b, h, lists, segments, used, budgets_at)
         rows, counts = torch.empty((b, h, bound), dtype=_I32), torch.empty((b, h), dtype=_I32)
-        t = self._cpu.probe(
+        tail, entries_at, tail_bound, means = None, 0, 0, list(budget.means)
+        if budget.entries is not None:
+            if len(means) != b or not all(0 <= x <= s for x, s in zip(means, used, strict=True)):
+                raise LengthError(f"budget.means: expected {b} numbers up to those of the segments, {used}, got {means}")
+            entries_at = _plain("budget.entries", budget.entries, _I32, (b, h))
+            tail_bound = max(0, min(max(means, default=0) * lists, int(budget.entries.max())))
+            tail = torch.empty((b, h, tail_bound), dtype=_I32), torch.empty((b, h), dtype=_I32)
+        t, x = self._cpu.probe(
             z_at,
             a_at,
             knots_at,
@@ -183,14 +203,21 @@ class CpuBackend(Backend):
             m,
             segments,
             count_lists,
-            nprobe,
+            budget.nprobe,
             used,
-            most,
+            budgets_at,
+            miss_at,
+            entries_at,
+            means,
             bound,
             rows.data_ptr(),
             counts.data_ptr(),
+            tail_bound,
+            0 if tail is None else tail[0].data_ptr(),
+            0 if tail is None else tail[1].data_ptr(),
         )
-        return Probed(rows if t == bound else rows.view(-1)[: b * h * t].view(b, h, t), counts)
+        rows = _packed(rows, b, h, t)
+        return Probed(rows, counts) if tail is None else Probed(rows, counts, _packed(tail[0], b, h, x), tail[1])
 
     def scan(
         self,
@@ -206,10 +233,6 @@ class CpuBackend(Backend):
         causal: bool,
         tail: Tail | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if tail is not None:
-            return TorchBackend().scan(
-                queries, arena_keys, arena_values, rows, counts, sinks, sealed, lengths, scale, causal, tail
-            )
         b, h, g, q, d = queries.shape
         capacity, e = arena_values.shape[2:]
         dtype = arena_keys.dtype
@@ -252,6 +275,7 @@ class CpuBackend(Backend):
             causal,
             out.data_ptr(),
             lse.data_ptr(),
+            *(_NO_TAIL if tail is None else _tail(tail, dtype, (b, h, d, e))),
         )
         return out, lse
 
@@ -280,6 +304,18 @@ def _rows(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> i
     return x.data_ptr()
 
 
+def _lists(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """The address of a host tensor (h, l, d) contiguous but over h, and its stride there."""
+    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or (shape[0] and not x[0].is_contiguous()):
+        _refuse(name, x, dtype, shape, "contiguous within a head")
+    return x.data_ptr(), x.stride(0)
+
+
+def _packed(x: Tensor, b: int, h: int, width: int) -> Tensor:
+    """The leading b * h * width elements of x as (b, h, width)."""
+    return x if width == x.shape[2] else x.view(-1)[: b * h * width].view(b, h, width)
+
+
 def _refuse(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> NoReturn:
     if not x.is_cpu:
         raise DeviceError(f"{name}: expected a tensor on 'cpu', got one on {str(x.device)!r}")
@@ -288,6 +324,23 @@ def _refuse(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], la
     if x.shape != shape:
         raise ShapeError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
     raise LayoutError(f"{name}: expected rows {layout}, got strides {x.stride()}")
+
+
+def _tail(tail: Tail, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """runs, counts, x, means of keys and values, M, tables, S, l as the module takes them."""
+    b, h, d, e = shape
+    x, (most, lists), segments = tail.runs.shape[-1], tail.keys.shape[2:4], tail.tables.shape[2]
+    return (
+        _plain("tail.runs", tail.runs, _I32, (b, h, x)) if x else 0,
+        _plain("tail.counts", tail.counts, _I32, (b, h)),
+        x,
+        _plain("tail.keys", tail.keys, dtype, (b, h, most, lists, d)),
+        _plain("tail.values", tail.values, dtype, (b, h, most, lists, e)),
+        most,
+        _plain("tail.tables", tail.tables, _I32, (b, h, segments, lists + 1)),
+        segments,
+        lists,
+    )
 
 
 def _code(name: str, x: Tensor) -> int:
