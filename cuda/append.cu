@@ -76,19 +76,19 @@ extern "C" __global__ void __launch_bounds__(256) saap_append(const __grid_const
     shared[0] = start;
     shared[1] = fits ? wanted : 0;
     if (!fits && blockIdx.x == 0 && head == 0) atomicOr(errors, kFull);
-    if (p.meta) {
-      __threadfence();
-      if (atomicAdd(p.tickets + sequence, 1u) == gridDim.x * gridDim.y - 1) {
-        __threadfence();
-        p.tickets[sequence] = 0;
-        if (fits) {
-          meta[kLength] = start + wanted;
-          meta[kNextPosition] += wanted;
-        }
-      }
-    }
   }
   __syncthreads();
+  // The other threads write rows meanwhile. The first alone has read the length.
+  if (threadIdx.x == 0 && p.meta) {
+    __threadfence();
+    const u32 blocks = gridDim.x * gridDim.y;
+    if (atomicAdd(p.tickets + sequence, 1u) == blocks - 1) {
+      __threadfence();
+      atomicAdd(p.tickets + sequence, 0u - blocks);
+      meta[kLength] = shared[0] + shared[1];
+      meta[kNextPosition] += shared[1];
+    }
+  }
   const int start = shared[0], end = shared[1] * vectors;
   const i64 row = (static_cast<i64>(sequence) * heads + head) * p.capacity + start;
   char* arena_keys = p.arena_keys + row * p.key_vectors * 16;
