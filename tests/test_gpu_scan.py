@@ -266,6 +266,13 @@ def test_corners(name: str) -> None:
     check(case, make(case, d, e, storage, query), *smallest(case))
 
 
+def test_as_shipped() -> None:
+    """All the warps and stages of a device with 227 KB of shared memory a block."""
+    case = Case(((4, 700, 760), (0, 0, 33), (4, 90, 120)), g=4, q=2, share=0.6, entries=9, causal=True)
+    data = make(case, 128, 128, BF16, BF16)
+    check(case, data, *run(EmulatedRuntime("random", 2, 4), case, data, {}))
+
+
 def test_infinite_scores() -> None:
     """Logits that overflow to -inf have no weight; a vector all of whose logits do sees nothing."""
     case = Case(((0, 0, 50),), heads=1, g=3, dense=True)
