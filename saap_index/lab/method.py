@@ -10,6 +10,7 @@ Axes: h KV heads, g query heads per KV head, n tokens, d key dim, e value dim.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,6 +77,12 @@ class Method(ABC):
 
     name: str
     kind: ClassVar[str]
+
+    def calibrate(  # noqa: B027, most methods have nothing to do here
+        self, layer: Layer, keys: Sequence[Tensor], values: Sequence[Tensor], queries: Sequence[Tensor]
+    ) -> None:
+        """Learn what the method needs of a layer from training sequences: keys (h, n, d), values (h, n, e), queries (h, g, q, d)
+        of each, as in a `Prompt`. Called once per layer, before `start`."""
 
     @abstractmethod
     def start(self, layer: Layer, tokens: int) -> State:
