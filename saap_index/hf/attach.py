@@ -14,7 +14,7 @@ import torch
 from ..errors import StateError
 from . import support
 from .attention import NAME
-from .cache import ATTACHED, adopt
+from .cache import ATTACHED, SaapCache, adopt
 from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
 
 
@@ -28,14 +28,17 @@ class Attachment:
         decoder.set_attn_implementation(NAME)
         self._hook = decoder.register_forward_pre_hook(self._prepare, with_kwargs=True)
 
-    @torch.compiler.disable
     def _prepare(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         cache = kwargs.get("past_key_values")
-        if cache is None:
+        if cache is None or (type(cache) is SaapCache and cache.plan is self.plan):
             return None
-        return args, {**kwargs, "past_key_values": adopt(cache, self.plan)}
+        return args, {**kwargs, "past_key_values": self._adopt(cache)}
+
+    @torch.compiler.disable
+    def _adopt(self, cache: Any) -> SaapCache:
+        return adopt(cache, self.plan)
 
     def undo(self, model: Any) -> None:
         self._hook.remove()

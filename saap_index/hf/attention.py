@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import CompatibilityError, StateError
+from . import traced
 from .layer import IndexedLayer
 from .slots import LAYER
 
@@ -19,7 +20,6 @@ NAME = "saap"
 _UNSERVED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change what a softmax is taken of
 
 
-@torch.compiler.disable
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, **kwargs: Any,
@@ -29,7 +29,8 @@ def attention(
     Keys from a layer of a `SaapCache` lead to its index. Any other keys, those of a layer left dense or of a call without a
     cache, are attended to by transformers' SDPA, with the same arguments.
     """
-    layer: IndexedLayer | None = getattr(key, LAYER, None)
+    is_traced = torch.compiler.is_compiling()
+    layer: IndexedLayer | None = traced.take() if is_traced else getattr(key, LAYER, None)
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     for name in _UNSERVED:
@@ -37,6 +38,8 @@ def attention(
             raise CompatibilityError(f"layer {layer.plan.number}: expected plain softmax attention, got {name}")
     if dropout:
         raise StateError(f"SaapCache: expected a model in evaluation mode, got dropout={dropout}; call model.eval()")
+    if is_traced:
+        return traced.attend(layer, query, key, value, attention_mask, scaling, kwargs.get("position_ids")), None
     return layer.attend(module, query, attention_mask, scaling, **{"position_ids": None, **kwargs}), None
 
 

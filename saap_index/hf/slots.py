@@ -20,6 +20,7 @@ from ..index import AsymmetricIndex
 from ..layout import Layout
 from ..params import SearchParametersIVF
 from ..stats import SearchStats
+from . import traced
 from .masks import Seen, last_positions
 from .plan import LayerPlan
 
@@ -41,6 +42,7 @@ class SlotLayer(CacheLayerMixin):
         super().__init__()
         self.plan, self.max_sparse_tokens, self.room_tokens = plan, max_sparse_tokens, room_tokens
         self.index: AsymmetricIndex | None = None
+        self.name = traced.name_of(self)
         self.slots = 0
         self.ragged = False
         self.visible: Tensor | None = None
@@ -55,12 +57,13 @@ class SlotLayer(CacheLayerMixin):
             self.index.reserve_memory(self.room_tokens, batch=b)
         self.is_initialized = True
 
-    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append tokens: keys (b, h, q, d), after RoPE, and values (b, h, q, e). Returns those of all slots, views of the index.
 
         Raises StateError if the attention function "saap" has not seen what came before, or if gradients are asked for.
         """
+        if torch.compiler.is_compiling():
+            return traced.update(self, key_states, value_states)
         if self._new is not None:
             raise StateError(
                 f"layer {self.plan.number}: expected the attention function 'saap', which searches this cache, got another; load "
@@ -156,7 +159,7 @@ class SlotLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: Any) -> Self:
         """A copy with tokens of its own and the same plan: what users of transformers do to ask a prompt twice."""
         new = type(self)(self.plan, self.max_sparse_tokens, self.room_tokens)
-        new.__dict__.update(self.__dict__)
+        new.__dict__.update({name: value for name, value in self.__dict__.items() if name != "name"})
         new.index = None if self.index is None else self.index.fork()
         return new
 
