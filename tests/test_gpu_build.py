@@ -426,7 +426,7 @@ def test_means_stay_inside_the_arena_whatever_the_offsets() -> None:
 
 def all_kernels_once() -> None:
     """A small build, every kernel of it: what the sanitizers watch."""
-    run, dtype, h, n, d, nlist = EmulatedRuntime("random", 3, 3), torch.bfloat16, 2, 70, 72, 7
+    run, dtype, h, n, d, nlist = EmulatedRuntime("random", 3, 3), torch.bfloat16, 2, 70, 40, 7
     keys, values = random_rows((1, h, n, d), dtype, 0), random_rows((1, h, n, d), dtype, 1)
     arena = [torch.zeros((1, h, n + 5, d), dtype=dtype) for _ in range(2)]
     meta, tickets = torch.zeros((1, 8), dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -435,7 +435,7 @@ def all_kernels_once() -> None:
     gpu_build.append(run, keys[:, :, :5], values[:, :, :5], *arena, ints([n]), ints([4]), torch.zeros(1, dtype=torch.int32))
     list_nos = torch.empty((h, n), dtype=torch.int32)
     turns = gpu_build.Turns(1e4 ** -torch.arange(0, 1, 2 / d), None, 0, False, 1.0)
-    centroids = gpu_build.pack_centroids(random_rows((h, 130, d), torch.float32, 2))
+    centroids = gpu_build.pack_centroids(random_rows((h, 300, d), torch.float32, 2))  # an odd number of panels
     gpu_build.assign(run, centroids, arena[0][0, :, :n], list_nos, turns, 64)
     segments = [(2, 34), (34, n - 2)]
     device_segments = gpu_seal.segment_array(segments, torch.device("cpu"))
