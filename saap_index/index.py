@@ -46,8 +46,8 @@ class AsymmetricIndex(IndexDecode):
     rope : the model's rotary embedding. Keys and queries come rotated; the index undoes it to route. None: no rotation.
     selectivity, nprobe, target_mass, max_codes : default budget, see `SearchParametersIVF`; 5 % of the sealed tokens if none is
         given. With ``target_mass`` selectivity is the cap, 25 % if not given.
-    budget_shares : float (h,), what selectivity is multiplied with for each KV head (as many tokens as are sealed at most), so
-        that a model's budget may be spread unevenly over its layers and heads. The cap of ``target_mass`` is the same for all.
+    budget_shares : float (h,), what a selectivity below 1 is multiplied with for each KV head (as many tokens as are sealed at
+        most), so that a model's budget may be spread unevenly over layers and heads. The cap of ``target_mass`` is one for all.
     mean_run_tokens, tail : keep the mean key and value of the runs of segments whose average run has that many tokens (0: none),
         and spend that share of the budget on means of runs that are not read, in place of rows.
     window, sinks : tokens at the end and the start that are always read.

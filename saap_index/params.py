@@ -77,9 +77,12 @@ class SearchParametersIVF:
         )
 
     def budget(self, sealed_tokens: int, share: float = 1.0) -> int:
-        """Most of ``sealed_tokens`` that may be read by a KV head whose selectivity is multiplied by ``share``."""
+        """Most of ``sealed_tokens`` that may be read by a KV head whose selectivity is multiplied by ``share``.
+
+        A selectivity of 1 is everything, whatever the share; and the cap of a target is the same for every head.
+        """
         tokens = sealed_tokens
-        if self.selectivity is not None:
+        if self.selectivity is not None and self.selectivity < 1:
             share = 1.0 if self.target_mass is not None else share
             tokens = min(sealed_tokens, math.ceil(self.selectivity * share * sealed_tokens - 1e-6))
         return min(tokens, self.max_codes) if self.max_codes else tokens

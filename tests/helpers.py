@@ -40,13 +40,15 @@ def tokens(b: int, heads: int, n: int, d: int, dtype: torch.dtype = torch.float3
 
 
 def dense(
-    queries: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Float64 attention of queries (g, q, d) over the keys (n, d), values (n, e) of one KV head; hidden : bool (q, n)."""
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: np.ndarray | None = None,
+    stand_for: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Float64 attention of queries (g, q, d) over the keys (n, d), values (n, e) of one KV head; hidden : bool (q, n);
+    stand_for : (n,) tokens that a key stands for, default 1."""
     g, q, d = queries.shape
     visible = None if hidden is None else np.tile(~hidden, (g, 1))
     flat = queries.double().reshape(g * q, d).numpy()
-    out, lse = reference.attend(flat, keys.double().numpy(), values.double().numpy(), scale, visible)
+    out, lse = reference.attend(flat, keys.double().numpy(), values.double().numpy(), scale, visible, stand_for)
     return out.reshape(g, q, -1), lse.reshape(g, q)
 
 

@@ -8,20 +8,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, dense, small_index, tokens
+from helpers import assert_close, dense, random_router, small_index, tokens
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from saap_index import AsymmetricIndex, Rope, SearchParametersIVF, read_index, write_index
+from saap_index import (
+    AsymmetricIndex,
+    CompatibilityError,
+    ParameterError,
+    Rope,
+    SaapError,
+    SearchParametersIVF,
+    read_index,
+    write_index,
+)
 
 BACKENDS = ("cpu", "torch", "reference")
 PARAMS = st.one_of(
     st.none(),
     st.builds(SearchParametersIVF, selectivity=st.sampled_from([0.01, 0.3, 0.9, 1.0]), max_codes=st.sampled_from([0, 1, 7])),
     st.builds(SearchParametersIVF, nprobe=st.integers(1, 5), max_codes=st.sampled_from([0, 9])),
-    st.builds(SearchParametersIVF, selectivity=st.just(0.1), window=st.integers(0, 40), sinks=st.integers(0, 12)),
-)
+    st.builds(
+        SearchParametersIVF, selectivity=st.just(0.1), window=st.integers(0, 40), sinks=st.integers(0, 12),
+        tail=st.sampled_from([None, 0.0, 0.5]),
+    ),
+    st.builds(
+        SearchParametersIVF, target_mass=st.sampled_from([0.3, 0.9]), selectivity=st.sampled_from([None, 0.1, 1.0]),
+        tail=st.sampled_from([None, 0.3]),
+    ),
+)  # fmt: skip
 
 
 class Walk(RuleBasedStateMachine):
@@ -33,9 +49,13 @@ class Walk(RuleBasedStateMachine):
         b=st.integers(1, 3), heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (6, 2), (2, 2)]),
         dims=st.sampled_from([(32, 32), (40, 64)]),
         dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), rope=st.sampled_from([None, "plain", "dynamic"]),
-        sinks=st.integers(0, 5), window=st.integers(0, 20), break_even=st.sampled_from([0, 30]), count_lists=st.booleans(),
+        sinks=st.integers(0, 5), window=st.integers(0, 20), break_even=st.sampled_from([0, 30]),
+        published=st.sampled_from([False, False, True]), means=st.sampled_from([0, 1, 3]), tail=st.sampled_from([0.0, 0.4]),
+        shares=st.sampled_from([None, (0.2, 1.5, 9.0)]), target_mass=st.sampled_from([None, None, 0.8]),
     )  # fmt: skip
-    def start(self, b, heads, dims, dtype, rope, sinks, window, break_even, count_lists) -> None:
+    def start(
+        self, b, heads, dims, dtype, rope, sinks, window, break_even, published, means, tail, shares, target_mass
+    ) -> None:
         self.b, (self.hq, self.h), (self.d, self.e), self.dtype = b, heads, dims, dtype
         ropes = {
             None: None,
@@ -43,7 +63,11 @@ class Walk(RuleBasedStateMachine):
             "dynamic": Rope(head_dim=self.d, theta=100.0, scaling="dynamic", factor=2.0, original_max_position=32),
         }
         options = {"sinks": sinks, "window": window, "break_even": break_even, "rope": ropes[rope], "dtype": dtype}
+        options |= {"mean_run_tokens": means, "tail": tail if means else 0.0, "target_mass": target_mass}
+        options["budget_shares"] = None if shares is None else shares[: self.h]
         self.index = small_index(self.d, self.e, 4, self.hq, self.h, backend=self.backend, selectivity=0.2, **options)
+        if published:
+            self.index.query_router = random_router(self.h, 4, self.d, knots=-1, count_lists=False)
         self.model: list[list[tuple[int, torch.Tensor, torch.Tensor]]] = [[] for _ in range(b)]
         self.next = [0] * b
         self.seed = 0
@@ -148,7 +172,9 @@ class Walk(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index.safetensors"
             write_index(self.index, path)
-            self.index = read_index(path, backend=self.backend)
+            before, self.index = self.index, read_index(path, backend=self.backend)
+        assert self.index._defaults == before._defaults and self.index.layout == before.layout
+        assert np.array_equal(self.index.budget_shares, before.budget_shares)
 
     @rule(n=st.integers(0, 300))
     def reserve(self, n) -> None:
@@ -162,15 +188,48 @@ class Walk(RuleBasedStateMachine):
     def change_window(self, window) -> None:
         self.index.window = window
 
+    @rule(value=st.sampled_from([0, 1, 2, 30]))
+    def change_means(self, value) -> None:
+        if not value and self.index.tail:
+            with pytest.raises(ParameterError, match="mean_run_tokens"):
+                self.index.mean_run_tokens = value
+        else:
+            self.index.mean_run_tokens = value
+
+    @rule(value=st.sampled_from([None, (0.0, 0.5, 2.0)]))
+    def change_shares(self, value) -> None:
+        self.index.budget_shares = None if value is None else value[: self.h]
+
+    def refusal(self, params) -> type[SaapError] | None:
+        """What a search with these parameters raises on an index that holds tokens."""
+        asked = params.over(self.index._defaults) if params else self.index._defaults
+        if asked.tail and not self.index.mean_run_tokens:
+            return ParameterError
+        if asked.target_mass is not None and not self.index.query_router.predicts_outside:
+            return CompatibilityError
+        everything = all(
+            asked.budget(high - low, share) == high - low
+            for i in range(self.b) for low, high in [(self.index.invlists.sinks(i), self.index.invlists.sealed(i))]
+            for share in ([1.0] if self.index.budget_shares is None else self.index.budget_shares)
+        )  # fmt: skip
+        if asked.tail and not asked.nprobe and not self.index.query_router.count_lists and not everything:
+            return CompatibilityError
+        return None
+
     @rule(q=st.integers(1, 8), params=PARAMS, seed=st.integers(0, 5))
     def search_attend(self, q, params, seed) -> None:
         queries = tokens(self.b, self.hq, q, self.d, torch.float32, 1000 + seed)
+        refused = self.refusal(params) if self.index.lengths else None
+        if refused is not None:
+            with pytest.raises(refused):
+                self.index.search_attend(queries, params=params)
+            return
         out, lse = self.index.search_attend(queries, params=params, return_lse=True)
         if not self.index.lengths:
             assert not out.any() and bool((lse == -torch.inf).all())
             return
         selection = self.index.select(queries, params=params)
-        self.compare(queries, out, lse, self.index.read_ids(selection))
+        self.compare(queries, out, lse, selection)
         self.check_budget(selection, params)
 
     @rule(q=st.integers(1, 3), data=st.data())
@@ -181,7 +240,7 @@ class Walk(RuleBasedStateMachine):
         nos = torch.tensor(lists).view(self.b, self.h, 2)
         queries = tokens(self.b, self.hq, q, self.d, torch.float32, 7)
         out, lse = self.index.search_attend_preassigned(queries, nos, return_lse=True)
-        self.compare(queries, out, lse, self.index.read_ids(self.index._last))
+        self.compare(queries, out, lse, self.index._last)
 
     @rule(k=st.integers(1, 5))
     def search(self, k) -> None:
@@ -197,8 +256,9 @@ class Walk(RuleBasedStateMachine):
                 assert torch.allclose(scores[i, head, 0, : len(want)], want, rtol=1e-4, atol=1e-4)
                 assert bool((ids[i, head, 0, len(want) :] == -1).all())
 
-    def compare(self, queries, out, lse, read) -> None:
-        """``out`` and ``lse`` against float64 attention over the tokens read, with the causal tail hidden."""
+    def compare(self, queries, out, lse, selection) -> None:
+        """``out`` and ``lse`` against float64 attention over the tokens and means read, with the causal tail hidden."""
+        read = self.index.read_ids(selection)
         q, g = queries.shape[2], self.hq // self.h
         for i, model in enumerate(self.model):
             by_id = {p: (k, v) for p, k, v in model}
@@ -212,23 +272,58 @@ class Walk(RuleBasedStateMachine):
                 rank = np.searchsorted([p for p, _, _ in model], ids)
                 hidden = rank[None] > (len(model) - q + np.arange(q))[:, None]
                 part = slice(head * g, head * g + g)
-                want, want_lse = dense(queries[i, part], keys, values, self.index.scale, hidden)
+                mean_keys, mean_values, sizes = self.entries(selection, i, head, ids)
+                keys, values = torch.cat([keys, mean_keys]), torch.cat([values, mean_values])
+                hidden = np.concatenate([hidden, np.zeros((q, len(sizes)), bool)], 1)
+                stand_for = np.concatenate([np.ones(len(ids)), sizes])
+                want, want_lse = dense(queries[i, part], keys, values, self.index.scale, hidden, stand_for)
                 assert_close(out[i, part], want, torch.float32, float(values.abs().max()) if ids else 1.0)
                 finite = np.isfinite(want_lse)
                 assert bool((lse[i, part].numpy()[~finite] == -np.inf).all())
                 assert_close(lse[i, part][torch.from_numpy(finite)], want_lse[finite], torch.float32, 10.0)
+
+    def entries(self, selection, i, head, ids) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Mean keys and values of the tail of one KV head, and the tokens each stands for, none of which is among ``ids``."""
+        lists, runs = self.index.invlists, np.empty(0, np.int64)
+        if selection.tail is not None:
+            runs = selection.tail[i, head, : selection.tail_counts[i, head]].long().numpy()
+        positions, sizes = lists.row_ids(i)[head], []
+        for run in runs:
+            low, high = lists.tables[i, head, run // 4, run % 4 : run % 4 + 2].tolist()
+            assert run // 4 < lists.num_means(i) and low < high and not set(positions[low:high].tolist()) & set(ids)
+            sizes.append(high - low)
+        means = (x[i, head].flatten(0, 1)[runs] for x in (lists.mean_keys, lists.mean_values))
+        return *means, np.array(sizes, np.float64)
 
     def check_budget(self, selection, params) -> None:
         settings_ = params.over(self.index._defaults) if params else self.index._defaults
         wide = (settings_.window or 0) > self.index.window or (settings_.sinks or 0) > self.index.sinks
         if selection.counts is None or wide:
             return
-        for i in range(self.b):
-            budget = settings_.budget(selection.sealed[i] - selection.sinks[i])
-            if settings_.nprobe is None:
-                assert bool((selection.counts[i] == budget).all()), "the budget is spent exactly"
+        shares = np.ones(self.h) if self.index.budget_shares is None else self.index.budget_shares
+        for i, head in np.ndindex(self.b, self.h):
+            budget = settings_.budget(selection.sealed[i] - selection.sinks[i], float(shares[head]))
+            rows, tail = int(selection.counts[i, head]), 0
+            if selection.tail is not None:
+                tail = int(selection.tail_counts[i, head])
+                assert tail <= settings_.tail * budget + 1e-6 and rows + tail <= budget
+            if settings_.nprobe is None and settings_.target_mass is None and selection.tail is None:
+                assert rows == budget, "the budget is spent exactly"
             else:
-                assert bool((selection.counts[i] <= budget).all())
+                assert rows <= budget
+
+    @invariant()
+    def means_are_those_of_the_runs(self) -> None:
+        if not hasattr(self, "index") or not self.index.lengths:
+            return
+        lists, eps = self.index.invlists, torch.finfo(self.dtype).eps
+        for i in range(self.b):
+            for s in range(lists.num_means(i)):
+                for x, means in ((lists.keys, lists.mean_keys), (lists.values, lists.mean_values)):
+                    for head, no in np.ndindex(self.h, 4):
+                        low, high = lists.tables[i, head, s, no], lists.tables[i, head, s, no + 1]
+                        want = x[i, head, low:high].double().sum(0) / max(1, int(high - low))
+                        assert float((means[i, head, s, no].double() - want).abs().max()) <= 4 * eps + 1e-6
 
     @invariant()
     def holds_every_token_once(self) -> None:
@@ -265,6 +360,9 @@ def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
         assert torch.equal(x.keys[i, :, :n], y.keys[i, :, :n]) and torch.equal(x.values[i, :, :n], y.values[i, :, :n])
         assert torch.equal(x.row_ids(i), y.row_ids(i)) and torch.equal(x.tables[i, :, :parts], y.tables[i, :, :parts])
         assert np.array_equal(x.removed[i], y.removed[i])
+        count = x.num_means(i)
+        assert count == y.num_means(i) and torch.equal(x.mean_keys[i, :, :count], y.mean_keys[i, :, :count])
+        assert torch.equal(x.mean_values[i, :, :count], y.mean_values[i, :, :count])
         count = x.num_means(i)
         assert torch.equal(x.mean_keys[i, :, :count], y.mean_keys[i, :, :count])
 

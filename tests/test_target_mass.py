@@ -126,7 +126,7 @@ def test_budget_shares(name: str) -> None:
     assert counts() == [[int(np.ceil(0.1 * n)), int(np.ceil(0.6 * n - 1e-6))] for n in sealed]
     assert counts(selectivity=0.5) == [[int(np.ceil(0.25 * n)), n] for n in sealed], "as many as are sealed at most"
     assert counts(max_codes=20) == [[min(20, int(np.ceil(0.1 * n))), 20] for n in sealed]
-    assert counts(selectivity=1.0, max_codes=0) == [[int(np.ceil(0.5 * n)), n] for n in sealed]
+    assert counts(selectivity=1.0) == [[n, n] for n in sealed], "all is all"
     assert counts(nprobe=4) == [[n, n] for n in sealed], "nprobe knows no shares"
     assert index.budget_shares.dtype == np.float32 and index.budget_shares.tolist() == [0.5, 3.0]
     index.budget_shares = torch.tensor([0.0, 9.0])
