@@ -51,14 +51,16 @@ def configuration(shape: SelectShape, multiprocessors: int, max_shared_bytes: in
 
 def fixed_bytes(macros: dict[str, int]) -> int:
     """sizeof(Fixed) of select_weights.cuh, rounded up to 128."""
-    search = 2 * 4 * 2048 + 256 * 16 + 32 * 8 + 12 + 8 + 4 + 4
-    weights = macros["SAAP_COLUMNS"] * (8 * macros["SAAP_THREADS"] // 32 + 3 * 4) + 8
+    warps = macros["SAAP_THREADS"] // 32
+    search = max(2 * 4 * 2048, 2 * 256 * warps) + 32 * (8 + 4) + 256 * 16 + 12 + 8 + 4 + 4
+    weights = macros["SAAP_COLUMNS"] * (8 * warps + 3 * 4) + 8
     return -(-(search + weights) // 128) * 128
 
 
 def room(shape: SelectShape, macros: dict[str, int]) -> int:
-    """Words that grow with S: those of one (sequence, KV head) in shared memory, or in the workspace."""
-    return -(-shape.segments * (macros["SAAP_COLUMNS"] + 1 + shape.nlist) // 4) * 4
+    """Words that grow with S or l: those of one (sequence, KV head) in shared memory, or in the workspace."""
+    items = shape.nlist if macros["SAAP_LISTS"] else shape.segments * shape.nlist
+    return -(-(shape.segments * (macros["SAAP_COLUMNS"] + 1) + items) // 4) * 4
 
 
 def shared_bytes(shape: SelectShape, macros: dict[str, int]) -> int:

@@ -64,7 +64,7 @@ __device__ __forceinline__ void find_unread(const Selection& of, const Cut& cut,
 // Mass is counted in parts of 2^-31 of the whole, at least one for a run of any weight.
 // Lengths that a table gives as negative count as none, so that nothing is written out of place whatever it holds.
 // Grid (h, b); block SAAP_THREADS, a power of two from 64 to 1024.
-// Shared memory: kFixedBytes + 4 * j, rounded up to 16, and 4 * S * (SAAP_COLUMNS + 1 + l) bytes unless SAAP_FAR.
+// Shared memory: kFixedBytes, 4 * j bytes, rounded up to 16, and 4 * room(S, l) unless SAAP_FAR.
 // Preconditions: m <= 32; S * (l + 1) < 2^31; SAAP_LISTS is nprobe > 0; with it or without count_lists, entries and miss are
 // null.
 // Deterministic: sums of floats have a fixed order, and what atomics add are integers.
@@ -114,11 +114,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_select(const __gr
     }
     const int most = tail ? p.x_cap : p.t_cap;
     const int count = write_stretches(
-        something ? runs : 0, p.l, (tail ? p.tail : p.rows) + row * most, most, search.scratch, [&](int run, int segment, int list) {
+        something ? runs : 0, (tail ? p.tail : p.rows) + row * most, most, search.scratch, search.gathered,
+        [&](int run) {
+          const u32 key = of.keys[SAAP_LISTS ? run % p.l : run];
+          return key >= cut.key && key != kNoItem;
+        },
+        [&](int run) {
+          const int segment = run / p.l, list = run - segment * p.l;
           if (!tail) return read_of(of, cut, segment, list);
           const u32 key = of.keys[run];
-          const int place = (of.segments - 1 - segment) * of.runs.lists + list;
-          return Stretch{run, key != kNoItem && (cut.whole(key, place) || (key == cut.key && place == cut.place))};
+          const int place = (of.segments - 1 - segment) * p.l + list;
+          return Stretch{run, cut.whole(key, place) || (key == cut.key && place == cut.place)};
         });
     if (threadIdx.x == 0) (tail ? p.tail_counts : p.counts)[row] = count;
     if (tail || !with_tail || !something) continue;

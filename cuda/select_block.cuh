@@ -18,23 +18,42 @@ struct Measure {
 
 __device__ __forceinline__ Measure operator+(Measure x, Measure y) { return {x.rows + y.rows, x.mass + y.mass}; }
 
-__device__ __forceinline__ Measure inclusive_scan_warp(Measure x) {
+__device__ __forceinline__ u32 inclusive_scan_warp(u32 x) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const u32 rows = __shfl_up_sync(kAllLanes, x.rows, step), mass = __shfl_up_sync(kAllLanes, x.mass, step);
-    if (lane >= step) x = x + Measure{rows, mass};
+    const u32 below = __shfl_up_sync(kAllLanes, x, step);
+    if (lane >= step) x += below;
   }
   return x;
 }
 
-// The sum of x over the threads before this one; total: over all. scratch (kWarps) is free again when this returns.
-__device__ __forceinline__ Measure exclusive_scan(Measure x, Measure& total, Measure* scratch) {
+__device__ __forceinline__ Measure inclusive_scan_warp(Measure x) {
+  return {inclusive_scan_warp(x.rows), inclusive_scan_warp(x.mass)};
+}
+
+// The first lane whose `end`, ascending over the lanes, lies beyond `place`; 31 if none does.
+__device__ __forceinline__ int owner_of(u32 end, u32 place) {
+  int owner = 0;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2)
+    if (__shfl_sync(kAllLanes, end, owner + step - 1) <= place) owner += step;
+  return owner;
+}
+
+// Shared memory of what this file does.
+struct Scratch {
+  Measure scan[32];
+  u32 found[32];
+};
+
+// The sum of x over the threads before this one; total: over all. scratch is free again when this returns.
+__device__ __forceinline__ Measure exclusive_scan(Measure x, Measure& total, Scratch& scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Measure within = inclusive_scan_warp(x);
-  if (lane == 31) scratch[warp] = within;
+  if (lane == 31) scratch.scan[warp] = within;
   __syncthreads();
-  const Measure warps = inclusive_scan_warp(lane < kWarps ? scratch[lane] : Measure{0, 0});
+  const Measure warps = inclusive_scan_warp(lane < kWarps ? scratch.scan[lane] : Measure{0, 0});
   const u32 rows = __shfl_sync(kAllLanes, warps.rows, warp ? warp - 1 : 0), mass = __shfl_sync(kAllLanes, warps.mass, warp ? warp - 1 : 0);
   total = {__shfl_sync(kAllLanes, warps.rows, 31), __shfl_sync(kAllLanes, warps.mass, 31)};
   __syncthreads();
@@ -47,49 +66,54 @@ struct Stretch {
   int first, n;
 };
 
+constexpr int kWindow = 256;  // items that a warp looks through at a time
+
 // Writes the stretches of items 0, 1, ... one behind the other to out (most), then -1 up to its end; returns how many numbers
-// precede those. stretch(item, segment, list) with item = segment * lists + list. A warp has a range of items to itself.
-template <class F>
-__device__ __forceinline__ int write_stretches(int items, int lists, int* out, int most, Measure* scratch, F stretch) {
+// precede those. may(item): false if it has none; stretch(item) is asked of the others. Few do, so those are gathered first, in
+// gathered (kWarps * kWindow).
+template <class May, class F>
+__device__ __forceinline__ int write_stretches(int items, int* out, int most, Scratch& scratch, u16* gathered, May may, F stretch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int blocks = (items + 31) / 32, share = (blocks + kWarps - 1) / kWarps;
-  const int from = warp * share * 32, to = from + share * 32 < items ? from + share * 32 : items;
-  u32 at = 0, count = 0;
+  u32 at = 0;
 #pragma unroll 1
-  for (int writing = 0; writing < 2; writing++) {  // first it counts
-    int segment = (from + lane) / lists, list = from + lane - segment * lists;
-#pragma unroll 1
-    for (int base = from; base < to; base += 32) {
-      const Stretch x = base + lane < items ? stretch(base + lane, segment, list) : Stretch{0, 0};
-      list += 32;
-      while (list >= lists) list -= lists, segment++;
-      u32 end = x.n;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const u32 below = __shfl_up_sync(kAllLanes, end, step);
-        if (lane >= step) end += below;
-      }
-      const u32 all = __shfl_sync(kAllLanes, end, 31);
-#pragma unroll 1
-      for (u32 start = 0; start < all && writing; start += 32) {
-        const u32 place = start + lane;
-        int owner = 0;  // lanes whose stretch ends at or before the place
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2)
-          if (__shfl_sync(kAllLanes, end, owner + step - 1) <= place) owner += step;
-        const int first = __shfl_sync(kAllLanes, x.first, owner), n = __shfl_sync(kAllLanes, x.n, owner);
-        const int within = static_cast<int>(place - (__shfl_sync(kAllLanes, end, owner) - n));
-        if (place < all && at + place < static_cast<u32>(most)) out[at + place] = first + within;
-      }
-      at += all;
+  for (int window = 0; window < items && at < static_cast<u32>(most); window += kWarps * kWindow) {
+    u32 found = 0;
+#pragma unroll 2
+    for (int k = lane; k < kWindow; k += 32) {
+      const int item = window + warp * kWindow + k;
+      const bool in = item < items && may(item);
+      const u32 lanes = __ballot_sync(kAllLanes, in);
+      if (in) gathered[warp * kWindow + found + __popc(lanes & ((1u << lane) - 1))] = static_cast<u16>(warp * kWindow + k);
+      found += __popc(lanes);
     }
-    if (writing) break;
-    Measure total;
-    at = __shfl_sync(kAllLanes, exclusive_scan({lane == 0 ? at : 0, 0}, total, scratch).rows, 0);
-    count = total.rows < static_cast<u32>(most) ? total.rows : most;
+    if (lane == 0) scratch.found[warp] = found;
+    __syncthreads();
+    const u32 mine = lane < kWarps ? scratch.found[lane] : 0, ends = inclusive_scan_warp(mine), all = __shfl_sync(kAllLanes, ends, 31);
+#pragma unroll 1
+    for (u32 base = 0; base < all; base += kThreads) {
+      const u32 index = base + threadIdx.x;
+      const int owner = owner_of(ends, index);  // whose window the thread's item lies in
+      const u32 before_owner = __shfl_sync(kAllLanes, ends - mine, owner);
+      Stretch x{0, 0};
+      if (index < all) x = stretch(window + gathered[owner * kWindow + index - before_owner]);
+      x.n = x.n < most ? x.n : most;  // whatever tables hold, this ends
+      Measure total;
+      const u32 start = at + exclusive_scan({static_cast<u32>(x.n), 0}, total, scratch).rows, end = start + x.n;
+      const u32 from = __shfl_sync(kAllLanes, start, 0), to = __shfl_sync(kAllLanes, end, 31);
+#pragma unroll 1
+      for (u32 first = from; first < to; first += 32) {  // the numbers of a warp's items, 32 at a time
+        const u32 place = first + lane;
+        const int whose = owner_of(end, place);
+        const int number = __shfl_sync(kAllLanes, x.first, whose) + static_cast<int>(place - __shfl_sync(kAllLanes, start, whose));
+        if (place < to && place < static_cast<u32>(most)) out[place] = number;
+      }
+      at += total.rows;
+    }
+    __syncthreads();  // before the windows move on
   }
+  const int count = at < static_cast<u32>(most) ? static_cast<int>(at) : most;
   for (int i = count + threadIdx.x; i < most; i += kThreads) out[i] = -1;
-  return static_cast<int>(count);
+  return count;
 }
 
 }  // namespace

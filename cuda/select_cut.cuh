@@ -32,24 +32,31 @@ struct Cut {
 __device__ __forceinline__ Cut take_nothing() { return {kNoItem, -1, 0}; }
 __device__ __forceinline__ Cut take_all() { return {0, 0x7fffffff, 0}; }
 
+struct Bins {
+  u32 rows[kBins], mass[kBins];
+};
+
 // Shared memory of a search.
 struct Search {
-  u32 rows[kBins], mass[kBins];
+  union {
+    Bins bins;
+    u16 gathered[kWarps * kWindow];  // while rows are written
+  };
+  Scratch scratch;
   Candidate few[kFew];
-  Measure scratch[32];
   Cut cut;
   Measure before;  // the bin's
   int bin;
   u32 found;
 
   __device__ __forceinline__ void clear() {
-    for (int i = threadIdx.x; i < kBins; i += kThreads) rows[i] = 0, mass[i] = 0;
+    for (int i = threadIdx.x; i < kBins; i += kThreads) bins.rows[i] = 0, bins.mass[i] = 0;
     if (threadIdx.x == 0) bin = -1, found = 0;
   }
 
   __device__ __forceinline__ void tally(u32 bin_of_item, Measure x) {
-    if (x.rows) atomicAdd(&rows[bin_of_item], x.rows);
-    if (x.mass) atomicAdd(&mass[bin_of_item], x.mass);
+    if (x.rows) atomicAdd(&bins.rows[bin_of_item], x.rows);
+    if (x.mass) atomicAdd(&bins.mass[bin_of_item], x.mass);
   }
 };
 
@@ -75,7 +82,7 @@ __device__ __forceinline__ void find_cut(Search& search, const u32* keys, int it
     Measure mine{0, 0}, total;
     const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kPerThread;
 #pragma unroll 2
-    for (int i = 0; i < kPerThread; i++) mine = mine + Measure{search.rows[top - i], search.mass[top - i]};
+    for (int i = 0; i < kPerThread; i++) mine = mine + Measure{search.bins.rows[top - i], search.bins.mass[top - i]};
     Measure sum = exclusive_scan(mine, total, search.scratch);
     if (first && limits.spare >= 0) {
       const double spare = limits.spare * total.mass;
@@ -90,7 +97,7 @@ __device__ __forceinline__ void find_cut(Search& search, const u32* keys, int it
 #pragma unroll 2
     for (int i = 0; i < kPerThread; i++) {
       const Measure before = sum;
-      sum = sum + Measure{search.rows[top - i], search.mass[top - i]};
+      sum = sum + Measure{search.bins.rows[top - i], search.bins.mass[top - i]};
       if (!limits.reached(before) && limits.reached(sum)) search.bin = top - i, search.before = before;
     }
     __syncthreads();

@@ -36,7 +36,7 @@ struct SelectParams {
 
 namespace {
 
-constexpr int kColumns = SAAP_COLUMNS, kUnroll = kColumns > 4 ? 2 : 4;
+constexpr int kColumns = SAAP_COLUMNS, kLists = kColumns > 4 ? 2 : 4, kUnroll = 2;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kMost = 3e38f;           // the largest weight
 constexpr float kLeastSum = 1e-15f;      // a sum this large leaves room for runs 20 orders of magnitude below
@@ -74,7 +74,9 @@ struct Runs {
   int lists;
 
   __device__ __forceinline__ int end(int segment, int list) const { return tables[segment * (lists + 1) + list + 1]; }
+  // 0 for a list that there is not.
   __device__ __forceinline__ int length(int segment, int list) const {
+    if (list >= lists) return 0;
     const int* at = tables + (segment * (lists + 1) + list);
     const int n = at[1] - at[0];
     return n > 0 ? n : 0;
@@ -94,16 +96,18 @@ struct Fixed {
 
 // Floats of bend, place and keys.
 __device__ __forceinline__ i64 room(int segments, int lists) {
-  return (static_cast<i64>(segments) * (kColumns + 1 + lists) + 3) / 4 * 4;
+  return (static_cast<i64>(segments) * (kColumns + 1) + (SAAP_LISTS ? 1 : segments) * static_cast<i64>(lists) + 3) / 4 * 4;
 }
 
-// How threads share lists and segments: a warp reads neighbouring lists, and few lists leave threads for several segments.
+// How threads share lists and segments: a thread has kLists lists, `width` apart, at a time, so that a warp reads neighbours and
+// the distance terms are read once for all of them; few lists leave threads for several segments.
 struct Split {
-  int list, step, group, groups;
+  int list, width, group, groups;
 
   __device__ __forceinline__ explicit Split(int lists) {
-    const int width = lists < kThreads ? (lists + 31) / 32 * 32 : kThreads;
-    step = width, groups = kThreads / width, group = static_cast<int>(threadIdx.x) / width;
+    const int least = (lists + 32 * kLists - 1) / (32 * kLists) * 32;
+    width = least < kThreads ? least : kThreads;
+    groups = kThreads / width, group = static_cast<int>(threadIdx.x) / width;
     list = group < groups ? static_cast<int>(threadIdx.x) - group * width : lists;
   }
 };
@@ -187,38 +191,42 @@ struct Selection {
     for (int k = 0; k < kColumns; k++) mass[k] = {-INFINITY, 0.f};
     const Split split(runs.lists);
 #pragma unroll 1
-    for (int list = split.list; list < runs.lists; list += split.step) {
-      float density[kColumns], score[kColumns];
-      scores(j0, list, score);
-      bool present = false;
+    for (int list = split.list; list < runs.lists; list += kLists * split.width) {
+      float density[kLists][kColumns];
+      int tokens[kLists];  // only whether there are any
 #pragma unroll
-      for (int k = 0; k < kColumns; k++) density[k] = 0.f;
-      if (!count_lists) {
-        present = split.group == 0;
+      for (int i = 0; i < kLists; i++) {
+        tokens[i] = !count_lists && split.group == 0 && list + i * split.width < runs.lists;
 #pragma unroll
-        for (int k = 0; k < kColumns; k++) density[k] = present;
-      } else if (!wide) {
+        for (int k = 0; k < kColumns; k++) density[i][k] = static_cast<float>(tokens[i]);
+      }
 #pragma unroll kUnroll
-        for (int s = split.group; s < segments; s += split.groups) {
-          const int n = runs.length(s, list);
-          const Bends x = bends(s);
-          present |= n > 0;
+      for (int s = split.group; s < segments && count_lists && !wide; s += split.groups) {
+        const Bends x = bends(s);
 #pragma unroll
-          for (int k = 0; k < kColumns; k++) density[k] += static_cast<float>(n) * x.of[k];
+        for (int i = 0; i < kLists; i++) {
+          const int n = runs.length(s, list + i * split.width);
+          tokens[i] |= n;
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) density[i][k] += static_cast<float>(n) * x.of[k];
         }
-      } else {
+      }
+#pragma unroll
+      for (int i = 0; i < kLists; i++) {
+        float score[kColumns];
+        scores(j0, list + i * split.width, score);
+#pragma unroll
+        for (int k = 0; k < kColumns; k++) {
+          if (!(score[k] < INFINITY)) mass[k].sum = NAN;
+          else if (tokens[i]) mass[k].add(score[k], density[i][k]);
+        }
 #pragma unroll 1
-        for (int s = split.group; s < segments; s += split.groups) {
-          const int n = runs.length(s, list);
+        for (int s = split.group; s < segments && wide; s += split.groups) {
+          const int n = runs.length(s, list + i * split.width);
 #pragma unroll
           for (int k = 0; k < kColumns; k++)
             if (n > 0) mass[k].add(score[k] + bend[s * kColumns + k], static_cast<float>(n));
         }
-      }
-#pragma unroll
-      for (int k = 0; k < kColumns; k++) {
-        if (!(score[k] < INFINITY)) mass[k].sum = NAN;
-        else if (present) mass[k].add(score[k], density[k]);
       }
     }
 #pragma unroll 1
@@ -257,10 +265,10 @@ struct Selection {
     return x;
   }
 
-  // Scores of a list for vectors j0, j0 + 1, ...
+  // Scores of a list for vectors j0, j0 + 1, ...; those that do not exist have none.
   __device__ __forceinline__ void scores(int j0, int list, float (&score)[kColumns]) const {
 #pragma unroll
-    for (int k = 0; k < kColumns; k++) score[k] = j0 + k < j ? z[(j0 + k) * runs.lists + list] : -INFINITY;
+    for (int k = 0; k < kColumns; k++) score[k] = j0 + k < j && list < runs.lists ? z[(j0 + k) * runs.lists + list] : -INFINITY;
   }
 
   // Weight of a list to vectors j0, j0 + 1, ..., but for the distance term. Infinite at most for a list without tokens.
@@ -293,28 +301,40 @@ struct Selection {
   __device__ __forceinline__ void store_runs(int j0, bool wide, bool last, float units) const {
     const Split split(runs.lists);
 #pragma unroll 1
-    for (int list = split.list; list < runs.lists; list += split.step) {
-      float score[kColumns], relative[kColumns];
-      scores(j0, list, score);
-      relative_weights(score, relative);
+    for (int list = split.list; list < runs.lists; list += kLists * split.width) {
+      float relative[kLists][kColumns];
+#pragma unroll
+      for (int i = 0; i < kLists; i++) {
+        float score[kColumns];
+        scores(j0, list + i * split.width, score);
+        relative_weights(score, relative[i]);
+      }
 #pragma unroll kUnroll
       for (int s = split.group; s < segments; s += split.groups) {
-        const int n = runs.length(s, list);
-        float w = 0.f;
-        if (!wide) {
-          const Bends x = bends(s);
+        const Bends x = bends(s);
 #pragma unroll
-          for (int k = 0; k < kColumns; k++) w += relative[k] * x.of[k];
-        } else {
-#pragma unroll 1
-          for (int k = 0; k < kColumns && j0 + k < j; k++)
-            if (fixed->factor[k] > 0.f)
-              w += fixed->factor[k] * weigh(z[(j0 + k) * runs.lists + list] + bend[s * kColumns + k] - fixed->top[k]);
+        for (int i = 0; i < kLists; i++) {
+          const int at = list + i * split.width, n = runs.length(s, at);
+          if (at >= runs.lists) continue;
+          float w = 0.f;
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) w += relative[i][k] * x.of[k];
+          if (wide) w = weight(j0, s, at);
+          w = keep(s * runs.lists + at, n > 0 ? w : 0.f, j0 == 0);
+          if (last && n > 0) tally(w, measure(n, w, units));
         }
-        w = keep(s * runs.lists + list, n > 0 ? w : 0.f, j0 == 0);
-        if (last && n > 0) tally(w, measure(n, w, units));
       }
     }
+  }
+
+  // The same for one run, relative to the largest score of any run.
+  __device__ __forceinline__ float weight(int j0, int s, int list) const {
+    float w = 0.f;
+#pragma unroll 1
+    for (int k = 0; k < kColumns; k++)
+      if (fixed->factor[k] > 0.f)
+        w += fixed->factor[k] * weigh(z[(j0 + k) * runs.lists + list] + bend[s * kColumns + k] - fixed->top[k]);
+    return w;
   }
 
   // The same for lists without distance, each counting as one and with all its rows.
