@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 
 namespace emu {
 
@@ -192,7 +193,7 @@ static const void* meet(const Kind& kind, bool vote, Site at) {
   Block& b = *me->block;
   if (!b.at_barrier.empty()) {
     Fiber* other = b.at_barrier.front();
-    if (other->kind != &kind || other->at.line() != at.line() || place(other->at) != place(at))
+    if (other->kind != &kind || other->at.line() != at.line() || strcmp(other->at.file_name(), at.file_name()))
       fail(at, "divergence: thread %d is in %s, thread %d waits in %s at %s", me->thread, kind.name, other->thread, other->kind->name,
            place(other->at).c_str());
   }

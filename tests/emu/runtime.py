@@ -86,6 +86,11 @@ class EmulatedRuntime:
             self._kernels[key] = EmulatedKernel(self, f"{file}: {name}", library)
         return self._kernels[key]
 
+    @property
+    def conflicts(self) -> dict[str, tuple[int, int]]:
+        """Of all its kernels."""
+        return {place: counts for kernel in self._kernels.values() for place, counts in kernel.conflicts.items()}
+
     @contextmanager
     def allow(self, *tensors: Tensor | None) -> Iterator[None]:
         """Inside, async copies, streaming loads and atomics of device memory must stay within these tensors."""
@@ -252,19 +257,20 @@ def sources(file: Path, folders: tuple[Path, ...]) -> dict[Path, str]:
 
 def build(file: Path, name: str, macros: Mapping[str, int], sanitizer: str | None = None) -> Path:
     """The library with the kernel ``name`` of ``file``."""
-    machine = _compile("machine", [EMULATOR / x for x in MACHINE], [], "", sanitizer)
+    checks = SANITIZE[sanitizer]
+    machine = _compile("machine", [EMULATOR / x for x in MACHINE], checks if sanitizer else ["-O3"], [], "")
     defined = [f"-D{k}={v}" for k, v in sorted(macros.items())]
-    return _compile(name, [file], [*defined, "-x", "none", str(machine)], f"EMU_EXPORT({name})\n", sanitizer)
+    return _compile(name, [file], [*checks, *defined], ["-x", "none", str(machine)], f"EMU_EXPORT({name})\n")
 
 
-def _compile(name: str, files: list[Path], arguments: list[str], tail: str, sanitizer: str | None) -> Path:
+def _compile(name: str, files: list[Path], options: list[str], linked: list[str], tail: str) -> Path:
     """Compiles ``files`` as one unit, or takes the result from the cache if these very texts were compiled before."""
     includes = (files[0].parent, CUDA, EMULATOR)
     texts: dict[Path, str] = {}
     for path in (*files, CUDA / "prims.cuh", EMULATOR / "emulator.h"):
         texts |= sources(path, includes)
-    flags = [*FLAGS, *SANITIZE[sanitizer]]
-    key = [_compiler(), tail, *flags, *arguments, *(f"{p.name}\n{text}" for p, text in sorted(texts.items()))]
+    flags = [*FLAGS, *options]
+    key = [_compiler(), tail, *flags, *linked, *(f"{p.name}\n{text}" for p, text in sorted(texts.items()))]
     folder = cache_folder()
     _prune(folder)
     target = folder / f"{name}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.so"
@@ -275,7 +281,7 @@ def _compile(name: str, files: list[Path], arguments: list[str], tail: str, sani
             return target
         unfinished = target.with_suffix(f".{os.getpid()}")
         unit = "".join(f'#include "{x.name}"\n' for x in [CUDA / "prims.cuh", *files]) + tail
-        run = [COMPILER, *flags, *(f"-I{x}" for x in includes), "-x", "c++", "-", *arguments, "-o", str(unfinished)]
+        run = [COMPILER, *flags, *(f"-I{x}" for x in includes), "-x", "c++", "-", *linked, "-o", str(unfinished)]
         result = subprocess.run(run, input=unit, capture_output=True, text=True)
         if result.returncode:
             raise EmulationError(f"{files[0].name}: {name} does not compile\n{result.stderr[:8000]}")

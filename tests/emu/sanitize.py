@@ -23,13 +23,13 @@ def run(sanitizer: str, arguments: list[str], timeout: float = 600) -> subproces
         "LD_PRELOAD": " ".join(preload),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0",
-        # Everything but the kernels is left alone: torch's own threads are not instrumented.
-        "TSAN_OPTIONS": "halt_on_error=0:exitcode=0:history_size=4:ignore_noninstrumented_modules=1",
+        # A race is an EmulationError where it happens. Everything but the kernels is left alone: torch is not instrumented.
+        # A fault ends the process as it would without the sanitizer, which would exit with 0.
+        "TSAN_OPTIONS": "exitcode=0:history_size=4:ignore_noninstrumented_modules=1:handle_segv=0:handle_sigbus=0",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
     # ThreadSanitizer needs the usual places in the address space.
     fixed = ["setarch", "-R"] if sanitizer == "thread" else []
-    return subprocess.run(
-        [*fixed, sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-    )  # fmt: skip
+    command = [*fixed, sys.executable, "-X", "faulthandler", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
