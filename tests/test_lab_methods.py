@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from saap_index.errors import NotTrainedError, ParameterError
 from saap_index.lab.loki import Loki, principal_basis
 from saap_index.lab.method import Attended, Cache, Layer, Method, attend_over
 from saap_index.lab.scfa import ScfaDrop, ScfaHash, hash_prefill
+from saap_index.lab.sparsek import SparseK, project, threshold
 from saap_index.lab.yardsticks import TopK
 
 LAYER = Layer(0, 2, 3, 16, 24, 0.25, None)
@@ -41,6 +44,7 @@ UNLIMITED = {
     "loki": lambda: calibrated(Loki(1.0, 4)),
     "scfa-hash": lambda: ScfaHash(1),
     "scfa-drop": lambda: ScfaDrop(1.0),
+    "sparsek": lambda: calibrated(SparseK(1.0)),
 }
 
 
@@ -129,3 +133,58 @@ def test_bad_input_is_named() -> None:
         Loki(0.1, 0)
     with pytest.raises(NotTrainedError, match="calibrate"):
         Loki(0.1, 4).start(LAYER, 10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(m=st.integers(1, 40), data=st.data(), scale=st.sampled_from([0.01, 1.0, 30.0]), seed=st.integers(0, 999))
+def test_sparsek_projection_against_bisection(m: int, data: st.DataObject, scale: float, seed: int) -> None:
+    k = data.draw(st.integers(0, m))
+    z = scale * torch.randn(3, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    z[1] = z[1].round()  # ties
+    low, high = z.amin(-1, keepdim=True) - 2, z.amax(-1, keepdim=True) + 1
+    for _ in range(100):
+        middle = (low + high) / 2
+        too_much = (z - middle).clamp(0, 1).sum(-1, keepdim=True) > k
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    p = project(z, k)
+    torch.testing.assert_close(p, (z - high).clamp(0, 1), rtol=0, atol=1e-9 * max(1.0, scale))
+    assert torch.allclose(p.sum(-1), torch.full((3,), float(k), dtype=torch.float64))
+
+
+@settings(max_examples=20, deadline=None)
+@given(m=st.integers(2, 12), seed=st.integers(0, 999))
+def test_sparsek_gradient(m: int, seed: int) -> None:
+    z = torch.randn(2, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
+    p = project(z, m // 2)
+    near_a_kink = ((p < 1e-4) & (p > 0)) | ((p > 1 - 1e-4) & (p < 1))
+    if not bool(near_a_kink.any()):
+        assert torch.autograd.gradcheck(lambda x: project(x, m // 2), (z,), eps=1e-7, atol=1e-5)
+
+
+def test_sparsek_threshold_never_falls_and_nobody_returns() -> None:
+    z = torch.randn(200, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    taus, out = [], set()
+    for n in range(21, 201):
+        taus.append(float(threshold(z[:n], 20)))
+        best = set(z[:n].topk(20).indices.tolist())
+        assert not best & out
+        out |= set(range(n)) - best
+    assert all(b >= a - 1e-12 for a, b in itertools.pairwise(taus))
+
+
+def test_sparsek_cache_is_of_constant_size_and_learns_who_is_read() -> None:
+    tokens, queries = cache(500)
+    loud = torch.rand(500, generator=torch.Generator().manual_seed(1)) < 0.1
+    tokens.keys[:, loud] += 2 * queries.mean(1, keepdim=True)
+    tokens.values[:, loud, 0] += 5  # what the scorer can see of it
+    method = SparseK(0.1, gate=False, sinks=2, window=10)
+    method.calibrate(LAYER, [tokens.keys], [tokens.values], [queries[:, :, None]])
+    state = method.start(LAYER, 600)
+    state.append(tokens.keys[:, :400], tokens.values[:, :400])
+    sizes = [state.attend(queries).tokens]
+    for i in range(400, 500, 20):
+        state.append(tokens.keys[:, i : i + 20], tokens.values[:, i : i + 20])
+        sizes.append(state.attend(queries).tokens)
+    assert set(sizes) == {12 + round(0.1 * 388)}
+    chosen = state.attend(queries).chosen
+    assert chosen[:, 2:490][:, loud[2:490]].float().mean() > 3 * chosen[:, 2:490].float().mean()
