@@ -92,7 +92,7 @@ class IndexBase:
         self.scale = float(self.d**-0.5 if scale is None else scale)
         self._layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
         asked = SearchParametersIVF(
-            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail or None
+            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
         )
         self._defaults = self._checked(asked.over(SearchParametersIVF(selectivity=SELECTIVITY)))
         self._budget_shares: np.ndarray | None = None

@@ -8,6 +8,7 @@ attention left unread (``miss``), and the table holds, for each target, the larg
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -65,33 +66,36 @@ def calibrate(
 ) -> Calibration:  # fmt: skip
     """The table of one layer from whole sequences that were in no training; checked arguments of `AsymmetricIndex.calibrate`.
 
-    keys : (b, h, n, d), queries : (b, hq, q, d), as attention sees them; positions : int64 (b, q) of the queries. Each query is
-    replayed over the segments that its sequence had at its position. confidence : for each KV head, the share of texts whose mean
-    captured mass is to reach the target; the spread over texts is estimated from the sequences, or, if there are fewer than four,
-    from stretches of GROUP queries. Budgets take no part: the promise holds as far as the cap lets it.
+    keys : (b, h, n, d), queries : (b, hq, q, d), as attention sees them; positions : int64 (b, q) of the queries.
+    Raises as `replay` and `table` do.
+    """
+    parts = quantizer, router, rope, layout, scale
+    return table([replay(k, q, p, *parts) for k, q, p in zip(keys, queries, positions, strict=True)], confidence)
 
-    Raises LengthError without a query past window and sinks of a sealed sequence, CompatibilityError for a router without c.
+
+def replay(
+    keys: Tensor, queries: Tensor, positions: np.ndarray, quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
+    layout: Layout, scale: float,
+) -> np.ndarray:  # fmt: skip
+    """True attention captured by the queries of one sequence, for every miss: float64 (p, h, len(MISSES)), by position.
+
+    keys : (h, n, d), queries : (hq, q, d), positions : int64 (q,). A query is replayed over the segments that the sequence had at
+    its position; those before the first seal are left out. Budgets take no part: the promise holds as far as the cap lets it.
+
+    Raises CompatibilityError for a router that does not predict the attention outside sinks and window.
     """
     router.check_outside("calibrate")
-    b, h, n, d = keys.shape
-    curves: list[np.ndarray] = []
-    for i in range(b):
-        coarse = keys[i].float() if rope is None else rope.unrotate(keys[i].float(), np.arange(n), n)
-        lists = quantizer.assign(coarse).cpu().numpy()
-        grouped = queries[i].float().reshape(h, queries.shape[1] // h, -1, d)
-        routed = grouped if rope is None else rope.unrotate(grouped, positions[i], n)
-        order = np.argsort(positions[i], kind="stable")
-        replayed = [
-            _captured(keys[i], grouped[:, :, j], routed[:, :, j], int(positions[i, j]), lists, router, layout, scale)
-            for j in order
-        ]
-        kept = [x for x in replayed if x is not None]
-        if kept:
-            parts = [kept] if b >= 4 else [kept[at : at + GROUP] for at in range(0, len(kept), GROUP)]
-            curves += [np.mean(part, axis=0) for part in parts]
-    if not curves:
-        raise LengthError(f"positions: expected queries past the window of a sealed sequence, got none among {n} tokens")
-    return _table(np.stack(curves), confidence)
+    h, n, d = keys.shape
+    coarse = keys.float() if rope is None else rope.unrotate(keys.float(), np.arange(n), n)
+    lists = quantizer.assign(coarse).cpu().numpy()
+    grouped = queries.float().reshape(h, queries.shape[0] // h, -1, d)
+    routed = grouped if rope is None else rope.unrotate(grouped, positions, n)
+    found = [
+        _captured(keys, grouped[:, :, j], routed[:, :, j], int(positions[j]), lists, router, layout, scale)
+        for j in np.argsort(positions, kind="stable")
+    ]
+    kept = [x for x in found if x is not None]
+    return np.stack(kept) if kept else np.empty((0, h, len(MISSES)))
 
 
 def _captured(
@@ -130,13 +134,21 @@ def _captured(
     return found
 
 
-def _table(curves: np.ndarray, confidence: float) -> Calibration:
-    """From the captured mass of each text (texts, h, misses) to the largest miss at which a text keeps the target.
+def table(replays: Sequence[np.ndarray], confidence: float = 0.9) -> Calibration:
+    """For each target the largest miss at which the captured mass of a text is expected to reach it.
 
-    A text is taken to spread normally about the mean of its head, which is known as well as so many texts let it be.
+    replays : of each sequence, as from `replay`. confidence : for each KV head, the share of texts whose mean captured mass is to
+    reach the target. Texts are taken to spread normally about the mean of their head, which is known as well as so many let it
+    be; the texts are the sequences, or, of fewer than four, stretches of GROUP queries.
+
+    Raises LengthError if no sequence has a query past its window.
     """
-    texts = len(curves)
-    mean = curves.mean(axis=0)  # (h, misses)
+    kept = [x for x in replays if len(x)]
+    if not kept:
+        raise LengthError("positions: expected queries past the window of a sealed sequence, got none")
+    pieces = [x for r in kept for x in ([r] if len(kept) >= 4 else np.split(r, range(GROUP, len(r), GROUP)))]
+    curves = np.stack([x.mean(axis=0) for x in pieces])
+    texts, mean = len(curves), curves.mean(axis=0)
     squares = ((curves - mean) ** 2).sum(axis=0)
     common = squares.mean(axis=0) / max(1, texts - 1)
     spread = np.sqrt((squares + PRIOR_TEXTS * common) / (texts - 1 + PRIOR_TEXTS))
@@ -145,6 +157,6 @@ def _table(curves: np.ndarray, confidence: float) -> Calibration:
     miss = np.zeros((curves.shape[1], len(TARGETS)), np.float32)
     for head, row in enumerate(assured):
         for t, target in enumerate(TARGETS):
-            kept = int(np.searchsorted(-row, -target, side="right"))  # leading misses that keep the target
-            miss[head, t] = MISSES[kept - 1] if kept else 0.0
+            enough = int(np.searchsorted(-row, -target, side="right"))  # leading misses that keep the target
+            miss[head, t] = MISSES[enough - 1] if enough else 0.0
     return Calibration(torch.from_numpy(miss))

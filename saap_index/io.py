@@ -166,7 +166,7 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         u, outputs = config["router"]["units"], config["router"]["outputs"]
         shapes = ((h, u, d), (h, u), (h, outputs, u), (h, outputs, d), (h, outputs))
         want.update({f"router.{n}": (s, torch.float32) for n, s in zip(ROUTER_PARTS, shapes, strict=True)})
-    if config["calibrated"]:
+    if config.get("calibrated"):
         want["calibration"] = ((h, len(TARGETS)), torch.float32)
     if lengths:
         b, rows = len(lengths), max(lengths)
@@ -230,7 +230,7 @@ def _restore(
         hidden, bias_hidden, out, skip, bias_out = (tensors[f"router.{name}"] for name in ROUTER_PARTS)
         weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, index.nlist)
         index.query_router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
-    if config["calibrated"]:
+    if config.get("calibrated"):
         index.calibration = Calibration(tensors["calibration"])
     lengths = config["lengths"]
     if not lengths:

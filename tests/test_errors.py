@@ -65,7 +65,8 @@ def holding(backend: str, **options: object) -> AsymmetricIndex:
 
 def digest(index: AsymmetricIndex) -> list[object]:
     """All that an index is, as values that compare: training, parameters, and every array as far as tokens own it."""
-    found: list[object] = [index.lengths, index.layout, index.nprobe, index.selectivity, index.max_codes, index.is_trained]
+    found: list[object] = [index.lengths, index.layout, index._defaults, index.is_trained]
+    found += [index.calibration, None if index.budget_shares is None else index.budget_shares.tolist()]
     if index.key_quantizer is not None:
         found.append(index.key_quantizer.centroids.numpy().tobytes())
     if index.query_router is not None:
@@ -243,6 +244,24 @@ CHANGE = {
     "window -1": Case(lambda x: setattr(x, "window", -1), ParameterError, ("window", "0 or more", "got -1")),
     "window 1.5": Case(lambda x: setattr(x, "window", 1.5), ParameterError, ("window", "got 1.5")),
     "sinks -1": Case(lambda x: setattr(x, "sinks", -1), ParameterError, ("sinks", "0 or more", "got -1")),
+    "target_mass 1": Case(lambda x: setattr(x, "target_mass", 1.0), ParameterError, ("target_mass", "< 1", "got 1.0")),
+    "tail 1": Case(lambda x: setattr(x, "tail", 1.0), ParameterError, ("tail", "< 1", "got 1.0")),
+    "tail without means": Case(lambda x: setattr(x, "tail", 0.5), ParameterError, ("tail", "mean_run_tokens", "0.5")),
+    "tail of a call without means": Case(
+        lambda x: x.search_attend(Q, params=SearchParametersIVF(tail=0.1)), ParameterError, ("tail", "mean_run_tokens", "0.1"),
+    ),
+    "mean_run_tokens -1": Case(lambda x: setattr(x, "mean_run_tokens", -1), ParameterError, ("mean_run_tokens", "got -1")),
+    "budget_shares: heads": Case(lambda x: setattr(x, "budget_shares", [1]), ShapeError, ("budget_shares", "(2,)", "(1,)")),
+    "calibration: heads": Case(
+        lambda x: setattr(x, "calibration", saap_index.Calibration.trusting(3)), CompatibilityError, ("calibration", "2", "3"),
+    ),
+    "calibrate: heads": Case(lambda x: x.calibrate(tokens(1, 3, 99, D), Q), ShapeError, ("keys", "2", "3")),
+    "calibrate: positions": Case(
+        lambda x: x.calibrate(tokens(1, H, 99, D), tokens(1, HQ, 2, D), positions=[99, 3]), LengthError, ("positions", "99"),
+    ),
+    "calibrate: too early": Case(
+        lambda x: x.calibrate(tokens(1, H, 99, D), tokens(1, HQ, 2, D), positions=[3, 4]), LengthError, ("positions", "window"),
+    ),
     "key_quantizer with tokens": Case(
         lambda x: setattr(x, "key_quantizer", x.key_quantizer), StateError, ("key_quantizer", "164"),
     ),
@@ -405,6 +424,13 @@ CONSTRUCTOR = {
     "sinks 2**31": ({"sinks": 2**31}, ParameterError, ("sinks", "2**31")),
     "break_even -1": ({"break_even": -1}, ParameterError, ("break_even", "got -1")),
     "seal_tokens -1": ({"seal_tokens": -1}, ParameterError, ("seal_tokens", "got -1")),
+    "mean_run_tokens 1.5": ({"mean_run_tokens": 1.5}, ParameterError, ("mean_run_tokens", "got 1.5")),
+    "target_mass 0": ({"target_mass": 0}, ParameterError, ("target_mass", "got 0")),
+    "target_mass and nprobe": ({"nprobe": 2, "target_mass": 0.5}, ParameterError, ("nprobe, target_mass", "one of them")),
+    "tail -1": ({"tail": -1, "mean_run_tokens": 9}, ParameterError, ("tail", "got -1")),
+    "tail without means": ({"tail": 0.2}, ParameterError, ("tail", "mean_run_tokens", "0.2")),
+    "tail and nprobe": ({"nprobe": 2, "tail": 0.2, "mean_run_tokens": 9}, ParameterError, ("nprobe, tail", "one of them")),
+    "budget_shares NaN": ({"budget_shares": [1, float("nan")]}, ParameterError, ("budget_shares", "finite", "nan")),
     "max_segment 0": ({"max_segment": 0}, ParameterError, ("max_segment", "got 0")),
     "backend": ({"backend": "fast"}, DeviceError, ("backend", "cpu", "'fast'")),
     "backend of another device": ({"backend": "cpu", "device": "meta"}, DeviceError, ("backend", "'cpu'", "'meta'")),
@@ -423,6 +449,8 @@ def test_constructor(options: dict[str, object], error: type[SaapError], words: 
     {"nprobe": 1, "selectivity": 0.5}, {"nprobe": 0}, {"nprobe": -1}, {"nprobe": True}, {"selectivity": 0.0},
     {"selectivity": -0.1}, {"selectivity": 1.01}, {"selectivity": float("nan")}, {"selectivity": True}, {"selectivity": "1"},
     {"max_codes": -1}, {"max_codes": 1.0}, {"window": -1}, {"window": 2.0}, {"sinks": -1}, {"sinks": "1"},
+    {"nprobe": 1, "target_mass": 0.5}, {"nprobe": 1, "tail": 0.5}, {"target_mass": 0.0}, {"target_mass": 1}, {"target_mass": "1"},
+    {"tail": -0.1}, {"tail": 1.0}, {"tail": True},
 ])  # fmt: skip
 def test_search_parameters(options: dict[str, object]) -> None:
     with pytest.raises(ParameterError, match=r"expected .+, got ") as caught:

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from saap_index import AsymmetricIndex, FormatError, QueryRouter, Rope, SearchParametersIVF, read_index, write_index
+from saap_index import AsymmetricIndex, Calibration, FormatError, QueryRouter, Rope, SearchParametersIVF, read_index, write_index
+from saap_index.calibration import TARGETS
 from saap_index.io import _checksum
 
 D, E, NLIST, HQ, H = 32, 40, 4, 4, 2
@@ -93,6 +94,12 @@ def published() -> AsymmetricIndex:
     return index
 
 
+def planned() -> AsymmetricIndex:
+    index = filled(budget_shares=[0.3, 2.7], target_mass=0.8, selectivity=0.9)
+    index.calibration = Calibration(torch.stack([torch.linspace(0.3, 0.1, len(TARGETS)), torch.linspace(0.9, 0, len(TARGETS))]))
+    return index
+
+
 INDEXES: dict[str, Callable[[], AsymmetricIndex]] = {
     "trained, empty": lambda: small_index(D, E, NLIST, HQ, H),
     "untrained, empty": lambda: AsymmetricIndex(D, NLIST, HQ, H),
@@ -107,6 +114,9 @@ INDEXES: dict[str, Callable[[], AsymmetricIndex]] = {
     "pending": pending,
     "symmetric": symmetric,
     "published": published,
+    "planned": planned,
+    "means": lambda: filled(mean_run_tokens=2, tail=0.3),
+    "means, ragged": lambda: filled(3, 90, [90, 0, 13], mean_run_tokens=1, tail=0.3, dtype=torch.bfloat16),
     **{f"rope {name}": (lambda rope=rope: filled(rope=rope)) for name, rope in ROPES.items()},
     **{str(t): (lambda t=t: filled(dtype=t)) for t in (torch.bfloat16, torch.float16)},
 }
@@ -120,7 +130,7 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
 
     names = (
         "d", "d_v", "nlist", "num_heads", "num_kv_heads", "scale", "dtype", "rope", "layout", "nprobe", "selectivity",
-        "max_codes", "lengths", "is_trained",
+        "max_codes", "lengths", "is_trained", "target_mass", "tail",
     )  # fmt: skip
     found = {name: getattr(index, name) for name in names}
     if index.key_quantizer is not None:
@@ -128,8 +138,12 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
     if index.query_router is not None:
         found["router"] = {name: raw(x) for name, x in index.query_router.tensors().items()}
         found["knots"] = index.query_router.first_knot, index.query_router.count_lists
+    found["budget_shares"] = None if index.budget_shares is None else index.budget_shares.tolist()
+    found["calibration"] = None if index.calibration is None else index.calibration.miss.tolist()
     for i, n in enumerate(index.lengths):
         lists = index.invlists
+        count = lists.num_means(i)
+        found[f"means {i}"] = [x[i, :, :count].tolist() for x in (lists.mean_keys, lists.mean_values)]
         sealed, count = lists.sealed(i), len(lists.segments[i])
         found[f"sequence {i}"] = (
             lists.segments[i], lists.removed[i].tolist(), raw(lists.keys[i, :, :n]), raw(lists.values[i, :, :n]),
@@ -345,9 +359,13 @@ WRONG = [None, -1, 0, 1.5, "x", True, [], {}, 2**31, 2**63, 10**30]
 CONFIGS = {
     **{
         f"{name} = {value!r}": entry("index", name, value=value)
-        for name in ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "sinks", "window", "seal_tokens", "max_segment")
+        for name in (
+            "d", "d_v", "nlist", "num_heads", "num_kv_heads", "sinks", "window", "seal_tokens", "max_segment", "mean_run_tokens",
+            "target_mass", "tail", "budget_shares",
+        )
         for value in WRONG
-        if not (name in ("sinks", "window", "seal_tokens") and value == 0)
+        if not (name in ("sinks", "window", "seal_tokens", "mean_run_tokens", "tail") and value == 0)
+        and not (name in ("target_mass", "tail", "budget_shares") and value is None)
     },
     **{
         f"{name} = {value!r}": entry(name, value=value)
@@ -372,6 +390,8 @@ CONFIGS = {
     "more removed": entry("removed", value=[2, 1]),
     "removed moved by a negative count": entry("removed", value=[3, -1]),
     "removed of three": entry("removed", value=[1, 1, 0]),
+    **{f"calibrated = {value!r}": entry("calibrated", value=value) for value in [True, 3, "x", [1]]},
+    "a tail without means": entry("index", "tail", value=0.5),
     "another window": entry("index", "window", value=30),
     "another max_segment": entry("index", "max_segment", value=4),
     "deeply nested": lambda tensors, config: "[" * 100_000 + "]" * 100_000,

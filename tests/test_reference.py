@@ -233,6 +233,58 @@ def test_probe_takes_the_best_tokens_one_by_one(case: dict[str, np.ndarray], bud
     assert got.tolist() == sorted(row for _, _, row in tokens[:budget])
 
 
+@given(case=scored_runs(), budget=st.integers(0, 40), miss=st.floats(0, 1))
+def test_probe_stops_when_little_is_left(case: dict[str, np.ndarray], budget: int, miss: float) -> None:
+    """What is left unread is at most what may be, or the budget is spent; with one run less it would have been more."""
+    case["count_lists"] = True
+    weights, tables = reference.run_weights(**case), case["tables"]
+    args = case["z"], case["a"], case["knots"], tables, budget, 0, True
+    everything, rows = reference.probe(*args).tolist(), reference.probe(*args, miss).tolist()
+    assert set(rows) <= set(everything)
+    per_row = {r: weights[s, no] for s, no in np.ndindex(weights.shape) for r in range(tables[s, no], tables[s, no + 1])}
+    runs = {r: (s, no) for s, no in np.ndindex(weights.shape) for r in range(tables[s, no], tables[s, no + 1])}
+    allowed = miss * len(case["z"])
+    unread = sum(w for r, w in per_row.items() if r not in rows)
+    if len(rows) < len(everything):
+        assert unread <= allowed * (1 + 1e-9) + 1e-12
+    if rows:
+        worst = min((runs[r] for r in rows), key=lambda run: (weights[run], run[0], -run[1]))
+        without = unread + sum(per_row[r] for r in rows if runs[r] == worst)
+        assert without > allowed * (1 - 1e-9) - 1e-12
+
+
+@given(case=scored_runs(), budget=st.integers(0, 20), entries=st.integers(0, 12), data=st.data())
+def test_tail_is_the_heaviest_of_the_unread(
+    case: dict[str, np.ndarray], budget: int, entries: int, data: st.DataObject
+) -> None:
+    tables, nlist = case["tables"], case["z"].shape[1]
+    means = data.draw(st.integers(0, len(tables)))
+    args = case["z"], case["a"], case["knots"], tables
+    rows = reference.probe(*args, budget, 0, True)
+    runs = reference.tail(*args, rows, entries, means)
+    mass = np.diff(tables, axis=1) * reference.run_weights(*args, True)
+    touched = {(s, no) for s, no in np.ndindex(mass.shape) for r in rows if tables[s, no] <= r < tables[s, no + 1]}
+    could = {s * nlist + no for s, no in np.ndindex(means, nlist) if tables[s, no + 1] > tables[s, no] and (s, no) not in touched}
+    assert set(runs) <= could and len(runs) == min(entries, len(could)) and (np.diff(runs) > 0).all()
+    if len(runs) and len(runs) < len(could):
+        assert mass.ravel()[runs].min() >= max(mass.ravel()[list(could - set(runs))])
+
+
+@given(seed=SEEDS, sizes=st.lists(st.integers(0, 4), min_size=1, max_size=6))
+def test_run_means_stand_for_their_runs(seed: int, sizes: list[int]) -> None:
+    """Of equal keys the mean is each of them: one entry that counts for all gives the attention over all."""
+    r, offsets = rng(seed), np.cumsum([0, *sizes])
+    keys = np.repeat(r.normal(size=(len(sizes), 5)), sizes, axis=0)
+    values, queries = r.normal(size=(len(keys), 3)), r.normal(size=(4, 5))
+    mean_keys, mean_values = reference.run_means(keys, values, offsets)
+    filled = np.array(sizes) > 0
+    assert not mean_keys[~filled].any() and not mean_values[~filled].any()
+    close(
+        reference.attend(queries, mean_keys[filled], mean_values[filled], 0.7, None, np.array(sizes)[filled]),
+        reference.attend(queries, keys, values, 0.7),
+    )
+
+
 @given(case=scored_runs())
 def test_list_weights_ignore_distance(case: dict[str, np.ndarray]) -> None:
     sizes = np.diff(case["tables"], axis=1).sum(0)
