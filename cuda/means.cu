@@ -44,11 +44,6 @@ __device__ __forceinline__ void run_mean(const MeansParams& p, float* partial) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int* table = p.tables + head * p.table_head + segment * p.table_segment;
   const int first = min(max(table[list], 0), p.capacity), past = min(max(table[list + 1], first), p.capacity);
-  const char *keys = p.keys + head * p.key_head, *values = p.values + head * p.value_head;
-  char* mean_keys = p.mean_keys + head * p.mean_key_head + segment * p.mean_key_segment;
-  char* mean_values = p.mean_values + head * p.mean_value_head + segment * p.mean_value_segment;
-  mean_keys += static_cast<i64>(list) * p.key_vectors * 16;
-  mean_values += static_cast<i64>(list) * p.value_vectors * 16;
   const int vectors = p.key_vectors + p.value_vectors;
 
   for (int group = 0; group < vectors; group += kWarp) {
@@ -57,14 +52,13 @@ __device__ __forceinline__ void run_mean(const MeansParams& p, float* partial) {
     const int row_bytes = (is_key ? p.key_vectors : p.value_vectors) * 16, at = (is_key ? v : v - p.key_vectors) * 16;
     float sums[kElements] = {};
     if (v < vectors) {
-      const char* from = (is_key ? keys : values) + at;
+      const char* from = (is_key ? p.keys + head * p.key_head : p.values + head * p.value_head) + at;
       // Warp w takes rows 8 w to 8 w + 7 of every 64. Counting what is left cannot overflow, as a row number could.
       for (int left = past - first - warp * kAhead; left > 0; left -= kWarps * kAhead) {
         const char* row = from + static_cast<i64>(past - left) * row_bytes;
         uint4 data[kAhead];
 #pragma unroll
-        for (int i = 0; i < kAhead; i++)
-          if (i < left) data[i] = ld_stream16(row + i * row_bytes);
+        for (int i = 0; i < kAhead; i++) data[i] = ld_stream16(row + min(i, left - 1) * row_bytes);  // beyond: read, not added
 #pragma unroll
         for (int i = 0; i < kAhead; i++)
           if (i < left) Lane<T>::add(sums, data[i]);
@@ -83,7 +77,9 @@ __device__ __forceinline__ void run_mean(const MeansParams& p, float* partial) {
         for (int w = 1; w < kWarps; w++) sum += partial[(w * kElements + i) * kWarp + lane];
         mean[i] = sum / count;
       }
-      *reinterpret_cast<uint4*>((is_key ? mean_keys : mean_values) + at) = Lane<T>::pack(mean);
+      char* to = is_key ? p.mean_keys + head * p.mean_key_head + segment * p.mean_key_segment
+                        : p.mean_values + head * p.mean_value_head + segment * p.mean_value_segment;
+      *reinterpret_cast<uint4*>(to + static_cast<i64>(list) * row_bytes + at) = Lane<T>::pack(mean);
     }
     __syncthreads();
   }
