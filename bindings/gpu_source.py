@@ -27,7 +27,7 @@ def source(file: str) -> str:
 
 def _expand(file: str, seen: set[str]) -> str:
     seen.add(file)
-    text = (FOLDER / file).read_text(encoding="utf-8")
+    text = _ONCE.sub("", (FOLDER / file).read_text(encoding="utf-8"))
 
     def put(match: re.Match[str]) -> str:
         name = match.group(1)
@@ -38,7 +38,7 @@ def _expand(file: str, seen: set[str]) -> str:
         line = text.count("\n", 0, match.start()) + 2
         return f'{_expand(name, seen)}\n#line {line} "{file}"'
 
-    return f'#line 1 "{file}"\n' + _INCLUDE.sub(put, _ONCE.sub("", text))
+    return f'#line 1 "{file}"\n' + _INCLUDE.sub(put, text)
 
 
 def options(macros: Mapping[str, int]) -> tuple[str, ...]:

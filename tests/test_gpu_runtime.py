@@ -1,0 +1,190 @@
+"""The runtime of real devices, as far as it goes without one: what it says where something is missing, what it asks of CuPy."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from saap_index import AsymmetricIndex, DeviceError, MissingDependencyError
+from saap_index.backends import get_backend
+from saap_index.bindings import gpu_nvrtc, gpu_runtime, gpu_source
+
+CUDA = torch.device("cuda", 0)
+
+
+class DriverError(RuntimeError):
+    pass
+
+
+class FakeKernel:
+    """A RawKernel: attributes that can be set, and `kernel`, which launches."""
+
+    def __init__(self) -> None:
+        self.shared_size_bytes = 0
+        self.max_dynamic_shared_size_bytes = 0
+        self.launches: list[tuple[Any, ...]] = []
+
+    def kernel(self, grid: Any, block: Any, args: Any, *, shared_mem: int, stream: Any) -> None:
+        self.launches.append((grid, block, args[0].tobytes(), shared_mem, stream.ptr))
+
+
+class FakeCupy(SimpleNamespace):
+    """As much of CuPy as the runtime uses."""
+
+    def __init__(self, driver: int = 13000, built: int = 13000, broken: bool = False) -> None:
+        self.__version__ = "14.2.0"
+        self.modules: list[dict[str, Any]] = []
+        self.kernel = FakeKernel()
+
+        def count() -> int:
+            if broken:
+                raise DriverError("cudaErrorInsufficientDriver")
+            return 1
+
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(
+                CUDARuntimeError=DriverError, driverGetVersion=lambda: driver, runtimeGetVersion=lambda: built,
+                getDeviceCount=count, deviceGetAttribute=lambda attribute, index: {97: 232448}[attribute],
+            )
+        )  # fmt: skip
+
+    def RawModule(self, **options: Any) -> Any:
+        self.modules.append(options)
+        return SimpleNamespace(get_function=lambda name: self.kernel)
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes torch look as if it had a device; call it with a cupy, or None where it is not installed."""
+
+    def pretend(cupy: Any, capability: tuple[int, int] = (9, 0), available: bool = True) -> None:
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        streams = iter(range(100, 200))
+        fakes = {
+            "is_available": lambda: available, "current_device": lambda: 0, "device_count": lambda: 1,
+            "get_device_capability": lambda device: capability,
+            "get_device_properties": lambda device: SimpleNamespace(name="fake", multi_processor_count=132),
+            "current_stream": lambda device: SimpleNamespace(cuda_stream=next(streams)),
+            "device": lambda device: contextlib.nullcontext(), "is_current_stream_capturing": lambda: False,
+        }  # fmt: skip
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        gpu_runtime._runtime.cache_clear()
+
+    yield pretend
+    gpu_runtime._runtime.cache_clear()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="of a torch without CUDA")
+def test_torch_without_cuda() -> None:
+    with pytest.raises(DeviceError, match=r"device: expected a CUDA device .* built without CUDA; device='cpu' needs none"):
+        AsymmetricIndex(d=64, device="cuda")
+    assert AsymmetricIndex(d=64, device="cpu")._backend.name == "cpu"
+
+
+def test_no_device(with_cuda: Any) -> None:
+    with_cuda(FakeCupy(), available=False)
+    with pytest.raises(DeviceError, match=r"device: expected a CUDA device .* finds no usable GPU .* too old a driver"):
+        AsymmetricIndex(d=64, device="cuda")
+
+
+def test_no_such_device(with_cuda: Any) -> None:
+    with_cuda(FakeCupy())
+    with pytest.raises(DeviceError, match=r"device: expected one of 1 CUDA devices, got 'cuda:3'"):
+        AsymmetricIndex(d=64, device="cuda:3")
+
+
+def test_without_cupy(with_cuda: Any) -> None:
+    with_cuda(None)
+    with pytest.raises(MissingDependencyError, match=r"needs CuPy: pip install 'saap-index\[cuda13\]'"):
+        AsymmetricIndex(d=64, device="cuda")
+
+
+@pytest.mark.parametrize("cupy", [FakeCupy(driver=12040), FakeCupy(broken=True)], ids=["older", "insufficient"])
+def test_old_driver(with_cuda: Any, cupy: FakeCupy) -> None:
+    with_cuda(cupy)
+    with pytest.raises(DeviceError, match=r"driver.*update the driver, or install .*\[cuda12\] or saap-index\[cuda13\]"):
+        AsymmetricIndex(d=64, device="cuda")
+
+
+def test_old_gpu(with_cuda: Any) -> None:
+    with_cuda(FakeCupy(), capability=(7, 5))
+    with pytest.raises(DeviceError, match=r"compute capability 8.0 or more \(Ampere\), got 7.5"):
+        AsymmetricIndex(d=64, device="cuda")
+
+
+def test_cuda_serves_cuda_alone() -> None:
+    with pytest.raises(DeviceError, match=r"backend: 'cuda' expects device 'cuda', got 'cpu'"):
+        get_backend(torch.device("cpu"), "cuda")
+
+
+def test_launch(with_cuda: Any) -> None:
+    """Compiled once from one text; the stream is asked for at every launch, and the parameters go by value."""
+    cupy = FakeCupy()
+    with_cuda(cupy)
+    runtime = gpu_runtime.runtime(torch.device("cuda"))
+    assert runtime is gpu_runtime.runtime(CUDA) and (runtime.multiprocessors, runtime.max_shared_bytes) == (132, 232448)
+    assert not runtime.capturing
+    params = np.zeros((), np.dtype([("x", "u8"), ("n", "i4")], align=True))
+    for n in range(3):
+        params["n"] = n
+        runtime.kernel("append.cu", "saap_append", {"B": 2, "A": 1}).launch((4, 2, 1), 96, 1024, params)
+    (module,) = cupy.modules
+    assert module == {
+        "code": gpu_source.source("append.cu"), "options": ("-std=c++17", "-DA=1", "-DB=2"), "backend": "nvrtc",
+    }  # fmt: skip
+    assert cupy.kernel.max_dynamic_shared_size_bytes == 232448
+    grids, blocks, data, shared, streams = zip(*cupy.kernel.launches, strict=True)
+    assert set(grids) == {(4, 2, 1)} and set(blocks) == {(96,)} and set(shared) == {1024} and streams == (100, 101, 102)
+    assert [np.frombuffer(x, params.dtype)["n"][0] for x in data] == [0, 1, 2] and len(data[0]) == 16
+
+
+# -- sources --------------------------------------------------------------------------------------------------------------
+
+
+def test_includes_are_put_in_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Each header once, lines still numbered, so that a text is what its hash says and messages lead to the file."""
+    files = {
+        "a.cu": '#include "b.cuh"\n#include "c.cuh"\n#include "elsewhere.h"\nint a;\n',
+        "b.cuh": '#pragma once\n#include "c.cuh"\nint b;\n',
+        "c.cuh": "#pragma once\nint c;\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(gpu_source, "FOLDER", tmp_path)
+    gpu_source.source.cache_clear()
+    text = gpu_source.source("a.cu")
+    gpu_source.source.cache_clear()
+    lines = text.splitlines()
+    assert [x for x in lines if x.startswith("int")] == ["int c;", "int b;", "int a;"]
+    assert [x for x in lines if "include" in x] == ['#include "elsewhere.h"'] and "once" not in text
+    where: dict[str, tuple[str, int]] = {}
+    file, number = "", 0
+    for line in lines:
+        if line.startswith("#line"):
+            file, number = line.split()[2].strip('"'), int(line.split()[1])
+            continue
+        where[line] = (file, number)
+        number += 1
+    assert where["int a;"] == ("a.cu", 4) and where["int b;"] == ("b.cuh", 3) and where["int c;"] == ("c.cuh", 2)
+
+
+def test_usage_of_a_log() -> None:
+    log = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'one' for 'sm_90'
+ptxas info    : Function properties for one
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers
+ptxas info    : Compiling entry function 'two' for 'sm_90'
+ptxas info    : Function properties for two
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 400 bytes cmem[0]
+"""
+    assert gpu_nvrtc.usage(log) == {"one": gpu_nvrtc.Usage(32, 0, 0), "two": gpu_nvrtc.Usage(255, 16, 20)}
