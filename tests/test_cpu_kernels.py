@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saap_index.backends.base import Budget, Rotation, RouterWeights
+from saap_index.backends.base import Budget, Rotation, RouterWeights, Tail
 from saap_index.backends.cpu import CpuBackend
 from saap_index.errors import DTypeError, LayoutError, LengthError, ShapeError
 
@@ -213,11 +214,21 @@ def everything(seed: int) -> list[Tensor]:
     found = CPU.probe(z, a, knots, tables, [segments], budget, True)
     rows, counts = found.rows, found.counts
     out, lse = CPU.scan(queries, keys, values, rows, counts, [4], [4500], [n], 0.1, True)
+    mean_keys, mean_values = (torch.zeros((1, h, 2, lists, d), dtype=torch.bfloat16) for _ in "kv")
+    for s in range(2):
+        CPU.means(keys[0], values[0], tables[0, :, s], mean_keys[0, :, s], mean_values[0, :, s])
+    entries = torch.full((1, h), 30, dtype=torch.int32)
+    more = replace(budget, entries=entries, means=[2], miss=torch.full((h,), 1e-3))
+    tailed = CPU.probe(z, a, knots, tables, [segments], more, True)
+    assert tailed.tail is not None and tailed.tail_counts is not None
+    tail = Tail(tailed.tail, tailed.tail_counts, mean_keys, mean_values, tables)
+    estimate, _ = CPU.scan(queries, keys, values, tailed.rows, tailed.counts, [4], [4500], [n], 0.1, True, tail)
     list_nos = CPU.assign(CPU.prepare_quantizer(randn(h, lists, d, seed=seed + 4)), keys[0], None)
     arena, ids = keys[0].clone(), torch.arange(n, dtype=torch.int32).repeat(h, 1)
     table = torch.empty((h, lists + 1), dtype=torch.int32)
     CPU.seal(arena, values[0].clone(), ids, 0, list_nos, table)
-    return [z, a, rows, counts, out, lse, list_nos, arena, ids, table, *CPU.combine(out, lse, out.flip(2), lse.flip(2))]
+    means = [mean_keys, mean_values, tailed.rows, tailed.tail, estimate]
+    return [*means, z, a, rows, counts, out, lse, list_nos, arena, ids, table, *CPU.combine(out, lse, out.flip(2), lse.flip(2))]
 
 
 def test_same_bits_for_any_number_of_threads() -> None:

@@ -193,6 +193,12 @@ def scans_with_tails(draw: st.DrawFn) -> dict[str, Any]:
 def test_scan_with_a_tail(
     name: str, case: dict[str, Any], d: int, e: int, stored: torch.dtype, asked: torch.dtype, size: float
 ) -> None:
+    check_tail(name, case, d, e, stored, asked, size)
+
+
+def check_tail(
+    name: str, case: dict[str, Any], d: int, e: int, stored: torch.dtype, asked: torch.dtype, size: float
+) -> None:
     b, h, g, q = case["shape"]
     rng = generator(case["seed"])
     queries = (size * torch.randn((b, h, g, q, d), generator=rng)).to(asked)
