@@ -36,7 +36,8 @@ from .quantizer import KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
 from .stats import IndexStats, SearchStats
-from .training import TrainingConfig
+from .tower import TwoTower
+from .training_config import TrainingConfig
 
 __version__ = "0.1.0"
 
@@ -78,6 +79,7 @@ __all__ = [
     "ShapeError",
     "StateError",
     "TrainingConfig",
+    "TwoTower",
     "attach",
     "detach",
     "merge_states",

@@ -18,9 +18,10 @@ from .errors import CompatibilityError, ParameterError, ShapeError, StateError
 from .invlists import SegmentedInvertedLists
 from .layout import MAX_QUERY_TOKENS, Layout
 from .params import SELECTIVITY, SearchParametersIVF
-from .quantizer import KeyQuantizer
+from .quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
+from .tower import TwoTower
 
 MAX_DIM = 256
 
@@ -42,8 +43,8 @@ class IndexBase:
 
     __slots__ = (
         "__weakref__", "_backend", "_budget_shares", "_calibration", "_defaults", "_key_quantizer", "_last", "_layout", "_lists",
-        "_miss", "_number", "_prepared_quantizer", "_prepared_router", "_query_router", "_token", "backend_name", "d", "d_v",
-        "device", "dtype", "nlist", "num_heads", "num_kv_heads", "rope", "scale",
+        "_miss", "_number", "_prepared_quantizer", "_prepared_router", "_query_router", "_token", "_tower", "backend_name", "d",
+        "d_v", "device", "dtype", "nlist", "num_heads", "num_kv_heads", "rope", "scale",
     )  # fmt: skip
 
     def __init__(
@@ -104,6 +105,7 @@ class IndexBase:
         self._query_router: QueryRouter | None = None
         self._calibration: Calibration | None = None
         self._miss: tuple[float, Tensor] | None = None
+        self._tower: TwoTower | None = None
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
@@ -174,6 +176,26 @@ class IndexBase:
         self._query_router = router.to(self.device)
         self._prepared_router = self._backend.prepare_router(self._query_router.weights)
         self._calibration = self._miss = None
+
+    @property
+    def tower(self) -> TwoTower | None:
+        """A router for any lists, or None. With one, an index has lists of its own for every batch of sequences: k-means over all
+        tokens that are there when the first are sealed (with a prompt, all of it), by which `key_quantizer` and `query_router`
+        are replaced. So the state follows from how tokens were added, not from the tokens alone.
+
+        Assigning one sets `query_router` for the lists there are. StateError without them, or while tokens are stored.
+        """
+        return self._tower
+
+    @tower.setter
+    def tower(self, tower: TwoTower | None) -> None:
+        if tower is not None:
+            tower.check_heads(self.num_kv_heads, self.d)
+            if self._key_quantizer is None or self.ntotal:
+                raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
+            self.query_router = tower.at(self._key_quantizer.centroids.to(tower.weights.hidden.device))
+            tower = tower.to(self.device)
+        self._tower = tower
 
     @property
     def calibration(self) -> Calibration | None:
@@ -342,3 +364,23 @@ class IndexBase:
         if self.rope is not None:
             rotation = self.rope.rotation(lists.positions(i, np.arange(start, stop)), device=self.device)
         return self._backend.assign(self._prepared_quantizer, lists.keys[i, :, start:stop], rotation)
+
+    def _repartition(self, lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int]) -> None:
+        """If adding counts[i] of keys : storage dtype (b, h, n, d) seals the first tokens: lists of these very sequences."""
+        totals = [n + count for n, count in zip(lists.lengths, counts, strict=True)]
+        if any(lists.segments) or not any(map(self._layout.num_blocks, totals)):
+            return
+        assert self._tower is not None
+        step = max(1, sum(totals) // (self.nlist * MAX_POINTS_PER_CENTROID))
+        parts = []
+        for i, (n, total) in enumerate(zip(lists.lengths, totals, strict=True)):
+            ranks = np.arange(step // 2, total, step)
+            x = torch.cat([lists.keys[i, :, :n], keys[i, :, : total - n]], 1)[:, torch.from_numpy(ranks).to(self.device)].float()
+            gone = len(lists.removed[i])
+            places = np.where(ranks < n, lists.positions(i, np.minimum(ranks, max(0, n - 1))), ranks + gone)
+            parts.append(x if self.rope is None else self.rope.unrotate(x, places, total + gone))
+        quantizer = KeyQuantizer.of_prompt(torch.cat(parts, 1), self.nlist)
+        self._key_quantizer, calibration = quantizer, self._calibration
+        self._prepared_quantizer = self._backend.prepare_quantizer(quantizer.centroids)
+        self.query_router = self._tower.at(quantizer.centroids)
+        self.calibration = calibration  # it was measured on lists of this kind

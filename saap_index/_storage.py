@@ -139,6 +139,7 @@ class IndexStorage(IndexBase):
             if self._query_router is not None:
                 new.query_router = self._query_router
             new.calibration = self._calibration
+            new._tower = None if self._tower is None else self._tower.to(device)
         new._name_for_compiler()
         return new
 

@@ -21,7 +21,8 @@ from .backends.resident import MAX_STEP_TOKENS
 from .calibration import calibrate
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
 from .params import SearchParametersIVF
-from .training import TrainingConfig, train_layer
+from .training import train_layer
+from .training_config import TrainingConfig
 
 
 class AsymmetricIndex(IndexDecode):
@@ -89,8 +90,13 @@ class AsymmetricIndex(IndexDecode):
         if self.ntotal:
             raise StateError(f"train: expected an empty index, got one with {self.ntotal} tokens; call reset first")
         keys, queries, places = self._sequences(keys, queries, positions)
+        none: list[Any] = [None] * len(keys)
+        sequences = list(zip(keys, none if queries is None else queries, none if places is None else places, strict=True))
         settings = self.nlist, self.rope, self._layout, self.scale, TrainingConfig() if config is None else config
-        self.key_quantizer, self.query_router = train_layer(keys, queries, places, *settings)
+        found = train_layer(sequences, *settings)
+        self.tower = None
+        self.key_quantizer, self.query_router = found.quantizer, found.router
+        self.tower = found.tower
 
     def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = 0.9) -> None:
         """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
@@ -166,6 +172,8 @@ class AsymmetricIndex(IndexDecode):
         """Bring tokens that were added with ``seal=False`` to where a plain `add` would have put them."""
         if self._lists is not None:
             with self._changing():
+                if self._tower is not None:
+                    self._repartition(self._lists, self._lists.keys[:, :, :0], [0] * self._lists.batch)
                 self._lists.seal(self._assign_rows)
 
     def _new_tokens(self, keys: Any, values: Any, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor, list[int]]:
@@ -184,6 +192,8 @@ class AsymmetricIndex(IndexDecode):
         before, lists = self._lists, self._lists
         if lists is None or (lists.batch != keys.shape[0] and not self.ntotal):
             lists = self._new_lists(keys.shape[0])
+        if self._tower is not None and list_nos is None and seal:
+            self._repartition(lists, keys, counts)
         self._lists = lists  # assigning reads it
         state = self._decode_state()
         if state is not None and (list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS):

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import checks
 from .errors import MissingDependencyError, ParameterError
 
 MAX_POINTS_PER_CENTROID = 256  # FAISS's own default: more keys make the centroids hardly better
+PROMPT_ITERATIONS = 8  # of k-means over a prompt; on SmolLM2 4 capture 0.2 points less of the attention, 16 as much
 
 
 @dataclass(frozen=True)
@@ -68,3 +70,39 @@ class KeyQuantizer:
             kmeans.train(x)
             centroids[head] = kmeans.centroids
         return cls(torch.from_numpy(centroids).to(keys.device))
+
+    @classmethod
+    def of_prompt(cls, keys: Tensor, nlist: int, niter: int = PROMPT_ITERATIONS) -> KeyQuantizer:
+        """The partition of one prompt: k-means over its own keys : float (h, n, d), on their device, without FAISS.
+
+        Starts from evenly spaced keys and does as many steps as pay; at most 256 evenly spaced keys per list are looked at. The
+        same keys give the same lists. A list that loses all its keys keeps its centroid; with fewer keys than lists some stay
+        empty. Raises ParameterError without a key.
+        """
+        heads, n, _ = keys.shape
+        if not n:
+            raise ParameterError("keys: expected at least one key per KV head, got none")
+        x = keys.float()
+        if n > nlist * MAX_POINTS_PER_CENTROID:
+            x = x[:, _evenly(n, nlist * MAX_POINTS_PER_CENTROID, keys.device)]
+        centroids = x[:, _evenly(x.shape[1], nlist, keys.device)]
+        for _ in range(niter):
+            lists = cls(centroids).assign(x).long()
+            centroids = torch.stack([_means(x[i], lists[i], centroids[i]) for i in range(heads)])
+        return cls(centroids)
+
+
+def _evenly(n: int, count: int, device: torch.device) -> Tensor:
+    """``count`` of n places, the middle of as many equal stretches: int64; places repeat if there are fewer."""
+    return (torch.arange(count, device=device) * n + n // 2) // count
+
+
+def _means(x: Tensor, lists: Tensor, before: Tensor) -> Tensor:
+    """Means of the keys x : (n, d) of each list, ``before`` : (l, d) where it has none; added up in one and the same order."""
+    nlist = len(before)
+    counts = torch.bincount(lists, minlength=nlist)
+    if x.is_cuda:  # index_add_ would add in any order
+        sums = functional.one_hot(lists, nlist).to(x.dtype).T @ x
+    else:
+        sums = torch.zeros_like(before).index_add_(0, lists, x)
+    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], before)

@@ -54,13 +54,18 @@ ALLOWED = {
     "invlists": {"backends", "layout"} | ANY,
     "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
     "calibration": {"checks", "layout", "quantizer", "reference", "rope", "router"} | ANY,
-    "training": {"backends", "layout", "quantizer", "rope", "router"} | ANY,
+    "tower": {"backends", "router"} | ANY,
+    "targets": set(),
+    "training_config": ANY,
+    "fitting": {"backends", "router", "targets", "tower", "training_config"} | ANY,
+    "training": {"fitting", "layout", "quantizer", "rope", "router", "targets", "tower", "training_config"} | ANY,
     "stats": {"attend", "invlists", "quantizer", "router"} | ANY,
     # the index
     "ops": {"params"} | ANY,
     "decode": {"attend", "backends", "backends.resident", "invlists", "params", "router"} | ANY,
     "_base": {
         "attend", "backends", "calibration", "checks", "invlists", "layout", "ops", "params", "quantizer", "rope", "router",
+        "tower",
     } | ANY,
     "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
     "_decode": {
@@ -69,12 +74,12 @@ ALLOWED = {
     "interop": {"quantizer", "router"} | ANY,
     "index": {
         "_base", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop", "invlists",
-        "params", "stats", "training",
+        "params", "stats", "training", "training_config",
     } | ANY,
     "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router"} | ANY,
     "": {
         "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "stats",
-        "training",
+        "tower", "training_config",
     } | ANY,
     # the index inside transformers
     "hf.support": ANY,

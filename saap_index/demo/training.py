@@ -9,7 +9,7 @@ import torch
 
 from ..index import AsymmetricIndex
 from ..rope import Rope
-from ..training import TrainingConfig
+from ..training_config import TrainingConfig
 from .capture import Capture
 
 METHODS = {"saap_index": TrainingConfig(), "published": TrainingConfig.published()}

@@ -1,0 +1,76 @@
+"""A router for any partition: from a query to the key it looks for, which the centroid of any list can be compared with.
+
+A `QueryRouter` is bound to the lists it was trained for. This network is not: it maps a query into the space of keys (RoPE
+undone, if there is RoPE), and a list scores what its centroid's inner product with that vector is. So the partition may change
+without training, even with every prompt: its own k-means separates its own content better than centroids of other texts do, most
+of all if the text is of another kind. Knows queries and centroids, not tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import RouterWeights
+from .errors import CompatibilityError, ShapeError
+from .router import QueryRouter
+
+
+@dataclass(frozen=True)
+class TwoTower:
+    """One small MLP per KV head, frozen and shared by every sequence and partition.
+
+    weights : `RouterWeights` with d in place of l: the first d outputs are the wanted key w(q), the next m the distance term at
+        the knots, the last the share of attention outside sinks and window. first_knot : as in `QueryRouter`.
+
+    The score of list l, log attention mass per token, is z_l(q) = <centroid of l, w(q)> + const(q).
+
+    Source: the two maps onto one partition are SAAP's (arXiv 2502.08246); that the second is a map into key space, so that the
+    partition is free, is two-tower retrieval (Covington et al., RecSys 2016).
+    """
+
+    weights: RouterWeights
+    first_knot: int = 7
+
+    def __post_init__(self) -> None:
+        router = QueryRouter(self.weights, self.first_knot)  # checks all but what follows
+        d = self.weights.hidden.shape[2]
+        if router.nlist != d or not router.predicts_outside:
+            raise ShapeError(f"two-tower router: expected d + m + 1 outputs, the first d = {d} a key, got nlist = {router.nlist}")
+
+    @property
+    def d(self) -> int:
+        return int(self.weights.hidden.shape[2])
+
+    @property
+    def heads(self) -> int:
+        return int(self.weights.hidden.shape[0])
+
+    def at(self, centroids: Tensor) -> QueryRouter:
+        """The router for lists with these centroids : float32 (h, l, d). Costs l * (u + d) * d multiplications per KV head."""
+        if centroids.ndim != 3 or (centroids.shape[0], centroids.shape[2]) != (self.heads, self.d):
+            raise CompatibilityError(
+                f"two-tower router: expected centroids ({self.heads}, l, {self.d}), got {tuple(centroids.shape)}"
+            )
+        w, d = self.weights, self.d
+        out, skip = (torch.cat([centroids @ x[:, :d], x[:, d:]], 1) for x in (w.out, w.skip))
+        bias = torch.cat([(centroids @ w.bias_out[:, :d, None])[..., 0], w.bias_out[:, d:]], 1)
+        weights = RouterWeights(w.hidden, w.bias_hidden, out, skip, bias, int(centroids.shape[1]))
+        return QueryRouter(weights, self.first_knot)
+
+    def to(self, device: torch.device | str) -> TwoTower:
+        w = self.weights
+        hidden, bias_hidden, out, skip, bias_out = (x.to(device) for x in self.tensors().values())
+        return TwoTower(RouterWeights(hidden, bias_hidden, out, skip, bias_out, w.nlist), self.first_knot)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return QueryRouter(self.weights, self.first_knot).tensors()
+
+    def check_heads(self, num_kv_heads: int, d: int) -> None:
+        """CompatibilityError if the router belongs to another head shape."""
+        if (self.heads, self.d) != (num_kv_heads, d):
+            raise CompatibilityError(f"tower: expected {num_kv_heads} KV heads and d = {d}, got {self.heads} and {self.d}")
+
+
