@@ -9,10 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saap_index.errors import NotTrainedError, ParameterError
+from saap_index import Rope
+from saap_index.errors import FormatError, NotTrainedError, ParameterError
+from saap_index.lab.eigen import Eigen
 from saap_index.lab.loki import Loki, principal_basis
 from saap_index.lab.method import Attended, Cache, Layer, Method, attend_over
 from saap_index.lab.scfa import ScfaDrop, ScfaHash, hash_prefill
+from saap_index.lab.spans import Moa, SpanPlan, spread_spans
 from saap_index.lab.sparsek import SparseK, project, threshold
 from saap_index.lab.yardsticks import TopK
 
@@ -44,6 +47,8 @@ UNLIMITED = {
     "loki": lambda: calibrated(Loki(1.0, 4)),
     "scfa-hash": lambda: ScfaHash(1),
     "scfa-drop": lambda: ScfaDrop(1.0),
+    "moa": lambda: Moa(SpanPlan.uniform(1, 6, 1.0)),
+    "eigen": lambda: calibrated(Eigen(99, 99)),
     "sparsek": lambda: calibrated(SparseK(1.0)),
 }
 
@@ -188,3 +193,77 @@ def test_sparsek_cache_is_of_constant_size_and_learns_who_is_read() -> None:
     assert set(sizes) == {12 + round(0.1 * 388)}
     chosen = state.attend(queries).chosen
     assert chosen[:, 2:490][:, loud[2:490]].float().mean() > 3 * chosen[:, 2:490].float().mean()
+
+
+def roped(n: int) -> tuple[Layer, torch.Tensor, torch.Tensor, torch.Tensor]:
+    layer = Layer(0, 2, 3, 16, 24, 0.25, Rope(head_dim=16, theta=100.0))
+    tokens, queries = cache(n)
+    return layer, layer.rope.rotate(tokens.keys, range(n), n), tokens.values, queries
+
+
+def test_eigen_at_full_rank_is_dense_and_each_key_has_its_own_position() -> None:
+    """Decoding token by token equals attention over the projected keys, each rotated to where it stands."""
+    layer, keys, values, queries = roped(90)
+    for rank_k, rank_v in ((16, 24), (5, 7)):
+        method = Eigen(rank_k, rank_v)
+        method.calibrate(layer, [keys], [values], [])
+        state = method.start(layer, 90)
+        for i in range(90):
+            state.append(keys[:, i : i + 1], values[:, i : i + 1])
+        basis_k, basis_v = method.bases[0]
+        plain = layer.rope.unrotate(keys, range(90), 90) @ basis_k @ basis_k.T
+        seen = layer.rope.rotate(plain, range(90), 90)
+        want = (queries @ seen.mT * 0.25).softmax(-1) @ (values @ basis_v @ basis_v.mT)
+        found = state.attend(queries)
+        torch.testing.assert_close(found.out, want, rtol=1e-4, atol=1e-4)
+        assert found.kv_bytes == 2 * 90 * (rank_k + rank_v) * 2
+        if rank_k == 16:
+            dense = (queries @ keys.mT * 0.25).softmax(-1) @ values
+            torch.testing.assert_close(found.out, dense, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 400), alpha=st.sampled_from([-128.0, 0.0, 100.0]), beta=st.floats(0, 1), wide=st.booleans())
+def test_moa_reads_sinks_and_the_newest_of_each_span(n: int, alpha: float, beta: float, wide: bool) -> None:
+    plan = SpanPlan(((alpha,) * 6,), ((beta, beta, beta, 1.0 if wide else beta, beta, beta),))
+    found = run(Moa(plan, sinks=64), n)
+    for head in range(6):
+        span = plan.span(0, head, n)
+        assert span % 64 == 0 and span >= 128
+        row = found.chosen[head // 3, head % 3]
+        assert row.sum() == min(n, span) and row[:64].all() and row[max(0, n - span + 64) :].all()
+    assert found.tokens == sum(min(n, max(plan.span(0, h + i, n) for i in range(3))) for h in (0, 3)) / 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), heads=st.integers(1, 6), target=st.floats(0.1, 1))
+def test_moa_budget_is_kept_and_hardly_beaten(data: st.DataObject, heads: int, target: float) -> None:
+    densities = {(0.0, 0.1): 0.1, (0.0, 0.5): 0.5, (0.0, 1.0): 1.0}
+    losses = []
+    for _ in range(heads):
+        low, middle, high = sorted(data.draw(st.lists(st.floats(0, 1), min_size=3, max_size=3)))
+        losses.append(dict(zip(densities, (high, middle, low), strict=True)))
+    found = spread_spans(losses, densities, target)
+    assert sum(densities[r] for r in found) / heads <= target + 1e-9
+    best = min(
+        sum(loss[r] for loss, r in zip(losses, rules, strict=True))
+        for rules in itertools.product(densities, repeat=heads)
+        if sum(densities[r] for r in rules) / heads <= target + 1e-9
+    )
+    worst_step = max(max(loss.values()) - min(loss.values()) for loss in losses)
+    total = sum(loss[r] for loss, r in zip(losses, found, strict=True))
+    assert best - 1e-9 <= total <= best + worst_step + 1e-9
+
+
+def test_moa_plans_are_read_back_and_bad_ones_named(tmp_path) -> None:
+    plan = SpanPlan(((0.0, -1024.0), (1024.0, 0.0)), ((0.5, 0.25), (0.0, 1.0)))
+    plan.write(tmp_path / "plan.json")
+    assert SpanPlan.read(tmp_path / "plan.json") == plan
+    assert SpanPlan.uniform(2, 2, 0.5).density(0, 8192) == pytest.approx(0.5)
+    (tmp_path / "bad.json").write_text('{"alphas": 3}')
+    with pytest.raises(FormatError, match=r"bad\.json"):
+        SpanPlan.read(tmp_path / "bad.json")
+    with pytest.raises(ParameterError, match="betas"):
+        SpanPlan(((0.0,),), ((1.5,),))
+    with pytest.raises(ParameterError, match="density"):
+        spread_spans([{(0.0, 0.5): 1.0}], {(0.0, 0.5): 0.5}, 0.1)
