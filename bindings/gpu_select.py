@@ -38,8 +38,10 @@ class SelectShape:
 
 def configuration(shape: SelectShape, multiprocessors: int, max_shared_bytes: int) -> dict[str, int]:
     """The macros for ``shape``. A block is a whole (sequence, KV head): with few of them it is as large as can be."""
+    few = shape.sequences * shape.heads <= multiprocessors
     macros = {
-        "SAAP_THREADS": 1024 if shape.sequences * shape.heads <= multiprocessors and not shape.nprobe else 512,
+        # 8 columns do not fit into the registers of 1024 threads
+        "SAAP_THREADS": 1024 if few and shape.vectors <= 4 and not shape.nprobe else 512,
         "SAAP_COLUMNS": 4 if shape.vectors <= 4 else 8,
         "SAAP_LISTS": int(shape.nprobe > 0),
         "SAAP_FAR": 0,
@@ -52,7 +54,7 @@ def configuration(shape: SelectShape, multiprocessors: int, max_shared_bytes: in
 def fixed_bytes(macros: dict[str, int]) -> int:
     """sizeof(Fixed) of select_weights.cuh, rounded up to 128."""
     warps = macros["SAAP_THREADS"] // 32
-    search = max(2 * 4 * 2048, 2 * 256 * warps) + 32 * (8 + 4) + 256 * 16 + 12 + 8 + 4 + 4
+    search = max(2 * 4 * 2048, (2 * 256 + 8) * warps) + 8 * warps + 256 * 16 + 12 + 8 + 4 + 4
     weights = macros["SAAP_COLUMNS"] * (8 * warps + 3 * 4) + 8
     return -(-(search + weights) // 128) * 128
 
@@ -137,7 +139,9 @@ class Select:
 
 CONFIGURATIONS = tuple(
     ("select.cu", "saap_select", {"SAAP_THREADS": threads, "SAAP_COLUMNS": columns, "SAAP_LISTS": lists, "SAAP_FAR": far})
-    for threads, lists, far in ((1024, 0, 0), (512, 0, 0), (512, 0, 1), (512, 1, 0), (512, 1, 1))
-    for columns in (4, 8)
+    for threads, columns in ((1024, 4), (512, 4), (512, 8))
+    for lists in (0, 1)
+    for far in (0, 1)
+    if threads == 512 or not lists + far
 )
 """All that `configuration` gives: (file, kernel, macros)."""

@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_select(const __gr
     }
     const int most = tail ? p.x_cap : p.t_cap;
     const int count = write_stretches(
-        something ? runs : 0, (tail ? p.tail : p.rows) + row * most, most, search.scratch, search.gathered,
+        something ? runs : 0, (tail ? p.tail : p.rows) + row * most, most, search.writing,
         [&](int run) {
           const u32 key = of.keys[SAAP_LISTS ? run % p.l : run];
           return key >= cut.key && key != kNoItem;

@@ -16,6 +16,7 @@ struct Measure {
   u32 rows, mass;
 };
 
+__device__ __forceinline__ Measure operator-(Measure x, Measure y) { return {x.rows - y.rows, x.mass - y.mass}; }
 __device__ __forceinline__ Measure operator+(Measure x, Measure y) { return {x.rows + y.rows, x.mass + y.mass}; }
 
 __device__ __forceinline__ u32 inclusive_scan_warp(u32 x) {
@@ -47,18 +48,21 @@ struct Scratch {
   u32 found[32];
 };
 
-// The sum of x over the threads before this one; total: over all. scratch is free again when this returns.
-__device__ __forceinline__ Measure exclusive_scan(Measure x, Measure& total, Scratch& scratch) {
+__device__ __forceinline__ u32 from_lane(u32 x, int lane) { return __shfl_sync(kAllLanes, x, lane); }
+__device__ __forceinline__ Measure from_lane(Measure x, int lane) { return {from_lane(x.rows, lane), from_lane(x.mass, lane)}; }
+
+// The sum of x (u32 or Measure) over the threads before this one; total: over all. scratch (kWarps) is free again afterwards.
+template <class T>
+__device__ __forceinline__ T exclusive_scan(T x, T& total, T* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const Measure within = inclusive_scan_warp(x);
-  if (lane == 31) scratch.scan[warp] = within;
+  const T within = inclusive_scan_warp(x);
+  if (lane == 31) scratch[warp] = within;
   __syncthreads();
-  const Measure warps = inclusive_scan_warp(lane < kWarps ? scratch.scan[lane] : Measure{0, 0});
-  const u32 rows = __shfl_sync(kAllLanes, warps.rows, warp ? warp - 1 : 0), mass = __shfl_sync(kAllLanes, warps.mass, warp ? warp - 1 : 0);
-  total = {__shfl_sync(kAllLanes, warps.rows, 31), __shfl_sync(kAllLanes, warps.mass, 31)};
+  const T warps = inclusive_scan_warp(lane < kWarps ? scratch[lane] : T{});
+  total = from_lane(warps, 31);
+  const T before = from_lane(warps, warp ? warp - 1 : 0);
   __syncthreads();
-  const u32 before_rows = warp ? rows : 0, before_mass = warp ? mass : 0;
-  return {before_rows + within.rows - x.rows, before_mass + within.mass - x.mass};
+  return (warp ? before : T{}) + (within - x);
 }
 
 // Consecutive numbers: first, first + 1, ...
@@ -68,11 +72,16 @@ struct Stretch {
 
 constexpr int kWindow = 256;  // items that a warp looks through at a time
 
+// Shared memory of write_stretches.
+struct Writing {
+  u32 scan[kWarps], found[kWarps];
+  u16 items[kWarps * kWindow];  // those of a warp that may have something, from the start of all warps' windows
+};
+
 // Writes the stretches of items 0, 1, ... one behind the other to out (most), then -1 up to its end; returns how many numbers
-// precede those. may(item): false if it has none; stretch(item) is asked of the others. Few do, so those are gathered first, in
-// gathered (kWarps * kWindow).
+// precede those. may(item): false if it has none; stretch(item) is asked of the others. Few do, so those are gathered first.
 template <class May, class F>
-__device__ __forceinline__ int write_stretches(int items, int* out, int most, Scratch& scratch, u16* gathered, May may, F stretch) {
+__device__ __forceinline__ int write_stretches(int items, int* out, int most, Writing& writing, May may, F stretch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   u32 at = 0;
 #pragma unroll 1
@@ -83,22 +92,22 @@ __device__ __forceinline__ int write_stretches(int items, int* out, int most, Sc
       const int item = window + warp * kWindow + k;
       const bool in = item < items && may(item);
       const u32 lanes = __ballot_sync(kAllLanes, in);
-      if (in) gathered[warp * kWindow + found + __popc(lanes & ((1u << lane) - 1))] = static_cast<u16>(warp * kWindow + k);
+      if (in) writing.items[warp * kWindow + found + __popc(lanes & ((1u << lane) - 1))] = static_cast<u16>(warp * kWindow + k);
       found += __popc(lanes);
     }
-    if (lane == 0) scratch.found[warp] = found;
+    if (lane == 0) writing.found[warp] = found;
     __syncthreads();
-    const u32 mine = lane < kWarps ? scratch.found[lane] : 0, ends = inclusive_scan_warp(mine), all = __shfl_sync(kAllLanes, ends, 31);
+    const u32 mine = lane < kWarps ? writing.found[lane] : 0, ends = inclusive_scan_warp(mine), all = __shfl_sync(kAllLanes, ends, 31);
 #pragma unroll 1
     for (u32 base = 0; base < all; base += kThreads) {
       const u32 index = base + threadIdx.x;
       const int owner = owner_of(ends, index);  // whose window the thread's item lies in
       const u32 before_owner = __shfl_sync(kAllLanes, ends - mine, owner);
       Stretch x{0, 0};
-      if (index < all) x = stretch(window + gathered[owner * kWindow + index - before_owner]);
+      if (index < all) x = stretch(window + writing.items[owner * kWindow + index - before_owner]);
       x.n = x.n < most ? x.n : most;  // whatever tables hold, this ends
-      Measure total;
-      const u32 start = at + exclusive_scan({static_cast<u32>(x.n), 0}, total, scratch).rows, end = start + x.n;
+      u32 total;
+      const u32 start = at + exclusive_scan(static_cast<u32>(x.n), total, writing.scan), end = start + x.n;
       const u32 from = __shfl_sync(kAllLanes, start, 0), to = __shfl_sync(kAllLanes, end, 31);
 #pragma unroll 1
       for (u32 first = from; first < to; first += 32) {  // the numbers of a warp's items, 32 at a time
@@ -107,7 +116,7 @@ __device__ __forceinline__ int write_stretches(int items, int* out, int most, Sc
         const int number = __shfl_sync(kAllLanes, x.first, whose) + static_cast<int>(place - __shfl_sync(kAllLanes, start, whose));
         if (place < to && place < static_cast<u32>(most)) out[place] = number;
       }
-      at += total.rows;
+      at += total;
     }
     __syncthreads();  // before the windows move on
   }

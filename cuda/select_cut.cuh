@@ -36,13 +36,13 @@ struct Bins {
   u32 rows[kBins], mass[kBins];
 };
 
-// Shared memory of a search.
+// Shared memory of a search, and of writing what it found.
 struct Search {
   union {
     Bins bins;
-    u16 gathered[kWarps * kWindow];  // while rows are written
+    Writing writing;
   };
-  Scratch scratch;
+  Measure scan[kWarps];
   Candidate few[kFew];
   Cut cut;
   Measure before;  // the bin's
@@ -83,7 +83,7 @@ __device__ __forceinline__ void find_cut(Search& search, const u32* keys, int it
     const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kPerThread;
 #pragma unroll 2
     for (int i = 0; i < kPerThread; i++) mine = mine + Measure{search.bins.rows[top - i], search.bins.mass[top - i]};
-    Measure sum = exclusive_scan(mine, total, search.scratch);
+    Measure sum = exclusive_scan(mine, total, search.scan);
     if (first && limits.spare >= 0) {
       const double spare = limits.spare * total.mass;
       const u32 kept = spare < total.mass ? static_cast<u32>(spare) : total.mass;
@@ -135,7 +135,7 @@ __device__ __forceinline__ void find_cut(Search& search, const u32* keys, int it
         const int place = base + threadIdx.x, item = place < items ? order.item(place) : 0;
         const bool in = place < items && keys[item] == low;
         const Measure measure = in ? order.measure(item) : Measure{0, 0};
-        const Measure from = sum_before + exclusive_scan(measure, total, search.scratch), to = from + measure;
+        const Measure from = sum_before + exclusive_scan(measure, total, search.scan), to = from + measure;
         if (!limits.reached(from) && limits.reached(to))
           search.cut = {low, place, measure.rows < limits.rows - from.rows ? measure.rows : limits.rows - from.rows};
         sum_before = sum_before + total;

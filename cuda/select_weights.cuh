@@ -49,22 +49,22 @@ __device__ __forceinline__ float weigh(float relative) { return exp2_fast(kLog2E
 struct Mass {
   float top, sum;
 
-  __device__ __forceinline__ void add(float score, float weight) {
-    if (!(score < INFINITY)) {
-      sum = NAN;
-    } else if (score > top) {
-      sum = sum * weigh(top - score) + weight;
-      top = score;
-    } else if (score > -INFINITY) {
-      sum += weight * weigh(score - top);
-    }
-  }
-  // Takes in what the lane whose number differs by `bit` has.
-  __device__ __forceinline__ void join_lane(int bit) {
-    const float other_top = __shfl_xor_sync(kAllLanes, top, bit), other_sum = __shfl_xor_sync(kAllLanes, sum, bit);
-    const float most = fmaxf(top, other_top), base = most == -INFINITY ? 0.f : most;
-    sum = sum * weigh(top - base) + other_sum * weigh(other_top - base);
+  // Relative to a larger top.
+  __device__ __forceinline__ void raise(float most) {
+    sum *= weigh(top - (most > -INFINITY ? most : 0.f));
     top = most;
+  }
+  // A score that is at most top.
+  __device__ __forceinline__ void add(float score, float weight) { sum += weight * weigh(score - (top > -INFINITY ? top : 0.f)); }
+
+  // Over the lanes of a warp; all of them have the same top, lane 0 has the sum.
+  __device__ __forceinline__ void reduce() {
+    float most = top;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
+    raise(most);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(kAllLanes, sum, step);
   }
 };
 
@@ -146,8 +146,11 @@ struct Selection {
   // Where each segment lies on the knots, as QueryRouter.knots has it.
   __device__ __forceinline__ void find_places(const float* centres, int next_position, int first_knot) const {
     for (int s = threadIdx.x; s < segments; s += kThreads) {
-      const double distance = static_cast<double>(next_position) - 1.0 - static_cast<double>(centres[s]);
-      const float at = static_cast<float>(log2(distance > 1.0 ? distance : 1.0) - first_knot);
+      const float distance = static_cast<float>(static_cast<double>(next_position) - 1.0 - static_cast<double>(centres[s]));
+      const u32 bits = __float_as_uint(distance > 1.f ? distance : 1.f);
+      // The exponent apart, so that powers of two are whole and what is rounded is the fraction.
+      const float octaves = static_cast<float>(static_cast<int>(bits >> 23) - 127 - first_knot);
+      const float at = octaves + log2f(__uint_as_float((bits & 0x007fffff) | 0x3f800000));
       place[s] = fminf(fmaxf(at, 0.f), static_cast<float>(knots > 0 ? knots - 1 : 0));
     }
   }
@@ -211,37 +214,33 @@ struct Selection {
           for (int k = 0; k < kColumns; k++) density[i][k] += static_cast<float>(n) * x.of[k];
         }
       }
+      if (wide) add_runs(j0, list, split, mass);
 #pragma unroll
-      for (int i = 0; i < kLists; i++) {
-        float score[kColumns];
-        scores(j0, list + i * split.width, score);
+      for (int k = 0; k < kColumns; k++) {
+        float score[kLists], most = mass[k].top;
 #pragma unroll
-        for (int k = 0; k < kColumns; k++) {
-          if (!(score[k] < INFINITY)) mass[k].sum = NAN;
-          else if (tokens[i]) mass[k].add(score[k], density[i][k]);
+        for (int i = 0; i < kLists; i++) {
+          score[i] = this->score(j0 + k, list + i * split.width);
+          if (tokens[i]) most = fmaxf(most, score[i]);
         }
-#pragma unroll 1
-        for (int s = split.group; s < segments && wide; s += split.groups) {
-          const int n = runs.length(s, list + i * split.width);
+        mass[k].raise(most);
 #pragma unroll
-          for (int k = 0; k < kColumns; k++)
-            if (n > 0) mass[k].add(score[k] + bend[s * kColumns + k], static_cast<float>(n));
+        for (int i = 0; i < kLists; i++) {
+          if (tokens[i]) mass[k].add(score[i], density[i][k]);
+          if (!(score[i] < INFINITY)) mass[k].sum = NAN;
         }
       }
     }
-#pragma unroll 1
-    for (int step = 16; step > 0; step /= 2)
 #pragma unroll
-      for (int k = 0; k < kColumns; k++) mass[k].join_lane(step);
-#pragma unroll
-    for (int k = 0; k < kColumns; k++)
+    for (int k = 0; k < kColumns; k++) {
+      mass[k].reduce();
       if (lane == 0) fixed->partial[warp * kColumns + k] = mass[k];
+    }
     __syncthreads();
 #pragma unroll 1
     for (int column = warp; column < kColumns; column += kWarps) {
       Mass all = lane < kWarps ? fixed->partial[lane * kColumns + column] : Mass{-INFINITY, 0.f};
-#pragma unroll 1
-      for (int step = 16; step > 0; step /= 2) all.join_lane(step);
+      all.reduce();
       if (lane != 0) continue;
       const float mine = j0 + column < j && !fixed->odd[column] ? share[j0 + column] : 0.f;
       if (!wide && knots > 0 && mine > 0.f && all.sum < kLeastSum) fixed->far = 1;
@@ -249,6 +248,28 @@ struct Selection {
       fixed->factor[column] = all.sum > 0.f ? mine / all.sum : 0.f;
     }
     __syncthreads();
+  }
+
+  // What find_sums adds where `wide`: every run by itself.
+  __device__ __forceinline__ void add_runs(int j0, int list, const Split& split, Mass (&mass)[kColumns]) const {
+#pragma unroll 1
+    for (int i = 0; i < kLists; i++)
+#pragma unroll 1
+      for (int s = split.group; s < segments; s += split.groups) {
+        const int at = list + i * split.width, n = runs.length(s, at);
+        if (n == 0) continue;
+#pragma unroll
+        for (int k = 0; k < kColumns; k++) {
+          const float score = this->score(j0 + k, at) + bend[s * kColumns + k];
+          mass[k].raise(fmaxf(mass[k].top, score));
+          mass[k].add(score, static_cast<float>(n));
+        }
+      }
+  }
+
+  // Of a vector and a list; without either -infinity.
+  __device__ __forceinline__ float score(int vector, int list) const {
+    return vector < j && list < runs.lists ? z[vector * runs.lists + list] : -INFINITY;
   }
 
   struct Bends {
@@ -265,18 +286,12 @@ struct Selection {
     return x;
   }
 
-  // Scores of a list for vectors j0, j0 + 1, ...; those that do not exist have none.
-  __device__ __forceinline__ void scores(int j0, int list, float (&score)[kColumns]) const {
-#pragma unroll
-    for (int k = 0; k < kColumns; k++) score[k] = j0 + k < j && list < runs.lists ? z[(j0 + k) * runs.lists + list] : -INFINITY;
-  }
-
   // Weight of a list to vectors j0, j0 + 1, ..., but for the distance term. Infinite at most for a list without tokens.
-  __device__ __forceinline__ void relative_weights(const float (&score)[kColumns], float (&w)[kColumns]) const {
+  __device__ __forceinline__ void relative_weights(int j0, int list, float (&w)[kColumns]) const {
 #pragma unroll
     for (int k = 0; k < kColumns; k++) {
-      const float factor = fixed->factor[k];
-      w[k] = factor > 0.f ? factor * weigh(score[k] - fixed->top[k]) : 0.f;
+      const float factor = fixed->factor[k], relative = factor * weigh(score(j0 + k, list) - fixed->top[k]);
+      w[k] = factor > 0.f ? relative : 0.f;
     }
   }
 
@@ -305,9 +320,7 @@ struct Selection {
       float relative[kLists][kColumns];
 #pragma unroll
       for (int i = 0; i < kLists; i++) {
-        float score[kColumns];
-        scores(j0, list + i * split.width, score);
-        relative_weights(score, relative[i]);
+        relative_weights(j0, list + i * split.width, relative[i]);
       }
 #pragma unroll kUnroll
       for (int s = split.group; s < segments; s += split.groups) {
@@ -333,7 +346,7 @@ struct Selection {
 #pragma unroll 1
     for (int k = 0; k < kColumns; k++)
       if (fixed->factor[k] > 0.f)
-        w += fixed->factor[k] * weigh(z[(j0 + k) * runs.lists + list] + bend[s * kColumns + k] - fixed->top[k]);
+        w += fixed->factor[k] * weigh(score(j0 + k, list) + bend[s * kColumns + k] - fixed->top[k]);
     return w;
   }
 
@@ -341,9 +354,8 @@ struct Selection {
   __device__ __forceinline__ void store_lists(int j0, bool last) const {
 #pragma unroll 1
     for (int list = threadIdx.x; list < runs.lists; list += kThreads) {
-      float score[kColumns], relative[kColumns], w = 0.f;
-      scores(j0, list, score);
-      relative_weights(score, relative);
+      float relative[kColumns], w = 0.f;
+      relative_weights(j0, list, relative);
 #pragma unroll
       for (int k = 0; k < kColumns; k++) w += relative[k];
       w = keep(list, w, j0 == 0);
@@ -376,7 +388,7 @@ struct Selection {
         __syncthreads();
       }
       for (int k = 0; k < kColumns; k++) total += fixed->factor[k] > 0.f ? share[j0 + k] : 0.f;
-      units = total > 0.f ? kMassUnits / total : 0.f;
+      units = by_mass && total > 0.f ? kMassUnits / total : 0.f;
       if (SAAP_LISTS) store_lists(j0, last);
       else store_runs(j0, wide, last, units);
       __syncthreads();
