@@ -1,7 +1,8 @@
 """Attention spans fixed in advance: MoA (Fu et al., 2024, arXiv 2406.14909) and the uniform window of StreamingLLM.
 
 Query head i of a layer reads ``sinks`` first tokens and the newest ones, S = alpha + beta N together, N the length of the
-request; which heads get long spans is decided offline. Heads of a group share K and V here, so a group reads its longest span once.
+request; which heads get long spans is decided offline. Heads of a group share K and V here, so a group reads its longest span
+once.
 """
 
 from __future__ import annotations
