@@ -182,42 +182,51 @@ uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double al
 // Numbers s * l + list of up to `entries` runs of the first `means` segments that come after `last` in order of preference, those
 // of most mass. Returns the end of what it wrote.
 int32_t* take_tail(const ProbeHead& p, const float* w, uint64_t last, int means, int64_t entries, int32_t* out) {
-  thread_local std::vector<uint32_t> masses;  // bits of the mass of an unread run, plus one; 0 for others
+  thread_local std::vector<uint32_t> masses;  // (means, l) bits of the mass of an unread run, plus one; 0 for others
   thread_local std::vector<uint64_t> few;
+  thread_local std::vector<int32_t> places;
   if (entries <= 0) return out;
-  masses.resize(static_cast<size_t>(means) * p.l);
-  int32_t bins[kBins] = {};
-  int64_t unread = 0;
+  const size_t runs = static_cast<size_t>(means) * p.l;
+  masses.resize(runs);
+  places.resize(runs + 1);
+  const uint32_t last_weight = static_cast<uint32_t>(last >> 32);
   for (int s = 0; s < means; s++) {
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
     const float* row = w + static_cast<int64_t>(s) * p.lp;
     uint32_t* mass = masses.data() + static_cast<size_t>(s) * p.l;
+    // Of runs as heavy as the last one, those of older segments, or of its own and higher lists, come after it.
+    const int last_segment = static_cast<int>(last >> 16 & 65535), last_list = 65535 - static_cast<int>(last & 65535);
+    const int first_equal = s < last_segment ? 0 : s > last_segment ? p.l : last_list + 1;
     for (int l = 0; l < p.l; l++) {
       const int32_t n = table[l + 1] - table[l];
-      const bool open = n > 0 && preference(row[l], s, l) < last;
+      const uint32_t weight = float_bits(row[l]);
+      const bool open = (n > 0) & ((weight < last_weight) | ((weight == last_weight) & (l >= first_equal)));
       mass[l] = open ? float_bits(row[l] * static_cast<float>(n)) + 1 : 0;
-      bins[mass[l] >> kShift] += open;
-      unread += open;
     }
   }
+  int32_t bins[kBins] = {};
+  int64_t unread = 0;
+  for (size_t i = 0; i < runs; i++) bins[masses[i] >> kShift]++, unread += masses[i] != 0;
+  auto order = [&](size_t i) { return preference(bit_float(masses[i]), static_cast<int>(i / p.l), static_cast<int>(i % p.l)); };
   uint64_t least = 0;
+  uint32_t from = 1, past = 0;  // masses that are sure to be taken start at `past`, those among which it ends at `from`
   if (unread > entries) {
     int bin = kBins - 1;
-    for (; bins[bin] < entries; bin--) entries -= bins[bin];
+    for (; bin > 0 && bins[bin] < entries; bin--) entries -= bins[bin];
+    from = std::max(1u, static_cast<uint32_t>(bin) << kShift), past = static_cast<uint32_t>(bin + 1) << kShift;
     few.clear();
-    for (int s = 0; s < means; s++)
-      for (int l = 0; l < p.l; l++) {
-        const uint32_t mass = masses[static_cast<size_t>(s) * p.l + l];
-        if (mass && static_cast<int>(mass >> kShift) == bin) few.push_back(preference(bit_float(mass), s, l));
-      }
+    for (size_t i = 0; i < runs; i++)
+      if (masses[i] - from < past - from) few.push_back(order(i));
     std::nth_element(few.begin(), few.begin() + (entries - 1), few.end(), std::greater<>());
     least = few[entries - 1];
   }
-  for (int s = 0; s < means; s++)
-    for (int l = 0; l < p.l; l++) {
-      const uint32_t mass = masses[static_cast<size_t>(s) * p.l + l];
-      if (mass && preference(bit_float(mass), s, l) >= least) *out++ = s * p.l + l;
-    }
+  int64_t found = 0;  // without a branch, as in gather
+  for (size_t i = 0; i < runs; i++) {
+    places[found] = static_cast<int32_t>(i);
+    found += masses[i] >= from;
+  }
+  for (int64_t i = 0; i < found; i++)
+    if (masses[places[i]] >= past || order(places[i]) >= least) *out++ = places[i];
   return out;
 }
 
