@@ -18,6 +18,7 @@ from .backends.resident import Routing
 from .calibration import Calibration
 from .decode import DecodeState
 from .errors import StateError
+from .invlists import SegmentedInvertedLists
 from .params import SearchParametersIVF
 from .stats import IndexStats
 
@@ -41,6 +42,8 @@ class IndexDecode(IndexStorage):
             raise StateError(f"advance: expected an index whose state lies on its device, got backend {self._backend.name!r}")
         counts = None if n is None else checks.counts(n, state.lists.batch, 2**31 - 1, "n")
         problem = state.advance(counts)
+        if self._tower is not None:
+            self._repartition(state.lists, state.lists.keys[:, :, :0], [0] * state.lists.batch)
         state.lists.seal(self._assign_rows)
         state.follow()
         if problem is not None:
@@ -126,6 +129,13 @@ class IndexDecode(IndexStorage):
         with self._changing():
             super()._relayout(**changes)
 
+    def _repartition(self, lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int]) -> None:
+        if lists.decode is not None and lists.decode.captured and not any(lists.segments):
+            totals = [n + count for n, count in zip(lists.lengths, counts, strict=True)]
+            if any(map(self._layout.num_blocks, totals)):
+                raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
+        super()._repartition(lists, keys, counts)
+
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def _record_add(self, state: DecodeState, keys: Any, values: Any, plain: bool) -> None:
@@ -134,6 +144,7 @@ class IndexDecode(IndexStorage):
             raise StateError("capture: expected add of keys and values alone, got coarse_keys or lengths")
         if self.rope is not None and self.rope.is_dynamic:
             state.refuse_capture("a rope whose angles depend on the length")
+        self._refuse_lists_to_come(state)
         shape = (state.lists.batch, self.num_kv_heads, None, self.d)
         keys = self._input(keys, "keys", "b h n d", shape, (self.dtype,))
         values = self._input(values, "values", "b h n e", (*keys.shape[:3], self.d_v), (self.dtype,))
@@ -147,10 +158,16 @@ class IndexDecode(IndexStorage):
         if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
             state.refuse_capture("a larger window or more sinks than the index has")
             return None
+        self._refuse_lists_to_come(state)
         routing, given = self._routing(state, x.shape[3]), self._given(params)
         assert self._query_router is not None
         out, lse, self._last = state.step(x, params, self._query_router, routing, given, self.scale)
         return out, lse
+
+    def _refuse_lists_to_come(self, state: DecodeState) -> None:
+        """A graph cannot follow a router that is yet to be made."""
+        if self._tower is not None and not any(state.lists.segments):
+            state.refuse_capture("a two-tower router before any token is sealed, which is when it makes its lists")
 
     def _resident_select(self, x: Tensor, params: SearchParametersIVF) -> Selection | None:
         """The selection that `_fused` attends to; None for a backend without state."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import emulated
@@ -13,7 +16,7 @@ import test_backends
 import test_tail
 import torch
 from emu.runtime import available
-from helpers import assert_close, dense, small_index, tokens
+from helpers import assert_close, dense, random_router, small_index, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
@@ -28,7 +31,11 @@ from saap_index import (
     Rope,
     SearchParametersIVF,
     StateError,
+    TwoTower,
+    read_index,
+    write_index,
 )
+from saap_index.invlists import SegmentedInvertedLists
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs a C++ compiler")
 
@@ -424,6 +431,31 @@ def test_capture_needs_room_and_a_step_before(emu: Place) -> None:
     assert graph.launches == []
 
 
+def test_a_two_tower_router_makes_its_lists_before_a_capture(emu: Place) -> None:
+    index = emu.index(32, 32, 4, 4, 2, dtype=BF16, break_even=60)
+    index.tower = TwoTower(random_router(2, 32, 32).weights)
+    index.reserve_memory(300, batch=1)
+    index.add(emu.tokens(1, 2, 40, 32, BF16), emu.tokens(1, 2, 40, 32, BF16))
+    queries, new = emu.tokens(1, 4, 1, 32, BF16), emu.tokens(1, 2, 1, 32, BF16)
+    index.search_attend(queries)
+    with RUNTIME.capture() as graph:
+        for call in (lambda: index.add(new, new), lambda: index.search_attend(queries)):
+            with pytest.raises(StateError, match=r"capture: .* two-tower"):
+                call()
+    assert graph.launches == []
+    index.add(emu.tokens(1, 2, 40, 32, BF16), emu.tokens(1, 2, 40, 32, BF16))
+    replay, k, v, *_ = captured_step(emu, index)
+    for t in range(9):
+        k.copy_(emu.tokens(1, 2, 1, 32, BF16, seed=t)), v.copy_(emu.tokens(1, 2, 1, 32, BF16, seed=t))
+        replay()
+    index.advance()
+    assert index.lengths == [89]
+    index.truncate(30)
+    with pytest.raises(StateError, match="tower: expected the lists that a CUDA graph routes to"):
+        index.add(emu.tokens(1, 2, 40, 32, BF16), emu.tokens(1, 2, 40, 32, BF16))
+    assert index.lengths == [30]
+
+
 def test_growth_after_a_capture(emu: Place) -> None:
     """A graph holds addresses: memory moves only where the caller says so, and then graphs are made anew."""
     index = emu.index(32, 32, 4, 4, 2, dtype=BF16)
@@ -629,41 +661,107 @@ def test_operators_are_sound(emu: Place) -> None:
 # -- the whole interface ------------------------------------------------------------------------------------------------------
 
 
-class EmulatedWalk(Walk):
+class Ferry:
+    """An index, or a part of one, on another device, as the walk knows it: what goes in and what comes out lies on the host."""
+
+    def __init__(self, inner: Any) -> None:
+        object.__setattr__(self, "inner", inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._out(getattr(self.inner, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    def _out(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.cpu()
+        if isinstance(x, list | tuple):
+            return type(x)(self._out(y) for y in x)
+        if isinstance(x, AsymmetricIndex | SegmentedInvertedLists):
+            return Ferry(x)
+        return (lambda *args, **options: self._call(x, args, options)) if inspect.ismethod(x) else x
+
+    def _call(self, method: Callable[..., Any], args: Any, options: dict[str, Any]) -> Any:
+        device = self.inner.device if isinstance(self.inner, AsymmetricIndex) else self.inner.keys.device
+        args = [x.to(device) if isinstance(x, Tensor) else x for x in args]
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+        return self._out(method(*args, **options))
+
+
+class DeviceWalk(Walk):
     """`Walk` in few configurations, for each is a build; and steps in a graph."""
 
-    backend = "cuda-emu"
+    backend = "torch"
+    place: Place
 
     @initialize(
         b=st.integers(1, 2), heads=st.sampled_from([(4, 2), (1, 1)]), dtype=st.sampled_from([BF16, F32]),
         rope=st.sampled_from([None, "plain", "dynamic"]), sinks=st.integers(0, 5), window=st.integers(0, 20),
-        break_even=st.sampled_from([0, 30]), count_lists=st.booleans(),
+        break_even=st.sampled_from([0, 30]), published=st.sampled_from([False, False, True]), means=st.sampled_from([0, 1, 3]),
+        tail=st.sampled_from([0.0, 0.4]), shares=st.sampled_from([None, (0.2, 1.5, 9.0)]),
+        target_mass=st.sampled_from([None, None, 0.8]),
     )  # fmt: skip
-    def start(self, **options) -> None:
+    def start(self, **options: Any) -> None:
         Walk.start(self, dims=(40, 64), **options)
+        self.index = Ferry(self.index.to(self.place.device)) if self.place.real else self.index
+
+    @rule()
+    def save_and_load(self) -> None:
+        if not self.place.real:
+            Walk.save_and_load(self)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write_index(self.index.inner, Path(folder) / "index")
+            self.index = Ferry(read_index(Path(folder) / "index", self.place.device))
 
     @precondition(lambda self: self.index.lengths and not (self.index.rope is not None and self.index.rope.is_dynamic))
     @rule(steps=st.integers(1, 6), n=st.integers(1, 2), every=st.integers(1, 4))
-    def replay(self, steps, n, every) -> None:
+    def replay(self, steps: int, n: int, every: int) -> None:
         """A step captured once; replayed, with `advance` now and then."""
-        most = max(self.index.lengths) + steps * n
-        self.index.reserve_memory(most)
-        shapes = (self.b, self.h, n, self.d), (self.b, self.h, n, self.e), (self.b, self.hq, n, self.d)
-        k, v = (torch.zeros(s, dtype=self.dtype) for s in shapes[:2])
-        x = torch.zeros(shapes[2])
-        self.index.search_attend(x)
-        with RUNTIME.capture() as graph:
-            self.index.add(k, v)
-            self.index.search_attend(x)
+        index = self.index.inner if self.place.real else self.index
+        most = max(index.lengths) + steps * n
+        index.reserve_memory(most)
+        shapes = (self.b, self.h, n, self.d), (self.b, self.h, n, self.e)
+        k, v = (torch.zeros(s, dtype=self.dtype, device=self.place.device) for s in shapes)
+        x = torch.zeros((self.b, self.hq, n, self.d), device=self.place.device)
+        index.search_attend(x)
+
+        def step() -> None:
+            index.add(k, v)
+            index.search_attend(x)
+
+        replay = self.place.capture(step)
         for t in range(steps):
-            k.copy_(self.fresh(self.h, n, self.d)), v.copy_(self.fresh(self.h, n, self.e))
-            graph.replay()
-            self.remember(k.clone(), v.clone(), [n] * self.b)
+            fresh = self.fresh(self.h, n, self.d), self.fresh(self.h, n, self.e)
+            k.copy_(fresh[0]), v.copy_(fresh[1])
+            replay()
+            self.remember(*fresh, [n] * self.b)
             if t % every == every - 1:
-                self.index.advance(n * every)
-        self.index.advance()
-        self.index.reserve_memory(2 * most + 64)  # the graph is done with, and memory may move again
+                index.advance(n * every)
+        index.advance()
+        index.reserve_memory(2 * most + 64)  # the graph is done with, and memory may move again
 
 
-def test_walk() -> None:
-    run_state_machine_as_test(EmulatedWalk, settings=settings(max_examples=10, stateful_step_count=20))
+class EmulatedWalk(DeviceWalk):
+    backend, place = "cuda-emu", Place("cuda-emu")
+
+
+class FerriedWalk(EmulatedWalk):
+    """What the walk on a real device has more, tried without one."""
+
+    place = Place("cuda-emu")
+    place.real = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place.capture = Place("cuda-emu").capture  # type: ignore[method-assign]
+
+
+class CudaWalk(DeviceWalk):
+    place = Place("cuda")
+
+
+@pytest.mark.parametrize("walk, examples", [(EmulatedWalk, 10), (FerriedWalk, 5), pytest.param(CudaWalk, 60, marks=gpu)])
+def test_walk(walk: type[DeviceWalk], examples: int) -> None:
+    run_state_machine_as_test(walk, settings=settings(max_examples=examples, stateful_step_count=20))

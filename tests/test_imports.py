@@ -69,7 +69,8 @@ ALLOWED = {
     } | ANY,
     "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
     "_decode": {
-        "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "decode", "ops", "params", "stats",
+        "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "decode", "invlists", "ops", "params",
+        "stats",
     } | ANY,
     "interop": {"quantizer", "router"} | ANY,
     "index": {
