@@ -52,7 +52,7 @@ def configuration(shape: SelectShape, multiprocessors: int, max_shared_bytes: in
 
 
 def fixed_bytes(macros: dict[str, int]) -> int:
-    """sizeof(Fixed) of select_weights.cuh, rounded up to 128."""
+    """sizeof(Fixed) of select_params.cuh, rounded up to 128."""
     warps = macros["SAAP_THREADS"] // 32
     search = max(2 * 4 * 2048, (2 * 256 + 8) * warps) + 8 * warps + 256 * 16 + 12 + 8 + 4 + 4
     weights = macros["SAAP_COLUMNS"] * (8 * warps + 3 * 4) + 8

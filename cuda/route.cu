@@ -142,72 +142,107 @@ struct Sums {
   }
 };
 
-// Query vector `n` of a head, counted by position first: n = (sequence * q + query) * g + head of the group.
-__device__ __forceinline__ int row_of(const RouteParams& p, int n, int head) {
-  const int g = p.j / p.q, position = n / g;
-  return ((position / p.q) * p.h + head) * p.j + (n % g) * p.q + position % p.q;
+// Query vectors of a KV head are counted by position first: vector n is head n % g of position n / g, and position
+// sequence * q + i is query i of a sequence. Vector 0 of a position; a head of the group is q rows further on.
+__device__ __forceinline__ int row_of(const RouteParams& p, int position, int head) {
+  const u32 q = p.q, sequence = static_cast<u32>(position) / q;
+  return (static_cast<int>(sequence) * p.h + head) * p.j + (position - static_cast<int>(sequence * q));
 }
 
-// Query vectors first, first + 1, ... of a head with RoPE undone, in fp16, one a row; zeros behind them and behind d.
+// Vectors first, first + 1, ... with RoPE undone, in fp16, one a row of `rows`; zeros behind them and behind d. places: which
+// row of (b, h, j) each is.
 __device__ __forceinline__ void fill_rows(const RouteParams& p, char* rows, int* places, int head, int first, int count) {
-  const int g = p.j / p.q, blocks = (g + kHeads - 1) / kHeads;
-  const int position0 = first / g, positions = (first + count - 1) / g - position0 + 1;
+  const u32 g = static_cast<u32>(p.j) / static_cast<u32>(p.q), blocks = (g + kHeads - 1) / kHeads, pairs = p.pairs;
+  const int position0 = static_cast<u32>(first) / g, positions = static_cast<int>(static_cast<u32>(first + count - 1) / g) - position0 + 1;
   auto put = [&](int vector, int dim, float x) {
     *reinterpret_cast<u16*>(rows + vector * kRow + dim * 2) = narrow<kF16>(clamp_f16(x));
   };
-  for (int item = threadIdx.x; item < positions * blocks * p.pairs; item += kThreads) {
-    const int pair = item % p.pairs, rest = item / p.pairs, position = position0 + rest / blocks;
-    const int from = position * g + rest % blocks * kHeads;  // the vectors of this thread: kHeads, within position and batch
-    const int stop = from + kHeads < (position + 1) * g ? from + kHeads : (position + 1) * g;
-    const int x_dim = p.interleaved ? 2 * pair : pair, y_dim = p.interleaved ? 2 * pair + 1 : pair + p.pairs;
+  for (u32 item = threadIdx.x; item < positions * blocks * pairs; item += kThreads) {
+    const u32 rest = item / pairs, pair = item - rest * pairs, beyond = rest / blocks;
+    const int position = position0 + static_cast<int>(beyond), group = static_cast<int>(g);
+    // The vectors of this thread: kHeads of a position, as far as they are among those wanted.
+    const int from = position * group + static_cast<int>(rest - beyond * blocks) * kHeads, row = row_of(p, position, head);
+    int stop = (position + 1) * group < first + count ? (position + 1) * group : first + count;
+    stop = from + kHeads < stop ? from + kHeads : stop;
+    const int x_dim = p.interleaved ? 2 * pair : pair, y_dim = p.interleaved ? 2 * pair + 1 : pair + pairs;
     float x[kHeads], y[kHeads];
 #pragma unroll
     for (int i = 0; i < kHeads; i++) {
-      const int n = from + i;
-      const bool mine = n >= first && n < first + count && n < stop;
-      const i64 at = mine ? static_cast<i64>(row_of(p, n, head)) * p.d : 0;
+      const bool mine = from + i >= first && from + i < stop;
+      const i64 at = mine ? static_cast<i64>(row + (from + i - position * group) * p.q) * p.d : 0;
       x[i] = mine ? load<SAAP_DTYPE>(p.queries, at + x_dim) : 0.f;
       y[i] = mine ? load<SAAP_DTYPE>(p.queries, at + y_dim) : 0.f;
     }
     float sine, cosine;
     if (p.inv_freq) {
-      const int sequence = position / p.q, where = p.meta[sequence * kMetaWords + kNextPosition] - p.q + position % p.q;
+      const int sequence = static_cast<u32>(position) / static_cast<u32>(p.q);
+      const int where = p.meta[sequence * kMetaWords + kNextPosition] - p.q + position - sequence * p.q;
       // The product is rounded to float32, as models do; from there on the angle is exact.
       const float angle = static_cast<float>(where) * p.inv_freq[pair];
       sinpi_cospi(static_cast<double>(angle) * 0.31830988618379067154, &sine, &cosine);
     } else {
-      const i64 at = static_cast<i64>(position) * p.pairs + pair;
+      const i64 at = static_cast<i64>(position) * pairs + pair;
       sine = p.sine[at], cosine = p.cosine[at];
     }
 #pragma unroll
     for (int i = 0; i < kHeads; i++) {
-      const int n = from + i;
-      if (n < first || n >= first + count || n >= stop) continue;
-      put(n - first, x_dim, (x[i] * cosine + y[i] * sine) * p.scale);
-      put(n - first, y_dim, (y[i] * cosine - x[i] * sine) * p.scale);
+      if (from + i < first || from + i >= stop) continue;
+      put(from + i - first, x_dim, (x[i] * cosine + y[i] * sine) * p.scale);
+      put(from + i - first, y_dim, (y[i] * cosine - x[i] * sine) * p.scale);
     }
   }
+  auto place_of = [&](int n) {
+    const int position = static_cast<u32>(n) / g;
+    return row_of(p, position, head) + (n - position * static_cast<int>(g)) * p.q;
+  };
   const int plain = 32 * kD - 2 * p.pairs;  // dims that are not rotated, and zeros up to a whole unit
+#pragma unroll 1
   for (int item = threadIdx.x; item < count * plain; item += kThreads) {
-    const int vector = item / plain, dim = 2 * p.pairs + item % plain;
-    put(vector, dim, dim < p.d ? load<SAAP_DTYPE>(p.queries, static_cast<i64>(row_of(p, first + vector, head)) * p.d + dim) : 0.f);
+    const int vector = item / plain, dim = 2 * p.pairs + item - vector * plain;
+    put(vector, dim, dim < p.d ? load<SAAP_DTYPE>(p.queries, static_cast<i64>(place_of(first + vector)) * p.d + dim) : 0.f);
   }
   // Vectors that are not there fill the last column; their hidden units come out finite by themselves.
   const int padding = (8 - count % 8) % 8;
+#pragma unroll 1
   for (int item = threadIdx.x; item < padding * 16 * kD; item += kThreads)
     *reinterpret_cast<u32*>(rows + (count + item / (16 * kD)) * kRow + item % (16 * kD) * 4) = 0;
-  for (int n = threadIdx.x; n < count; n += kThreads) places[n] = row_of(p, first + n, head);
+#pragma unroll 1
+  for (int n = threadIdx.x; n < count; n += kThreads) places[n] = place_of(first + n);
+}
+
+// The biases of a tile's rows that a lane has in its fragment.
+struct Bias {
+  float of[2];
+
+  __device__ __forceinline__ void read(const float* bias, int tile, int tiles) {
+    const int row = tile * 16 + threadIdx.x % 32 / 4;
+    of[0] = tile < tiles ? bias[row] : 0.f, of[1] = tile < tiles ? bias[row + 8] : 0.f;
+  }
+};
+
+// Hidden units of a tile, behind the vectors that they belong to.
+__device__ __forceinline__ void write_units(const Sums& sums, const Bias& bias, char* rows, int tile, int tiles) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int column = 32 * kD + tile * 16 + half * 8 + lane / 4;
+#pragma unroll
+    for (int i = 0; i < kTiles; i++)
+#pragma unroll
+      for (int x = 0; x < 2; x++)
+        if (i < tiles)
+          *reinterpret_cast<u16*>(rows + (i * 8 + lane % 4 * 2 + x) * kRow + column * 2) =
+              narrow<kF16>(clamp_f16(silu(sums.at(i, half * 2 + x) + bias.of[half])));
+  }
 }
 
 // Writes one tile of outputs. An output is a score of a list, or one of the distance term and c.
-__device__ __forceinline__ void write_tile(const RouteParams& p, const Sums& sums, const int* places, int head, int tile, int count) {
+__device__ __forceinline__ void write_tile(const RouteParams& p, const Sums& sums, const Bias& bias, const int* places, int tile, int count) {
   const int lane = threadIdx.x % 32;
-  const float* bias = p.bias_out + static_cast<i64>(head) * p.out_tiles * 16;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int output = tile * 16 + half * 8 + lane / 4;
     if (output >= p.outputs) continue;
-    const float add = bias[output];
     const bool list = output < p.l;
     float* to = list ? p.z + output : p.a + (output - p.l);
     const i64 stride = list ? p.l : p.outputs - p.l;
@@ -216,7 +251,7 @@ __device__ __forceinline__ void write_tile(const RouteParams& p, const Sums& sum
 #pragma unroll
       for (int x = 0; x < 2; x++) {
         const int n = i * 8 + lane % 4 * 2 + x;
-        if (n < count) to[places[n] * stride] = sums.at(i, half * 2 + x) + add;
+        if (n < count) to[places[n] * stride] = sums.at(i, half * 2 + x) + bias.of[half];
       }
   }
 }
@@ -249,6 +284,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route(const __gri
   feed.warp = warp, feed.first = first_tile, feed.step = tile_step, feed.out_tiles = p.out_tiles;
   feed.rounds = (vectors + kVectors - 1) / kVectors;
   feed.start();
+  // Read before they are needed, as are those of later tiles.
+  const float *bias_hidden = p.bias_hidden + head * 32 * kU, *bias_out = p.bias_out + static_cast<i64>(head) * p.out_tiles * 16;
+  Bias unit_bias, out_bias;
+  unit_bias.read(bias_hidden, warp, kHiddenTiles);
+  out_bias.read(bias_out, first_tile, p.out_tiles);
 
   for (int first = 0; first < vectors; first += kVectors) {
     const int count = vectors - first < kVectors ? vectors - first : kVectors, tiles = (count + 7) / 8;
@@ -256,33 +296,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route(const __gri
     fill_rows(p, rows, places, head, first, count);
     __syncthreads();
     Sums sums;
-    for (int unit = warp; unit < kHiddenTiles; unit += kWarps) {
+#pragma unroll 1
+    for (int tile = warp; tile < kHiddenTiles; tile += kWarps) {
+      if (tile != warp || first > 0) unit_bias.read(bias_hidden, tile, kHiddenTiles);
       sums.clear();
       sums.add(feed, rows, 0, kD, tiles);
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int row = unit * 16 + half * 8 + lane / 4;
-        const float bias = p.bias_hidden[head * 32 * kU + row];
-#pragma unroll
-        for (int i = 0; i < kTiles; i++)
-#pragma unroll
-          for (int x = 0; x < 2; x++)
-            if (i < tiles)
-              *reinterpret_cast<u16*>(rows + (i * 8 + lane % 4 * 2 + x) * kRow + (32 * kD + row) * 2) =
-                  narrow<kF16>(clamp_f16(silu(sums.at(i, half * 2 + x) + bias)));
-      }
+      write_units(sums, unit_bias, rows, tile, tiles);
     }
     // The part that needs no hidden units, before waiting for them.
     sums.clear();
     if (first_tile < p.out_tiles) sums.add(feed, rows, 0, kD, tiles);
     if (kU > 0) __syncthreads();
+#pragma unroll 1
     for (int tile = first_tile; tile < p.out_tiles; tile += tile_step) {
+      if (tile != first_tile || first > 0) out_bias.read(bias_out, tile, p.out_tiles);
       if (tile != first_tile) {
         sums.clear();
         sums.add(feed, rows, 0, kD, tiles);
       }
       sums.add(feed, rows, kD, kU, tiles);
-      write_tile(p, sums, places, head, tile, count);
+      write_tile(p, sums, out_bias, places, tile, count);
     }
   }
   cp_async_wait<0>();

@@ -1,6 +1,4 @@
 // From scores to rows: which runs of each (sequence, KV head) are read, and which enter through their means.
-#include "select_block.cuh"
-#include "select_cut.cuh"
 #include "select_weights.cuh"
 
 namespace {

@@ -172,7 +172,7 @@ def make_case(
     case = Case(z, a, make_tables(rng, tables, (b, h, s, nlist)), centres, meta, budgets)
     held = np.flatnonzero(np.diff(case.tables[1, 1, : meta[1, 3]], axis=1).sum(0))
     if kind == "infinite" and len(held):  # of a list that holds tokens: others are no part of the sum
-        z[1, 1, 0, held[0]] = 1e30
+        z[1, 1, 0, held[0]] = 2000
     return case
 
 
@@ -284,6 +284,18 @@ def test_every_schedule_and_every_configuration_select_the_same(case: Case) -> N
     for other in again:
         assert torch.equal(first.rows, other.rows) and torch.equal(first.counts, other.counts)
         assert case.entries is None or torch.equal(first.tail, other.tail)
+
+
+@pytest.mark.parametrize("number", [1e30, -3e38, 3e38, np.inf, np.nan])
+def test_scores_that_swallow_the_distance_term(number: float) -> None:
+    """Nothing is specified of which rows; as many as there are to be read."""
+    case = make_case(14, j=3)
+    case.z[:, :, :2, 5:9] = number
+    case.meta[:, 3] = 6
+    found = run(case, runtime())
+    for i, k in case.heads:
+        assert found.counts[i, k] == min(case.budgets[i, k], case.t_cap, case.tables[i, k, -1, -1] - 4)
+        assert (np.diff(found.row(i, k)) > 0).all() and (found.row(i, k) >= 4).all()
 
 
 def test_what_memory_holds_is_not_trusted() -> None:
