@@ -78,7 +78,9 @@ def evaluate_text(
     keys += [f"text/{name}/{m.name}/{s}" for s in shares for m in methods_at(s)] if last else []
     if all(key in records.rows for key in keys):
         return
-    prompt = read_prompt(model, tokens, rope, torch.arange(max(n - settings.span, 0), n, settings.step), last)
+    observed = max(m.observed for s in {*settings.shares, *shares} for m in methods_at(s))
+    recent = observed and observed + max(settings.span, last)
+    prompt = read_prompt(model, tokens, rope, torch.arange(max(n - settings.span, 0), n, settings.step), last, recent)
     progress(f"{name}: {n} tokens read")
     for number in wanted:
         _layer(prompt, name, number, methods_at, settings, records)
@@ -129,7 +131,7 @@ def evaluate_needle(
     if all(f"needle/{name}/{m.name}/{s}" in records.rows for s in shares for m in methods_at(s)):
         return
     document, question = (_encode(tokenizer, text) for text in (needle.document, needle.question))
-    prompt = read_prompt(model, document, rope)
+    prompt = read_prompt(model, document, rope, recent=max(m.observed for s in shares for m in methods_at(s)))
     room = len(question) + 12
     for share in shares:
         for method in methods_at(share):

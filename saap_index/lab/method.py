@@ -63,6 +63,10 @@ class Attended:
 class State(ABC):
     """The cache of one layer and one sequence under a method."""
 
+    def observe(self, queries: Tensor, positions: Tensor) -> None:  # noqa: B027, most methods do not ask what was looked at
+        """See queries of tokens appended already, whose attention was computed elsewhere: of a prompt, at most the last
+        ``Method.observed`` ones. float32 (h, g, q, d), positions int64 (q,) ascending."""
+
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Take the next tokens: float32 (h, n, d) and (h, n, e)."""
@@ -73,10 +77,12 @@ class State(ABC):
 
 
 class Method(ABC):
-    """How attention is replaced. ``name`` is what a table says, ``kind`` the group of methods it belongs to."""
+    """How attention is replaced. ``name`` is what a table says, ``kind`` the group of methods it belongs to; ``observed``, how
+    many of a prompt's last queries its states ask to see."""
 
     name: str
     kind: ClassVar[str]
+    observed: int = 0
 
     def calibrate(  # noqa: B027, most methods have nothing to do here
         self, layer: Layer, keys: Sequence[Tensor], values: Sequence[Tensor], queries: Sequence[Tensor]

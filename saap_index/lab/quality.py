@@ -49,6 +49,8 @@ def layer_quality(
     total = torch.zeros(layer.heads, dtype=torch.float64)
     for j, position in enumerate(prompt.positions.tolist()):
         state.append(keys[:, done : position + 1], values[:, done : position + 1])
+        if method.observed:  # the queries between those that are measured
+            prompt.show(state, at, max(done, position - method.observed), position)
         done = position + 1
         step = state.attend(queries[:, :, j])
         want = exact.output[:, :, j]

@@ -29,7 +29,8 @@ class Prompt:
     """A sequence as the dense model saw it.
 
     tokens : int64 (n,); positions : int64 (q,) of the queries kept, ascending; logits : float32 (k, vocabulary), of the last k
-    tokens; layers, keys : float32 (h, n, d), values : (h, n, e), queries : (h, g, q, d), one per attention layer.
+    tokens; layers, keys : float32 (h, n, d), values : (h, n, e), queries : (h, g, q, d), one per attention layer; recent :
+    (h, g, r, d), the queries of the last r tokens, for methods that go by what was looked at.
     """
 
     tokens: Tensor
@@ -39,6 +40,14 @@ class Prompt:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     queries: tuple[Tensor, ...]
+    recent: tuple[Tensor, ...]
+
+    def show(self, state: State, at: int, first: int, stop: int) -> None:
+        """Let the state of layer number ``at`` of this prompt observe the queries of tokens [first, stop), as far as kept."""
+        start = len(self.tokens) - self.recent[at].shape[2]
+        first = max(first, start)
+        if first < stop:
+            state.observe(self.recent[at][:, :, first - start : stop - start], torch.arange(first, stop))
 
 
 @dataclass
@@ -66,10 +75,13 @@ class Traffic:
         return Traffic(self.steps, self.kv_bytes / n, self.other_bytes / n, self.shared_bytes / n, tokens, per_layer)
 
 
-def read_prompt(model: Any, tokens: Sequence[int], rope: Rope | None, positions: Tensor | None = None, logits: int = 0) -> Prompt:
+def read_prompt(
+    model: Any, tokens: Sequence[int], rope: Rope | None, positions: Tensor | None = None, logits: int = 0, recent: int = 0
+) -> Prompt:
     """One dense pass over a sequence, keeping keys and values of every layer.
 
-    positions : int64 (q,) at which queries are kept, none by default; logits : of so many last tokens.
+    positions : int64 (q,) at which queries are kept, none by default; logits : of so many last tokens; recent : queries of so
+    many last tokens are kept for `Prompt.show`.
 
     Raises LengthError for an empty sequence or positions outside it.
     """
@@ -77,14 +89,16 @@ def read_prompt(model: Any, tokens: Sequence[int], rope: Rope | None, positions:
     positions = torch.empty(0, dtype=torch.int64) if positions is None else positions
     if not n or (len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < n):
         raise LengthError(f"tokens, positions: expected positions in [0, {n}), got {positions.tolist()}")
-    rows: list[tuple[Layer, Tensor, Tensor, Tensor]] = []
+    rows: list[tuple[Layer, Tensor, Tensor, Tensor, Tensor]] = []
+    first = max(0, n - recent)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         layer = _layer(module, query, key, value, options, rope)
-        kept = query[0][:, positions].float().view(layer.heads, layer.group, len(positions), layer.d)
-        rows.append((layer, key[0].float().cpu().clone(), value[0].float().cpu().clone(), kept.cpu().clone()))
+        kept, last = (query[0][:, x].unflatten(0, (layer.heads, layer.group)) for x in (positions, slice(first, n)))
+        keep = [x.float().cpu().clone() for x in (key[0], value[0], kept, last)]
+        rows.append((layer, keep[0], keep[1], keep[2], keep[3]))
         out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
         return out
 
@@ -92,16 +106,18 @@ def read_prompt(model: Any, tokens: Sequence[int], rope: Rope | None, positions:
     with torch.no_grad(), _serving(model, attend):
         hidden = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, n - logits :]
         scores = model.lm_head(hidden)[0].float().cpu() if logits else torch.empty((0, 0))
-    layers, keys, values, queries = zip(*rows, strict=True)
-    return Prompt(ids[0], positions, scores, layers, keys, values, queries)
+    layers, keys, values, queries, last = zip(*rows, strict=True)
+    return Prompt(ids[0], positions, scores, layers, keys, values, queries, last)
 
 
 def start(methods: Mapping[int, Method], prompt: Prompt, length: int, room: int) -> list[State]:
     """A state per layer that holds the first ``length`` tokens of a prompt, with room for more; methods : by layer number."""
     states = []
-    for layer, keys, values in zip(prompt.layers, prompt.keys, prompt.values, strict=True):
-        state = methods[layer.number].start(layer, length + room)
+    for at, (layer, keys, values) in enumerate(zip(prompt.layers, prompt.keys, prompt.values, strict=True)):
+        method = methods[layer.number]
+        state = method.start(layer, length + room)
         state.append(keys[:, :length], values[:, :length])
+        prompt.show(state, at, length - method.observed, length)
         states.append(state)
     return states
 
