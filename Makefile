@@ -28,7 +28,7 @@ test: setup lint ## everything that needs no GPU
 	$(BIN)/python -m pytest
 
 test-gpu: ## what needs a CUDA device, in the Python at hand: torch with CUDA, CuPy, pytest and hypothesis
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -W default -m gpu tests/test_primitives.py $(wildcard tests/test_gpu_*.py)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

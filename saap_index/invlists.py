@@ -220,12 +220,13 @@ class SegmentedInvertedLists:
         self._reserve_tables(len(target))
         tables = self.tables.new_empty((self.heads, len(target) - first, self.nlist + 1))
         sealed = self.sealed(i)
-        for table, (start, stop) in zip(tables.unbind(1), target[first:], strict=True):
-            parts = [self._run_lists(i, s) for s, (a, b) in enumerate(have) if start <= a and b <= stop]
+        parts = []
+        for start, stop in target[first:]:
+            parts += [self._run_lists(i, s) for s, (a, b) in enumerate(have) if start <= a and b <= stop]
             if stop > sealed:
                 parts.append(self._pending_lists(i, max(start, sealed), stop, assign))
-            list_nos = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-            self.backend.seal(self.keys[i], self.values[i], self.ids[i], start, list_nos.contiguous(), table)
+        list_nos = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
+        self.backend.seal_many(self.keys[i], self.values[i], self.ids[i], target[first:], list_nos, tables)
         self.tables[i, :, first : len(target)] = tables
         self.segments[i] = target
         self.update_means(i, first)

@@ -37,8 +37,7 @@ from saap_index import (
 )
 from saap_index.invlists import SegmentedInvertedLists
 
-pytestmark = pytest.mark.skipif(not available(), reason="needs a C++ compiler")
-
+emulation = pytest.mark.skipif(not available(), reason="needs a C++ compiler")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
 RUNTIME = emulated.register()
@@ -70,13 +69,15 @@ class Place:
         return graph.replay
 
 
-@pytest.fixture(params=["cuda-emu", pytest.param("cuda", marks=gpu)])
+@pytest.fixture(params=[pytest.param("cuda-emu", marks=emulation), pytest.param("cuda", marks=gpu)])
 def place(request: pytest.FixtureRequest) -> Place:
     return Place(request.param)
 
 
 @pytest.fixture
 def emu() -> Iterator[Place]:
+    if not available():
+        pytest.skip("needs a C++ compiler")
     RUNTIME.launched.clear()
     yield Place("cuda-emu")
 
@@ -89,12 +90,14 @@ SEAM = {
 }  # fmt: skip
 
 
+@emulation
 @pytest.mark.parametrize("of", SEAM, ids=lambda x: x[1])
 def test_operation(of: tuple[Any, str]) -> None:
     """The properties of any backend, for those operations that one build of a kernel serves whatever the dims."""
     settings(max_examples=SEAM[of])(getattr(of[0], f"test_{of[1]}"))(name="cuda-emu")
 
 
+@emulation
 @given(case=st.one_of(test_backends.probes(), test_tail.tails()), kind=st.sampled_from(["normal", "equal", "few"]))
 @settings(max_examples=60)
 def test_probe(case: dict[str, Any], kind: str) -> None:
@@ -580,11 +583,10 @@ def test_two_indexes_interleaved(place: Place) -> None:
         assert all(torch.equal(x, y) for x, y in zip(outputs[i], outputs[2 + i], strict=True))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_two_streams() -> None:
+@pytest.mark.parametrize("name", [pytest.param("cuda", marks=gpu)])
+def test_two_streams(name: str) -> None:
     """Two indexes on a stream each, and one index from both: the same bits as on one stream."""
-    place = Place("cuda")
+    place = Place(name)
     streams = [torch.cuda.Stream() for _ in range(2)]
     a, b, c, d = (place.index(64, 64, 4, 4, 2, dtype=BF16, seed=1, selectivity=0.3) for _ in range(4))
     for index in (a, b, c, d):
@@ -613,7 +615,7 @@ def test_two_streams() -> None:
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("where", ["cpu", "cuda-emu", pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda-emu", marks=emulation), pytest.param("cuda", marks=gpu)])
 def test_compiled(where: str, compiler: str) -> None:
     """A whole step of two interleaved indexes, in one graph without a break, equals the same calls in Python."""
     place = Place(where)
@@ -762,6 +764,9 @@ class CudaWalk(DeviceWalk):
     place = Place("cuda")
 
 
-@pytest.mark.parametrize("walk, examples", [(EmulatedWalk, 10), (FerriedWalk, 5), pytest.param(CudaWalk, 60, marks=gpu)])
+@pytest.mark.parametrize("walk, examples", [
+    pytest.param(EmulatedWalk, 10, marks=emulation), pytest.param(FerriedWalk, 5, marks=emulation),
+    pytest.param(CudaWalk, 30, marks=gpu),
+])  # fmt: skip
 def test_walk(walk: type[DeviceWalk], examples: int) -> None:
     run_state_machine_as_test(walk, settings=settings(max_examples=examples, stateful_step_count=20))

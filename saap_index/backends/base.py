@@ -159,6 +159,17 @@ class Backend(ABC):
         table : int32 (h, l + 1) out, strided over h: table[i] = first row of list i, table[l] = start + n.
         """
 
+    def seal_many(
+        self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], list_nos: Tensor, tables: Tensor
+    ) -> None:
+        """`seal` of several segments [start, stop), each of which begins where the one before ends: those of a prompt.
+
+        list_nos : int32 (h, n) of all their rows; tables : int32 (h, s, l + 1) out, strided over h and s. The rest as in `seal`.
+        """
+        for (start, stop), table in zip(segments, tables.unbind(1), strict=True):
+            part = slice(start - segments[0][0], stop - segments[0][0])
+            self.seal(keys, values, ids, start, list_nos[:, part].contiguous(), table)
+
     @abstractmethod
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         """Mean key and mean value of every run of a segment: float32 sums in row order, rounded once; zero for an empty run.

@@ -44,10 +44,10 @@ class CudaBackend(TorchBackend):
     def append(
         self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
     ) -> bool:
-        finite = [torch.isfinite(x[i, :, :count]).all() for i, count in enumerate(counts) for x in (keys, values) if count]
-        if not finite:
+        largest = [_largest(x[i, :, :count]) for i, count in enumerate(counts) for x in (keys, values) if count]
+        if not largest:
             return True
-        if not bool(torch.stack(finite).all()):
+        if not bool(torch.isfinite(torch.stack(largest)).all()):
             return False
         numbers = self._ints([*starts, *counts, *(0 for _ in counts)]).view(3, -1)
         gpu_build.append(self.runtime, keys, values, arena_keys, arena_values, *numbers)
@@ -69,6 +69,17 @@ class CudaBackend(TorchBackend):
         least, most = gpu_seal.workspace_bytes(heads, keys.shape[2], values.shape[2], keys.dtype, ((start, start + n),))
         workspace = torch.empty(max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
         gpu_seal.seal(self.runtime, keys, values, ids, start, list_nos, table, workspace)
+
+    def seal_many(
+        self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], list_nos: Tensor, tables: Tensor
+    ) -> None:
+        if len(segments) < 2 or tables.shape[2] > MOST_SORTED_LISTS:
+            super().seal_many(keys, values, ids, segments, list_nos, tables)
+            return
+        least, most = gpu_seal.workspace_bytes(keys.shape[0], keys.shape[2], values.shape[2], keys.dtype, segments)
+        workspace = torch.empty(max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
+        at = gpu_seal.segment_array(segments, self.device)
+        gpu_seal.seal_many(self.runtime, keys, values, ids, segments, at, list_nos, tables, workspace)
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         gpu_seal.means(self.runtime, keys, values, table[:, None], mean_keys[:, None], mean_values[:, None])
@@ -150,6 +161,11 @@ class CudaBackend(TorchBackend):
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self.device)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude, NaN if there is one: one pass over x and no mask of it."""
+    return torch.linalg.vector_norm(x, torch.inf)
 
 
 def _trimmed(lists: Tensor, counts: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""Dense attention of one decode step as others compute it, over the same memory. Whatever is not installed is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Calls = list[Callable[[], Any]]
+Caches = list[tuple[Tensor, Tensor]]
+
+DENSE = ("torch SDPA", "FlashInfer", "flash-attn")
+"""How the names of dense baselines begin."""
+
+
+def dense(queries: list[Tensor], caches: Caches, n: int, kv_heads: int) -> dict[str, Calls]:
+    """By name, one call for each cache: keys, values (b, h, N, d) of which ``n`` rows are in use, queries (b, hq, 1, d)."""
+    pairs = list(zip(queries, caches, strict=True))
+    kinds = {"": None}
+    if queries[0].is_cuda:
+        kinds = {f" {name}": getattr(SDPBackend, name) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
+    found: dict[str, Calls] = {}
+    for label, kind in kinds.items():
+        name = f"torch SDPA{label.lower()}"
+        used = [(q, k[:, :, :n], v[:, :, :n]) for q, (k, v) in pairs]
+        found[f"{name} folded"] = [partial(_sdpa, _fold(q, kv_heads), k, v, kind, False) for q, k, v in used]
+        found[f"{name} gqa"] = [partial(_sdpa, q, k, v, kind, True) for q, k, v in used]
+    for make in (_flashinfer, _flash_attn):
+        try:
+            found.update(make(pairs, n))
+        except Exception as error:
+            print(f"{make.__name__[1:]}: {type(error).__name__}: {error}")
+    return found
+
+
+def _fold(queries: Tensor, kv_heads: int) -> Tensor:
+    """Query heads of a group as query rows: (b, h, g, d). Dense attention of one token has no mask, so nothing else changes."""
+    b, hq, _, d = queries.shape
+    return queries.view(b, kv_heads, hq // kv_heads, d)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, kind: Any, gqa: bool) -> Tensor:
+    if kind is None:
+        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+    with sdpa_kernel(kind):
+        return functional.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+
+
+def _flashinfer(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> dict[str, Calls]:
+    """FlashInfer's batch decode: the arena is a pool of one page per sequence, of as many tokens as there is room."""
+    try:
+        import flashinfer
+    except ImportError:
+        return {}
+    calls: Calls = []
+    for queries, (keys, values) in pairs:
+        b, hq, _, d = queries.shape
+        h, capacity, device = keys.shape[1], keys.shape[2], keys.device
+        workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+        pages = torch.arange(b + 1, dtype=torch.int32, device=device)
+        last = torch.full((b,), n, dtype=torch.int32, device=device)
+        wrapper.plan(pages, pages[:b], last, hq, h, d, capacity, q_data_type=queries.dtype, kv_data_type=keys.dtype)
+        calls.append(partial(wrapper.run, queries[:, :, 0].contiguous(), (keys, values)))
+    return {"FlashInfer batch decode": calls}
+
+
+def _flash_attn(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> dict[str, Calls]:
+    found: dict[str, Calls] = {}
+    for name, module in (("flash-attn 3", "flash_attn_interface"), ("flash-attn", "flash_attn")):
+        try:
+            function = __import__(module).flash_attn_with_kvcache
+        except (ImportError, AttributeError):
+            continue
+        calls: Calls = []
+        for q, (k, v) in pairs:
+            used = torch.full((q.shape[0],), n, dtype=torch.int32, device=q.device)
+            calls.append(partial(function, *(x.transpose(1, 2) for x in (q, k, v)), cache_seqlens=used))
+        found[f"{name} with kvcache"] = calls
+    return found
+
+
+def gathered(queries: list[Tensor], caches: Caches, selections: list[Any], n: int, kv_heads: int) -> Calls:
+    """torch's own gather of the rows a selection reads, and SDPA over the copy; the selection itself is not counted."""
+    calls: Calls = []
+    for q, (k, v), selection in zip(queries, caches, selections, strict=True):
+        if selection.rows is None or len(set(selection.counts.flatten().tolist())) > 1:
+            return []
+        b, h, _ = selection.rows.shape
+        spans = zip(selection.sinks, selection.sealed, strict=True)
+        near = [torch.cat([torch.arange(low), torch.arange(high, n)]) for low, high in spans]
+        if len({len(x) for x in near}) > 1:
+            return []
+        always = torch.stack(near).to(k.device)[:, None].expand(b, h, -1)
+        calls.append(partial(_gather_sdpa, _fold(q, kv_heads), k, v, torch.cat([always, selection.rows.long()], 2)[..., None]))
+    return calls
+
+
+def _gather_sdpa(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+    keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
+    return functional.scaled_dot_product_attention(q, keys, values)

@@ -1,0 +1,41 @@
+"""The GPU session and its benchmarks run end to end on the emulated device, so that a real one meets no typing errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emu.runtime import available
+
+ROOT = Path(__file__).parent.parent
+
+
+def session(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OUT": str(out), "DRY": "1", **variables}
+    return subprocess.run([str(ROOT / "bench/gpu_session.sh")], env=env, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+def test_a_session(tmp_path: Path) -> None:
+    done = session(tmp_path, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "every stage passed" in done.stdout and not (tmp_path / "failures.txt").exists()
+    step = json.loads((tmp_path / "gpu_search_attend.json").read_text())
+    names = {x["name"] for x in step["figures"]}
+    assert {"ours 5%", "ours dense", "torch SDPA folded"} <= names and not step["skipped"]
+    assert all(x["graph_us"] > 0 and x["error_units"] <= 4 for x in step["figures"])
+    build = json.loads((tmp_path / "gpu_build.json").read_text())
+    assert len(build["figures"]) >= 9 and not build["failed"]
+    assert {"environment.json", "gpu_search_attend.txt", "tests.log"} <= {x.name for x in tmp_path.iterdir()}
+
+
+def test_a_failing_stage_does_not_stop_the_others(tmp_path: Path) -> None:
+    done = session(tmp_path, PYTHON="false")
+    assert done.returncode == 1
+    failed = (tmp_path / "failures.txt").read_text().splitlines()
+    assert [x.split()[1].rstrip(":") for x in failed][:5] == ["environment", "primitives", "tests", "search_attend", "build"]
+    assert all("exit status 1" in x for x in failed)
