@@ -73,7 +73,7 @@ class CupyRuntime:
         key = file, name, gpu_source.options(macros)
         found = self._kernels.get(key)
         if found is None:
-            with torch.cuda.device(self.device):
+            with torch.cuda.device(self.device), self._cupy.cuda.Device(self.device.index):
                 module = self._cupy.RawModule(code=gpu_source.source(file), options=("-std=c++17", *key[2]), backend="nvrtc")
                 raw = module.get_function(name)
                 # what the kernel keeps static (nothing, by the rules of cuda/) is no longer there for dynamic use

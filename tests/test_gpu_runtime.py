@@ -48,6 +48,7 @@ class FakeCupy(SimpleNamespace):
             return 1
 
         self.cuda = SimpleNamespace(
+            Device=lambda index: contextlib.nullcontext(),
             runtime=SimpleNamespace(
                 CUDARuntimeError=DriverError, driverGetVersion=lambda: driver, runtimeGetVersion=lambda: built,
                 getDeviceCount=count, deviceGetAttribute=lambda attribute, index: {97: 232448}[attribute],
