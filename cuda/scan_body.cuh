@@ -39,6 +39,7 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
   int tile = begin + warp, stage = 0;
   while (begin < last) {
     seek(p, here, begin);
+    if (here.end <= begin) break;  // only if lengths changed since they were summed up
     core.begin(p, here, pass);
     const Span& span = here.span;
     const int seen_by_all = seen_entries(p, span, 0), end = here.end < last ? here.end : last;

@@ -132,7 +132,8 @@ SAAP_PRIM float copy_tile(const ScanParams& p, const Numbers& tokens, char* stag
       if (tokens.tail) {
         const i64 table = static_cast<i64>(tokens.pair) * p.max_segments * (p.lists + 1);
         const int* run = p.tables + table + number + number / p.lists;
-        bias = run[1] > run[0] ? log2_fast(static_cast<float>(run[1] - run[0])) : -INFINITY;
+        const u32 size = static_cast<u32>(run[1]) - static_cast<u32>(run[0]);
+        bias = run[1] > run[0] ? log2_fast(static_cast<float>(size)) : -INFINITY;
       }
     }
   }

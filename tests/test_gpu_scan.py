@@ -250,10 +250,12 @@ CORNERS = {
     "nothing": Case(((0, 0, 0),) * 3, dense=True),
     "nothing but sequences": Case(((0, 0, 0), (2, 60, 90), (0, 0, 0), (0, 0, 1)), entries=3),
     "many empty pairs": Case((*((0, 0, 0),) * 30, (4, 100, 140), *((0, 0, 0),) * 9), heads=2),
+    "many pairs": Case(((0, 0, 3), (1, 50, 59)) * 20, heads=2),
     "one token": Case(((0, 0, 1),), heads=1),
     "one long": Case(((3, 900, 950),), heads=1, share=1.0),
     "tail alone": Case(((0, 0, 0), (0, 60, 60)), share=0.0, entries=15),
     "more queries than rows": Case(((0, 0, 3),), q=8, causal=True, dense=True),
+    "fewer recent rows than queries": Case(((2, 60, 61),), q=4, share=0.5, entries=4, causal=True),
     "huge logits": Case(((2, 80, 100),), logit=2500.0, q=2, causal=True),
     "junk": Case(((1, 40, 60), (0, 0, 9)), junk=True, entries=12),
 }
@@ -299,7 +301,13 @@ def test_nonsense_from_the_device_stays_inside() -> None:
     data.meta[:, :3] = torch.tensor([[big, 7, 3], [-5, 3, 9], [40, big, big]])
     data.listed.counts[0], data.means.counts[1] = -3, big
     data.means.tables.random_(-(2**31), 2**31 - 1)
-    run(EmulatedRuntime("random", 3, 4), case, data, {**knobs, "SAAP_GROUPS": 1, "SAAP_TILE": 16})
+    small = {**knobs, "SAAP_GROUPS": 1, "SAAP_TILE": 16}
+    out, lse = run(EmulatedRuntime("random", 3, 4), case, data, small)
+    # what is out of bounds counts as the bound, and with sinks behind the segments there are neither
+    data.meta[:, :3] = torch.tensor([[53, 0, 0], [0, 0, 0], [40, 40, 40]])
+    data.listed.counts[0], data.means.counts[1] = 0, data.means.runs.shape[2]
+    same, same_lse = run(EmulatedRuntime(), case, data, small)
+    assert torch.equal(out, same) and torch.equal(lse, same_lse)
 
 
 def test_replayed() -> None:
