@@ -71,13 +71,12 @@ struct Runs {
   int lists;
 
   __device__ __forceinline__ int end(int segment, int list) const { return tables[segment * (lists + 1) + list + 1]; }
-  // 0 for a list that there is not.
-  __device__ __forceinline__ int length(int segment, int list) const {
-    if (list >= lists) return 0;
-    const int* at = tables + (segment * (lists + 1) + list);
-    const int n = at[1] - at[0];
+  __device__ __forceinline__ const int* start(int segment, int list) const { return tables + (segment * (lists + 1) + list); }
+  __device__ __forceinline__ static int length(const int* start) {
+    const int n = start[1] - start[0];
     return n > 0 ? n : 0;
   }
+  __device__ __forceinline__ int length(int segment, int list) const { return length(start(segment, list)); }
 };
 
 // Shared memory whose size is known to the compiler; share and, unless SAAP_FAR, bend, place and keys follow.
@@ -96,16 +95,15 @@ __device__ __forceinline__ i64 room(int segments, int lists) {
   return (static_cast<i64>(segments) * (kColumns + 1) + (SAAP_LISTS ? 1 : segments) * static_cast<i64>(lists) + 3) / 4 * 4;
 }
 
-// How threads share lists and segments: a thread has kLists lists, `width` apart, at a time, so that a warp reads neighbours and
-// the distance terms are read once for all of them; few lists leave threads for several segments.
+// How threads share lists and segments: a thread has kLists lists, 32 apart, at a time, so that a warp reads neighbours and the
+// distance terms are read once for all of them; few lists leave warps for several segments.
 struct Split {
-  int list, width, group, groups;
+  int list, step, group, groups;
 
   __device__ __forceinline__ explicit Split(int lists) {
-    const int least = (lists + 32 * kLists - 1) / (32 * kLists) * 32;
-    width = least < kThreads ? least : kThreads;
-    groups = kThreads / width, group = static_cast<int>(threadIdx.x) / width;
-    list = group < groups ? static_cast<int>(threadIdx.x) - group * width : lists;
+    const int warp = threadIdx.x / 32, wanted = (lists + 32 * kLists - 1) / (32 * kLists), columns = wanted < kWarps ? wanted : kWarps;
+    groups = kWarps / columns, group = warp / columns, step = columns * 32 * kLists;
+    list = group < groups ? (warp - group * columns) * 32 * kLists + static_cast<int>(threadIdx.x) % 32 : lists;
   }
 };
 

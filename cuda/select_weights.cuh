@@ -91,35 +91,36 @@ struct Selection {
     for (int k = 0; k < kColumns; k++) mass[k] = {-INFINITY, 0.f};
     const Split split(runs.lists);
 #pragma unroll 1
-    for (int list = split.list; list < runs.lists; list += kLists * split.width) {
+    for (int list = split.list; list < runs.lists; list += split.step) {
       float density[kLists][kColumns];
       int tokens[kLists];  // only whether there are any
 #pragma unroll
       for (int i = 0; i < kLists; i++) {
-        tokens[i] = !count_lists && split.group == 0 && list + i * split.width < runs.lists;
+        tokens[i] = !count_lists && split.group == 0 && list + 32 * i < runs.lists;
 #pragma unroll
         for (int k = 0; k < kColumns; k++) density[i][k] = static_cast<float>(tokens[i]);
       }
+      const int* start = runs.start(split.group, list);
 #pragma unroll kUnroll
       for (int s = split.group; s < segments && count_lists && !wide; s += split.groups) {
         const Bends x = bends(s);
 #pragma unroll
         for (int i = 0; i < kLists; i++) {
-          const int n = runs.length(s, list + i * split.width);
+          const int n = list + 32 * i < runs.lists ? Runs::length(start + 32 * i) : 0;
           tokens[i] |= n;
 #pragma unroll
           for (int k = 0; k < kColumns; k++) density[i][k] += static_cast<float>(n) * x.of[k];
         }
+        start += split.groups * (runs.lists + 1);
       }
       if (wide) add_runs(j0, list, split, mass);
 #pragma unroll
       for (int k = 0; k < kColumns; k++) {
         float score[kLists], most = mass[k].top;
+        scores(j0 + k, list, score);
 #pragma unroll
-        for (int i = 0; i < kLists; i++) {
-          score[i] = this->score(j0 + k, list + i * split.width);
+        for (int i = 0; i < kLists; i++)
           if (tokens[i]) most = fmaxf(most, score[i]);
-        }
         mass[k].raise(most);
 #pragma unroll
         for (int i = 0; i < kLists; i++) {
@@ -153,7 +154,7 @@ struct Selection {
     for (int i = 0; i < kLists; i++)
 #pragma unroll 1
       for (int s = split.group; s < segments; s += split.groups) {
-        const int at = list + i * split.width, n = runs.length(s, at);
+        const int at = list + 32 * i, n = at < runs.lists ? runs.length(s, at) : 0;
         if (n == 0) continue;
 #pragma unroll
         for (int k = 0; k < kColumns; k++) {
@@ -167,6 +168,12 @@ struct Selection {
   // Of a vector and a list; without either -infinity.
   __device__ __forceinline__ float score(int vector, int list) const {
     return vector < j && list < runs.lists ? z[vector * runs.lists + list] : -INFINITY;
+  }
+  // Of the lists of a thread.
+  __device__ __forceinline__ void scores(int vector, int list, float (&score)[kLists]) const {
+    const float* from = z + (vector * runs.lists + list);
+#pragma unroll
+    for (int i = 0; i < kLists; i++) score[i] = vector < j && list + 32 * i < runs.lists ? from[32 * i] : -INFINITY;
   }
 
   struct Bends {
@@ -183,58 +190,70 @@ struct Selection {
     return x;
   }
 
-  // Weight of a list to vectors j0, j0 + 1, ..., but for the distance term. Infinite at most for a list without tokens.
-  __device__ __forceinline__ void relative_weights(int j0, int list, float (&w)[kColumns]) const {
-#pragma unroll
-    for (int k = 0; k < kColumns; k++) {
-      const float factor = fixed->factor[k], relative = factor * weigh(score(j0 + k, list) - fixed->top[k]);
-      w[k] = factor > 0.f ? relative : 0.f;
-    }
-  }
-
-  // Adds a sum of weights to what earlier vectors gave, and makes it a key: NaN weighs nothing.
-  __device__ __forceinline__ float keep(int item, float w, bool first) const {
-    if (!first) w += __uint_as_float(keys[item]);
-    w = w > 0.f ? fminf(w, kMost) : 0.f;
-    keys[item] = __float_as_uint(w);
-    return w;
-  }
+  // A weight that is a number; NaN weighs nothing.
+  __device__ __forceinline__ static float as_key(float w) { return fminf(fmaxf(w, 0.f), kMost); }
 
   __device__ __forceinline__ void tally(float key, Measure x) const { fixed->search.tally(__float_as_uint(key) >> kFirstShift, x); }
 
   // A run of n tokens of weight w; units: of mass, of a weight of one.
   __device__ __forceinline__ Measure measure(int n, float w, float units) const {
-    if (!by_mass || !(w > 0.f)) return {static_cast<u32>(n), 0};
-    const float mass = fminf(static_cast<float>(n) * w * units, kMassUnits);
-    return {static_cast<u32>(n), mass > 1.f ? static_cast<u32>(mass + 0.5f) : 1};
+    const float mass = static_cast<float>(n) * w;
+    if (!by_mass || !(mass > 0.f)) return {static_cast<u32>(n), 0};
+    return {static_cast<u32>(n), static_cast<u32>(fminf(fmaxf(mass * units + 0.5f, 1.f), kMassUnits))};
   }
 
   // Adds the weights of vectors j0, j0 + 1, ... to those of all runs. last: tallies them.
-  __device__ __forceinline__ void store_runs(int j0, bool wide, bool last, float units) const {
+  __device__ __forceinline__ void store_runs(int j0, bool last, float units) const {
     const Split split(runs.lists);
 #pragma unroll 1
-    for (int list = split.list; list < runs.lists; list += kLists * split.width) {
+    for (int list = split.list; list < runs.lists; list += split.step) {
       float relative[kLists][kColumns];
-#pragma unroll
-      for (int i = 0; i < kLists; i++) {
-        relative_weights(j0, list + i * split.width, relative[i]);
-      }
+      relative_weights(j0, list, relative);
+      const int* start = runs.start(split.group, list);
+      u32* to = keys + (split.group * runs.lists + list);
 #pragma unroll kUnroll
       for (int s = split.group; s < segments; s += split.groups) {
         const Bends x = bends(s);
 #pragma unroll
         for (int i = 0; i < kLists; i++) {
-          const int at = list + i * split.width, n = runs.length(s, at);
-          if (at >= runs.lists) continue;
-          float w = 0.f;
+          const bool in = list + 32 * i < runs.lists;
+          const int n = in ? Runs::length(start + 32 * i) : 0;
+          float w = j0 > 0 && in ? __uint_as_float(to[32 * i]) : 0.f;
 #pragma unroll
           for (int k = 0; k < kColumns; k++) w += relative[i][k] * x.of[k];
-          if (wide) w = weight(j0, s, at);
-          w = keep(s * runs.lists + at, n > 0 ? w : 0.f, j0 == 0);
-          if (last && n > 0) tally(w, measure(n, w, units));
+          w = n > 0 ? as_key(w) : 0.f;
+          if (in) to[32 * i] = __float_as_uint(w);
+          if (last) tally(w, measure(n, w, units));
         }
+        start += split.groups * (runs.lists + 1), to += split.groups * runs.lists;
       }
     }
+  }
+
+  // Weights of the lists of a thread to vectors j0, j0 + 1, ..., but for the distance term. Infinite at most without tokens.
+  __device__ __forceinline__ void relative_weights(int j0, int list, float (&w)[kLists][kColumns]) const {
+#pragma unroll
+    for (int k = 0; k < kColumns; k++) {
+      const float factor = fixed->factor[k], top = fixed->top[k];
+      float score[kLists];
+      scores(j0 + k, list, score);
+#pragma unroll
+      for (int i = 0; i < kLists; i++) w[i][k] = factor > 0.f ? factor * weigh(score[i] - top) : 0.f;
+    }
+  }
+
+  // store_runs where `wide`.
+  __device__ __forceinline__ void store_runs_wide(int j0, bool last, float units) const {
+#pragma unroll 1
+    for (int list = threadIdx.x; list < runs.lists; list += kThreads)
+#pragma unroll 1
+      for (int s = 0; s < segments; s++) {
+        const int n = runs.length(s, list);
+        u32& key = keys[s * runs.lists + list];
+        const float w = n > 0 ? as_key((j0 > 0 ? __uint_as_float(key) : 0.f) + weight(j0, s, list)) : 0.f;
+        key = __float_as_uint(w);
+        if (last) tally(w, measure(n, w, units));
+      }
   }
 
   // The same for one run, relative to the largest score of any run.
@@ -251,11 +270,12 @@ struct Selection {
   __device__ __forceinline__ void store_lists(int j0, bool last) const {
 #pragma unroll 1
     for (int list = threadIdx.x; list < runs.lists; list += kThreads) {
-      float relative[kColumns], w = 0.f;
-      relative_weights(j0, list, relative);
-#pragma unroll
-      for (int k = 0; k < kColumns; k++) w += relative[k];
-      w = keep(list, w, j0 == 0);
+      float w = j0 > 0 ? __uint_as_float(keys[list]) : 0.f;
+#pragma unroll 1
+      for (int k = 0; k < kColumns; k++)
+        if (fixed->factor[k] > 0.f) w += fixed->factor[k] * weigh(score(j0 + k, list) - fixed->top[k]);
+      w = as_key(w);
+      keys[list] = __float_as_uint(w);
       if (last) tally(w, {rows_of_list(list), 1});
     }
   }
@@ -287,7 +307,8 @@ struct Selection {
       for (int k = 0; k < kColumns; k++) total += fixed->factor[k] > 0.f ? share[j0 + k] : 0.f;
       units = by_mass && total > 0.f ? kMassUnits / total : 0.f;
       if (SAAP_LISTS) store_lists(j0, last);
-      else store_runs(j0, wide, last, units);
+      else if (wide) store_runs_wide(j0, last, units);
+      else store_runs(j0, last, units);
       __syncthreads();
     }
     return total;
