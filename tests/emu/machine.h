@@ -132,7 +132,7 @@ struct Machine {
 
 extern Machine machine;
 
-constexpr size_t kStackBytes = EMU_ASAN || EMU_TSAN ? 256 << 10 : 128 << 10;
+constexpr size_t kStackBytes = EMU_ASAN ? 256 << 10 : 128 << 10;
 
 std::string place(Site at);
 std::string name(const Block& b);
