@@ -142,7 +142,7 @@ class AsymmetricIndex(IndexDecode):
             `seal`, or the next change of the index, brings them where their number asks for.
 
         Raises NotTrainedError, ShapeError, DTypeError, DeviceError, LayoutError, NotFiniteError, LengthError; the index is
-        unchanged then.
+        unchanged then. On a CUDA device up to 8 tokens are stored unseen; NotFiniteError comes from a later call (docs/gpu.md).
         """
         if torch.compiler.is_compiling():
             return self._traced_add(keys, values, lengths is None and coarse_keys is None, seal)

@@ -230,6 +230,22 @@ def check(index: AsymmetricIndex, queries: Tensor, out: Tensor, lse: Tensor, sel
             assert_close(lse[i, part].cpu(), want_lse, torch.float32, 10.0)
 
 
+def test_the_state_is_that_of_any_backend(place: Place) -> None:
+    """Bit for bit, given the list numbers: prompts sealed at once, single tokens, merges, truncation."""
+    ours = place.index(40, 64, 5, 2, 2, dtype=F16, mean_run_tokens=1)
+    plain = small_index(40, 64, 5, 2, 2, dtype=F16, mean_run_tokens=1, backend="torch")
+    g = torch.Generator().manual_seed(0)
+    for n, counts in ((150, [150, 97]), (1, None), (3, None), (40, [0, 40]), (8, None)):
+        parts = [tokens(2, 2, n, x, F16, seed=n + x) for x in (40, 64)]
+        nos = torch.randint(0, 5, (2, 2, n), generator=g)
+        plain.add_preassigned(*parts, nos, lengths=counts)
+        ours.add_preassigned(*(x.to(place.device) for x in (*parts, nos)), lengths=counts)
+        same_state(ours.to("cpu") if place.real else ours, plain)
+    for index in (ours, plain):
+        index.truncate([100, 60])
+    same_state(ours.to("cpu") if place.real else ours, plain)
+
+
 def test_selection_of_a_step_is_that_of_select(place: Place) -> None:
     index = place.index(64, 64, 4, 4, 2, dtype=BF16, selectivity=0.2)
     index.add(place.tokens(2, 2, 90, 64, BF16), place.tokens(2, 2, 90, 64, BF16))
@@ -294,7 +310,9 @@ def test_replays_equal_eager_steps(place: Place) -> None:
     same_state(graph, eager)
     assert len(graph.invlists.segments[0]) > 4
     fresh = queries[0].contiguous()
-    assert torch.equal(graph.search_attend(fresh), eager.search_attend(fresh))
+    out, lse = graph.search_attend(fresh, return_lse=True)
+    assert torch.equal(out, eager.search_attend(fresh))
+    check(graph, fresh, out, lse, graph.select(fresh), 2)
 
 
 def test_replays_before_advance_read_all_that_is_not_sealed(place: Place) -> None:
