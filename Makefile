@@ -1,6 +1,7 @@
 # What can be done here. Everything runs in a virtual environment of its own, .venv, made on first use.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
@@ -25,7 +26,7 @@ demo: setup ## capture a real model, train, measure on unseen text; table and pl
 	$(BIN)/python -m saap_index.demo
 
 test: setup lint ## everything that needs no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-gpu: ## what needs a CUDA device, in the Python at hand: torch with CUDA, CuPy, pytest and hypothesis
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -W default -m gpu tests/test_primitives.py $(wildcard tests/test_gpu_*.py)
