@@ -1,5 +1,5 @@
-"""Packs query routers for cuda/route.cu and launches it. Knows the kernel's configurations, its parameters and the order in which
-it reads weights; tensors come checked: of the dtype and shape said here, contiguous, on the device of the runtime.
+"""Packs query routers for cuda/route.cu and launches it. Knows the kernel's configurations, its parameters and the order in
+which it reads weights; tensors come checked: of the dtype and shape said here, contiguous, on the device of the runtime.
 
 Axes as in backends/base.py: b sequences, h KV heads, j = g * q query vectors of a KV head, d key dim, u hidden units, l lists,
 m knots, r rotated dims.
@@ -95,7 +95,7 @@ def _pad(x: Tensor, unit: int, dim: int) -> Tensor:
 def configuration(d: int, units: int, vectors: int, query: torch.dtype, max_shared_bytes: int) -> dict[str, int]:
     """The macros for b * j = ``vectors``, in a block of at most ``max_shared_bytes``.
 
-    Few vectors: the ring holds all that a warp needs. Many: as many columns as fit, each pass over the weights costs their bytes.
+    Few vectors: the ring holds all that a warp needs. Many: as many columns as fit, for each pass over the weights reads them.
     """
     d32, u32 = -(-d // 32), -(-units // 32)
     warps = 4 if 2 * u32 <= 4 else 8

@@ -1,7 +1,8 @@
-"""Launches cuda/select.cu. Knows the kernel's configurations, its parameters and how much memory it needs; tensors come checked:
-of the dtype and shape said here, contiguous, on the device of the runtime.
+"""Launches cuda/select.cu. Knows the kernel's configurations, its parameters and how much memory it needs; tensors come
+checked: of the dtype and shape said here, contiguous, on the device of the runtime.
 
-Axes as in backends/base.py: b sequences, h KV heads, j = g * q query vectors of a KV head, l lists, S segments at most, m knots.
+Axes as in backends/base.py: b sequences, h KV heads, j = g * q query vectors of a KV head, l lists, S segments at most, m
+knots.
 """
 
 from __future__ import annotations

@@ -153,11 +153,11 @@ __device__ __forceinline__ int row_of(const RouteParams& p, int position, int he
 // row of (b, h, j) each is.
 __device__ __forceinline__ void fill_rows(const RouteParams& p, char* rows, int* places, int head, int first, int count) {
   const u32 g = static_cast<u32>(p.j) / static_cast<u32>(p.q), blocks = (g + kHeads - 1) / kHeads, pairs = p.pairs;
-  const int position0 = static_cast<u32>(first) / g, positions = static_cast<int>(static_cast<u32>(first + count - 1) / g) - position0 + 1;
+  const int position0 = static_cast<u32>(first) / g, position1 = static_cast<u32>(first + count - 1) / g;
   auto put = [&](int vector, int dim, float x) {
     *reinterpret_cast<u16*>(rows + vector * kRow + dim * 2) = narrow<kF16>(clamp_f16(x));
   };
-  for (u32 item = threadIdx.x; item < positions * blocks * pairs; item += kThreads) {
+  for (u32 item = threadIdx.x; item < (position1 - position0 + 1) * blocks * pairs; item += kThreads) {
     const u32 rest = item / pairs, pair = item - rest * pairs, beyond = rest / blocks;
     const int position = position0 + static_cast<int>(beyond), group = static_cast<int>(g);
     // The vectors of this thread: kHeads of a position, as far as they are among those wanted.
@@ -237,7 +237,8 @@ __device__ __forceinline__ void write_units(const Sums& sums, const Bias& bias, 
 }
 
 // Writes one tile of outputs. An output is a score of a list, or one of the distance term and c.
-__device__ __forceinline__ void write_tile(const RouteParams& p, const Sums& sums, const Bias& bias, const int* places, int tile, int count) {
+__device__ __forceinline__ void write_tile(
+    const RouteParams& p, const Sums& sums, const Bias& bias, const int* places, int tile, int count) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -258,9 +259,9 @@ __device__ __forceinline__ void write_tile(const RouteParams& p, const Sums& sum
 
 }  // namespace
 
-// z, a = split(skip x + out silu(hidden x + bias_hidden) + bias_out) for every query vector x, RoPE undone: see RouterWeights and
-// Rotation in backends/base.py. Position of query i of q: next_position - q + i; its angles are float32(position) * inv_freq
-// rounded to float32, or come as cosine and sine.
+// z, a = split(skip x + out silu(hidden x + bias_hidden) + bias_out) for every query vector x, RoPE undone: see RouterWeights
+// and Rotation in backends/base.py. Position of query i of q: next_position - q + i; its angles are float32(position) *
+// inv_freq rounded to float32, or come as cosine and sine.
 //
 // Weights, queries and hidden units are fp16 (clamped to its range), sums float32. Weights lie as the matrix instruction wants
 // them: (16-row tile, 32-column unit, fragment of 16 columns, lane, 8 values), so that a lane reads 16 bytes at a time.

@@ -97,23 +97,23 @@ __device__ __forceinline__ int write_stretches(int items, int* out, int most, Wr
     }
     if (lane == 0) writing.found[warp] = found;
     __syncthreads();
-    const u32 mine = lane < kWarps ? writing.found[lane] : 0, ends = inclusive_scan_warp(mine), all = __shfl_sync(kAllLanes, ends, 31);
+    const u32 mine = lane < kWarps ? writing.found[lane] : 0, ends = inclusive_scan_warp(mine), all = from_lane(ends, 31);
 #pragma unroll 1
     for (u32 base = 0; base < all; base += kThreads) {
       const u32 index = base + threadIdx.x;
       const int owner = owner_of(ends, index);  // whose window the thread's item lies in
-      const u32 before_owner = __shfl_sync(kAllLanes, ends - mine, owner);
+      const u32 before_owner = from_lane(ends - mine, owner);
       Stretch x{0, 0};
       if (index < all) x = stretch(window + writing.items[owner * kWindow + index - before_owner]);
       x.n = x.n < most ? x.n : most;  // whatever tables hold, this ends
       u32 total;
       const u32 start = at + exclusive_scan(static_cast<u32>(x.n), total, writing.scan), end = start + x.n;
-      const u32 from = __shfl_sync(kAllLanes, start, 0), to = __shfl_sync(kAllLanes, end, 31);
+      const u32 from = from_lane(start, 0), to = from_lane(end, 31);
 #pragma unroll 1
       for (u32 first = from; first < to; first += 32) {  // the numbers of a warp's items, 32 at a time
         const u32 place = first + lane;
         const int whose = owner_of(end, place);
-        const int number = __shfl_sync(kAllLanes, x.first, whose) + static_cast<int>(place - __shfl_sync(kAllLanes, start, whose));
+        const int number = __shfl_sync(kAllLanes, x.first, whose) + static_cast<int>(place - from_lane(start, whose));
         if (place < to && place < static_cast<u32>(most)) out[place] = number;
       }
       at += total;

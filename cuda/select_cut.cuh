@@ -70,7 +70,8 @@ struct Limits {
 
 // Finds search.cut, and all threads may read it afterwards. Before: search was cleared, every item whose key is not kNoItem was
 // tallied in bin key >> kFirstShift, and a barrier. limits.rows > 0, limits.mass > 0.
-// keys (items). order.measure(item): as tallied; items without rows and mass are nobody's. order.place(item), order.item(place).
+// keys (items). order.measure(item): as tallied; items without rows and mass are not looked at. order.place(item): its place
+// among equal keys; order.item(place): the inverse.
 template <class Order>
 __device__ __forceinline__ void find_cut(Search& search, const u32* keys, int items, Limits limits, Order order) {
   constexpr int kPerThread = kBins / kThreads > 0 ? kBins / kThreads : 1;

@@ -13,19 +13,19 @@
 #endif
 
 struct SelectParams {
-  const float* z;        // (b, h, j, l)
-  const float* a;        // (b, h, j, m + 1): the distance term at m knots, and c; null without c
-  const int* tables;     // (b, h, S, l + 1)
-  const float* centres;  // (b, S)
-  const int* meta;       // (b, 8)
-  const int* budgets;    // (b, h) most rows
-  const int* entries;    // (b, h) most tail entries, or null: no tail
-  const float* miss;     // (h) attention per query vector that may stay unread, or null
-  int* rows;             // out (b, h, t_cap)
-  int* counts;           // out (b, h)
-  int* tail;             // out (b, h, x_cap), null without entries
-  int* tail_counts;      // out (b, h), likewise
-  float* workspace;      // (b, h, room(S, l)) if SAAP_FAR, else null
+  const float* z;         // (b, h, j, l)
+  const float* a;         // (b, h, j, m + 1): the distance term at m knots, and c; null without c
+  const int* tables;      // (b, h, S, l + 1)
+  const float* centres;   // (b, S)
+  const int* meta;        // (b, 8)
+  const int* budgets;     // (b, h) most rows
+  const int* entries;     // (b, h) most tail entries, or null: no tail
+  const float* miss;      // (h) attention per query vector that may stay unread, or null
+  int* rows;              // out (b, h, t_cap)
+  int* counts;            // out (b, h)
+  int* tail;              // out (b, h, x_cap), null without entries
+  int* tail_counts;       // out (b, h), likewise
+  float* workspace;       // (b, h, room(S, l)) if SAAP_FAR, else null
   int h, j, l, segments;  // segments: S
   int knots, first_knot;  // m; 0 without c
   int t_cap, x_cap, nprobe, count_lists;
@@ -35,8 +35,8 @@ namespace {
 
 constexpr int kColumns = SAAP_COLUMNS, kLists = kColumns > 4 ? 2 : 4, kUnroll = 2;
 constexpr float kLog2E = 1.44269504f;
-constexpr float kMost = 3e38f;           // the largest weight
-constexpr float kLeastSum = 1e-15f;      // a sum this large leaves room for runs 20 orders of magnitude below
+constexpr float kMost = 3e38f;              // the largest weight
+constexpr float kLeastSum = 1e-15f;         // one this large leaves room for runs 20 orders of magnitude below
 constexpr float kMassUnits = 2147483648.f;  // mass is counted in these parts of the whole
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
@@ -52,7 +52,9 @@ struct Mass {
     top = most;
   }
   // A score that is at most top.
-  __device__ __forceinline__ void add(float score, float weight) { sum += weight * weigh(score - (top > -INFINITY ? top : 0.f)); }
+  __device__ __forceinline__ void add(float score, float weight) {
+    sum += weight * weigh(score - (top > -INFINITY ? top : 0.f));
+  }
 
   // Over the lanes of a warp; all of them have the same top, lane 0 has the sum.
   __device__ __forceinline__ void reduce() {
@@ -101,7 +103,8 @@ struct Split {
   int list, step, group, groups;
 
   __device__ __forceinline__ explicit Split(int lists) {
-    const int warp = threadIdx.x / 32, wanted = (lists + 32 * kLists - 1) / (32 * kLists), columns = wanted < kWarps ? wanted : kWarps;
+    const int warp = threadIdx.x / 32, wanted = (lists + 32 * kLists - 1) / (32 * kLists);
+    const int columns = wanted < kWarps ? wanted : kWarps;
     groups = kWarps / columns, group = warp / columns, step = columns * 32 * kLists;
     list = group < groups ? (warp - group * columns) * 32 * kLists + static_cast<int>(threadIdx.x) % 32 : lists;
   }

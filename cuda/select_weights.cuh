@@ -1,7 +1,7 @@
 // The weights of runs, from the router's scores: see Backend.probe in backends/base.py.
 //
-// exp(z + a) is formed as exp(z) exp(a), each relative to its largest: j * (l + S) exponentials instead of j * l * S. Scores too
-// far apart for that (the best list lies in segments of no weight) are weighed again, one exponential a run.
+// exp(z + a) is formed as exp(z) exp(a), each relative to its largest: j * (l + S) exponentials instead of j * l * S. Scores
+// too far apart for that (the best list lies in segments of no weight) are weighed again, one exponential a run.
 #pragma once
 #include "select_params.cuh"
 
@@ -13,7 +13,7 @@ struct Selection {
   const float* a;  // (j, stride), or null
   Runs runs;
   Fixed* fixed;
-  float* bend;     // (S, kColumns) exp of the distance term of the vectors at hand, relative to its largest; wide: the term itself
+  float* bend;     // (S, kColumns) exp of the distance term of the vectors at hand, relative to its largest; wide: itself
   float* place;    // (S) of a segment on the knots
   float* share;    // (j) what each vector counts, relative to the most
   u32* keys;       // (items) bits of the weights
@@ -64,7 +64,8 @@ struct Selection {
         const int s = base + lane;
         const float at = s < segments ? place[s] : 0.f;
         const int low = static_cast<int>(at);
-        const float from = __shfl_sync(kAllLanes, knot, low), to = __shfl_sync(kAllLanes, knot, low + 1 < knots ? low + 1 : low);
+        const float from = __shfl_sync(kAllLanes, knot, low);
+        const float to = __shfl_sync(kAllLanes, knot, low + 1 < knots ? low + 1 : low);
         const float x = from + (at - static_cast<float>(low)) * (to - from);
         if (s >= segments) continue;
         bend[s * kColumns + column] = x;
@@ -193,7 +194,9 @@ struct Selection {
   // A weight that is a number; NaN weighs nothing.
   __device__ __forceinline__ static float as_key(float w) { return fminf(fmaxf(w, 0.f), kMost); }
 
-  __device__ __forceinline__ void tally(float key, Measure x) const { fixed->search.tally(__float_as_uint(key) >> kFirstShift, x); }
+  __device__ __forceinline__ void tally(float key, Measure x) const {
+    fixed->search.tally(__float_as_uint(key) >> kFirstShift, x);
+  }
 
   // A run of n tokens of weight w; units: of mass, of a weight of one.
   __device__ __forceinline__ Measure measure(int n, float w, float units) const {

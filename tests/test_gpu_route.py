@@ -159,7 +159,8 @@ def expected(case: Case, given: Inputs) -> tuple[np.ndarray, np.ndarray]:
             x = given.queries[i, k].double().reshape(case.g, case.q, -1).numpy()
             x = reference.unrotate(x, np.cos(at), np.sin(at), case.interleaved, case.scale).reshape(case.j, -1)
             parts = [p[k] for p in (w.hidden, w.bias_hidden, w.out, w.skip, w.bias_out)]
-            exact[i, k] = np.concatenate(reference.route(x, *(p.double().numpy() for p in parts), case.l), 1)  # type: ignore[arg-type]
+            arrays = (p.double().numpy() for p in parts)
+            exact[i, k] = np.concatenate(reference.route(x, *arrays, case.l), 1)  # type: ignore[arg-type]
             y = torch.from_numpy(x).half()
             hidden, bias_hidden, out, skip, bias_out = (p.half() for p in parts)
             units = functional.silu(y @ hidden.T + bias_hidden)
@@ -176,7 +177,8 @@ def assert_as_exact_as_fp16(got: tuple[Tensor, Tensor], case: Case, given: Input
 
 def test_parameters_are_laid_out_as_in_the_kernel() -> None:
     macros = gpu_route.configuration(64, 64, 4, torch.bfloat16, runtime().max_shared_bytes) | {"SAAP_TILES": 1}
-    assert runtime().kernel("route.cu", "saap_route", macros).sizeof("route") == gpu_route.PARAMS.itemsize  # type: ignore[attr-defined]
+    kernel = runtime().kernel("route.cu", "saap_route", macros)
+    assert kernel.sizeof("route") == gpu_route.PARAMS.itemsize
 
 
 def test_fragments_hold_every_weight_once() -> None:
