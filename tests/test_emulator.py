@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import sys
 from pathlib import Path
@@ -116,6 +117,14 @@ def test_parameters_and_sizes_are_checked() -> None:
     ]:  # fmt: skip
         with pytest.raises(EmulationError):
             kernel.launch(grid, block, shared, data)  # type: ignore[arg-type]
+
+
+def test_guarded_tensors() -> None:
+    x = torch.arange(90, dtype=torch.int16).reshape(9, 10)
+    behind, before = guarded(x), guarded(x, before=True)
+    assert torch.equal(behind, x) and torch.equal(before, x)
+    assert (behind.data_ptr() + x.nbytes) % mmap.PAGESIZE == 0 and before.data_ptr() % mmap.PAGESIZE == 0
+    assert guarded(x[:0]).shape == (0, 10)
 
 
 def test_seeds_repeat_a_schedule() -> None:
