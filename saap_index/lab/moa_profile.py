@@ -1,0 +1,216 @@
+"""Which heads need long spans: the profile and the plan of MoA (Fu et al., 2024, arXiv 2406.14909), from gradients.
+
+One pass forward and back over calibration text gives, per head, attention A and G = dL/dA (from the saved queries, keys, values
+and dL/dO). Masking one entry, the row renormalised, changes the loss to first order by
+
+    E_ij = A_ij / (1 - A_ij) (sum_n G_in A_in - G_ij).
+
+|E|, summed over blocks, is what a span costs that leaves the block out; the spans that cost least at a density are the plan.
+
+Axes: h KV heads, g query heads per KV head, n tokens, d key dim, e value dim, b blocks, r rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import LengthError, ParameterError
+from .method import Layer
+from .replace import _layer, _serving
+from .spans import SpanPlan
+
+Rule = tuple[float, float]
+"""(alpha, beta): a span of alpha + beta N tokens."""
+
+_ROWS = 256
+"""Query rows whose attention is held at once."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One layer of one sequence, after RoPE: queries (h, g, n, d), keys (h, n, d), values (h, n, e), grad (h, g, n, e): dL/dO."""
+
+    layer: Layer
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    grad: Tensor
+
+
+def gradients(model: Any, tokens: Sequence[int], first: int = 0) -> list[Saved]:
+    """The loss is the mean cross-entropy of the tokens after ``first`` (the paper: of an answer, not of what it is about).
+
+    The model's own gradients are left as they are. Raises LengthError unless a token follows ``first``.
+    """
+    if not 0 <= first < len(tokens) - 1:
+        raise LengthError(f"first: expected 0 <= first < {len(tokens) - 1}, got {first}")
+    rows: list[tuple[Layer, Tensor, Tensor, Tensor]] = []
+    outs: list[Tensor] = []
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        layer = _layer(module, query, key, value, options, None)
+        grouped = query[0].detach().unflatten(0, (layer.heads, layer.group))
+        rows.append((layer, grouped, key[0].detach(), value[0].detach()))
+        out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        if not out.requires_grad:  # a model whose weights are frozen
+            out.requires_grad_()
+        outs.append(out)
+        return out
+
+    ids = torch.tensor([list(tokens)], device=model.device)
+    with torch.enable_grad(), _serving(model, attend):
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, first:-1]
+        loss = functional.cross_entropy(model.lm_head(hidden), ids[0, first + 1 :])
+        grads = torch.autograd.grad(loss, outs)  # (1, n, hq, e) each
+    by_head = [g[0].transpose(0, 1).unflatten(0, (row[0].heads, row[0].group)) for g, row in zip(grads, rows, strict=True)]
+    return [Saved(*row, grad) for row, grad in zip(rows, by_head, strict=True)]
+
+
+def entry_influence(saved: Saved, first: int, stop: int) -> Tensor:
+    """E of query rows [first, stop) of every head: (h, g, rows, n), signed, 0 for what a row does not see.
+
+    A row with a single entry has nothing to renormalise over: its output becomes 0.
+    """
+    n, lengths = saved.keys.shape[1], torch.arange(first, stop)[:, None]
+    seen = torch.arange(n) <= lengths
+    logits = saved.queries[:, :, first:stop] @ saved.keys[:, None].mT * saved.layer.scale
+    a = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    g = saved.grad[:, :, first:stop] @ saved.values[:, None].mT
+    mean = (g * a).sum(-1, keepdim=True)
+    tiny = torch.finfo(a.dtype).eps
+    e = torch.where(lengths == 0, -g * a, a / (1 - a).clamp(min=tiny) * (mean - g))
+    return e * seen
+
+
+def influence(saved: Saved, block: int = 64) -> Tensor:
+    """|E| summed over blocks of ``block`` x ``block`` entries: (h * g, b, b), the last block of a side as short as it is."""
+    n = saved.keys.shape[1]
+    blocks = -(-n // block)
+    rows_at_once = max(1, _ROWS // block) * block
+    found = []
+    for first in range(0, n, rows_at_once):
+        e = entry_influence(saved, first, min(n, first + rows_at_once)).abs().flatten(0, 1)
+        e = functional.pad(e, (0, blocks * block - n, 0, -e.shape[1] % block))
+        found.append(e.unflatten(1, (-1, block)).unflatten(3, (-1, block)).sum((2, 4)))
+    return torch.cat(found, 1)
+
+
+def rule_losses(importance: Tensor, rules: Sequence[Rule], length: int, block: int = 64) -> Tensor:
+    """What each rule leaves out of `influence` (hq, b, b) at sequences of ``length`` tokens: (hq, r).
+
+    A row of blocks keeps the first block and the newest ones, its own among them, as the published prefill does.
+    """
+    at = torch.arange(importance.shape[1])
+    age = at[:, None] - at
+    losses = []
+    for rule in rules:
+        kept = SpanPlan(((rule[0],),), ((rule[1],),)).span(0, 0, length, block) // block
+        losses.append((importance * ((age >= kept - 1) & (at > 0))).sum((1, 2)))
+    return torch.stack(losses, 1)
+
+
+def usable_rules(lengths: Iterable[int], alphas: Iterable[float] = (), betas: Iterable[float] = ()) -> list[Rule]:
+    """Pairs whose span lies in (0, N] at every length. By default the paper's grid (beta in eighths, alpha in steps of 1024) and
+    what densities below an eighth need beside it."""
+    alphas = list(alphas) or [1024.0 * i for i in range(-2, 9)]
+    betas = list(betas) or [1 / 64, 1 / 32, 1 / 16, *(i / 8 for i in range(9))]
+    lengths = list(lengths)
+    return [(a, b) for a in alphas for b in betas if all(0 < a + b * n <= n for n in lengths)]
+
+
+def spread_rules(losses: Tensor, densities: Tensor, density: float, distinct: int | None = 2) -> Tensor:
+    """The rule of every layer and head, so that the summed loss is small and the mean density at most ``density``.
+
+    losses (layers, heads, r); densities (r,) of the rules; distinct : at most so many rules in a layer, 1 or 2 (published), None
+    for any number. Bisects the price of density (Lagrange). Returns int64 (layers, heads).
+
+    Raises ParameterError if even the sparsest rule is too dense.
+    """
+    if distinct not in (1, 2, None):
+        raise ParameterError(f"distinct: expected 1, 2 or None, got {distinct}")
+    losses, densities = losses.double(), densities.double()
+    if float(densities.min()) > density:
+        raise ParameterError(f"density: expected at least the sparsest rule's, {float(densities.min()):.3g}, got {density}")
+
+    def choose(price: float) -> Tensor:
+        cost = losses + price * densities
+        if distinct is None:
+            return cost.argmin(-1)
+        if distinct == 1:
+            return cost.sum(1).argmin(-1, keepdim=True).expand(cost.shape[:2])
+        pairs = torch.stack([torch.minimum(c[:, :, None], c[:, None]).sum(0).flatten() for c in cost]).argmin(-1)
+        two = torch.stack([pairs // len(densities), pairs % len(densities)], -1)[:, None].expand(*cost.shape[:2], 2)
+        return two.gather(2, cost.gather(2, two).argmin(-1, keepdim=True))[:, :, 0]
+
+    return _cheapest(choose, lambda rules: float(densities[rules].mean()), density)
+
+
+def _cheapest(choose: Callable[[float], Tensor], mean: Callable[[Tensor], float], density: float) -> Tensor:
+    """The choice at the lowest price whose mean density is within the bound."""
+    if mean(choose(0.0)) <= density:
+        return choose(0.0)
+    low, high = 0.0, 1.0
+    while mean(choose(high)) > density:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(choose(middle)) > density else (low, middle)
+    return choose(high)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """losses (layers, heads, r) summed over sequences of several lengths, per rule; the head count includes a group's."""
+
+    rules: tuple[Rule, ...]
+    lengths: tuple[int, ...]
+    losses: Tensor
+    group: int
+
+    def plan(self, density: float, distinct: int | None = 2, per_group: bool = True) -> SpanPlan:
+        """Spans of mean density at most ``density`` at every length of the profile.
+
+        per_group : the heads of a group get one span, since they read the same keys (not in the paper, whose models have no
+        groups): without it a group reads the longest of its spans and more than ``density``.
+        """
+        one = [SpanPlan(((a,),), ((b,),)) for a, b in self.rules]
+        densities = torch.tensor([max(min(1.0, p.span(0, 0, n) / n) for n in self.lengths) for p in one])
+        losses = self.losses
+        if per_group:
+            losses = losses.unflatten(1, (-1, self.group)).sum(2)
+        chosen = spread_rules(losses, densities, density, distinct)
+        rows = (chosen.repeat_interleave(self.group, 1) if per_group else chosen).tolist()
+        alphas, betas = (tuple(tuple(self.rules[r][i] for r in row) for row in rows) for i in (0, 1))
+        return SpanPlan(alphas, betas)
+
+
+def profile(
+    model: Any, sequences: Sequence[Sequence[int]], rules: Sequence[Rule] = (), first: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Profile:  # fmt: skip
+    """Profile a model over calibration sequences (token numbers); the loss is that of the tokens after ``first`` of each.
+
+    Memory: the activations of one sequence, and one layer's attention, a few rows at a time.
+    """
+    lengths = sorted({len(tokens) for tokens in sequences})
+    rules = list(rules) or usable_rules(lengths)
+    if not lengths or not rules:
+        raise ParameterError(f"sequences, rules: expected some of both, got {len(sequences)} and {len(rules)}")
+    total: Tensor | None = None
+    group = 1
+    for number, tokens in enumerate(sequences):
+        saved = gradients(model, tokens, first)
+        group = saved[0].layer.group
+        losses = torch.stack([rule_losses(influence(s), rules, len(tokens)) for s in saved])
+        total = losses if total is None else total + losses
+        progress(f"moa: profiled {number + 1} of {len(sequences)} sequences")
+    assert total is not None
+    return Profile(tuple(rules), tuple(lengths), total.float().cpu(), group)
