@@ -45,9 +45,14 @@ class SegmentedInvertedLists:
         self._same = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
         self._centres: list[tuple[tuple[Segment, ...], np.ndarray] | None] = [None] * batch
         self._allocate(0)
-        self.tables = self.backend.empty((batch, heads, 0, nlist + 1), torch.int32)
+        self.tables = self._empty((batch, heads, 0, nlist + 1), torch.int32)
 
     # -- memory ------------------------------------------------------------------------------------------------------
+
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory to be written to at any time, also if torch's inference mode is on now and off by then."""
+        with torch.inference_mode(False):
+            return self.backend.empty(shape, dtype)
 
     def _allocate(self, capacity: int) -> None:
         """Move everything in use to an arena of ``capacity`` rows."""
@@ -57,7 +62,7 @@ class SegmentedInvertedLists:
         shapes["ids"] = ((b, h, capacity), torch.int32)
         if self.pending is not None:
             shapes["pending"] = ((b, h, capacity), torch.int32)
-        fresh = {name: self.backend.empty(*spec) for name, spec in shapes.items()}
+        fresh = {name: self._empty(*spec) for name, spec in shapes.items()}
         for name, new in fresh.items():
             if self.capacity:
                 new[:, :, :used] = getattr(self, name)[:, :, :used]
@@ -69,7 +74,7 @@ class SegmentedInvertedLists:
         """Room for the means of every segment that ``capacity`` rows can hold; keep those there are."""
         count = self.layout.most_means(capacity, self.nlist)
         for name, dim in (("mean_keys", self.d), ("mean_values", self.d_v)):
-            new = self.backend.empty((self.batch, self.heads, count, self.nlist, dim), self.dtype)
+            new = self._empty((self.batch, self.heads, count, self.nlist, dim), self.dtype)
             if self.capacity:
                 old = getattr(self, name)[:, :, :count]
                 new[:, :, : old.shape[2]] = old
@@ -97,7 +102,7 @@ class SegmentedInvertedLists:
     def _reserve_tables(self, count: int, exact: bool = False, shrink: bool = True) -> None:
         have = self.tables.shape[2]
         if count > have or (exact and shrink and count < have):
-            new = self.backend.empty((self.batch, self.heads, count if exact else count + 8, self.nlist + 1), torch.int32)
+            new = self._empty((self.batch, self.heads, count if exact else count + 8, self.nlist + 1), torch.int32)
             keep = min(have, new.shape[2])
             new[:, :, :keep] = self.tables[:, :, :keep]
             self.tables = new
@@ -183,7 +188,7 @@ class SegmentedInvertedLists:
         if not in_one_launch and not self.backend.append(keys, values, self.keys, self.values, self.lengths, counts):
             raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
         if list_nos is not None and self.pending is None:
-            self.pending = self.backend.empty((self.batch, self.heads, self.capacity), torch.int32)
+            self.pending = self._empty((self.batch, self.heads, self.capacity), torch.int32)
             for i, length in enumerate(self.lengths):
                 self.pending[i, :, self.sealed(i) : length] = -1
         for i, count in enumerate(counts):
@@ -331,7 +336,7 @@ class SegmentedInvertedLists:
         new._same = self._common_tokens(sequences)
         used = max(new.lengths, default=0)
         if self.pending is not None:
-            new.pending = self.backend.empty((new.batch, self.heads, 0), torch.int32)
+            new.pending = self._empty((new.batch, self.heads, 0), torch.int32)
         lengths, new.lengths = new.lengths, [0] * new.batch  # nothing to move yet
         new._allocate(used)
         new.lengths = lengths

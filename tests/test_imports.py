@@ -93,6 +93,7 @@ ALLOWED = {
     "hf.cache": {"hf.layer", "hf.plan", "params", "stats"} | ANY,
     "hf.saving": {"checks", "hf.layer", "hf.plan", "hf.slots", "index"} | ANY,
     "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support"} | ANY,
+    "hf.generate": {"", "hf.attach", "hf.cache"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.cache", "hf.support"} | ANY,
 }
 LATER = {  # inside a function

@@ -392,3 +392,15 @@ def test_one_by_one_equals_at_once() -> None:
     for other in (one_by_one, longer):
         for a, b in zip(state(at_once), state(other), strict=True):
             assert torch.equal(a, b)
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    """What is made in torch's inference mode can be changed outside of it, and the other way round."""
+    keys, values = tokens(1, 2, 300, 32, seed=1), tokens(1, 2, 300, 32, seed=2)
+    index, plain = small_index(), small_index()
+    plain.add(keys, values)
+    for start in range(0, 300, 50):
+        with torch.inference_mode(start % 100 == 0):
+            index.add(keys[:, :, start : start + 50], values[:, :, start : start + 50])
+            index = index.fork() if start == 200 else index
+    same_state(index, plain)

@@ -10,10 +10,10 @@ from .support import check_version
 
 check_version()
 
-from .attach import attach, detach  # noqa: E402 - after the version is known to be one that has what these import
+from .attach import attach, detach, detached  # noqa: E402 - after the version is known to be one that has what these import
 from .attention import register  # noqa: E402
 from .cache import SaapCache  # noqa: E402
 
 register()
 
-__all__ = ["SaapCache", "attach", "detach"]
+__all__ = ["SaapCache", "attach", "detach", "detached"]

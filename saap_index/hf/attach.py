@@ -6,7 +6,8 @@ forward pre-hook on the decoder, through which the cache that `generate` makes b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ import torch
 from ..errors import StateError
 from . import support
 from .attention import NAME
-from .cache import ATTACHED, SaapCache, adopt
+from .cache import ATTACHED, SaapCache, adopt, plan_of
 from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
 
 
 class Attachment:
     """What was done to a model, and how to undo it."""
 
-    def __init__(self, model: Any, plan: Plan) -> None:
+    def __init__(self, model: Any, plan: Plan | None) -> None:
+        assert plan is not None
         self.plan = plan
         decoder = support.decoder_of(model)
         self._before = decoder.config._attn_implementation
@@ -78,6 +80,17 @@ def attach(
         raise StateError("model: expected one without routers attached; call detach first")
     setattr(model, ATTACHED, Attachment(model, make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options)))
     return model
+
+
+@contextmanager
+def detached(model: Any) -> Iterator[Any]:
+    """The model as it is without its routers, for as long as the context lasts; caches of before fit again afterwards."""
+    plan = plan_of(model)
+    detach(model)
+    try:
+        yield model
+    finally:
+        setattr(model, ATTACHED, Attachment(model, plan))
 
 
 def detach(model: Any) -> Any:

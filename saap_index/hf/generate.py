@@ -1,0 +1,214 @@
+"""`saap generate`: a local model reads a long prompt and answers through its index, token by token; and without it, if asked.
+
+saap generate MODEL --routers ROUTERS --prompt book.txt --question "Who did it?"
+saap generate MODEL --routers ROUTERS --prompt book.txt --new 64 --compare
+saap generate MODEL --routers ROUTERS --prompt book.txt --save book_read        and later, at once
+saap generate MODEL --routers ROUTERS --load book_read --question "And why?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.generation.streamers import TextStreamer
+
+from ..errors import ParameterError
+from .attach import attach, detached
+from .cache import SaapCache
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("model", help="folder or name of a model of transformers")
+    parser.add_argument("--routers", required=True, help="folder of routers trained for it")
+    parser.add_argument("--prompt", type=Path, help="text file to read; - is the standard input")
+    parser.add_argument("--question", default="", help="asked behind the prompt, in the chat template of the model")
+    parser.add_argument("--load", type=Path, metavar="FOLDER", help="a prompt that was saved, in place of --prompt")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save what was read, to --load it later")
+    parser.add_argument("--new", type=int, default=200, metavar="TOKENS", help="most tokens to generate; default 200")
+    parser.add_argument("--selectivity", type=float, help="share of the indexed tokens that a step reads; default 0.05")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, takes the likeliest token")
+    parser.add_argument("--chunk", type=int, metavar="TOKENS", help="read the prompt so many tokens at a time")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model; default as it was saved")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compare", action="store_true", help="generate without the index too: speed, tokens read, agreement")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. Raises what `attach`, `SaapCache.load` and transformers raise; ParameterError for flags in conflict."""
+    from .. import load_routers
+
+    if (args.prompt is None) == (args.load is None):
+        raise ParameterError("--prompt, --load: expected one of them")
+    if args.compare and (args.load or args.save or args.temperature):
+        raise ParameterError("--compare: expected neither --load, --save nor --temperature beside it")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, attn_implementation="sdpa")
+    model = attach(model.to(args.device).eval(), load_routers(args.routers), args.selectivity)
+    cache = SaapCache.load(args.load, model) if args.load else SaapCache(model)
+    if args.load and cache.tokens is None:
+        raise ParameterError(f"--load: expected a prompt that was saved with its tokens, got {args.load} without")
+    text = "" if args.load else (sys.stdin.read() if str(args.prompt) == "-" else args.prompt.read_text())
+    document, question = encode(tokenizer, text, args.question, chat=not (args.load or args.save))
+    document = document if cache.tokens is None else cache.tokens
+    ids = torch.cat([document, question], 1).to(model.device)
+    note(f"{model.config.model_type}, {ids.shape[1]} tokens, {len(cache.indexed)} of {len(cache.layers)} layers indexed")
+    if args.save:
+        seconds = read(model, document.to(model.device), cache, args.chunk)
+        cache.save(args.save, tokens=document)
+        note(f"read in {seconds:.1f} s, saved to {args.save}")
+    if args.compare:
+        compare(model, tokenizer, ids, args.new, args.chunk)
+    elif args.new and ids.shape[1] > cache.get_seq_length():
+        answer(model, tokenizer, ids, cache, args)
+    return 0
+
+
+def encode(tokenizer: Any, text: str, question: str, chat: bool) -> tuple[Tensor, Tensor]:
+    """Token ids of the document and of the question behind it, (1, n) each; with ``chat`` in the model's chat template."""
+    if question and chat and getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": f"{text}\n\n{question}"}]
+        text, question = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True), ""
+    elif question:
+        question = f"\n\n{question}\n"
+
+    def tokens(part: str) -> Tensor:
+        found = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if part else []
+        return torch.tensor([found], dtype=torch.int64)
+
+    return tokens(text), tokens(question)
+
+
+def note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@torch.inference_mode()
+def read(model: Any, ids: Tensor, cache: Any, chunk: int | None) -> float:
+    """Prefill, in chunks if asked; returns seconds."""
+    began = time.perf_counter()
+    for part in ids.split(chunk or ids.shape[1], 1):
+        model(part, past_key_values=cache, logits_to_keep=1)
+    return time.perf_counter() - began
+
+
+class Stopwatch(TextStreamer):
+    """Prints text as it comes, and knows when the first token came and how many there were."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.began, self.first, self.count = time.perf_counter(), 0.0, -1
+
+    def put(self, value: Tensor) -> None:
+        if self.count == 0:
+            self.first = time.perf_counter()
+        self.count += 1 if self.count < 0 else value.numel()
+        super().put(value)
+
+    def report(self) -> str:
+        seconds = time.perf_counter() - self.first
+        speed = (self.count - 1) / seconds if self.count > 1 else 0.0
+        return f"first token {self.first - self.began:.2f} s, then {speed:.1f} tokens/s"
+
+
+def answer(model: Any, tokenizer: Any, ids: Tensor, cache: SaapCache, args: argparse.Namespace) -> None:
+    """Generate behind what the cache holds of ``ids``, streaming."""
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    watch = Stopwatch(tokenizer)
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=args.new, streamer=watch,
+        prefill_chunk_size=args.chunk, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling,
+    )  # fmt: skip
+    note(f"{watch.report()}, {cache.tokens_read():.1%} of {cache.get_seq_length()} tokens read")
+
+
+@dataclass
+class Decoded:
+    """One side of a comparison: seconds to the first token and for the others, and the tokens."""
+
+    first_s: float
+    rest_s: float
+    tokens: list[int]
+
+    @property
+    def speed(self) -> float:
+        return (len(self.tokens) - 1) / self.rest_s if len(self.tokens) > 1 else 0.0
+
+
+@torch.inference_mode()
+def decode(
+    model: Any, ids: Tensor, cache: Any, new: int, chunk: int | None, stop: set[int], show: Callable[[int], None],
+    mark: Callable[[], None],
+) -> Decoded:  # fmt: skip
+    """Greedy decoding by hand, with a word after the prompt is read: ``mark``, and after each token: ``show``."""
+    began = time.perf_counter()
+    step = ids
+    if chunk and ids.shape[1] > chunk:
+        read(model, ids[:, :-chunk], cache, chunk)
+        step = ids[:, -chunk:]
+    tokens: list[int] = []
+    first = began
+    for number in range(new):
+        logits = model(step, past_key_values=cache, logits_to_keep=1).logits
+        step = logits[:, -1:].argmax(-1)
+        tokens.append(int(step))
+        show(tokens[-1])
+        if not number:
+            first = time.perf_counter()
+            mark()
+            paused = time.perf_counter() - first
+        if tokens[-1] in stop:
+            break
+    return Decoded(first - began, time.perf_counter() - first - paused, tokens)
+
+
+@torch.inference_mode()
+def agreement(model: Any, cache: Any, tokens: list[int], device: Any) -> int:
+    """In how many places the model, shown the tokens before, would take the next of ``tokens`` too; the first is given."""
+    same = 0
+    for token, following in itertools.pairwise(tokens):
+        logits = model(torch.tensor([[token]], device=device), past_key_values=cache).logits
+        same += int(logits[0, -1].argmax()) == following
+    return same
+
+
+def compare(model: Any, tokenizer: Any, ids: Tensor, new: int, chunk: int | None) -> None:
+    """Decode with the index and without, and say what it cost and what it changed."""
+    stop = model.generation_config.eos_token_id
+    stop = {stop} if isinstance(stop, int) else set(stop or ())
+    kept: list[Any] = []
+
+    def side(name: str, cache: Any, mark: Callable[[], None]) -> Decoded:
+        print(f"--- {name}", flush=True)
+        text = TextStreamer(tokenizer, skip_special_tokens=True)
+        found = decode(model, ids, cache, new, chunk, stop, lambda token: text.put(torch.tensor([token])), mark)
+        text.end()
+        return found
+
+    cache = SaapCache(model)
+    sparse = side("sparse", cache, lambda: kept.append(copy.deepcopy(cache)))
+    selected = cache.tokens_read()
+    with detached(model):
+        dense = side("dense", DynamicCache(config=model.config.get_text_config(decoder=True)), lambda: None)
+    forced = agreement(model, kept[0], dense.tokens, model.device)
+    pairs = list(zip(sparse.tokens, dense.tokens, strict=False))
+    alike = next((number for number, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    print("---")
+    print(f"{'':8}{'first token':>13}{'tokens/s':>10}{'read':>9}")
+    for name, found, share in (("dense", dense, 1.0), ("sparse", sparse, selected)):
+        print(f"{name:8}{found.first_s:>11.2f} s{found.speed:>10.1f}{share:>9.1%}")
+    count = len(dense.tokens) - 1
+    print(f"The first {alike} tokens are the same. Behind dense's own text, sparse takes {forced} of {count} as dense does.")
