@@ -1,8 +1,9 @@
 """How much predicted attention may stay unread for a promised share of the true one: a table per KV head, and how it is measured.
 
-A router is sure of itself on text it was trained on and less right than it thinks on other text. So `target_mass` is not taken at
-its word: on sequences that were held out of the fit, the true attention captured is measured for every amount of predicted
-attention left unread (``miss``), and the table holds, for each target, the largest miss that kept it.
+A router is sure of itself on text it was trained on and less right than it thinks on other text. So it is not taken at its word:
+on sequences that were held out of the fit, the true attention captured is measured for every amount of predicted attention left
+unread (``miss``), and the table holds, for each target, the largest miss that kept it. Never more than the router's own word: one
+that promises too little on text like that of its training promises about right on text of another kind.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def _captured(
 
 
 def table(replays: Sequence[np.ndarray], confidence: float = 0.9) -> Calibration:
-    """For each target the largest miss at which the captured mass of a text is expected to reach it.
+    """For each target the largest miss, 1 - target at most, at which the captured mass of a text is expected to reach it.
 
     replays : of each sequence, as from `replay`. confidence : for each KV head, the share of texts whose mean captured mass is to
     reach the target. Texts are taken to spread normally about the mean of their head, which is known as well as so many let it
@@ -158,5 +159,5 @@ def table(replays: Sequence[np.ndarray], confidence: float = 0.9) -> Calibration
     for head, row in enumerate(assured):
         for t, target in enumerate(TARGETS):
             enough = int(np.searchsorted(-row, -target, side="right"))  # leading misses that keep the target
-            miss[head, t] = MISSES[enough - 1] if enough else 0.0
+            miss[head, t] = min(MISSES[enough - 1], 1 - target) if enough else 0.0
     return Calibration(torch.from_numpy(miss))

@@ -26,8 +26,8 @@ class SearchParametersIVF:
     target_mass : read no more tokens than the router thinks are needed to capture this share of the attention, sinks and window
         included, 0 < target_mass < 1. ``selectivity`` is then the most that may be read, 0.25 if not given beside it.
     max_codes : most sealed tokens read, together with any of these; 0 means no limit, as in FAISS.
-    tail : share of the budget, 0 <= tail < 1, spent on the means of runs that are not read: each costs what one token does.
-        Needs an index with ``mean_run_tokens``; not with ``nprobe``.
+    tail : share of the budget (of the cap, with ``target_mass``), 0 <= tail < 1, spent on the means of runs that are not read:
+        each costs what one token does. Needs an index with ``mean_run_tokens``; not with ``nprobe``.
     window, sinks : tokens at the end and at the start that are read at least. The index reads its own in any case, so a
         larger value adds tokens and a smaller one changes nothing.
 

@@ -283,7 +283,6 @@ def test_the_promise_holds_on_unseen_text() -> None:
     """A router trained on little, sure of itself: taken at its word it captures less than it says; calibrated it does not."""
     index = index_for(target_mass=0.8, selectivity=1.0)
     parts = [asymmetric(seed, 512, 64) for seed in (0, 1)]
-    keys, queries, positions = (torch.cat([p[k] for p in parts]) for k in range(2)), None, None
     keys, queries = (torch.cat([p[k] for p in parts]) for k in (0, 1))
     positions = np.stack([np.asarray(p[2]).reshape(-1) for p in parts])
     index.train(keys, queries, positions=positions, config=TrainingConfig(epochs=60, lr=1e-2))
@@ -311,6 +310,6 @@ def test_the_promise_holds_on_unseen_text() -> None:
         torch.cat([p[0] for p in held]), torch.cat([p[1] for p in held]),
         positions=np.stack([np.asarray(p[2]).reshape(-1) for p in held]),
     )  # fmt: skip
-    assert bool((index.calibration.miss.diff(dim=1) <= 0).all())
+    assert bool((index.calibration.miss <= Calibration.trusting(1).miss).all()), "never more than the router's own word"
     kept, share = measured(range(20, 26))
-    assert kept >= 0.8 and share < 0.95, (trusted, kept, share)
+    assert trusted < 0.8 <= kept and share < 0.8, (trusted, kept, share)
