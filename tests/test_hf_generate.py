@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,3 +173,26 @@ def test_loaded_with_the_attention_function() -> None:
     assert torch.equal(greedy(model, PADDED, past_key_values=cache), want)
     assert min(sealed_tokens(cache)) > 100
     assert torch.equal(greedy(model, PADDED), want), "without one, it is a dense model"
+
+
+def test_a_decoder_inside_a_larger_model() -> None:
+    """Gemma 3 with eyes: the decoder of its text is attached to, the rest stays as it is."""
+    from hf_models import MIXED, SHAPE, SMALL, make_routers
+
+    text = {**SHAPE, **MIXED, "query_pre_attn_scalar": 24}
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    tokens = {"image_token_index": 209, "boi_token_index": 207, "eoi_token_index": 208, "mm_tokens_per_image": 4}
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    ).eval()
+    model.generation_config.eos_token_id = 10**6
+    want = greedy(model, PADDED)
+    saap.attach(model, make_routers(SimpleNamespace(config=model.config.text_config)), 1.0, **SMALL)
+    cache = saap.SaapCache(model)
+    assert torch.equal(greedy(model, PADDED, past_key_values=cache), want) and min(sealed_tokens(cache)) > 100
+    assert model.config._attn_implementation == "sdpa" and model.config.text_config._attn_implementation == "saap"
+    assert torch.equal(greedy(saap.detach(model), PADDED), want) and model.config.text_config._attn_implementation == "sdpa"
