@@ -193,6 +193,7 @@ def check(case: Case, data: Data, out: Tensor, lse: Tensor) -> None:
             wide_k = torch.cat([k.double(), bias[:, None] * d**0.5], -1).numpy()
             want, want_lse = reference.attend(wide_x, wide_k, v.double().numpy(), d**-0.5, seen)
             got, got_lse = out[i, head].double().numpy(), lse[i, head].double().numpy()
+            assert np.isfinite(got).all()
             ours = max(ours, np.abs(got - want).max(initial=0))
             largest = max(largest, np.abs(want).max(initial=0))
             logits = ((x.to(k.dtype) @ k.T).float() * d**-0.5 + bias.float()).masked_fill(~torch.from_numpy(seen), -np.inf)
