@@ -102,7 +102,7 @@ LATER = {  # inside a function
     "hf.cache": {"hf.saving"},
 }
 OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions", "faiss", "cupy"}  # faiss and cupy inside functions only
-LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "cuda"))
+LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "lab", "cuda"))
 
 
 def module_name(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +123,14 @@ def print_report(records: Mapping[str, Any], depth: int) -> None:
         print("\nneedles, the question processed by the method too: right answers")
     for (method, share), (right, asked) in sorted(needles.items(), key=lambda x: (x[0][1], x[0][0])):
         print(f"{share:6.1%} {method:<14} {right:3d} of {asked}")
+
+
+def as_text(records: Mapping[str, Any], depth: int) -> str:
+    """What `print_report` prints."""
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        print_report(records, depth)
+    return written.getvalue()
 
 
 def _line(share: str, method: str, *cells: str) -> str:

@@ -1,0 +1,262 @@
+"""All methods by name, calibrated on training sequences and set to read equal bytes, index and metadata included.
+
+A budget is a share of the tokens between sinks and window. A method whose own tables cost bytes gets fewer tokens for it; one
+that cannot do with so few bytes is left out, with the reason. Weights that all sequences share are reported beside, not charged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..errors import ParameterError
+from ..index import AsymmetricIndex
+from ..io import read_index, write_index
+from ..training_config import TrainingConfig
+from .corm import Corm
+from .eigen import Eigen
+from .evaluate import Settings
+from .loki import Loki
+from .method import ITEM_BYTES, Layer, Method
+from .moa_profile import Profile
+from .replace import Prompt
+from .saap import Saap
+from .scfa import ScfaDrop, ScfaHash
+from .spans import Moa
+from .sparsek import SparseK
+from .yardsticks import Dense, Selected, TopK
+
+KINDS = {
+    "dense": "yardstick",
+    "topk": "yardstick",
+    "topk_group": "yardstick",
+    "recent": "yardstick",
+    "random": "yardstick",
+    "ivf": "yardstick",
+    "quest": "yardstick",
+    "saap": "query-adaptive index",
+    "published": "query-adaptive index",
+    "loki": "query-adaptive index",
+    "scfa": "query-adaptive index",
+    "scfa-centred": "query-adaptive index",
+    "scfa-drop": "eviction",
+    "sparsek": "eviction",
+    "corm": "eviction",
+    "moa": "static pattern",
+    "eigen": "compression",
+}
+"""Every built-in method and the group it belongs to, in the order of the tables."""
+
+TOLERANCE = 0.02
+"""A method may read this much more than its budget, and is not asked to read more once it comes this near."""
+
+_TRIES = 9
+_LOKI_SHARE = 0.5
+"""Of its bytes that Loki may spend on ranking: with less it ranks badly, with more it reads nothing."""
+
+_TRAINING = {"saap": TrainingConfig(), "published": TrainingConfig.published()}
+
+Build = Callable[[float], Method]
+"""A method from the one number that says how much it reads, in (0, 1]; what is calibrated is shared by all that it builds."""
+
+
+@dataclass
+class Roster:
+    """names : of `KINDS` or of ``own``, a user's methods; prompts : training sequences, with queries kept; folder : where trained
+    indexes are kept, None for nowhere; progress : is told what takes long."""
+
+    names: Sequence[str]
+    prompts: Sequence[Prompt]
+    settings: Settings
+    numbers: Sequence[int]
+    folder: Path | None = None
+    own: Mapping[str, Build] | None = None
+    profile: Profile | None = None
+    progress: Callable[[str], None] = lambda line: None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.names if name not in KINDS and name not in (self.own or {})]
+        if unknown:
+            raise ParameterError(f"methods: expected some of {', '.join([*KINDS, *(self.own or {})])}, got {', '.join(unknown)}")
+        self.missing: dict[tuple[str, float], str] = {}
+        self._at: dict[float, list[Method]] = {}
+        self._donors: dict[object, Method] = {}
+        self._indexes: dict[str, dict[int, AsymmetricIndex]] = {}
+
+    def at(self, share: float) -> list[Method]:
+        """The methods that can be had at a share, the same objects each time."""
+        if share not in self._at:
+            self._at[share] = [m for m in (self._fitted(name, share) for name in self.names) if m is not None]
+        return self._at[share]
+
+    def _fitted(self, name: str, share: float) -> Method | None:
+        if name == "dense":
+            return Dense()
+        self.progress(f"{name}: calibrating for {share:.1%}")
+        build = self._build(name, share)
+        found = fit(build, share, self._bytes, self._target(share))
+        if found is None:
+            self.missing[name, share] = "its own tables alone cost more than the budget"
+            return None
+        method = build(found)
+        method.name = name
+        return method
+
+    def _target(self, share: float) -> float:
+        """Bytes of a step with so many tokens and nothing else, mean over the layers that `_bytes` measures."""
+        s, found = self.settings, []
+        for at in self._sample():
+            layer, n = self.prompts[0].layers[at], int(self.prompts[0].positions[-1]) + 1
+            always = min(n, s.sinks + s.window)
+            found.append((always + share * (n - always)) * layer.heads * layer.token_bytes)
+        return sum(found) / len(found)
+
+    def _bytes(self, method: Method) -> float:
+        """Of the last kept step of the first training sequence."""
+        prompt, found = self.prompts[0], []
+        for at in self._sample():
+            state = method.start(prompt.layers[at], prompt.keys[at].shape[1])
+            stop = int(prompt.positions[-1]) + 1
+            state.append(prompt.keys[at][:, :stop], prompt.values[at][:, :stop])
+            prompt.show(state, at, stop - 1 - method.observed, stop - 1)
+            step = state.attend(prompt.queries[at][:, :, -1])
+            found.append(step.kv_bytes + step.other_bytes)
+        return sum(found) / len(found)
+
+    def _sample(self) -> list[int]:
+        """Positions in the prompt of an early, a middle and a late layer of those that will be measured."""
+        at = [i for i, layer in enumerate(self.prompts[0].layers) if layer.number in set(self.numbers)]
+        return sorted({at[0], at[len(at) // 2], at[-1]})
+
+    def _build(self, name: str, share: float) -> Build:
+        s = self.settings
+        outside = {"sinks": s.sinks, "window": s.window}
+        own = (self.own or {}).get(name)
+        if own is not None:
+            return lambda x: self._learnt(own(x))
+        if name == "eigen":
+            return self._eigen
+        if name == "moa":
+            profile = self._profile()
+            return lambda x: Moa(profile.plan(x))
+        if name in _TRAINING:
+            indexes = self._trained(name)
+            return lambda x: Saap(name, indexes, x)
+        if name == "loki":
+            layer = self.prompts[0].layers[0]
+            # whole powers of two, as many dims as fit into that part of the bytes
+            dims = _LOKI_SHARE * share * layer.token_bytes / ITEM_BYTES
+            r = max([1, *(2**i for i in range(12) if 2**i <= min(dims, layer.d))])
+            return self._calibrated(("loki", r), lambda x: Loki(x, r, sinks=s.sinks, window=s.window))
+        builds: dict[str, Build] = {
+            "topk": lambda x: TopK(x, **outside),
+            "scfa": lambda x: ScfaHash(_even(1 / x), False, sinks=s.sinks, window=s.window),
+            "scfa-centred": lambda x: ScfaHash(_even(1 / x), True, sinks=s.sinks, window=s.window),
+            "scfa-drop": lambda x: ScfaDrop(x),
+            "sparsek": lambda x: SparseK(x, sinks=s.sinks, window=s.window),
+            "corm": lambda x: Corm(s.window, x, sinks=s.sinks),
+        }
+        return self._calibrated(name, builds.get(name, lambda x: Selected(name, x, **outside)))
+
+    def _calibrated(self, key: object, build: Build) -> Build:
+        """Calibrate once; what was learnt does not depend on how much is read, so later methods take it from the first."""
+
+        def made(x: float) -> Method:
+            method = build(x)
+            if key not in self._donors:
+                self._calibrate(method)
+                self._donors[key] = method
+            for part in ("bases", "means", "scorers"):
+                if hasattr(method, part):
+                    setattr(method, part, getattr(self._donors[key], part))
+            return method
+
+        return made
+
+    def _learnt(self, method: Method) -> Method:
+        self._calibrate(method)
+        return method
+
+    def _calibrate(self, method: Method) -> None:
+        for at, layer in enumerate(self.prompts[0].layers):
+            if layer.number in set(self.numbers):
+                method.calibrate(layer, *([getattr(p, part)[at] for p in self.prompts] for part in ("keys", "values", "queries")))
+
+    def _eigen(self, x: float) -> Method:
+        """A basis of lower rank is the first directions of the whole one."""
+        layer = self.prompts[0].layers[0]
+        if "eigen" not in self._donors:
+            self._donors["eigen"] = Eigen(layer.d, layer.e)
+            self._calibrate(self._donors["eigen"])
+        both = max(1, round(x * (layer.d + layer.e) / 2))
+        found, whole = Eigen(min(layer.d, both), min(layer.e, both)), self._donors["eigen"]
+        assert isinstance(whole, Eigen)
+        found.bases = {
+            i: (k[:, : found.rank_k].contiguous(), v[:, :, : found.rank_v].contiguous()) for i, (k, v) in whole.bases.items()
+        }
+        return found
+
+    def _profile(self) -> Profile:
+        if self.profile is None:
+            raise ParameterError("profile: expected one for moa, got none; see moa_profile.profile")
+        return self.profile
+
+    def _trained(self, name: str) -> dict[int, AsymmetricIndex]:
+        if name not in self._indexes:
+            self._indexes[name] = {}
+            for at, layer in enumerate(self.prompts[0].layers):
+                if layer.number in set(self.numbers):
+                    self._indexes[name][layer.number] = self._index(name, at, layer)
+                    self.progress(f"{name}: index of layer {layer.number}")
+        return self._indexes[name]
+
+    def _index(self, name: str, at: int, layer: Layer) -> AsymmetricIndex:
+        path = self.folder and self.folder / f"{name}.{layer.number}.saap"
+        if path and path.is_file():
+            return read_index(path)
+        keys, queries = (torch.stack([getattr(p, part)[at] for p in self.prompts]) for part in ("keys", "queries"))
+        positions = torch.stack([p.positions for p in self.prompts])
+        budget = {"nprobe": 32} if name == "published" else {"selectivity": 0.05}
+        index = AsymmetricIndex(
+            layer.d, min(256, max(8, keys.shape[2] // 32)), layer.heads * layer.group, layer.heads, d_v=layer.e, rope=layer.rope,
+            window=self.settings.window, sinks=self.settings.sinks, **budget,
+        )  # fmt: skip
+        index.train(keys, queries.flatten(1, 2), positions=positions, config=replace(_TRAINING[name], seed=1234))
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_index(index, path)
+        return index
+
+
+def fit(build: Build, share: float, measure: Callable[[Method], float], target: float) -> float | None:
+    """The number with which a method reads ``target`` bytes, at most 2 % more; None if even little of it reads more.
+
+    Bytes grow with the number, in steps for some methods: the largest number found whose bytes fit is taken.
+    """
+    low, high, x = 0.0, 1.0, min(1.0, share)
+    best = None
+    for _ in range(_TRIES):
+        try:
+            found = measure(build(x))
+        except ParameterError:  # less than the method can be set to
+            found = 0.0
+            low = x
+        else:
+            if found <= target * (1 + TOLERANCE):
+                best, low = x, x
+                if found >= target * (1 - TOLERANCE) or x >= 1:
+                    break
+            else:
+                high = x
+        # up by what is missing, down by halves: bytes are about linear in the number
+        x = min(high if high == 1.0 else (low + high) / 2, x * target / found) if found and high == 1.0 else (low + high) / 2
+        if high - low < 1e-4:
+            break
+    return best
+
+
+def _even(x: float) -> int:
+    return max(2, 2 * round(x / 2)) if x > 1 else 1
