@@ -13,7 +13,7 @@ import saap_index.rope
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("path", ["README.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/compare.md"])
 def test_document(path: str) -> None:
     text = (ROOT / path).read_text().replace("```", "")  # a fence right after an expected result would be part of it
     test = doctest.DocTestParser().get_doctest(text, {}, path, path, 0)
