@@ -49,7 +49,7 @@ fi
 LINES_SHOWN=30 stage environment 40 "$PYTHON" bench/gpu_environment.py $dry --out "$OUT"
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu --durations=8 ${DRY:+--collect-only})
 stage primitives 60 "${PYTEST[@]}" tests/test_primitives.py
-stage tests 200 "${PYTEST[@]}" tests/test_gpu_backend.py
+stage tests 200 "${PYTEST[@]}" tests/test_gpu_backend.py tests/test_gpu_graphs.py tests/test_gpu_walk.py
 LINES_SHOWN=80 stage search_attend 170 "$PYTHON" bench/gpu_search_attend.py $dry --out "$OUT" --budget 120
 LINES_SHOWN=40 stage build 60 "$PYTHON" bench/gpu_build.py $dry --out "$OUT" --budget 45
 if SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
