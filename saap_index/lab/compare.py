@@ -73,6 +73,7 @@ def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line
         records.once(f"missing/{method}/{share}", lambda reason=reason: {"reason": reason})  # type: ignore[misc]
     layer, length = roster.prompts[0].layers[0], len(task.sequences[0][1])
     records.once("cost", lambda: [vars(line) for line in linear.cost_lines(layer, length)])
+    records.flush()
     depth = task.model.config.num_hidden_layers
     (out / "table.txt").write_text(report.as_text(records.rows, depth))
     kinds = {**KINDS, **{name: roster.at(s)[i].kind for s in task.settings.shares for i, name in _own(roster, s)}}

@@ -7,6 +7,7 @@ needles with the question processed sparsely too. Records are JSON; `report` tur
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,10 +47,13 @@ class Settings:
 
 @dataclass
 class Records:
-    """Results by key in one JSON file, written after each new one; what is there already is not measured again."""
+    """Results by key in one JSON file, what is there already is not measured again. Written every ``seconds`` at most, since the
+    whole file is written anew, and by `flush`."""
 
     path: Path | None = None
     rows: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 2.0
+    written: float = -math.inf
 
     def __post_init__(self) -> None:
         if self.path is not None and self.path.is_file():
@@ -58,11 +62,17 @@ class Records:
     def once(self, key: str, measure: Callable[[], Any]) -> Any:
         if key not in self.rows:
             self.rows[key] = measure()
-            if self.path is not None:
-                scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-                scratch.write_text(json.dumps(self.rows, indent=1))
-                scratch.replace(self.path)
+            if time.monotonic() - self.written > self.seconds:
+                self.flush()
         return self.rows[key]
+
+    def flush(self) -> None:
+        """Write what there is; the file is whole at any time."""
+        if self.path is not None:
+            scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+            scratch.write_text(json.dumps(self.rows, indent=1))
+            scratch.replace(self.path)
+        self.written = time.monotonic()
 
 
 def evaluate_text(
@@ -89,6 +99,7 @@ def evaluate_text(
         for method in methods_at(share):
             records.once(f"text/{name}/{method.name}/{share}", partial(_text, model, prompt, method, last))
             progress(f"{name}: {method.name} at {share:.1%} in every layer")
+    records.flush()
 
 
 def _layer(prompt: Prompt, name: str, number: int, methods_at: MethodsAt, settings: Settings, records: Records) -> None:
@@ -142,6 +153,7 @@ def evaluate_needle(
                 return {"answer": found, "right": needle.answer in found, "tokens": len(document) + len(question)}
 
             records.once(f"needle/{name}/{method.name}/{share}", ask)
+    records.flush()
     progress(f"needle {name}")
 
 

@@ -11,7 +11,8 @@ from . import page_style, svg
 from .quality import spread
 from .report import LayerRow, TextRow, late_layers, layer_rows, needle_rows, text_rows
 
-OURS, ORACLE, WINDOW = "saap", "topk", "recent"
+OURS, ORACLE, WINDOW = "saap", "topk_group", "recent"
+"""ORACLE : a token is read for all heads of a group, so their summed probability is the most that so many bytes can capture."""
 
 _KINDS = ("query-adaptive index", "eviction", "static pattern", "compression", "yardstick")
 _NOTES = {
@@ -24,7 +25,7 @@ _NOTES = {
 _COLOURS = {
     "saap": "#e4572e", "published": "#f0a35e", "loki": "#2e86de", "scfa": "#48a9c5", "scfa-centred": "#1f7a8c", "corm": "#8e44ad",
     "sparsek": "#c06ad6", "scfa-drop": "#5e3370", "moa": "#2d936c", "eigen": "#b8860b", "quest": "#6c7a89", "ivf": "#95a5a6",
-    "random": "#b7bec4", "recent": "#7f8c8d", "topk": "var(--ink)", "topk_group": "#566573", "dense": "#566573",
+    "random": "#b7bec4", "recent": "#7f8c8d", "topk_group": "var(--ink)", "topk": "#566573", "dense": "#566573",
 }  # fmt: skip
 _SPARE = ("#d81b60", "#00897b", "#5e35b1", "#7cb342")
 
@@ -73,7 +74,7 @@ def _curves(title: str, rows: Sequence[LayerRow], colours: Mapping[str, str], er
     note = (
         f"Mean over {where} and sequences. "
         + ("Lower is better. " if error else "Mass outside sinks and window. Higher is better. ")
-    ) + "The shaded band lies between exact top-k per head, which nothing that selects can pass, and a longer window."
+    ) + "The shaded band lies between the best tokens per KV head, the most so many bytes can capture, and a longer window."
     label = "relative error" if error else "% of the attention"
     return _section(
         title, note, svg.curves(_lines(points, colours), "kB read per layer and step", label, error, (ORACLE, WINDOW))

@@ -16,7 +16,7 @@ body {
   margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif;
 }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 80px; }
+main { max-width: 1160px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 30px; letter-spacing: -.02em; margin: 0 0 6px; }
 h2 { font-size: 20px; margin: 0 0 4px; }
 p { margin: 4px 0 14px; color: var(--soft); max-width: 76ch; }
@@ -36,7 +36,8 @@ svg text:not([fill]) { fill: var(--ink); }
 .lane { fill: var(--lane); }
 .mass { fill: var(--ink); opacity: .75; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th,td { padding: 6px 9px; text-align: right; white-space: nowrap; }
+table { font-size: 13.5px; }
+th,td { padding: 5px 7px; text-align: right; white-space: nowrap; }
 th:first-child,td:first-child { text-align: left; }
 thead th { color: var(--soft); font-weight: 600; font-size: 12.5px; border-bottom: 1px solid var(--line); }
 tbody tr+tr td { border-top: 1px solid var(--line); }

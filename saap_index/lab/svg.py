@@ -137,9 +137,14 @@ def _path(points: Points) -> str:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of every decade within the exponents [low, high]."""
-    every = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
-    return [v for v in every if low <= math.log10(v) <= high]
+    """1, 2 and 5 of every decade within the exponents [low, high], or as many more as make it four."""
+    found: list[float] = []
+    for steps in ((1, 2, 5), (1, 2, 3, 5, 7), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), [1 + i / 5 for i in range(45)]):
+        every = [float(f"{m * 10.0**e:.3g}") for e in range(math.floor(low), math.ceil(high) + 1) for m in steps]
+        found = [v for v in every if low <= math.log10(v) <= high]
+        if len(found) >= 4:
+            break
+    return found
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
