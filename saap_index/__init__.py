@@ -35,6 +35,7 @@ from .params import SearchParametersIVF
 from .quantizer import KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
+from .routers import LayerRouters, Routers, load_routers, save_routers
 from .stats import IndexStats, SearchStats
 from .tower import TwoTower
 from .training_config import TrainingConfig
@@ -62,6 +63,7 @@ __all__ = [
     "FormatError",
     "IndexStats",
     "KeyQuantizer",
+    "LayerRouters",
     "Layout",
     "LayoutError",
     "LengthError",
@@ -71,6 +73,7 @@ __all__ = [
     "ParameterError",
     "QueryRouter",
     "Rope",
+    "Routers",
     "SaapCache",
     "SaapError",
     "SearchParametersIVF",
@@ -82,8 +85,10 @@ __all__ = [
     "TwoTower",
     "attach",
     "detach",
+    "load_routers",
     "merge_states",
     "read_index",
     "register_backend",
+    "save_routers",
     "write_index",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backends import RouterWeights
 from .errors import CompatibilityError, ShapeError
+from .quantizer import KeyQuantizer
 from .router import QueryRouter
 
 
@@ -40,6 +41,15 @@ class TwoTower:
         if router.nlist != d or not router.predicts_outside:
             raise ShapeError(f"two-tower router: expected d + m + 1 outputs, the first d = {d} a key, got nlist = {router.nlist}")
 
+    @classmethod
+    def symmetric(cls, heads: int, d: int) -> TwoTower:
+        """Plain IVF: the key that a query looks for is the query itself. No training."""
+        skip = torch.cat([torch.eye(d), torch.zeros(1, d)]).expand(heads, -1, -1).contiguous()
+        zeros = skip.new_zeros
+        return cls(
+            RouterWeights(zeros((heads, 0, d)), zeros((heads, 0)), zeros((heads, d + 1, 0)), skip, zeros((heads, d + 1)), d)
+        )
+
     @property
     def d(self) -> int:
         return int(self.weights.hidden.shape[2])
@@ -60,6 +70,11 @@ class TwoTower:
         weights = RouterWeights(w.hidden, w.bias_hidden, out, skip, bias, int(centroids.shape[1]))
         return QueryRouter(weights, self.first_knot)
 
+    def for_prompt(self, keys: Tensor, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:
+        """Lists of a prompt's own, from its keys with RoPE undone : float (h, n, d), and the router for them."""
+        quantizer = KeyQuantizer.of_prompt(keys, nlist)
+        return quantizer, self.at(quantizer.centroids)
+
     def to(self, device: torch.device | str) -> TwoTower:
         w = self.weights
         hidden, bias_hidden, out, skip, bias_out = (x.to(device) for x in self.tensors().values())
@@ -72,5 +87,3 @@ class TwoTower:
         """CompatibilityError if the router belongs to another head shape."""
         if (self.heads, self.d) != (num_kv_heads, d):
             raise CompatibilityError(f"tower: expected {num_kv_heads} KV heads and d = {d}, got {self.heads} and {self.d}")
-
-

@@ -54,7 +54,7 @@ ALLOWED = {
     "invlists": {"backends", "layout"} | ANY,
     "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
     "calibration": {"checks", "layout", "quantizer", "reference", "rope", "router"} | ANY,
-    "tower": {"backends", "router"} | ANY,
+    "tower": {"backends", "quantizer", "router"} | ANY,
     "targets": set(),
     "training_config": ANY,
     "fitting": {"backends", "router", "targets", "tower", "training_config"} | ANY,
@@ -79,9 +79,29 @@ ALLOWED = {
     } | ANY,
     "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router"} | ANY,
     "": {
-        "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "stats",
+        "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "routers", "stats",
         "tower", "training_config",
     } | ANY,
+    # a whole model
+    "budget_plan": ANY,
+    "routers": {"backends", "calibration", "index", "quantizer", "rope", "rope_config", "router", "tower"} | ANY,
+    "pipeline": set(),
+    "pipeline.texts": ANY,
+    "pipeline.models": {"hf.support"} | ANY,
+    "pipeline.capture": {"hf.support"} | ANY,
+    "pipeline.store": {"routers", "training"} | ANY,
+    "pipeline.measure": {"backends", "layout", "router"} | ANY,
+    "pipeline.layers": {
+        "budget_plan", "calibration", "pipeline.measure", "pipeline.store", "rope", "routers", "tower", "training",
+        "training_config",
+    } | ANY,
+    "pipeline.train": {
+        "", "budget_plan", "checks", "hf.support", "layout", "params", "pipeline.capture", "pipeline.layers", "pipeline.models",
+        "pipeline.store", "pipeline.texts", "rope", "routers", "training_config",
+    } | ANY,
+    "pipeline.command": {"checks", "pipeline.models", "pipeline.texts", "pipeline.train", "routers", "training_config"} | ANY,
+    "cli": {""} | ANY,
+    "__main__": {"cli"},
     # the index inside transformers
     "hf.support": ANY,
     "hf.masks": ANY,
@@ -102,6 +122,7 @@ LATER = {  # inside a function
     "hf.cache": {"hf.saving"},
 }
 OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions", "faiss", "cupy"}  # faiss and cupy inside functions only
+EXTRAS = {"hf": {"transformers"}, "pipeline": {"datasets", "faiss", "tqdm", "transformers"}}
 LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "lab", "cuda"))
 
 
@@ -159,9 +180,9 @@ def test_direction(path: Path) -> None:
     assert not unknown, f"{name} must not know {sorted(unknown)}"
     assert not LATER.get(name, set()) & imports(path, at_import=True)[0]
     foreign = others - set(sys.stdlib_module_names)
-    known = OUTSIDE | ({"transformers"} if name.split(".")[0] == "hf" else set())
+    known = OUTSIDE | EXTRAS.get(name.split(".")[0], set())
     assert foreign <= known, f"{name} needs {sorted(foreign - known)}"
-    assert not {"faiss", "cupy"} & imports(path, at_import=True)[1], "optional packages are imported where they are used"
+    assert not {"faiss", "cupy", "datasets", "tqdm"} & imports(path, at_import=True)[1], "optional packages are imported where they are used"
 
 
 def test_the_specification_needs_numpy_only() -> None:

@@ -1,80 +1,39 @@
-"""Keys, values and queries of a transformers model over real text, as an index receives them, and files to keep them in.
-
-A capture runs one token sequence through the decoder layers and stops after the last wanted one; no logits are computed. Works
-with decoder models of transformers whose attention goes through ``AttentionInterface``. Knows nothing of indexes.
-"""
+"""Captures of the small model: which layers and positions, files to keep them in, and how long it takes. Knows no indexes."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, LengthError, ParameterError
+from ..errors import FormatError
+from ..pipeline.capture import Capture, LayerCapture, capture, training_positions
+
+__all__ = [
+    "LAYERS",
+    "Capture",
+    "LayerCapture",
+    "Progress",
+    "capture",
+    "capture_to",
+    "load",
+    "save",
+    "training_positions",
+    "unseen_positions",
+]
 
 LAYERS = (3, 8, 14, 20, 26)
 """Layers of the small model that stand for all of them: two early ones, where few tokens draw much attention, and three late."""
 
 LENGTH = 8192
-TRAINING_QUERIES = 256
-TRAINING_FIRST = 1024
 UNSEEN_SPAN = 512
 UNSEEN_STEP = 16
-
-_NAME = "saap_capture"
-
-
-@dataclass(frozen=True)
-class LayerCapture:
-    """What one attention layer saw of one sequence.
-
-    keys : float32 (1, h, n, d), after RoPE
-    values : float32 (1, h, n, dv)
-    queries : float32 (1, hq, q, d), after RoPE, at the capture's positions
-    """
-
-    keys: Tensor
-    values: Tensor
-    queries: Tensor
-
-
-@dataclass(frozen=True)
-class Capture:
-    """One sequence.
-
-    name : the kind of text and the documents
-    tokens : int64 (n,)
-    positions : int64 (q,), of the queries
-    layers : by number of the decoder layer
-    """
-
-    name: str
-    tokens: Tensor
-    positions: Tensor
-    layers: dict[int, LayerCapture]
-
-
-def training_positions(length: int, seed: int) -> Tensor:
-    """Positions of the training queries: up to 256 different random ones of [1024, length).
-
-    Of a sequence shorter than 8192 tokens, the first eighth is left out.
-
-    Returns
-    -------
-    Tensor
-        int64 (q,), ascending.
-    """
-    first = min(TRAINING_FIRST, length // 8)
-    shuffled = torch.randperm(length - first, generator=torch.Generator().manual_seed(seed))
-    return shuffled[:TRAINING_QUERIES].sort().values + first
 
 
 def unseen_positions(length: int) -> Tensor:
@@ -86,51 +45,6 @@ def unseen_positions(length: int) -> Tensor:
         int64 (q,), ascending.
     """
     return torch.arange(max(length - UNSEEN_SPAN, 0), length, UNSEEN_STEP)
-
-
-def capture(model: Any, tokens: Sequence[int], layers: Iterable[int], positions: Tensor, name: str = "") -> Capture:
-    """Run a model over one sequence and keep keys, values and queries of the wanted layers.
-
-    The model is left as it was, also after an error.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A decoder with full causal attention, as ``AutoModelForCausalLM`` returns it.
-    tokens : sequence of int, n
-    layers : iterable of int
-        Numbers of decoder layers, from 0.
-    positions : int64 (q,)
-        Positions at which queries are kept, in [0, n).
-    name : str
-        What the capture is called.
-
-    Returns
-    -------
-    Capture
-        On the CPU.
-    """
-    wanted = sorted(set(layers))
-    depth = model.config.num_hidden_layers
-    if not wanted or wanted[0] < 0 or wanted[-1] >= depth:
-        raise ParameterError(f"layers: expected at least one number of [0, {depth}), got {wanted}")
-    if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= len(tokens)):
-        raise LengthError(f"positions: expected positions in [0, {len(tokens)}), got {positions.tolist()}")
-    found: dict[int, LayerCapture] = {}
-
-    def keep(layer: int, query: Tensor, key: Tensor, value: Tensor) -> None:
-        if layer in wanted:
-            arrays = (key, value, query[:, :, positions.to(query.device)])
-            found[layer] = LayerCapture(*(array.to("cpu", torch.float32, copy=True).contiguous() for array in arrays))
-        if layer == wanted[-1]:
-            raise _Finished
-
-    ids = torch.tensor([list(tokens)], dtype=torch.int64)
-    with torch.inference_mode(), _recording(model, keep), suppress(_Finished):
-        model.base_model(ids.to(model.device), use_cache=False)
-    # Tensors made in inference mode could not be trained on.
-    kept = {layer: LayerCapture(row.keys.clone(), row.values.clone(), row.queries.clone()) for layer, row in found.items()}
-    return Capture(name, ids[0], positions.clone(), kept)
 
 
 def capture_to(
@@ -252,31 +166,3 @@ class Progress:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-class _Finished(Exception):
-    """Raised inside the model when the last wanted layer has been seen."""
-
-
-@contextmanager
-def _recording(model: Any, keep: Callable[[int, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-    """Give every attention layer's query, key and value to `keep`, and compute what ``sdpa`` computes."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
-        keep(module.layer_idx, query, key, value)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-    before = model.config._attn_implementation
-    AttentionInterface.register(_NAME, attend)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    try:
-        model.set_attn_implementation(_NAME)
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        # transformers has no call that takes a registration back.
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            interface._global_mapping.pop(_NAME, None)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import MissingDependencyError
+from ..pipeline.models import encode, from_folder, quiet
+
+__all__ = ["NAME", "cache_folder", "encode", "load"]
 
 NAME = "SmolLM2-135M-Instruct"
 
@@ -47,30 +49,12 @@ def load() -> tuple[Any, Any]:
     MissingDependencyError
         A package is missing; the message says what to install.
     """
-    # Both packages read these on import: nothing here may wait for a network.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     _require("torch", "transformers", "safetensors")
     converted = cache_folder() / _CONVERTED
-    with _quiet():
+    with quiet():
         if not converted.is_dir():
             _convert(converted)
-        return _from_folder(converted)
-
-
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token numbers of a text without special tokens; a text longer than the context is no warning."""
-    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return tokens
-
-
-def _from_folder(folder: Path, **options: Any) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **options)
-    return model.eval(), tokenizer
+        return from_folder(converted, torch.float32)
 
 
 def _convert(target: Path) -> None:
@@ -84,7 +68,7 @@ def _convert(target: Path) -> None:
         raise MissingDependencyError(
             f"{_PACKAGE}: expected the file {_GGUF} in the package, found none; install with: {_INSTALL}"
         )
-    model, tokenizer = _from_folder(source, gguf_file=_GGUF)
+    model, tokenizer = from_folder(source, torch.float32, gguf_file=_GGUF)
     # The weights are dense by now; without this transformers refuses to save a model that was quantized.
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
@@ -104,22 +88,3 @@ def _require(*modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingDependencyError(f"the demo model needs {', '.join(missing)}; install with: {_INSTALL}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers: log lines, warnings and progress bars; restored afterwards."""
-    from transformers import utils
-
-    logging: Any = utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -14,13 +14,13 @@ import random
 import re
 import sysconfig
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
-from itertools import islice
 from pathlib import Path
 
-from ..errors import LengthError
+from ..pipeline.texts import pack, take
+
+__all__ = ["docstrings", "pack", "shuffled", "take", "texts_from_files", "training_texts", "unseen_texts", "without_repeats"]
 
 DOCUMENT_CHARS = 40_000
 """At most this much of one document of the standard library is used, so that no single module fills the data."""
@@ -71,73 +71,9 @@ def unseen_texts() -> Iterator[tuple[str, str]]:
 
 
 def texts_from_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, str]]:
-    """Yield ("file:<name>", text) of text files in UTF-8; bytes that are not UTF-8 are replaced.
-
-    Parameters
-    ----------
-    paths : iterable of path
-    """
+    """Yield ("file:<name>", text) of text files in UTF-8; bytes that are not UTF-8 are replaced."""
     for path in map(Path, paths):
         yield f"file:{path.name}", path.read_text(encoding="utf-8", errors="replace")
-
-
-def pack(
-    texts: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], length: int = 8192
-) -> Iterator[tuple[str, list[int]]]:
-    """Cut documents into token sequences of one length, each from one kind of text, the kinds taking turns.
-
-    Documents of a kind follow one another; what is left of the last one when no full sequence remains is dropped.
-
-    Parameters
-    ----------
-    texts : iterable of (name, text)
-        The kind is what precedes the first colon of the name.
-    encode : callable
-        Token numbers of a text, without tokens that mark a beginning or an end.
-    length : int
-        Tokens per sequence.
-
-    Returns
-    -------
-    iterator of (str, list of int)
-        The kind and the names of the documents, and the `length` tokens.
-    """
-    if length < 1:
-        raise LengthError(f"length: expected at least 1 token, got {length}")
-    queues: dict[str, deque[tuple[str, str]]] = {}
-    for name, text in texts:
-        kind, _, source = name.partition(":")
-        queues.setdefault(kind, deque()).append((source, text))
-    rest: dict[str, list[int]] = {kind: [] for kind in queues}
-    last: dict[str, str] = dict.fromkeys(queues, "")
-    while queues:
-        for kind in list(queues):
-            tokens, names = rest[kind], [last[kind]] if rest[kind] else []
-            while len(tokens) < length and queues[kind]:
-                last[kind], text = queues[kind].popleft()
-                names.append(last[kind])
-                tokens = tokens + encode(text.rstrip() + "\n\n\n")
-            if len(tokens) < length:
-                del queues[kind]
-                continue
-            rest[kind] = tokens[length:]
-            yield f"{kind}:{','.join(names)}", tokens[:length]
-
-
-def take(
-    texts: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], count: int, length: int = 8192
-) -> list[tuple[str, list[int]]]:
-    """The first `count` sequences of :func:`pack`.
-
-    Raises
-    ------
-    LengthError
-        The texts are too short for so many sequences.
-    """
-    sequences = list(islice(pack(texts, encode, length), count))
-    if len(sequences) < count:
-        raise LengthError(f"texts: expected {count} sequences of {length} tokens, got enough text for {len(sequences)}")
-    return sequences
 
 
 @cache
@@ -155,7 +91,7 @@ def _documents(unseen: bool, chars: dict[str, int], seen: set[str]) -> Iterator[
         left = chars[kind]
         for name, text in documents:
             if kind != "source":
-                text = _without_repeats(text, seen)
+                text = without_repeats(text, seen)
             text = text[:DOCUMENT_CHARS]
             if len(text) < _MIN_CHARS:
                 continue
@@ -168,14 +104,14 @@ def _documents(unseen: bool, chars: dict[str, int], seen: set[str]) -> Iterator[
 def _topics(unseen: bool) -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics
 
-    for name in _shuffled(topics):
+    for name in shuffled(topics):
         if (name in _UNSEEN_TOPICS) == unseen:
             yield name, topics[name]
 
 
 def _prose(unseen: bool) -> Iterator[tuple[str, str]]:
     for name, path in _modules(unseen):
-        yield name, "\n\n".join(_docstrings(_read(path)))
+        yield name, "\n\n".join(docstrings(_read(path)))
 
 
 def _source(unseen: bool) -> Iterator[tuple[str, str]]:
@@ -192,7 +128,7 @@ def _modules(unseen: bool) -> list[tuple[str, Path]]:
         parts = path.relative_to(root).with_suffix("").parts
         if _is_used(parts) and (parts[0] in _UNSEEN_MODULES) == unseen:
             found[".".join(parts)] = path
-    return [(name, found[name]) for name in _shuffled(found)]
+    return [(name, found[name]) for name in shuffled(found)]
 
 
 def _is_used(parts: tuple[str, ...]) -> bool:
@@ -205,7 +141,7 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _docstrings(code: str) -> Iterator[str]:
+def docstrings(code: str) -> Iterator[str]:
     """The docstrings of a module, its classes and its functions, in the order of the file."""
     try:
         with warnings.catch_warnings():
@@ -220,7 +156,7 @@ def _docstrings(code: str) -> Iterator[str]:
             yield text
 
 
-def _without_repeats(text: str, seen: set[str]) -> str:
+def without_repeats(text: str, seen: set[str]) -> str:
     kept = []
     for paragraph in re.split(r"\n\s*\n", text):
         words = " ".join(paragraph.split())
@@ -232,7 +168,7 @@ def _without_repeats(text: str, seen: set[str]) -> str:
     return "\n\n".join(kept)
 
 
-def _shuffled(names: Iterable[str]) -> list[str]:
+def shuffled(names: Iterable[str]) -> list[str]:
     ordered = sorted(names)
     random.Random(0).shuffle(ordered)
     return ordered

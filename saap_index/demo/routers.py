@@ -1,0 +1,66 @@
+"""Routers for every layer of SmolLM2-135M from text of many kinds: ``python -m saap_index.demo.routers``, or ``make routers``.
+
+The same as ``saap train``, with the model and the texts chosen. Interrupt it at any moment; the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow down whoever runs next
+
+import torch
+
+from ..errors import SaapError
+from ..hf import support
+from ..pipeline import command, texts
+from ..pipeline.models import LoadedModel
+from ..pipeline.train import TrainSettings, train_model
+from ..routers import CONFIG
+from . import model
+from .varied import varied_texts
+
+
+def folder() -> Path:
+    """Where they are written, and looked for by whoever can use them."""
+    return model.cache_folder() / f"{model.NAME}-routers"
+
+
+def found() -> Path | None:
+    """The folder, if they have been trained."""
+    return folder() if (folder() / CONFIG).exists() else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m saap_index.demo.routers", description=__doc__)
+    parser.add_argument("--out", type=Path, default=folder(), help="folder to write (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TrainSettings.tokens, help="tokens to train on (default %(default)s)")
+    parser.add_argument("--keep-captures", action="store_true", help="leave keys, queries and values on disk")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        settings = TrainSettings(tokens=options.tokens)
+        command.say(f"loading {model.NAME}")
+        smollm2, tokenizer = model.load()
+        loaded = LoadedModel(smollm2, tokenizer, model.NAME, support.fingerprint(support.decoder_of(smollm2)))
+        sequences = texts.take(varied_texts(), partial(model.encode, tokenizer), settings.sequences, settings.context)
+        with command.progress() as step:
+            routers = train_model(loaded, sequences, settings, options.out, True, step, options.keep_captures)
+    except SaapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return 130
+    print("\n".join(command.report(routers)))
+    command.say(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

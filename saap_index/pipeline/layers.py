@@ -1,0 +1,128 @@
+"""One layer, from its captures to its routers: trained, measured and calibrated on the sequences held out. Knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..budget_plan import BudgetPlan
+from ..calibration import replay, table
+from ..rope import Rope
+from ..routers import LayerRouters
+from ..tower import TwoTower
+from ..training import Trained, TrainingSequence, train_layer
+from ..training_config import TrainingConfig
+from .measure import GRID, SHARES, Measured, measure
+from .store import CaptureStore
+
+if TYPE_CHECKING:
+    from .train import TrainSettings
+
+MEASURED_QUERIES = 32
+"""Of each sequence held out."""
+
+Positions = Callable[["TrainSettings", int], np.ndarray]
+"""(settings, sequence) -> positions of its queries, int64 (q,)."""
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """figures : plain data, of the sequences held out; see `_figures`."""
+
+    routers: LayerRouters
+    figures: dict[str, Any]
+
+
+def train_one(
+    store: CaptureStore, layer: int, settings: TrainSettings, model_rope: Rope | None, scale: float, device: torch.device,
+    positions_of: Positions,
+) -> LayerResult:  # fmt: skip
+    """Train a layer on all sequences but those held out."""
+    rope = None if settings.partition == "post-rope" else model_rope
+    numbers = [n for n in range(store.shape.sequences) if n not in store.shape.held_out]
+    config = TrainingConfig.named(settings.router, seed=settings.seed * 1009 + layer)
+    sequences = store.layer(layer, numbers, [positions_of(settings, n) for n in numbers], device)
+    given = _without_queries(store, layer, numbers, device) if settings.router == "kmeans" else sequences
+    trained = train_layer(given, settings.nlist, rope, settings.layout, scale, config)
+    tower = trained.tower if settings.partition == "per-prompt" else None
+    if settings.partition == "per-prompt" and tower is None:
+        tower = TwoTower.symmetric(store.shape.kv_heads, store.shape.d).to(device)
+    trained = replace(trained, tower=tower)
+    rest = trained, settings, rope, scale, device
+    found = [_measure(store, layer, n, positions_of(settings, n), *rest) for n in store.shape.held_out]
+    measured, curves = [m for m, _ in found], [c for _, c in found if c is not None]
+    total = sum(measured[1:], measured[0])
+    losses = total.loss / max(1e-30, float(total.norm.sum())) * store.weight(layer)
+    calibration = table(curves) if curves else None
+    routers = LayerRouters(
+        trained.quantizer, trained.router, rope, model_rope, scale, tower, calibration, None, losses.astype(np.float32)
+    )
+    return LayerResult(routers, _figures(measured, store.weight(layer)))
+
+
+def _without_queries(store: CaptureStore, layer: int, numbers: list[int], device: torch.device) -> list[TrainingSequence]:
+    return [(store.keys(layer, n).to(device), None, None) for n in numbers]
+
+
+def _measure(
+    store: CaptureStore, layer: int, number: int, positions: np.ndarray, trained: Trained, settings: TrainSettings,
+    rope: Rope | None, scale: float, device: torch.device,
+) -> tuple[Measured, np.ndarray | None]:  # fmt: skip
+    """One sequence that was held out: its figures, and for calibration the attention captured by how much was left unread."""
+    some = _spread(len(positions))
+    places = positions[some]
+    keys, values, queries = (
+        x.to(device, torch.float32)
+        for x in (store.keys(layer, number), store.values(layer, number), store.queries(layer, number))
+    )
+    h, n, d = keys.shape
+    queries = queries[:, some]
+    grouped = queries.reshape(h, -1, len(some), d)
+    coarse = keys if rope is None else rope.unrotate(keys, np.arange(n), n)
+    routed = grouped if rope is None else rope.unrotate(grouped, places, n)
+    parts = trained.quantizer, trained.router
+    if trained.tower is not None:
+        parts = trained.tower.for_prompt(coarse[:, : int(positions.min())], settings.nlist)
+    found = measure(keys, values, grouped, routed, places, parts[0].assign(coarse), parts[1], settings.layout, scale)
+    # the symmetric tower has the output, but learnt nothing
+    trusts = trained.router.predicts_outside and settings.router != "kmeans"
+    return found, replay(keys, queries, places, *parts, rope, settings.layout, scale) if trusts else None
+
+
+def _spread(count: int) -> np.ndarray:
+    """Evenly spaced places of up to MEASURED_QUERIES of ``count`` queries."""
+    found: np.ndarray = np.unique(np.linspace(0, count - 1, min(count, MEASURED_QUERIES)).round().astype(np.int64))
+    return found
+
+
+def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
+    """Attention captured outside sinks and window in percent and its spread over sequences, the same for the exact best, relative
+    output error, per share; share of attention outside; weight of the layer; and by KV head at the share of 5 %."""
+    total = sum(measured[1:], measured[0])
+    at = SHARES.index(0.05)
+
+    def percent(part: np.ndarray, whole: np.ndarray) -> list[float]:
+        return [round(100 * float(x), 3) for x in part / np.maximum(whole, 1e-30)]
+
+    each = [100 * m.captured.sum(0) / max(1e-30, m.outside.sum()) for m in measured]
+    heads = total.queries
+    return {
+        "shares": list(SHARES), "grid": list(GRID), "sequences": len(measured), "queries": heads,
+        "captured": percent(total.captured.sum(0), total.outside.sum()),
+        "spread": [round(float(x), 3) for x in np.std(each, axis=0, ddof=1 if len(each) > 1 else 0)],
+        "best": percent(total.best.sum(0), total.outside.sum()),
+        "error": [round(float(x), 6) for x in total.error.sum(0) / max(1, heads) / len(total.outside)],
+        "captured_by_head": percent(total.captured[:, at], total.outside),
+        "outside": [round(float(x), 6) for x in total.outside / max(1, heads)],
+        "weight": round(weight, 6),
+    }  # fmt: skip
+
+
+def merge_budget(layers: Mapping[int, LayerRouters], plan: BudgetPlan) -> dict[int, LayerRouters]:
+    """The layers with their shares of the budget."""
+    shares = plan.shares.astype(np.float32)
+    return {number: replace(layer, budget_shares=shares[at]) for at, (number, layer) in enumerate(layers.items())}

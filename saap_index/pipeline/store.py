@@ -1,0 +1,143 @@
+"""Captured keys, values and queries on disk, one file per layer: a pass writes to all of them, training reads one.
+
+Memory stays that of one sequence and layer. Everything is kept in 16 bits, as the cache of a model would. A sequence counts as
+captured once it is in the list of those that are; one that was being written when the process ended is written again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import FormatError, NotFiniteError
+from ..routers import write_whole
+from ..training import TrainingSequence
+
+_DONE = "captured.json"
+
+
+@dataclass(frozen=True)
+class StoreShape:
+    """sequences : all; held_out : numbers of those whose values are kept too; layers : numbers; heads, kv_heads, d, e; tokens and
+    queries : per sequence; dtype : float16 or bfloat16."""
+
+    sequences: int
+    held_out: tuple[int, ...]
+    layers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    d: int
+    e: int
+    tokens: int
+    queries: int
+    dtype: torch.dtype
+
+
+class CaptureStore:
+    """Files in one folder. ``done`` : numbers of the sequences that are complete."""
+
+    def __init__(self, folder: Path, shape: StoreShape) -> None:
+        self.folder, self.shape = folder, shape
+        folder.mkdir(parents=True, exist_ok=True)
+        done = folder / _DONE
+        try:
+            said = json.loads(done.read_text()) if done.exists() else {}
+            self.done: dict[int, dict[str, float]] = {int(number): dict(weights) for number, weights in said.items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise FormatError(f"{done.name}: expected the sequences captured so far, got {error}") from error
+
+    def write(self, number: int, layer: int, key: Tensor, value: Tensor, query: Tensor) -> None:
+        """One layer of one sequence. key : (h, n, d), value : (h, n, e), query : (hq, q, d), float, on any device.
+
+        Raises NotFiniteError if a number is infinite, NaN, or too large for 16 bits.
+        """
+        parts = [("keys", number, key), ("queries", number, query)]
+        if number in self.shape.held_out:
+            parts.append(("values", self.shape.held_out.index(number), value))
+        for what, place, x in parts:
+            narrow = x.to("cpu", self.shape.dtype).contiguous()
+            if not bool(torch.isfinite(narrow).all()):
+                raise NotFiniteError(f"layer {layer}, {what}: expected finite numbers in {self.shape.dtype}; try dtype bfloat16")
+            raw = narrow.view(torch.int16).numpy()
+            path = self._file(layer, what)
+            path.touch()
+            with path.open("r+b") as file:  # sequences may come in any order, each at its place
+                file.seek(place * raw.nbytes)
+                file.write(raw.data)
+
+    def finish(self, number: int, weights: Mapping[int, float]) -> None:
+        """Every layer of a sequence is written. weights : of layers, see `capture.weighing`, for one that is held out."""
+        self.done[number] = {str(layer): weight for layer, weight in weights.items()}
+        write_whole(self.folder / _DONE, lambda draft: draft.write_text(json.dumps(self.done, sort_keys=True)))
+
+    def weight(self, layer: int) -> float:
+        """Mean weight of a layer over the sequences held out."""
+        found = [self.done[number][str(layer)] for number in self.shape.held_out]
+        return sum(found) / len(found)
+
+    def keys(self, layer: int, number: int) -> Tensor:
+        """(h, n, d), in 16 bits."""
+        s = self.shape
+        return self._read(layer, "keys", number, (s.kv_heads, s.tokens, s.d))
+
+    def queries(self, layer: int, number: int) -> Tensor:
+        """(hq, q, d), in 16 bits."""
+        s = self.shape
+        return self._read(layer, "queries", number, (s.heads, s.queries, s.d))
+
+    def values(self, layer: int, number: int) -> Tensor:
+        """(h, n, e), in 16 bits, of a sequence that is held out."""
+        s = self.shape
+        return self._read(layer, "values", s.held_out.index(number), (s.kv_heads, s.tokens, s.e))
+
+    def layer(self, layer: int, numbers: Sequence[int], positions: Sequence[np.ndarray], device: torch.device) -> LayerSequences:
+        """Some sequences of a layer as training reads them; positions : int64 (q,) of each."""
+        return LayerSequences(self, layer, numbers, positions, device)
+
+    def _read(self, layer: int, what: str, place: int, shape: tuple[int, ...]) -> Tensor:
+        raw = np.empty(shape, np.int16)
+        with self._file(layer, what).open("rb") as file:
+            file.seek(place * raw.nbytes)
+            got = file.readinto(raw.reshape(-1).view(np.uint8).data)
+        if got != raw.nbytes:
+            raise FormatError(f"layer {layer}, {what}: expected {raw.nbytes} bytes of sequence {place}, got {got}")
+        return torch.from_numpy(raw).view(self.shape.dtype)
+
+    def _file(self, layer: int, what: str) -> Path:
+        return self.folder / f"layer_{layer:03d}.{what}"
+
+
+class LayerSequences(Sequence[TrainingSequence]):
+    """Read one at a time, each time anew."""
+
+    def __init__(
+        self, store: CaptureStore, layer: int, numbers: Sequence[int], positions: Sequence[np.ndarray], device: torch.device
+    ) -> None:
+        self._store, self._layer, self._numbers, self._positions, self._device = store, layer, numbers, positions, device
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, at: int) -> TrainingSequence: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[TrainingSequence]: ...
+
+    def __getitem__(self, at: int | slice) -> TrainingSequence | Sequence[TrainingSequence]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        number = self._numbers[at]
+        keys, queries = (
+            x.to(self._device) for x in (self._store.keys(self._layer, number), self._store.queries(self._layer, number))
+        )
+        return keys, queries, self._positions[at]

@@ -1,0 +1,312 @@
+"""From a model and token sequences to routers of every layer, in bounded memory and steps that survive an interruption.
+
+1. Capture: one pass of the model per sequence serves all layers; keys, a sample of queries, and, of sequences held out, values go
+   to disk (store.py).
+2. Layers, one at a time: read back, trained, measured and calibrated on what was held out, written.
+3. The budget is spread over layers and heads (budget_plan.py), and everything becomes one folder (routers.py).
+
+Work in progress lies in a folder ``unfinished`` in the result's. The same model, texts, settings and machine give the same files,
+interrupted or not.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import __version__, checks
+from ..budget_plan import plan_budget
+from ..errors import CompatibilityError, FormatError, LengthError, ParameterError, StateError
+from ..hf import support
+from ..layout import Layout
+from ..params import SELECTIVITY
+from ..rope import Rope
+from ..routers import CONFIG, LayerRouters, Routers, model_shape, pack_layer, save_routers, unpack_layer, write_whole
+from ..training_config import ROUTERS
+from . import capture
+from .layers import LayerResult, merge_budget, train_one
+from .models import LoadedModel
+from .store import CaptureStore, StoreShape
+from .texts import TokenSequence, digest
+
+PARTITIONS = ("per-prompt", "pre-rope", "post-rope")
+"""Where lists come from: k-means over each prompt, or once over the training texts, of keys with RoPE undone or as they are."""
+
+UNFINISHED = "unfinished"
+BREAK_EVEN = Layout().break_even
+"""Shorter sequences are never sealed, so a shorter context has nothing to measure on."""
+
+Step = Callable[[str, int, int], None]
+"""Told of every piece of work that is done: (what, how many are, of how many)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What decides the result, beside model and texts. tokens : to train on; context : tokens of a sequence; held_out : sequences
+    beyond those, to measure and calibrate on; queries : sampled per sequence; layers : numbers, None for all that can be indexed.
+    """
+
+    router: str = "two-tower"
+    partition: str = "per-prompt"
+    nlist: int = 256
+    tokens: int = 200_000
+    context: int = 8192
+    held_out: int = 4
+    queries: int = capture.TRAINING_QUERIES
+    layers: tuple[int, ...] | None = None
+    window: int = 128
+    sinks: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("router", ROUTERS), ("partition", PARTITIONS)):
+            if getattr(self, name) not in known:
+                raise ParameterError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.partition == "per-prompt" and self.router not in ("two-tower", "kmeans"):
+            raise ParameterError(
+                f"partition: expected pre-rope or post-rope for router {self.router!r}, bound to its lists, got per-prompt"
+            )
+        for name, least in (("nlist", 1), ("held_out", 1), ("queries", 1), ("window", 1), ("sinks", 0), ("seed", 0)):
+            checks.integer(getattr(self, name), name, least)
+        checks.integer(self.context, "context", self.window + self.sinks + 16)
+        checks.integer(self.tokens, "tokens", self.context)
+
+    @property
+    def sequences(self) -> int:
+        """All, those held out included."""
+        return self.tokens // self.context + self.held_out
+
+    @property
+    def held_out_numbers(self) -> tuple[int, ...]:
+        """Spread evenly, so that they are of as many kinds of text as there are."""
+        every = self.sequences
+        return tuple((2 * i + 1) * every // (2 * self.held_out) for i in range(self.held_out))
+
+    @property
+    def layout(self) -> Layout:
+        """As an index has it, but that short training contexts are sealed too."""
+        return Layout(sinks=self.sinks, window=self.window, break_even=min(BREAK_EVEN, self.context // 2))
+
+
+def train_model(
+    loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings, out: Path, resume: bool = False,
+    step: Step | None = None, keep_captures: bool = False,
+) -> Routers:  # fmt: skip
+    """Train every layer; the routers, also written to ``out``.
+
+    sequences : ``settings.sequences`` of ``settings.context`` tokens. resume : continue what is unfinished in ``out``; if all is
+    there already, read it. keep_captures : leave what was captured on disk.
+
+    Raises StateError for a folder in use without ``resume``, CompatibilityError if what is there is of another model, text or
+    settings, LengthError for other sequences, and what training raises. Ctrl-C leaves what is finished for `resume`.
+    """
+    _check_sequences(sequences, settings)
+    job = _Job.of(loaded, sequences, settings)
+    if (out / CONFIG).exists():
+        if not resume:
+            raise StateError(f"out: expected a folder without routers, got {out} with; name another, or --resume to keep them")
+        return _finished(out, job)
+    work = out / UNFINISHED
+    _claim(work, job, resume)
+    store = _captured(loaded, sequences, settings, job, work, step)
+    results = _layers(store, settings, job, work, torch.device(loaded.model.device), step)
+    routers = _assembled(results, settings, job)
+    save_routers(routers, out)
+    if not keep_captures:
+        shutil.rmtree(work)
+    return routers
+
+
+@dataclass(frozen=True)
+class _Job:
+    """identity : everything the result depends on, as plain data; geometry : of each layer, (heads, kv_heads, d, e, scale);
+    ropes : of the model's layers."""
+
+    identity: dict[str, Any]
+    layers: tuple[int, ...]
+    geometry: tuple[int, int, int, int]
+    scales: dict[int, float]
+    ropes: dict[int, Rope | None]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings) -> _Job:
+        decoder = support.decoder_of(loaded.model)
+        whole = support.global_layers(decoder)
+        layers = tuple(whole) if settings.layers is None else tuple(sorted(set(settings.layers)))
+        if not layers or not set(layers) <= set(whole):
+            raise ParameterError(
+                f"layers: expected some of those with attention over the whole context, {whole}, got {list(layers)}"
+            )
+        shapes: dict[int, tuple[int, int, int, int]] = {}
+        scales: dict[int, float] = {}
+
+        def keep(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+            if layer in layers:
+                shapes[layer] = query.shape[1], key.shape[1], key.shape[3], value.shape[3]
+                scales[layer] = scale
+
+        capture.run(loaded.model, sequences[0][1][:2], keep)
+        if len(set(shapes.values())) != 1:
+            raise CompatibilityError(f"layers: expected heads of one shape, got {shapes}; name layers of one shape")
+        support.check_head_dim(shapes[layers[0]][2], layers[0])
+        narrow = loaded.model.dtype if loaded.model.dtype in (torch.bfloat16, torch.float16) else torch.float16
+        identity = {
+            "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, **model_shape(loaded.model.config)},
+            "settings": {**asdict(settings), "layers": list(layers), "dtype": str(loaded.model.dtype).removeprefix("torch.")},
+            "data": {
+                "tokens": sum(len(tokens) for _, tokens in sequences), "hash": digest(sequences),
+                "sequences": [name for name, _ in sequences],
+            },
+            "versions": _versions(),
+        }  # fmt: skip
+        ropes = {layer: Rope.from_config(loaded.model.config, layer=layer) for layer in layers}
+        return cls(identity, layers, shapes[layers[0]], scales, ropes, narrow)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    try:
+        import faiss
+
+        found = str(faiss.__version__)
+    except ImportError:  # training will say so
+        found = ""
+    return {"saap_index": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "faiss": found}
+
+
+def _check_sequences(sequences: Sequence[TokenSequence], settings: TrainSettings) -> None:
+    lengths = {len(tokens) for _, tokens in sequences}
+    if len(sequences) != settings.sequences or lengths != {settings.context}:
+        raise LengthError(
+            f"sequences: expected {settings.sequences} of {settings.context} tokens, got {len(sequences)} of {sorted(lengths)}"
+        )
+
+
+def _claim(work: Path, job: _Job, resume: bool) -> None:
+    """Make the folder for work in progress, or check that what lies there is of this job."""
+    path = work / "job.json"
+    if path.exists():
+        if not resume:
+            raise StateError(
+                f"out: expected a folder without an unfinished training, got one in {work}; continue it with --resume"
+            )
+        _agree(json.loads(path.read_text()), job, work)
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda draft: draft.write_text(json.dumps(job.identity, indent=1)))
+
+
+def _agree(found: Mapping[str, Any], job: _Job, where: Path) -> None:
+    """CompatibilityError naming the first thing in which two jobs differ."""
+    for part, values in job.identity.items():
+        for name, value in values.items():
+            got = found.get(part, {}).get(name)
+            if json.loads(json.dumps(value)) != got:
+                raise CompatibilityError(f"resume: expected {part} with {name} = {value!r}, got {got!r} in {where}")
+
+
+def _finished(out: Path, job: _Job) -> Routers:
+    from ..routers import load_routers
+
+    routers = load_routers(out)
+    _agree(routers.config, job, out)
+    return routers
+
+
+def _captured(
+    loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings, job: _Job, work: Path, step: Step | None
+) -> CaptureStore:
+    """Captures of all sequences; those on disk are not made again."""
+    heads, kv_heads, d, e = job.geometry
+    queries = len(query_positions(settings, 0))
+    shape = StoreShape(
+        len(sequences), settings.held_out_numbers, job.layers, heads, kv_heads, d, e, settings.context, queries, job.dtype
+    )
+    store = CaptureStore(work / "captures", shape)
+    for number, (_, tokens) in enumerate(sequences):
+        if number not in store.done:
+            positions = torch.from_numpy(query_positions(settings, number))
+
+            held_out = number in settings.held_out_numbers
+
+            def keep(layer: int, query: Tensor, key: Tensor, value: Tensor, _: float) -> None:
+                if layer in job.layers:
+                    store.write(number, layer, key[0], value[0], query[0][:, positions.to(query.device)])  # noqa: B023
+                if layer == job.layers[-1] and not held_out:  # noqa: B023
+                    raise capture.Finished
+
+            first = int(positions.min()) if held_out else 0
+            with capture.weighing(loaded.model, job.layers if held_out else (), first) as weights:
+                capture.run(loaded.model, tokens, keep)
+            store.finish(number, weights)
+        if step is not None:
+            step("capture", number + 1, len(sequences))
+    return store
+
+
+def query_positions(settings: TrainSettings, number: int) -> np.ndarray:
+    """Positions of the queries of a sequence, int64 (q,): random ones to train on; of one held out, evenly spaced ones of its
+    last eighth, so that what is measured comes after a prompt."""
+    found = capture.training_positions(settings.context, settings.seed * 1_000_003 + number, settings.queries)
+    if number in settings.held_out_numbers:
+        first = settings.context - settings.context // 8
+        found = torch.linspace(first, settings.context - 1, len(found)).long()
+    return found.numpy()
+
+
+def _layers(
+    store: CaptureStore, settings: TrainSettings, job: _Job, work: Path, device: torch.device, step: Step | None
+) -> dict[int, LayerResult]:
+    results = {}
+    for at, layer in enumerate(job.layers):
+        path = work / f"layer_{layer:03d}.safetensors"
+        if not path.exists():
+            result = train_one(store, layer, settings, job.ropes[layer], job.scales[layer], device, query_positions)
+            facts, arrays = pack_layer(result.routers)
+            said = json.dumps({"facts": facts, "figures": result.figures})
+            write_whole(path, lambda draft: save_file(arrays, draft, {"layer": said}))  # noqa: B023
+        results[layer] = _read_layer(path)  # also of one just made, so that a resumed run has the same numbers
+        if step is not None:
+            step("layer", at + 1, len(job.layers))
+    return results
+
+
+def _read_layer(path: Path) -> LayerResult:
+    with safe_open(path, framework="pt") as file:
+        said = json.loads((file.metadata() or {}).get("layer", "null"))
+        arrays = {name: file.get_tensor(name) for name in file.keys()}
+    if said is None:
+        raise FormatError(f"{path.name}: expected a layer of an unfinished training, got something else")
+    return LayerResult(unpack_layer(said["facts"], arrays), said["figures"])
+
+
+def _assembled(results: Mapping[int, LayerResult], settings: TrainSettings, job: _Job) -> Routers:
+    """One object of all layers, with the budget spread over them."""
+    layers: dict[int, LayerRouters] = {number: result.routers for number, result in results.items()}
+    losses = np.stack([layer.losses for layer in layers.values() if layer.losses is not None])
+    grid = np.array(results[job.layers[0]].figures["grid"])
+    plan = plan_budget(losses, grid, SELECTIVITY)
+    layers = merge_budget(layers, plan)
+    config = {
+        **job.identity,
+        "router": settings.router, "partition": settings.partition, "nlist": settings.nlist,
+        "layout": {"sinks": settings.sinks, "window": settings.window},
+        "evaluation": {str(number): result.figures for number, result in results.items()},
+        "budget": {
+            "average": plan.average, "grid": grid.tolist(), "dense_layers": [job.layers[i] for i in plan.dense],
+            "loss_uniform": plan.uniform, "loss_planned": plan.planned,
+        },
+    }  # fmt: skip
+    return Routers(config, layers)

@@ -1,0 +1,454 @@
+"""`saap train` on a tiny model: from texts to routers, interrupted anywhere, repeated, refused by name."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hf_models import VOCABULARY, tiny
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from saap_index import AsymmetricIndex, Rope, SearchParametersIVF, cli, load_routers, save_routers
+from saap_index.errors import (
+    CompatibilityError,
+    FormatError,
+    LengthError,
+    MissingDependencyError,
+    NotFiniteError,
+    ParameterError,
+    StateError,
+)
+from saap_index.pipeline import capture, layers, texts, train
+from saap_index.pipeline.measure import SHARES, measure
+from saap_index.pipeline.models import LoadedModel, load_model
+from saap_index.pipeline.store import CaptureStore
+from saap_index.pipeline.train import TrainSettings, train_model
+
+SETTINGS = TrainSettings(tokens=1536, context=512, held_out=2, queries=48, nlist=8, window=32)
+FILES = ("config.json", "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return LoadedModel(tiny("llama", num_hidden_layers=2), None, "tiny", "0")
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[texts.TokenSequence]:
+    rng = np.random.default_rng(0)
+    return [(f"kind:{i}", rng.integers(3, VOCABULARY, SETTINGS.context).tolist()) for i in range(SETTINGS.sequences)]
+
+
+@pytest.fixture(scope="module")
+def whole(loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained in one go."""
+    out = tmp_path_factory.mktemp("whole") / "routers"
+    train_model(loaded, sequences, SETTINGS, out)
+    return out
+
+
+def content(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in FILES]
+
+
+class Interruption(KeyboardInterrupt):
+    pass
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written(whole: Path, loaded: LoadedModel) -> None:
+    assert sorted(path.name for path in whole.iterdir()) == sorted(FILES), "nothing unfinished is left"
+    routers = load_routers(whole)
+    config = routers.config
+    assert sorted(routers.layers) == [0, 1]
+    assert config["model"]["name"] == "tiny" and config["model"]["num_key_value_heads"] == 2
+    assert config["data"]["tokens"] == SETTINGS.sequences * SETTINGS.context and len(config["data"]["hash"]) == 16
+    assert config["settings"]["seed"] == 0 and config["settings"]["layers"] == [0, 1] and "torch" in config["versions"]
+    assert (config["router"], config["partition"], config["nlist"]) == ("two-tower", "per-prompt", 8)
+    for number, layer in routers.layers.items():
+        row = config["evaluation"][str(number)]
+        assert len(row["captured"]) == len(SHARES) and row["sequences"] == 2
+        assert all(0 <= x <= best + 1e-3 for x, best in zip(row["captured"], row["best"], strict=True))
+        assert all(a <= b + 1e-9 for a, b in itertools.pairwise(row["captured"])), "a larger budget captures more"
+        assert layer.tower is not None and layer.calibration is not None and layer.rope == Rope.from_config(loaded.model.config)
+        assert layer.losses is not None and layer.losses.shape == (2, len(row["grid"])) and layer.losses[:, -1].max() < 1e-9
+    shares = np.stack([layer.budget_shares for layer in routers.layers.values()])
+    assert shares.mean() == pytest.approx(1) and (shares > 0).all()
+    routers.check(loaded.model.config)
+    text = (whole / "config.json").read_text()
+    assert str(whole.parent) not in text, "the result says nothing of this machine"
+
+
+def test_an_index_from_the_routers_works(whole: Path) -> None:
+    routers = load_routers(whole)
+    index = routers.index(1, break_even=64)
+    assert index.tower is not None and index.calibration is not None and index.window == 32
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn((1, 2, 300, 16), generator=generator), torch.randn((1, 2, 300, 16), generator=generator)
+    index.add(keys, values)
+    query = torch.randn((1, 4, 1, 16), generator=generator)
+    dense = torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True, scale=index.scale)
+    torch.testing.assert_close(
+        index.search_attend(query, params=SearchParametersIVF(selectivity=1.0)), dense, atol=1e-5, rtol=1e-5
+    )
+    with pytest.raises(ParameterError, match="layer"):
+        routers.index(2)
+
+
+def test_saved_again_the_files_are_the_same(whole: Path, tmp_path: Path) -> None:
+    save_routers(load_routers(whole), tmp_path)
+    assert content(tmp_path) == content(whole)
+
+
+# -- again, and after an interruption -----------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_files_another_seed_others(
+    whole: Path, loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path
+) -> None:
+    train_model(loaded, sequences, SETTINGS, tmp_path / "again")
+    assert content(tmp_path / "again") == content(whole)
+    train_model(loaded, sequences, replace(SETTINGS, seed=1), tmp_path / "other")
+    same = [
+        torch.equal(a, b) for a, b in zip(*(load_file(f / FILES[1]).values() for f in (whole, tmp_path / "other")), strict=True)
+    ]
+    assert not all(same)
+
+
+STAGES = ["first sequence", "while writing a sequence", "captures", "first layer", "while training a layer", "while saving"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupted_and_resumed(
+    stage: str, whole: Path, loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path, monkeypatch: Any
+) -> None:
+    steps = {"first sequence": ("capture", 1), "captures": ("capture", SETTINGS.sequences), "first layer": ("layer", 1)}
+
+    def step(what: str, done: int, total: int) -> None:
+        if steps.get(stage) == (what, done):
+            raise Interruption
+
+    calls = {"writes": 0}
+
+    def interrupting(function: Any, after: int = 0) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            calls["writes"] += 1
+            if calls["writes"] > after:
+                raise Interruption
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        if stage == "while writing a sequence":
+            patch.setattr(CaptureStore, "write", interrupting(CaptureStore.write, 5))
+        if stage == "while training a layer":
+            patch.setattr(layers, "measure", interrupting(layers.measure, 1))
+        if stage == "while saving":
+            patch.setattr(train, "save_routers", interrupting(train.save_routers))
+        with pytest.raises(Interruption):
+            train_model(loaded, sequences, SETTINGS, tmp_path / "out", step=step)
+    with pytest.raises(StateError, match="--resume"):
+        train_model(loaded, sequences, SETTINGS, tmp_path / "out")
+    passes = []
+    monkeypatch.setattr(capture, "run", lambda *args, run=capture.run: (passes.append(len(args[1])), run(*args)))
+    train_model(loaded, sequences, SETTINGS, tmp_path / "out", resume=True)
+    done = {"first sequence": 1, "while writing a sequence": 2}.get(stage, SETTINGS.sequences)
+    assert len([n for n in passes if n > 2]) == SETTINGS.sequences - done, "finished sequences are not run again"
+    assert content(tmp_path / "out") == content(whole)
+
+
+def test_resuming_what_is_finished_reads_it(
+    whole: Path, loaded: LoadedModel, sequences: list[texts.TokenSequence], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(train, "_captured", None)
+    routers = train_model(loaded, sequences, SETTINGS, whole, resume=True)
+    assert sorted(routers.layers) == [0, 1]
+    with pytest.raises(StateError, match="without routers"):
+        train_model(loaded, sequences, SETTINGS, whole)
+
+
+def test_resuming_something_else_is_refused_by_name(
+    loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path
+) -> None:
+    def step(what: str, done: int, total: int) -> None:
+        raise Interruption
+
+    with pytest.raises(Interruption):
+        train_model(loaded, sequences, SETTINGS, tmp_path, step=step)
+    others = [("kind:x", [5] * SETTINGS.context), *sequences[1:]]
+    for name, given in {
+        "nlist": (loaded, sequences, replace(SETTINGS, nlist=4)),
+        "seed": (loaded, sequences, replace(SETTINGS, seed=3)),
+        "hash": (loaded, others, SETTINGS),
+        "fingerprint": (replace(loaded, fingerprint="1"), sequences, SETTINGS),
+    }.items():
+        with pytest.raises(CompatibilityError, match=name):
+            train_model(*given, tmp_path, resume=True)
+
+
+# -- routers and partitions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("router", "partition"), [
+    ("kmeans", "per-prompt"), ("kmeans", "pre-rope"), ("linear", "pre-rope"), ("mlp", "post-rope"), ("mlp-distance", "pre-rope"),
+    ("two-tower", "post-rope"), ("two-tower", "pre-rope"),
+])  # fmt: skip
+def test_every_router_and_partition(
+    router: str, partition: str, loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, router=router, partition=partition, layers=(1,))
+    routers = train_model(loaded, sequences, settings, tmp_path)
+    layer = routers.layers[1]
+    assert (layer.rope is None) == (partition == "post-rope") and (layer.tower is not None) == (partition == "per-prompt")
+    assert (layer.calibration is not None) == (router in ("linear", "mlp-distance", "two-tower"))
+    again = load_routers(tmp_path)
+    for name, want in layer.query_router.tensors().items():
+        torch.testing.assert_close(again.layers[1].query_router.tensors()[name], want)
+    again.check(loaded.model.config)
+    index = again.index(1, break_even=64)
+    keys = torch.randn((1, 2, 300, 16), generator=torch.Generator().manual_seed(0))
+    index.add(keys, keys)
+    assert index.search_attend(keys[:, :, :1].repeat(1, 2, 1, 1)).shape == (1, 4, 1, 16)
+
+
+@pytest.mark.parametrize("partition", ["per-prompt", "pre-rope", "post-rope"])
+def test_measured_is_what_an_index_reads(
+    partition: str, loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, partition=partition, layers=(1,))
+    routers = train_model(loaded, sequences, settings, tmp_path)
+    layer, number = routers.layers[1], settings.held_out_numbers[0]
+    positions = train.query_positions(settings, number)[::12]
+    found = capture.capture(loaded.model, sequences[number][1], [1], torch.from_numpy(positions)).layers[1]
+    keys, values, queries = found.keys[0], found.values[0], found.queries[0].view(2, 2, -1, 16)
+    first, n = int(positions.min()), keys.shape[1]
+    index: AsymmetricIndex = routers.index(1, break_even=settings.layout.break_even, budget_shares=None)
+    index.add(keys[None, :, :first], values[None, :, :first])
+    quantizer, router = index.key_quantizer, index.query_router
+    coarse = keys if layer.rope is None else layer.rope.unrotate(keys, range(n))
+    routed = queries if layer.rope is None else layer.rope.unrotate(queries, positions)
+    assert quantizer is not None and router is not None
+    parts = quantizer.assign(coarse), router, settings.layout, layer.scale
+    done = first
+    for j, position in enumerate(positions.tolist()):
+        one = measure(keys, values, queries[:, :, j : j + 1], routed[:, :, j : j + 1], positions[j : j + 1], *parts)
+        index.add(keys[None, :, done : position + 1], values[None, :, done : position + 1])
+        done = position + 1
+        sealed, window = index.invlists.sealed(0), done - settings.window
+        p = torch.softmax(torch.einsum("hgd,hnd->hgn", queries[:, :, j], keys[:, :done]) * layer.scale, -1).sum(1)
+        for at, share in enumerate(SHARES):
+            budget = round(share * (window - settings.sinks)) - (window - sealed)
+            if budget < 1:
+                continue
+            params = SearchParametersIVF(selectivity=1.0, max_codes=budget)
+            selection = index.select(found.queries[:, :, j : j + 1], params=params)
+            read = index.read_ids(selection)[0]
+            captured = [float(p[h][ids[(ids >= settings.sinks) & (ids < window)]].sum()) for h, ids in enumerate(read)]
+            np.testing.assert_allclose(one.captured[:, at], captured, atol=2e-5)
+
+
+# -- checks of files and models -----------------------------------------------------------------------------------------------
+
+
+def test_another_model_is_refused_by_name(whole: Path) -> None:
+    routers = load_routers(whole)
+    for name, changes in {
+        "num_key_value_heads": {"num_key_value_heads": 4}, "num_hidden_layers": {"num_hidden_layers": 3},
+        "head_dim": {"head_dim": 32}, "vocab_size": {"vocab_size": 99},
+    }.items():  # fmt: skip
+        with pytest.raises(CompatibilityError, match=name):
+            routers.check(tiny("llama", **{"num_hidden_layers": 2, **changes}).config)
+    with pytest.raises(CompatibilityError, match="model_type"):
+        routers.check(tiny("qwen3", num_hidden_layers=2).config)
+    other = tiny("llama", num_hidden_layers=2, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    with pytest.raises(CompatibilityError, match=r"layer 0.*theta"):
+        routers.check(other.config)
+
+
+def test_damaged_files_are_refused(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        load_routers(tmp_path)
+    config, arrays = json.loads((whole / FILES[0]).read_text()), load_file(whole / FILES[1])
+
+    def attempt(changed: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        (tmp_path / FILES[0]).write_text(json.dumps(changed))
+        save_file(tensors, tmp_path / FILES[1])
+        with pytest.raises(FormatError):
+            load_routers(tmp_path)
+
+    attempt({**config, "version": 99}, arrays)
+    attempt({"format": "something"}, arrays)
+    attempt(config, {name: x for name, x in arrays.items() if name != "layers.1.centroids"})
+    attempt(config, {**arrays, "layers.0.router.out": arrays["layers.0.router.out"][:, :-1].contiguous()})
+    attempt(config, {**arrays, "layers.0.centroids": torch.full_like(arrays["layers.0.centroids"], torch.nan)})
+    attempt({**config, "layers": {**config["layers"], "0": {}}}, arrays)
+    (tmp_path / FILES[0]).write_text("{")
+    with pytest.raises(FormatError):
+        load_routers(tmp_path)
+    (tmp_path / FILES[0]).write_text(json.dumps(config))
+    (tmp_path / FILES[1]).write_bytes(b"abc")
+    with pytest.raises(FormatError):
+        load_routers(tmp_path)
+
+
+@pytest.mark.parametrize(("changes", "name"), [
+    ({"router": "best"}, "router"), ({"partition": "none"}, "partition"), ({"router": "mlp"}, "partition"),
+    ({"nlist": 0}, "nlist"), ({"context": 40}, "context"), ({"tokens": 100}, "tokens"), ({"held_out": 0}, "held_out"),
+    ({"queries": 0}, "queries"), ({"seed": -1}, "seed"),
+])  # fmt: skip
+def test_settings_out_of_range(changes: dict[str, Any], name: str) -> None:
+    with pytest.raises(ParameterError, match=name):
+        replace(SETTINGS, **changes)
+
+
+def test_wrong_sequences_and_layers(loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path) -> None:
+    with pytest.raises(LengthError, match="sequences"):
+        train_model(loaded, sequences[:-1], SETTINGS, tmp_path)
+    with pytest.raises(ParameterError, match="layers"):
+        train_model(loaded, sequences, replace(SETTINGS, layers=(2,)), tmp_path)
+    mixed = replace(loaded, model=tiny("gemma3"))
+    with pytest.raises(ParameterError, match=r"layers.*\[1, 3\]"):
+        train_model(mixed, sequences, replace(SETTINGS, layers=(0,)), tmp_path)
+
+
+def test_a_model_with_infinite_keys_is_refused(sequences: list[texts.TokenSequence], tmp_path: Path) -> None:
+    model = tiny("llama", num_hidden_layers=2)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1e9)
+    with pytest.raises(NotFiniteError, match="layer 1, keys"):
+        train_model(LoadedModel(model, None, "broken", "0"), sequences, SETTINGS, tmp_path)
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_of_files_and_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "b.txt").write_text("two")
+    (folder / "deep" / "a.md").write_bytes(b"caf\xc3\xa9 \xff")
+    (folder / "image.png").write_bytes(b"\x89PNG\0\0")
+    (folder / ".hidden").write_text("no")
+    (folder / "empty").write_text(" \n")
+    (tmp_path / "book.txt").write_text("one")
+    found = list(texts.read_texts([folder, tmp_path / "book.txt"]))
+    assert found == [("0.docs:b.txt", "two"), ("0.docs:deep/a.md", "caf\u00e9 \ufffd"), ("1.book:book.txt", "one")]
+    for bad in (tmp_path / "absent", folder / "empty"):
+        with pytest.raises(ParameterError, match="text"):
+            list(texts.read_texts([bad]))
+
+
+def test_a_data_set_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingDependencyError, match="datasets"):
+        list(texts.read_texts([tmp_path]))
+
+    class Rows(list):
+        column_names = ("id", "text")
+
+    fake: Any = ModuleType("datasets")
+    fake.DatasetDict, fake.load_from_disk = (
+        type("DatasetDict", (dict,), {}),
+        lambda path: Rows([{"text": "one"}, {"text": "two"}]),
+    )
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert [text for _, text in texts.read_texts([tmp_path])] == ["one", "two"]
+    Rows.column_names = ("id",)
+    with pytest.raises(ParameterError, match="column"):
+        list(texts.read_texts([tmp_path]))
+
+
+# -- the command ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-llama"
+    tiny("llama", num_hidden_layers=2).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w2").save_pretrained(folder)
+    rng = np.random.default_rng(1)
+    for name in ("a", "b"):
+        (folder.parent / f"{name}.txt").write_text(" ".join(f"w{i}" for i in rng.integers(3, VOCABULARY, 1600)))
+    return folder
+
+
+def command(checkpoint: Path, out: Path, *more: str) -> int:
+    sources = [str(checkpoint.parent / f"{name}.txt") for name in ("a", "b")]
+    small = ["--tokens", "1024", "--context", "512", "--held-out", "1", "--nlist", "8", "--queries", "16", "--threads", "2"]
+    return cli.main(["train", "--model", str(checkpoint), "--text", *sources, "--out", str(out), *small, *more])
+
+
+def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(checkpoint, tmp_path / "out", "--layers", "1") == 0
+    out, err = capsys.readouterr()
+    assert "two-tower routers, per-prompt lists" in out and "captured %" in out and "passes" in err and "layers" in err
+    routers = load_routers(tmp_path / "out")
+    assert list(routers.layers) == [1] and routers.config["model"]["name"] == "tiny-llama"
+    assert command(checkpoint, tmp_path / "out", "--layers", "1") == 1
+    assert "saap train: error: out: expected a folder without routers" in capsys.readouterr().err
+    assert command(checkpoint, tmp_path / "out", "--layers", "1", "--resume") == 0
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--layers", "x"], "layers: expected numbers"), (["--layers", "7"], "layers: expected some of"),
+    (["--tokens", "100000"], "enough text for"), (["--router", "mlp", "--partition", "per-prompt"], "partition: expected"),
+    (["--device", "nonsense"], "device: expected"), (["--text", "absent.txt"], "text: expected a file"),
+])  # fmt: skip
+def test_errors_of_the_command(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert command(checkpoint, tmp_path / "out", *more) == 1
+    err = capsys.readouterr().err
+    assert f"saap train: error: {message}" in err.replace("texts: expected 196 sequences of 512 tokens, got ", "")
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_is_no_traceback(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CaptureStore, "finish", interrupt)
+    assert command(checkpoint, tmp_path / "out") == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["absent"], ["train"]):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0 and "--resume" in capsys.readouterr().out
+
+
+def test_models_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="neither folder nor GGUF"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(ParameterError, match="0 GGUF files"):
+        load_model(tmp_path)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ParameterError, match="2 GGUF files"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FormatError, match="checkpoint"):
+        load_model(tmp_path)
+    with pytest.raises(ParameterError, match="dtype"):
+        load_model(tmp_path, dtype="int8")
