@@ -126,7 +126,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_select(const __gr
         });
     if (threadIdx.x == 0) (tail ? p.tail_counts : p.counts)[row] = count;
     if (tail || !with_tail || !something) continue;
-    __syncthreads();  // keys and cut are in use until here
     search.clear();
     __syncthreads();
     find_unread(of, cut, clamp(meta[kMeans], 0, of.segments));

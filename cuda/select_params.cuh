@@ -75,7 +75,7 @@ struct Runs {
   __device__ __forceinline__ int end(int segment, int list) const { return tables[segment * (lists + 1) + list + 1]; }
   __device__ __forceinline__ const int* start(int segment, int list) const { return tables + (segment * (lists + 1) + list); }
   __device__ __forceinline__ static int length(const int* start) {
-    const int n = start[1] - start[0];
+    const int n = static_cast<int>(static_cast<u32>(start[1]) - static_cast<u32>(start[0]));
     return n > 0 ? n : 0;
   }
   __device__ __forceinline__ int length(int segment, int list) const { return length(start(segment, list)); }

@@ -153,12 +153,15 @@ def make_case(
     b, h, s = 2, 2, 6
     z = rng.normal(size=(b, h, j, nlist)).astype(np.float32) * 2
     a = rng.normal(size=(b, h, j, m + 1)).astype(np.float32)
+    if rng.random() < 0.3:  # steep, so that a small error of a distance is a large one of a weight
+        a[..., :m] *= 8
     if ties:  # equal sums of different terms would round differently: the distance term is the same everywhere
         z, a[..., :m] = np.round(z / 2), 0.5
         z[:] = z[:, :, :1]
     if kind == "nan":
         z[0, :, 0, rng.integers(nlist)] = np.nan
-        a[1, :, -1, slice(m) if rng.random() < 0.5 else -1] = np.nan
+        knot = rng.random() < 0.5  # else c
+        a[1, :, -1, 0 if knot else -1] = rng.choice([np.nan, np.inf]) if knot else np.nan
     elif kind == "infinite":
         z[:, 0] = np.where(rng.random(z[:, 0].shape) < 0.6, -np.inf, z[:, 0])
         z[0, 1] = -np.inf
@@ -167,7 +170,8 @@ def make_case(
         a[..., :m] *= 40
     meta = np.zeros((b, 8), np.int32)
     meta[:, 3], meta[:, 4], meta[:, 5] = rng.integers(0, s + 1, b), 6000, rng.integers(0, s + 1, b)
-    centres = np.sort(rng.uniform(0, 6000, (b, s))).astype(np.float32)
+    distances = 2 ** rng.uniform(FIRST_KNOT - 2, FIRST_KNOT + m + 1, (b, s))
+    centres = np.sort(5999 - np.round(np.minimum(distances, 5000))).astype(np.float32)
     budgets = rng.choice([0, 1, 7, 40, 150, 399, 10_000], (b, h)).astype(np.int32)
     case = Case(z, a, make_tables(rng, tables, (b, h, s, nlist)), centres, meta, budgets)
     held = np.flatnonzero(np.diff(case.tables[1, 1, : meta[1, 3]], axis=1).sum(0))
@@ -220,6 +224,7 @@ def test_scores_of_infinity(case: Case, schedule: tuple[str, int, int]) -> None:
 @given(seed=SEEDS, tables=st.sampled_from(["plain", "sparse", "one list"]), ties=st.booleans())
 def test_vectors_without_numbers_do_not_count(seed: int, tables: str, ties: bool) -> None:
     case = make_case(seed, "nan", tables, ties)
+    case.meta[1, 3], case.centres[1, -1] = 6, 5990  # a segment at the first knot
     want = replace(case, z=case.z.copy(), a=case.a.copy())
     for x, row in ((want.z, (0, slice(None), 0)), (want.z, (1, slice(None), -1))):
         x[row] = -np.inf
@@ -309,6 +314,11 @@ def test_what_memory_holds_is_not_trusted() -> None:
     case.budgets[0, 1] = 300
     case.centres[0, 0] = np.nan
     found = run(case, runtime())
+    wrapped = make_case(5, nlist=1)  # lengths whose sum is 2**32
+    wrapped.tables[:], wrapped.a[..., :3], wrapped.meta[:, 3] = 0, 0, 3
+    wrapped.tables[:, :, :3, 1] = [2**31 - 1, 2**31 - 1, 2]
+    wrapped.t_cap = 10
+    run(wrapped, runtime())
     assert found.counts.tolist()[1] == [0, 0] and found.tail_counts.tolist()[1] == [0, 0]
     assert found.counts[0, 0] == min(case.t_cap, case.tables[0, 0, -1, -1] - 4) and found.counts[0, 1] <= case.t_cap
     assert (found.tail[0] < case.tables.shape[2] * case.z.shape[3]).all()
@@ -372,7 +382,7 @@ def once() -> None:
     far = make_case(7, "far", "sparse", j=6)
     far.entries, far.miss = np.full((2, 2), 20, np.int32), np.full(2, 0.1, np.float32)
     run(far, on)
-    alike = make_case(8, "plain", "plain", ties=True, nlist=100, j=2)
+    alike = make_case(8, "plain", "plain", ties=True, nlist=200, j=2)
     alike.entries = np.full((2, 2), 20, np.int32)
     assert_as_specified(alike, run(alike, on))
 
