@@ -40,7 +40,8 @@ def untrained_routers(config: Any, nlist: int = 256, units: int = 64, knots: int
     for layer in range(config.num_hidden_layers):
         outputs = nlist + knots + 1
         parts = (random(h, units, d), random(h, units), random(h, outputs, units), random(h, outputs, d), random(h, outputs))
-        layers[layer] = (saap.KeyQuantizer(random(h, nlist, d) * 10), saap.QueryRouter(RouterWeights(*parts, nlist=nlist)))
+        quantizer, router = saap.KeyQuantizer(random(h, nlist, d) * 10), saap.QueryRouter(RouterWeights(*parts, nlist=nlist))
+        layers[layer] = SimpleNamespace(key_quantizer=quantizer, query_router=router)
     return SimpleNamespace(layers=layers)
 
 

@@ -319,6 +319,8 @@ class IndexBase:
     def _relayout(self, **changes: int) -> None:
         self._layout = replace(self._layout, **changes)
         if self._lists is not None:
+            if self._tower is not None:
+                self._repartition(self._lists, self._lists.keys[:, :, :0], [0] * self._lists.batch)
             self._lists.relayout(self._layout, self._assign_rows)
 
     # -- arguments -----------------------------------------------------------------------------------------------------

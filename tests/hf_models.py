@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import saap_index as saap
+from saap_index.backends import RouterWeights
 
 VOCABULARY = 211
 
@@ -60,20 +61,29 @@ def tiny(case: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def make_routers(model: Any, nlist: int = 8, layers: Any = None) -> Any:
-    """Routers as a plain IVF index has them, around random centroids."""
+def make_routers(model: Any, nlist: int = 8, layers: Any = None, own_lists: bool = False) -> Any:
+    """Routers as a plain IVF index has them, around random centroids; or with lists of every prompt's own."""
     config = model.config
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     g = torch.Generator().manual_seed(1)
     made = {}
     for layer in range(config.num_hidden_layers) if layers is None else layers:
         centroids = torch.randn((config.num_key_value_heads, nlist, d), generator=g)
-        made[layer] = (saap.KeyQuantizer(centroids), saap.QueryRouter.symmetric(centroids))
+        quantizer = saap.KeyQuantizer(centroids)
+        tower = plain_tower(config.num_key_value_heads, d) if own_lists else None
+        made[layer] = SimpleNamespace(key_quantizer=quantizer, query_router=saap.QueryRouter.symmetric(centroids), tower=tower)
     return SimpleNamespace(layers=made)
 
 
-def attached(model: Any, selectivity: float = 1.0, **options: Any) -> Any:
-    return saap.attach(model, make_routers(model), selectivity, **{**SMALL, **options})
+def plain_tower(heads: int, d: int) -> saap.TwoTower:
+    """The key that a query looks for is the query itself."""
+    skip = torch.cat([torch.eye(d), torch.zeros(1, d)]).expand(heads, -1, -1).contiguous()
+    none = skip.new_zeros
+    return saap.TwoTower(RouterWeights(none(heads, 0, d), none(heads, 0), none(heads, d + 1, 0), skip, none(heads, d + 1), d))
+
+
+def attached(model: Any, selectivity: float = 1.0, own_lists: bool = False, **options: Any) -> Any:
+    return saap.attach(model, make_routers(model, own_lists=own_lists), selectivity, **{**SMALL, **options})
 
 
 def prompt(batch: int = 1, length: int = 100, seed: int = 3) -> Tensor:

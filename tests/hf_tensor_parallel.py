@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
     assert torch.equal(greedy(model, inputs, num_beams=2), torch.load(folder / "beams.pt")), f"rank {rank}"
     index = cache.layers[1].index
     assert (index.num_heads, index.num_kv_heads) == (2, 1) and min(sealed_tokens(cache)) > 100
-    assert torch.equal(index.key_quantizer.centroids, make_routers(model).layers[1][0].centroids[rank : rank + 1])
+    assert torch.equal(index.key_quantizer.centroids, make_routers(model).layers[1].key_quantizer.centroids[rank : rank + 1])
 
     cache.save(folder / "prompt")
     loaded = saap.SaapCache.load(folder / "prompt", model, verify=True)

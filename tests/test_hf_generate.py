@@ -196,3 +196,17 @@ def test_a_decoder_inside_a_larger_model() -> None:
     assert torch.equal(greedy(model, PADDED, past_key_values=cache), want) and min(sealed_tokens(cache)) > 100
     assert model.config._attn_implementation == "sdpa" and model.config.text_config._attn_implementation == "saap"
     assert torch.equal(greedy(saap.detach(model), PADDED), want) and model.config.text_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("inputs", [plain(2), PADDED])
+def test_lists_of_each_prompt_s_own(inputs: Inputs) -> None:
+    """Routers that serve any partition: the keys of the prompt make the lists, of tokens alone, when the first are sealed."""
+    both("llama", lambda model: greedy(model, inputs), own_lists=True)
+    model = attached(tiny("llama"), 0.2, own_lists=True)
+    cache = saap.SaapCache(model)
+    greedy(model, inputs, past_key_values=cache)
+    index, trained = cache.layers[0].index, cache.plan.layers[0].key_quantizer
+    assert not torch.equal(index.key_quantizer.centroids, trained.centroids) and min(sealed_tokens(cache)) > 100
+    again = saap.SaapCache(model)
+    greedy(model, inputs, 1, past_key_values=again)
+    assert torch.equal(again.layers[0].index.key_quantizer.centroids, index.key_quantizer.centroids)

@@ -65,7 +65,7 @@ def test_routers_of_another_model() -> None:
     )
     refused(model, saap.CompatibilityError, "got 2 and 32", make_routers(tiny("llama", head_dim=32)))
     mixed = make_routers(model)
-    mixed.layers[1] = (mixed.layers[1][0], make_routers(model, nlist=4).layers[1][1])
+    mixed.layers[1].query_router = make_routers(model, nlist=4).layers[1].query_router
     refused(model, saap.CompatibilityError, "nlist = 8", mixed)
 
     def check(config: Any) -> None:

@@ -20,6 +20,7 @@ CASES = {
     "padding is still there": ("qwen3", [0, 35, 70], {"break_even": 400}),
     "windows": ("gemma3", [0, 35], {}),
     "angles depend on the length": ("llama_dynamic", [0], {}),
+    "lists of its own": ("llama", [0, 30], {"own_lists": True}),
     "means": ("llama", [0], {"mean_run_tokens": 2, "tail": 0.3, "selectivity": 0.4}),
 }
 
@@ -138,6 +139,7 @@ def test_other_models_and_routers_are_refused(tmp_path: Path) -> None:
         (attached(tiny("llama", num_hidden_layers=2)), "model: .* layers 3, got 2"),
         (saap.attach(tiny("llama"), make_routers(tiny("llama"), nlist=4), **SMALL), "routers: "),
         (attached(tiny("llama"), dense_layers=[1]), "routers: .* 1 '.*', got None"),
+        (attached(tiny("llama"), own_lists=True), "kind it was saved with|kind"),
         (attached(tiny("llama"), window=16), "layer 0: .* window 8, got 16"),
         (attached(tiny("llama").to(torch.bfloat16)), "weights|dtype"),
     ):

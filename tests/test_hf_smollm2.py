@@ -35,7 +35,7 @@ def test_text_is_continued_alike() -> None:
     for number, layer in enumerate(dense.layers):
         index = saap.AsymmetricIndex(64, 32, 9, 3, rope=saap.Rope.from_config(model.config, layer=number))
         index.train(layer.keys)
-        layers[number] = (index.key_quantizer, index.query_router)
+        layers[number] = SimpleNamespace(key_quantizer=index.key_quantizer, query_router=index.query_router)
     routers = SimpleNamespace(layers=layers)
     saap.attach(model, routers, 0.2, max_sparse_tokens=LAST, break_even=256, window=64)
     with detached(model):

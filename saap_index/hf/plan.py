@@ -16,6 +16,7 @@ from ..index import AsymmetricIndex
 from ..quantizer import KeyQuantizer
 from ..rope import Rope
 from ..router import QueryRouter
+from ..tower import TwoTower
 from . import support
 
 MAX_SPARSE_TOKENS = 8
@@ -27,7 +28,7 @@ class LayerPlan:
     """One layer: what an empty index of it is made of.
 
     num_heads, num_kv_heads : of the whole model; shard : (rank, ranks), the share of them in this process.
-    options : of `AsymmetricIndex`.
+    rope : what the index undoes to route; tower : makes lists of each prompt's own, or None. options : of `AsymmetricIndex`.
     """
 
     number: int
@@ -36,6 +37,7 @@ class LayerPlan:
     rope: Rope | None
     key_quantizer: KeyQuantizer
     query_router: QueryRouter
+    tower: TwoTower | None
     calibration: Calibration | None
     options: Mapping[str, Any]
     shard: tuple[int, int]
@@ -64,6 +66,8 @@ class LayerPlan:
             index = AsymmetricIndex(d, nlist, heads, kv_heads, d_v=d_v, dtype=dtype, device=device, rope=self.rope, **options)
             index.key_quantizer = KeyQuantizer(self.key_quantizer.centroids[share].contiguous())
             index.query_router = _share_of(self.query_router, share)
+            if self.tower is not None:
+                index.tower = TwoTower(_weights_of(self.tower.weights, share), self.tower.first_knot)
             if self.calibration is not None:
                 index.calibration = Calibration(self.calibration.miss[share].contiguous())
             self._empty[key] = index
@@ -128,13 +132,15 @@ def make_plan(
 def _layer_plan(
     config: Any, number: int, attention: Any, routers: Any, selectivity: float | None, options: Mapping[str, Any]
 ) -> LayerPlan:
-    quantizer, router, calibration, shares = _parts(routers, number)
+    found = routers.layers[number]
+    quantizer, router = found.key_quantizer, found.query_router
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     h, nlist, d = quantizer.centroids.shape
     support.check_head_dim(d, number)
-    rope = Rope.from_config(config, layer=number)
+    model_rope = Rope.from_config(config, layer=number)
+    rope = getattr(found, "rope", model_rope)
     dim = getattr(attention, "head_dim", d)
-    if h != kv_heads or d != dim or (rope is not None and rope.head_dim != d):
+    if h != kv_heads or d != dim or (model_rope is not None and model_rope.head_dim != d):
         raise CompatibilityError(
             f"routers: expected those of a model with {kv_heads} KV heads and {dim} dims in layer {number}, got {h} and {d}"
         )
@@ -142,10 +148,14 @@ def _layer_plan(
     shard = support.head_shard(attention)
     if kv_heads % shard[1]:
         raise CompatibilityError(f"model: expected KV heads that divide among {shard[1]} processes, got {kv_heads}")
-    mine = {**({} if selectivity is None else {"selectivity": selectivity}), **options}
+    trained = getattr(routers, "config", {}).get("layout", {})  # what routers were trained outside of holds until said otherwise
+    mine = {name: trained[name] for name in ("sinks", "window") if name in trained}
+    mine |= {**({} if selectivity is None else {"selectivity": selectivity}), **options}
+    shares = getattr(found, "budget_shares", None)
     if shares is not None and "budget_shares" not in mine:
         mine["budget_shares"] = checks.shares(shares, "budget_shares", kv_heads)
-    plan = LayerPlan(number, heads, kv_heads, rope, quantizer, router, calibration, mine, shard)
+    tower, calibration = getattr(found, "tower", None), getattr(found, "calibration", None)
+    plan = LayerPlan(number, heads, kv_heads, rope, quantizer, router, tower, calibration, mine, shard)
     try:
         AsymmetricIndex(d, nlist, heads, kv_heads, rope=rope, **mine)  # what is wrong with an option is said now
     except TypeError as error:
@@ -153,19 +163,13 @@ def _layer_plan(
     return plan
 
 
-def _parts(routers: Any, number: int) -> tuple[KeyQuantizer, QueryRouter, Calibration | None, Any]:
-    """Of one layer: quantizer, router, calibration or None, and budget shares of its KV heads or None."""
-    entry = routers.layers[number]
-    if isinstance(entry, tuple):
-        shares = getattr(routers, "budget_shares", None)
-        return entry[0], entry[1], None, None if shares is None else shares[number]
-    return (
-        entry.key_quantizer, entry.query_router, getattr(entry, "calibration", None), getattr(entry, "budget_shares", None),
-    )  # fmt: skip
-
-
 def _share_of(router: QueryRouter, share: slice) -> QueryRouter:
     """The router of some of the KV heads."""
-    hidden, bias_hidden, out, skip, bias_out = (x[share].contiguous() for x in router.tensors().values())
-    weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, router.nlist)
-    return QueryRouter(weights, router.first_knot, router.count_lists)
+    return QueryRouter(_weights_of(router.weights, share), router.first_knot, router.count_lists)
+
+
+def _weights_of(w: RouterWeights, share: slice) -> RouterWeights:
+    hidden, bias_hidden, out, skip, bias_out = (
+        x[share].contiguous() for x in (w.hidden, w.bias_hidden, w.out, w.skip, w.bias_out)
+    )
+    return RouterWeights(hidden, bias_hidden, out, skip, bias_out, w.nlist)

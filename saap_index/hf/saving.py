@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .. import checks
 from ..errors import CompatibilityError, FormatError
 from ..index import AsymmetricIndex
+from ..quantizer import KeyQuantizer
 from .layer import IndexedLayer
 from .plan import LayerPlan, Plan
 from .slots import NEVER
@@ -135,6 +136,9 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
             x[i, :, high:] = 0
         tensors[name] = x
     tensors["tables"] = lists.tables[:, :, : max(map(len, lists.segments))].cpu().contiguous()
+    if index.tower is not None:  # the lists are this prompt's own
+        assert index.key_quantizer is not None
+        tensors["centroids"] = index.key_quantizer.centroids.cpu()
     return tensors, {
         **about, "lengths": lists.lengths, "removed": [len(r) for r in lists.removed], "index": _form(index),
         "held": index.break_even == NEVER,
@@ -163,6 +167,14 @@ def _restore_indexed(layer: IndexedLayer, about: dict[str, Any], tensors: dict[s
     assert index is not None
     if about["held"]:
         index.break_even = NEVER
+    centroids = tensors.pop("centroids", None)
+    if (centroids is None) != (index.tower is None):
+        raise CompatibilityError(
+            f"layer {layer.plan.number}: expected routers of the kind this prompt was saved with, got others"
+        )
+    if centroids is not None:
+        index.key_quantizer = KeyQuantizer(centroids)
+        index.tower = index.tower  # which makes the router for these lists
     _compare(f"layer {layer.plan.number}", form, _form(index))
     b, h, rows = keys.shape[:3]
     index.reserve_memory(0, batch=b)
