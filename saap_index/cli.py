@@ -15,6 +15,7 @@ from .errors import SaapError
 
 COMMANDS = {
     "train": ("saap_index.pipeline.command", "routers for every layer of a model, from texts"),
+    "compare": ("saap_index.lab.compare", "sparse attention methods side by side on a local model, at equal bytes"),
     "generate": ("saap_index.hf.generate", "a local model answers through its index"),
 }
 """Module and description of each; a module has add_arguments(parser) and run(arguments) -> exit status."""

@@ -1,4 +1,4 @@
-"""Every method on the user's own model at equal bytes: ``python -m saap_index.lab.compare --model PATH --text FILES``.
+"""Every method on the user's own model at equal bytes: ``saap compare --model PATH --text FILES``.
 
 Calibrates on the first sequences of the text, measures on the following ones, and writes records.json (a run that was stopped
 goes on from there), table.txt and report.html into one folder.
@@ -20,6 +20,8 @@ from ..demo import model as demo_model
 from ..demo import texts
 from ..demo.measures import exact_attention
 from ..errors import ParameterError, SaapError
+from ..pipeline import models
+from ..pipeline.texts import read_texts, take
 from ..rope import Rope
 from . import evaluate, linear, moa_profile, needles, page, report
 from .evaluate import Records, Settings
@@ -30,6 +32,7 @@ DEFAULT_METHODS = "dense,topk,topk_group,recent,random,ivf,quest,saap,published,
 TRAINING_QUERIES = 256
 LOOK_BINS = 128
 _PROFILE_TOKENS = 2048
+"""Of a training sequence: the pass back keeps the activations of all layers."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,9 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
         n = len(tokens)
         some = torch.randperm(n - n // 8, generator=torch.Generator().manual_seed(number))[:TRAINING_QUERIES] + n // 8
         prompts.append(
-            read_prompt(task.model, tokens, rope, some.sort().values, recent=task.settings.window + n - int(some.max()))
+            read_prompt(
+                task.model, tokens, rope, some.sort().values, recent=task.settings.window + n - int(some.sort().values[-8:].min())
+            )
         )
         progress(f"training sequence {number + 1} of {task.training} read")
     profile = None
@@ -171,7 +176,7 @@ def _facts(task: Task) -> list[str]:
     s, lengths = task.settings, sorted({len(tokens) for _, tokens in task.sequences})
     measured = len(task.sequences) - task.training
     return [
-        f"{measured} sequences measured, {task.training} for calibration, {lengths[-1]} tokens",
+        f"sequences of {lengths[-1]} tokens: {measured} measured, {task.training} for calibration",
         f"every method reads {s.sinks} first and {s.window} newest tokens; a budget is a share of those between, in bytes",
         f"queries: every {s.step}th of the last {s.span} tokens; decoded with every layer replaced: {s.decoded} tokens",
         f"bytes as if K and V were 16-bit; times are of this reference implementation on {torch.get_num_threads()} threads",
@@ -195,8 +200,10 @@ class _Clock:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="a checkpoint folder of transformers (default: the demo's SmolLM2-135M)")
-    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="text files (default: Python's documentation)")
+    parser.add_argument("--model", type=Path, help="a checkpoint folder or GGUF file (default: the demo's SmolLM2-135M)")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", metavar="FILE", help="files, folders or data sets (default: Python's documentation)"
+    )
     parser.add_argument("--methods", default=DEFAULT_METHODS, help="names separated by commas (default: all)")
     parser.add_argument("--budgets", default="0.02,0.05,0.1", help="shares of the KV bytes (default %(default)s)")
     parser.add_argument("--layers", help="layers measured one by one, as 3,8,14 (default: all)")
@@ -222,15 +229,15 @@ def run(options: argparse.Namespace) -> int:
         model, tokenizer, title = _load(options.model)
 
         def encode(text: str) -> list[int]:
-            return demo_model.encode(tokenizer, text)
+            return models.encode(tokenizer, text)
 
         if options.text:
-            given = list(texts.texts_from_files(options.text))
-            sequences = texts.take(given, encode, options.training + options.sequences, options.length)
+            given = list(read_texts(options.text))
+            sequences = take(given, encode, options.training + options.sequences, options.length)
         else:
             given = list(texts.unseen_texts())
-            sequences = texts.take(texts.training_texts(), encode, options.training, options.length)
-            sequences += texts.take(given, encode, options.sequences, options.length)
+            sequences = take(texts.training_texts(), encode, options.training, options.length)
+            sequences += take(given, encode, options.sequences, options.length)
         per_token = 3  # characters, a low estimate: a document must fit into a sequence
         filler = "\n".join(text for _, text in given)[: options.length * per_token]
         names = [name.strip() for name in options.methods.split(",") if name.strip()]
@@ -255,13 +262,8 @@ def _load(path: Path | None) -> tuple[Any, Any, str]:
     """Model, tokenizer and name; nothing is downloaded from a model hub."""
     if path is None:
         return *demo_model.load(), demo_model.NAME
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not path.is_dir():
-        raise ParameterError(f"model: expected a checkpoint folder, got {path.name}")
-    options: dict[str, Any] = {"local_files_only": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa", **options)
-    return model.eval(), AutoTokenizer.from_pretrained(path, **options), path.resolve().name
+    loaded = models.load_model(path, dtype="float32")
+    return loaded.model, loaded.tokenizer, loaded.name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

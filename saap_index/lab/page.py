@@ -112,13 +112,15 @@ def _table(
     tables = []
     for share in sorted({s for _, s in [*by, *text]}):
         dense = by.get(("dense", share))
+        decoded = any(s == share for _, s in text)
+        absent = {*(() if decoded else ("KL", "same 1st %", "perplexity ×", "ms/token")), *(() if needles else ("needles",))}
+        shown = [column for column in head[1:] if column not in absent]
         lines = []
         for kind in [*_KINDS, *sorted({kinds[m] for m in methods} - set(_KINDS))]:
             members = [m for m in methods if kinds[m] == kind and ((m, share) in by or (m, share) in text)]
             if members:
-                lines.append(
-                    f'<tr class="kind"><td colspan="{len(head)}"><b>{escape(kind)}</b> {escape(_NOTES.get(kind, ""))}</td></tr>'
-                )
+                note = f"<b>{escape(kind)}</b> {escape(_NOTES.get(kind, ''))}"
+                lines.append(f'<tr class="kind"><td colspan="{len(shown) + 1}">{note}</td></tr>')
             for m in members:
                 r, t, right = by.get((m, share)), text.get((m, share)), needles.get((m, share))
                 whole = f"{100 * (r.kv_bytes + r.other_bytes) / dense.kv_bytes:.1f} %" if r and dense else "–"
@@ -129,13 +131,14 @@ def _table(
                     f"{right[0]}/{right[1]}" if right else "–",
                     f"{times[m, share]:.0f}" if (m, share) in times else "–",
                 ]
+                cells = [cell for column, cell in zip(head[1:], cells, strict=True) if column in shown]
                 name = f'<td><span class="dot" style="background:{colours[m]}"></span>{escape(m)}</td>'
                 style = ' class="ours"' if m == OURS else ""
                 lines.append(f"<tr{style}>{name}{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
         note = (
             "Mean ± standard deviation over sequences. kB read: keys, values and what decides what to read, per layer and step."
         )
-        tables.append(_section(f"Budget {share:.1%}", note, _html_table(head, lines)))
+        tables.append(_section(f"Budget {share:.1%}", note, _html_table([head[0], *shown], lines)))
     return "".join(tables)
 
 

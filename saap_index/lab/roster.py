@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import ParameterError
 from ..index import AsymmetricIndex
@@ -50,10 +51,16 @@ KINDS = {
 }
 """Every built-in method and the group it belongs to, in the order of the tables."""
 
-TOLERANCE = 0.02
-"""A method may read this much more than its budget, and is not asked to read more once it comes this near."""
+TOLERANCE = 0.003
+"""A method may read this much more than its budget, for whole tokens."""
+
+_NEAR = 0.015
+"""A method that comes this near to its budget from below is not asked to read more."""
 
 _TRIES = 9
+_STEPS = 8
+"""Late steps of a training sequence over which the bytes of a method are averaged."""
+
 _LOKI_SHARE = 0.5
 """Of its bytes that Loki may spend on ranking: with less it ranks badly, with more it reads nothing."""
 
@@ -99,7 +106,9 @@ class Roster:
         build = self._build(name, share)
         found = fit(build, share, self._bytes, self._target(share))
         if found is None:
-            self.missing[name, share] = "its own tables alone cost more than the budget"
+            self.missing[name, share] = (
+                "reads more than the budget even when set to the least: its tables, and tokens it reads in any case"
+            )
             return None
         method = build(found)
         method.name = name
@@ -109,22 +118,29 @@ class Roster:
         """Bytes of a step with so many tokens and nothing else, mean over the layers that `_bytes` measures."""
         s, found = self.settings, []
         for at in self._sample():
-            layer, n = self.prompts[0].layers[at], int(self.prompts[0].positions[-1]) + 1
-            always = min(n, s.sinks + s.window)
-            found.append((always + share * (n - always)) * layer.heads * layer.token_bytes)
+            layer = self.prompts[0].layers[at]
+            for n in (self._last() + 1).tolist():
+                always = min(n, s.sinks + s.window)
+                found.append((always + share * (n - always)) * layer.heads * layer.token_bytes)
         return sum(found) / len(found)
 
     def _bytes(self, method: Method) -> float:
-        """Of the last kept step of the first training sequence."""
-        prompt, found = self.prompts[0], []
+        """Mean over late steps of the first training sequence: an index reads more just before it seals a block than after."""
+        prompt, found, last = self.prompts[0], [], self._last()
         for at in self._sample():
             state = method.start(prompt.layers[at], prompt.keys[at].shape[1])
-            stop = int(prompt.positions[-1]) + 1
-            state.append(prompt.keys[at][:, :stop], prompt.values[at][:, :stop])
-            prompt.show(state, at, stop - 1 - method.observed, stop - 1)
-            step = state.attend(prompt.queries[at][:, :, -1])
-            found.append(step.kv_bytes + step.other_bytes)
+            done = 0
+            for position, query in zip(last.tolist(), prompt.queries[at][:, :, -len(last) :].unbind(2), strict=True):
+                state.append(prompt.keys[at][:, done : position + 1], prompt.values[at][:, done : position + 1])
+                prompt.show(state, at, max(done, position - method.observed), position)
+                done = position + 1
+                step = state.attend(query)
+                found.append(step.kv_bytes + step.other_bytes)
         return sum(found) / len(found)
+
+    def _last(self) -> Tensor:
+        """The newest kept positions of the first training sequence."""
+        return self.prompts[0].positions[-_STEPS:]
 
     def _sample(self) -> list[int]:
         """Positions in the prompt of an early, a middle and a late layer of those that will be measured."""
@@ -232,7 +248,7 @@ class Roster:
 
 
 def fit(build: Build, share: float, measure: Callable[[Method], float], target: float) -> float | None:
-    """The number with which a method reads ``target`` bytes, at most 2 % more; None if even little of it reads more.
+    """The number with which a method reads ``target`` bytes, hardly more; None if even little of it reads more.
 
     Bytes grow with the number, in steps for some methods: the largest number found whose bytes fit is taken.
     """
@@ -247,7 +263,7 @@ def fit(build: Build, share: float, measure: Callable[[Method], float], target: 
         else:
             if found <= target * (1 + TOLERANCE):
                 best, low = x, x
-                if found >= target * (1 - TOLERANCE) or x >= 1:
+                if found >= target * (1 - _NEAR) or x >= 1:
                     break
             else:
                 high = x

@@ -29,7 +29,7 @@ def curves(lines: Sequence[Curve], x_label: str, y_label: str, log_y: bool = Fal
     lines = [line for line in lines if any(x > 0 and math.isfinite(y) and (y > 0 or not log_y) for x, y in line.points)]
     if not lines:
         return ""
-    width, height, left, right, top, bottom = 720, 400, 62, 150, 14, 48
+    width, height, left, right, top, bottom = 860, 400, 62, 122, 14, 48
     ok = {c.label: sorted((x, y) for x, y in c.points if x > 0 and math.isfinite(y) and (y > 0 or not log_y)) for c in lines}
     xs, ys = ([p[i] for points in ok.values() for p in points] for i in (0, 1))
     x0, x1 = math.log10(min(xs)) - 0.03, math.log10(max(xs)) + 0.03
