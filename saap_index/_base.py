@@ -381,8 +381,11 @@ class IndexBase:
             gone = len(lists.removed[i])
             places = np.where(ranks < n, lists.positions(i, np.minimum(ranks, max(0, n - 1))), ranks + gone)
             parts.append(x if self.rope is None else self.rope.unrotate(x, places, total + gone))
-        quantizer, router = self._tower.for_prompt(torch.cat(parts, 1), self.nlist)
+        self._adopt(*self._tower.for_prompt(torch.cat(parts, 1), self.nlist))
+
+    def _adopt(self, quantizer: KeyQuantizer, router: QueryRouter) -> None:
+        """Lists of this batch's own, before any token is in one; the calibration was measured on lists of their kind."""
         self._key_quantizer, calibration = quantizer, self._calibration
         self._prepared_quantizer = self._backend.prepare_quantizer(quantizer.centroids)
         self.query_router = router
-        self.calibration = calibration  # it was measured on lists of this kind
+        self.calibration = calibration

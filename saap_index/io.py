@@ -26,6 +26,7 @@ from .index import AsymmetricIndex
 from .quantizer import KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
+from .tower import TwoTower
 
 FORMAT, VERSION = "saap_index", "1"
 ROUTER_PARTS = ("hidden", "bias_hidden", "out", "skip", "bias_out")
@@ -97,6 +98,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "rope": None if index.rope is None else index.rope.to_dict(),
         "router": None,
         "quantizer": index.key_quantizer is not None,
+        "tower": None,
         "calibrated": index.calibration is not None,
         "lengths": index.lengths,
         "removed": [] if lists is None else [len(r) for r in lists.removed],
@@ -113,6 +115,9 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         }  # fmt: skip
         # cloned, for those of a symmetric router are the centroids, and a file shares no memory
         tensors.update({f"router.{name}": x.clone() for name, x in router.tensors().items()})
+    if index.tower is not None:
+        config["tower"] = {"units": index.tower.weights.hidden.shape[1], "outputs": index.tower.weights.bias_out.shape[1]}
+        tensors.update({f"tower.{name}": x for name, x in index.tower.tensors().items()})
     if index.calibration is not None:
         tensors["calibration"] = index.calibration.miss
     if lists is not None:
@@ -154,6 +159,12 @@ def _config(metadata: dict[str, str] | None) -> dict[str, Any]:
     return config
 
 
+def _weights(h: int, u: int, outputs: int, d: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes of a router's network."""
+    shapes = ((h, u, d), (h, u), (h, outputs, u), (h, outputs, d), (h, outputs))
+    return {name: (shape, torch.float32) for name, shape in zip(ROUTER_PARTS, shapes, strict=True)}
+
+
 def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that a file with this configuration holds."""
     c, lengths = config["index"], config["lengths"]
@@ -164,8 +175,9 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         want["centroids"] = ((h, nlist, d), torch.float32)
     if config["router"] is not None:
         u, outputs = config["router"]["units"], config["router"]["outputs"]
-        shapes = ((h, u, d), (h, u), (h, outputs, u), (h, outputs, d), (h, outputs))
-        want.update({f"router.{n}": (s, torch.float32) for n, s in zip(ROUTER_PARTS, shapes, strict=True)})
+        want.update({f"router.{n}": s for n, s in _weights(h, u, outputs, d).items()})
+    if config.get("tower") is not None:
+        want.update({f"tower.{n}": s for n, s in _weights(h, config["tower"]["units"], config["tower"]["outputs"], d).items()})
     if config.get("calibrated"):
         want["calibration"] = ((h, len(TARGETS)), torch.float32)
     if lengths:
@@ -230,6 +242,10 @@ def _restore(
         hidden, bias_hidden, out, skip, bias_out = (tensors[f"router.{name}"] for name in ROUTER_PARTS)
         weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, index.nlist)
         index.query_router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
+    if config.get("tower") is not None:
+        hidden, bias_hidden, out, skip, bias_out = (tensors[f"tower.{name}"] for name in ROUTER_PARTS)
+        weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, index.d)
+        index.tower = TwoTower(weights, int(config["router"]["first_knot"]))
     if config.get("calibrated"):
         index.calibration = Calibration(tensors["calibration"])
     lengths = config["lengths"]

@@ -77,7 +77,7 @@ ALLOWED = {
         "_base", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop", "invlists",
         "params", "stats", "training", "training_config",
     } | ANY,
-    "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router"} | ANY,
+    "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router", "tower"} | ANY,
     "": {
         "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "routers", "stats",
         "tower", "training_config",

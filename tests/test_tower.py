@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from test_training import NLIST, D, N, asymmetric, captured, index_for, several
 from torch import Tensor
 
-from saap_index import AsymmetricIndex, KeyQuantizer, Rope, SearchParametersIVF, TrainingConfig, TwoTower
+from saap_index import AsymmetricIndex, KeyQuantizer, Rope, SearchParametersIVF, TrainingConfig, TwoTower, read_index, write_index
 from saap_index.backends import RouterWeights, TorchBackend
 from saap_index.errors import CompatibilityError, ParameterError, ShapeError, StateError
 
@@ -217,3 +219,17 @@ def linear_task(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     queries = 5 * basis[wanted] + 0.1 * torch.randn((256, D), generator=rng)
     places = torch.from_numpy(np.sort(torch.randint(200, N, (1, 256), generator=rng).numpy()))
     return keys[None, None], queries[None, None], places
+
+
+def test_a_file_keeps_the_tower_and_the_lists_of_the_prompt(tmp_path: Path) -> None:
+    index = adaptive()
+    index.add(*sequence(0, 200))
+    write_index(index, tmp_path / "index.safetensors")
+    again = read_index(tmp_path / "index.safetensors")
+    query = torch.randn((1, 4, 1, 8), generator=torch.Generator().manual_seed(6))
+    assert torch.equal(again.search_attend(query), index.search_attend(query))
+    for x in (index, again):
+        x.reset()
+        x.add(*sequence(1, 200))
+    assert again.key_quantizer is not None and index.key_quantizer is not None
+    assert torch.equal(again.key_quantizer.centroids, index.key_quantizer.centroids)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_models import VOCABULARY, tiny
+from hf_models import VOCABULARY, greedy, tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from saap_index import AsymmetricIndex, Rope, SearchParametersIVF, cli, load_routers, save_routers
+from saap_index import AsymmetricIndex, Rope, SaapCache, SearchParametersIVF, attach, cli, load_routers, save_routers
 from saap_index.errors import (
     CompatibilityError,
     FormatError,
@@ -105,6 +105,22 @@ def test_an_index_from_the_routers_works(whole: Path) -> None:
     )
     with pytest.raises(ParameterError, match="layer"):
         routers.index(2)
+
+
+def test_the_model_generates_through_them(whole: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    """Reading everything gives what the model gives alone; a prompt's own lists are saved with it."""
+    model, ids = tiny("llama", num_hidden_layers=2), torch.randint(3, VOCABULARY, (1, 700))
+    want = greedy(model, ids, 6)
+    model = attach(model, load_routers(whole), selectivity=1.0, break_even=256)
+    cache = SaapCache(model)
+    assert torch.equal(greedy(model, ids, 6, past_key_values=cache), want)
+    index = cache.layers[0].index
+    assert not torch.equal(index.key_quantizer.centroids, load_routers(whole).layers[0].key_quantizer.centroids)
+    cache.save(tmp_path / "prompt")
+    again = SaapCache.load(tmp_path / "prompt", model).layers[0].index
+    assert torch.equal(again.key_quantizer.centroids, index.key_quantizer.centroids)
+    query, params = torch.randn(1, 4, 1, 16), SearchParametersIVF(selectivity=0.1)
+    assert torch.equal(again.search_attend(query, params=params), index.search_attend(query, params=params))
 
 
 def test_saved_again_the_files_are_the_same(whole: Path, tmp_path: Path) -> None:
