@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ import saap_index as saap
 from saap_index.backends import RouterWeights
 from saap_index.demo import model as demo_model
 from saap_index.demo import texts
+from saap_index.routers import model_shape
 
 
 def untrained_routers(config: Any, nlist: int = 256, units: int = 64, knots: int = 8) -> Any:
@@ -41,8 +41,9 @@ def untrained_routers(config: Any, nlist: int = 256, units: int = 64, knots: int
         outputs = nlist + knots + 1
         parts = (random(h, units, d), random(h, units), random(h, outputs, units), random(h, outputs, d), random(h, outputs))
         quantizer, router = saap.KeyQuantizer(random(h, nlist, d) * 10), saap.QueryRouter(RouterWeights(*parts, nlist=nlist))
-        layers[layer] = SimpleNamespace(key_quantizer=quantizer, query_router=router)
-    return SimpleNamespace(layers=layers)
+        rope = saap.Rope.from_config(config, layer=layer)
+        layers[layer] = saap.LayerRouters(quantizer, router, rope, rope, d**-0.5)
+    return saap.Routers({"model": model_shape(config), "layout": {"sinks": 4, "window": 128}}, layers)
 
 
 class Clock:

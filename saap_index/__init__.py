@@ -36,6 +36,7 @@ from .quantizer import KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
 from .routers import LayerRouters, Routers, load_routers, save_routers
+from .routers import load_routers as from_pretrained
 from .stats import IndexStats, SearchStats
 from .tower import TwoTower
 from .training_config import TrainingConfig
@@ -85,6 +86,7 @@ __all__ = [
     "TwoTower",
     "attach",
     "detach",
+    "from_pretrained",
     "load_routers",
     "merge_states",
     "read_index",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import saap_index as saap
-from saap_index.backends import RouterWeights
+from saap_index.routers import model_shape
 
 VOCABULARY = 211
 
@@ -61,25 +60,19 @@ def tiny(case: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def make_routers(model: Any, nlist: int = 8, layers: Any = None, own_lists: bool = False) -> Any:
+def make_routers(model: Any, nlist: int = 8, layers: Any = None, own_lists: bool = False) -> saap.Routers:
     """Routers as a plain IVF index has them, around random centroids; or with lists of every prompt's own."""
-    config = model.config
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = model_shape(model.config)
+    heads, d = shape["num_key_value_heads"], shape["head_dim"]
     g = torch.Generator().manual_seed(1)
     made = {}
-    for layer in range(config.num_hidden_layers) if layers is None else layers:
-        centroids = torch.randn((config.num_key_value_heads, nlist, d), generator=g)
-        quantizer = saap.KeyQuantizer(centroids)
-        tower = plain_tower(config.num_key_value_heads, d) if own_lists else None
-        made[layer] = SimpleNamespace(key_quantizer=quantizer, query_router=saap.QueryRouter.symmetric(centroids), tower=tower)
-    return SimpleNamespace(layers=made)
-
-
-def plain_tower(heads: int, d: int) -> saap.TwoTower:
-    """The key that a query looks for is the query itself."""
-    skip = torch.cat([torch.eye(d), torch.zeros(1, d)]).expand(heads, -1, -1).contiguous()
-    none = skip.new_zeros
-    return saap.TwoTower(RouterWeights(none(heads, 0, d), none(heads, 0), none(heads, d + 1, 0), skip, none(heads, d + 1), d))
+    for layer in range(shape["num_hidden_layers"]) if layers is None else layers:
+        centroids = torch.randn((heads, nlist, d), generator=g)
+        rope = saap.Rope.from_config(model.config, layer=layer)
+        tower = saap.TwoTower.symmetric(heads, d) if own_lists else None
+        parts = saap.KeyQuantizer(centroids), saap.QueryRouter.symmetric(centroids), rope, rope, d**-0.5, tower
+        made[layer] = saap.LayerRouters(*parts)
+    return saap.Routers({"model": shape, "layout": {"sinks": 2, "window": 8}}, made)
 
 
 def attached(model: Any, selectivity: float = 1.0, own_lists: bool = False, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import saap_index as saap
-from saap_index.hf import generate
+from saap_index import cli
 
 LONG = 2300
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model, its tokenizer, a long text, and routers that a stand-in loads."""
+def files(tmp_path: Path) -> Path:
+    """A folder with a model, its tokenizer, routers, and a long text."""
     model = tiny("llama")
     model.save_pretrained(tmp_path / "model")
     special = {"<pad>": 0, "<bos>": 1, "<unk>": 2}
@@ -29,15 +28,13 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "unk")}
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text(" ".join(f"w{3 + 7 * i % 208}" for i in range(LONG)))
-    monkeypatch.setattr(saap, "load_routers", lambda path: make_routers(model), raising=False)
+    saap.save_routers(make_routers(model), tmp_path / "routers")
     return tmp_path
 
 
 def command(files: Path, *arguments: Any) -> int:
-    parser = argparse.ArgumentParser()
-    generate.add_arguments(parser)
-    given = [str(files / "model"), "--routers", "routers", "--new", "12", *map(str, arguments)]
-    return generate.run(parser.parse_args(given))
+    given = ["--model", files / "model", "--routers", files / "routers", "--new", 12, "--threads", 2, *arguments]
+    return cli.main(["generate", *map(str, given)])
 
 
 def test_an_answer(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +69,6 @@ def test_read_now_and_asked_later(files: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("arguments", [[], ["--prompt", "a", "--load", "b"], ["--prompt", "a", "--compare", "--temperature", 1]])
-def test_flags_that_do_not_go_along(files: Path, arguments: list[Any]) -> None:
-    with pytest.raises(saap.ParameterError, match="--"):
-        command(files, *arguments)
+def test_flags_that_do_not_go_along(files: Path, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(files, *arguments) == 1
+    assert "saap generate: error: --" in capsys.readouterr().err

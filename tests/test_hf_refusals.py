@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import DynamicCache, StaticCache
 
 import saap_index as saap
 from saap_index.hf import support
+
+NONE = saap.Routers({"layout": {"sinks": 4, "window": 128}}, {})
 
 
 def refused(model: Any, error: type[Exception], match: str, routers: Any = None, **options: Any) -> None:
@@ -41,37 +44,32 @@ def test_gemma2_without_its_cap_is_served() -> None:
 def test_models_without_anything_to_index() -> None:
     refused(tiny("Mistral", sliding_window=32), saap.CompatibilityError, r"layers \[\] with such attention")
     refused(tiny("llama"), saap.CompatibilityError, "dense_layers", dense_layers=[0, 1, 2])
-    refused(tiny("llama"), saap.CompatibilityError, r"routers for \[\]", routers=SimpleNamespace(layers={}))
+    refused(tiny("llama"), saap.CompatibilityError, r"routers for \[\]", routers=make_routers(tiny("llama"), layers=[]))
 
 
 def test_other_kinds_of_models() -> None:
     config = transformers.T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16, vocab_size=64)
     t5 = transformers.T5ForConditionalGeneration(config)
-    refused(t5, saap.CompatibilityError, "encoder-decoder", routers=SimpleNamespace(layers={}))
+    refused(t5, saap.CompatibilityError, "encoder-decoder", routers=NONE)
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=64))
-    refused(gpt2, saap.CompatibilityError, "decoder layers", routers=SimpleNamespace(layers={}))
-    refused(torch.nn.Linear(2, 2), saap.ParameterError, "PreTrainedModel", routers=SimpleNamespace(layers={}))
+    refused(gpt2, saap.CompatibilityError, "decoder layers", routers=NONE)
+    refused(torch.nn.Linear(2, 2), saap.ParameterError, "PreTrainedModel", routers=NONE)
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
-    refused(mamba, saap.CompatibilityError, "decoder layers", routers=SimpleNamespace(layers={}))
+    refused(mamba, saap.CompatibilityError, "decoder layers", routers=NONE)
 
 
 def test_routers_of_another_model() -> None:
-    model = tiny("llama")
-    refused(
-        model,
-        saap.CompatibilityError,
-        "2 KV heads and 16 dims in layer 0, got 4",
-        make_routers(tiny("llama", num_key_value_heads=4)),
-    )
-    refused(model, saap.CompatibilityError, "got 2 and 32", make_routers(tiny("llama", head_dim=32)))
-    mixed = make_routers(model)
-    mixed.layers[1].query_router = make_routers(model, nlist=4).layers[1].query_router
-    refused(model, saap.CompatibilityError, "nlist = 8", mixed)
-
-    def check(config: Any) -> None:
-        raise saap.CompatibilityError("routers: expected another model")
-
-    refused(model, saap.CompatibilityError, "another model", SimpleNamespace(layers=make_routers(model).layers, check=check))
+    model, error = tiny("llama"), saap.CompatibilityError
+    refused(model, error, "num_key_value_heads = 4, got 2", make_routers(tiny("llama", num_key_value_heads=4)))
+    refused(model, error, "head_dim = 32, got 16", make_routers(tiny("llama", head_dim=32)))
+    refused(model, error, "model_type = 'qwen3', got 'llama'", make_routers(tiny("qwen3")))
+    refused(model, error, "expected layer 0 with", make_routers(tiny("llama_yarn")))
+    refused(model, saap.ParameterError, "load_routers", "path/to/routers")
+    mixed, other = make_routers(model), make_routers(tiny("llama", num_key_value_heads=4)).layers[1]
+    mixed.layers[1] = replace(mixed.layers[1], query_router=make_routers(model, nlist=4).layers[1].query_router)
+    refused(model, error, "nlist = 8", mixed)
+    mixed.layers[1] = replace(mixed.layers[1], key_quantizer=other.key_quantizer)
+    refused(model, error, "2 KV heads and 16 dims in layer 1, got 4", mixed)
 
 
 def test_rotations_that_are_not_known() -> None:

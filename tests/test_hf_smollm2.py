@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from transformers import DynamicCache
 import saap_index as saap
 from saap_index.demo import model as demo_model
 from saap_index.hf import detached
+from saap_index.routers import model_shape
 
 TOKENS, LAST = 800, 64
 
@@ -33,11 +33,12 @@ def test_text_is_continued_alike() -> None:
     model(document, past_key_values=dense, logits_to_keep=1)
     layers = {}
     for number, layer in enumerate(dense.layers):
-        index = saap.AsymmetricIndex(64, 32, 9, 3, rope=saap.Rope.from_config(model.config, layer=number))
+        rope = saap.Rope.from_config(model.config, layer=number)
+        index = saap.AsymmetricIndex(64, 32, 9, 3, rope=rope)
         index.train(layer.keys)
-        layers[number] = SimpleNamespace(key_quantizer=index.key_quantizer, query_router=index.query_router)
-    routers = SimpleNamespace(layers=layers)
-    saap.attach(model, routers, 0.2, max_sparse_tokens=LAST, break_even=256, window=64)
+        layers[number] = saap.LayerRouters(index.key_quantizer, index.query_router, rope, rope, index.scale)
+    routers = saap.Routers({"model": model_shape(model.config), "layout": {"sinks": 4, "window": 64}}, layers)
+    saap.attach(model, routers, 0.2, max_sparse_tokens=LAST, break_even=256)
     with detached(model):
         want = model(text, past_key_values=dense).logits[0]
         dense.crop(-1)

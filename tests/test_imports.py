@@ -106,14 +106,14 @@ ALLOWED = {
     "hf.support": ANY,
     "hf.masks": ANY,
     "hf.traced": ANY,
-    "hf.plan": {"backends", "calibration", "checks", "hf.support", "index", "quantizer", "rope", "router", "tower"} | ANY,
+    "hf.plan": {"backends", "calibration", "checks", "hf.support", "index", "quantizer", "rope", "router", "routers", "tower"} | ANY,
     "hf.slots": {"hf.traced", "hf.masks", "hf.plan", "index", "layout", "params", "stats"} | ANY,
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
     "hf.attention": {"hf.traced", "hf.layer", "hf.slots"} | ANY,
-    "hf.cache": {"hf.layer", "hf.plan", "params", "stats"} | ANY,
+    "hf.cache": {"hf.layer", "hf.plan", "params", "routers", "stats"} | ANY,
     "hf.saving": {"checks", "hf.layer", "hf.plan", "hf.slots", "index", "quantizer"} | ANY,
-    "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support"} | ANY,
-    "hf.generate": {"", "hf.attach", "hf.cache"} | ANY,
+    "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
+    "hf.generate": {"hf.attach", "hf.cache", "pipeline", "pipeline.models", "routers"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.cache", "hf.support"} | ANY,
 }
 LATER = {  # inside a function

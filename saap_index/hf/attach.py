@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import StateError
+from ..routers import Routers
 from . import support
 from .attention import NAME
 from .cache import ATTACHED, SaapCache, adopt, plan_of
@@ -49,7 +50,7 @@ class Attachment:
 
 def attach(
     model: Any,
-    routers: Any,
+    routers: Routers,
     selectivity: float | None = None,
     *,
     dense_layers: Sequence[int] = (),

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import CompatibilityError, ParameterError, StateError
 from ..params import SearchParametersIVF
+from ..routers import Routers
 from ..stats import IndexStats
 from .layer import IndexedLayer
 from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
@@ -31,7 +32,7 @@ class SaapCache(DynamicCache):
     def __init__(
         self,
         model: Any,
-        routers: Any = None,
+        routers: Routers | None = None,
         selectivity: float | None = None,
         *,
         dense_layers: Sequence[int] = (),

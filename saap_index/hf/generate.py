@@ -1,9 +1,9 @@
 """`saap generate`: a local model reads a long prompt and answers through its index, token by token; and without it, if asked.
 
-saap generate MODEL --routers ROUTERS --prompt book.txt --question "Who did it?"
-saap generate MODEL --routers ROUTERS --prompt book.txt --new 64 --compare
-saap generate MODEL --routers ROUTERS --prompt book.txt --save book_read        and later, at once
-saap generate MODEL --routers ROUTERS --load book_read --question "And why?"
+saap generate --model ./checkpoint --routers routers --prompt book.txt --question "Who did it?"
+saap generate --model ./checkpoint --routers routers --prompt book.txt --new 64 --compare
+saap generate --model ./checkpoint --routers routers --prompt book.txt --save read --new 0        and later, at once
+saap generate --model ./checkpoint --routers routers --load read --question "And why?"
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,20 +21,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 from transformers.generation.streamers import TextStreamer
 
 from ..errors import ParameterError
+from ..pipeline import models
+from ..routers import load_routers
 from .attach import attach, detached
 from .cache import SaapCache
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
-    parser.add_argument("model", help="folder or name of a model of transformers")
-    parser.add_argument("--routers", required=True, help="folder of routers trained for it")
+    parser.add_argument("--model", required=True, help="checkpoint folder of transformers, or GGUF file")
+    parser.add_argument("--routers", required=True, help="folder of routers that saap train made for it")
     parser.add_argument("--prompt", type=Path, help="text file to read; - is the standard input")
     parser.add_argument("--question", default="", help="asked behind the prompt, in the chat template of the model")
     parser.add_argument("--load", type=Path, metavar="FOLDER", help="a prompt that was saved, in place of --prompt")
@@ -42,22 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--selectivity", type=float, help="share of the indexed tokens that a step reads; default 0.05")
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, takes the likeliest token")
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help="read the prompt so many tokens at a time")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model; default as it was saved")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("auto", *models.DTYPES), default="auto", help="of the model (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="default %(default)s")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the CPU (default %(default)s)")
     parser.add_argument("--compare", action="store_true", help="generate without the index too: speed, tokens read, agreement")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Raises what `attach`, `SaapCache.load` and transformers raise; ParameterError for flags in conflict."""
-    from .. import load_routers
-
     if (args.prompt is None) == (args.load is None):
         raise ParameterError("--prompt, --load: expected one of them")
     if args.compare and (args.load or args.save or args.temperature):
         raise ParameterError("--compare: expected neither --load, --save nor --temperature beside it")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, attn_implementation="sdpa")
-    model = attach(model.to(args.device).eval(), load_routers(args.routers), args.selectivity)
+    torch.set_num_threads(max(1, args.threads))
+    loaded = models.load_model(args.model, args.device, args.dtype)
+    tokenizer, model = loaded.tokenizer, attach(loaded.model, load_routers(args.routers), args.selectivity)
     cache = SaapCache.load(args.load, model) if args.load else SaapCache(model)
     if args.load and cache.tokens is None:
         raise ParameterError(f"--load: expected a prompt that was saved with its tokens, got {args.load} without")

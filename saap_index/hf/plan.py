@@ -16,6 +16,7 @@ from ..index import AsymmetricIndex
 from ..quantizer import KeyQuantizer
 from ..rope import Rope
 from ..router import QueryRouter
+from ..routers import Routers
 from ..tower import TwoTower
 from . import support
 
@@ -94,7 +95,7 @@ class Plan:
 
 def make_plan(
     model: Any,
-    routers: Any,
+    routers: Routers,
     selectivity: float | None,
     dense_layers: Iterable[int],
     max_sparse_tokens: int,
@@ -107,8 +108,9 @@ def make_plan(
     decoder = support.decoder_of(model)
     config = decoder.config
     support.check_decoder(decoder)
-    if hasattr(routers, "check"):
-        routers.check(config)
+    if not isinstance(routers, Routers):
+        raise ParameterError(f"routers: expected those that load_routers returns, got {type(routers).__name__}")
+    routers.check(config)
     dense = support.check_dense_layers(dense_layers, config.num_hidden_layers)
     checks.integer(max_sparse_tokens, "max_sparse_tokens", 1)
     whole = support.global_layers(decoder)
@@ -130,7 +132,7 @@ def make_plan(
 
 
 def _layer_plan(
-    config: Any, number: int, attention: Any, routers: Any, selectivity: float | None, options: Mapping[str, Any]
+    config: Any, number: int, attention: Any, routers: Routers, selectivity: float | None, options: Mapping[str, Any]
 ) -> LayerPlan:
     found = routers.layers[number]
     quantizer, router = found.key_quantizer, found.query_router
@@ -138,7 +140,6 @@ def _layer_plan(
     h, nlist, d = quantizer.centroids.shape
     support.check_head_dim(d, number)
     model_rope = Rope.from_config(config, layer=number)
-    rope = getattr(found, "rope", model_rope)
     dim = getattr(attention, "head_dim", d)
     if h != kv_heads or d != dim or (model_rope is not None and model_rope.head_dim != d):
         raise CompatibilityError(
@@ -148,16 +149,14 @@ def _layer_plan(
     shard = support.head_shard(attention)
     if kv_heads % shard[1]:
         raise CompatibilityError(f"model: expected KV heads that divide among {shard[1]} processes, got {kv_heads}")
-    trained = getattr(routers, "config", {}).get("layout", {})  # what routers were trained outside of holds until said otherwise
-    mine = {name: trained[name] for name in ("sinks", "window") if name in trained}
+    mine = {name: routers.config["layout"][name] for name in ("sinks", "window")}  # what they were trained outside of
     mine |= {**({} if selectivity is None else {"selectivity": selectivity}), **options}
-    shares = getattr(found, "budget_shares", None)
-    if shares is not None and "budget_shares" not in mine:
-        mine["budget_shares"] = checks.shares(shares, "budget_shares", kv_heads)
-    tower, calibration = getattr(found, "tower", None), getattr(found, "calibration", None)
-    plan = LayerPlan(number, heads, kv_heads, rope, quantizer, router, tower, calibration, mine, shard)
+    if found.budget_shares is not None and "budget_shares" not in mine:
+        mine["budget_shares"] = checks.shares(found.budget_shares, "budget_shares", kv_heads)
+    parts = found.rope, quantizer, router, found.tower, found.calibration
+    plan = LayerPlan(number, heads, kv_heads, *parts, mine, shard)
     try:
-        AsymmetricIndex(d, nlist, heads, kv_heads, rope=rope, **mine)  # what is wrong with an option is said now
+        AsymmetricIndex(d, nlist, heads, kv_heads, rope=found.rope, **mine)  # what is wrong with an option is said now
     except TypeError as error:
         raise ParameterError(f"options: expected those of AsymmetricIndex, got {sorted(options)}: {error}") from error
     return plan

@@ -173,8 +173,10 @@ def _restore_indexed(layer: IndexedLayer, about: dict[str, Any], tensors: dict[s
             f"layer {layer.plan.number}: expected routers of the kind this prompt was saved with, got others"
         )
     if centroids is not None:
+        calibration = index.calibration
         index.key_quantizer = KeyQuantizer(centroids)
         index.tower = index.tower  # which makes the router for these lists
+        index.calibration = calibration  # as where lists are made: it holds for those of this kind
     _compare(f"layer {layer.plan.number}", form, _form(index))
     b, h, rows = keys.shape[:3]
     index.reserve_memory(0, batch=b)
