@@ -106,7 +106,8 @@ ALLOWED = {
     "hf.support": ANY,
     "hf.masks": ANY,
     "hf.traced": ANY,
-    "hf.plan": {"backends", "calibration", "checks", "hf.support", "index", "quantizer", "rope", "router", "routers", "tower"} | ANY,
+    "hf.plan": ANY
+    | {"backends", "calibration", "checks", "hf.support", "index", "quantizer", "rope", "router", "routers", "tower"},
     "hf.slots": {"hf.traced", "hf.masks", "hf.plan", "index", "layout", "params", "stats"} | ANY,
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
     "hf.attention": {"hf.traced", "hf.layer", "hf.slots"} | ANY,
@@ -182,7 +183,8 @@ def test_direction(path: Path) -> None:
     foreign = others - set(sys.stdlib_module_names)
     known = OUTSIDE | EXTRAS.get(name.split(".")[0], set())
     assert foreign <= known, f"{name} needs {sorted(foreign - known)}"
-    assert not {"faiss", "cupy", "datasets", "tqdm"} & imports(path, at_import=True)[1], "optional packages are imported where they are used"
+    optional = {"faiss", "cupy", "datasets", "tqdm"}
+    assert not optional & imports(path, at_import=True)[1], "optional packages are imported where they are used"
 
 
 def test_the_specification_needs_numpy_only() -> None:
