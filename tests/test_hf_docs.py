@@ -1,0 +1,65 @@
+"""docs/transformers.md runs as written: its Python, and its commands but the first."""
+
+from __future__ import annotations
+
+import doctest
+import shlex
+from pathlib import Path
+
+import pytest
+from hf_models import make_routers, tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import saap_index as saap
+from saap_index import cli
+
+PAGE = Path(__file__).parent.parent / "docs" / "transformers.md"
+
+
+def make_folder(folder: Path) -> None:
+    """A model of bytes in ``checkpoint``, and routers for it in ``routers``."""
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    spelling = Tokenizer(models.BPE(letters, []))
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelling.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=spelling, pad_token="<pad>").save_pretrained(folder / "checkpoint")
+    model = tiny("llama", vocab_size=260, pad_token_id=256)
+    model.save_pretrained(folder / "checkpoint")
+    saap.save_routers(make_routers(model), folder / "routers")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the page speaks of."""
+    make_folder(tmp_path)
+    (tmp_path / "book.txt").write_text("It was a long book, and it went on. " * 80)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(kind: str) -> list[str]:
+    return [part.split("\n", 1)[1] for part in PAGE.read_text().split("```")[1::2] if part.startswith(f"{kind}\n")]
+
+
+def test_python(folder: Path) -> None:
+    text = "\n".join(block for block in blocks("python") if block.startswith(">>>"))
+    test = doctest.DocTestParser().get_doctest(text, {}, PAGE.name, str(PAGE), 0)
+    runner = doctest.DocTestRunner()
+    runner.run(test)
+    assert runner.tries > 20 and not runner.failures
+
+
+def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    assert [line[:2] for line in lines[:2]] == [["saap", "train"], ["saap", "generate"]]
+    for line in lines[1:]:
+        assert cli.main([*line[1:], "--threads", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "as dense does" in out and "saved to read" in err
+
+
+def test_examples_in_passing_are_python() -> None:
+    for block in blocks("python"):
+        code = doctest.script_from_examples(block) if block.startswith(">>>") else block.replace("[...]", "[]")
+        compile(code, PAGE.name, "exec")
