@@ -84,7 +84,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.integers(1, 2)),
         max(1, vectors // (b * q)),
         q,
-        draw(st.sampled_from([1, 16, 50, 120])),
+        draw(st.sampled_from([1, 50, 250])),
         draw(st.sampled_from([0, 1, 6])),
         draw(st.integers(1, 4)),
         draw(st.sampled_from([0, 4, build.d // 4, build.d // 2])),
