@@ -103,7 +103,9 @@ def check_select() -> None:
     alike.entries = np.full((2, 2), 20, np.int32)
     missing = select.make_case(3, nlist=40, j=5)
     missing.miss = np.array([0.3, 0.02], np.float32)
-    for case in (alike, missing):
+    cut = select.make_case(5)
+    cut.budgets[:] = [[3, 50], [7, 21]]  # where the last run does not fit
+    for case in (alike, missing, cut):
         select.assert_as_specified(case, select.run(case, on))
 
 
@@ -167,6 +169,7 @@ VALUES = mutants({
     ("select.cu", check_select): {
         "ties to the older segment": ("item + (of.segments - 1 - 2 * s) * of.runs.lists", "item"),
         "a run's oldest rows": ("of.runs.end(segment, list) - taken,", "of.runs.end(segment, list) - n,"),
+        "the last run whole": ("taken = left < n ? left > 0 ? static_cast<int>(left) : 0 : n;", "taken = n;"),
     },
     ("select_block.cuh", check_select): {"no padding": ("out[i] = -1;", ";")},
     ("route.cu", check_route): {
