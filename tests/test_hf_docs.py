@@ -23,7 +23,9 @@ def make_folder(folder: Path) -> None:
     spelling = Tokenizer(models.BPE(letters, []))
     spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     spelling.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=spelling, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder / "checkpoint")
+    PreTrainedTokenizerFast(tokenizer_object=spelling, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        folder / "checkpoint"
+    )
     model = tiny("llama", vocab_size=260, pad_token_id=256, eos_token_id=257)
     model.save_pretrained(folder / "checkpoint")
     saap.save_routers(make_routers(model), folder / "routers")

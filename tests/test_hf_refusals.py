@@ -204,7 +204,7 @@ def test_masks_and_positions_of_another_kind() -> None:
         model(ids[:, :1], past_key_values=cache(), attention_mask=torch.cat([mask, one], 1))
 
 
-def test_continuous_batching_has_a_cache_of_its_own() -> None:
+def test_other_kinds_of_attention_as_they_arrive() -> None:
     from saap_index.hf.attention import attention
 
     keys = prompt(1, 16).float().view(1, 1, 1, 16)
@@ -213,6 +213,8 @@ def test_continuous_batching_has_a_cache_of_its_own() -> None:
     for name in ("s_aux", "softcap", "position_bias"):
         with pytest.raises(saap.CompatibilityError, match=name):
             attention(SimpleNamespace(), keys, keys, keys, None, **{name: 1.0})
+    with pytest.raises(saap.CompatibilityError, match="continuous batching"):
+        attention(SimpleNamespace(), keys, keys, keys, None, cache=object())
 
 
 @pytest.mark.parametrize(("version", "fine"), [("4.57.6", False), ("5.0.0", True), ("5.99.0.dev0", True), ("6.0.0", False)])

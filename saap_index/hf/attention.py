@@ -31,6 +31,8 @@ def attention(
     """
     is_traced = torch.compiler.is_compiling()
     layer: IndexedLayer | None = traced.take() if is_traced else getattr(key, LAYER, None)
+    if kwargs.get("cache") is not None:
+        raise CompatibilityError("generate_batch: expected generate, got continuous batching, whose paged cache has no index")
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     for name in _UNSERVED:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..errors import CompatibilityError, StateError
+from ..errors import StateError
 from ..layout import MAX_QUERY_TOKENS
 from .masks import Seen, check_causal, read_mask
 from .slots import SlotLayer
@@ -65,13 +65,9 @@ class IndexedLayer(SlotLayer):
         q = query.shape[2]
         if seen is None:
             raise StateError("attention_mask: expected the mask of the whole batch, whose padding was seen before, got none")
-        was, self.visible = self.visible, seen.visible
-        if was is not None and not torch.equal(was, seen.visible[:, : was.shape[1]]):
-            self.visible = was
-            raise CompatibilityError(
-                "attention_mask: expected the mask of before and more, got one that hides or shows older tokens"
-            )
-        few = q <= self.max_sparse_tokens and q < self.slots and not seen.has_new_padding(q)
+        seen.check_follows(self.visible)
+        self.visible = seen.visible
+        few = q <= self.max_sparse_tokens and q < self.slots and not seen.new_padding
         if not self.ragged:
             seals = self._seals(max(seen.counts))
             if not (seals and few):  # the mask hides the padding

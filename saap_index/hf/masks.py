@@ -15,19 +15,28 @@ from ..errors import CompatibilityError
 _NOTE = "_saap_read"  # an attribute of the tensors themselves: it lives as long as they do
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seen:
     """The slots of a cache that hold tokens, as the newest query sees them.
 
-    visible : bool (b, slots), False for padding; counts : tokens of each sequence.
+    visible : bool (b, slots), False for padding; counts : tokens of each sequence; new_padding : whether the newest slots are
+    not all tokens.
     """
 
     visible: Tensor
     counts: list[int]
+    new_padding: bool
+    _before: Tensor | None = None
 
-    def has_new_padding(self, q: int) -> bool:
-        """Whether the newest q slots of any sequence are not all tokens."""
-        return not bool(self.visible[:, -q:].all())
+    def check_follows(self, before: Tensor | None) -> None:
+        """CompatibilityError unless tokens and padding of the last call, ``before`` : bool (b, n), are what they were."""
+        if before is None or before is self._before:  # the layers of a model share what they saw
+            return
+        if not torch.equal(before, self.visible[:, : before.shape[1]]):
+            raise CompatibilityError(
+                "attention_mask: expected the mask of before and more, got one that hides or shows older tokens"
+            )
+        self._before = before
 
 
 def read_mask(mask: Tensor | None, batch: int, q: int, slots: int) -> Seen | None:
@@ -47,7 +56,8 @@ def read_mask(mask: Tensor | None, batch: int, q: int, slots: int) -> Seen | Non
             )
         visible = mask[:, 0, -1].expand(batch, slots)
         counts = visible.sum(1).tolist()
-        note = (batch, q, slots), None if min(counts) == slots else Seen(visible, counts)
+        seen = None if min(counts) == slots else Seen(visible, counts, not bool(visible[:, -q:].all()))
+        note = (batch, q, slots), seen
         setattr(mask, _NOTE, note)
     found: Seen | None = note[1]
     return found
