@@ -28,7 +28,8 @@ from .training import METHODS, train_index
 
 BASELINES = ("topk_group", "ivf", "recent")
 NAMES = {
-    "saap_index": "this index",
+    "two_tower": "this index, own lists",
+    "saap_index": "this index, shared",
     "published": "SAAP as published",
     "ivf": "plain IVF, per prompt",
     "recent": "recent window",

@@ -9,7 +9,8 @@ from ..errors import MissingDependencyError
 from .evaluate import Table, pooled
 
 STYLES = {
-    "saap_index": ("#d1495b", "o", "-"),
+    "two_tower": ("#d1495b", "o", "-"),
+    "saap_index": ("#e59500", "D", "-"),
     "published": ("#8d5a97", "s", "-"),
     "ivf": ("#30638e", "^", "-"),
     "recent": ("#888888", "v", "--"),
