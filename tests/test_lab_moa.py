@@ -125,6 +125,20 @@ def test_plans_keep_their_bounds_and_are_hardly_beaten(seed: int, target: float,
     assert best - 1e-5 <= float(losses.gather(2, found[:, :, None]).sum()) <= best + worst_layer + 1e-5
 
 
+@pytest.mark.parametrize("heads", range(1, 12))
+def test_the_density_of_the_sparsest_rule(heads: int) -> None:
+    """The mean of some numbers 0.1 rounds to more than 0.1: no price is too high for that."""
+    losses = torch.tensor([1.0, 0.0]).expand(1, heads, 2)
+    assert not spread_rules(losses, torch.tensor([0.1, 1.0], dtype=torch.float64), 0.1, None).any()
+
+
+def test_heads_that_change_at_one_price() -> None:
+    """All layers alike: the price that moves one moves all of them, and yet half of them may be dense."""
+    losses = torch.tensor([1.0, 0.0]).expand(6, 2, 2)
+    found = spread_rules(losses, torch.tensor([0.0, 1.0]), 0.5)
+    assert found.sum() == 6 and (found[:, 0] == found[:, 1]).all()
+
+
 def test_a_models_plan(model, tokens) -> None:
     rules = usable_rules([512], alphas=[0.0, 64.0], betas=[0.25, 0.5, 0.75])
     long = (tokens * 13)[:512]

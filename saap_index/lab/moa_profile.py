@@ -150,20 +150,30 @@ def spread_rules(losses: Tensor, densities: Tensor, density: float, distinct: in
         two = torch.stack([pairs // len(densities), pairs % len(densities)], -1)[:, None].expand(*cost.shape[:2], 2)
         return two.gather(2, cost.gather(2, two).argmin(-1, keepdim=True))[:, :, 0]
 
-    return _cheapest(choose, lambda rules: float(densities[rules].mean()), density)
+    return _cheapest(choose, densities, density)
 
 
-def _cheapest(choose: Callable[[float], Tensor], mean: Callable[[Tensor], float], density: float) -> Tensor:
-    """The choice at the lowest price whose mean density is within the bound."""
-    if mean(choose(0.0)) <= density:
+def _cheapest(choose: Callable[[float], Tensor], densities: Tensor, density: float) -> Tensor:
+    """The choice at the lowest price whose mean density is within the bound, and denser layers as far as there is room."""
+
+    def too_dense(rules: Tensor) -> bool:
+        # the mean of equal numbers may round to more than they are: without the margin no price would ever be high enough
+        return float(densities[rules].mean()) > density * (1 + 1e-9)
+
+    if not too_dense(choose(0.0)):
         return choose(0.0)
     low, high = 0.0, 1.0
-    while mean(choose(high)) > density:
+    while too_dense(choose(high)):
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if mean(choose(middle)) > density else (low, middle)
-    return choose(high)
+        low, high = (middle, high) if too_dense(choose(middle)) else (low, middle)
+    found, denser = choose(high).clone(), choose(low)
+    for layer in range(len(found)):  # at one and the same price many may change at once
+        changed = found.clone()
+        changed[layer] = denser[layer]
+        found = found if too_dense(changed) else changed
+    return found
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,35 +91,3 @@ class _SpanState(State):
         chosen = (at < self.sinks) | (at >= cache.length - (self.spans[:, :, None] - self.sinks))
         read = float(chosen.any(1).sum()) / layer.heads  # spans are nested: the union is the longest
         return Attended(attend_over(cache, queries, chosen), read, read * layer.heads * layer.token_bytes, chosen=chosen)
-
-
-def spread_spans(
-    losses: Sequence[Mapping[tuple[float, float], float]], densities: Mapping[tuple[float, float], float], density: float
-) -> list[tuple[float, float]]:
-    """One rule (alpha, beta) per head so that the summed loss is small and the mean density at most ``density``.
-
-    losses : per head, the loss of each rule; densities : of each rule. By bisection of the price of density (Lagrange), which is
-    within one head's choice of the optimum of the integer programme.
-
-    Raises ParameterError if even the sparsest rule is too dense.
-    """
-    if min(densities.values()) > density:
-        raise ParameterError(
-            f"density: expected at least that of the sparsest rule, {min(densities.values()):.3g}, got {density}"
-        )
-
-    def choose(price: float) -> list[tuple[float, float]]:
-        return [min(densities, key=lambda r: (loss[r] + price * densities[r], densities[r])) for loss in losses]
-
-    def mean(rules: Sequence[tuple[float, float]]) -> float:
-        return sum(densities[r] for r in rules) / max(1, len(rules))
-
-    low, high = 0.0, 1.0
-    if mean(choose(0.0)) <= density:
-        return choose(0.0)
-    while mean(choose(high)) > density:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mean(choose(middle)) > density else (low, middle)
-    return choose(high)
