@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saap_index.demo import baselines, capture, measures, texts
+from saap_index.demo import capture, texts
 from saap_index.errors import FormatError, LengthError, ParameterError, ShapeError
+from saap_index.lab import measures, selections
 
 CHARS_PER_TOKEN = 4.5
 """More than the standard library's texts have on average, so enough characters are surely enough tokens."""
@@ -127,47 +128,47 @@ def queries() -> Tensor:
     return 2 * torch.randn(HEADS * GROUP, DIMS, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", baselines.SELECTIONS)
+@pytest.mark.parametrize("name", selections.SELECTIONS)
 @pytest.mark.parametrize("budget", [0, 1, 37, 418, 419, 10_000])
 def test_selections_take_exactly_the_budget(name: str, budget: int, keys: Tensor, queries: Tensor) -> None:
-    chosen = baselines.selector(name, keys)(queries, POSITION, budget)
-    first, last = baselines.candidates(POSITION)
+    chosen = selections.selector(name, keys)(queries, POSITION, budget)
+    first, last = selections.candidates(POSITION)
     assert (first, last) == (4, 423)
     assert chosen.shape == (HEADS, TOKENS) and chosen.dtype == torch.bool
     assert chosen.sum(1).tolist() == [min(budget, last - first)] * HEADS
     assert not chosen[:, :first].any() and not chosen[:, last:].any()
 
 
-@pytest.mark.parametrize("name", baselines.SELECTIONS)
+@pytest.mark.parametrize("name", selections.SELECTIONS)
 @pytest.mark.parametrize("position", [0, 3, 127, 131, 132])
 def test_selections_of_short_contexts(name: str, position: int, keys: Tensor, queries: Tensor) -> None:
-    chosen = baselines.selector(name, keys)(queries, position, 50)
+    chosen = selections.selector(name, keys)(queries, position, 50)
     assert chosen.sum(1).tolist() == [max(position + 1 - 128 - 4, 0)] * HEADS
 
 
-@pytest.mark.parametrize("name", baselines.SELECTIONS)
+@pytest.mark.parametrize("name", selections.SELECTIONS)
 def test_selections_repeat_and_see_nothing_of_later_tokens(name: str, keys: Tensor, queries: Tensor) -> None:
-    chosen = baselines.SELECTIONS[name](keys, queries, POSITION, 37)
-    assert torch.equal(chosen, baselines.SELECTIONS[name](keys, queries, POSITION, 37))
+    chosen = selections.SELECTIONS[name](keys, queries, POSITION, 37)
+    assert torch.equal(chosen, selections.SELECTIONS[name](keys, queries, POSITION, 37))
     if name != "ivf":  # whose lists are made from the whole sequence
         changed = keys.clone()
         changed[:, POSITION + 1 :] = 100
-        assert torch.equal(chosen, baselines.SELECTIONS[name](changed, queries, POSITION, 37))
+        assert torch.equal(chosen, selections.SELECTIONS[name](changed, queries, POSITION, 37))
 
 
 def test_recent_is_a_longer_window(keys: Tensor, queries: Tensor) -> None:
-    chosen = baselines.recent(keys, queries, POSITION, 37)
+    chosen = selections.recent(keys, queries, POSITION, 37)
     assert chosen[0].nonzero().flatten().tolist() == list(range(423 - 37, 423))
 
 
 def test_random_differs_between_heads_and_positions(keys: Tensor, queries: Tensor) -> None:
-    chosen = baselines.uniform(keys, queries, POSITION, 37)
+    chosen = selections.uniform(keys, queries, POSITION, 37)
     assert not torch.equal(chosen[0], chosen[1])
-    assert not torch.equal(chosen, baselines.uniform(keys, queries, POSITION, 37, seed=1))
+    assert not torch.equal(chosen, selections.uniform(keys, queries, POSITION, 37, seed=1))
 
 
 def test_topk_group_takes_the_largest_mean_probabilities(keys: Tensor, queries: Tensor) -> None:
-    chosen = baselines.topk_group(keys, queries, POSITION, 37)
+    chosen = selections.topk_group(keys, queries, POSITION, 37)
     for head in range(HEADS):
         logits = queries[head * GROUP : (head + 1) * GROUP] @ keys[head, : POSITION + 1].T / DIMS**0.5
         mean = logits.softmax(-1).mean(0)
@@ -176,7 +177,7 @@ def test_topk_group_takes_the_largest_mean_probabilities(keys: Tensor, queries: 
 
 
 def test_quest_takes_pages_by_their_bound_and_cuts_the_last(keys: Tensor, queries: Tensor) -> None:
-    chosen = baselines.quest(keys, queries, POSITION, 16 * 2 + 5)
+    chosen = selections.quest(keys, queries, POSITION, 16 * 2 + 5)
     for head in range(HEADS):
         bounds = []
         for start in range(4, 423, 16):
@@ -193,11 +194,11 @@ def test_quest_takes_pages_by_their_bound_and_cuts_the_last(keys: Tensor, querie
 
 
 def test_ivf_takes_lists_by_their_centroid_and_cuts_the_last(keys: Tensor, queries: Tensor) -> None:
-    lists = baselines.cluster(keys, lists=8)
+    lists = selections.cluster(keys, lists=8)
     centroids, assignment = lists
     assert centroids.shape == (HEADS, 8, DIMS) and assignment.shape == (HEADS, TOKENS)
     assert torch.equal(assignment, torch.cdist(keys, centroids).argmin(-1))
-    chosen = baselines.ivf(keys, queries, POSITION, 100, lists=lists)
+    chosen = selections.ivf(keys, queries, POSITION, 100, lists=lists)
     for head in range(HEADS):
         scores = queries[head * GROUP : (head + 1) * GROUP].mean(0) @ centroids[head].T
         wanted: list[int] = []
@@ -209,17 +210,17 @@ def test_ivf_takes_lists_by_their_centroid_and_cuts_the_last(keys: Tensor, queri
 
 def test_selections_refuse_wrong_arguments(keys: Tensor, queries: Tensor) -> None:
     with pytest.raises(ShapeError, match="keys"):
-        baselines.recent(keys[0], queries, POSITION, 1)
+        selections.recent(keys[0], queries, POSITION, 1)
     with pytest.raises(ShapeError, match="queries"):
-        baselines.recent(keys, queries[:5], POSITION, 1)
+        selections.recent(keys, queries[:5], POSITION, 1)
     with pytest.raises(LengthError, match="position"):
-        baselines.recent(keys, queries, TOKENS, 1)
+        selections.recent(keys, queries, TOKENS, 1)
     with pytest.raises(ParameterError, match="budget"):
-        baselines.recent(keys, queries, POSITION, -1)
+        selections.recent(keys, queries, POSITION, -1)
     with pytest.raises(ParameterError, match="page_tokens"):
-        baselines.quest(keys, queries, POSITION, 1, page_tokens=0)
+        selections.quest(keys, queries, POSITION, 1, page_tokens=0)
     with pytest.raises(ParameterError, match="name"):
-        baselines.selector("best", keys)
+        selections.selector("best", keys)
 
 
 def test_measures_against_a_direct_computation(keys: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 The protocol: queries near the end of an unseen sequence; sinks and the newest `WINDOW` tokens are read by everyone; a budget,
 a share of the other tokens, is spent by each method, once per KV head. What the index reads of its recent tokens beyond the
-window counts against its budget. Axes as in measures.py.
+window counts against its budget. Axes as in lab/measures.py.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..index import AsymmetricIndex
+from ..lab.measures import Exact, exact_attention, measure, output_error
+from ..lab.selections import SINKS, WINDOW, Selector, selector
 from ..params import SearchParametersIVF
-from .baselines import SINKS, WINDOW, Selector, selector
 from .capture import Capture
-from .measures import Exact, exact_attention, measure, output_error
 
 
 @dataclass
@@ -59,7 +59,7 @@ def evaluate(
     """Measure every index and baseline on every sequence, layer and share.
 
     indexes : by method and layer, trained, of batch 1; their tokens are replaced. An index whose default budget is ``nprobe``
-    visits whole lists in the router's order up to the budget: SAAP as published. baselines : names of `baselines.SELECTIONS`.
+    visits whole lists in the router's order up to the budget: SAAP as published. baselines : names of `selections.SELECTIONS`.
     step : called with a line of text after each sequence.
     """
     table: Table = {}

@@ -18,13 +18,13 @@ import torch
 
 from ..demo import model as demo_model
 from ..demo import texts
-from ..demo.measures import exact_attention
 from ..errors import ParameterError, SaapError
 from ..pipeline import models
 from ..pipeline.texts import read_texts, take
 from ..rope import Rope
 from . import evaluate, linear, moa_profile, needles, page, report
 from .evaluate import Records, Settings
+from .measures import exact_attention
 from .replace import Prompt, read_prompt
 from .roster import KINDS, Build, Roster
 

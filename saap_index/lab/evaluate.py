@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from ..demo.measures import exact_attention
 from ..rope import Rope
 from . import quality
+from .measures import exact_attention
 from .method import Method
 from .needles import Needle
 from .replace import Prompt, decode, generate, read_prompt, start

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..demo.measures import Exact, exact_attention
 from ..errors import ShapeError
+from .measures import Exact, exact_attention
 from .method import Layer, Method
 from .replace import Prompt
 

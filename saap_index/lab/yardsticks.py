@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..demo.baselines import ITERATIONS, LISTS, PAGE_TOKENS, SELECTIONS, cluster
 from ..errors import ParameterError
 from .method import ITEM_BYTES, Attended, Cache, Layer, Method, State, attend_over, budget_tokens
+from .selections import ITERATIONS, LISTS, PAGE_TOKENS, SELECTIONS, cluster
 
 
 class Dense(Method):

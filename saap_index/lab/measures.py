@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LengthError, ShapeError
-from .baselines import SINKS, WINDOW
+from .selections import SINKS, WINDOW
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Other ways to choose which tokens a query reads, at the same budget, to compare the index with.
+"""Other ways to choose which tokens a query reads, at the same budget, to compare an index with.
 
 A query at position p sees the tokens [0, p]. Everyone reads the first `sinks` tokens and the newest `window` tokens (the query's
 own among them); a selection distributes a budget of t tokens over the candidates between the two, once per KV head for all of
