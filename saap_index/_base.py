@@ -38,13 +38,16 @@ class Form:
         return x.cpu().numpy() if self.numpy else x
 
 
+_PLAIN = Form(False, False)
+
+
 class IndexBase:
     """What `AsymmetricIndex` is made with and shows; see there."""
 
     __slots__ = (
-        "__weakref__", "_backend", "_budget_shares", "_calibration", "_defaults", "_key_quantizer", "_last", "_layout", "_lists",
-        "_miss", "_number", "_prepared_quantizer", "_prepared_router", "_query_router", "_token", "_tower", "backend_name", "d",
-        "d_v", "device", "dtype", "nlist", "num_heads", "num_kv_heads", "rope", "scale",
+        "__weakref__", "_accepted", "_asked", "_backend", "_budget_shares", "_calibration", "_defaults", "_key_quantizer",
+        "_last", "_layout", "_lists", "_miss", "_number", "_prepared_quantizer", "_prepared_router", "_query_router", "_token",
+        "_tower", "backend_name", "d", "d_v", "device", "dtype", "nlist", "num_heads", "num_kv_heads", "rope", "scale",
     )  # fmt: skip
 
     def __init__(
@@ -105,6 +108,8 @@ class IndexBase:
         self._query_router: QueryRouter | None = None
         self._calibration: Calibration | None = None
         self._miss: tuple[float, Tensor] | None = None
+        self._asked: tuple[Any, Any, Any] = (None, None, None)  # the last parameters of a call, the defaults then, both as one
+        self._accepted: tuple[Any, ...] = ()  # what the last queries that passed the checks were
         self._tower: TwoTower | None = None
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
@@ -341,12 +346,20 @@ class IndexBase:
 
     def _queries(self, queries: Any, any_number: bool = False) -> tuple[Tensor, Form]:
         """Checked queries by KV head, (b, h, g, q, d), and the form of the results."""
-        form = Form(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
         batch = self._lists.batch if self._lists is not None else None
-        x = self._input(queries, "queries", "b hq q d", (batch, self.num_heads, None, self.d), checks.STORAGE_DTYPES)
+        plain = isinstance(queries, Tensor) and queries.ndim == 4
+        kind: tuple[Any, ...] = ()
+        if plain:
+            kind = queries.shape, queries.stride(), queries.dtype, queries.device, batch, any_number
+        if plain and kind == self._accepted:  # a decode step is like the last: checking it again costs as much as choosing lists
+            x, form = queries.detach(), _PLAIN
+        else:
+            form = _PLAIN if plain else Form(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
+            x = self._input(queries, "queries", "b hq q d", (batch, self.num_heads, None, self.d), checks.STORAGE_DTYPES)
         b, hq, q, d = x.shape
         if not any_number and not 1 <= q <= MAX_QUERY_TOKENS:
             raise ShapeError(f"queries: expected 1 to {MAX_QUERY_TOKENS} queries per sequence, got {q}")
+        self._accepted = kind
         return x.reshape(b, self.num_kv_heads, hq // self.num_kv_heads, q, d).contiguous(), form
 
     def _list_nos(self, list_nos: Any, axes: str, shape: Sequence[int | None], least: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,23 +52,50 @@ def select(
 
     shares : float32 (h,), factors of the budget, or None for 1 each; miss : float32 (h,), see `Budget`, or None.
     """
-    batch = range(lists.batch)
-    sinks, sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
-    sizes = [high - low for low, high in zip(sinks, sealed, strict=True)]
-    budgets = params.budgets(sizes, lists.heads, shares)
-    if everything_fits(params, router, sizes, budgets, miss):
+    plan = _plan(lists, router, params, shares, miss)
+    if plan.budget is None:
         return everything(lists)
     z, a = backend.route(prepared, queries, rotation)
-    num_segments = [len(s) for s in lists.segments]
-    distances = np.ones((lists.batch, lists.tables.shape[2]))
-    for i in batch:
-        distances[i, : num_segments[i]] = lists.next_position(i) - 1 - lists.centres(i)
-    knots = torch.from_numpy(router.knots(distances)).to(z.device)
-    budget = spend(lists, router, params, budgets, miss)
-    found = backend.probe(z, a, knots, lists.tables, num_segments, budget, router.count_lists)
-    lengths = list(lists.lengths)
-    selection = Selection(found.rows, found.counts, sinks, sealed, lengths, found.tail, found.tail_counts)
-    return widen(lists, selection, params)
+    for i, count in enumerate(plan.num_segments):
+        np.subtract(lists.next_position(i) - 1, lists.centres(i), out=plan.distances[i, :count])
+    router.knots(plan.distances, out=plan.knots.numpy())
+    knots = plan.knots if z.is_cpu else plan.knots.to(z.device)
+    found = backend.probe(z, a, knots, lists.tables, plan.num_segments, plan.budget, router.count_lists)
+    spans = plan.sinks, plan.sealed, list(lists.lengths)
+    return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts), params)
+
+
+class _Plan:
+    """What a selection needs of segments and parameters: the same from step to step, until tokens are sealed."""
+
+    __slots__ = ("budget", "distances", "key", "knots", "num_segments", "sealed", "sinks")
+
+    def __init__(
+        self, key: tuple[Any, ...], lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF,
+        shares: np.ndarray | None, miss: Tensor | None,
+    ) -> None:  # fmt: skip
+        batch = range(lists.batch)
+        self.key = key  # holds the objects, so that no other takes the place of one that is gone
+        self.sinks, self.sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
+        self.num_segments = [len(s) for s in lists.segments]
+        self.distances = np.ones((lists.batch, lists.tables.shape[2]))  # beyond a sequence's segments any number will do
+        self.knots = torch.empty(self.distances.shape, dtype=torch.float32)
+        sizes = [high - low for low, high in zip(self.sinks, self.sealed, strict=True)]
+        budgets = params.budgets(sizes, lists.heads, shares)
+        fits = everything_fits(params, router, sizes, budgets, miss)
+        self.budget = None if fits else spend(lists, router, params, budgets, miss)
+
+
+def _plan(
+    lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, shares: np.ndarray | None,
+    miss: Tensor | None,
+) -> _Plan:  # fmt: skip
+    """The plan of the last call, kept with the lists, where it still holds."""
+    key = params, router, shares, miss, lists.tables, lists.layout, *lists.segments
+    plan: _Plan | None = lists.plan
+    if plan is None or len(plan.key) != len(key) or not all(map(operator.is_, plan.key, key)):
+        lists.plan = plan = _Plan(key, lists, router, params, shares, miss)
+    return plan
 
 
 def everything_fits(

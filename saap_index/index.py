@@ -331,7 +331,13 @@ class AsymmetricIndex(IndexDecode):
             raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
         if params is not None and not isinstance(params, SearchParametersIVF):
             raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
-        return self._defaults if params is None else self._checked(params.over(self._defaults))
+        if params is None:
+            return self._defaults
+        asked, defaults, found = self._asked
+        if asked is not params or defaults is not self._defaults:
+            found = self._checked(params.over(self._defaults))
+            self._asked = params, self._defaults, found
+        return found
 
     def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:
         self._last = selection

@@ -267,6 +267,10 @@ class Rope:
             >>> rope.rotation(range(2, 4)).cos.shape
             torch.Size([2, 2])
         """
+        asked = (positions, seq_len, device) if isinstance(positions, range) else None
+        last = self._memo.get("asked")
+        if asked is not None and last is not None and last[0] == asked:  # the other layers of a decode step
+            return last[1]
         length = self._length_of_rotation(seq_len)
         place = _place(positions, device)
         content = _content(positions)
@@ -286,6 +290,8 @@ class Rope:
         result = Rotation(cos, sin, self.interleaved, 1.0 / self.attention_scale)
         if key is not None:
             self._memo["rotation"] = key, result
+            if asked is not None:
+                self._memo["asked"] = asked, result
         return result
 
     # -- applying ------------------------------------------------------------------------------------------------------

@@ -58,11 +58,17 @@ class QueryRouter:
         """Whether there is an output for the share of the attention outside sinks and window."""
         return self.count_lists and int(self.weights.bias_out.shape[1]) > self.nlist
 
-    def knots(self, distances: np.ndarray) -> np.ndarray:
-        """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends."""
-        place = np.log2(np.maximum(distances, 1.0)) - self.first_knot
-        knots: np.ndarray = np.minimum(np.maximum(place, 0.0), max(0, self.num_knots - 1))  # np.clip costs four times this
-        return knots.astype(np.float32)
+    def knots(self, distances: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends. Of the shape of distances.
+
+        out : float32, where to put them; distances : float64 is then scratch.
+        """
+        place = np.maximum(distances, 1.0, out=None if out is None else distances)
+        np.log2(place, out=place)
+        np.subtract(place, self.first_knot, out=place)
+        np.maximum(place, 0.0, out=place)  # np.clip costs four times this
+        knots: np.ndarray = np.empty(place.shape, np.float32) if out is None else out
+        return np.minimum(place, max(0, self.num_knots - 1), out=knots, casting="same_kind")
 
     def to(self, device: torch.device | str) -> QueryRouter:
         w = self.weights
