@@ -39,6 +39,10 @@ def tokens():
     return torch.randint(0, 50, (N,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
+def by_layer(model, tokens) -> dict[int, moa_profile.Saved]:
+    return {saved.layer.number: saved for saved in moa_profile.gradients(model, tokens)}
+
+
 def loss_with(model, tokens, layer: int, head: int, row: int, column: int, amount: float) -> float:
     """The loss when the attention output of one row of one head is moved by ``amount`` towards that without one entry."""
 
@@ -62,7 +66,7 @@ def loss_with(model, tokens, layer: int, head: int, row: int, column: int, amoun
 
 @pytest.mark.parametrize("layer, head, row, column", [(0, 0, 9, 3), (0, 3, 39, 39), (1, 1, 20, 0), (1, 2, 0, 0), (0, 2, 1, 1)])
 def test_influence_is_what_masking_an_entry_changes(model, tokens, layer, head, row, column) -> None:
-    saved = moa_profile.gradients(model, tokens)[layer]
+    saved = by_layer(model, tokens)[layer]
     found = float(entry_influence(saved, row, row + 1).flatten(0, 1)[head, 0, column])
     step = 1e-4
     up, down = (loss_with(model, tokens, layer, head, row, column, x) for x in (step, -step))
@@ -72,21 +76,41 @@ def test_influence_is_what_masking_an_entry_changes(model, tokens, layer, head, 
 
 
 def test_gradients_leave_the_model_alone_and_frozen_weights_serve(model, tokens) -> None:
-    want = moa_profile.gradients(model, tokens)
-    assert all(p.grad is None for p in model.parameters())
+    want = by_layer(model, tokens)
+    assert list(want) == [1, 0] and all(p.grad is None for p in model.parameters())
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers) and torch.is_grad_enabled()
     model.requires_grad_(False)
-    found = moa_profile.gradients(model, tokens)
+    found = by_layer(model, tokens)
     model.requires_grad_(True)
-    for a, b in zip(found, want, strict=True):
+    for a, b in zip(found.values(), want.values(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     with pytest.raises(LengthError, match="first"):
         moa_profile.gradients(model, tokens, N - 1)
 
 
+def test_layer_by_layer_equals_one_pass_back(model, tokens) -> None:
+    """dL/dO and what it belongs to, against autograd over the whole model at once."""
+    seen: dict[int, torch.Tensor] = {}
+
+    def attend(module, query, key, value, mask, options):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        seen[module.layer_idx] = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        return seen[module.layer_idx]
+
+    ids = torch.tensor([tokens])
+    with replace._serving(model, attend):
+        loss = functional.cross_entropy(model(ids).logits[0, 8:-1], ids[0, 9:])
+    want = torch.autograd.grad(loss, [seen[0], seen[1]])
+    for saved in moa_profile.gradients(model, tokens, 8):
+        found = saved.grad.flatten(0, 1).transpose(0, 1)[None]
+        torch.testing.assert_close(found, want[saved.layer.number], rtol=1e-6, atol=1e-12)
+
+
 @settings(max_examples=10, deadline=None)
 @given(block=st.integers(1, 50))
 def test_blocks_are_sums_of_entries(model, tokens, block: int) -> None:
-    saved = moa_profile.gradients(model, tokens)[0]
+    saved = by_layer(model, tokens)[0]
     entries = entry_influence(saved, 0, N).abs().flatten(0, 1)
     found = influence(saved, block)
     blocks = -(-N // block)

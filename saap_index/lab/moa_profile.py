@@ -12,7 +12,7 @@ Axes: h KV heads, g query heads per KV head, n tokens, d key dim, e value dim, b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import LengthError, ParameterError
+from ..hf import support
 from .method import Layer
 from .replace import _layer, _serving
 from .spans import SpanPlan
@@ -43,50 +44,112 @@ class Saved:
     grad: Tensor
 
 
-def gradients(model: Any, tokens: Sequence[int], first: int = 0) -> list[Saved]:
-    """The loss is the mean cross-entropy of the tokens after ``first`` (the paper: of an answer, not of what it is about).
+def gradients(model: Any, tokens: Sequence[int], first: int = 0) -> Iterator[Saved]:
+    """Every attention layer, the last one first. The loss is the mean cross-entropy of the tokens after ``first`` (the paper: of
+    an answer, not of what it is about).
 
-    The model's own gradients are left as they are. Raises LengthError unless a token follows ``first``.
+    Memory: the hidden states between the layers and the activations of one layer, which is computed a second time on the way
+    back. The model's own gradients are left as they are. Raises LengthError unless a token follows ``first``, CompatibilityError
+    for a model whose decoder layers are not known.
     """
     if not 0 <= first < len(tokens) - 1:
         raise LengthError(f"first: expected 0 <= first < {len(tokens) - 1}, got {first}")
-    rows: list[tuple[Layer, Tensor, Tensor, Tensor]] = []
-    outs: list[Tensor] = []
+    calls, top, hidden = _forward(model, torch.tensor([list(tokens)], device=model.device))
+    return _backward(model, calls, _loss_gradient(model, top, hidden, tokens, first))
+
+
+_Call = tuple[Any, Tensor, tuple[Any, ...], dict[str, Any]]
+"""A decoder layer, its hidden state (1, n, width), and what else it was called with."""
+
+
+def _forward(model: Any, ids: Tensor) -> tuple[list[_Call], Tensor, Tensor]:
+    """The calls of the decoder layers; the last one's output, a leaf of the graph; what the model makes of it for its head."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    decoder = support.decoder_of(model)
+    layers = support.attention_layers(decoder)
+    calls: list[_Call] = []
+    top: list[Tensor] = []
+
+    def enter(module: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        rest = dict(options)
+        hidden = given[0] if given else rest.pop("hidden_states")
+        calls.append((module, hidden, given[1:], rest))
+
+    def leave(module: Any, given: Any, out: Any) -> Any:
+        top.append(_hidden(out).detach().requires_grad_())
+        torch.set_grad_enabled(True)  # the layers run without a graph, the little that follows them does not
+        return top[0] if isinstance(out, Tensor) else (top[0], *out[1:])
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+        found: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        return found
+
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(leave))
+    try:
+        with torch.no_grad(), _serving(model, attend):
+            hidden: Tensor = decoder(ids, use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls, top[0], hidden
+
+
+def _loss_gradient(model: Any, top: Tensor, hidden: Tensor, tokens: Sequence[int], first: int) -> Tensor:
+    """dL / d top, the logits a few rows at a time: a vocabulary is wide."""
+    above = torch.zeros_like(hidden)
+    targets = torch.tensor(list(tokens[first + 1 :]), device=hidden.device)
+    for rows in torch.arange(len(targets)).split(_ROWS):
+        part = hidden[0, rows + first].detach().requires_grad_()
+        with torch.enable_grad():
+            loss = functional.cross_entropy(model.lm_head(part), targets[rows], reduction="sum") / len(targets)
+        (above[0, rows + first],) = torch.autograd.grad(loss, part)
+    (found,) = torch.autograd.grad(hidden, top, above)
+    return found
+
+
+def _backward(model: Any, calls: list[_Call], grad: Tensor) -> Iterator[Saved]:
+    rows: list[tuple[Layer, Tensor, Tensor, Tensor, Tensor]] = []
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         layer = _layer(module, query, key, value, options, None)
-        grouped = query[0].detach().unflatten(0, (layer.heads, layer.group))
-        rows.append((layer, grouped, key[0].detach(), value[0].detach()))
         out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-        if not out.requires_grad:  # a model whose weights are frozen
-            out.requires_grad_()
-        outs.append(out)
+        grouped = query[0].detach().unflatten(0, (layer.heads, layer.group))
+        rows.append((layer, grouped, key[0].detach(), value[0].detach(), out))
         return out
 
-    ids = torch.tensor([list(tokens)], device=model.device)
-    with torch.enable_grad(), _serving(model, attend):
-        hidden = model.base_model(ids, use_cache=False).last_hidden_state[0, first:-1]
-        loss = functional.cross_entropy(model.lm_head(hidden), ids[0, first + 1 :])
-        grads = torch.autograd.grad(loss, outs)  # (1, n, hq, e) each
-    by_head = [g[0].transpose(0, 1).unflatten(0, (row[0].heads, row[0].group)) for g, row in zip(grads, rows, strict=True)]
-    return [Saved(*row, grad) for row, grad in zip(rows, by_head, strict=True)]
+    while calls:
+        module, below, given, options = calls.pop()
+        below = below.detach().requires_grad_()
+        with torch.enable_grad(), _serving(model, attend):
+            above = _hidden(module(below, *given, **options))
+        layer, queries, keys, values, out = rows.pop()
+        grad, outer = torch.autograd.grad(above, (below, out), grad)
+        del above, out
+        yield Saved(layer, queries, keys, values, outer[0].transpose(0, 1).unflatten(0, (layer.heads, layer.group)))
+
+
+def _hidden(out: Any) -> Tensor:
+    found: Tensor = out if isinstance(out, Tensor) else out[0]
+    return found
 
 
 def entry_influence(saved: Saved, first: int, stop: int) -> Tensor:
-    """E of query rows [first, stop) of every head: (h, g, rows, n), signed, 0 for what a row does not see.
+    """E of query rows [first, stop) of every head: (h, g, rows, stop), signed, 0 for what a row does not see.
 
     A row with a single entry has nothing to renormalise over: its output becomes 0.
     """
-    n, lengths = saved.keys.shape[1], torch.arange(first, stop)[:, None]
-    seen = torch.arange(n) <= lengths
-    logits = saved.queries[:, :, first:stop] @ saved.keys[:, None].mT * saved.layer.scale
-    a = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-    g = saved.grad[:, :, first:stop] @ saved.values[:, None].mT
+    lengths = torch.arange(first, stop)[:, None]
+    seen = torch.arange(stop) <= lengths
+    logits = saved.queries[:, :, first:stop] @ saved.keys[:, None, :stop].mT * saved.layer.scale
+    a = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
+    g = saved.grad[:, :, first:stop] @ saved.values[:, None, :stop].mT
     mean = (g * a).sum(-1, keepdim=True)
     tiny = torch.finfo(a.dtype).eps
-    e = torch.where(lengths == 0, -g * a, a / (1 - a).clamp(min=tiny) * (mean - g))
+    e = torch.where(lengths == 0, -g * a, a / (1 - a).clamp_(min=tiny) * (mean - g))
     return e * seen
 
 
@@ -98,7 +161,7 @@ def influence(saved: Saved, block: int = 64) -> Tensor:
     found = []
     for first in range(0, n, rows_at_once):
         e = entry_influence(saved, first, min(n, first + rows_at_once)).abs().flatten(0, 1)
-        e = functional.pad(e, (0, blocks * block - n, 0, -e.shape[1] % block))
+        e = functional.pad(e, (0, blocks * block - e.shape[2], 0, -e.shape[1] % block))
         found.append(e.unflatten(1, (-1, block)).unflatten(3, (-1, block)).sum((2, 4)))
     return torch.cat(found, 1)
 
@@ -208,19 +271,19 @@ def profile(
 ) -> Profile:  # fmt: skip
     """Profile a model over calibration sequences (token numbers); the loss is that of the tokens after ``first`` of each.
 
-    Memory: the activations of one sequence, and one layer's attention, a few rows at a time.
+    Memory: see `gradients`, and one layer's attention, a few rows at a time: 2 GB at 8192 tokens of a model of 135M weights.
     """
     lengths = sorted({len(tokens) for tokens in sequences})
     rules = list(rules) or usable_rules(lengths)
     if not lengths or not rules:
         raise ParameterError(f"sequences, rules: expected some of both, got {len(sequences)} and {len(rules)}")
-    total: Tensor | None = None
-    group = 1
+    depth, group = len(support.attention_layers(support.decoder_of(model))), 1
+    total: list[Tensor | None] = [None] * depth
     for number, tokens in enumerate(sequences):
-        saved = gradients(model, tokens, first)
-        group = saved[0].layer.group
-        losses = torch.stack([rule_losses(influence(s), rules, len(tokens)) for s in saved])
-        total = losses if total is None else total + losses
+        for saved in gradients(model, tokens, first):
+            group, layer = saved.layer.group, saved.layer.number
+            found, before = rule_losses(influence(saved), rules, len(tokens)), total[layer]
+            total[layer] = found if before is None else before + found
         progress(f"moa: profiled {number + 1} of {len(sequences)} sequences")
-    assert total is not None
-    return Profile(tuple(rules), tuple(lengths), total.float().cpu(), group)
+    losses = torch.stack([x for x in total if x is not None])
+    return Profile(tuple(rules), tuple(lengths), losses.float().cpu(), group)
