@@ -62,35 +62,32 @@ def threshold(z: Tensor, k: int) -> Tensor:
 class SparseK(Method):
     """share : of the tokens outside sinks and window kept when decoding starts; the number stays from there on.
 
-    gate : whether p multiplies a kept token's key and value, as published. steps, rate : of the scorer's training (Adam).
+    gate : whether p multiplies a kept token's key and value, as published. ridge : of the scorer's fit.
     """
 
     kind = "eviction"
 
     def __init__(
-        self, share: float, gate: bool = True, steps: int = 200, rate: float = 0.02, sinks: int = 4, window: int = 128,
-        name: str = "sparsek",
-    ) -> None:  # fmt: skip
-        self.name, self.share, self.gate, self.steps, self.rate = name, share, gate, steps, rate
+        self, share: float, gate: bool = True, ridge: float = 1e-3, sinks: int = 4, window: int = 128, name: str = "sparsek"
+    ) -> None:
+        self.name, self.share, self.gate, self.ridge = name, share, gate, ridge
         self.sinks, self.window = sinks, window
         self.scorers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def calibrate(self, layer: Layer, keys: Sequence[Tensor], values: Sequence[Tensor], queries: Sequence[Tensor]) -> None:
-        """Fit the scorer so that the log of p follows the log attention that a token gets from the later training queries."""
-        features = torch.cat([_features(k, v) for k, v in zip(keys, values, strict=True)], 1)
-        received = torch.cat([_received(layer, k, q) for k, q in zip(keys, queries, strict=True)], 1)
-        mean, deviation = features.mean(1, keepdim=True), features.std(1, keepdim=True).clamp(min=1e-6)
-        standard = (features - mean) / deviation
-        weights = torch.zeros((layer.heads, features.shape[2]), requires_grad=True)
-        bias = torch.zeros((layer.heads, 1), requires_grad=True)
-        optimizer = torch.optim.Adam([weights, bias], lr=self.rate)
-        target = (received + 1e-9).log()
-        for _ in range(self.steps):
-            loss = (torch.einsum("hnf,hf->hn", standard, weights) + bias - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        self.scorers[layer.number] = weights.detach(), mean, deviation
+        """Fit the scorer so that the log of p follows the log attention that a token gets from the later training queries: least
+        squares, a sequence at a time. weights float32 (h, f), of features less their mean by their deviation."""
+        features = [_features(k, v).double() for k, v in zip(keys, values, strict=True)]
+        targets = [(_received(layer, k, q).double() + 1e-9).log() for k, q in zip(keys, queries, strict=True)]
+        count = sum(x.shape[1] for x in features)
+        mean = torch.stack([x.sum(1, keepdim=True) for x in features]).sum(0) / count
+        aim = torch.stack([y.sum(1, keepdim=True) for y in targets]).sum(0) / count
+        products = torch.stack([(x - mean).mT @ (x - mean) for x in features]).sum(0) / count
+        with_target = torch.stack([((x - mean) * (y - aim)[:, :, None]).sum(1) for x, y in zip(features, targets, strict=True)])
+        deviation = products.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-6)
+        scaled = products / deviation[:, :, None] / deviation[:, None] + self.ridge * torch.eye(deviation.shape[1])
+        weights = torch.linalg.solve(scaled, with_target.sum(0) / count / deviation)
+        self.scorers[layer.number] = weights.float(), mean.float(), deviation[:, None].float()
 
     def start(self, layer: Layer, tokens: int) -> State:
         if layer.number not in self.scorers:
