@@ -20,10 +20,9 @@ import torch
 
 from ..rope import Rope
 from . import quality
-from .measures import exact_attention
 from .method import Method
 from .needles import Needle
-from .replace import Prompt, decode, generate, read_prompt, start
+from .replace import Prompt, decode, generate, read_prompt, start, starting
 
 MethodsAt = Callable[[float], Sequence[Method]]
 """The methods to measure at a share of the tokens."""
@@ -33,7 +32,8 @@ MethodsAt = Callable[[float], Sequence[Method]]
 class Settings:
     """What is measured. shares : of the tokens outside sinks and window; layers : measured one by one, None for all;
     span, step : queries are every ``step``-th of the last ``span`` tokens; decoded : tokens fed one at a time with every layer
-    replaced, 0 for none, at ``decode_shares`` (None: shares)."""
+    replaced, 0 for none, at ``decode_shares`` (None: shares). replaced : layers that are, None for all; the others stay as the
+    model has them. together : yardsticks answer several queries at once, which is faster, and no measure of their time."""
 
     shares: tuple[float, ...] = (0.02, 0.05, 0.1)
     layers: tuple[int, ...] | None = None
@@ -43,6 +43,8 @@ class Settings:
     decode_shares: tuple[float, ...] | None = None
     sinks: int = 4
     window: int = 128
+    replaced: tuple[int, ...] | None = None
+    together: bool = False
 
 
 @dataclass
@@ -97,7 +99,7 @@ def evaluate_text(
         progress(f"{name}: layer {number}")
     for share in shares if last else ():
         for method in methods_at(share):
-            records.once(f"text/{name}/{method.name}/{share}", partial(_text, model, prompt, method, last))
+            records.once(f"text/{name}/{method.name}/{share}", partial(_text, model, prompt, method, settings))
             progress(f"{name}: {method.name} at {share:.1%} in every layer")
     records.flush()
 
@@ -111,33 +113,31 @@ def _layer(prompt: Prompt, name: str, number: int, methods_at: MethodsAt, settin
                 continue
             if exact is None:
                 at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
-                queries = prompt.queries[at].flatten(0, 1)
-                exact = exact_attention(
-                    prompt.keys[at], prompt.values[at], queries, prompt.positions, settings.sinks, settings.window
-                )
-            found = quality.layer_quality(method, prompt, number, settings.sinks, settings.window, exact)
+                exact = quality.exact_layer(prompt, at, settings.sinks, settings.window)
+            found = quality.layer_quality(method, prompt, number, settings.sinks, settings.window, exact, settings.together)
             row = {**asdict(found), "total_per_head": found.total_per_head.tolist(), "kind": method.kind}
             records.once(key, partial(dict, row))
 
 
-def _text(model: Any, prompt: Prompt, method: Method, last: int) -> dict[str, Any]:
-    """The last tokens one at a time, every layer replaced; what the last one predicts is not known and not counted."""
-    tokens = prompt.tokens.tolist()
+def _text(model: Any, prompt: Prompt, method: Method, settings: Settings) -> dict[str, Any]:
+    """The last tokens, every layer replaced; what the last one predicts is not known and not counted."""
+    tokens, last = prompt.tokens.tolist(), settings.decoded
     first = len(tokens) - last
-    states = start(_same(prompt, method), prompt, first, last)
-    began = time.perf_counter()
-    logits, traffic = decode(model, states, tokens[first:], first)
-    seconds = time.perf_counter() - began
+    states = starting(_methods(prompt, method, settings.replaced), prompt, first, last)
+    logits, traffic = decode(model, states, tokens[first:], first, settings.together)
     same = quality.agreement(prompt.logits[:-1], logits[:-1], prompt.tokens[first + 1 :])
     per_layer = {str(layer): tokens_read for layer, tokens_read in traffic.per_layer.items()}  # as JSON gives it back
-    return {**asdict(same), **asdict(traffic), "per_layer": per_layer, "kind": method.kind, "seconds_per_token": seconds / last}
+    row = {**asdict(same), **asdict(traffic), "per_layer": per_layer, "kind": method.kind}
+    row["seconds_per_token"] = row.pop("seconds")
+    return row
 
 
 def evaluate_needle(
     model: Any, tokenizer: Any, rope: Rope | None, name: str, needle: Needle, methods_at: MethodsAt, shares: Iterable[float],
-    records: Records, progress: Callable[[str], None] = lambda line: None,
+    records: Records, progress: Callable[[str], None] = lambda line: None, replaced: tuple[int, ...] | None = None,
 ) -> None:  # fmt: skip
-    """Ask for one needle; key ``needle/<name>/<method>/<share>``, the answer and whether it was right."""
+    """Ask for one needle; key ``needle/<name>/<method>/<share>``, the answer and whether it was right. replaced : as in
+    `Settings`."""
     shares = tuple(shares)
     if all(f"needle/{name}/{m.name}/{s}" in records.rows for s in shares for m in methods_at(s)):
         return
@@ -148,7 +148,7 @@ def evaluate_needle(
         for method in methods_at(share):
 
             def ask(method: Method = method) -> dict[str, Any]:
-                states = start(_same(prompt, method), prompt, len(document), room)
+                states = start(_methods(prompt, method, replaced), prompt, len(document), room)
                 found = tokenizer.decode(generate(model, states, question, len(document), 10))
                 return {"answer": found, "right": needle.answer in found, "tokens": len(document) + len(question)}
 
@@ -157,8 +157,8 @@ def evaluate_needle(
     progress(f"needle {name}")
 
 
-def _same(prompt: Prompt, method: Method) -> Mapping[int, Method]:
-    return {layer.number: method for layer in prompt.layers}
+def _methods(prompt: Prompt, method: Method, replaced: tuple[int, ...] | None) -> Mapping[int, Method]:
+    return {layer.number: method for layer in prompt.layers if replaced is None or layer.number in replaced}
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

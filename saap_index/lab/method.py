@@ -75,6 +75,10 @@ class State(ABC):
     def attend(self, queries: Tensor) -> Attended:
         """Attention of the queries of the newest token, float32 (h, g, d)."""
 
+    def answer(self, queries: Tensor) -> Attended:
+        """`attend` for who does not ask which tokens were read: ``chosen`` may be None."""
+        return self.attend(queries)
+
 
 class Method(ABC):
     """How attention is replaced. ``name`` is what a table says, ``kind`` the group of methods it belongs to; ``observed``, how

@@ -12,6 +12,7 @@ from ..errors import ShapeError
 from .measures import Exact, exact_attention
 from .method import Layer, Method
 from .replace import Prompt
+from .steps import replay
 
 
 @dataclass(frozen=True)
@@ -33,43 +34,49 @@ class LayerQuality:
     shared_bytes: float
 
 
+def exact_layer(prompt: Prompt, at: int, sinks: int = 4, window: int = 128) -> Exact:
+    """Exact attention of the kept queries in layer number ``at`` of those of a prompt."""
+    layer = prompt.layers[at]
+    queries = prompt.queries[at].flatten(0, 1) * (layer.scale * layer.d**0.5)  # the measure divides by the root of d
+    return exact_attention(prompt.keys[at], prompt.values[at], queries, prompt.positions, sinks, window)
+
+
 def layer_quality(
-    method: Method, prompt: Prompt, number: int, sinks: int = 4, window: int = 128, exact: Exact | None = None
-) -> LayerQuality:
-    """Replay the kept queries of one layer of a prompt, each over exactly the tokens before it; exact : if known already."""
+    method: Method, prompt: Prompt, number: int, sinks: int = 4, window: int = 128, exact: Exact | None = None,
+    together: bool = False,
+) -> LayerQuality:  # fmt: skip
+    """Replay the kept queries of one layer of a prompt, each over exactly the tokens before it. What precedes the first of them
+    comes at once, as a prompt does. exact : if known already; together : see `steps.replay`."""
     at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
     layer: Layer = prompt.layers[at]
-    keys, values, queries = prompt.keys[at], prompt.values[at], prompt.queries[at]
-    if exact is None:
-        exact = exact_attention(keys, values, queries.flatten(0, 1), prompt.positions, sinks, window)
-    state = method.start(layer, keys.shape[1])
-    done = 0
+    first, stop = int(prompt.positions[0]), int(prompt.positions[-1]) + 1
+    exact = exact_layer(prompt, at, sinks, window) if exact is None else exact
+    state = method.start(layer, prompt.keys[at].shape[1])
+
+    def show(begin: int, end: int) -> None:
+        """The queries between those that are measured."""
+        prompt.show(state, at, max(first + begin, first + end - method.observed), first + end)
+
+    if first:
+        state.append(prompt.keys[at][:, :first], prompt.values[at][:, :first])
+        prompt.show(state, at, first - method.observed, first)
+    keys, values = prompt.keys[at][:, first:stop], prompt.values[at][:, first:stop]
+    steps = replay(state, keys, values, prompt.queries[at], prompt.positions - first, together, show if method.observed else None)
     captured = outside = 0.0
-    errors, reads = [], []
     total = torch.zeros(layer.heads, dtype=torch.float64)
-    for j, position in enumerate(prompt.positions.tolist()):
-        state.append(keys[:, done : position + 1], values[:, done : position + 1])
-        if method.observed:  # the queries between those that are measured
-            prompt.show(state, at, max(done, position - method.observed), position)
-        done = position + 1
-        step = state.attend(queries[:, :, j])
-        want = exact.output[:, :, j]
-        errors.append(((step.out - want).norm(dim=-1) / want.norm(dim=-1)).mean())
-        mass = exact.probabilities[:, :, j, :done]
-        far = exact.outside[j, :done]
+    for j, (step, done) in enumerate(zip(steps, (prompt.positions + 1).tolist(), strict=True)):
+        mass, far = exact.probabilities[:, :, j, :done], exact.outside[j, :done]
         outside += float(mass[:, :, far].sum())
         if step.chosen is None:
             captured = float("nan")
         else:
-            chosen = step.chosen[:, None] if step.chosen.ndim == 2 else step.chosen
-            captured += float((mass * (chosen & far)).sum())
-            total += (mass * chosen).sum(-1).mean(1)
-        reads.append(torch.tensor([step.tokens, step.kv_bytes, step.other_bytes, step.shared_bytes]))
-    tokens, kv_bytes, other_bytes, shared_bytes = torch.stack(reads).double().mean(0).tolist()
-    steps = len(prompt.positions)
-    return LayerQuality(
-        captured, outside, float(torch.stack(errors).mean()), total / steps, tokens, kv_bytes, other_bytes, shared_bytes
-    )
+            read = mass * (step.chosen[:, None] if step.chosen.ndim == 2 else step.chosen)
+            captured += float(read[:, :, far].sum())
+            total += read.sum(-1).mean(1)
+    out, want = torch.stack([step.out for step in steps], 2), exact.output
+    error = ((out - want).norm(dim=-1) / want.norm(dim=-1)).mean()
+    reads = torch.tensor([[step.tokens, step.kv_bytes, step.other_bytes, step.shared_bytes] for step in steps]).double()
+    return LayerQuality(captured, outside, float(error), total / len(steps), *reads.mean(0).tolist())
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """A transformers model whose attention is served by a method under test: dense over the prompt, the method token by token.
 
-The model decodes without a cache of its own: it is given one token at a time, and each attention layer hands that token's query,
-key and value to the method's state, which holds everything before. Nothing of the model is patched, and it is left as it was.
+The model decodes without a cache of its own: each attention layer hands queries, keys and values of the tokens it is given to the
+method's state, which holds everything before and answers one token after the other. As the tokens are known in advance, all of
+them pass a layer before the next one, which gives what feeding them one at a time gives, at a fraction of the time. Nothing of
+the model is patched, and it is left as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +19,8 @@ from torch import Tensor
 
 from ..errors import LengthError
 from ..rope import Rope
-from .method import Attended, Layer, Method, State
+from .method import Attended, Cache, Layer, Method, State
+from .steps import replay
 
 _NAME = "saap_lab"
 
@@ -52,7 +56,7 @@ class Prompt:
 
 @dataclass
 class Traffic:
-    """What was read: bytes summed over the layers, tokens their mean; per step once `mean` was taken."""
+    """What was read: bytes summed over the layers, tokens their mean; per step once `mean` was taken. seconds : in the states."""
 
     steps: int = 0
     kv_bytes: float = 0.0
@@ -60,6 +64,7 @@ class Traffic:
     shared_bytes: float = 0.0
     tokens: float = 0.0
     per_layer: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def add(self, layer: Layer, step: Attended) -> None:
         self.kv_bytes += step.kv_bytes
@@ -72,7 +77,8 @@ class Traffic:
         n = max(1, self.steps)
         per_layer = {layer: x / n for layer, x in self.per_layer.items()}
         tokens = self.tokens / n / max(1, len(per_layer))
-        return Traffic(self.steps, self.kv_bytes / n, self.other_bytes / n, self.shared_bytes / n, tokens, per_layer)
+        each = self.kv_bytes / n, self.other_bytes / n, self.shared_bytes / n
+        return Traffic(self.steps, *each, tokens, per_layer, self.seconds / n)
 
 
 def read_prompt(
@@ -110,45 +116,79 @@ def read_prompt(
     return Prompt(ids[0], positions, scores, layers, keys, values, queries, last)
 
 
+class Untouched(State):
+    """A layer that stays as the model has it, with a sliding window if it has one; nothing of it is counted."""
+
+    def __init__(self, layer: Layer, tokens: int) -> None:
+        self.cache = Cache(layer, tokens)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        self.cache.append(keys, values)
+
+    def attend(self, queries: Tensor) -> Attended:
+        raise NotImplementedError("a layer left alone is computed whole, see `several`")
+
+    def several(self, queries: Tensor, window: int | None) -> Tensor:
+        """The newest q tokens' queries (h, g, q, d) -> (h, g, q, e); window : of the layer, None for the whole context."""
+        n, q = self.cache.length, queries.shape[2]
+        age = torch.arange(n - q, n)[:, None] - torch.arange(n)
+        seen = (age >= 0) & (age < (n if window is None else window))
+        logits = queries @ self.cache.keys[:, None].transpose(2, 3) * self.cache.layer.scale
+        return logits.masked_fill(~seen, -torch.inf).softmax(-1) @ self.cache.values[:, None]
+
+
 def start(methods: Mapping[int, Method], prompt: Prompt, length: int, room: int) -> list[State]:
-    """A state per layer that holds the first ``length`` tokens of a prompt, with room for more; methods : by layer number."""
-    states = []
+    """A state per layer that holds the first ``length`` tokens of a prompt, with room for more; methods : by layer number, a
+    layer without one stays as the model has it."""
+    return list(starting(methods, prompt, length, room))
+
+
+def starting(methods: Mapping[int, Method], prompt: Prompt, length: int, room: int) -> Iterator[State]:
+    """`start`, one layer at a time as it is asked for, so that one need be in memory."""
     for at, (layer, keys, values) in enumerate(zip(prompt.layers, prompt.keys, prompt.values, strict=True)):
-        method = methods[layer.number]
-        state = method.start(layer, length + room)
+        method = methods.get(layer.number)
+        state = Untouched(layer, length + room) if method is None else method.start(layer, length + room)
         state.append(keys[:, :length], values[:, :length])
-        prompt.show(state, at, length - method.observed, length)
-        states.append(state)
-    return states
+        if method is not None:
+            prompt.show(state, at, length - method.observed, length)
+        yield state
 
 
-def decode(model: Any, states: Sequence[State], tokens: Sequence[int], position: int) -> tuple[Tensor, Traffic]:
-    """Feed tokens one at a time from a position on, every layer's attention served by its state.
+def decode(
+    model: Any, states: Iterable[State], tokens: Sequence[int], position: int, together: bool = False
+) -> tuple[Tensor, Traffic]:
+    """Feed tokens from a position on, every layer's attention served by its state.
 
-    Returns logits : float32 (n, vocabulary) after each token, and what was read per step.
+    states : one per attention layer, in order; taken when its layer is reached. together : let states that can answer several
+    tokens at once do so, see `steps.replay`. Returns logits : float32 (n, vocabulary) after each token, and what was read per
+    step.
     """
-    traffic = Traffic()
-    order = iter(range(0))
+    traffic, order, count = Traffic(steps=len(tokens)), iter(states), len(tokens)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         layer = _layer(module, query, key, value, options, None)
-        state = states[next(order)]
-        state.append(key[0].float().cpu(), value[0].float().cpu())
-        step = state.attend(query[0].float().cpu().view(layer.heads, layer.group, layer.d))
-        traffic.add(layer, step)
-        return step.out.reshape(1, 1, layer.heads * layer.group, layer.e).to(query)
+        state = next(order)
+        new, known, asked = (x[0].float().cpu() for x in (key, value, query))
+        asked = asked.view(layer.heads, layer.group, count, layer.d)
+        if isinstance(state, Untouched):
+            state.append(new, known)
+            out = state.several(asked, options.get("sliding_window"))
+        else:
+            began = time.perf_counter()
+            steps = replay(state, new, known, asked, torch.arange(count), together, chosen=False)
+            traffic.seconds += time.perf_counter() - began
+            for step in steps:
+                traffic.add(layer, step)
+            out = torch.stack([step.out for step in steps], 2)
+        return out.flatten(0, 1).transpose(0, 1)[None].to(query)
 
-    found = []
     with torch.no_grad(), _serving(model, attend):
-        for i, token in enumerate(tokens):
-            order = iter(range(len(states)))
-            where = torch.tensor([[position + i]], device=model.device)
-            hidden = model.base_model(
-                torch.tensor([[token]], device=model.device), position_ids=where, use_cache=False
-            ).last_hidden_state
-            found.append(model.lm_head(hidden)[0, 0].float().cpu())
-            traffic.steps += 1
-    return torch.stack(found), traffic.mean()
+        where = torch.arange(position, position + count, device=model.device)[None]
+        hidden = model.base_model(
+            torch.tensor([list(tokens)], device=model.device), position_ids=where, use_cache=False
+        ).last_hidden_state
+        found: Tensor = model.lm_head(hidden)[0].float().cpu()
+    return found, traffic.mean()
 
 
 def generate(model: Any, states: Sequence[State], tokens: Sequence[int], position: int, count: int) -> list[int]:
