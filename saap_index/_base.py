@@ -108,7 +108,7 @@ class IndexBase:
         self._query_router: QueryRouter | None = None
         self._calibration: Calibration | None = None
         self._miss: tuple[float, Tensor] | None = None
-        self._asked: tuple[Any, Any, Any] = (None, None, None)  # the last parameters of a call, the defaults then, both as one
+        self._asked: tuple[Any, dict[Any, Any]] = (None, {})  # the defaults, and what the parameters of calls came to over them
         self._accepted: tuple[Any, ...] = ()  # what the last queries that passed the checks were
         self._tower: TwoTower | None = None
         self._prepared_quantizer: Any = None

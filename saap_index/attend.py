@@ -65,6 +65,10 @@ def select(
     return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts), params)
 
 
+MOST_PLANS = 16
+"""Sets of search parameters for which a plan is kept."""
+
+
 class _Plan:
     """What a selection needs of segments and parameters: the same from step to step, until tokens are sealed."""
 
@@ -90,11 +94,13 @@ def _plan(
     lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, shares: np.ndarray | None,
     miss: Tensor | None,
 ) -> _Plan:  # fmt: skip
-    """The plan of the last call, kept with the lists, where it still holds."""
+    """The plan of an earlier call with these parameters, kept with the lists, where it still holds."""
     key = params, router, shares, miss, lists.tables, lists.layout, *lists.segments
-    plan: _Plan | None = lists.plan
+    plan: _Plan | None = lists.plans.get(id(params))
     if plan is None or len(plan.key) != len(key) or not all(map(operator.is_, plan.key, key)):
-        lists.plan = plan = _Plan(key, lists, router, params, shares, miss)
+        if len(lists.plans) >= MOST_PLANS:
+            lists.plans.clear()
+        lists.plans[id(params)] = plan = _Plan(key, lists, router, params, shares, miss)
     return plan
 
 

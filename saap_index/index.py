@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks, interop
 from ._base import Form
 from ._decode import IndexDecode
-from .attend import Selection, attend, read_ids, select, select_lists, take, widen
+from .attend import MOST_PLANS, Selection, attend, read_ids, select, select_lists, take, widen
 from .backends.resident import MAX_STEP_TOKENS
 from .calibration import calibrate
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
@@ -333,10 +333,13 @@ class AsymmetricIndex(IndexDecode):
             raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
         if params is None:
             return self._defaults
-        asked, defaults, found = self._asked
-        if asked is not params or defaults is not self._defaults:
-            found = self._checked(params.over(self._defaults))
-            self._asked = params, self._defaults, found
+        defaults, known = self._asked
+        if defaults is not self._defaults or len(known) > MOST_PLANS:
+            known = {}
+            self._asked = self._defaults, known
+        found: SearchParametersIVF | None = known.get(params)
+        if found is None:
+            known[params] = found = self._checked(params.over(self._defaults))
         return found
 
     def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:

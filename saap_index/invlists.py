@@ -42,7 +42,7 @@ class SegmentedInvertedLists:
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
         self.capacity = 0
         self.decode: Any = None  # the state on the device that follows this batch (decode.py), or None
-        self.plan: Any = None  # what the last selection worked out for these segments (attend.py), or None
+        self.plans: dict[int, Any] = {}  # what selections worked out for these segments, by parameters (attend.py)
         self._same = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
         self._centres: list[tuple[tuple[Segment, ...], np.ndarray] | None] = [None] * batch
         self._allocate(0)
