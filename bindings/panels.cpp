@@ -140,7 +140,7 @@ void route(const Router& router, DType type, const void* queries, int b, int g, 
                router.lists, router.lists - first * kPanel);
     if (part == parts - 1 && router.knots)
       kern.dense(product(router.to_knots, head, 0, router.to_knots.count, x, n, k), false, a + row * router.knots, router.knots, router.knots);
-  });
+  }, Pool::Next::kSoon);
 }
 
 }  // namespace saap

@@ -1,6 +1,7 @@
 // The worker pool of pool.h. Knows nothing of what it runs.
 #include "pool.h"
 
+#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #if defined(__x86_64__) || defined(__i386__)
@@ -13,8 +14,10 @@
 namespace saap {
 namespace {
 
-// Long enough to bridge the gap between the operations of one decode step, short enough to leave the core to others after it.
+// After the last operation of a decode step the core is left to others at once. Between its operations lie some fifty microseconds
+// of the caller's Python, and to wake a thread that sleeps may cost as much again: there workers stay awake, though not for ever.
 constexpr int kSpins = 400;
+constexpr auto kSoon = std::chrono::microseconds(150);
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -72,7 +75,12 @@ void Pool::drain() {
 void Pool::work() {
   uint32_t seen = 0;
   while (!stop_.load(std::memory_order_relaxed)) {
-    for (int k = 0; k < kSpins && job_.load(std::memory_order_acquire) == seen; k++) relax();
+    const auto same = [&] { return job_.load(std::memory_order_acquire) == seen; };
+    for (int k = 0; k < kSpins && same(); k++) relax();
+    if (next_.load(std::memory_order_relaxed) == Next::kSoon) {
+      const auto until = std::chrono::steady_clock::now() + kSoon;
+      while (same() && std::chrono::steady_clock::now() < until) relax();
+    }
     job_.wait(seen, std::memory_order_acquire);
     seen = job_.load(std::memory_order_acquire);
     drain();

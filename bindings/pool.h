@@ -20,9 +20,13 @@ class Pool {
 
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
+  // next : whether the caller is about to bring more work (workers wait for it awake), or not.
+  enum class Next { kLater, kSoon };
+
   template <class F>
-  void run(int64_t n, F&& f) {
+  void run(int64_t n, F&& f, Next next = Next::kLater) {
     using Fn = std::remove_reference_t<F>;
+    next_.store(next, std::memory_order_relaxed);
     run_erased(n, [](void* arg, int64_t i) { (*static_cast<Fn*>(arg))(i); }, const_cast<void*>(static_cast<const void*>(&f)));
   }
 
@@ -40,6 +44,7 @@ class Pool {
   alignas(64) std::atomic<uint32_t> job_{0};  // what sleeping workers wait on
   std::atomic<bool> stop_{false};
   std::atomic<bool> busy_{false};
+  std::atomic<Next> next_{Next::kLater};
   Erased fn_ = nullptr;
   void* arg_ = nullptr;
   int64_t count_ = 0;

@@ -381,7 +381,7 @@ void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, Prob
       if (p.entries) tail.counts[bh] = static_cast<int32_t>(tail_end - tail_out);
     }
     rows.counts[bh] = static_cast<int32_t>(end - out);
-  });
+  }, Pool::Next::kSoon);
   if (!fine) throw std::out_of_range("probe: tables: the offsets of a segment are not ascending");
   pack(rows, heads);
   if (p.entries) pack(tail, heads);
