@@ -390,11 +390,17 @@ class IndexBase:
         parts = []
         for i, (n, total) in enumerate(zip(lists.lengths, totals, strict=True)):
             ranks = np.arange(step // 2, total, step)
-            x = torch.cat([lists.keys[i, :, :n], keys[i, :, : total - n]], 1)[:, torch.from_numpy(ranks).to(self.device)].float()
+            x = lists.keys[i, :, :n] if total == n else torch.cat([lists.keys[i, :, :n], keys[i, :, : total - n]], 1)
+            x = x[:, step // 2 :: step].float()
             gone = len(lists.removed[i])
             places = np.where(ranks < n, lists.positions(i, np.minimum(ranks, max(0, n - 1))), ranks + gone)
             parts.append(x if self.rope is None else self.rope.unrotate(x, places, total + gone))
-        self._adopt(*self._tower.for_prompt(torch.cat(parts, 1), self.nlist))
+
+        def assign(centroids: Tensor, keys: Tensor) -> Tensor:
+            return self._backend.assign(self._backend.prepare_quantizer(centroids), keys, None)
+
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        self._adopt(*self._tower.for_prompt(x, self.nlist, assign if x.is_cpu else None))
 
     def _adopt(self, quantizer: KeyQuantizer, router: QueryRouter) -> None:
         """Lists of this batch's own, before any token is in one; the calibration was measured on lists of their kind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,14 @@ from . import checks
 from .errors import MissingDependencyError, ParameterError
 
 MAX_POINTS_PER_CENTROID = 256  # FAISS's own default: more keys make the centroids hardly better
-PROMPT_ITERATIONS = 8  # of k-means over a prompt; on SmolLM2 4 capture 0.2 points less of the attention, 16 as much
+PROMPT_ITERATIONS = 3
+"""Steps of k-means over a prompt, each over every second key. The first token waits for them: on SmolLM2 at 8k eight steps over
+all keys take five times as long, and capture 0.3 points more of the attention at 5 %."""
+
+_KEYS_OF_A_HALF = 4  # per list: with fewer, a step looks at all keys
+
+Assign = Callable[[Tensor, Tensor], Tensor]
+"""Of centroids float32 (h, l, d) and keys float32 (h, n, d): the nearest centroid of every key, integers (h, n)."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +80,29 @@ class KeyQuantizer:
         return cls(torch.from_numpy(centroids).to(keys.device))
 
     @classmethod
-    def of_prompt(cls, keys: Tensor, nlist: int, niter: int = PROMPT_ITERATIONS) -> KeyQuantizer:
+    def of_prompt(
+        cls, keys: Tensor, nlist: int, niter: int = PROMPT_ITERATIONS, assign: Assign | None = None
+    ) -> KeyQuantizer:
         """The partition of one prompt: k-means over its own keys : float (h, n, d), on their device, without FAISS.
 
-        Starts from evenly spaced keys and does as many steps as pay; at most 256 evenly spaced keys per list are looked at. The
-        same keys give the same lists. A list that loses all its keys keeps its centroid; with fewer keys than lists some stay
-        empty. Raises ParameterError without a key.
+        Starts from evenly spaced keys; each step moves the centroids to the means of every second key, the odd and the even
+        ones in turn; at most 256 evenly spaced keys per list are looked at. The same keys give the same lists. A list that
+        loses all its keys keeps its centroid; with fewer keys than lists some stay empty. Raises ParameterError without a key.
+
+        assign : what finds the nearest centroids, a backend's own; default torch's products.
         """
-        heads, n, _ = keys.shape
+        n = keys.shape[1]
         if not n:
             raise ParameterError("keys: expected at least one key per KV head, got none")
         x = keys.float()
         if n > nlist * MAX_POINTS_PER_CENTROID:
             x = x[:, _evenly(n, nlist * MAX_POINTS_PER_CENTROID, keys.device)]
         centroids = x[:, _evenly(x.shape[1], nlist, keys.device)]
-        for _ in range(niter):
-            lists = cls(centroids).assign(x).long()
-            centroids = torch.stack([_means(x[i], lists[i], centroids[i]) for i in range(heads)])
+        halves = [x[:, 1::2], x[:, ::2]] if x.shape[1] >= 2 * _KEYS_OF_A_HALF * nlist else [x]
+        for step in range(niter):
+            some = halves[step % len(halves)]
+            lists = cls(centroids).assign(some) if assign is None else assign(centroids, some)
+            centroids = _means(some, lists, centroids)
         return cls(centroids)
 
 
@@ -98,11 +112,11 @@ def _evenly(n: int, count: int, device: torch.device) -> Tensor:
 
 
 def _means(x: Tensor, lists: Tensor, before: Tensor) -> Tensor:
-    """Means of the keys x : (n, d) of each list, ``before`` : (l, d) where it has none; added up in one and the same order."""
-    nlist = len(before)
-    counts = torch.bincount(lists, minlength=nlist)
-    if x.is_cuda:  # index_add_ would add in any order
-        sums = functional.one_hot(lists, nlist).to(x.dtype).T @ x
-    else:
-        sums = torch.zeros_like(before).index_add_(0, lists, x)
-    return torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], before)
+    """Means of the keys x : (h, n, d) of each list, ``before`` : (h, l, d) where it has none; added up in order."""
+    heads, nlist, d = before.shape
+    bags = (lists + torch.arange(heads, device=x.device)[:, None] * nlist).reshape(-1)
+    counts = torch.bincount(bags, minlength=heads * nlist)
+    order = bags.argsort(stable=True)
+    sums = functional.embedding_bag(order, x.reshape(-1, d), counts.cumsum(0) - counts, mode="sum").view(heads, nlist, d)
+    counts = counts.view(heads, nlist, 1)
+    return torch.where(counts > 0, sums / counts.clamp(min=1), before)

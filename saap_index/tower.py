@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends import RouterWeights
 from .errors import CompatibilityError, ShapeError
-from .quantizer import KeyQuantizer
+from .quantizer import Assign, KeyQuantizer
 from .router import QueryRouter
 
 
@@ -70,9 +70,12 @@ class TwoTower:
         weights = RouterWeights(w.hidden, w.bias_hidden, out, skip, bias, int(centroids.shape[1]))
         return QueryRouter(weights, self.first_knot)
 
-    def for_prompt(self, keys: Tensor, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:
-        """Lists of a prompt's own, from its keys with RoPE undone : float (h, n, d), and the router for them."""
-        quantizer = KeyQuantizer.of_prompt(keys, nlist)
+    def for_prompt(self, keys: Tensor, nlist: int, assign: Assign | None = None) -> tuple[KeyQuantizer, QueryRouter]:
+        """Lists of a prompt's own, from its keys with RoPE undone : float (h, n, d), and the router for them.
+
+        assign : as in `KeyQuantizer.of_prompt`.
+        """
+        quantizer = KeyQuantizer.of_prompt(keys, nlist, assign=assign)
         return quantizer, self.at(quantizer.centroids)
 
     def to(self, device: torch.device | str) -> TwoTower:
