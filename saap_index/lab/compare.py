@@ -1,7 +1,7 @@
 """Every method on the user's own model at equal bytes: ``saap compare --model PATH --text FILES``.
 
 Calibrates on the first sequences of the text, measures on the following ones, and writes records.json (a run that was stopped
-goes on from there), table.txt and report.html into one folder.
+goes on from there), table.txt and report.html into one folder. Knows no model and no text of its own.
 """
 
 from __future__ import annotations
@@ -11,34 +11,37 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..demo import model as demo_model
-from ..demo import texts
 from ..errors import ParameterError, SaapError
 from ..pipeline import models
 from ..pipeline.texts import read_texts, take
 from ..rope import Rope
+from ..routers import Routers, load_routers
 from . import evaluate, linear, moa_profile, needles, page, report
 from .evaluate import Records, Settings
 from .measures import exact_attention
 from .replace import Prompt, read_prompt
-from .roster import KINDS, Build, Roster
+from .roster import BATCH, KINDS, Build, Roster
 
-DEFAULT_METHODS = "dense,topk,topk_group,recent,random,ivf,quest,saap,published,loki,scfa,scfa-centred,sparsek,corm,moa,eigen"
+DEFAULT_METHODS = ",".join(name for name in KINDS if name != "scfa-drop")
+"""All but QK-drop, which needs a model trained with it and is no better than chance without."""
+
 TRAINING_QUERIES = 256
 LOOK_BINS = 128
-_PROFILE_TOKENS = 2048
-"""Of a training sequence: the pass back keeps the activations of all layers."""
+PROFILE_TOKENS = 2048
+"""Of a training sequence that MoA's profile looks at: it takes every entry of every head's attention, forward and back."""
 
 
 @dataclass(frozen=True)
 class Task:
     """sequences : (name, token numbers), of which the first ``training`` calibrate and the others are measured; needles : asked
-    for per kind; filler : text that hides them; own : a user's methods by name."""
+    for per kind; filler : text that hides them; own : a user's methods by name; batch : sequences that share the reading of
+    weights; routers : see `Indexes`; profile_tokens : of a training sequence that MoA's profile looks at."""
 
     model: Any
     tokenizer: Any
@@ -50,6 +53,9 @@ class Task:
     needles: int = 0
     filler: str = ""
     own: dict[str, Build] | None = None
+    batch: int = BATCH
+    routers: Routers | None = None
+    profile_tokens: int = PROFILE_TOKENS
 
 
 def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line: None) -> Records:
@@ -58,6 +64,10 @@ def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line
         raise ParameterError(f"training: expected 1 to {len(task.sequences) - 1} of the sequences, got {task.training}")
     if not task.settings.shares or not task.methods:
         raise ParameterError("methods, budgets: expected at least one of each, got none")
+    if task.batch < 1:
+        raise ParameterError(f"batch: expected at least 1, got {task.batch}")
+    if task.routers is not None:
+        task.routers.check(task.model.config)
     out.mkdir(parents=True, exist_ok=True)
     records = Records(out / "records.json")
     _check_same(task, records)
@@ -80,7 +90,7 @@ def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line
     depth = task.model.config.num_hidden_layers
     (out / "table.txt").write_text(report.as_text(records.rows, depth))
     kinds = {**KINDS, **{name: roster.at(s)[i].kind for s in task.settings.shares for i, name in _own(roster, s)}}
-    (out / "report.html").write_text(page.html(records.rows, task.title, kinds, depth, _facts(task)))
+    (out / "report.html").write_text(page.html(records.rows, task.title, kinds, depth, _facts(task), task.batch))
     return records
 
 
@@ -93,7 +103,8 @@ def _check_same(task: Task, records: Records) -> None:
     lengths = [len(tokens) for _, tokens in task.sequences]
     first = [sum((i + 1) * t for i, t in enumerate(tokens)) % 1_000_003 for _, tokens in task.sequences]
     s = task.settings
-    what = [task.title, task.training, lengths, first, s.span, s.step, s.sinks, s.window, s.decoded]
+    replaced = None if s.replaced is None else list(s.replaced)
+    what = [task.title, task.training, lengths, first, s.span, s.step, s.sinks, s.window, s.decoded, replaced, task.batch]
     if records.once("task", lambda: what) != what:
         raise ParameterError(
             "out: expected a folder of the same model, texts and settings, got another comparison's; use a new one"
@@ -113,7 +124,7 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
         progress(f"training sequence {number + 1} of {task.training} read")
     profile = None
     if "moa" in task.methods:
-        cut = [list(tokens[:_PROFILE_TOKENS]) for _, tokens in task.sequences[: task.training]]
+        cut = [list(tokens[: task.profile_tokens]) for _, tokens in task.sequences[: task.training]]
         rules = moa_profile.usable_rules(sorted({len(x) for x in cut} | {len(x) for _, x in task.sequences}))
 
         def measure() -> dict[str, Any]:
@@ -125,11 +136,13 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
         longest = max(len(tokens) for _, tokens in task.sequences)
         profile = moa_profile.Profile(tuple(found), (longest,), torch.tensor(row["losses"]), row["group"])
     depth = task.model.config.num_hidden_layers
-    every = task.settings.decoded or task.needles or task.settings.layers is None
-    numbers = list(range(depth)) if every else sorted(task.settings.layers or ())
-    if numbers and not 0 <= numbers[0] <= numbers[-1] < depth:
+    s = task.settings
+    every = s.layers is None or (s.replaced is None and (s.decoded or task.needles))
+    numbers = list(range(depth)) if every else sorted({*(s.layers or ()), *(s.replaced or ())})
+    if not numbers or not 0 <= numbers[0] <= numbers[-1] < depth:
         raise ParameterError(f"layers: expected numbers in [0, {depth}), got {numbers}")
-    return Roster(task.methods, prompts, task.settings, numbers, out / "indexes", task.own, profile, progress)
+    folder = out / "indexes"
+    return Roster(task.methods, prompts, task.settings, numbers, folder, task.own, profile, task.batch, task.routers, progress)
 
 
 def _needles(task: Task) -> list[tuple[str, needles.Needle]]:
@@ -179,6 +192,7 @@ def _facts(task: Task) -> list[str]:
         f"sequences of {lengths[-1]} tokens: {measured} measured, {task.training} for calibration",
         f"every method reads {s.sinks} first and {s.window} newest tokens; a budget is a share of those between, in bytes",
         f"queries: every {s.step}th of the last {s.span} tokens; decoded with every layer replaced: {s.decoded} tokens",
+        f"weights that sequences share are charged to each of {task.batch} that are decoded at once",
         f"bytes as if K and V were 16-bit; times are of this reference implementation on {torch.get_num_threads()} threads",
     ]
 
@@ -200,18 +214,20 @@ class _Clock:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="a checkpoint folder or GGUF file (default: the demo's SmolLM2-135M)")
-    parser.add_argument(
-        "--text", type=Path, nargs="+", metavar="FILE", help="files, folders or data sets (default: Python's documentation)"
-    )
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder of transformers, or GGUF file")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="files, folders or data sets on disk")
+    parser.add_argument("--routers", type=Path, help="folder that saap train wrote (default: trained here)")
     parser.add_argument("--methods", default=DEFAULT_METHODS, help="names separated by commas (default: all)")
     parser.add_argument("--budgets", default="0.02,0.05,0.1", help="shares of the KV bytes (default %(default)s)")
-    parser.add_argument("--layers", help="layers measured one by one, as 3,8,14 (default: all)")
-    parser.add_argument("--decoded", type=int, default=64, help="tokens decoded with every layer replaced (default %(default)s)")
+    parser.add_argument("--layers", help="layers to compare in, as 3,8,14; the others stay dense (default: all)")
+    parser.add_argument("--decoded", type=int, default=64, help="tokens decoded with these layers replaced (default %(default)s)")
     parser.add_argument("--needles", type=int, default=0, help="needles of each of two kinds (default %(default)s)")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a sequence (default %(default)s)")
     parser.add_argument("--training", type=int, default=4, help="sequences to calibrate on (default %(default)s)")
     parser.add_argument("--sequences", type=int, default=4, help="sequences measured (default %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=BATCH, help="sequences that share the reading of weights (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, default=Path("compare_results"), help="folder (default %(default)s)")
 
 
@@ -219,29 +235,21 @@ def run(options: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     try:
-        settings = Settings(
-            shares=_numbers("budgets", options.budgets, float), decoded=options.decoded,
-            layers=None if options.layers is None else _numbers("layers", options.layers, int),
-        )  # fmt: skip
+        layers = None if options.layers is None else _numbers("layers", options.layers, int)
+        shares = _numbers("budgets", options.budgets, float)
+        settings = Settings(shares, layers, decoded=options.decoded, replaced=layers)
         settings = replace(
             settings, span=min(settings.span, options.length // 4), window=min(settings.window, options.length // 8)
         )
-        model, tokenizer, title = _load(options.model)
-
-        def encode(text: str) -> list[int]:
-            return models.encode(tokenizer, text)
-
-        if options.text:
-            given = list(read_texts(options.text))
-            sequences = take(given, encode, options.training + options.sequences, options.length)
-        else:
-            given = list(texts.unseen_texts())
-            sequences = take(texts.training_texts(), encode, options.training, options.length)
-            sequences += take(given, encode, options.sequences, options.length)
-        per_token = 3  # characters, a low estimate: a document must fit into a sequence
-        filler = "\n".join(text for _, text in given)[: options.length * per_token]
-        names = [name.strip() for name in options.methods.split(",") if name.strip()]
-        task = Task(model, tokenizer, title, sequences, options.training, names, settings, options.needles, filler)
+        loaded = models.load_model(options.model, dtype="float32")
+        given = list(read_texts(options.text))
+        encode = partial(models.encode, loaded.tokenizer)
+        sequences = take(given, encode, options.training + options.sequences, options.length)
+        task = Task(
+            loaded.model, loaded.tokenizer, loaded.name, sequences, options.training, names_of(options.methods), settings,
+            options.needles, filler_of(given, options.length), batch=options.batch,
+            routers=None if options.routers is None else load_routers(options.routers),
+        )  # fmt: skip
         compare(task, options.out, say)
     except (SaapError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -258,12 +266,13 @@ def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...
         raise ParameterError(f"{name}: expected numbers separated by commas, got {text!r}") from None
 
 
-def _load(path: Path | None) -> tuple[Any, Any, str]:
-    """Model, tokenizer and name; nothing is downloaded from a model hub."""
-    if path is None:
-        return *demo_model.load(), demo_model.NAME
-    loaded = models.load_model(path, dtype="float32")
-    return loaded.model, loaded.tokenizer, loaded.name
+def names_of(methods: str) -> list[str]:
+    return [name.strip() for name in methods.split(",") if name.strip()]
+
+
+def filler_of(documents: Sequence[tuple[str, str]], length: int) -> str:
+    """Text to hide needles in, that fits into so many tokens: three characters each are a low estimate."""
+    return "\n".join(text for _, text in documents)[: length * 3]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,8 +30,11 @@ _COLOURS = {
 _SPARE = ("#d81b60", "#00897b", "#5e35b1", "#7cb342")
 
 
-def html(records: Mapping[str, Any], title: str, kinds: Mapping[str, str], depth: int, facts: Sequence[str]) -> str:
-    """The page. kinds : of every method by name; depth : layers of the model; facts : lines on how it was measured."""
+def html(
+    records: Mapping[str, Any], title: str, kinds: Mapping[str, str], depth: int, facts: Sequence[str], batch: int
+) -> str:
+    """The page. kinds : of every method by name; depth : layers of the model; facts : lines on how it was measured; batch :
+    sequences that share the reading of weights."""
     late = late_layers(depth)
     rows, late_rows, texts = layer_rows(records), layer_rows(records, late), text_rows(records)
     methods = [m for m in kinds if m in {r.method for r in rows} | {t.method for t in texts}]

@@ -7,28 +7,27 @@ that cannot do with so few bytes is left out, with the reason. Weights that all 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..errors import ParameterError
-from ..index import AsymmetricIndex
-from ..io import read_index, write_index
-from ..training_config import TrainingConfig
+from ..routers import Routers
 from .corm import Corm
 from .eigen import Eigen
 from .evaluate import Settings
+from .indexes import CONFIGS, Indexes
 from .loki import Loki
-from .method import ITEM_BYTES, Layer, Method
+from .method import ITEM_BYTES, Method
 from .moa_profile import Profile
 from .replace import Prompt
-from .saap import Saap
+from .saap import Prefilled, Saap
 from .scfa import ScfaDrop, ScfaHash
+from .selections import SELECTIONS
 from .spans import Moa
 from .sparsek import SparseK
-from .yardsticks import Dense, Selected, TopK
+from .yardsticks import Clusters, Dense, Selected, TopK
 
 KINDS = {
     "dense": "yardstick",
@@ -39,6 +38,7 @@ KINDS = {
     "ivf": "yardstick",
     "quest": "yardstick",
     "saap": "query-adaptive index",
+    "saap-own": "query-adaptive index",
     "published": "query-adaptive index",
     "loki": "query-adaptive index",
     "scfa": "query-adaptive index",
@@ -64,7 +64,8 @@ _STEPS = 8
 _LOKI_SHARE = 0.5
 """Of its bytes that Loki may spend on ranking: with less it ranks badly, with more it reads nothing."""
 
-_TRAINING = {"saap": TrainingConfig(), "published": TrainingConfig.published()}
+BATCH = 16
+"""Sequences decoded at once, if nothing else is said: each is charged so much less of the weights that they share."""
 
 Build = Callable[[float], Method]
 """A method from the one number that says how much it reads, in (0, 1]; what is calibrated is shared by all that it builds."""
@@ -73,7 +74,8 @@ Build = Callable[[float], Method]
 @dataclass
 class Roster:
     """names : of `KINDS` or of ``own``, a user's methods; prompts : training sequences, with queries kept; folder : where trained
-    indexes are kept, None for nowhere; progress : is told what takes long."""
+    indexes are kept, None for nowhere; batch : sequences that share weights; routers : from ``saap train``, in place of training;
+    progress : is told what takes long."""
 
     names: Sequence[str]
     prompts: Sequence[Prompt]
@@ -82,6 +84,8 @@ class Roster:
     folder: Path | None = None
     own: Mapping[str, Build] | None = None
     profile: Profile | None = None
+    batch: int = BATCH
+    routers: Routers | None = None
     progress: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
@@ -91,7 +95,8 @@ class Roster:
         self.missing: dict[tuple[str, float], str] = {}
         self._at: dict[float, list[Method]] = {}
         self._donors: dict[object, Method] = {}
-        self._indexes: dict[str, dict[int, AsymmetricIndex]] = {}
+        self._indexes = Indexes(self.prompts, self.settings, self.numbers, self.folder, self.routers, self.progress)
+        self._clusters = Clusters()
 
     def at(self, share: float) -> list[Method]:
         """The methods that can be had at a share, the same objects each time."""
@@ -104,14 +109,23 @@ class Roster:
             return Dense()
         self.progress(f"{name}: calibrating for {share:.1%}")
         build = self._build(name, share)
-        found = fit(build, share, self._bytes, self._target(share))
+        least: list[tuple[float, str]] = []
+
+        def measure(method: Method) -> float:
+            total, parts = self._bytes(method)
+            least.append((total, parts))
+            return total
+
+        target = self._target(share)
+        found = fit(build, share, measure, target)
         if found is None:
-            self.missing[name, share] = (
-                "reads more than the budget even when set to the least: its tables, and tokens it reads in any case"
-            )
+            why = f"; the least it was set to: {min(least)[0] / 1e3:.0f} kB, {min(least)[1]}" if least else ""
+            self.missing[name, share] = f"reads more than the budget of {target / 1e3:.0f} kB per layer and step{why}"
             return None
         method = build(found)
         method.name = name
+        if isinstance(method, Saap):
+            method.prefilled = None
         return method
 
     def _target(self, share: float) -> float:
@@ -124,27 +138,34 @@ class Roster:
                 found.append((always + share * (n - always)) * layer.heads * layer.token_bytes)
         return sum(found) / len(found)
 
-    def _bytes(self, method: Method) -> float:
-        """Mean over late steps of the first training sequence: an index reads more just before it seals a block than after."""
+    def _bytes(self, method: Method) -> tuple[float, str]:
+        """Mean over late steps of the first training sequence, and what it is made of: an index reads more just before it seals a
+        block than after."""
         prompt, found, last = self.prompts[0], [], self._last()
-        for at in self._sample():
+        for at in self._every() if _uneven(method) else self._sample():
             state = method.start(prompt.layers[at], prompt.keys[at].shape[1])
             done = 0
             for position, query in zip(last.tolist(), prompt.queries[at][:, :, -len(last) :].unbind(2), strict=True):
                 state.append(prompt.keys[at][:, done : position + 1], prompt.values[at][:, done : position + 1])
                 prompt.show(state, at, max(done, position - method.observed), position)
                 done = position + 1
-                step = state.attend(query)
-                found.append(step.kv_bytes + step.other_bytes)
-        return sum(found) / len(found)
+                step = state.answer(query)
+                found.append([step.kv_bytes, step.other_bytes, step.shared_bytes / self.batch])
+        parts = [sum(x) / len(found) for x in zip(*found, strict=True)]
+        kv_bytes, other, weights = (x / 1e3 for x in parts)
+        return sum(parts), f"{kv_bytes:.0f} of K and V, {other:.0f} of tables, {weights:.0f} of weights"
 
     def _last(self) -> Tensor:
         """The newest kept positions of the first training sequence."""
         return self.prompts[0].positions[-_STEPS:]
 
+    def _every(self) -> list[int]:
+        """Positions in the prompt of the layers that will be measured."""
+        return [i for i, layer in enumerate(self.prompts[0].layers) if layer.number in set(self.numbers)]
+
     def _sample(self) -> list[int]:
-        """Positions in the prompt of an early, a middle and a late layer of those that will be measured."""
-        at = [i for i, layer in enumerate(self.prompts[0].layers) if layer.number in set(self.numbers)]
+        """Of an early, a middle and a late one of them."""
+        at = self._every()
         return sorted({at[0], at[len(at) // 2], at[-1]})
 
     def _build(self, name: str, share: float) -> Build:
@@ -158,9 +179,9 @@ class Roster:
         if name == "moa":
             profile = self._profile()
             return lambda x: Moa(profile.plan(x))
-        if name in _TRAINING:
-            indexes = self._trained(name)
-            return lambda x: Saap(name, indexes, x)
+        if name in CONFIGS:
+            indexes, prefilled = self._indexes.at(name, share), Prefilled()
+            return lambda x: Saap(name, indexes, x, prefilled=prefilled)
         if name == "loki":
             layer = self.prompts[0].layers[0]
             # whole powers of two, as many dims as fit into that part of the bytes
@@ -175,7 +196,14 @@ class Roster:
             "sparsek": lambda x: SparseK(x, sinks=s.sinks, window=s.window),
             "corm": lambda x: Corm(s.window, x, sinks=s.sinks),
         }
-        return self._calibrated(name, builds.get(name, lambda x: Selected(name, x, **outside)))
+        if name in SELECTIONS:
+            return lambda x: self._selected(name, x)
+        return self._calibrated(name, builds[name])
+
+    def _selected(self, name: str, x: float) -> Selected:
+        method = Selected(name, x, self.settings.sinks, self.settings.window)
+        method.clusters = self._clusters
+        return method
 
     def _calibrated(self, key: object, build: Build) -> Build:
         """Calibrate once; what was learnt does not depend on how much is read, so later methods take it from the first."""
@@ -220,32 +248,6 @@ class Roster:
             raise ParameterError("profile: expected one for moa, got none; see moa_profile.profile")
         return self.profile
 
-    def _trained(self, name: str) -> dict[int, AsymmetricIndex]:
-        if name not in self._indexes:
-            self._indexes[name] = {}
-            for at, layer in enumerate(self.prompts[0].layers):
-                if layer.number in set(self.numbers):
-                    self._indexes[name][layer.number] = self._index(name, at, layer)
-                    self.progress(f"{name}: index of layer {layer.number}")
-        return self._indexes[name]
-
-    def _index(self, name: str, at: int, layer: Layer) -> AsymmetricIndex:
-        path = self.folder and self.folder / f"{name}.{layer.number}.saap"
-        if path and path.is_file():
-            return read_index(path)
-        keys, queries = (torch.stack([getattr(p, part)[at] for p in self.prompts]) for part in ("keys", "queries"))
-        positions = torch.stack([p.positions for p in self.prompts])
-        budget = {"nprobe": 32} if name == "published" else {"selectivity": 0.05}
-        index = AsymmetricIndex(
-            layer.d, min(256, max(8, keys.shape[2] // 32)), layer.heads * layer.group, layer.heads, d_v=layer.e, rope=layer.rope,
-            window=self.settings.window, sinks=self.settings.sinks, break_even=0, **budget,  # a short text is no excuse here
-        )  # fmt: skip
-        index.train(keys, queries.flatten(1, 2), positions=positions, config=replace(_TRAINING[name], seed=1234))
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_index(index, path)
-        return index
-
 
 def fit(build: Build, share: float, measure: Callable[[Method], float], target: float) -> float | None:
     """The number with which a method reads ``target`` bytes, hardly more; None if even little of it reads more.
@@ -272,6 +274,12 @@ def fit(build: Build, share: float, measure: Callable[[Method], float], target: 
         if high - low < 1e-4:
             break
     return best
+
+
+def _uneven(method: Method) -> bool:
+    """Whether layers read unlike numbers of bytes."""
+    spread = isinstance(method, Saap) and any(x.budget_shares is not None for x in method.indexes.values())
+    return spread or isinstance(method, Moa)
 
 
 def _even(x: float) -> int:

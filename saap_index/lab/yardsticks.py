@@ -66,8 +66,26 @@ class _TopKState(_DenseState):
         return Attended(attend_over(cache, queries, chosen), read, read * layer.heads * layer.token_bytes, chosen=chosen)
 
 
+class Clusters:
+    """The k-means of a prompt's layers, for methods that differ in their budgets alone; of the last prompt only."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+
+    def of(self, number: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Centroids and lists of the tokens, see `cluster`, of keys (h, n, d) of a layer."""
+        held = self._held.get(number)
+        # the keys are held, so no other tensor can have their address
+        if held is None or held[0].data_ptr() != keys.data_ptr() or held[0].shape != keys.shape:
+            self._held[number] = held = keys, cluster(keys, LISTS, ITERATIONS)
+        return held[1]
+
+
 class Selected(Method):
-    """One of the selections once per KV head: ``topk_group``, ``ivf`` per prompt, ``quest`` pages, ``recent``, ``random``."""
+    """One of the selections once per KV head: ``topk_group``, ``ivf`` per prompt, ``quest`` pages, ``recent``, ``random``.
+
+    ``clusters`` may be shared by the methods of several budgets.
+    """
 
     kind: ClassVar[str] = "yardstick"
 
@@ -75,6 +93,7 @@ class Selected(Method):
         if name not in SELECTIONS:
             raise ParameterError(f"name: expected one of {', '.join(SELECTIONS)}, got {name!r}")
         self.name, self.share, self.sinks, self.window = name, share, sinks, window
+        self.clusters = Clusters()
 
     def start(self, layer: Layer, tokens: int) -> State:
         return _SelectedState(self, Cache(layer, tokens))
@@ -91,7 +110,7 @@ class _SelectedState(_DenseState):
         if self.method.name != "ivf":
             return
         if self.lists is None:  # the prompt is clustered, later tokens join the lists
-            self.lists = cluster(self.cache.keys, LISTS, ITERATIONS)
+            self.lists = self.method.clusters.of(self.cache.layer.number, keys)
             return
         centroids, assigned = self.lists
         nearest = (keys @ centroids.transpose(1, 2) - 0.5 * centroids.square().sum(-1)[:, None]).argmax(-1)
