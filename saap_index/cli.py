@@ -15,6 +15,7 @@ from .errors import SaapError
 
 COMMANDS = {
     "train": ("saap_index.pipeline.command", "routers for every layer of a model, from texts"),
+    "eval": ("saap_index.lab.eval_command", "what trained routers are worth on a model and unseen text"),
     "compare": ("saap_index.lab.compare", "sparse attention methods side by side on a local model, at equal bytes"),
     "generate": ("saap_index.hf.generate", "a local model answers through its index"),
 }

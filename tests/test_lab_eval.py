@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from hf_models import VOCABULARY, make_routers, tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from saap_index import Rope, Routers, cli, load_routers, save_routers
+from saap_index.errors import CompatibilityError, LengthError, ParameterError
+from saap_index.lab import eval_command, eval_report, evaluate, quality, replace
+from saap_index.lab.eval_command import EvalTask, evaluate_routers
 from saap_index.lab.method import Layer
 from saap_index.lab.steps import replay
+from saap_index.lab.trained import TrainedMethods
 from saap_index.lab.yardsticks import Dense, Selected, TopK
+from saap_index.pipeline.models import LoadedModel
+from saap_index.pipeline.train import TrainSettings, train_model
+
+LENGTH = 448
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
@@ -28,3 +45,200 @@ def test_steps_at_once_are_steps_one_by_one(name: str, share: float) -> None:
         torch.testing.assert_close(a.out, b.out, atol=1e-5, rtol=1e-5)
         assert torch.equal(a.chosen, b.chosen)
         assert (a.tokens, a.kv_bytes, a.other_bytes) == pytest.approx((b.tokens, b.kv_bytes, b.other_bytes))
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2_mixed", "gemma3"])
+def test_layers_without_routers_stay_as_the_model_has_them(case: str) -> None:
+    """Sliding windows and all: with dense attention in the others, the model's own logits come out."""
+    model, last = tiny(case), 20
+    tokens = torch.randint(3, VOCABULARY, (200,)).tolist()
+    prompt = replace.read_prompt(model, tokens, None, torch.tensor([180, 199]), last)
+    chosen = {n: Dense() for n in range(model.config.num_hidden_layers) if n % 2}
+    logits, traffic = replace.decode(model, replace.starting(chosen, prompt, 180, last), tokens[180:], 180, together=True)
+    torch.testing.assert_close(logits, prompt.logits, rtol=2e-3, atol=2e-3)
+    assert sorted(traffic.per_layer) == sorted(chosen) and traffic.steps == last
+    assert quality.layer_quality(Dense(), prompt, 1, 2, 8).error < 1e-4, "the logits have the model's own scale"
+
+
+# -- the whole evaluation -----------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer: a token per character."""
+
+    def __call__(self, text: str, **options: object) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) % VOCABULARY for c in text]}
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(chr(32 + t % 90) for t in tokens)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny("llama", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def routers(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Routers:
+    rng, settings = np.random.default_rng(0), TrainSettings(
+        tokens=1024, context=512, held_out=1, queries=32, nlist=8, window=32,
+    )  # fmt: skip
+    sequences = [(f"kind:{i}", rng.integers(3, VOCABULARY, 512).tolist()) for i in range(settings.sequences)]
+    out = tmp_path_factory.mktemp("trained")
+    train_model(LoadedModel(model, None, "tiny", "0"), sequences, settings, out)
+    return load_routers(out)
+
+
+def make_task(model: Any, routers: Routers, **changes: Any) -> EvalTask:
+    rng = np.random.default_rng(5)
+    given: dict[str, Any] = {
+        "sequences": [(f"t{i}", rng.integers(3, VOCABULARY, LENGTH).tolist()) for i in range(2)], "budgets": (0.1, 0.3),
+        "methods": ("saap", "dense", "topk_group", "ivf", "recent", "random"), "masses": (0.5,), "decoded": 16, "queries": 4,
+        "lengths": (LENGTH,), "depths": (0.5,), "filler": "some words and others " * 60, "identity": "tiny",
+    }  # fmt: skip
+    return EvalTask(model, Letters(), routers, **{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(model: Any, routers: Routers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("eval")
+    evaluate_routers(make_task(model, routers), out)
+    return out
+
+
+def test_everything_is_measured_and_reported(folder: Path) -> None:
+    rows = json.loads((folder / "records.json").read_text())
+    methods = [*(f"{m}/{s}" for s in (0.1, 0.3) for m in ("saap", "topk_group", "ivf", "recent", "random"))]
+    for method in [*methods, "saap-mass-0.5/0.25", "dense/1.0"]:
+        for sequence in range(2):
+            assert 0 <= rows[f"text/{sequence}/{method}"]["top1"] <= 1
+            assert all(rows[f"layer/{sequence}/{layer}/{method}"]["error"] >= 0 for layer in range(2))
+        assert sum(key.startswith("needle/") and key.endswith(f"/{method}") for key in rows) == 1 + 4
+    assert rows["text/0/dense/1.0"]["kl"] < 1e-6 and rows["layer/1/1/dense/1.0"]["error"] < 1e-5
+    table = (folder / "table.txt").read_text()
+    for text in ("2 sequences", "late layers", "early layers", "every layer replaced", "by layer at 10.0%", "multi-key 448"):
+        assert text in table, text
+    assert "saap-mass-0.5    mean 0." in table
+    found = json.loads((folder / "summary.json").read_text())
+    assert set(found["layers"]) == {"all", "late", "early"} and set(found["each_layer"]) == {"0", "1"}
+    assert len(found["end"]) == len(methods) + 2 and len(found["needles"]) == 5 * (len(methods) + 2)
+    assert found["targets"]["saap-mass-0.5"]["heads"] == 4 and found["targets"]["saap-mass-0.5"]["mean"] > 0.4
+    pictures = {path.stem for path in folder.glob("*.png")}
+    assert pictures == {
+        "mass_all", "mass_late", "kl", "error_all", "layers_0.1", "layers_0.25", "layers_0.3", "needles_passkey",
+        "needles_multi-key",
+    }  # fmt: skip
+
+
+def test_bytes_are_equal(folder: Path) -> None:
+    """K, V and tables of the index against K and V of each yardstick, on average over layers, queries and texts."""
+    rows = json.loads((folder / "records.json").read_text())
+    for share in (0.1, 0.3):
+        read = {}
+        for method in ("saap", "topk_group", "ivf", "recent", "random"):
+            found = [row for key, row in rows.items() if key.startswith("layer/") and key.endswith(f"/{method}/{share}")]
+            read[method] = sum(row["kv_bytes"] for row in found) / len(found)
+        between = LENGTH - 8 - 36
+        tokens = 36 + share * between
+        assert read["saap"] == pytest.approx(tokens * 2 * 64, rel=0.05)
+        for method in ("ivf", "recent", "random"):
+            assert read[method] == read["topk_group"] > read["saap"]
+        assert (read["recent"] - read["saap"]) / 2 < 9 * 4 + (share * between + 2) * 4 + 128, "one segment's table, row numbers"
+
+
+def test_a_stopped_run_goes_on(model: Any, routers: Routers, tmp_path: Path, monkeypatch: Any) -> None:
+    small = {"budgets": (0.3,), "methods": ("saap", "recent"), "masses": (), "lengths": (300,), "depths": (0.5,)}
+    task, steps = make_task(model, routers, **small), []
+    want = evaluate_routers(task, tmp_path / "whole").rows
+
+    def stop(line: str) -> None:
+        steps.append(line)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_routers(task, tmp_path, stop)
+    kept = json.loads((tmp_path / "records.json").read_text())
+    got = evaluate_routers(task, tmp_path).rows
+    assert 8 <= len(kept) < len(got) and kept.items() <= got.items()
+    for rows in (got, want):
+        for row in rows.values():
+            if isinstance(row, dict):
+                row.pop("seconds_per_token", None)
+    assert got == want, "as if it had not been stopped"
+    monkeypatch.setattr(evaluate, "read_prompt", None)
+    evaluate_routers(task, tmp_path)  # measures nothing
+    with pytest.raises(ParameterError, match="out: expected a folder of the same"):
+        evaluate_routers(make_task(model, routers, **small, identity="other"), tmp_path)
+    with pytest.raises(ParameterError, match="out: expected a folder of the same"):
+        evaluate_routers(make_task(model, routers, **small, sequences=task.sequences[::-1]), tmp_path)
+
+
+def test_a_prompt_is_indexed_once_and_the_copies_agree(model: Any, routers: Routers) -> None:
+    """Budgets share what does not depend on them, and get what they would get alone."""
+    tokens = make_task(model, routers).sequences[0][1]
+    prompt = replace.read_prompt(model, tokens, Rope.from_config(model.config), torch.arange(LENGTH - 16, LENGTH, 4))
+    shared = TrainedMethods(routers, ("saap", "ivf"))
+    for share in (0.3, 0.1):
+        for got in shared.at(LENGTH, (0.1, 0.3), share):
+            alone = next(m for m in TrainedMethods(routers, ("saap", "ivf")).at(LENGTH, (share,), share) if m.name == got.name)
+            a, b = (quality.layer_quality(m, prompt, 1, 4, 32) for m in (got, alone))
+            assert (a.captured, a.error, a.tokens) == (b.captured, b.error, b.tokens)
+
+
+def test_what_cannot_be_measured_is_named(model: Any, routers: Routers, tmp_path: Path) -> None:
+    for changes, error, name in (
+        ({"methods": ("best",)}, ParameterError, "methods"), ({"methods": ("published",)}, ParameterError, "router mlp"),
+        ({"tasks": ("all",)}, ParameterError, "tasks"), ({"budgets": (1.5,)}, ParameterError, "budgets"),
+        ({"layers": (7,)}, ParameterError, "layers"), ({"decoded": 1}, ParameterError, "continuation"),
+        ({"decoded": 300}, LengthError, "length"), ({"lengths": (40,)}, LengthError, "needle-lengths"),
+        ({"model": tiny("llama")}, CompatibilityError, "num_hidden_layers"), ({"filler": "x"}, ParameterError, "filler"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=name):
+            task = make_task(changes.get("model", model), routers, **{k: v for k, v in changes.items() if k != "model"})
+            evaluate_routers(task, tmp_path / "out")
+    plain = make_routers(model)
+    with pytest.raises(ParameterError, match="calibration"):
+        TrainedMethods(plain, ("saap",), (0.9,))
+
+
+def test_a_model_of_which_some_layers_are_indexed(tmp_path: Path) -> None:
+    model = tiny("qwen2_mixed")
+    routers = make_routers(model, layers=(1, 3), own_lists=True)
+    task = make_task(model, routers, methods=("saap", "dense"), masses=(), tasks=("layers", "end"))
+    rows = evaluate_routers(task, tmp_path).rows
+    assert rows["text/0/dense/1.0"]["kl"] < 1e-5 and sorted(rows["text/0/saap/0.1"]["per_layer"]) == ["1", "3"]
+    assert eval_report.layer_numbers(rows) == [1, 3]
+
+
+def test_the_published_classifier(model: Any, tmp_path: Path) -> None:
+    rng, settings = np.random.default_rng(0), TrainSettings(
+        router="mlp", partition="pre-rope", tokens=1024, context=512, held_out=1, queries=32, nlist=8, window=32,
+    )  # fmt: skip
+    sequences = [(f"kind:{i}", rng.integers(3, VOCABULARY, 512).tolist()) for i in range(settings.sequences)]
+    train_model(LoadedModel(model, None, "tiny", "0"), sequences, settings, tmp_path / "mlp")
+    trained = load_routers(tmp_path / "mlp")
+    task = make_task(model, trained, methods=("published", "saap"), masses=(), tasks=("layers",), budgets=(0.3,))
+    rows = evaluate_routers(task, tmp_path / "out").rows
+    assert rows["layer/0/1/published/0.3"]["captured"] > 0
+
+
+def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model.save_pretrained(tmp_path / "tiny")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w2").save_pretrained(tmp_path / "tiny")
+    (tmp_path / "a.txt").write_text(" ".join(f"w{i}" for i in np.random.default_rng(1).integers(3, VOCABULARY, 900)))
+    save_routers(routers, tmp_path / "routers")
+    arguments = [
+        "eval", "--model", tmp_path / "tiny", "--routers", tmp_path / "routers", "--text", tmp_path / "a.txt", "--out",
+        tmp_path / "out", "--sequences", 2, "--length", 400, "--continuation", 8, "--queries", 4, "--budgets", "0.2", "--depths",
+        "0.5", "--needle-lengths", "300", "--methods", "saap,recent", "--threads", 2,
+    ]  # fmt: skip
+    given = [str(x) for x in arguments]
+    assert cli.main(given) == 0
+    out, err = capsys.readouterr()
+    assert "late layers" in out and "passkey 300" in out and "min left]" in err
+    assert cli.main([*given, "--layers", "one"]) == 1 and "layers: expected numbers" in capsys.readouterr().err
+    assert cli.main([*given, "--sequences", "9"]) == 1 and "texts: expected 9 sequences" in capsys.readouterr().err
+    assert eval_command._checksum(tmp_path / "routers") != eval_command._checksum(tmp_path / "tiny")

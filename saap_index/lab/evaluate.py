@@ -18,11 +18,15 @@ from typing import Any
 
 import torch
 
+from ..errors import ParameterError
 from ..rope import Rope
 from . import quality
 from .method import Method
 from .needles import Needle
 from .replace import Prompt, decode, generate, read_prompt, start, starting
+
+ANSWER_TOKENS = 10
+"""That a needle's question is given to answer."""
 
 MethodsAt = Callable[[float], Sequence[Method]]
 """The methods to measure at a share of the tokens."""
@@ -134,27 +138,41 @@ def _text(model: Any, prompt: Prompt, method: Method, settings: Settings) -> dic
 
 def evaluate_needle(
     model: Any, tokenizer: Any, rope: Rope | None, name: str, needle: Needle, methods_at: MethodsAt, shares: Iterable[float],
+    records: Records, progress: Callable[[str], None] = lambda line: None,
+) -> None:  # fmt: skip
+    """Ask for one needle; key ``needle/<name>/<method>/<share>``, the answer and whether it was right."""
+    known = len(records.rows)
+    evaluate_needles(model, tokenizer, rope, {name: needle}, methods_at, shares, records)
+    if len(records.rows) > known:
+        progress(f"needle {name}")
+
+
+def evaluate_needles(
+    model: Any, tokenizer: Any, rope: Rope | None, asked: Mapping[str, Needle], methods_at: MethodsAt, shares: Iterable[float],
     records: Records, progress: Callable[[str], None] = lambda line: None, replaced: tuple[int, ...] | None = None,
 ) -> None:  # fmt: skip
-    """Ask for one needle; key ``needle/<name>/<method>/<share>``, the answer and whether it was right. replaced : as in
-    `Settings`."""
-    shares = tuple(shares)
-    if all(f"needle/{name}/{m.name}/{s}" in records.rows for s in shares for m in methods_at(s)):
+    """`evaluate_needle` for questions about one document, which is read once. replaced : as in `Settings`."""
+    wanted = [(method, share) for share in shares for method in methods_at(share)]
+    keys = {f"needle/{name}/{m.name}/{share}" for name in asked for m, share in wanted}
+    if keys <= records.rows.keys():
         return
-    document, question = (_encode(tokenizer, text) for text in (needle.document, needle.question))
-    prompt = read_prompt(model, document, rope, recent=max(m.observed for s in shares for m in methods_at(s)))
-    room = len(question) + 12
-    for share in shares:
-        for method in methods_at(share):
+    texts = {needle.document for needle in asked.values()}
+    if len(texts) != 1:
+        raise ParameterError(f"asked: expected needles of one document, got {len(texts)}")
+    document = _encode(tokenizer, texts.pop())
+    prompt = read_prompt(model, document, rope, recent=max(m.observed for m, _ in wanted))
+    for method, share in wanted:
+        for name, needle in asked.items():
 
-            def ask(method: Method = method) -> dict[str, Any]:
-                states = start(_methods(prompt, method, replaced), prompt, len(document), room)
-                found = tokenizer.decode(generate(model, states, question, len(document), 10))
+            def ask(method: Method = method, needle: Needle = needle) -> dict[str, Any]:
+                question = _encode(tokenizer, needle.question)
+                states = start(_methods(prompt, method, replaced), prompt, len(document), len(question) + ANSWER_TOKENS)
+                found = tokenizer.decode(generate(model, states, question, len(document), ANSWER_TOKENS))
                 return {"answer": found, "right": needle.answer in found, "tokens": len(document) + len(question)}
 
             records.once(f"needle/{name}/{method.name}/{share}", ask)
+            progress(f"needle {name}: {method.name} at {share:.1%}")
     records.flush()
-    progress(f"needle {name}")
 
 
 def _methods(prompt: Prompt, method: Method, replaced: tuple[int, ...] | None) -> Mapping[int, Method]:

@@ -38,15 +38,22 @@ def passkey(filler: str, characters: int, depth: float, seed: int = 0) -> Needle
     return Needle(document, "\nWhat is the pass key? The pass key is", key)
 
 
-def multi_key(filler: str, characters: int, keys: int, seed: int = 0) -> Needle:
-    """Several words with a number each, spread over the text; one of them is asked for."""
+def multi_key(filler: str, characters: int, keys: int, seed: int = 0, wanted: int | None = None) -> Needle:
+    """Several words with a number each, spread over the text; one of them is asked for.
+
+    wanted : which, in the order of the text, at depth (wanted + 0.5) / keys; None for one by chance. The document does not depend
+    on it.
+    """
     if not 1 <= keys <= len(_WORDS):
         raise ParameterError(f"keys: expected 1 to {len(_WORDS)}, got {keys}")
     draw = random.Random(seed)
     words = draw.sample(_WORDS, keys)
     numbers = [str(n) for n in draw.sample(range(10000, 100000), keys)]
     facts = {(i + 0.5) / keys: f"The magic number of {w} is {n}." for i, (w, n) in enumerate(zip(words, numbers, strict=True))}
-    wanted = draw.randrange(keys)
+    chance = draw.randrange(keys)
+    wanted = chance if wanted is None else wanted
+    if not 0 <= wanted < keys:
+        raise ParameterError(f"wanted: expected 0 to {keys - 1}, got {wanted}")
     document = _with_facts(filler, characters, facts, draw)
     word = words[wanted]
     question = f"\nQuestion: what is the magic number of {word}?\nAnswer: the magic number of {word} is"

@@ -116,7 +116,7 @@ def read_prompt(
     return Prompt(ids[0], positions, scores, layers, keys, values, queries, last)
 
 
-class Untouched(State):
+class Untouched:
     """A layer that stays as the model has it, with a sliding window if it has one; nothing of it is counted."""
 
     def __init__(self, layer: Layer, tokens: int) -> None:
@@ -125,10 +125,7 @@ class Untouched(State):
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.cache.append(keys, values)
 
-    def attend(self, queries: Tensor) -> Attended:
-        raise NotImplementedError("a layer left alone is computed whole, see `several`")
-
-    def several(self, queries: Tensor, window: int | None) -> Tensor:
+    def attend(self, queries: Tensor, window: int | None) -> Tensor:
         """The newest q tokens' queries (h, g, q, d) -> (h, g, q, e); window : of the layer, None for the whole context."""
         n, q = self.cache.length, queries.shape[2]
         age = torch.arange(n - q, n)[:, None] - torch.arange(n)
@@ -137,25 +134,29 @@ class Untouched(State):
         return logits.masked_fill(~seen, -torch.inf).softmax(-1) @ self.cache.values[:, None]
 
 
-def start(methods: Mapping[int, Method], prompt: Prompt, length: int, room: int) -> list[State]:
+def start(methods: Mapping[int, Method], prompt: Prompt, length: int, room: int) -> list[State | Untouched]:
     """A state per layer that holds the first ``length`` tokens of a prompt, with room for more; methods : by layer number, a
     layer without one stays as the model has it."""
     return list(starting(methods, prompt, length, room))
 
 
-def starting(methods: Mapping[int, Method], prompt: Prompt, length: int, room: int) -> Iterator[State]:
+def starting(methods: Mapping[int, Method], prompt: Prompt, length: int, room: int) -> Iterator[State | Untouched]:
     """`start`, one layer at a time as it is asked for, so that one need be in memory."""
     for at, (layer, keys, values) in enumerate(zip(prompt.layers, prompt.keys, prompt.values, strict=True)):
         method = methods.get(layer.number)
-        state = Untouched(layer, length + room) if method is None else method.start(layer, length + room)
+        if method is None:
+            left = Untouched(layer, length + room)
+            left.append(keys[:, :length], values[:, :length])
+            yield left
+            continue
+        state = method.start(layer, length + room)
         state.append(keys[:, :length], values[:, :length])
-        if method is not None:
-            prompt.show(state, at, length - method.observed, length)
+        prompt.show(state, at, length - method.observed, length)
         yield state
 
 
 def decode(
-    model: Any, states: Iterable[State], tokens: Sequence[int], position: int, together: bool = False
+    model: Any, states: Iterable[State | Untouched], tokens: Sequence[int], position: int, together: bool = False
 ) -> tuple[Tensor, Traffic]:
     """Feed tokens from a position on, every layer's attention served by its state.
 
@@ -172,7 +173,7 @@ def decode(
         asked = asked.view(layer.heads, layer.group, count, layer.d)
         if isinstance(state, Untouched):
             state.append(new, known)
-            out = state.several(asked, options.get("sliding_window"))
+            out = state.attend(asked, options.get("sliding_window"))
         else:
             began = time.perf_counter()
             steps = replay(state, new, known, asked, torch.arange(count), together, chosen=False)
@@ -191,7 +192,7 @@ def decode(
     return found, traffic.mean()
 
 
-def generate(model: Any, states: Sequence[State], tokens: Sequence[int], position: int, count: int) -> list[int]:
+def generate(model: Any, states: Sequence[State | Untouched], tokens: Sequence[int], position: int, count: int) -> list[int]:
     """Feed tokens as `decode` does, then continue greedily: the ``count`` tokens that follow."""
     logits, _ = decode(model, states, tokens, position)
     found = [int(logits[-1].argmax())]
