@@ -46,14 +46,14 @@ class IndexedLayer(SlotLayer):
         if self._seals(self.slots) and 0 < q <= self.max_sparse_tokens and q < self.slots:
             check_causal(mask)
             if q <= MAX_QUERY_TOKENS:
-                self.index.seal()
+                self._seal()
                 return self._search(query)
             self.index.truncate(self.slots - q)
             return self._search_in_pieces(query, keys, values)
         if q > self.max_sparse_tokens:
             self._check_positions([self.slots] * b, position_ids)
         out = self._dense(module, query, *self._rows(), mask, **kwargs)
-        self.index.seal()
+        self._seal()
         return out
 
     def _attend_padded(

@@ -48,6 +48,7 @@ class SlotLayer(CacheLayerMixin):
         self.visible: Tensor | None = None
         self.params: SearchParametersIVF | None = None  # in place of the index's own
         self._new: tuple[Tensor, Tensor] | None = None  # what `update` brought and `attend` has not seen
+        self._due = False  # whether the index has tokens to seal
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h, _, d = key_states.shape
@@ -180,7 +181,8 @@ class SlotLayer(CacheLayerMixin):
     def _append(self, keys: Tensor, values: Tensor) -> None:
         """Append at the end in arrival order, with room for some more where the arena has to grow."""
         assert self.index is not None
-        n = keys.shape[2]
+        n, layout = keys.shape[2], self.index.layout
+        self._due = self._due or layout.num_blocks(self.slots) != layout.num_blocks(self.slots - n)
         if self.slots == n and self.room_tokens < n + ROOM_TOKENS:
             self.index.reserve_memory(n + max(ROOM_TOKENS, n // 8), batch=keys.shape[0])
         self.index.add(keys, values, seal=False)
@@ -189,7 +191,14 @@ class SlotLayer(CacheLayerMixin):
         """Keys (b, h, slots, d) and values (b, h, slots, e), views of the arena."""
         assert self.index is not None
         lists = self.index.invlists
-        return lists.keys[:, :, : self.slots], lists.values[:, :, : self.slots]
+        return lists.keys.narrow(2, 0, self.slots), lists.values.narrow(2, 0, self.slots)
+
+    def _seal(self) -> None:
+        """Bring what `_append` left behind to its lists, if it is time for some."""
+        assert self.index is not None
+        if self._due:
+            self.index.seal()
+            self._due = False
 
     def _hold(self) -> None:
         """Seal nothing: there is padding among the rows."""
