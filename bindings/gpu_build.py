@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Rotation
-from .gpu_types import Runtime
+from .gpu_types import Kernel, Launch, Runtime
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types by the numbers of bindings/dtypes.h."""
@@ -100,10 +100,12 @@ def append(
     arena_values (b, h, N, e). starts, counts, flags : int32 (b). Sets bits of flags: NOT_FINITE, the rows are written all the
     same; FULL, where the tokens do not fit, and nothing is.
     """
-    _append(runtime, keys, values, arena_keys, arena_values, None, starts, counts, flags, None)
+    if keys.shape[:3].numel():
+        where = {"starts": starts, "counts": counts, "flags": flags}
+        _bind_append(runtime, keys, values, arena_keys, arena_values, where)(keys=keys, values=values)
 
 
-def append_to_meta(
+def bind_append_to_meta(
     runtime: Runtime,
     keys: Tensor,
     values: Tensor,
@@ -112,30 +114,30 @@ def append_to_meta(
     meta: Tensor,
     tickets: Tensor,
     counts: Tensor | None = None,
-) -> None:
+) -> Launch:
     """The same behind the rows in use, as meta : int32 (b, 8) has them; lengths and next positions grow, errors go to word 7.
 
-    tickets : int32 (b), zero before the first launch, and after every one.
+    tickets : int32 (b), zero before the first launch, and after every one. A start takes keys and values of `append_layout` as
+    given here, of at least one token.
     """
-    _append(runtime, keys, values, arena_keys, arena_values, meta, None, counts, None, tickets)
+    where = {"meta": meta, "tickets": tickets, "counts": counts}
+    return _bind_append(runtime, keys, values, arena_keys, arena_values, where)
 
 
-def _append(
-    runtime: Runtime,
-    keys: Tensor,
-    values: Tensor,
-    arena_keys: Tensor,
-    arena_values: Tensor,
-    meta: Tensor | None,
-    starts: Tensor | None,
-    counts: Tensor | None,
-    flags: Tensor | None,
-    tickets: Tensor | None,
-) -> None:
+def append_kernel(runtime: Runtime) -> Kernel:
+    return runtime.kernel("append.cu", "saap_append", {})
+
+
+def append_layout(keys: Tensor, values: Tensor) -> tuple[Any, ...]:
+    """What a launch of `bind_append_to_meta` takes for granted of new tokens, beside dtype, batch, heads and dims."""
+    return keys.shape[2], keys.stride(), values.stride(), keys.data_ptr() % VECTOR, values.data_ptr() % VECTOR
+
+
+def _bind_append(
+    runtime: Runtime, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, where: dict[str, Tensor | None]
+) -> Launch:
     b, h, n, d = keys.shape
     e, dtype = values.shape[3], keys.dtype
-    if not b * h * n:
-        return
     total = n * (vectors(d, dtype) + vectors(e, dtype))
     block = min(256, -(-total // 32) * 32)
     # 4 vectors of a thread in one pass; as many blocks as can run, which then take several passes
@@ -151,15 +153,11 @@ def _append(
     }
     params = pack_params(
         APPEND_PARAMS,
-        keys=address(keys),
-        values=address(values),
+        keys=0,
+        values=0,
         arena_keys=address(arena_keys),
         arena_values=address(arena_values),
-        meta=address(meta),
-        starts=address(starts),
-        counts=address(counts),
-        flags=address(flags),
-        tickets=address(tickets),
+        **{name: address(where.get(name)) for name in ("meta", "starts", "counts", "flags", "tickets")},
         **strides,
         n=n,
         capacity=arena_keys.shape[2],
@@ -169,7 +167,8 @@ def _append(
         low_exponent=low,
         aligned=_in_vectors(keys) and _in_vectors(values),
     )
-    runtime.kernel("append.cu", "saap_append", {}).launch((across, h, b), block, 8, params)
+    kept = arena_keys, arena_values, *where.values()
+    return Launch(append_kernel(runtime), (across, h, b), block, 8, params, *kept)
 
 
 # -- assign ----------------------------------------------------------------------------------------------------------------

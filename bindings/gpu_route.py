@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..backends.base import Rotation, RouterWeights
-from .gpu_types import Runtime
+from .gpu_types import Launch, Runtime
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
@@ -145,17 +145,15 @@ class Route:
         p["b"], p["h"], p["j"], p["q"], p["d"] = b, h, j, q, router.d
         p["l"], p["outputs"], p["out_tiles"] = router.nlist, router.outputs, out_tiles
 
-    def __call__(self, queries: Tensor, rotation: Rotation | Unturn | None, meta: Tensor | None, z: Tensor, a: Tensor) -> None:
+    def bind(self, rotation: Rotation | Unturn | None, meta: Tensor | None, z: Tensor, a: Tensor) -> Launch:
         """Scores of every query vector.
 
-        queries : query dtype (b, h, j, d). rotation : angles of the b * q positions, sequence-major; or frequencies, and then
-        query i of q is at position next_position - q + i of meta : int32 (b, 8). z : float32 (b, h, j, l), a : float32
-        (b, h, j, m + 1), or (b, h, j, 0) of a router without c; both written.
+        rotation : angles of the b * q positions, sequence-major; or frequencies, and then query i of q is at position
+        next_position - q + i of meta : int32 (b, 8). z : float32 (b, h, j, l), a : float32 (b, h, j, m + 1), or (b, h, j, 0) of
+        a router without c; both written. A start takes queries : query dtype (b, h, j, d).
         """
-        p = self._params
-        p["queries"], p["z"], p["a"] = queries.data_ptr(), z.data_ptr(), a.data_ptr()
-        p["inv_freq"] = p["cosine"] = p["sine"] = p["meta"] = p["pairs"] = 0
-        p["scale"] = 1.0
+        p = self._params.copy()
+        p["z"], p["a"], p["scale"] = z.data_ptr(), a.data_ptr(), 1.0
         if rotation is not None:
             p["interleaved"], p["scale"] = rotation.interleaved, rotation.scale
         if isinstance(rotation, Rotation):
@@ -164,7 +162,7 @@ class Route:
             if meta is None:
                 raise ValueError("meta: expected int32 (b, 8), for the positions, got None")
             p["inv_freq"], p["pairs"], p["meta"] = rotation.inv_freq.data_ptr(), rotation.inv_freq.shape[0], meta.data_ptr()
-        self._kernel.launch(self.grid, self.block, self.shared_bytes, p)
+        return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, self.router, rotation, meta, z, a)
 
 
 _SHAPES = ((64, 64, 4), (64, 64, 32), (96, 64, 4), (128, 64, 4), (128, 64, 32), (128, 64, 128), (128, 0, 4), (128, 0, 128))

@@ -38,21 +38,28 @@ class CupyKernel:
         raw.max_dynamic_shared_size_bytes = most_shared_bytes
         self._function = raw.kernel
         self._device = device
+        self._opaque = np.dtype(np.void)
 
     def launch(self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any]) -> None:
+        # CuPy passes an array of one element by value, and finds its address by __array_interface__, which describes every
+        # field of a struct: 40 us. Bytes have none.
+        if self._opaque.itemsize != params.nbytes:
+            self._opaque = np.dtype((np.void, params.nbytes))
+        args = (params.view(self._opaque),)
         # The current stream changes, inside torch.cuda.graph above all, so it is never kept.
         stream = _Stream(torch.cuda.current_stream(self._device).cuda_stream)
         if torch.cuda.current_device() == self._device.index:
-            self._function(grid, (block,), (params,), shared_mem=shared_bytes, stream=stream)
+            self._function(grid, (block,), args, shared_mem=shared_bytes, stream=stream)
         else:
             with torch.cuda.device(self._device):
-                self._function(grid, (block,), (params,), shared_mem=shared_bytes, stream=stream)
+                self._function(grid, (block,), args, shared_mem=shared_bytes, stream=stream)
 
 
 class CupyRuntime:
     """One CUDA device, as launchers see it (`gpu_types.Runtime`).
 
-    Raises DeviceError without a usable GPU or with too old a driver, MissingDependencyError without CuPy.
+    Raises DeviceError without a usable GPU or with too old a driver, MissingDependencyError without CuPy; `kernel` does where
+    CuPy lacks a compiler.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -75,11 +82,24 @@ class CupyRuntime:
         if found is None:
             with torch.cuda.device(self.device), self._cupy.cuda.Device(self.device.index):
                 module = self._cupy.RawModule(code=gpu_source.source(file), options=("-std=c++17", *key[2]), backend="nvrtc")
-                raw = module.get_function(name)
+                raw = self._compiled(module, name)
                 # what the kernel keeps static (nothing, by the rules of cuda/) is no longer there for dynamic use
                 found = CupyKernel(raw, self.device, self.max_shared_bytes - int(raw.shared_size_bytes))
             self._kernels[key] = found
         return found
+
+    def _compiled(self, module: Any, name: str) -> Any:
+        """A function of ``module``. MissingDependencyError where CuPy finds nothing to compile with."""
+        cuda = self._cupy.cuda
+        try:
+            return module.get_function(name)
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError):
+            raise
+        except (ImportError, OSError, RuntimeError) as error:  # a fault of the source would be CuPy's CompileException
+            raise MissingDependencyError(
+                f"device 'cuda' needs NVRTC and CUDA's headers for CuPy to compile with: pip install "
+                f"'cupy-cuda{cuda.runtime.runtimeGetVersion() // 1000}x[ctk]', or set CUDA_PATH ({type(error).__name__}: {error})"
+            ) from error
 
 
 def runtime(device: torch.device) -> CupyRuntime:

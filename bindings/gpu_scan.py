@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .gpu_types import Runtime
+from .gpu_types import Launch, Runtime
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
@@ -151,34 +151,29 @@ class Scan:
         for name in ("sequences", "heads", "vectors", "num_queries", "capacity", "causal", "dense"):
             self._params[name] = getattr(shape, name)
 
-    def __call__(
+    def bind(
         self,
-        queries: Tensor,
         keys: Tensor,
         values: Tensor,
         meta: Tensor,
         listed: Listed | None,
         means: Means | None,
         scale: float,
-        out: Tensor,
-        lse: Tensor,
         floats: Tensor,
         tickets: Tensor,
-    ) -> None:
+    ) -> Launch:
         """One softmax over rows [0, sinks), the listed ones, [sealed, length) and the means: see cuda/scan.cu.
 
-        queries : query dtype (b, h, j, d); keys : storage dtype (b, h, N, d), values : (b, h, N, e), rows aligned to 16 bytes;
-        meta : int32 (b, 8). out : query dtype (b, h, j, e), lse : float32 (b, h, j), written. floats : float32 (num_floats,),
-        tickets : int32 (num_tickets,).
+        keys : storage dtype (b, h, N, d), values : (b, h, N, e), rows aligned to 16 bytes; meta : int32 (b, 8). floats :
+        float32 (num_floats,), tickets : int32 (num_tickets,). A start takes queries : query dtype (b, h, j, d), and writes
+        out : query dtype (b, h, j, e), lse : float32 (b, h, j).
         """
-        p = self._params
-        p["queries"], p["keys"], p["values"] = queries.data_ptr(), keys.data_ptr(), values.data_ptr()
-        p["meta"], p["out"], p["lse"] = meta.data_ptr(), out.data_ptr(), lse.data_ptr()
+        p = self._params.copy()
+        p["keys"], p["values"], p["meta"] = keys.data_ptr(), values.data_ptr(), meta.data_ptr()
         p["scale_log2"] = scale * math.log2(math.e)
         p["partials"] = floats.data_ptr()
         p["masses"] = floats.data_ptr() + self._mass_offset
         p["tickets"] = tickets.data_ptr()
-        p["rows"] = p["tail"] = 0
         if listed is not None and listed.rows.shape[2]:
             p["rows"], p["counts"], p["max_rows"] = listed.rows.data_ptr(), listed.counts.data_ptr(), listed.rows.shape[2]
         if means is not None and means.runs.shape[2]:
@@ -186,7 +181,8 @@ class Scan:
             p["mean_keys"], p["mean_values"] = means.keys.data_ptr(), means.values.data_ptr()
             p["tables"], p["max_segments"], p["max_means"] = means.tables.data_ptr(), means.tables.shape[2], means.keys.shape[2]
             p["lists"] = means.tables.shape[3] - 1
-        self._kernel.launch(self.grid, self.block, self.shared_bytes, p)
+        kept = keys, values, meta, listed, means, floats, tickets
+        return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept)
 
 
 def combine(runtime: Runtime, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from .gpu_types import Runtime
+from .gpu_types import Launch, Runtime
 
 _POINTERS = "z a tables centres meta budgets entries miss rows counts tail tail_counts workspace"
 _INTS = "h j l segments knots first_knot t_cap x_cap nprobe count_lists"
@@ -95,7 +95,7 @@ class Select:
         p["knots"], p["first_knot"] = max(0, shape.knots), shape.first_knot
         p["nprobe"], p["count_lists"] = shape.nprobe, shape.count_lists
 
-    def __call__(
+    def bind(
         self,
         z: Tensor,
         a: Tensor,
@@ -110,7 +110,7 @@ class Select:
         tail: Tensor | None = None,
         tail_counts: Tensor | None = None,
         floats: Tensor | None = None,
-    ) -> None:
+    ) -> Launch:
         """One selection per (sequence, KV head), see Backend.probe.
 
         z : float32 (b, h, j, l), a : float32 (b, h, j, m + 1) or (b, h, j, 0); tables : int32 (b, h, S, l + 1); centres :
@@ -123,19 +123,21 @@ class Select:
             raise ValueError("miss, entries: neither goes with nprobe, nor with a router that does not count lists")
         if self.num_floats and floats is None:
             raise ValueError(f"floats: expected a workspace of {self.num_floats} floats, got None")
-        p = self._params
+        p = self._params.copy()
         p["z"], p["a"], p["tables"] = z.data_ptr(), a.data_ptr() if self.shape.knots >= 0 else 0, tables.data_ptr()
         p["centres"], p["meta"], p["budgets"] = centres.data_ptr(), meta.data_ptr(), budgets.data_ptr()
         p["rows"], p["counts"], p["t_cap"] = rows.data_ptr(), counts.data_ptr(), rows.shape[2]
-        p["miss"] = 0 if miss is None else miss.data_ptr()
-        p["entries"] = p["tail"] = p["tail_counts"] = p["x_cap"] = 0
+        if miss is not None:
+            p["miss"] = miss.data_ptr()
         if entries is not None:
             if tail is None or tail_counts is None:
                 raise ValueError("tail, tail_counts: expected tensors beside entries, got None")
             p["entries"], p["tail"], p["tail_counts"] = entries.data_ptr(), tail.data_ptr(), tail_counts.data_ptr()
             p["x_cap"] = tail.shape[2]
-        p["workspace"] = 0 if floats is None else floats.data_ptr()
-        self._kernel.launch(self.grid, self.block, self.shared_bytes, p)
+        if floats is not None:
+            p["workspace"] = floats.data_ptr()
+        kept = z, a, tables, centres, meta, budgets, rows, counts, miss, entries, tail, tail_counts, floats
+        return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept)
 
 
 CONFIGURATIONS = tuple(

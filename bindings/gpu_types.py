@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 
 class Kernel(Protocol):
@@ -38,3 +39,24 @@ class Runtime(Protocol):
 
     def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
         """The function ``name`` of ``cuda/<file>``, compiled with ``-D`` of every macro; compiled once, then cached."""
+
+
+class Launch:
+    """A kernel with its grid and its parameters in place, to be started as often as one likes.
+
+    params : as for `Kernel.launch`; kept : what its pointers point to lives as long as this does. One start at a time.
+    """
+
+    __slots__ = ("_block", "_grid", "_kept", "_launch", "_shared_bytes", "params")
+
+    def __init__(
+        self, kernel: Kernel, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], *kept: Any
+    ) -> None:
+        self._launch, self._grid, self._block, self._shared_bytes = kernel.launch, grid, block, shared_bytes
+        self.params, self._kept = params, kept
+
+    def __call__(self, **pointers: Tensor) -> None:
+        """Start the kernel, with other addresses for the fields that are named, from now on."""
+        for name, x in pointers.items():
+            self.params[name] = x.data_ptr()
+        self._launch(self._grid, self._block, self._shared_bytes, self.params)

@@ -3,7 +3,8 @@
 // A state stands for a set of tokens: o the weighted sum of their values, m the largest of their logits, l the sum of their
 // weights 2^(logit - m), logits in log2 units (natural ones times log2 e). States over disjoint sets merge into the state of
 // the union: an associative, commutative monoid up to rounding, whose identity is the empty state (o = 0, m = -inf, l = 0).
-// An empty state normalises to out = 0 and lse = -inf; no operation on finite or empty states gives NaN.
+// An empty state normalises to out = 0 and lse = -inf; no operation on finite or empty states gives NaN. A state that met NaN
+// (l is NaN) makes NaN of every state that it joins, and of its own out and lse.
 //
 // Define SAAP_HD before inclusion to override how the functions are declared.
 #pragma once
@@ -34,7 +35,7 @@ struct softmax_mass {
   // From a natural-log lse, as the public functions return it: normalised values have weight 1 under it.
   static SAAP_HD softmax_mass from_lse(float lse) { return lse == -INFINITY ? empty() : softmax_mass{lse * kLog2e, 1.f}; }
 
-  SAAP_HD bool is_empty() const { return !(l > 0.f); }
+  SAAP_HD bool is_empty() const { return l == 0.f; }
   SAAP_HD float lse() const { return is_empty() ? -INFINITY : (m + log2f(l)) * kLn2; }
   // What a value sum is multiplied by to become the attention output.
   SAAP_HD float inverse() const { return is_empty() ? 0.f : 1.f / l; }

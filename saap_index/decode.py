@@ -89,7 +89,8 @@ class DecodeState:
             meta[i, [device.LENGTH, device.SINKS, device.SEALED]] = lists.lengths[i], self._sinks[i], self._sealed[i]
             meta[i, [device.SEGMENTS, device.NEXT, device.MEANS]] = len(segments), lists.next_position(i), lists.num_means(i)
             centres[i, : len(segments)] = lists.centres(i)
-        return Placement(lists.keys, lists.values, lists.tables, lists.mean_keys, lists.mean_values, meta, centres)
+        memory = lists.keys, lists.values, lists.ids, lists.tables, lists.mean_keys, lists.mean_values
+        return Placement(*memory, meta, centres)
 
     def refuse_capture(self, what: str) -> None:
         """StateError while a graph is captured."""

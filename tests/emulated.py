@@ -53,6 +53,7 @@ class RecordingKernel:
 
     def launch(self, grid: Grid, block: int, shared_bytes: int, params: np.ndarray[Any, Any]) -> None:
         self.runtime.launched.append(self.name)
+        self.runtime.structs.append(params)
         if self.runtime.graph is None:
             self.kernel.launch(grid, block, shared_bytes, params)
             return
@@ -61,12 +62,18 @@ class RecordingKernel:
 
 
 class RecordingRuntime:
-    """A runtime that can record. launched : names of the kernels launched since it was cleared, recorded ones among them."""
+    """A runtime that can record.
+
+    launched : names of the kernels launched since it was cleared, recorded ones among them; structs : their parameters, the
+    arrays themselves; looked_up : names of the kernels that were asked for.
+    """
 
     def __init__(self, inner: Runtime) -> None:
         self.inner = inner
         self.name, self.multiprocessors, self.max_shared_bytes = inner.name, MULTIPROCESSORS, SHARED_BYTES
         self.launched: list[str] = []
+        self.structs: list[np.ndarray[Any, Any]] = []
+        self.looked_up: list[str] = []
         self.graph: Graph | None = None
 
     @property
@@ -74,7 +81,12 @@ class RecordingRuntime:
         return self.graph is not None
 
     def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
+        self.looked_up.append(name)
         return RecordingKernel(self, name, self.inner.kernel(file, name, macros))
+
+    def clear(self) -> None:
+        for record in (self.launched, self.structs, self.looked_up):
+            record.clear()
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:

@@ -52,7 +52,7 @@ def emulated_place() -> Iterator[Place]:
     """For a fixture: the emulated device, its record of launches empty."""
     if not available():
         pytest.skip("needs a C++ compiler")
-    RUNTIME.launched.clear()
+    RUNTIME.clear()
     yield Place("cuda-emu")
 
 

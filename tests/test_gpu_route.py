@@ -145,7 +145,8 @@ def run(case: Case, given: Inputs, on: EmulatedRuntime, guard: bool = False) -> 
         packed = replace(packed, **{name: guarded(getattr(packed, name)) for name in names})
     knobs = {"SAAP_TILES": case.build.tiles, "blocks": case.blocks}
     with on.allow(queries, packed.hidden, packed.out, z, a):
-        gpu_route.Route(on, packed, case.b, case.j, case.q, case.build.dtype, knobs)(queries, rotation, given.meta, z, a)
+        route = gpu_route.Route(on, packed, case.b, case.j, case.q, case.build.dtype, knobs)
+        route.bind(rotation, given.meta, z, a)(queries=queries)
     return z, a
 
 

@@ -31,6 +31,7 @@ class FakeKernel:
         self.launches: list[tuple[Any, ...]] = []
 
     def kernel(self, grid: Any, block: Any, args: Any, *, shared_mem: int, stream: Any) -> None:
+        assert args[0].size == 1 and args[0].dtype.names is None, "CuPy describes every field of a struct, at every launch"
         self.launches.append((grid, block, args[0].tobytes(), shared_mem, stream.ptr))
 
 
@@ -41,6 +42,7 @@ class FakeCupy(SimpleNamespace):
         self.__version__ = "14.2.0"
         self.modules: list[dict[str, Any]] = []
         self.kernel = FakeKernel()
+        self.failure: Exception | None = None
 
         def count() -> int:
             if broken:
@@ -48,7 +50,7 @@ class FakeCupy(SimpleNamespace):
             return 1
 
         self.cuda = SimpleNamespace(
-            Device=lambda index: contextlib.nullcontext(),
+            Device=lambda index: contextlib.nullcontext(), driver=SimpleNamespace(CUDADriverError=DriverError),
             runtime=SimpleNamespace(
                 CUDARuntimeError=DriverError, driverGetVersion=lambda: driver, runtimeGetVersion=lambda: built,
                 getDeviceCount=count, deviceGetAttribute=lambda attribute, index: {97: 232448}[attribute],
@@ -57,7 +59,12 @@ class FakeCupy(SimpleNamespace):
 
     def RawModule(self, **options: Any) -> Any:
         self.modules.append(options)
-        return SimpleNamespace(get_function=lambda name: self.kernel)
+        return SimpleNamespace(get_function=self.get_function)
+
+    def get_function(self, name: str) -> FakeKernel:
+        if self.failure is not None:
+            raise self.failure
+        return self.kernel
 
 
 @pytest.fixture
@@ -145,6 +152,20 @@ def test_launch(with_cuda: Any) -> None:
     grids, blocks, data, shared, streams = zip(*cupy.kernel.launches, strict=True)
     assert set(grids) == {(4, 2, 1)} and set(blocks) == {(96,)} and set(shared) == {1024} and streams == (100, 101, 102)
     assert [np.frombuffer(x, params.dtype)["n"][0] for x in data] == [0, 1, 2] and len(data[0]) == 16
+
+
+def test_nothing_to_compile_with(with_cuda: Any) -> None:
+    """Without NVRTC or headers it is said what to install; faults of the driver and of a source stay as they are."""
+    cupy = FakeCupy()
+    with_cuda(cupy)
+    runtime = gpu_runtime.runtime(CUDA)
+    cupy.failure = RuntimeError("Failed to find CUDA headers.")
+    with pytest.raises(MissingDependencyError, match=r"pip install 'cupy-cuda13x\[ctk\]', or .*: Failed"):
+        runtime.kernel("append.cu", "saap_append", {})
+    for failure in (DriverError("out of memory"), ValueError("of the source")):
+        cupy.failure = failure
+        with pytest.raises(type(failure), match=str(failure)):
+            runtime.kernel("append.cu", "saap_append", {})
 
 
 # -- sources --------------------------------------------------------------------------------------------------------------

@@ -156,11 +156,10 @@ def run(runtime: EmulatedRuntime, case: Case, data: Data, knobs: dict[str, int],
     tensors = [data.queries, data.keys, data.values, data.meta, out, lse, floats, tickets]
     tensors += [listed.rows, listed.counts, means.runs, means.counts, means.keys, means.values, means.tables]
     with runtime.allow(*tensors):
+        used = means if case.entries else None
+        launch = scan.bind(data.keys, data.values, data.meta, listed, used, d**-0.5, floats, tickets)
         for _ in range(launches):
-            scan(
-                data.queries, data.keys, data.values, data.meta, listed, means if case.entries else None, d**-0.5,
-                out, lse, floats, tickets,
-            )  # fmt: skip
+            launch(queries=data.queries, out=out, lse=lse)
     assert not tickets.any()
     return out, lse
 
@@ -290,6 +289,32 @@ def test_infinite_scores() -> None:
     data.keys[0, 0, 7, 0] = 3e38
     out, lse = run(EmulatedRuntime(), case, data, {**knobs, "SAAP_GROUPS": 1, "SAAP_TILE": 16})
     assert not out[0, 0, 0].any() and lse[0, 0, 0] == -np.inf and torch.isfinite(lse[0, 0, 1])
+
+
+@pytest.mark.parametrize("model", MODELS, ids=MODEL_IDS)
+@pytest.mark.parametrize("where", ["query", "key", "mean key"])
+def test_nan_is_nan_in_out_and_lse(model: tuple, where: str) -> None:
+    """As in dense attention: of a vector, all of it; of a key, all that see it. Nothing else changes by a bit."""
+    d, e, storage, query, j, knobs = model
+    macros = gpu_scan.configuration(d, e, storage, query, j, EmulatedRuntime.max_shared_bytes)
+    knobs = {**knobs, "SAAP_GROUPS": macros["SAAP_GROUPS"]}
+    case = Case(((3, 400, 440), (0, 0, 20), (1, 60, 70)), g=3, share=0.7, entries=12)  # pairs of several blocks, and of one
+    clean = make(case, d, e, storage, query)
+    out, lse = run(EmulatedRuntime(), case, clean, knobs)
+    data, broken = make(case, d, e, storage, query), torch.zeros(lse.shape, dtype=torch.bool)
+    if where == "query":
+        broken[:2, 1, 2] = True
+        data.queries[:2, 1, 2, d // 2] = torch.nan
+    elif where == "key":
+        broken[:2, 0] = True
+        data.keys[0, 0, 439, 1] = data.keys[1, 0, 5, d - 1] = torch.nan
+    else:
+        i, head = next((i, head) for i, heads in enumerate(data.runs) for head, runs in enumerate(heads) if len(runs))
+        broken[i, head] = True
+        data.means.keys[i, head].flatten(0, 1)[data.runs[i][head][0], 3] = torch.nan
+    found, found_lse = run(EmulatedRuntime("random", 1, 3), case, data, knobs)
+    assert found[broken].isnan().all() and found_lse[broken].isnan().all() and broken.any()
+    assert torch.equal(found[~broken], out[~broken]) and torch.equal(found_lse[~broken], lse[~broken])
 
 
 def test_nonsense_from_the_device_stays_inside() -> None:

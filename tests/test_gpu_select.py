@@ -91,7 +91,7 @@ def run(case: Case, on: EmulatedRuntime) -> Result:
     floats = guarded(torch.full((select.num_floats,), torch.nan))
     given = [to(x) for x in (case.z, case.a, case.tables, case.centres, case.meta, case.budgets)]
     tail = (found.tail, found.tail_counts) if case.entries is not None else (None, None)
-    select(*given, found.rows, found.counts, to(case.miss), to(case.entries), *tail, floats)  # type: ignore[arg-type]
+    select.bind(*given, found.rows, found.counts, to(case.miss), to(case.entries), *tail, floats)()  # type: ignore[arg-type]
     return found
 
 

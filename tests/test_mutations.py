@@ -62,7 +62,7 @@ def check_append() -> None:
     meta = build.ints([[9, 0, 0, 0, 100, 0, 0, 0], [10, 0, 0, 0, 100, 0, 0, 0]])
     tickets = torch.zeros(b, dtype=torch.int32)
     with run.allow(keys, values, *arena, meta, tickets):
-        gpu_build.append_to_meta(run, keys, values, *arena, meta, tickets)
+        build.append_to_meta(run, keys, values, *arena, meta, tickets)
     for x, to in zip((keys, values), arena, strict=True):
         assert build.same_bits(to[0, :, 9:], x[0]) and not to[0, :, :9].any() and not to[1].any()
     assert meta.tolist() == [[16, 0, 0, 0, 107, 0, 0, 1], [10, 0, 0, 0, 100, 0, 0, 2]] and not tickets.any()

@@ -92,7 +92,7 @@ class CudaBackend(TorchBackend):
         sizes = router.nlist, router.outputs - router.nlist
         z, a = (torch.empty((b, h, g * q, n), dtype=torch.float32, device=self.device) for n in sizes)
         route = gpu_route.Route(self.runtime, router, b, g * q, q, queries.dtype, self.knobs.get("route"))
-        route(queries, rotation, None, z, a)
+        route.bind(rotation, None, z, a)(queries=queries)
         return z, a
 
     def probe(
@@ -112,7 +112,7 @@ class CudaBackend(TorchBackend):
             tail, tail_counts = self._lists(budget.entries)
         floats = torch.empty(select.num_floats, dtype=torch.float32, device=self.device)
         miss, entries = budget.miss, budget.entries
-        select(z, a, tables, centres, meta, budget.rows, rows, counts, miss, entries, tail, tail_counts, floats)
+        select.bind(z, a, tables, centres, meta, budget.rows, rows, counts, miss, entries, tail, tail_counts, floats)()
         rows = _trimmed(rows, counts)
         if tail is None or tail_counts is None:
             return Probed(rows, counts)
@@ -148,7 +148,8 @@ class CudaBackend(TorchBackend):
         listed = None if rows is None or counts is None else gpu_scan.Listed(rows, counts)
         means = None if tail is None else gpu_scan.Means(tail.runs, tail.counts, tail.keys, tail.values, tail.tables)
         meta = self._meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
-        scan(queries, arena_keys, arena_values, meta, listed, means, scale, out, lse, floats, tickets)
+        launch = scan.bind(arena_keys, arena_values, meta, listed, means, scale, floats, tickets)
+        launch(queries=queries, out=out, lse=lse)
         return out, lse
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

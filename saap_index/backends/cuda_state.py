@@ -1,14 +1,16 @@
 """The resident state of a batch on a CUDA device: at most three launches a search, one an append, and no memory but the output.
 
 Everything a launch needs lies ready: what the host publishes, a workspace for each shape of queries, budgets and row lists for
-each set of search parameters. Knows kernels and their workspaces; positions and parameters come as numbers.
+each set of search parameters, and the parameters of the kernels themselves, in which a step only changes the addresses of its
+own tensors. Knows kernels and their workspaces; positions and parameters come as numbers.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,18 +21,25 @@ from ..bindings import gpu_build
 from ..bindings.gpu_route import Route, Unturn
 from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape
 from ..bindings.gpu_select import Select, SelectShape
-from ..bindings.gpu_types import Runtime
+from ..bindings.gpu_types import Launch, Runtime
 from .base import Budget, Probed, Rotation
 from .resident import FLAGS, MAX_STEP_TOKENS, Placement, Resident, Routing
 
 Knobs = Mapping[str, dict[str, int]]
 
 META = FLAGS + 1
+
+_MEMORY = "keys", "values", "ids", "tables", "mean_keys", "mean_values"
+"""What of a `Placement` lies on the device."""
+
 _KEPT = 8
 """Shapes of queries, and routers, whose workspaces are kept."""
 
+_BOUND = 32
+"""Launches that are kept of each of these, and of new tokens."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class CudaLimits:
     """Budgets of one set of search parameters, and the lists that a selection within them is written to."""
 
@@ -41,24 +50,27 @@ class CudaLimits:
     found: Probed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Selecting:
-    """Route and select for queries of one shape, dtype and router: launchers and what they write."""
+    """Route and select for queries of one shape, dtype and router: launchers, what they write, and launches, with what the ids
+    in their keys stand for."""
 
     route: Route
     select: Select
     z: Tensor
     a: Tensor
     floats: Tensor
+    bound: dict[Any, tuple[Launch, Launch, Any]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Scanning:
-    """Scan for queries of one shape and dtype."""
+    """Scan for queries of one shape and dtype; launches as in `_Selecting`."""
 
     scan: Scan
     floats: Tensor
     tickets: Tensor
+    bound: dict[Any, tuple[Launch, Any]] = field(default_factory=dict)
 
 
 class CudaResident(Resident):
@@ -76,7 +88,10 @@ class CudaResident(Resident):
         self._at: Placement | None = None
         self._selecting: dict[Any, _Selecting] = {}
         self._scanning: dict[Any, _Scanning] = {}
+        self._appending: dict[Any, Launch] = {}
+        gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
+        self._limits: weakref.WeakSet[CudaLimits] = weakref.WeakSet()
         self._stream: Any = None
         self._lock = threading.Lock()  # parameter structs and workspaces serve one call at a time
 
@@ -92,7 +107,24 @@ class CudaResident(Resident):
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
+            for x in self._memory():  # freed, it must not go to others before this stream is done with it
+                x.record_stream(stream)
         self._stream = stream
+
+    def _memory(self) -> Iterator[Tensor]:
+        """All that launches read or write but for what a call brings."""
+        found: list[Tensor | None] = [self._meta, self._counts, self._tickets, self._centres]
+        if self._at is not None:
+            found += [getattr(self._at, name) for name in _MEMORY]
+        for s in self._selecting.values():
+            router = s.route.router
+            found += [s.z, s.a, s.floats, router.hidden, router.bias_hidden, router.out, router.bias_out]
+            found += [routing.frequencies for _, _, (routing, _) in s.bound.values()]
+        for scanning in self._scanning.values():
+            found += [scanning.floats, scanning.tickets]
+        for x in self._limits:
+            found += [x.budgets, x.entries, x.miss, x.found.rows, x.found.counts, x.found.tail, x.found.tail_counts]
+        yield from (x for x in found if x is not None)
 
     def publish(self, placement: Placement) -> None:
         before, self._at = self._at, placement
@@ -101,8 +133,11 @@ class CudaResident(Resident):
         ):
             self._selecting.clear()
             self._scanning.clear()
+        if before is None or any(getattr(before, name) is not getattr(placement, name) for name in _MEMORY):
+            self._unbind()
         if self._centres.shape != placement.centres.shape:
             self._centres = torch.zeros(placement.centres.shape, device=self._device)
+            self._unbind()
         self._centres.copy_(torch.from_numpy(placement.centres))
         self._meta[:, :FLAGS].copy_(torch.from_numpy(placement.meta))
 
@@ -117,6 +152,7 @@ class CudaResident(Resident):
             found = Probed(found.rows, found.counts, ints(b, h, most_entries), ints(b, h))
         made = CudaLimits(ints(b, h), ints(b, h) if most_entries else None, budget.miss, budget.nprobe, found)
         self.fill(made, budget)
+        self._limits.add(made)
         return made
 
     def fill(self, limits: CudaLimits, budget: Budget) -> None:
@@ -133,13 +169,21 @@ class CudaResident(Resident):
     # -- what a step launches ----------------------------------------------------------------------------------------
 
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> None:
-        at = self._placement()
         assert keys.shape[2] <= MAX_STEP_TOKENS
         with self._lock:
             if counts is not None:
-                self._counts.copy_(torch.tensor(counts, dtype=torch.int32))
-            given = None if counts is None else self._counts
-            gpu_build.append_to_meta(self._runtime, keys, values, at.keys, at.values, self._meta, self._tickets, given)
+                given = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+                self._counts.copy_(given, non_blocking=True)
+            key = (counts is None, *gpu_build.append_layout(keys, values))
+            launch = self._appending.get(key)
+            if launch is None:
+                at, by = self._placement(), None if counts is None else self._counts
+                memory = at.keys, at.values, self._meta, self._tickets, by
+                launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
+                _forget(self._appending, _BOUND)
+            if self.capturing:
+                self._held.append(launch)
+            launch(keys=keys, values=values)
 
     def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
         key = _key(queries)
@@ -165,38 +209,65 @@ class CudaResident(Resident):
     def step(
         self, queries: Tensor, routing: Routing | None, limits: CudaLimits, scale: float
     ) -> tuple[Tensor, Tensor, Probed | None]:
-        at, e = self._placement(), self._shape[3]
-        out = torch.empty((*queries.shape[:-1], e), dtype=queries.dtype, device=self._device)
-        lse = torch.empty(queries.shape[:-1], dtype=torch.float32, device=self._device)
-        listed = means = None
+        shape = queries.shape[:-1]
+        out = torch.empty((*shape, self._shape[3]), dtype=queries.dtype, device=self._device)
+        lse = torch.empty(shape, dtype=torch.float32, device=self._device)
         with self._lock:
             if routing is not None:
                 self._select(queries, routing, limits)
+            self._scan_of(queries, None if routing is None else limits, scale)(queries=queries, out=out, lse=lse)
+        return out, lse, None if routing is None else limits.found
+
+    def _select(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> None:
+        """Launch route and select, which write to ``limits.found``."""
+        s = self._selecting_of(queries, routing, limits.nprobe)
+        key = id(routing), id(limits)
+        bound = s.bound.get(key)
+        if bound is None:
+            turn: Rotation | Unturn | None = routing.rotation
+            if routing.frequencies is not None:
+                turn = Unturn(routing.frequencies, routing.interleaved, routing.scale)
+            found = limits.found
+            route = s.route.bind(turn, self._meta, s.z, s.a)
+            select = s.select.bind(
+                s.z, s.a, self._placement().tables, self._centres, self._meta, limits.budgets, found.rows, found.counts,
+                limits.miss, limits.entries, found.tail, found.tail_counts, s.floats,
+            )  # fmt: skip
+            bound = route, select, (routing, limits)
+            if routing.rotation is None:  # else it is of this step alone
+                s.bound[key] = bound
+                _forget(s.bound, _BOUND)
+        if self.capturing:
+            self._held.append(bound)
+        bound[0](queries=queries)
+        bound[1]()
+
+    def _scan_of(self, queries: Tensor, limits: CudaLimits | None, scale: float) -> Launch:
+        """The scan of what a selection within ``limits`` found, or of every row."""
+        s = self._scanning_of(queries, limits is None)
+        key = id(limits), scale
+        bound = s.bound.get(key)
+        if bound is None:
+            at, listed, means = self._placement(), None, None
+            if limits is not None:
                 found = limits.found
                 listed = Listed(found.rows, found.counts)
                 if found.tail is not None and found.tail_counts is not None:
                     means = Means(found.tail, found.tail_counts, at.mean_keys, at.mean_values, at.tables)
-            scanning = self._scanning_of(queries, routing is None)
-            if self.capturing:
-                self._held += [scanning, limits]
-            scanning.scan(
-                queries, at.keys, at.values, self._meta, listed, means, scale, out, lse, scanning.floats, scanning.tickets
-            )
-        return out, lse, None if routing is None else limits.found
-
-    def _select(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> None:
-        at, s = self._placement(), self._selecting_of(queries, routing, limits.nprobe)
+            launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, s.tickets)
+            bound = s.bound[key] = launch, limits
+            _forget(s.bound, _BOUND)
         if self.capturing:
-            self._held.append(s)
-        turn: Rotation | Unturn | None = routing.rotation
-        if routing.frequencies is not None:
-            turn = Unturn(routing.frequencies, routing.interleaved, routing.scale)
-        s.route(queries, turn, self._meta, s.z, s.a)
-        found = limits.found
-        s.select(
-            s.z, s.a, at.tables, self._centres, self._meta, limits.budgets, found.rows, found.counts, limits.miss, limits.entries,
-            found.tail, found.tail_counts, s.floats,
-        )  # fmt: skip
+            self._held.append(bound)
+        return bound[0]
+
+    def _unbind(self) -> None:
+        """Memory has moved: launches made for where it was are of no use."""
+        self._appending.clear()
+        for selecting in self._selecting.values():
+            selecting.bound.clear()
+        for scanning in self._scanning.values():
+            scanning.bound.clear()
 
     # -- workspaces --------------------------------------------------------------------------------------------------
 
@@ -218,7 +289,7 @@ class CudaResident(Resident):
             floats = torch.empty(select.num_floats, device=self._device)
             z, a = (torch.empty((b, h, g * q, n), device=self._device) for n in (router.nlist, knots + 1))
             made = self._selecting[key] = _Selecting(route, select, z, a, floats)
-            _forget(self._selecting)
+            _forget(self._selecting, _KEPT)
         return made
 
     def _scanning_of(self, queries: Tensor, dense: bool) -> _Scanning:
@@ -232,7 +303,7 @@ class CudaResident(Resident):
             floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self._device)
             made = _Scanning(scan, floats, torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device))
             self._scanning[key] = made
-            _forget(self._scanning)
+            _forget(self._scanning, _KEPT)
         return made
 
 
@@ -240,6 +311,6 @@ def _key(queries: Tensor) -> tuple[Any, ...]:
     return (*queries.shape[2:4], queries.dtype)
 
 
-def _forget(kept: dict[Any, Any]) -> None:
-    while len(kept) > _KEPT:
+def _forget(kept: dict[Any, Any], most: int) -> None:
+    while len(kept) > most:
         kept.pop(next(iter(kept)))

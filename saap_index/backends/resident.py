@@ -31,13 +31,14 @@ NOT_FINITE, FULL = 1, 2
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a batch lies. keys, values, tables : as in `Backend`; mean_keys, mean_values : as in `Tail`.
+    """Where a batch lies. keys, values, ids, tables : as in `Backend`; mean_keys, mean_values : as in `Tail`.
 
     meta : int32 (b, 7), the columns before the flags; centres : float32 (b, S), position of the middle of each segment.
     """
 
     keys: Tensor
     values: Tensor
+    ids: Tensor
     tables: Tensor
     mean_keys: Tensor
     mean_values: Tensor
