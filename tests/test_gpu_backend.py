@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,15 @@ import test_backends
 import test_tail
 import torch
 from gpu_places import BF16, F16, F32, PLACES, RUNTIME, Place, check, emulated_place, emulation, gpu
-from helpers import small_index, tokens
+from helpers import assert_close, small_index, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stateful import same_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saap_index import AsymmetricIndex, Rope, SearchParametersIVF, StateError
+from saap_index import AsymmetricIndex, QueryRouter, Rope, SearchParametersIVF, StateError
+from saap_index.backends import RouterWeights
 
 
 @pytest.fixture(params=PLACES)
@@ -214,6 +215,45 @@ def test_search_attend(place: Place, case: Case) -> None:
         queries = place.tokens(b, case.heads, q, case.d, case.query, seed=t)
         out, lse = index.search_attend(queries, params=case.params, return_lse=True)
         check(index, queries, out, lse, index.select(queries, params=case.params), g)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_search_attend_is_that_of_the_cpu(emu: Place, name: str) -> None:
+    """The same rows, entries and attention, with a router that halves hold exactly: numbers of few bits, no hidden units."""
+    case = CASES[name]
+    if any(isinstance(x, Rope) for _, x in case.options) or case.query != case.dtype:
+        case = replace(case, query=case.dtype, options=())  # angles, and queries of 24 bits, halves do not hold
+    g = torch.Generator().manual_seed(5)
+    h, d = case.kv_heads, case.d
+    sizes = (h, 0, d), (h, 0), (h, 8, 0), (h, 8, d), (h, 8)
+    weights = RouterWeights(*(torch.randint(-32, 33, x, generator=g) / 64 for x in sizes), 4)
+    ours, cpu = (
+        small_index(case.d, case.e, 4, case.heads, case.kv_heads, dtype=case.dtype, backend=backend, **dict(case.options))
+        for backend in ("cuda-emu", "cpu")
+    )
+    stored = [emu.tokens(2, case.kv_heads, 90, x, case.dtype, seed=x) for x in (case.d, case.e)]
+    for index in (ours, cpu):
+        index.query_router = QueryRouter(weights, first_knot=1)
+        index.add(*(x[:, :, :85] for x in stored), lengths=[85, 41])
+        index.add(*(x[:, :, 85:86] for x in stored))
+    assert ours.invlists.segments == cpu.invlists.segments and min(map(len, cpu.invlists.segments)) > 0
+    for t in range(4):
+        queries = emu.tokens(2, case.heads, case.q, case.d, case.query, seed=t).bfloat16().to(case.query)
+        queries = queries.clamp(-3, 3) * (queries.abs() > 2**-6)  # within a half's range
+        found = [index.search_attend(queries, params=case.params, return_lse=True) for index in (ours, cpu)]
+        ids = [index.read_ids(index._last) for index in (ours, cpu)]
+        assert all(torch.equal(x, y) for a, b in zip(*ids, strict=True) for x, y in zip(a, b, strict=True))
+        tails = [index._last.tail for index in (ours, cpu)]
+        if tails[1] is not None:
+            width = min(x.shape[2] for x in tails)
+            assert torch.equal(*(x[:, :, :width] for x in tails)) and all((x[:, :, width:] < 0).all() for x in tails)
+        (out, lse), (want, want_lse) = found
+        assert_close(out, want.double().numpy(), case.dtype, 4.0)
+        assert_close(lse, want_lse.double().numpy(), torch.float32, 10.0)
+    queries = emu.tokens(2, case.heads, case.q, case.d, case.query)
+    queries[1, 0, 0, 3] = torch.nan
+    (out, lse), (want, want_lse) = (index.search_attend(queries, params=case.params, return_lse=True) for index in (ours, cpu))
+    assert torch.equal(out.isnan(), want.isnan()) and torch.equal(lse.isnan(), want_lse.isnan()) and lse.isnan().sum() == 1
 
 
 def test_the_state_is_that_of_any_backend(place: Place) -> None:
