@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo routers test test-gpu lint bench bench-gpu clean
+.PHONY: help setup demo compare routers test test-gpu lint bench bench-gpu clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -24,6 +24,9 @@ $(VENV)/.ready: setup.cfg setup.py pyproject.toml $(wildcard bindings/*.cpp bind
 
 demo: setup ## capture a real model, train, measure on unseen text; table and plot in demo_results/
 	$(BIN)/python -m saap_index.demo
+
+compare: setup ## sparse attention methods side by side on SmolLM2-135M, minutes; compare_results/report.html is worth a look
+	$(BIN)/python -m saap_index.demo.comparison
 
 routers: setup ## train routers for all layers of SmolLM2-135M, under 30 minutes; kept in the cache folder, the demo's and tests' to use
 	$(BIN)/python -m saap_index.demo.routers
@@ -47,4 +50,4 @@ bench-gpu: ## everything that needs a CUDA device, under nine minutes: tests, sa
 	PYTHON=$(PYTHON) bench/gpu_session.sh
 
 clean: ## remove the environment and what was built
-	rm -rf $(VENV) build *.egg-info saap_index/*.so demo_results
+	rm -rf $(VENV) build *.egg-info saap_index/*.so demo_results compare_results

@@ -130,7 +130,10 @@ def test_the_page_stands_alone(folder) -> None:
         "Other architectures",
         "query-adaptive index",
         "strided",
-        "Budget 10.0%",
+        "Budget 10 %",
+        "In pairs: saap",
+        "methods that can be deployed",
+        "static pattern",
     ):
         assert text in page, text
     assert "strided" in (folder / "table.txt").read_text()
@@ -155,6 +158,7 @@ def test_drawings_are_well_formed_and_skip_what_is_not_there() -> None:
     lines = [
         svg.Curve("a<b", [(1.0, 2.0), (10.0, float("nan")), (100.0, 5.0)], "#111", True),
         svg.Curve("c", [(3.0, 2.0)], "#222", bold=True),
+        *(svg.Curve(shape, [(3.0, 2.0), (30.0, 4.0)], "#333", marker=shape) for shape in svg.MARKERS),
     ]
     for text in (
         svg.curves(lines, "x & y", "z", band=("a<b", "c")), svg.curves(lines, "x", "z", log_y=True),

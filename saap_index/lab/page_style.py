@@ -16,7 +16,7 @@ body {
   margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif;
 }
-main { max-width: 1160px; margin: 0 auto; padding: 40px 24px 80px; }
+main { max-width: 1240px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 30px; letter-spacing: -.02em; margin: 0 0 6px; }
 h2 { font-size: 20px; margin: 0 0 4px; }
 p { margin: 4px 0 14px; color: var(--soft); max-width: 76ch; }
@@ -36,14 +36,22 @@ svg text:not([fill]) { fill: var(--ink); }
 .lane { fill: var(--lane); }
 .mass { fill: var(--ink); opacity: .75; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-table { font-size: 13.5px; }
-th,td { padding: 5px 7px; text-align: right; white-space: nowrap; }
+table { font-size: 13px; }
+th,td { padding: 5px 6px; text-align: right; white-space: nowrap; }
 th:first-child,td:first-child { text-align: left; }
 thead th { color: var(--soft); font-weight: 600; font-size: 12.5px; border-bottom: 1px solid var(--line); }
 tbody tr+tr td { border-top: 1px solid var(--line); }
 tr.kind td { padding-top: 18px; color: var(--soft); text-align: left; white-space: normal; }
 tr.kind b { color: var(--ink); }
 tr.ours td { background: var(--hot); font-weight: 600; }
+td.text { white-space: normal; text-align: left; }
+.wide { overflow-x: auto; }
+ul.verdict {
+  color: var(--ink); background: var(--card); font-size: 16px; list-style: none; padding: 14px 20px;
+  border-left: 4px solid #e4572e;
+}
+ul.verdict li { margin: 3px 0; }
+.legend span { margin-right: 18px; white-space: nowrap; }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: 8px; }
 .pm { color: var(--soft); font-weight: 400; font-size: 12px; }
 """

@@ -15,13 +15,33 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """points : (x, y), drawn in order of x; dashed : for a bound rather than a contender; bold : for what the page is about."""
+    """points : (x, y), drawn in order of x; dashed : for a bound rather than a contender; bold : for what the page is about;
+    marker : of `MARKERS`."""
 
     label: str
     points: Points
     colour: str
     dashed: bool = False
     bold: bool = False
+    marker: str = "circle"
+
+
+_CORNERS: dict[str, Points] = {
+    "square": [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)], "triangle": [(0.0, -1.3), (1.2, 0.9), (-1.2, 0.9)],
+    "diamond": [(0.0, -1.4), (1.4, 0.0), (0.0, 1.4), (-1.4, 0.0)],
+}  # fmt: skip
+MARKERS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆", "ring": "○"}
+"""Shapes of points, and how a text shows them."""
+
+
+def marker(shape: str, x: float, y: float, r: float, colour: str) -> str:
+    """The start tag and attributes of a point's drawing, without its end."""
+    if shape == "circle":
+        return f'circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" fill="{colour}"'
+    if shape == "ring":
+        return f'circle cx="{x:.1f}" cy="{y:.1f}" r="{r - 0.4}" fill="var(--card)" stroke="{colour}" stroke-width="1.6"'
+    corners = _path([(x + a * r, y + b * r) for a, b in _CORNERS[shape]])
+    return f'polygon points="{corners}" fill="{colour}"'
 
 
 def curves(lines: Sequence[Curve], x_label: str, y_label: str, log_y: bool = False, band: tuple[str, str] | None = None) -> str:
@@ -62,7 +82,8 @@ def curves(lines: Sequence[Curve], x_label: str, y_label: str, log_y: bool = Fal
         parts.append(f'<polyline fill="none" {style} points="{_path(points)}"/>')
         for (x, y), (bytes_, value) in zip(points, ok[line.label], strict=True):
             title = f"<title>{escape(line.label)}: {value:.4g} at {bytes_:.4g}</title>"
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4.5 if line.bold else 3}" fill="{line.colour}">{title}</circle>')
+            drawn = marker(line.marker, x, y, 4.5 if line.bold else 3.2, line.colour)
+            parts.append(f"<{drawn}>{title}</{drawn.partition(' ')[0]}>")
         ends.append((points[-1], line))
     for y, ((x, end), line) in zip(_apart([e[0][1] for e in ends], 14), ends, strict=True):
         weight = ' font-weight="700"' if line.bold else ""
@@ -93,7 +114,7 @@ def heat_map(rows: Mapping[str, Mapping[int, float]], columns: Sequence[int], un
             box = f'x="{left + c * cell}" y="{y + 2}" width="{cell - 2}" height="{tall - 4}" rx="2"'
             parts.append(f'<rect {box} fill="{fill}">{title}</rect>')
             if cell >= 24 and not math.isnan(value):
-                ink = "#fff" if value < 62 else "#102"
+                ink = "#fff" if value < 52 else "#102"
                 x = left + c * cell + cell / 2 - 1
                 parts.append(f'<text class="small" x="{x}" y="{y + 16}" text-anchor="middle" fill="{ink}">{value:.0f}</text>')
     for c, layer in enumerate(columns):

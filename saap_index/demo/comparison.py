@@ -1,0 +1,62 @@
+"""Every method of the lab on SmolLM2-135M: ``python -m saap_index.demo.comparison``, or ``make compare``.
+
+The same as ``saap compare``, with the model and the texts chosen. The quick form, three layers at 4096 tokens, takes minutes;
+``--full`` is every layer at 8192 tokens, four sequences, under two hours on two cores. Interrupted, the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow down whoever runs next
+
+import torch
+
+from ..errors import SaapError
+from ..lab import compare
+from ..lab.evaluate import Settings
+from ..pipeline import command
+from . import model, texts
+
+QUICK_LAYERS = (3, 14, 26)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m saap_index.demo.comparison", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="every layer, 8192 tokens, four sequences, three budgets")
+    parser.add_argument("--methods", default=compare.DEFAULT_METHODS, help="names separated by commas (default: all)")
+    parser.add_argument("--out", type=Path, help="folder (default compare_results, or compare_full)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(os.cpu_count() or 1)
+    out = options.out or Path("compare_full" if options.full else "compare_results")
+    try:
+        command.say(f"loading {model.NAME}")
+        smollm2, tokenizer = model.load()
+        encode = partial(model.encode, tokenizer)
+        length, training, measured = (8192, 4, 4) if options.full else (4096, 2, 1)
+        sequences = texts.take(texts.training_texts(), encode, training, length)
+        sequences += texts.take(texts.unseen_texts(), encode, measured, length)
+        settings = Settings(decoded=64) if options.full else Settings((0.05, 0.1), QUICK_LAYERS, decoded=24, replaced=QUICK_LAYERS)
+        task = compare.Task(
+            smollm2, tokenizer, model.NAME, sequences, training, compare.names_of(options.methods), settings,
+            profile_tokens=compare.PROFILE_TOKENS if options.full else 1024,
+        )  # fmt: skip
+        compare.compare(task, out, command.say)
+    except SaapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return 130
+    print((out / "table.txt").read_text())
+    print(f"wrote records.json, table.txt and report.html to {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The tables of a comparison's page: every method at a budget, grouped by kind; this library's indexes in pairs; a verdict.
+
+Knows records, no drawings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from .quality import spread
+from .report import LayerRow, TextRow, needle_rows
+
+OURS = ("saap", "saap-own")
+ORACLES = ("dense", "topk", "topk_group")
+"""What cannot be deployed: these read everything to know what they choose."""
+
+KINDS = ("query-adaptive index", "eviction", "static pattern", "compression", "yardstick")
+NOTES = {
+    "query-adaptive index": "chooses tokens for each query; every token stays available",
+    "eviction": "drops tokens for good, without regard to later queries",
+    "static pattern": "reads the same places whatever the text is",
+    "compression": "reads all tokens in fewer numbers; quality falls with the rank",
+    "yardstick": "bounds and plain baselines; topk and topk_group would have to read everything to know what they choose",
+}
+_HEAD = (
+    "K, V kB", "tables kB", "weights kB", "in all kB", "of dense", "alone", "captured %", "error", "KL", "same 1st",
+    "ppl ×", "needles", "ms",
+)  # fmt: skip
+
+Key = tuple[str, float]
+"""(method, share)"""
+
+
+def section(title: str, note: str, inner: str) -> str:
+    return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p>{inner}</section>" if inner else ""
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def charged(row: LayerRow, batch: int) -> float:
+    """Bytes of a layer and step: K, V, tables, and the sequence's part of the weights."""
+    return row.kv_bytes + row.other_bytes + row.shared_bytes / batch
+
+
+def budgets(
+    records: Mapping[str, Any], rows: Sequence[LayerRow], texts: Sequence[TextRow], methods: Sequence[str],
+    kinds: Mapping[str, str], colours: Mapping[str, str], batch: int,
+) -> str:  # fmt: skip
+    """A table per budget."""
+    by, text, needles = {(r.method, r.share): r for r in rows}, {(t.method, t.share): t for t in texts}, needle_rows(records)
+    times, tables = _times(records), []
+    note = (
+        "Mean ± standard deviation over sequences. In all: keys, values, tables that decide what to read, and weights by the "
+        f"sequence if {batch} are decoded at once, per layer and step. Alone: of dense, if one sequence is decoded and reads the "
+        "weights for itself. ppl: perplexity of the text by the dense model's. ms: per token in this reference implementation."
+    )
+    for share in sorted({s for _, s in [*by, *text]}):
+        here = [m for m in methods if (m, share) in by or (m, share) in text]
+        cells = {m: _cells(by, text, needles, times, (m, share), batch) for m in here}
+        shown = [i for i in range(len(_HEAD)) if any(row[i] != "–" for row in cells.values())]
+        lines = []
+        for kind in [*KINDS, *sorted({kinds[m] for m in methods} - set(KINDS))]:
+            members = [m for m in here if kinds[m] == kind]
+            if members:
+                about = f"<b>{escape(kind)}</b> {escape(NOTES.get(kind, ''))}"
+                lines.append(f'<tr class="kind"><td colspan="{len(shown) + 1}">{about}</td></tr>')
+            for m in members:
+                name = f'<td><span class="dot" style="background:{colours[m]}"></span>{escape(m)}</td>'
+                style = ' class="ours"' if m in OURS else ""
+                lines.append(f"<tr{style}>{name}{''.join(f'<td>{cells[m][i]}</td>' for i in shown)}</tr>")
+        tables.append(section(f"Budget {percent(share)}", note, table(["method", *(_HEAD[i] for i in shown)], lines)))
+    return "".join(tables)
+
+
+def _cells(
+    by: Mapping[Key, LayerRow], text: Mapping[Key, TextRow], needles: Mapping[Key, tuple[int, int]], times: Mapping[Key, float],
+    key: Key, batch: int,
+) -> list[str]:  # fmt: skip
+    r, t, right, dense = by.get(key), text.get(key), needles.get(key), by.get(("dense", key[1]))
+    cells = ["–"] * len(_HEAD)
+    if r:
+        whole, alone = charged(r, batch), charged(r, 1)
+        cells[:4] = [f"{x / 1e3:.0f}" for x in (r.kv_bytes, r.other_bytes, r.shared_bytes / batch, whole)]
+        if dense:
+            cells[4:6] = [f"{100 * x / dense.kv_bytes:.1f} %" for x in (whole, alone)]
+        cells[6:8] = [plus_minus(r.captured, 1), plus_minus(r.error, 3)]
+    if t:
+        cells[8:11] = [plus_minus(t.kl, 4), plus_minus(t.top1, 1), plus_minus(t.perplexity_ratio, 3)]
+    if right:
+        cells[11] = f"{right[0]}/{right[1]}"
+    if key in times:
+        cells[12] = f"{times[key]:.0f}"
+    return cells
+
+
+def table(head: Sequence[str], lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    heads, rows = "".join(f"<th>{h}</th>" for h in head), "".join(lines)
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def plus_minus(value: tuple[float, float], digits: int) -> str:
+    if math.isnan(value[0]):
+        return "–"
+    return f'{value[0]:.{digits}f} <span class="pm">±{value[1]:.{digits}f}</span>'
+
+
+def _times(records: Mapping[str, Any]) -> dict[Key, float]:
+    found: dict[Key, list[float]] = {}
+    for key, row in records.items():
+        if key.startswith("text/"):
+            *_, method, share = key.split("/")
+            found.setdefault((method, float(share)), []).append(1e3 * row["seconds_per_token"])
+    return {key: spread(values)[0] for key, values in found.items()}
+
+
+def _captured(records: Mapping[str, Any]) -> dict[Key, dict[str, float]]:
+    """Percent of the mass outside, by sequence."""
+    sums: dict[Key, dict[str, list[float]]] = {}
+    for key, row in records.items():
+        kind, *rest = key.split("/")
+        if kind == "layer" and not math.isnan(row["captured"]):
+            pair = sums.setdefault((rest[-2], float(rest[-1])), {}).setdefault("/".join(rest[:-3]), [0.0, 0.0])
+            pair[0], pair[1] = pair[0] + row["captured"], pair[1] + row["outside"]
+    return {key: {name: 100 * a / b for name, (a, b) in found.items() if b} for key, found in sums.items()}
+
+
+def _divergence(records: Mapping[str, Any]) -> dict[Key, dict[str, float]]:
+    found: dict[Key, dict[str, float]] = {}
+    for key, row in records.items():
+        kind, *rest = key.split("/")
+        if kind == "text":
+            found.setdefault((rest[-2], float(rest[-1])), {})["/".join(rest[:-2])] = row["kl"]
+    return found
+
+
+def _difference(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, float]:
+    return spread([first[x] - second[x] for x in first if x in second] or [math.nan])
+
+
+def paired(records: Mapping[str, Any], methods: Sequence[str]) -> str:
+    """Captured mass and KL of this library's indexes against each other method, on the same sequence at the same budget."""
+    mass, kl, tables = _captured(records), _divergence(records), []
+    shares = sorted({s for _, s in [*mass, *kl]})
+    for ours in OURS:
+        lines = []
+        for m in methods:
+            cells = []
+            for share in shares:
+                gained = _difference(mass.get((ours, share), {}), mass.get((m, share), {}))
+                saved = _difference(kl.get((m, share), {}), kl.get((ours, share), {}))
+                cells += [plus_minus(gained, 1), plus_minus(saved, 4)]
+            if m not in (*OURS, "dense") and any(cell != "–" for cell in cells):
+                lines.append(f"<tr><td>{escape(m)}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
+        head = ("against", *(f"{what}, {percent(share)}" for share in shares for what in ("points", "KL")))
+        note = (
+            f"{ours} and each other method on the same sequences, mean ± standard deviation: points of captured attention "
+            "gained, and KL saved in nats. Positive where this library's index is ahead."
+        )
+        tables.append(section(f"In pairs: {ours}", note, table(head, lines)))
+    return "".join(tables)
+
+
+def verdict(records: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
+    """A sentence per budget: whom this library's better index is ahead of, and whom not, of the methods that can be deployed."""
+    mass, lines = _captured(records), []
+    for share in sorted({s for _, s in mass}):
+        present = [ours for ours in OURS if (ours, share) in mass]
+        if not present:
+            lines.append(f"<li>{percent(share)}: this library's index cannot read so little, see below.</li>")
+            continue
+        best = max(present, key=lambda ours: spread(mass[ours, share])[0])
+        against = {
+            m: _difference(mass[best, share], mass[m, share])
+            for m in kinds if m not in (*OURS, *ORACLES) and (m, share) in mass
+        }  # fmt: skip
+        behind = [f"{escape(m)} ({-d[0]:.1f} ± {d[1]:.1f} points)" for m, d in against.items() if d[0] <= 0]
+        ahead = len(against) - len(behind)
+        said = f"{percent(share)}: {best} captures more than {ahead} of the {len(against)} methods that can be deployed"
+        if behind:
+            said += f", not more than {', '.join(behind)}"
+        elif against:
+            near = min(against, key=lambda m: against[m][0])
+            said += f"; the nearest, {escape(near)}, by {against[near][0]:.1f} ± {against[near][1]:.1f} points"
+        lines.append(f"<li>{said}.</li>")
+    return f'<ul class="verdict">{"".join(lines)}</ul>' if lines else ""
+
+
+def missing(records: Mapping[str, Any]) -> str:
+    lines = []
+    for key, row in records.items():
+        kind, *rest = key.split("/")
+        if kind == "missing":
+            method, why = escape(rest[0]), escape(row["reason"])
+            lines.append(f'<tr><td>{method}</td><td>{percent(float(rest[1]))}</td><td class="text">{why}</td></tr>')
+    note = "Methods that were asked for and cannot read so little: what they read when set to the least."
+    return section("Not possible at a budget", note, table(("method", "budget", "why"), lines))
+
+
+def cost(records: Mapping[str, Any]) -> str:
+    lines = []
+    for c in records.get("cost", ()):
+        cells = escape(c["name"]), escape(c["kind"]), f"{c['bytes'] / 1e3:.1f}", f"{1e6 * c['seconds']:.0f}"
+        lines.append("<tr>" + "".join(f"<td>{x}</td>" for x in cells) + "</tr>")
+    note = "These replace softmax and need a model trained with them, so they have no quality here: only what a step costs."
+    head = ("operator", "kind", "kB per layer and step", "µs per layer and step")
+    return section("Other architectures", note, table(head, lines))
