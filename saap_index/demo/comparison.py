@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         length, training, measured = (8192, 4, 4) if options.full else (4096, 2, 1)
         sequences = texts.take(texts.training_texts(), encode, training, length)
         sequences += texts.take(texts.unseen_texts(), encode, measured, length)
-        settings = Settings(decoded=64) if options.full else Settings((0.05, 0.1), QUICK_LAYERS, decoded=24, replaced=QUICK_LAYERS)
+        quick = Settings((0.05, 0.1), QUICK_LAYERS, decoded=24, replaced=QUICK_LAYERS)
+        settings = Settings(decoded=64) if options.full else quick
         task = compare.Task(
             smollm2, tokenizer, model.NAME, sequences, training, compare.names_of(options.methods), settings,
             profile_tokens=compare.PROFILE_TOKENS if options.full else 1024,
