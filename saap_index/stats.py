@@ -93,12 +93,13 @@ def gather(
         slack_bytes=lists.allocated_bytes() - kv_bytes - metadata_bytes,
         shared_bytes=shared,
         imbalance_factor=float(imbalance.mean()) if len(imbalance) else 0.0,
-        last_search=SearchStats() if last is None else _search(lists, last, router),
+        last_search=SearchStats() if last is None else search_stats(lists, last, router),
         mean_bytes=lists.mean_bytes(),
     )
 
 
-def _search(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter | None) -> SearchStats:
+def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter | None) -> SearchStats:
+    """What a search that made this selection read."""
     b, h = lists.batch, lists.heads
     sealed = [high - low for high, low in zip(last.sealed, last.sinks, strict=True)]
     read = [0.0] * b if last.counts is None else last.counts.float().mean(1).tolist()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,15 @@ from saap_index.pipeline.models import LoadedModel
 from saap_index.pipeline.train import TrainSettings, train_model
 
 LENGTH = 448
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small are faster so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 1.0])
@@ -101,8 +113,10 @@ def make_task(model: Any, routers: Routers, **changes: Any) -> EvalTask:
 
 @pytest.fixture(scope="module")
 def folder(model: Any, routers: Routers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Needles with fewer methods than the rest."""
     out = tmp_path_factory.mktemp("eval")
-    evaluate_routers(make_task(model, routers), out)
+    evaluate_routers(make_task(model, routers, tasks=("needles",), methods=("saap", "dense"), budgets=(0.3,), masses=()), out)
+    evaluate_routers(make_task(model, routers, tasks=("layers", "end")), out)
     return out
 
 
@@ -113,6 +127,7 @@ def test_everything_is_measured_and_reported(folder: Path) -> None:
         for sequence in range(2):
             assert 0 <= rows[f"text/{sequence}/{method}"]["top1"] <= 1
             assert all(rows[f"layer/{sequence}/{layer}/{method}"]["error"] >= 0 for layer in range(2))
+    for method in ("saap/0.3", "dense/1.0"):
         assert sum(key.startswith("needle/") and key.endswith(f"/{method}") for key in rows) == 1 + 4
     assert rows["text/0/dense/1.0"]["kl"] < 1e-6 and rows["layer/1/1/dense/1.0"]["error"] < 1e-5
     table = (folder / "table.txt").read_text()
@@ -121,7 +136,7 @@ def test_everything_is_measured_and_reported(folder: Path) -> None:
     assert "saap-mass-0.5    mean 0." in table
     found = json.loads((folder / "summary.json").read_text())
     assert set(found["layers"]) == {"all", "late", "early"} and set(found["each_layer"]) == {"0", "1"}
-    assert len(found["end"]) == len(methods) + 2 and len(found["needles"]) == 5 * (len(methods) + 2)
+    assert len(found["end"]) == len(methods) + 2 and len(found["needles"]) == 5 * 2
     assert found["targets"]["saap-mass-0.5"]["heads"] == 4 and found["targets"]["saap-mass-0.5"]["mean"] > 0.4
     pictures = {path.stem for path in folder.glob("*.png")}
     assert pictures == {
@@ -242,3 +257,17 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
     assert cli.main([*given, "--layers", "one"]) == 1 and "layers: expected numbers" in capsys.readouterr().err
     assert cli.main([*given, "--sequences", "9"]) == 1 and "texts: expected 9 sequences" in capsys.readouterr().err
     assert eval_command._checksum(tmp_path / "routers") != eval_command._checksum(tmp_path / "tiny")
+
+
+def test_the_documented_commands_can_be_given() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    lines = [line.split()[2:] for line in text.splitlines() if line.startswith("    saap eval")]
+    assert len(lines) >= 3
+    parser = argparse.ArgumentParser()
+    eval_command.add_arguments(parser)
+    for line in lines:
+        given = parser.parse_args(line)
+        assert set(eval_command._names(given.tasks)) <= set(eval_command.TASKS)
+    section = text[text.index("## Judging routers") : text.index("## When it will not help")]
+    options = {option for action in parser._actions for option in action.option_strings}
+    assert set(re.findall(r"--[a-z][a-z-]+", section)) - {"--router"} <= options

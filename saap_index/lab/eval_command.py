@@ -80,7 +80,7 @@ def evaluate_routers(task: EvalTask, out: Path, say: Say = lambda line: None) ->
     settings, methods = _checked(task)
     out.mkdir(parents=True, exist_ok=True)
     records = Records(out / "records.json")
-    same = {"identity": task.identity, "decoded": settings.decoded, "span": settings.span, "step": settings.step}
+    same = {"identity": task.identity, "continuation": task.decoded, "step": settings.step}
     _same(records, "task", same)
     for number, (_, tokens) in enumerate(task.sequences):
         _same(records, f"digest/{number}", digest([("", list(tokens))]))

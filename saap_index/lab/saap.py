@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..index import AsymmetricIndex
 from ..params import SearchParametersIVF
+from ..stats import search_stats
 from ..tower import TwoTower
 from .method import Attended, Layer, Method, State
 
@@ -82,7 +82,7 @@ class _SaapState(State):
             chosen = torch.zeros((layer.heads, index.ntotal), dtype=torch.bool)
             for head, ids in enumerate(index.read_ids(selection)[0]):
                 chosen[head, ids] = True
-        last: Any = index.stats().last_search
+        last = search_stats(index.invlists, selection, index.query_router)
         read = last.read_sealed + last.dense_tokens
         kv_bytes = read * layer.heads * layer.token_bytes
         means = last.tail_entries * layer.heads * layer.token_bytes
