@@ -34,8 +34,16 @@ def test_a_session(tmp_path: Path) -> None:
 
 
 def test_a_failing_stage_does_not_stop_the_others(tmp_path: Path) -> None:
-    done = session(tmp_path, PYTHON="false")
+    sanitizer = tmp_path / "bin" / "compute-sanitizer"
+    sanitizer.parent.mkdir()
+    sanitizer.write_text('#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@"\nexit 1\n')
+    sanitizer.chmod(0o755)
+    done = session(tmp_path, PYTHON="false", PATH=f"{sanitizer.parent}:{os.environ['PATH']}")
     assert done.returncode == 1
     failed = (tmp_path / "failures.txt").read_text().splitlines()
-    assert [x.split()[1].rstrip(":") for x in failed][:5] == ["environment", "primitives", "tests", "search_attend", "build"]
+    stages = ["environment", "primitives", "tests", "search_attend", "build", "memcheck", "racecheck"]
+    assert [x.split()[1].rstrip(":") for x in failed] == stages
     assert all("exit status 1" in x for x in failed)
+    options = "--kernel-name kns=saap_ --report-api-errors no --error-exitcode 9"
+    for tool in stages[5:]:
+        assert (tmp_path / f"{tool}.log").read_text() == f"1 {options} --tool {tool} false bench/gpu_small.py --dry\n"
