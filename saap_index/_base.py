@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
+from ._arguments import IndexArguments
 from .attend import Selection
 from .backends import get_backend
 from .calibration import Calibration
-from .errors import CompatibilityError, ParameterError, ShapeError, StateError
+from .errors import CompatibilityError, ParameterError, StateError
 from .invlists import SegmentedInvertedLists
-from .layout import MAX_QUERY_TOKENS, Layout
+from .layout import Layout
 from .params import SELECTIVITY, SearchParametersIVF
 from .quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
 from .rope import Rope
@@ -26,26 +27,11 @@ from .tower import TwoTower
 MAX_DIM = 256
 
 
-@dataclass(frozen=True)
-class Form:
-    """How an argument came, and so how results go back: as NumPy arrays, as (n, d)."""
-
-    numpy: bool
-    flat: bool
-
-    def output(self, x: Tensor) -> Any:
-        x = x[0, 0] if self.flat else x
-        return x.cpu().numpy() if self.numpy else x
-
-
-_PLAIN = Form(False, False)
-
-
-class IndexBase:
+class IndexBase(IndexArguments):
     """What `AsymmetricIndex` is made with and shows; see there."""
 
     __slots__ = (
-        "__weakref__", "_accepted", "_asked", "_backend", "_budget_shares", "_calibration", "_defaults", "_key_quantizer",
+        "__weakref__", "_asked", "_backend", "_budget_shares", "_calibration", "_defaults", "_key_quantizer",
         "_last", "_layout", "_lists", "_miss", "_number", "_prepared_quantizer", "_prepared_router", "_query_router", "_token",
         "_tower", "backend_name", "d", "d_v", "device", "dtype", "nlist", "num_heads", "num_kv_heads", "rope", "scale",
     )  # fmt: skip
@@ -335,42 +321,6 @@ class IndexBase:
         if params.tail and not self.mean_run_tokens:
             raise ParameterError(f"tail: expected an index with mean_run_tokens of 1 or more, got tail={params.tail} and 0")
         return params
-
-    def _input(self, value: Any, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> Tensor:
-        """A checked tensor of 4 axes; (n, d) becomes (1, 1, n, d)."""
-        x = checks.tensor(value, name)
-        if x.ndim == 2:
-            x = x[None, None]
-        checks.array(x, name, axes, shape, dtypes, self.device)
-        return x
-
-    def _queries(self, queries: Any, any_number: bool = False) -> tuple[Tensor, Form]:
-        """Checked queries by KV head, (b, h, g, q, d), and the form of the results."""
-        batch = self._lists.batch if self._lists is not None else None
-        plain = isinstance(queries, Tensor) and queries.ndim == 4
-        kind: tuple[Any, ...] = ()
-        if plain:
-            kind = queries.shape, queries.stride(), queries.dtype, queries.device, batch, any_number
-        if plain and kind == self._accepted:  # a decode step is like the last: checking it again costs as much as choosing lists
-            x, form = queries.detach(), _PLAIN
-        else:
-            form = _PLAIN if plain else Form(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
-            x = self._input(queries, "queries", "b hq q d", (batch, self.num_heads, None, self.d), checks.STORAGE_DTYPES)
-        b, hq, q, d = x.shape
-        if not any_number and not 1 <= q <= MAX_QUERY_TOKENS:
-            raise ShapeError(f"queries: expected 1 to {MAX_QUERY_TOKENS} queries per sequence, got {q}")
-        self._accepted = kind
-        return x.reshape(b, self.num_kv_heads, hq // self.num_kv_heads, q, d).contiguous(), form
-
-    def _list_nos(self, list_nos: Any, axes: str, shape: Sequence[int | None], least: int) -> Tensor:
-        """Checked list numbers, int32 (b, h, ...); a vector becomes (1, 1, n)."""
-        nos = checks.tensor(list_nos, "list_nos")
-        nos = nos[None, None] if nos.ndim == 1 else nos
-        if nos.ndim:  # rows of a strided view are fine here: they are small, and read once
-            nos = nos.contiguous()
-        checks.array(nos, "list_nos", axes, shape, [torch.int32, torch.int64], self.device)
-        checks.list_numbers(nos, "list_nos", self.nlist, least)
-        return nos.int()
 
     def _assign_rows(self, i: int, start: int, stop: int) -> Tensor:
         """List numbers of recent rows of sequence i: what the inverted lists call when they seal."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import checks, interop
-from ._base import Form
+from ._arguments import Form
 from ._decode import IndexDecode
 from .attend import MOST_PLANS, Selection, attend, read_ids, select, select_lists, take, widen
 from .backends.resident import MAX_STEP_TOKENS

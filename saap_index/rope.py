@@ -13,16 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import positions as _positions
 from .backends.base import Rotation
 from .errors import DTypeError, FormatError, ParameterError, ShapeError
-
-Positions: TypeAlias = "Tensor | np.ndarray[Any, Any] | range | Sequence[int]"
+from .positions import Positions
 
 # What each scaling needs, and what it may have; any other parameter given with it is an error.
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -40,9 +40,6 @@ _PARAMETERS = (
 )  # fmt: skip
 _POSITIVE = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
 
-_CPU = torch.device("cpu")
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-_MEMO_TOKENS = 256  # the block an index seals at once; longer results are not kept, they would hold memory
 
 
 @dataclass(frozen=True)
@@ -272,8 +269,8 @@ class Rope:
         if asked is not None and last is not None and last[0] == asked:  # the other layers of a decode step
             return last[1]
         length = self._length_of_rotation(seq_len)
-        place = _place(positions, device)
-        content = _content(positions)
+        place = _positions.place(positions, device)
+        content = _positions.content(positions)
         key = None if content is None else (content, length, place)
         held = self._memo.get("rotation")
         if key is not None and held is not None and held[0] == key:
@@ -283,7 +280,7 @@ class Rope:
             angles = torch.from_numpy(self._frequencies(length, place).numpy()[None] * np.float32(content[0]))
             cos, sin = angles.cos(), angles.sin_()
         else:
-            vector = _integers(positions, place)
+            vector = _positions.integers(positions, place)
             if vector.ndim != 1:
                 raise ShapeError(f"positions: expected shape (n,), got {tuple(vector.shape)}")
             cos, sin = self._angles(vector, length)
@@ -319,7 +316,7 @@ class Rope:
             raise DTypeError(f"x: expected a torch tensor of a float dtype, got {getattr(x, 'dtype', type(x).__name__)}")
         if x.ndim < 2 or x.shape[-1] != self.head_dim:
             raise ShapeError(f"x: expected shape (..., n, {self.head_dim}), got {tuple(x.shape)}")
-        vector = _integers(positions, x.device)
+        vector = _positions.integers(positions, x.device)
         fits = 1 <= vector.ndim <= min(2, x.ndim - 1) and vector.shape[-1] in (1, x.shape[-2])
         if not fits or (vector.ndim == 2 and vector.shape[0] not in (1, x.shape[0])):
             raise ShapeError(f"positions: expected shape (n,) or (b, n) for x {tuple(x.shape)}, got {tuple(vector.shape)}")
@@ -404,44 +401,6 @@ def _number(value: float | None) -> float:
     """A parameter that the constructor made sure of."""
     assert value is not None
     return value
-
-
-def _place(positions: Positions, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return positions.device if isinstance(positions, Tensor) else _CPU
-
-
-def _content(positions: Positions) -> tuple[int, ...] | range | None:
-    """Few positions in host memory as a value to compare by; None for many, for an accelerator's and for invalid ones."""
-    if isinstance(positions, range):
-        return positions if len(positions) <= _MEMO_TOKENS else None
-    if isinstance(positions, np.ndarray):
-        if positions.ndim == 1 and positions.dtype.kind in "iu" and len(positions) <= _MEMO_TOKENS:
-            return tuple(positions.tolist())
-    elif isinstance(positions, Tensor):
-        host = positions.device.type == "cpu" and positions.ndim == 1 and positions.numel() <= _MEMO_TOKENS
-        if host and positions.dtype in _INTEGERS:
-            return tuple(positions.tolist())
-    return None
-
-
-def _integers(positions: Positions, device: torch.device) -> Tensor:
-    """Positions as an integer tensor of any shape on ``device``."""
-    if isinstance(positions, range):
-        return torch.arange(positions.start, positions.stop, positions.step, device=device) if positions else _none(device)
-    if isinstance(positions, list | tuple):
-        positions = np.asarray(positions) if len(positions) else np.empty(0, np.int64)
-    if isinstance(positions, np.ndarray) and positions.dtype.kind in "iu":
-        return torch.tensor(positions.astype(np.int64), device=device)
-    if isinstance(positions, Tensor) and positions.dtype in _INTEGERS:
-        return positions.to(device)
-    got = getattr(positions, "dtype", type(positions).__name__)
-    raise DTypeError(f"positions: expected a tensor, array, sequence or range of integers, got {got}")
-
-
-def _none(device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=torch.int64, device=device)
 
 
 def _yarn_magnitude(factor: float, weight: float) -> float:

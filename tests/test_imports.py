@@ -47,7 +47,8 @@ ALLOWED = {
         "bindings", "bindings.gpu_runtime",
     } | ANY,
     # the parts of an index
-    "rope": {"backends.base"} | ANY,
+    "positions": ANY,
+    "rope": {"backends.base", "positions"} | ANY,
     "rope_config": {"rope"} | ANY,
     "quantizer": {"checks"} | ANY,
     "router": {"backends", "checks"} | ANY,
@@ -63,8 +64,9 @@ ALLOWED = {
     # the index
     "ops": {"params"} | ANY,
     "decode": {"attend", "backends", "backends.resident", "invlists", "params", "router"} | ANY,
+    "_arguments": {"checks", "invlists", "layout"} | ANY,
     "_base": {
-        "attend", "backends", "calibration", "checks", "invlists", "layout", "ops", "params", "quantizer", "rope", "router",
+        "_arguments", "attend", "backends", "calibration", "checks", "invlists", "layout", "ops", "params", "quantizer", "rope", "router",
         "tower",
     } | ANY,
     "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
@@ -74,7 +76,7 @@ ALLOWED = {
     } | ANY,
     "interop": {"quantizer", "router"} | ANY,
     "index": {
-        "_base", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop", "invlists",
+        "_arguments", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop", "invlists",
         "params", "stats", "training", "training_config",
     } | ANY,
     "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router", "tower"} | ANY,
