@@ -66,8 +66,8 @@ ALLOWED = {
     "decode": {"attend", "backends", "backends.resident", "invlists", "params", "router"} | ANY,
     "_arguments": {"checks", "invlists", "layout"} | ANY,
     "_base": {
-        "_arguments", "attend", "backends", "calibration", "checks", "invlists", "layout", "ops", "params", "quantizer", "rope", "router",
-        "tower",
+        "_arguments", "attend", "backends", "calibration", "checks", "invlists", "layout", "ops", "params", "quantizer", "rope",
+        "router", "tower",
     } | ANY,
     "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
     "_decode": {
@@ -76,8 +76,8 @@ ALLOWED = {
     } | ANY,
     "interop": {"quantizer", "router"} | ANY,
     "index": {
-        "_arguments", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop", "invlists",
-        "params", "stats", "training", "training_config",
+        "_arguments", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop",
+        "invlists", "params", "stats", "training", "training_config",
     } | ANY,
     "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router", "tower"} | ANY,
     "": {
