@@ -10,12 +10,13 @@ Exits with 1 for a mistake.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import harness  # noqa: F401 - sets what must be set before torch is imported
+import harness
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -38,14 +39,23 @@ def margin(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[float, fl
     return float(best[0] - best[1]), float((dense - found).abs().max())
 
 
+def read(path: Path | None, new: int) -> dict[str, Any]:
+    """Rows of an earlier run, by family, tokens and batch."""
+    before = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    rows: dict[str, Any] = before["rows"] if before.get("new") == new else {}
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--family", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--json", type=Path, help="what is there of the same --new is kept and added to, for a run in parts")
     args = parser.parse_args()
     mistakes = 0
+    rows = read(args.json, args.new)
     print(f"{'family':10}{'tokens':>8}{'batch':>7}{'sealed':>9}{'same':>12}{'dense':>9}{'sparse':>9}")
     for family in args.family:
         for length in args.tokens:
@@ -62,6 +72,7 @@ def main() -> int:
                 same = int((want == got).long().cumprod(1).sum())
                 row = f"{family:10}{length:>8}{batch:>7}{min(sealed_tokens(cache)):>9}{same:>6} of {batch * args.new:<4}"
                 print(f"{row}{seconds[0]:>7.1f} s{seconds[1]:>7.1f} s", flush=True)
+                ties = []
                 for i in range(batch):
                     wrong = (want[i] != got[i]).nonzero()[:, 0]
                     if len(wrong):
@@ -71,7 +82,13 @@ def main() -> int:
                         gap, error = margin(model, ids, mask)
                         mistakes += gap > 4 * error
                         kind = "a mistake" if gap > 4 * error else "a tie"
+                        ties.append({"sequence": i, "token": at, "apart": gap, "rounding": error, "is": kind})
                         print(f"  sequence {i}, token {at}: best logits {gap:.2e} apart, rounding {error:.2e}: {kind}")
+                rows[f"{family} {length} {batch}"] = {
+                    "sealed": min(sealed_tokens(cache)), "same": same, "of": batch * args.new, "distinct": len(want.unique()),
+                    "differences": ties,
+                }  # fmt: skip
+                harness.save(args.json, "hf_equal", {"new": args.new, "rows": rows})
     return 1 if mistakes else 0
 
 
