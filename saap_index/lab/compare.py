@@ -142,7 +142,9 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
     if not numbers or not 0 <= numbers[0] <= numbers[-1] < depth:
         raise ParameterError(f"layers: expected numbers in [0, {depth}), got {numbers}")
     folder = out / "indexes"
-    return Roster(task.methods, prompts, task.settings, numbers, folder, task.own, profile, task.batch, task.routers, progress)
+    return Roster(
+        task.methods, prompts, task.settings, numbers, folder, task.own, profile, task.batch, task.routers, records.once, progress
+    )
 
 
 def _needles(task: Task) -> list[tuple[str, needles.Needle]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -75,7 +76,7 @@ Build = Callable[[float], Method]
 class Roster:
     """names : of `KINDS` or of ``own``, a user's methods; prompts : training sequences, with queries kept; folder : where trained
     indexes are kept, None for nowhere; batch : sequences that share weights; routers : from ``saap train``, in place of training;
-    progress : is told what takes long."""
+    once : (key, measure) -> plain data, measured or from an earlier run; progress : is told what takes long."""
 
     names: Sequence[str]
     prompts: Sequence[Prompt]
@@ -86,6 +87,7 @@ class Roster:
     profile: Profile | None = None
     batch: int = BATCH
     routers: Routers | None = None
+    once: Callable[[str, Callable[[], Any]], Any] = lambda key, measure: measure()
     progress: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
@@ -109,24 +111,30 @@ class Roster:
             return Dense()
         self.progress(f"{name}: calibrating for {share:.1%}")
         build = self._build(name, share)
-        least: list[tuple[float, str]] = []
-
-        def measure(method: Method) -> float:
-            total, parts = self._bytes(method)
-            least.append((total, parts))
-            return total
-
-        target = self._target(share)
-        found = fit(build, share, measure, target)
-        if found is None:
-            why = f"; the least it was set to: {min(least)[0] / 1e3:.0f} kB, {min(least)[1]}" if least else ""
-            self.missing[name, share] = f"reads more than the budget of {target / 1e3:.0f} kB per layer and step{why}"
+        row = self.once(f"fit/{name}/{share}", lambda: self._fit(build, share))
+        if row["number"] is None:
+            self.missing[name, share] = row["reason"]
             return None
-        method = build(found)
+        method = build(row["number"])
         method.name = name
         if isinstance(method, Saap):
             method.prefilled = None
         return method
+
+    def _fit(self, build: Build, share: float) -> dict[str, Any]:
+        """number : what the method is built with, None if nothing fits, for this reason."""
+        tried: list[tuple[float, str]] = []
+
+        def measure(method: Method) -> float:
+            tried.append(self._bytes(method))
+            return tried[-1][0]
+
+        target = self._target(share)
+        found = fit(build, share, measure, target)
+        reason = f"reads more than the budget of {target / 1e3:.0f} kB per layer and step"
+        if tried:
+            reason += f"; the least it was set to: {min(tried)[0] / 1e3:.0f} kB, {min(tried)[1]}"
+        return {"number": found, "reason": "" if found is not None else reason}
 
     def _target(self, share: float) -> float:
         """Bytes of a step with so many tokens and nothing else, mean over the layers that `_bytes` measures."""
