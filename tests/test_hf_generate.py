@@ -163,6 +163,26 @@ def test_bfloat16() -> None:
     assert greedy(model, plain(2)).shape == (2, 24)
 
 
+def test_gradient_checkpointing_is_left_alone() -> None:
+    """In evaluation it does nothing; in training there is no cache, and an attached model is the dense one, gradients and all."""
+
+    def checkpointed(model: Any) -> Any:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+        return model
+
+    def tokens(model: Any) -> torch.Tensor:
+        return greedy(checkpointed(model), plain(2))
+
+    both("llama", tokens)
+    gradients = []
+    for model in (tiny("llama"), attached(tiny("llama"))):
+        ids = prompt(2, 100)
+        checkpointed(model).train()(ids, labels=ids).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    assert gradients[0].abs().sum() > 0 and torch.equal(*gradients)
+
+
 def test_loaded_with_the_attention_function() -> None:
     """The other road: no attach, the name in from_pretrained and a SaapCache given to generate."""
     from hf_models import SMALL, make_routers
