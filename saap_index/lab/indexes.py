@@ -20,7 +20,7 @@ from ..quantizer import KeyQuantizer
 from ..routers import Routers
 from ..training_config import TrainingConfig
 from .evaluate import Settings
-from .method import Layer
+from .method import ITEM_BYTES, Layer
 from .replace import Prompt
 from .saap import list_bytes
 
@@ -30,6 +30,9 @@ OWN = "saap-own"
 LISTS = 256
 ROUTING_SHARE = 1 / 3
 """Of a budget that may go into lists of a prompt's own."""
+
+LEAST_BLOCK = 16
+"""Tokens sealed at once at least: every block has a table of all lists."""
 
 
 @dataclass
@@ -53,8 +56,7 @@ class Indexes:
                 if layer.number in set(self.numbers):
                     self._trained[name][layer.number] = self._index(name, at, layer)
                     self.progress(f"{name}: index of layer {layer.number}")
-        found = self._trained[name]
-        return {number: self._fewer(index, share) for number, index in found.items()} if name == OWN else found
+        return {number: self._laid_out(index, share) for number, index in self._trained[name].items()}
 
     def _index(self, name: str, at: int, layer: Layer) -> AsymmetricIndex:
         given = self.routers and self.routers.layers.get(layer.number)
@@ -77,17 +79,25 @@ class Indexes:
             write_index(index, path)
         return index
 
-    def _fewer(self, index: AsymmetricIndex, share: float) -> AsymmetricIndex:
-        """The same router for as many lists, a power of two, as a third of the bytes of a share pays for."""
-        tower, quantizer = index.tower, index.key_quantizer
-        assert tower is not None and quantizer is not None
+    def _laid_out(self, index: AsymmetricIndex, share: float) -> AsymmetricIndex:
+        """The same maps in a layout for so small a share: recent tokens that wait to be sealed are read anyway, so a block is at
+        most a quarter of the budget; and of lists of a prompt's own as many, a power of two, as a third of the bytes pays for."""
+        assert index.key_quantizer is not None and index.query_router is not None
         between = len(self.prompts[0].tokens) - self.settings.sinks - self.settings.window
-        room = ROUTING_SHARE * share * between * (index.d + index.d_v) * 2 / list_bytes(tower)
-        nlist = max([4, *(2**i for i in range(2, 20) if 2**i <= min(room, quantizer.nlist))])
+        nlist, centroids, tower = index.nlist, index.key_quantizer.centroids, index.tower
+        if tower is not None:
+            room = ROUTING_SHARE * share * between * (index.d + index.d_v) * ITEM_BYTES / list_bytes(tower)
+            nlist = max([4, *(2**i for i in range(2, 20) if 2**i <= min(room, nlist))])
+        block = min(index.layout.block, max(LEAST_BLOCK, 1 << max(0, int(share * between / 4).bit_length() - 1)))
+        budget: dict[str, Any] = {} if index.nprobe is None else {"nprobe": index.nprobe}
         found = AsymmetricIndex(
             index.d, nlist, index.num_heads, index.num_kv_heads, d_v=index.d_v, rope=index.rope, scale=index.scale,
-            window=index.layout.window, sinks=index.layout.sinks, break_even=0, budget_shares=index.budget_shares,
+            window=index.layout.window, sinks=index.layout.sinks, break_even=0, seal_tokens=block,
+            budget_shares=index.budget_shares, **budget,
         )  # fmt: skip
-        found.key_quantizer = KeyQuantizer(quantizer.centroids[:, :nlist].contiguous())  # replaced by each prompt's
-        found.tower = tower
+        found.key_quantizer = KeyQuantizer(centroids[:, :nlist].contiguous())  # a prompt's own replace the first ones
+        if tower is None:
+            found.query_router = index.query_router
+        else:
+            found.tower = tower
         return found
