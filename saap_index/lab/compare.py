@@ -193,7 +193,7 @@ def _facts(task: Task) -> list[str]:
     return [
         f"sequences of {lengths[-1]} tokens: {measured} measured, {task.training} for calibration",
         f"every method reads {s.sinks} first and {s.window} newest tokens; a budget is a share of those between, in bytes",
-        f"queries: every {s.step}th of the last {s.span} tokens; decoded with every layer replaced: {s.decoded} tokens",
+        f"queries: every {s.step}th of the last {s.span} tokens; decoded with these layers replaced: {s.decoded} tokens",
         f"weights that sequences share are charged to each of {task.batch} that are decoded at once",
         f"bytes as if K and V were 16-bit; times are of this reference implementation on {torch.get_num_threads()} threads",
     ]

@@ -44,7 +44,7 @@ def html(records: Mapping[str, Any], title: str, kinds: Mapping[str, str], depth
     body = [
         f"<h1>Sparse attention compared on {escape(title)}</h1>",
         "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in facts) + "</ul>",
-        page_tables.verdict(records, kinds),
+        page_tables.verdict(records, kinds, late),
         _curves("Attention captured", rows, style, False, f"all {layers} layers measured"),
         _curves("Attention captured in late layers", late_rows, style, False, f"layers {late.start} to {depth - 1}"),
         _curves("Error of the output", rows, style, True, f"all {layers} layers measured"),

@@ -6,7 +6,7 @@ Knows records, no drawings.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -120,12 +120,12 @@ def _times(records: Mapping[str, Any]) -> dict[Key, float]:
     return {key: spread(values)[0] for key, values in found.items()}
 
 
-def _captured(records: Mapping[str, Any]) -> dict[Key, dict[str, float]]:
-    """Percent of the mass outside, by sequence."""
+def _captured(records: Mapping[str, Any], layers: Collection[int] | None = None) -> dict[Key, dict[str, float]]:
+    """Percent of the mass outside in these layers (None: all), by sequence."""
     sums: dict[Key, dict[str, list[float]]] = {}
     for key, row in records.items():
         kind, *rest = key.split("/")
-        if kind == "layer" and not math.isnan(row["captured"]):
+        if kind == "layer" and (layers is None or int(rest[-3]) in layers) and not math.isnan(row["captured"]):
             pair = sums.setdefault((rest[-2], float(rest[-1])), {}).setdefault("/".join(rest[:-3]), [0.0, 0.0])
             pair[0], pair[1] = pair[0] + row["captured"], pair[1] + row["outside"]
     return {key: {name: 100 * a / b for name, (a, b) in found.items() if b} for key, found in sums.items()}
@@ -147,7 +147,7 @@ def _difference(first: Mapping[str, float], second: Mapping[str, float]) -> tupl
 def paired(records: Mapping[str, Any], methods: Sequence[str]) -> str:
     """Captured mass and KL of this library's indexes against each other method, on the same sequence at the same budget."""
     mass, kl, tables = _captured(records), _divergence(records), []
-    shares = sorted({s for _, s in [*mass, *kl]})
+    shares, decoded = sorted({s for _, s in [*mass, *kl]}), {s for _, s in kl}
     for ours in OURS:
         lines = []
         for m in methods:
@@ -155,10 +155,11 @@ def paired(records: Mapping[str, Any], methods: Sequence[str]) -> str:
             for share in shares:
                 gained = _difference(mass.get((ours, share), {}), mass.get((m, share), {}))
                 saved = _difference(kl.get((m, share), {}), kl.get((ours, share), {}))
-                cells += [plus_minus(gained, 1), plus_minus(saved, 4)]
+                cells += [plus_minus(gained, 1)] + ([plus_minus(saved, 4)] if share in decoded else [])
             if m not in (*OURS, "dense") and any(cell != "–" for cell in cells):
                 lines.append(f"<tr><td>{escape(m)}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
-        head = ("against", *(f"{what}, {percent(share)}" for share in shares for what in ("points", "KL")))
+        columns = [(what, share) for share in shares for what in ("points", "KL") if what == "points" or share in decoded]
+        head = ("against", *(f"{what}, {percent(share)}" for what, share in columns))
         note = (
             f"{ours} and each other method on the same sequences, mean ± standard deviation: points of captured attention "
             "gained, and KL saved in nats. Positive where this library's index is ahead."
@@ -167,13 +168,19 @@ def paired(records: Mapping[str, Any], methods: Sequence[str]) -> str:
     return "".join(tables)
 
 
-def verdict(records: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
-    """A sentence per budget: whom this library's better index is ahead of, and whom not, of the methods that can be deployed."""
-    mass, lines = _captured(records), []
+def verdict(records: Mapping[str, Any], kinds: Mapping[str, str], late: Collection[int]) -> str:
+    """A sentence per budget, for all layers and for the late ones: whom this library's better index is ahead of, and whom not, of
+    the methods that can be deployed."""
+    lines = [*_verdict(_captured(records), kinds, ""), *_verdict(_captured(records, late), kinds, ", late layers")]
+    return f'<ul class="verdict">{"".join(lines)}</ul>' if lines else ""
+
+
+def _verdict(mass: Mapping[Key, Mapping[str, float]], kinds: Mapping[str, str], where: str) -> list[str]:
+    lines = []
     for share in sorted({s for _, s in mass}):
         present = [ours for ours in OURS if (ours, share) in mass]
         if not present:
-            lines.append(f"<li>{percent(share)}: this library's index cannot read so little, see below.</li>")
+            lines.append(f"<li>{percent(share)}{where}: this library's index cannot read so little, see below.</li>")
             continue
         best = max(present, key=lambda ours: spread(mass[ours, share])[0])
         against = {
@@ -182,14 +189,14 @@ def verdict(records: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
         }  # fmt: skip
         behind = [f"{escape(m)} ({-d[0]:.1f} ± {d[1]:.1f} points)" for m, d in against.items() if d[0] <= 0]
         ahead = len(against) - len(behind)
-        said = f"{percent(share)}: {best} captures more than {ahead} of the {len(against)} methods that can be deployed"
+        said = f"{percent(share)}{where}: {best} captures more than {ahead} of the {len(against)} methods that can be deployed"
         if behind:
             said += f", not more than {', '.join(behind)}"
         elif against:
             near = min(against, key=lambda m: against[m][0])
             said += f"; the nearest, {escape(near)}, by {against[near][0]:.1f} ± {against[near][1]:.1f} points"
         lines.append(f"<li>{said}.</li>")
-    return f'<ul class="verdict">{"".join(lines)}</ul>' if lines else ""
+    return lines
 
 
 def missing(records: Mapping[str, Any]) -> str:

@@ -172,7 +172,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
         found = _log_ticks(low, high)
         return found if len(found) < 9 else [v for v in found if math.log10(v) % 1 == 0]
-    rough = (high - low) / 5
+    rough = 0.95 * (high - low) / 5
     step = next(
         m * 10.0 ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10) if m * 10.0 ** math.floor(math.log10(rough)) >= rough
     )
