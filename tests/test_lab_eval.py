@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -199,6 +200,17 @@ def test_a_prompt_is_indexed_once_and_the_copies_agree(model: Any, routers: Rout
             alone = next(m for m in TrainedMethods(routers, ("saap", "ivf")).at(LENGTH, (share,), share) if m.name == got.name)
             a, b = (quality.layer_quality(m, prompt, 1, 4, 32) for m in (got, alone))
             assert (a.captured, a.error, a.tokens) == (b.captured, b.error, b.tokens)
+
+
+def test_the_budget_of_a_layer(model: Any, routers: Routers) -> None:
+    """By the plan with saap, the same everywhere with saap-even."""
+    shares = np.array([0.5, 1.0], np.float32)
+    planned = {n: dataclasses.replace(layer, budget_shares=shares) for n, layer in routers.layers.items()}
+    methods = TrainedMethods(Routers(routers.config, planned), ("saap", "saap-even"))
+    tokens = make_task(model, routers).sequences[0][1]
+    prompt = replace.read_prompt(model, tokens, Rope.from_config(model.config), torch.arange(LENGTH - 8, LENGTH))
+    saap, even = (quality.layer_quality(m, prompt, 1, 4, 32) for m in methods.at(LENGTH, (0.2,), 0.2))
+    assert saap.tokens < even.tokens
 
 
 def test_what_cannot_be_measured_is_named(model: Any, routers: Routers, tmp_path: Path) -> None:

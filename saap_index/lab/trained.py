@@ -19,9 +19,10 @@ from .saap import Prefilled, Saap
 from .yardsticks import Clusters, Dense, Selected, TopK
 
 YARDSTICKS = ("dense", "topk", "topk_group", "ivf", "quest", "recent", "random")
-METHODS = ("saap", "published", *YARDSTICKS)
-DEFAULT = "saap,published,dense,topk_group,ivf,recent,random"
-"""``published`` is left out where the routers are of another kind."""
+METHODS = ("saap", "saap-even", "published", *YARDSTICKS)
+DEFAULT = "saap,saap-even,published,dense,topk_group,ivf,recent,random"
+"""``saap`` spends by the routers' budget plan, ``saap-even`` the same share in every layer and head; ``published`` is left out
+where the routers are of another kind."""
 
 _TABLE_ENTRY = _ROW_NUMBER = 4  # bytes
 
@@ -70,7 +71,7 @@ class TrainedMethods:
 
     def _method(self, name: str, length: int, share: float) -> Method:
         outside: Any = {"sinks": self.layout.sinks, "window": self.layout.window}
-        if name in ("saap", "published"):
+        if name in ("saap", "saap-even", "published"):
             return self._saap(name, name, share, None)
         share = self.equal_share(length, share)
         if name == "topk":
@@ -82,7 +83,9 @@ class TrainedMethods:
     def _saap(self, name: str, kind: str, share: float | None, params: SearchParametersIVF | None) -> Saap:
         if kind not in self._indexes:
             options: dict[str, Any] = {"break_even": 0}  # a short text is no excuse here
-            if kind == "published":
+            if kind == "saap-even":
+                options["budget_shares"] = None
+            elif kind == "published":
                 options |= {"nprobe": 1, "budget_shares": None}
             self._indexes[kind] = {n: self.routers.index(n, **options) for n in self.routers.layers}, Prefilled()
         indexes, prefilled = self._indexes[kind]
