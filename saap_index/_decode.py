@@ -54,8 +54,11 @@ class IndexDecode(IndexStorage):
     def _decode_state(self) -> DecodeState | None:
         """The device state of this batch, made on first use; None for a backend that keeps none, or without a batch."""
         lists = self._lists
-        if lists is None or lists.decode is not None:
-            return None if lists is None else lists.decode
+        if not self._backend.keeps_state or lists is None:
+            return None
+        if lists.decode is not None:
+            state: DecodeState = lists.decode
+            return state
         resident = self._backend.resident(lists.batch, lists.heads, lists.d, lists.d_v, lists.nlist, lists.dtype)
         if resident is not None:
             lists.decode = DecodeState(resident, lists)

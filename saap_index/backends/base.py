@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -122,6 +122,9 @@ class Backend(ABC):
     @abstractmethod
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for an arena or a table, placed as this backend scans it best."""
+
+    keeps_state: ClassVar[bool] = False
+    """Whether `resident` returns something: asked several times a step, so not by a call."""
 
     def resident(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Resident | None:
         """State on the device for the decode step of a batch of this shape, see resident.py; None for a backend without."""

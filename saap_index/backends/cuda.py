@@ -38,6 +38,8 @@ class CudaBackend(TorchBackend):
         self.runtime = runtime
         self.knobs = knobs or {}
 
+    keeps_state = True
+
     def resident(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Resident | None:
         return CudaResident(self.runtime, self.device, (batch, heads, d, d_v, nlist), dtype, self.knobs)
 
