@@ -25,29 +25,30 @@ def curves(seed: int, layers: int, heads: int, convex: bool) -> np.ndarray:
 
 @given(
     seed=SEEDS, layers=st.integers(1, 5), heads=st.integers(1, 4), convex=st.booleans(), average=st.floats(0.001, 1.0),
-    least=st.floats(0, 1),
+    least=st.floats(0, 1), most=st.sampled_from([1.0, 1.5, 3.0, np.inf]),
 )  # fmt: skip
 def test_spends_the_total_and_stays_within_bounds(
-    seed: int, layers: int, heads: int, convex: bool, average: float, least: float
+    seed: int, layers: int, heads: int, convex: bool, average: float, least: float, most: float
 ) -> None:
-    plan = plan_budget(curves(seed, layers, heads, convex), GRID, average, least)
+    plan = plan_budget(curves(seed, layers, heads, convex), GRID, average, least, most)
     assert plan.shares.shape == (layers, heads)
     assert plan.shares.mean() == pytest.approx(1)
     read = plan.shares * average
     assert (read >= least * average * (1 - 1e-9)).all() and (read <= 1 + 1e-9).all()
+    assert (plan.shares <= most + 1e-9).all() and (not convex or plan.planned <= plan.uniform + 1e-9)
 
 
 @given(seed=SEEDS, convex=st.booleans(), averages=st.lists(st.floats(0.001, 1.0), min_size=2, max_size=6))
 def test_no_head_gets_less_when_the_budget_grows(seed: int, convex: bool, averages: list[float]) -> None:
     losses = curves(seed, 3, 2, convex)
-    reads = [plan_budget(losses, GRID, x).shares * x for x in sorted(averages)]
+    reads = [plan_budget(losses, GRID, x, most=np.inf).shares * x for x in sorted(averages)]
     assert all((more >= less - 1e-9).all() for less, more in itertools.pairwise(reads))
 
 
 @given(seed=SEEDS, average=st.floats(0.01, 0.9))
 def test_no_worse_than_uniform_or_any_shift_between_two_heads(seed: int, average: float) -> None:
     losses = curves(seed, 2, 2, True)
-    plan = plan_budget(losses, GRID, average, least=0.0)
+    plan = plan_budget(losses, GRID, average, least=0.0, most=np.inf)
     assert plan.planned <= plan.uniform + 1e-9
     read = (plan.shares * average).ravel()
     flat = losses.reshape(4, -1)
