@@ -32,7 +32,7 @@ routers: setup ## train routers for all layers of SmolLM2-135M, under 30 minutes
 	$(BIN)/python -m saap_index.demo.routers
 
 test: setup lint ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile
 
 test-gpu: ## what needs a CUDA device, in the Python at hand: torch with CUDA, CuPy, pytest and hypothesis
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -W default -m gpu tests/test_primitives.py $(wildcard tests/test_gpu_*.py)

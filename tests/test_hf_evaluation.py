@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def test_a_question_behind_a_document_is_scored_by_search() -> None:
     assert sparse == pytest.approx(dense, abs=1e-3)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm-eval")
+@pytest.mark.harness
 @pytest.mark.filterwarnings("ignore")
 def test_the_harness_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_hf_docs import make_folder
