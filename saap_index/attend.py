@@ -56,10 +56,11 @@ def select(
     if plan.budget is None:
         return everything(lists)
     z, a = backend.route(prepared, queries, rotation)
+    distances = np.ones((lists.batch, lists.tables.shape[2]))  # beyond a sequence's segments any number will do
     for i, count in enumerate(plan.num_segments):
-        np.subtract(lists.next_position(i) - 1, lists.centres(i), out=plan.distances[i, :count])
-    router.knots(plan.distances, out=plan.knots.numpy())
-    knots = plan.knots if z.is_cpu else plan.knots.to(z.device)
+        np.subtract(lists.next_position(i) - 1, lists.centres(i), out=distances[i, :count])
+    knots = torch.from_numpy(router.knots(distances))
+    knots = knots if z.is_cpu else knots.to(z.device)
     found = backend.probe(z, a, knots, lists.tables, plan.num_segments, plan.budget, router.count_lists)
     spans = plan.sinks, plan.sealed, list(lists.lengths)
     return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts), params)
@@ -70,9 +71,12 @@ MOST_PLANS = 16
 
 
 class _Plan:
-    """What a selection needs of segments and parameters: the same from step to step, until tokens are sealed."""
+    """What a selection needs of segments and parameters: the same from step to step, until tokens are sealed.
 
-    __slots__ = ("budget", "distances", "key", "knots", "num_segments", "sealed", "sinks")
+    Never written to, so that threads may search one index.
+    """
+
+    __slots__ = ("budget", "key", "num_segments", "sealed", "sinks")
 
     def __init__(
         self, key: tuple[Any, ...], lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF,
@@ -82,8 +86,6 @@ class _Plan:
         self.key = key  # holds the objects, so that no other takes the place of one that is gone
         self.sinks, self.sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
         self.num_segments = [len(s) for s in lists.segments]
-        self.distances = np.ones((lists.batch, lists.tables.shape[2]))  # beyond a sequence's segments any number will do
-        self.knots = torch.empty(self.distances.shape, dtype=torch.float32)
         sizes = [high - low for low, high in zip(self.sinks, self.sealed, strict=True)]
         budgets = params.budgets(sizes, lists.heads, shares)
         fits = everything_fits(params, router, sizes, budgets, miss)
@@ -95,7 +97,7 @@ def _plan(
     miss: Tensor | None,
 ) -> _Plan:  # fmt: skip
     """The plan of an earlier call with these parameters, kept with the lists, where it still holds."""
-    key = params, router, shares, miss, lists.tables, lists.layout, *lists.segments
+    key = params, router, shares, miss, lists.layout, *lists.segments
     plan: _Plan | None = lists.plans.get(id(params))
     if plan is None or len(plan.key) != len(key) or not all(map(operator.is_, plan.key, key)):
         if len(lists.plans) >= MOST_PLANS:

@@ -58,17 +58,14 @@ class QueryRouter:
         """Whether there is an output for the share of the attention outside sinks and window."""
         return self.count_lists and int(self.weights.bias_out.shape[1]) > self.nlist
 
-    def knots(self, distances: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends. Of the shape of distances.
-
-        out : float32, where to put them; distances : float64 is then scratch.
-        """
-        place = np.maximum(distances, 1.0, out=None if out is None else distances)
+    def knots(self, distances: np.ndarray) -> np.ndarray:
+        """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends. Of the shape of distances."""
+        place = np.maximum(distances, 1.0)
         np.log2(place, out=place)
         np.subtract(place, self.first_knot, out=place)
         np.maximum(place, 0.0, out=place)  # np.clip costs four times this
-        knots: np.ndarray = np.empty(place.shape, np.float32) if out is None else out
-        return np.minimum(place, max(0, self.num_knots - 1), out=knots, casting="same_kind")
+        np.minimum(place, max(0, self.num_knots - 1), out=place)
+        return place.astype(np.float32)
 
     def to(self, device: torch.device | str) -> QueryRouter:
         w = self.weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -404,3 +405,14 @@ def test_inference_mode_may_come_and_go() -> None:
             index.add(keys[:, :, start : start + 50], values[:, :, start : start + 50])
             index = index.fork() if start == 200 else index
     same_state(index, plain)
+
+
+def test_threads_may_search_one_index() -> None:
+    index = small_index()
+    index.add(tokens(1, 2, 600, 32, seed=1), tokens(1, 2, 600, 32, seed=2))
+    queries = [tokens(1, 4, 1, 32, seed=i) for i in range(40)]
+    want = [index.search_attend(x) for x in queries]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(index.search_attend, queries * 5))
+    for i, out in enumerate(found):
+        assert torch.equal(out, want[i % len(want)])

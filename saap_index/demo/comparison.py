@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import torch
 
-from ..errors import SaapError
 from ..lab import compare
 from ..lab.evaluate import Settings
 from ..pipeline import command
@@ -34,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(os.cpu_count() or 1)
     out = options.out or Path("compare_full" if options.full else "compare_results")
-    try:
+
+    def work() -> None:
         command.say(f"loading {model.NAME}")
         smollm2, tokenizer = model.load()
         encode = partial(model.encode, tokenizer)
@@ -48,15 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             profile_tokens=compare.PROFILE_TOKENS if options.full else 1024,
         )  # fmt: skip
         compare.compare(task, out, command.say)
-    except SaapError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    print((out / "table.txt").read_text())
-    print(f"wrote records.json, table.txt and report.html to {out}")
-    return 0
+        print((out / "table.txt").read_text())
+        print(f"wrote records.json, table.txt and report.html to {out}")
+
+    return command.exit_status(work)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import torch
 
-from ..errors import SaapError
 from ..hf import support
 from ..pipeline import command, texts
 from ..pipeline.models import LoadedModel
@@ -43,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep-captures", action="store_true", help="leave keys, queries and values on disk")
     options = parser.parse_args(arguments)
     torch.set_num_threads(os.cpu_count() or 1)
-    try:
+
+    def work() -> None:
         settings = TrainSettings(tokens=options.tokens)
         command.say(f"loading {model.NAME}")
         smollm2, tokenizer = model.load()
@@ -51,15 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sequences = texts.take(varied_texts(), partial(model.encode, tokenizer), settings.sequences, settings.context)
         with command.progress() as step:
             routers = train_model(loaded, sequences, settings, options.out, True, step, options.keep_captures)
-    except SaapError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    print("\n".join(command.report(routers)))
-    command.say(f"wrote {options.out}")
-    return 0
+        print("\n".join(command.report(routers)))
+        command.say(f"wrote {options.out}")
+
+    return command.exit_status(work)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..checks import device as checked_device
-from ..errors import ParameterError
+from ..errors import ParameterError, SaapError
 from ..routers import Routers
 from ..training_config import ROUTERS
 from . import models, texts
@@ -102,6 +102,19 @@ def report(routers: Routers, share: float = 0.05) -> list[str]:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def exit_status(work: Callable[[], None]) -> int:
+    """The exit status of a command that goes on where it was interrupted."""
+    try:
+        work()
+    except SaapError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
 
 
 @contextmanager
