@@ -28,7 +28,7 @@ demo: setup ## capture a real model, train, measure on unseen text; table and pl
 compare: setup ## sparse attention methods side by side on SmolLM2-135M, minutes; compare_results/report.html is worth a look
 	$(BIN)/python -m saap_index.demo.comparison
 
-routers: setup ## train routers for all layers of SmolLM2-135M, under 30 minutes; kept in the cache folder, the demo's and tests' to use
+routers: setup ## train routers for all layers of SmolLM2-135M, half an hour on two cores; kept in the cache folder, the demo's and tests' to use
 	$(BIN)/python -m saap_index.demo.routers
 
 test: setup lint ## everything that needs no GPU

@@ -1,7 +1,7 @@
 """Every method of the lab on SmolLM2-135M: ``python -m saap_index.demo.comparison``, or ``make compare``.
 
 The same as ``saap compare``, with the model and the texts chosen. The quick form, three layers at 4096 tokens, takes minutes;
-``--full`` is every layer at 8192 tokens, four sequences, under two hours on two cores. Interrupted, the same command continues.
+``--full`` is every layer at 8192 tokens, four sequences, and takes hours. Interrupted, the same command continues.
 """
 
 from __future__ import annotations
