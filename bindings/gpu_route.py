@@ -58,8 +58,20 @@ class PackedRouter:
     nlist: int
 
 
+def packed_bytes(weights: RouterWeights) -> int:
+    """Of the `PackedRouter` of these weights."""
+    h, u, d = weights.hidden.shape
+    outputs = weights.bias_out.shape[1] - weights.leading + weights.nlist
+    units, dims, rows = (-(-x // unit) * unit for x, unit in ((u, 32), (d, 32), (outputs, 16)))
+    return int(h * (2 * (units * dims + rows * (dims + units)) + 4 * (units + rows)))
+
+
 def pack_router(weights: RouterWeights) -> PackedRouter:
-    """Weights rounded to float16 (clamped to its range) in the kernel's order, on the device that they are on."""
+    """Weights rounded to float16 (clamped to its range) in the kernel's order, on the device that they are on.
+
+    Lists that the outputs are compared with become outputs themselves: the kernel has one product after the hidden units.
+    """
+    weights = weights.composed()
     _, u, d = weights.hidden.shape
     outputs = weights.bias_out.shape[1]
     hidden_rows, out_rows = -(-u // 32) * 32, -(-outputs // 16) * 16

@@ -28,14 +28,19 @@ struct ScanItem {
   float *o, *m, *l;       // out: (chunks * group, ep) unnormalised sums in packed order; maximum in log2 units; sum of weights
 };
 
-// Keys of one head: float (n, k) rows against panels of kPanel columns, laid out (panels, k, kPanel).
+// Keys of one head: float (n, k) rows against panels of kPanel columns, laid out (panels, k, kPanel). Narrow panels hold bfloat16,
+// (panels, k, kPanel / 2) words with columns i and i + kPanel / 2 in the lower and the upper half of word i.
 struct PanelProduct {
   const float* x;       // (n, k), row stride ldx
   int n, k;
   int64_t ldx;
-  const float* panels;  // (num_panels, k, kPanel)
+  const float* panels;  // one of these two is null
+  const uint32_t* narrow;
   const float* bias;    // (num_panels * kPanel)
   int num_panels;
+
+  const float* wide_at(int panel) const { return panels + static_cast<int64_t>(panel) * k * kPanel; }
+  const uint32_t* narrow_at(int panel) const { return narrow + static_cast<int64_t>(panel) * k * (kPanel / 2); }
 };
 
 // One selection, see Backend.probe. lp: l rounded up to a multiple of kPanel.
@@ -61,7 +66,7 @@ struct Kernels {
   // The inverse for one accumulated row: packed (ep) to plain (e).
   void (*unpack_values)(DType, const float* packed, int e, float* row);
 
-  // best[i] = argmax over columns of x_i w + bias, the lower on ties.
+  // best[i] = argmax over columns of x_i w + bias, the lower on ties. Wide panels only.
   void (*nearest)(const PanelProduct&, int32_t* best);
   // y (n, ldy) = x w + bias, columns [0, cols) of panels [0, num_panels); silu: y silu(y).
   void (*dense)(const PanelProduct&, bool silu, float* y, int64_t ldy, int cols);

@@ -27,11 +27,12 @@ struct Angles {
   float scale = 1;
 };
 
-// Weights in panels of kPanel columns, 64-byte aligned: see PanelProduct.
+// Weights in panels of kPanel columns, 64-byte aligned: see PanelProduct. One of weights and narrow is set.
 struct Panels {
   int count = 0, k = 0, cols = 0;
-  int64_t head_size = 0;  // floats per head
+  int64_t head_size = 0;  // weights per head
   std::shared_ptr<float[]> weights, bias;
+  std::shared_ptr<uint32_t[]> narrow;
 };
 
 struct Quantizer {
@@ -42,12 +43,16 @@ std::shared_ptr<Quantizer> make_quantizer(const float* centroids, int h, int l, 
 // keys: Strided with b unused.
 void assign(const Quantizer&, DType, Strided keys, int64_t n, const Angles&, int32_t* list_nos);
 
+// leading: outputs of the network before those of the knots, which are the scores, or what `lists` is compared with.
 struct Router {
-  int heads, hidden_units, dim, lists, knots;
-  Panels hidden, to_lists, to_knots;
+  int heads, hidden_units, dim, lists, knots, leading;
+  bool compared;
+  Panels hidden, to_leading, to_knots, to_lists;
 };
-std::shared_ptr<Router> make_router(const float* hidden, const float* bias_hidden, const float* out, const float* skip,
-                                    const float* bias_out, int h, int u, int d, int l, int m);
+struct RouterArrays {
+  const float *hidden, *bias_hidden, *out, *skip, *bias_out, *lists;  // lists: (h, l, k) or null
+};
+std::shared_ptr<Router> make_router(const RouterArrays&, int h, int u, int d, int l, int m, int k);
 void route(const Router&, DType, const void* queries, int b, int g, int q, const Angles&, float* z, float* a);
 
 struct ProbeArgs {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <new>
 
@@ -13,11 +14,32 @@
 namespace saap {
 namespace {
 
-std::shared_ptr<float[]> aligned_floats(int64_t n) {
+template <class T>
+std::shared_ptr<T[]> aligned(int64_t n) {
+  static_assert(sizeof(T) == 4);
   // Over-allocated rather than aligned_alloc, which not every platform has.
-  float* raw = new float[n + 16]();
-  float* at = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~uintptr_t(63));
-  return std::shared_ptr<float[]>(at, [raw](float*) { delete[] raw; });
+  T* raw = new T[n + 16]();
+  T* at = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~uintptr_t(63));
+  return std::shared_ptr<T[]>(at, [raw](T*) { delete[] raw; });
+}
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Two bytes a weight if that loses nothing.
+void make_narrow(Panels& p, int heads) {
+  const int64_t n = heads * p.head_size;
+  for (int64_t i = 0; i < n; i++)
+    if (bits_of(p.weights[i]) & 0xffffu) return;
+  p.narrow = aligned<uint32_t>(n / 2);
+  constexpr int kHalf = kPanel / 2;
+  for (int64_t row = 0; row < n / kPanel; row++)
+    for (int c = 0; c < kHalf; c++)
+      p.narrow[row * kHalf + c] = bits_of(p.weights[row * kPanel + c]) >> 16 | bits_of(p.weights[row * kPanel + c + kHalf]);
+  p.weights.reset();
 }
 
 // cols columns of k weights each, weight(head, column, i) and bias(head, column), per head. Columns that fill the last panel up
@@ -29,8 +51,8 @@ Panels make_panels(int heads, int cols, int k, float filler, Weight weight, Bias
   p.k = k;
   p.cols = cols;
   p.head_size = static_cast<int64_t>(p.count) * k * kPanel;
-  p.weights = aligned_floats(heads * p.head_size);
-  p.bias = aligned_floats(static_cast<int64_t>(heads) * p.count * kPanel);
+  p.weights = aligned<float>(heads * p.head_size);
+  p.bias = aligned<float>(static_cast<int64_t>(heads) * p.count * kPanel);
   for (int h = 0; h < heads; h++)
     for (int c = 0; c < p.count * kPanel; c++) {
       p.bias[(static_cast<int64_t>(h) * p.count) * kPanel + c] = c < cols ? bias(h, c) : filler;
@@ -43,7 +65,9 @@ Panels make_panels(int heads, int cols, int k, float filler, Weight weight, Bias
 PanelProduct product(const Panels& p, int head, int first, int last, const float* x, int n, int64_t ldx) {
   PanelProduct out{};
   out.x = x, out.n = n, out.k = p.k, out.ldx = ldx;
-  out.panels = p.weights.get() + head * p.head_size + static_cast<int64_t>(first) * p.k * kPanel;
+  const int64_t at = head * p.head_size + static_cast<int64_t>(first) * p.k * kPanel;
+  out.panels = p.weights ? p.weights.get() + at : nullptr;
+  out.narrow = p.narrow ? p.narrow.get() + at / 2 : nullptr;
   out.bias = p.bias.get() + (static_cast<int64_t>(head) * p.count + first) * kPanel;
   out.num_panels = last - first;
   return out;
@@ -86,41 +110,50 @@ void assign(const Quantizer& quantizer, DType type, Strided keys, int64_t n, con
   });
 }
 
-std::shared_ptr<Router> make_router(const float* hidden, const float* bias_hidden, const float* out, const float* skip,
-                                    const float* bias_out, int h, int u, int d, int l, int m) {
-  const int64_t o = l + m;
+std::shared_ptr<Router> make_router(const RouterArrays& w, int h, int u, int d, int l, int m, int k) {
+  const int64_t o = k + m;
   auto router = std::make_shared<Router>();
-  router->heads = h, router->hidden_units = u, router->dim = d, router->lists = l, router->knots = m;
+  router->heads = h, router->hidden_units = u, router->dim = d, router->lists = l, router->knots = m, router->leading = k;
+  router->compared = w.lists != nullptr;
+  auto none = [](int, int) { return 0.f; };
   router->hidden = make_panels(
-      h, u, d, 0.f, [=](int head, int c, int i) { return hidden[(static_cast<int64_t>(head) * u + c) * d + i]; },
-      [=](int head, int c) { return bias_hidden[static_cast<int64_t>(head) * u + c]; });
+      h, u, d, 0.f, [=](int head, int c, int i) { return w.hidden[(static_cast<int64_t>(head) * u + c) * d + i]; },
+      [=](int head, int c) { return w.bias_hidden[static_cast<int64_t>(head) * u + c]; });
   // Both inputs of the second layer side by side: hidden units, then the query itself.
   auto second = [=](int first, int cols) {
     return make_panels(
         h, cols, u + d, 0.f,
         [=](int head, int c, int i) {
           const int64_t row = head * o + first + c;
-          return i < u ? out[row * u + i] : skip[row * d + i - u];
+          return i < u ? w.out[row * u + i] : w.skip[row * d + i - u];
         },
-        [=](int head, int c) { return bias_out[head * o + first + c]; });
+        [=](int head, int c) { return w.bias_out[head * o + first + c]; });
   };
-  router->to_lists = second(0, l);
-  router->to_knots = second(l, m);
+  router->to_leading = second(0, k);
+  router->to_knots = second(k, m);
+  if (router->compared)
+    router->to_lists = make_panels(
+        h, l, k, 0.f, [=](int head, int c, int i) { return w.lists[(static_cast<int64_t>(head) * l + c) * k + i]; }, none);
+  for (Panels* p : {&router->hidden, &router->to_leading, &router->to_knots, &router->to_lists}) make_narrow(*p, h);
   return router;
 }
 
 void route(const Router& router, DType type, const void* queries, int b, int g, int q, const Angles& angles, float* z, float* a) {
   constexpr int64_t kColumns = 48;  // queries of an item: weights are read once for all of them
   const Kernels& kern = kernels();
-  const int u = router.hidden_units, d = router.dim, k = u + d, half = angles.r / 2;
+  const int u = router.hidden_units, d = router.dim, k = u + d, half = angles.r / 2, leading = router.leading;
+  const Panels& last_panels = router.compared ? router.to_lists : router.to_leading;
   const int64_t j = static_cast<int64_t>(g) * q, groups = (j + kColumns - 1) / kColumns;
   const int64_t whole = static_cast<int64_t>(b) * router.heads * groups;
-  // With few heads the lists are shared out too, at the price of computing the hidden units once for each part.
-  const int64_t wanted = (2 * static_cast<int64_t>(pool().threads()) + whole - 1) / std::max<int64_t>(whole, 1);
-  const int parts = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(1, router.to_lists.count / 4)));
+  // With few heads the lists are shared out too, at the price of computing what comes before them once for each part: little if
+  // those are hidden units alone.
+  const int64_t items = (router.compared ? 1 : 2) * static_cast<int64_t>(pool().threads());
+  const int64_t wanted = (items + whole - 1) / std::max<int64_t>(whole, 1);
+  const int parts = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(1, last_panels.count / 4)));
   pool().run(whole * parts, [&](int64_t item) {
     thread_local Scratch memory;
-    float* x = memory.get<float>(kColumns * k);
+    float* x = memory.get<float>(kColumns * (k + leading));
+    float* sought = x + kColumns * k;
     const int part = static_cast<int>(item % parts);
     const int64_t group = item / parts % groups, bh = item / parts / groups;
     const int head = static_cast<int>(bh % router.heads);
@@ -133,10 +166,16 @@ void route(const Router& router, DType type, const void* queries, int b, int g, 
                     angles.r, angles.interleaved, angles.scale, x + static_cast<int64_t>(i) * k + u);
     }
     if (u) kern.dense(product(router.hidden, head, 0, router.hidden.count, x + u, n, k), true, x, k, u);
-    const int count = router.to_lists.count;
+    const float* input = x;
+    int64_t width = k;
+    if (router.compared) {
+      kern.dense(product(router.to_leading, head, 0, router.to_leading.count, x, n, k), false, sought, leading, leading);
+      input = sought, width = leading;
+    }
+    const int count = last_panels.count;
     const int first = static_cast<int>(static_cast<int64_t>(count) * part / parts), last = static_cast<int>(static_cast<int64_t>(count) * (part + 1) / parts);
     const int64_t row = bh * j + from;
-    kern.dense(product(router.to_lists, head, first, last, x, n, k), false, z + row * router.lists + static_cast<int64_t>(first) * kPanel,
+    kern.dense(product(last_panels, head, first, last, input, n, width), false, z + row * router.lists + static_cast<int64_t>(first) * kPanel,
                router.lists, router.lists - first * kPanel);
     if (part == parts - 1 && router.knots)
       kern.dense(product(router.to_knots, head, 0, router.to_knots.count, x, n, k), false, a + row * router.knots, router.knots, router.knots);

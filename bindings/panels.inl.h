@@ -3,14 +3,35 @@ constexpr int kVectors = kPanel / W;                // vectors per panel row
 constexpr int kRows = W == 16 ? 12 : W == 8 ? 6 : (kWideFile ? 6 : 2);  // rows whose sums fit the register file
 static_assert(kPanel % W == 0);
 
-// sum (M, kVectors) = bias + x panel, for M consecutive rows of x.
-template <int M>
-INLINE void product(const float* x, int64_t ldx, int k, const float* panel, const float* bias, vf (&sum)[M][kVectors]) {
+// One row of a panel.
+INLINE void load_row(const float* row, vf (&b)[kVectors]) {
+  for (int v = 0; v < kVectors; v++) b[v] = load(row + v * W);
+}
+INLINE void load_row(const uint32_t* row, vf (&b)[kVectors]) {
+#if W == 16  // both halves of the vector are the same words
+  constexpr vu kShift = {16, 16, 16, 16, 16, 16, 16, 16};
+  vu words;
+  std::memcpy(&words, row, 32);
+  std::memcpy((char*)&words + 32, row, 32);
+  b[0] = (vf)(words << kShift & 0xffff0000u);
+#else
+  for (int v = 0; v < kVectors / 2; v++) {
+    vu words;
+    std::memcpy(&words, row + v * W, sizeof words);
+    b[v] = (vf)(words << 16);
+    b[v + kVectors / 2] = (vf)(words & 0xffff0000u);
+  }
+#endif
+}
+
+// sum (M, kVectors) = bias + x panel, for M consecutive rows of x; a panel's row takes `step` elements.
+template <int M, class T>
+INLINE void product(const float* x, int64_t ldx, int k, const T* panel, int step, const float* bias, vf (&sum)[M][kVectors]) {
   for (int m = 0; m < M; m++)
     for (int v = 0; v < kVectors; v++) sum[m][v] = load(bias + v * W);
   for (int i = 0; i < k; i++) {
     vf b[kVectors];
-    for (int v = 0; v < kVectors; v++) b[v] = load(panel + (int64_t)i * kPanel + v * W);
+    load_row(panel + (int64_t)i * step, b);
     for (int m = 0; m < M; m++) {
       vf a = splat(x[m * ldx + i]);
       for (int v = 0; v < kVectors; v++) sum[m][v] += a * b[v];
@@ -27,7 +48,7 @@ struct Best {
 template <int M>
 INLINE void update_best(const PanelProduct& p, int row, int panel, Best& best) {
   vf sum[M][kVectors];
-  product<M>(p.x + row * p.ldx, p.ldx, p.k, p.panels + (int64_t)panel * p.k * kPanel, p.bias + (int64_t)panel * kPanel, sum);
+  product<M>(p.x + row * p.ldx, p.ldx, p.k, p.wide_at(panel), kPanel, p.bias + (int64_t)panel * kPanel, sum);
   for (int m = 0; m < M; m++)
     for (int v = 0; v < kVectors; v++) {
       vf old = load(best.value[m] + v * W);
@@ -92,7 +113,9 @@ template <int M>
 INLINE void dense_rows(const PanelProduct& p, int row, bool silu, float* y, int64_t ldy, int cols) {
   for (int panel = 0; panel < p.num_panels; panel++) {
     vf sum[M][kVectors];
-    product<M>(p.x + row * p.ldx, p.ldx, p.k, p.panels + (int64_t)panel * p.k * kPanel, p.bias + (int64_t)panel * kPanel, sum);
+    const float *x = p.x + row * p.ldx, *bias = p.bias + (int64_t)panel * kPanel;
+    if (p.narrow) product<M>(x, p.ldx, p.k, p.narrow_at(panel), kPanel / 2, bias, sum);
+    else product<M>(x, p.ldx, p.k, p.wide_at(panel), kPanel, bias, sum);
     const int n = cols - panel * kPanel;
     for (int m = 0; m < M; m++) {
       float* out = y + (row + m) * ldy + panel * kPanel;

@@ -115,12 +115,12 @@ def _captured(
     middle = np.array([(start + stop - 1) / 2 for start, stop in segments])
     knots = router.knots(length - 1 - middle).astype(np.float64)
     of_segment = np.repeat(np.arange(len(segments)), [stop - start for start, stop in segments])
-    hidden, bias_hidden, out, skip, bias_out = (w.double().cpu().numpy() for w in router.tensors().values())
+    weights = {name: w.double().cpu().numpy() for name, w in router.tensors().items()}
     true = torch.softmax(torch.einsum("hgd,hnd->hgn", queries, keys[:, :length].float()) * scale, -1).double().cpu().numpy()
     x = routed.double().cpu().numpy()
     found = np.empty((heads, len(MISSES)))
     for head in range(heads):
-        z, a = reference.route(x[head], hidden[head], bias_hidden[head], out[head], skip[head], bias_out[head], nlist)
+        z, a = reference.route(x[head], nlist=nlist, **{name: w[head] for name, w in weights.items()})
         runs = of_segment * nlist + lists[head, low:high]
         sizes = np.bincount(runs, minlength=len(segments) * nlist)
         tables = np.concatenate([np.zeros((len(segments), 1), np.int64), np.cumsum(sizes.reshape(len(segments), nlist), 1)], 1)

@@ -120,16 +120,22 @@ class _Network:
 
     @torch.no_grad()
     def weights(self, divisor: Tensor | None) -> RouterWeights:
-        """What was fitted, with the standardisation of the input as part of it; leading outputs divided by (h, leading)."""
-        hidden, skip = self.hidden / self.deviation[:, None], self.skip / self.deviation[:, None]
-        bias_hidden = self.bias_hidden - torch.einsum("hud,hd->hu", hidden, self.mean)
-        bias_out = self.bias_out - torch.einsum("hld,hd->hl", skip, self.mean)
-        out = self.out.detach().clone()
+        """What was fitted, with the standardisation of the input as part of it; leading outputs divided by (h, leading).
+
+        Rounded to bfloat16, as weights are read every step; the biases, made after that, keep the mean of the input exact.
+        """
+        scale = torch.ones_like(self.bias_out)
         if divisor is not None:
-            for x in (out, skip):
-                x[:, : self.leading] /= divisor[..., None]
-            bias_out[:, : self.leading] /= divisor
+            scale[:, : self.leading] = 1 / divisor
+        hidden = _rounded(self.hidden / self.deviation[:, None])
+        out, skip = _rounded(self.out * scale[..., None]), _rounded(self.skip * scale[..., None] / self.deviation[:, None])
+        bias_hidden = self.bias_hidden - torch.einsum("hud,hd->hu", hidden, self.mean)
+        bias_out = self.bias_out * scale - torch.einsum("hld,hd->hl", skip, self.mean)
         return RouterWeights(hidden, bias_hidden, out, skip, bias_out, self.leading)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
 
 
 def fit_linear(data: RouterTargets, nlist: int, first_knot: int, num_knots: int) -> QueryRouter:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import checks
-from .backends import RouterWeights
+from .backends import NETWORK, RouterWeights
 from .calibration import TARGETS, Calibration
 from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
@@ -29,7 +29,6 @@ from .router import QueryRouter
 from .tower import TwoTower
 
 FORMAT, VERSION = "saap_index", "1"
-ROUTER_PARTS = ("hidden", "bias_hidden", "out", "skip", "bias_out")
 
 
 def write_index(index: AsymmetricIndex, path: str | os.PathLike[str]) -> None:
@@ -111,7 +110,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         router = index.query_router
         config["router"] = {
             "units": router.weights.hidden.shape[1], "outputs": router.weights.bias_out.shape[1], "first_knot": router.first_knot,
-            "count_lists": router.count_lists,
+            "count_lists": router.count_lists, "list_dims": 0 if router.weights.lists is None else router.weights.leading,
         }  # fmt: skip
         # cloned, for those of a symmetric router are the centroids, and a file shares no memory
         tensors.update({f"router.{name}": x.clone() for name, x in router.tensors().items()})
@@ -162,7 +161,12 @@ def _config(metadata: dict[str, str] | None) -> dict[str, Any]:
 def _weights(h: int, u: int, outputs: int, d: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes of a router's network."""
     shapes = ((h, u, d), (h, u), (h, outputs, u), (h, outputs, d), (h, outputs))
-    return {name: (shape, torch.float32) for name, shape in zip(ROUTER_PARTS, shapes, strict=True)}
+    return {name: (shape, torch.float32) for name, shape in zip(NETWORK, shapes, strict=True)}
+
+
+def _router_parts(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors of the query router."""
+    return (*NETWORK, "lists") if config["router"].get("list_dims") else NETWORK
 
 
 def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -176,6 +180,8 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
     if config["router"] is not None:
         u, outputs = config["router"]["units"], config["router"]["outputs"]
         want.update({f"router.{n}": s for n, s in _weights(h, u, outputs, d).items()})
+        if _router_parts(config)[5:]:
+            want["router.lists"] = ((h, nlist, config["router"]["list_dims"]), torch.float32)
     if config.get("tower") is not None:
         want.update({f"tower.{n}": s for n, s in _weights(h, config["tower"]["units"], config["tower"]["outputs"], d).items()})
     if config.get("calibrated"):
@@ -239,12 +245,10 @@ def _restore(
     if config["quantizer"]:
         index.key_quantizer = KeyQuantizer(tensors["centroids"])
     if config["router"] is not None:
-        hidden, bias_hidden, out, skip, bias_out = (tensors[f"router.{name}"] for name in ROUTER_PARTS)
-        weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, index.nlist)
+        weights = RouterWeights.of({name: tensors[f"router.{name}"] for name in _router_parts(config)}, index.nlist)
         index.query_router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
     if config.get("tower") is not None:
-        hidden, bias_hidden, out, skip, bias_out = (tensors[f"tower.{name}"] for name in ROUTER_PARTS)
-        weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, index.d)
+        weights = RouterWeights.of({name: tensors[f"tower.{name}"] for name in NETWORK}, index.d)
         index.tower = TwoTower(weights, int(config["router"]["first_knot"]))
     if config.get("calibrated"):
         index.calibration = Calibration(tensors["calibration"])

@@ -109,12 +109,18 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
 
 
 def route(
-    x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int
+    x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int, lists: Array | None = None
 ) -> tuple[Array, Array]:
-    """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m + 1), the distance term at m knots and c."""
+    """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m + 1), the distance term at m knots and c.
+
+    lists (l, k): the first k outputs are compared with these instead of being z.
+    """
     pre = x @ hidden.T + bias_hidden
     y = (pre * 0.5 * (1.0 + np.tanh(0.5 * pre))) @ out.T + x @ skip.T + bias_out
-    return y[:, :nlist], y[:, nlist:]
+    if lists is None:
+        return y[:, :nlist], y[:, nlist:]
+    k = lists.shape[1]
+    return y[:, :k] @ lists.T, y[:, k:]
 
 
 def run_weights(z: Array, a: Array, knots: Array, tables: Ints, count_lists: bool) -> Array:

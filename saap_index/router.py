@@ -36,11 +36,18 @@ class QueryRouter:
             raise ShapeError(f"router hidden: expected shape (h, u, d), got {tuple(w.hidden.shape)}")
         h, u, d = w.hidden.shape
         outputs = w.bias_out.shape[-1]
-        if outputs < w.nlist:
-            raise ShapeError(f"router bias_out: expected at least nlist = {w.nlist} outputs, got {outputs}")
-        for name, shape in {
+        shapes = {
             "bias_hidden": (h, u), "out": (h, outputs, u), "skip": (h, outputs, d), "bias_out": (h, outputs), "hidden": (h, u, d),
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        if w.lists is not None:
+            k = w.lists.shape[-1] if w.lists.ndim == 3 else 0
+            shapes["lists"] = (h, w.nlist, k)
+        else:
+            k = w.nlist
+        if outputs < k:
+            named = f"nlist = {k}" if w.lists is None else f"{k}, as lists has dims,"
+            raise ShapeError(f"router bias_out: expected at least {named} outputs, got {outputs}")
+        for name, shape in shapes.items():
             x = getattr(w, name)
             checks.array(x, f"router {name}", " ".join("hxy"[: len(shape)]), shape, [torch.float32], w.hidden.device)
             checks.finite(x, f"router {name}")
@@ -56,7 +63,7 @@ class QueryRouter:
     @property
     def predicts_outside(self) -> bool:
         """Whether there is an output for the share of the attention outside sinks and window."""
-        return self.count_lists and int(self.weights.bias_out.shape[1]) > self.nlist
+        return self.count_lists and int(self.weights.bias_out.shape[1]) > self.weights.leading
 
     def knots(self, distances: np.ndarray) -> np.ndarray:
         """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends. Of the shape of distances."""
@@ -68,17 +75,13 @@ class QueryRouter:
         return place.astype(np.float32)
 
     def to(self, device: torch.device | str) -> QueryRouter:
-        w = self.weights
-        hidden, bias_hidden, out, skip, bias_out = (x.to(device) for x in self.tensors().values())
-        moved = RouterWeights(hidden, bias_hidden, out, skip, bias_out, w.nlist)
-        return QueryRouter(moved, self.first_knot, self.count_lists)
+        return QueryRouter(self.weights.map(lambda x: x.to(device)), self.first_knot, self.count_lists)
 
     def tensors(self) -> dict[str, Tensor]:
-        w = self.weights
-        return {"hidden": w.hidden, "bias_hidden": w.bias_hidden, "out": w.out, "skip": w.skip, "bias_out": w.bias_out}
+        return self.weights.tensors()
 
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.tensors().values())
+        return self.weights.nbytes
 
     @classmethod
     def symmetric(cls, centroids: Tensor) -> QueryRouter:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .backends import RouterWeights
+from .backends import NETWORK, RouterWeights
 from .calibration import Calibration
 from .errors import CompatibilityError, FormatError, ParameterError, SaapError
 from .index import AsymmetricIndex
@@ -30,9 +30,6 @@ from .tower import TwoTower
 
 FORMAT, VERSION = "saap_index routers", 1
 CONFIG, ARRAYS = "config.json", "model.safetensors"
-
-_WEIGHTS = ("hidden", "bias_hidden", "out", "skip", "bias_out")
-
 
 @dataclass(frozen=True)
 class LayerRouters:
@@ -164,9 +161,8 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
     """What `pack_layer` packed. Raises LookupError, ValueError or SaapError for anything else."""
     rope, model_rope = (None if facts[name] is None else Rope.from_dict(facts[name]) for name in ("rope", "model_rope"))
     quantizer = KeyQuantizer(arrays["centroids"])
-    hidden, bias_hidden, out, skip, bias_out = (arrays[f"router.{name}"] for name in _WEIGHTS)
     outputs = quantizer.centroids.shape[2] if facts["two_tower"] else quantizer.nlist
-    weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, int(outputs))
+    weights = RouterWeights.of({name: arrays[f"router.{name}"] for name in _parts(arrays)}, int(outputs))
     tower = TwoTower(weights, int(facts["first_knot"])) if facts["two_tower"] else None
     if tower is None:
         router = QueryRouter(weights, int(facts["first_knot"]), bool(facts["count_lists"]))
@@ -176,6 +172,11 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
     calibration = Calibration(arrays["calibration"].cpu()) if "calibration" in arrays else None
     shares, losses = (arrays[name].cpu().numpy() if name in arrays else None for name in ("budget_shares", "losses"))
     return LayerRouters(quantizer, router, rope, model_rope, float(facts["scale"]), tower, calibration, shares, losses)
+
+
+def _parts(arrays: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the tensors of a layer's router."""
+    return (*NETWORK, "lists") if "router.lists" in arrays else NETWORK
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

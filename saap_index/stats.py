@@ -114,7 +114,7 @@ def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRo
         dense_tokens=sum(dense) / b,
         kv_bytes=round((sum(read) + sum(dense)) * h) * row_bytes,
         metadata_bytes=tables + (round(sum(read) * h) + entries) * 4,
-        router_bytes=router.nbytes() if routed and router is not None else 0,
+        router_bytes=lists.backend.router_bytes(router.weights) if routed and router is not None else 0,
         tail_entries=entries / (b * h),
         mean_bytes=entries * row_bytes,
     )

@@ -8,7 +8,7 @@ of all if the text is of another kind. Knows queries and centroids, not tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,16 +59,17 @@ class TwoTower:
         return int(self.weights.hidden.shape[0])
 
     def at(self, centroids: Tensor) -> QueryRouter:
-        """The router for lists with these centroids : float32 (h, l, d). Costs l * (u + d) * d multiplications per KV head."""
+        """The router for lists with these centroids : float32 (h, l, d).
+
+        Centroids are compared without their mean, which says nothing of any list, and rounded to bfloat16: half of what a step
+        reads of them, and the order of lists is hardly another.
+        """
         if centroids.ndim != 3 or (centroids.shape[0], centroids.shape[2]) != (self.heads, self.d):
             raise CompatibilityError(
                 f"two-tower router: expected centroids ({self.heads}, l, {self.d}), got {tuple(centroids.shape)}"
             )
-        w, d = self.weights, self.d
-        out, skip = (torch.cat([centroids @ x[:, :d], x[:, d:]], 1) for x in (w.out, w.skip))
-        bias = torch.cat([(centroids @ w.bias_out[:, :d, None])[..., 0], w.bias_out[:, d:]], 1)
-        weights = RouterWeights(w.hidden, w.bias_hidden, out, skip, bias, int(centroids.shape[1]))
-        return QueryRouter(weights, self.first_knot)
+        lists = (centroids - centroids.mean(1, keepdim=True)).bfloat16().float()
+        return QueryRouter(replace(self.weights, nlist=int(centroids.shape[1]), lists=lists), self.first_knot)
 
     def for_prompt(self, keys: Tensor, nlist: int, assign: Assign | None = None) -> tuple[KeyQuantizer, QueryRouter]:
         """Lists of a prompt's own, from its keys with RoPE undone : float (h, n, d), and the router for them.
@@ -79,12 +80,10 @@ class TwoTower:
         return quantizer, self.at(quantizer.centroids)
 
     def to(self, device: torch.device | str) -> TwoTower:
-        w = self.weights
-        hidden, bias_hidden, out, skip, bias_out = (x.to(device) for x in self.tensors().values())
-        return TwoTower(RouterWeights(hidden, bias_hidden, out, skip, bias_out, w.nlist), self.first_knot)
+        return TwoTower(self.weights.map(lambda x: x.to(device)), self.first_knot)
 
     def tensors(self) -> dict[str, Tensor]:
-        return QueryRouter(self.weights, self.first_knot).tensors()
+        return self.weights.tensors()
 
     def check_heads(self, num_kv_heads: int, d: int) -> None:
         """CompatibilityError if the router belongs to another head shape."""

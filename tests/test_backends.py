@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -180,23 +181,27 @@ def test_assign_breaks_ties_downwards(name: str, h: int, n: int, nlist: int, d: 
     assert torch.equal(got, SPEC.assign(SPEC.prepare_quantizer(centroids), keys, None))
 
 
-def weights(h: int, u: int, d: int, nlist: int, knots: int, seed: int) -> RouterWeights:
+def weights(h: int, u: int, d: int, nlist: int, knots: int, seed: int, dims: int = 0, narrow: bool = False) -> RouterWeights:
+    """dims : of the lists that outputs are compared with, 0 for outputs that are scores; narrow : of bfloat16's values."""
     g = generator(seed)
-    m = nlist + knots
-    shapes = ((h, u, d), (h, u), (h, m, u), (h, m, d), (h, m))
-    return RouterWeights(*(torch.randn(s, generator=g) * max(1, s[-1]) ** -0.5 for s in shapes), nlist)
+    m = (dims or nlist) + knots
+    shapes = [(h, u, d), (h, u), (h, m, u), (h, m, d), (h, m)] + [(h, nlist, dims)] * bool(dims)
+    parts = [torch.randn(s, generator=g) * max(1, s[-1]) ** -0.5 for s in shapes]
+    return RouterWeights(*((x.bfloat16().float() if narrow else x) for x in parts[:5]), nlist, *parts[5:])
 
 
 @over_backends
 @given(
     b=st.integers(1, 3), h=st.integers(1, 3), g=GROUPS, q=st.integers(1, 8), d=DIMS, u=st.sampled_from([0, 1, 5, 64]),
-    nlist=st.sampled_from([1, 3, 16, 65]), knots=st.integers(0, 9), dtype=DTYPES, turn=ROTATIONS, seed=SEEDS,
+    nlist=st.sampled_from([1, 3, 16, 65]), knots=st.integers(0, 9), dims=st.sampled_from([0, 0, 1, 20, 64]),
+    narrow=st.booleans(), dtype=DTYPES, turn=ROTATIONS, seed=SEEDS,
 )  # fmt: skip
-@settings(max_examples=60)
+@settings(max_examples=90)
 def test_route(
-    name: str, b: int, h: int, g: int, q: int, d: int, u: int, nlist: int, knots: int, dtype: torch.dtype, turn: Any, seed: int
-) -> None:
-    router = weights(h, u, d, nlist, knots, seed)
+    name: str, b: int, h: int, g: int, q: int, d: int, u: int, nlist: int, knots: int, dims: int, narrow: bool,
+    dtype: torch.dtype, turn: Any, seed: int,
+) -> None:  # fmt: skip
+    router = weights(h, u, d, nlist, knots, seed, dims, narrow)
     queries = torch.randn((b, h, g, q, d), generator=generator(seed + 1)).to(dtype)
     angles = None if turn is None else rotation(b * q, d // 2 // turn[0], turn[1], turn[2], seed)
     ours = backend(name)
@@ -205,7 +210,29 @@ def test_route(
     for got, want, size in zip(found, wanted, (nlist, knots), strict=True):
         assert got.shape == (b, h, g * q, size) and got.dtype == torch.float32
         if size:
-            assert float((got - want).abs().max()) <= 4 * EPS32 * (d + u) ** 0.5 * max(1.0, float(want.abs().max()))
+            assert float((got - want).abs().max()) <= 4 * EPS32 * (d + u + dims) ** 0.5 * max(1.0, float(want.abs().max()))
+
+
+@given(dims=st.sampled_from([1, 20, 64]), knots=st.integers(0, 3), seed=SEEDS)
+@settings(max_examples=20)
+def test_a_composed_router_is_the_same_router(dims: int, knots: int, seed: int) -> None:
+    router = weights(2, 5, 8, 7, knots, seed, dims)
+    queries = torch.randn((1, 2, 3, 1, 8), generator=generator(seed + 1))
+    found, wanted = (SPEC.route(SPEC.prepare_router(x), queries, None) for x in (router.composed(), router))
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert router.composed().lists is None and router.num_knots == router.composed().num_knots == max(0, knots - 1)
+
+
+def test_weights_of_bfloat16_take_two_bytes() -> None:
+    h, u, d, nlist, dims = 2, 5, 8, 7, 4
+    sizes = [h * u * d, h * (dims + 3) * (u + d), h * nlist * dims]
+    biases = 4 * h * (u + dims + 3)
+    wide, narrow = (weights(h, u, d, nlist, 3, 1, dims, x) for x in (False, True))
+    assert wide.nbytes == 4 * sum(sizes) + biases and wide.list_bytes == 4 * sizes[2]
+    assert narrow.nbytes == 2 * sum(sizes[:2]) + 4 * sizes[2] + biases
+    assert replace(narrow, lists=narrow.lists.bfloat16().float()).nbytes == 2 * sum(sizes) + biases
+    assert weights(h, u, d, nlist, 3, 1).list_bytes == 0
 
 
 # -- probe ----------------------------------------------------------------------------------------------------------------

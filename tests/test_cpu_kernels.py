@@ -399,9 +399,14 @@ def test_assign_ties_go_to_the_lower_list() -> None:
 def test_route(data: st.DataObject, dtype: torch.dtype, d: int, seed: int) -> None:
     b, h, g, q = (data.draw(st.integers(1, most)) for most in (2, 3, 8, 12))
     u, lists, m = data.draw(st.sampled_from([0, 5, 16, 64])), data.draw(st.integers(1, 70)), data.draw(st.integers(0, 20))
-    o = lists + m
-    shapes = [(h, u, d), (h, u), (h, o, u), (h, o, d), (h, o)]
-    w = RouterWeights(*(randn(*s, seed=seed + k, scale=0.3) for k, s in enumerate(shapes)), lists)
+    dims, narrow = data.draw(st.sampled_from([0, 0, 3, 16, 33])), data.draw(st.booleans())
+    leading = dims or lists
+    o = leading + m
+    shapes = [(h, u, d), (h, u), (h, o, u), (h, o, d), (h, o)] + [(h, lists, dims)] * bool(dims)
+    parts = [randn(*s, seed=seed + k, scale=0.3) for k, s in enumerate(shapes)]
+    if narrow:
+        parts = [x.bfloat16().float() for x in parts]
+    w = RouterWeights(*parts[:5], lists, *parts[5:])
     rotation = data.draw(rotations(b * q, d, seed))
     queries = randn(b, h, g, q, d, seed=seed + 9, dtype=dtype)
     z, a = CPU.route(CPU.prepare_router(w), queries, rotation)
@@ -412,8 +417,10 @@ def test_route(data: st.DataObject, dtype: torch.dtype, d: int, seed: int) -> No
     y = y + f64(w.bias_out)[:, None, None]
     y = y.reshape(h, g, b, q, o).transpose(2, 0, 1, 3, 4).reshape(b, h, g * q, o)
     assert z.shape == (b, h, g * q, lists) and a.shape == (b, h, g * q, m)
-    limit = NOISE * (u + d)
-    assert np.abs(f64(z) - y[..., :lists]).max() <= limit and np.abs(f64(a) - y[..., lists:]).max(initial=0) <= limit
+    want, limit = y[..., :leading], NOISE * (u + d) * (1 + dims)
+    if dims:
+        want = np.einsum("bhjk,hlk->bhjl", want, f64(w.lists))
+    assert np.abs(f64(z) - want).max() <= limit and np.abs(f64(a) - y[..., leading:]).max(initial=0) <= limit
 
 
 # -- moving rows ----------------------------------------------------------------------------------------------------------

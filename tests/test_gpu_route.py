@@ -182,6 +182,17 @@ def test_parameters_are_laid_out_as_in_the_kernel() -> None:
     assert kernel.sizeof("route") == gpu_route.PARAMS.itemsize
 
 
+def test_lists_to_compare_with_become_outputs() -> None:
+    """And what is packed has the bytes that a search reports."""
+    g = torch.Generator().manual_seed(3)
+    shapes = ((2, 20, 40), (2, 20), (2, 27, 20), (2, 27, 40), (2, 27))
+    weights = RouterWeights(*(torch.randn(s, generator=g) for s in shapes), 50, torch.randn((2, 50, 24), generator=g))
+    packed, same = gpu_route.pack_router(weights), gpu_route.pack_router(weights.composed())
+    assert (packed.nlist, packed.outputs) == (50, 53) and torch.equal(packed.out, same.out)
+    tensors = (packed.hidden, packed.bias_hidden, packed.out, packed.bias_out)
+    assert gpu_route.packed_bytes(weights) == sum(x.nbytes for x in tensors)
+
+
 def test_fragments_hold_every_weight_once() -> None:
     """Lane 4 g + t reads rows g and g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9 of a 16 x 16 matrix."""
     x = torch.arange(32 * 64).reshape(1, 32, 64).float()

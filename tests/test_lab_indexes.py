@@ -16,7 +16,7 @@ from saap_index.lab.evaluate import Settings
 from saap_index.lab.indexes import CONFIGS, Indexes
 from saap_index.lab.method import Cache, attend_over
 from saap_index.lab.replace import read_prompt
-from saap_index.lab.saap import Saap, list_bytes
+from saap_index.lab.saap import Saap
 from saap_index.routers import LayerRouters, Routers, model_shape
 
 N = 1024
@@ -100,7 +100,7 @@ def test_lists_of_a_prompts_own_are_charged_to_the_prompt(indexes, prompts) -> N
         state.append(prompts[1].keys[0], prompts[1].values[0])
         steps.append((index, state.attend(prompts[1].queries[0][:, :, -1]), state.index.stats().last_search))
     for index, step, last in steps:
-        own = 2 * index.nlist * list_bytes(index.tower)
+        own = 2 * index.nlist * index.d * 2  # heads, lists, dims, bytes
         assert step.other_bytes == last.metadata_bytes + own
         assert step.shared_bytes == last.router_bytes - own > 0
     assert steps[0][1].shared_bytes == steps[1][1].shared_bytes  # what does not depend on the lists

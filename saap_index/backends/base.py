@@ -17,8 +17,9 @@ segments may keep the mean key and the mean value of each run, by which a run th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,16 +29,21 @@ if TYPE_CHECKING:
     from .resident import Resident
 
 
+NETWORK = ("hidden", "bias_hidden", "out", "skip", "bias_out")
+"""The tensors that every `RouterWeights` has."""
+
+
 @dataclass(frozen=True)
 class RouterWeights:
-    """The query router of every KV head, as plain arrays: z, a, c = split(skip x + out silu(hidden x + bias_h) + bias_o).
+    """The query router of every KV head, as plain arrays: y, a, c = split(skip x + out silu(hidden x + bias_h) + bias_o).
 
-    hidden : float32 (h, u, d); bias_hidden : float32 (h, u); out : float32 (h, l + m + 1, u)
-    skip : float32 (h, l + m + 1, d); bias_out : float32 (h, l + m + 1)
+    hidden : float32 (h, u, d); bias_hidden : float32 (h, u); out : float32 (h, k + m + 1, u)
+    skip : float32 (h, k + m + 1, d); bias_out : float32 (h, k + m + 1); lists : float32 (h, l, k) or None
 
-    The first l outputs are z (log attention mass per token of each list), the next m are a at the knots of the log2 distance,
-    the last is c, whose sigmoid is the share of the attention that lies outside sinks and window. u = 0 gives a linear router,
-    m = 0 one without distance; l outputs alone one without c too. Standardisation of the input is folded into the weights.
+    The first k outputs, y, give z, log attention mass per token of each list: z = y and k = l without ``lists``, z = lists y with
+    them. The next m outputs are a at the knots of the log2 distance, the last is c, whose sigmoid is the share of the attention
+    that lies outside sinks and window. u = 0 gives a linear router, m = 0 one without distance; k outputs alone one without c
+    too. Standardisation of the input is folded into the weights. Weights that are all of bfloat16's values take two bytes each.
     """
 
     hidden: Tensor
@@ -46,10 +52,54 @@ class RouterWeights:
     skip: Tensor
     bias_out: Tensor
     nlist: int
+    lists: Tensor | None = None
+
+    @property
+    def leading(self) -> int:
+        """k, the outputs before those of distance."""
+        return self.nlist if self.lists is None else int(self.lists.shape[2])
 
     @property
     def num_knots(self) -> int:
-        return max(0, int(self.bias_out.shape[1]) - self.nlist - 1)
+        return max(0, int(self.bias_out.shape[1]) - self.leading - 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; ``lists`` only if there are any."""
+        found = {name: getattr(self, name) for name in NETWORK}
+        return found if self.lists is None else {**found, "lists": self.lists}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], nlist: int) -> RouterWeights:
+        """From `tensors`."""
+        return cls(**tensors, nlist=nlist)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> RouterWeights:
+        """With every tensor changed."""
+        return RouterWeights.of({name: change(x) for name, x in self.tensors().items()}, self.nlist)
+
+    def composed(self) -> RouterWeights:
+        """The same router with an output for each list in place of ``lists``: for a backend of one product."""
+        if self.lists is None:
+            return self
+        k, lists = self.leading, self.lists
+        out, skip = (torch.cat([lists @ x[:, :k], x[:, k:]], 1) for x in (self.out, self.skip))
+        bias = torch.cat([(lists @ self.bias_out[:, :k, None])[..., 0], self.bias_out[:, k:]], 1)
+        return RouterWeights(self.hidden, self.bias_hidden, out, skip, bias, self.nlist)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of what is read for a query, once per call whatever the batch."""
+        return sum(_nbytes(x) for x in self.tensors().values())
+
+    @cached_property
+    def list_bytes(self) -> int:
+        """The part of `nbytes` that is of the lists alone: with lists of a prompt's own nobody else reads it."""
+        return 0 if self.lists is None else _nbytes(self.lists)
+
+
+def _nbytes(weights: Tensor) -> int:
+    narrow = weights.ndim == 3 and torch.equal(weights, weights.bfloat16().float())
+    return weights.numel() * (2 if narrow else weights.itemsize)
 
 
 @dataclass(frozen=True)
@@ -184,6 +234,10 @@ class Backend(ABC):
     @abstractmethod
     def prepare_router(self, weights: RouterWeights) -> Any:
         """Pack router weights into whatever `route` reads fastest; done once per index."""
+
+    def router_bytes(self, weights: RouterWeights) -> int:
+        """Bytes of the packed weights that `route` reads once per call."""
+        return weights.nbytes
 
     @abstractmethod
     def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:

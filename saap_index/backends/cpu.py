@@ -129,21 +129,23 @@ class CpuBackend(Backend):
 
     def prepare_router(self, weights: RouterWeights) -> Any:
         h, u, d = weights.hidden.shape
-        lists = weights.nlist
-        m = weights.bias_out.shape[1] - lists
-        if lists < 1 or m < 0:
-            raise ShapeError(f"nlist: expected 1 to {weights.bias_out.shape[1]}, got {lists}")
+        lists, k = weights.nlist, weights.leading
+        m = weights.bias_out.shape[1] - k
+        if lists < 1 or k < 1 or m < 0:
+            raise ShapeError(f"nlist: expected 1 to {weights.bias_out.shape[1]}, got {k}")
         return self._cpu.make_router(
             _plain("hidden", weights.hidden, _F32, (h, u, d)),
             _plain("bias_hidden", weights.bias_hidden, _F32, (h, u)),
-            _plain("out", weights.out, _F32, (h, lists + m, u)),
-            _plain("skip", weights.skip, _F32, (h, lists + m, d)),
-            _plain("bias_out", weights.bias_out, _F32, (h, lists + m)),
+            _plain("out", weights.out, _F32, (h, k + m, u)),
+            _plain("skip", weights.skip, _F32, (h, k + m, d)),
+            _plain("bias_out", weights.bias_out, _F32, (h, k + m)),
+            0 if weights.lists is None else _plain("lists", weights.lists, _F32, (h, lists, k)),
             h,
             u,
             d,
             lists,
             m,
+            k,
         )
 
     def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,9 @@ class CudaBackend(TorchBackend):
     def prepare_router(self, weights: RouterWeights) -> Any:
         return gpu_route.pack_router(weights)
 
+    def router_bytes(self, weights: RouterWeights) -> int:
+        return gpu_route.packed_bytes(weights)
+
     def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         b, h, g, q, _ = queries.shape
         sizes = router.nlist, router.outputs - router.nlist

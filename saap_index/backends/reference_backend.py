@@ -70,11 +70,10 @@ class ReferenceBackend(Backend):
             cos, sin = _f64(rotation.cos).reshape(b, 1, 1, q, -1), _f64(rotation.sin).reshape(b, 1, 1, q, -1)
             x = reference.unrotate(x, cos, sin, rotation.interleaved, rotation.scale)
         x = x.reshape(b, h, g * q, d)
-        parts = [_f64(t) for t in (router.hidden, router.bias_hidden, router.out, router.skip, router.bias_out)]
-        hidden, bias_hidden, out, skip, bias_out = parts
+        parts = {name: _f64(weights) for name, weights in router.tensors().items()}
 
         def one(i: int, k: int) -> tuple[reference.Array, reference.Array]:
-            return reference.route(x[i, k], hidden[k], bias_hidden[k], out[k], skip[k], bias_out[k], router.nlist)
+            return reference.route(x[i, k], nlist=router.nlist, **{name: weights[k] for name, weights in parts.items()})
 
         y = [[one(i, head) for head in range(h)] for i in range(b)]
         z, a = (np.stack([[pair[k] for pair in row] for row in y]) for k in (0, 1))

@@ -89,7 +89,10 @@ class TorchBackend(Backend):
         hidden = functional.silu(torch.einsum("bhjd,hud->bhju", x, router.hidden) + router.bias_hidden[:, None])
         y = torch.einsum("bhju,hlu->bhjl", hidden, router.out) + torch.einsum("bhjd,hld->bhjl", x, router.skip)
         y = y + router.bias_out[:, None]
-        return y[..., : router.nlist].contiguous(), y[..., router.nlist :].contiguous()
+        z, a = y[..., : router.leading], y[..., router.leading :].contiguous()
+        if router.lists is not None:
+            z = torch.einsum("bhjk,hlk->bhjl", z, router.lists)
+        return z.contiguous(), a
 
     def probe(
         self,

@@ -168,7 +168,4 @@ def _share_of(router: QueryRouter, share: slice) -> QueryRouter:
 
 
 def _weights_of(w: RouterWeights, share: slice) -> RouterWeights:
-    hidden, bias_hidden, out, skip, bias_out = (
-        x[share].contiguous() for x in (w.hidden, w.bias_hidden, w.out, w.skip, w.bias_out)
-    )
-    return RouterWeights(hidden, bias_hidden, out, skip, bias_out, w.nlist)
+    return w.map(lambda x: x[share].contiguous())

@@ -22,7 +22,6 @@ from ..training_config import TrainingConfig
 from .evaluate import Settings
 from .method import ITEM_BYTES, Layer
 from .replace import Prompt
-from .saap import list_bytes
 
 CONFIGS = {"saap": TrainingConfig(), "saap-own": TrainingConfig.named("two-tower"), "published": TrainingConfig.published()}
 OWN = "saap-own"
@@ -86,7 +85,7 @@ class Indexes:
         between = len(self.prompts[0].tokens) - self.settings.sinks - self.settings.window
         nlist, centroids, tower = index.nlist, index.key_quantizer.centroids, index.tower
         if tower is not None:
-            room = ROUTING_SHARE * share * between * (index.d + index.d_v) * ITEM_BYTES / list_bytes(tower)
+            room = ROUTING_SHARE * share * between * (index.d + index.d_v) * ITEM_BYTES / (2 * tower.d)
             nlist = max([4, *(2**i for i in range(2, 20) if 2**i <= min(room, nlist))])
         block = min(index.layout.block, max(LEAST_BLOCK, 1 << max(0, int(share * between / 4).bit_length() - 1)))
         budget: dict[str, Any] = {} if index.nprobe is None else {"nprobe": index.nprobe}

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..index import AsymmetricIndex
 from ..params import SearchParametersIVF
 from ..stats import search_stats
-from ..tower import TwoTower
 from .method import Attended, Layer, Method, State
 
 
@@ -87,7 +86,8 @@ class _SaapState(State):
         kv_bytes = read * layer.heads * layer.token_bytes
         means = last.tail_entries * layer.heads * layer.token_bytes
         # what a router knows of lists of a prompt's own is of that prompt, and nobody else reads it
-        own = index.nlist * layer.heads * list_bytes(index.tower) if index.tower is not None and last.router_bytes else 0
+        router = index.query_router
+        own = router.weights.list_bytes if router is not None and index.tower is not None and last.router_bytes else 0
         tables = last.metadata_bytes + means + own
         return Attended(out, read + last.tail_entries, kv_bytes, tables, last.router_bytes - own, chosen)
 
@@ -104,9 +104,3 @@ class _SaapState(State):
         if index.nprobe is not None:
             return SearchParametersIVF(nprobe=index.nlist, max_codes=budget)
         return SearchParametersIVF(selectivity=min(1.0, budget / sealed))
-
-
-def list_bytes(tower: TwoTower) -> int:
-    """Of what the router for a prompt's own lists knows of one list of one KV head."""
-    w = tower.weights
-    return sum(x.shape[2] * x.itemsize for x in (w.out, w.skip)) + w.bias_out.itemsize
