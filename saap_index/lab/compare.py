@@ -104,7 +104,9 @@ def _check_same(task: Task, records: Records) -> None:
     first = [sum((i + 1) * t for i, t in enumerate(tokens)) % 1_000_003 for _, tokens in task.sequences]
     s = task.settings
     replaced = None if s.replaced is None else list(s.replaced)
-    what = [task.title, task.training, lengths, first, s.span, s.step, s.sinks, s.window, s.decoded, replaced, task.batch]
+    routers = None if task.routers is None else task.routers.config.get("data")
+    always = s.span, s.step, s.sinks, s.window, s.decoded
+    what = [task.title, task.training, lengths, first, *always, replaced, task.batch, routers]
     if records.once("task", lambda: what) != what:
         raise ParameterError(
             "out: expected a folder of the same model, texts and settings, got another comparison's; use a new one"
