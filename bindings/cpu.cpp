@@ -58,10 +58,10 @@ NB_MODULE(_cpu, m) {
          at<int32_t>(table), table_stride);
   });
 
-  m.def("make_router", [](Address hidden, Address bias_hidden, Address out, Address skip, Address bias_out, Address lists, int h, int u,
-                          int d, int l, int m, int k) {
+  m.def("make_router", [](Address hidden, Address bias_hidden, Address out, Address skip, Address bias_out, Address lists, Address scales,
+                          int h, int u, int d, int l, int m, int k) {
     return make_router({at<const float>(hidden), at<const float>(bias_hidden), at<const float>(out), at<const float>(skip),
-                        at<const float>(bias_out), at<const float>(lists)}, h, u, d, l, m, k);
+                        at<const float>(bias_out), at<const float>(lists), at<const float>(scales)}, h, u, d, l, m, k);
   });
   m.def("route", [](const Router& router, int type, Address queries, int b, int g, int q, Address cos, Address sin, int r, bool interleaved,
                     float scale, Address z, Address a) {

@@ -29,17 +29,20 @@ struct ScanItem {
 };
 
 // Keys of one head: float (n, k) rows against panels of kPanel columns, laid out (panels, k, kPanel). Narrow panels hold bfloat16,
-// (panels, k, kPanel / 2) words with columns i and i + kPanel / 2 in the lower and the upper half of word i.
+// (panels, k, kPanel / 2) words with columns i and i + kPanel / 2 in the lower and the upper half of word i; those of bytes whole
+// numbers, laid out as floats are.
 struct PanelProduct {
   const float* x;       // (n, k), row stride ldx
   int n, k;
   int64_t ldx;
-  const float* panels;  // one of these two is null
+  const float* panels;  // one of these three is set
   const uint32_t* narrow;
+  const int8_t* bytes;
   const float* bias;    // (num_panels * kPanel)
   int num_panels;
 
   const float* wide_at(int panel) const { return panels + static_cast<int64_t>(panel) * k * kPanel; }
+  const int8_t* bytes_at(int panel) const { return bytes + static_cast<int64_t>(panel) * k * kPanel; }
   const uint32_t* narrow_at(int panel) const { return narrow + static_cast<int64_t>(panel) * k * (kPanel / 2); }
 };
 

@@ -27,12 +27,13 @@ struct Angles {
   float scale = 1;
 };
 
-// Weights in panels of kPanel columns, 64-byte aligned: see PanelProduct. One of weights and narrow is set.
+// Weights in panels of kPanel columns, 64-byte aligned: see PanelProduct. One of weights, narrow and bytes is set.
 struct Panels {
   int count = 0, k = 0, cols = 0;
   int64_t head_size = 0;  // weights per head
   std::shared_ptr<float[]> weights, bias;
   std::shared_ptr<uint32_t[]> narrow;
+  std::shared_ptr<int8_t[]> bytes;
 };
 
 struct Quantizer {
@@ -43,14 +44,14 @@ std::shared_ptr<Quantizer> make_quantizer(const float* centroids, int h, int l, 
 // keys: Strided with b unused.
 void assign(const Quantizer&, DType, Strided keys, int64_t n, const Angles&, int32_t* list_nos);
 
-// leading: outputs of the network before those of the knots, which are the scores, or what `lists` is compared with.
+// leading: outputs of the network before those of the knots, which are the scores, or what the lists are compared with.
 struct Router {
   int heads, hidden_units, dim, lists, knots, leading;
-  bool compared;
+  std::shared_ptr<float[]> scales;  // (heads, leading) of those outputs, if lists are compared with them
   Panels hidden, to_leading, to_knots, to_lists;
 };
 struct RouterArrays {
-  const float *hidden, *bias_hidden, *out, *skip, *bias_out, *lists;  // lists: (h, l, k) or null
+  const float *hidden, *bias_hidden, *out, *skip, *bias_out, *lists, *scales;  // lists: (h, l, k), scales: (h, k), or both null
 };
 std::shared_ptr<Router> make_router(const RouterArrays&, int h, int u, int d, int l, int m, int k);
 void route(const Router&, DType, const void* queries, int b, int g, int q, const Angles&, float* z, float* a);

@@ -16,9 +16,8 @@ namespace {
 
 template <class T>
 std::shared_ptr<T[]> aligned(int64_t n) {
-  static_assert(sizeof(T) == 4);
   // Over-allocated rather than aligned_alloc, which not every platform has.
-  T* raw = new T[n + 16]();
+  T* raw = new T[n + 64]();
   T* at = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(raw) + 63) & ~uintptr_t(63));
   return std::shared_ptr<T[]>(at, [raw](T*) { delete[] raw; });
 }
@@ -29,11 +28,22 @@ uint32_t bits_of(float x) {
   return bits;
 }
 
-// Two bytes a weight if that loses nothing.
+// One or two bytes a weight if that loses nothing.
 void make_narrow(Panels& p, int heads) {
   const int64_t n = heads * p.head_size;
-  for (int64_t i = 0; i < n; i++)
-    if (bits_of(p.weights[i]) & 0xffffu) return;
+  bool whole = true, narrow = true;
+  for (int64_t i = 0; i < n; i++) {
+    const float x = p.weights[i];
+    whole = whole && std::fabs(x) <= 127 && x == std::nearbyint(x);
+    narrow = narrow && !(bits_of(x) & 0xffffu);
+  }
+  if (!whole && !narrow) return;
+  if (whole) {
+    p.bytes = aligned<int8_t>(n);
+    for (int64_t i = 0; i < n; i++) p.bytes[i] = static_cast<int8_t>(p.weights[i]);
+    p.weights.reset();
+    return;
+  }
   p.narrow = aligned<uint32_t>(n / 2);
   constexpr int kHalf = kPanel / 2;
   for (int64_t row = 0; row < n / kPanel; row++)
@@ -68,6 +78,7 @@ PanelProduct product(const Panels& p, int head, int first, int last, const float
   const int64_t at = head * p.head_size + static_cast<int64_t>(first) * p.k * kPanel;
   out.panels = p.weights ? p.weights.get() + at : nullptr;
   out.narrow = p.narrow ? p.narrow.get() + at / 2 : nullptr;
+  out.bytes = p.bytes ? p.bytes.get() + at : nullptr;
   out.bias = p.bias.get() + (static_cast<int64_t>(head) * p.count + first) * kPanel;
   out.num_panels = last - first;
   return out;
@@ -114,7 +125,6 @@ std::shared_ptr<Router> make_router(const RouterArrays& w, int h, int u, int d, 
   const int64_t o = k + m;
   auto router = std::make_shared<Router>();
   router->heads = h, router->hidden_units = u, router->dim = d, router->lists = l, router->knots = m, router->leading = k;
-  router->compared = w.lists != nullptr;
   auto none = [](int, int) { return 0.f; };
   router->hidden = make_panels(
       h, u, d, 0.f, [=](int head, int c, int i) { return w.hidden[(static_cast<int64_t>(head) * u + c) * d + i]; },
@@ -131,9 +141,12 @@ std::shared_ptr<Router> make_router(const RouterArrays& w, int h, int u, int d, 
   };
   router->to_leading = second(0, k);
   router->to_knots = second(k, m);
-  if (router->compared)
+  if (w.lists) {
     router->to_lists = make_panels(
         h, l, k, 0.f, [=](int head, int c, int i) { return w.lists[(static_cast<int64_t>(head) * l + c) * k + i]; }, none);
+    router->scales = aligned<float>(static_cast<int64_t>(h) * k);
+    std::copy_n(w.scales, static_cast<int64_t>(h) * k, router->scales.get());
+  }
   for (Panels* p : {&router->hidden, &router->to_leading, &router->to_knots, &router->to_lists}) make_narrow(*p, h);
   return router;
 }
@@ -142,12 +155,12 @@ void route(const Router& router, DType type, const void* queries, int b, int g, 
   constexpr int64_t kColumns = 48;  // queries of an item: weights are read once for all of them
   const Kernels& kern = kernels();
   const int u = router.hidden_units, d = router.dim, k = u + d, half = angles.r / 2, leading = router.leading;
-  const Panels& last_panels = router.compared ? router.to_lists : router.to_leading;
+  const Panels& last_panels = router.scales ? router.to_lists : router.to_leading;
   const int64_t j = static_cast<int64_t>(g) * q, groups = (j + kColumns - 1) / kColumns;
   const int64_t whole = static_cast<int64_t>(b) * router.heads * groups;
   // With few heads the lists are shared out too, at the price of computing what comes before them once for each part: little if
   // those are hidden units alone.
-  const int64_t items = (router.compared ? 1 : 2) * static_cast<int64_t>(pool().threads());
+  const int64_t items = (router.scales ? 1 : 2) * static_cast<int64_t>(pool().threads());
   const int64_t wanted = (items + whole - 1) / std::max<int64_t>(whole, 1);
   const int parts = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(1, last_panels.count / 4)));
   pool().run(whole * parts, [&](int64_t item) {
@@ -168,8 +181,10 @@ void route(const Router& router, DType type, const void* queries, int b, int g, 
     if (u) kern.dense(product(router.hidden, head, 0, router.hidden.count, x + u, n, k), true, x, k, u);
     const float* input = x;
     int64_t width = k;
-    if (router.compared) {
+    if (router.scales) {
       kern.dense(product(router.to_leading, head, 0, router.to_leading.count, x, n, k), false, sought, leading, leading);
+      for (int i = 0; i < n; i++)
+        for (int c = 0; c < leading; c++) sought[i * leading + c] *= router.scales[static_cast<int64_t>(head) * leading + c];
       input = sought, width = leading;
     }
     const int count = last_panels.count;

@@ -24,6 +24,15 @@ INLINE void load_row(const uint32_t* row, vf (&b)[kVectors]) {
 #endif
 }
 
+INLINE void load_row(const int8_t* row, vf (&b)[kVectors]) {
+  typedef int8_t bytes __attribute__((vector_size(W)));
+  for (int v = 0; v < kVectors; v++) {
+    bytes x;
+    std::memcpy(&x, row + v * W, sizeof x);
+    b[v] = __builtin_convertvector(x, vf);
+  }
+}
+
 // sum (M, kVectors) = bias + x panel, for M consecutive rows of x; a panel's row takes `step` elements.
 template <int M, class T>
 INLINE void product(const float* x, int64_t ldx, int k, const T* panel, int step, const float* bias, vf (&sum)[M][kVectors]) {
@@ -115,6 +124,7 @@ INLINE void dense_rows(const PanelProduct& p, int row, bool silu, float* y, int6
     vf sum[M][kVectors];
     const float *x = p.x + row * p.ldx, *bias = p.bias + (int64_t)panel * kPanel;
     if (p.narrow) product<M>(x, p.ldx, p.k, p.narrow_at(panel), kPanel / 2, bias, sum);
+    else if (p.bytes) product<M>(x, p.ldx, p.k, p.bytes_at(panel), kPanel, bias, sum);
     else product<M>(x, p.ldx, p.k, p.wide_at(panel), kPanel, bias, sum);
     const int n = cols - panel * kPanel;
     for (int m = 0; m < M; m++) {

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import checks
-from .backends import NETWORK, RouterWeights
+from .backends import COMPARED, NETWORK, RouterWeights
 from .calibration import TARGETS, Calibration
 from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
@@ -166,7 +166,7 @@ def _weights(h: int, u: int, outputs: int, d: int) -> dict[str, tuple[tuple[int,
 
 def _router_parts(config: dict[str, Any]) -> tuple[str, ...]:
     """Names of the tensors of the query router."""
-    return (*NETWORK, "lists") if config["router"].get("list_dims") else NETWORK
+    return NETWORK + COMPARED if config["router"].get("list_dims") else NETWORK
 
 
 def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -181,7 +181,8 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         u, outputs = config["router"]["units"], config["router"]["outputs"]
         want.update({f"router.{n}": s for n, s in _weights(h, u, outputs, d).items()})
         if _router_parts(config)[5:]:
-            want["router.lists"] = ((h, nlist, config["router"]["list_dims"]), torch.float32)
+            k = config["router"]["list_dims"]
+            want["router.lists"], want["router.list_scales"] = ((h, nlist, k), torch.float32), ((h, k), torch.float32)
     if config.get("tower") is not None:
         want.update({f"tower.{n}": s for n, s in _weights(h, config["tower"]["units"], config["tower"]["outputs"], d).items()})
     if config.get("calibrated"):

@@ -109,18 +109,19 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
 
 
 def route(
-    x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int, lists: Array | None = None
-) -> tuple[Array, Array]:
+    x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int,
+    lists: Array | None = None, list_scales: Array | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m + 1), the distance term at m knots and c.
 
-    lists (l, k): the first k outputs are compared with these instead of being z.
+    lists (l, k), list_scales (k,): the first k outputs, scaled, are compared with the lists instead of being z.
     """
     pre = x @ hidden.T + bias_hidden
     y = (pre * 0.5 * (1.0 + np.tanh(0.5 * pre))) @ out.T + x @ skip.T + bias_out
-    if lists is None:
+    if lists is None or list_scales is None:
         return y[:, :nlist], y[:, nlist:]
     k = lists.shape[1]
-    return y[:, :k] @ lists.T, y[:, k:]
+    return (y[:, :k] * list_scales) @ lists.T, y[:, k:]
 
 
 def run_weights(z: Array, a: Array, knots: Array, tables: Ints, count_lists: bool) -> Array:

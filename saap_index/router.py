@@ -39,9 +39,11 @@ class QueryRouter:
         shapes = {
             "bias_hidden": (h, u), "out": (h, outputs, u), "skip": (h, outputs, d), "bias_out": (h, outputs), "hidden": (h, u, d),
         }  # fmt: skip
+        if (w.lists is None) != (w.list_scales is None):
+            raise ShapeError("router lists, list_scales: expected both or neither, got one")
         if w.lists is not None:
             k = w.lists.shape[-1] if w.lists.ndim == 3 else 0
-            shapes["lists"] = (h, w.nlist, k)
+            shapes |= {"lists": (h, w.nlist, k), "list_scales": (h, k)}
         else:
             k = w.nlist
         if outputs < k:

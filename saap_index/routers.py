@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .backends import NETWORK, RouterWeights
+from .backends import COMPARED, NETWORK, RouterWeights
 from .calibration import Calibration
 from .errors import CompatibilityError, FormatError, ParameterError, SaapError
 from .index import AsymmetricIndex
@@ -176,7 +176,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
 
 def _parts(arrays: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Names of the tensors of a layer's router."""
-    return (*NETWORK, "lists") if "router.lists" in arrays else NETWORK
+    return NETWORK + COMPARED if "router.lists" in arrays else NETWORK
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

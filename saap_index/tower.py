@@ -61,15 +61,18 @@ class TwoTower:
     def at(self, centroids: Tensor) -> QueryRouter:
         """The router for lists with these centroids : float32 (h, l, d).
 
-        Centroids are compared without their mean, which says nothing of any list, and rounded to bfloat16: half of what a step
-        reads of them, and the order of lists is hardly another.
+        Centroids are compared without their mean, which says nothing of any list, and with 8 bits a dim: a step reads them all,
+        and the order of the lists is hardly another.
         """
         if centroids.ndim != 3 or (centroids.shape[0], centroids.shape[2]) != (self.heads, self.d):
             raise CompatibilityError(
                 f"two-tower router: expected centroids ({self.heads}, l, {self.d}), got {tuple(centroids.shape)}"
             )
-        lists = (centroids - centroids.mean(1, keepdim=True)).bfloat16().float()
-        return QueryRouter(replace(self.weights, nlist=int(centroids.shape[1]), lists=lists), self.first_knot)
+        apart = centroids - centroids.mean(1, keepdim=True)
+        scales = (apart.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        lists = (apart / scales[:, None]).round().clamp(-127, 127)
+        weights = replace(self.weights, nlist=int(centroids.shape[1]), lists=lists, list_scales=scales)
+        return QueryRouter(weights, self.first_knot)
 
     def for_prompt(self, keys: Tensor, nlist: int, assign: Assign | None = None) -> tuple[KeyQuantizer, QueryRouter]:
         """Lists of a prompt's own, from its keys with RoPE undone : float (h, n, d), and the router for them.

@@ -182,12 +182,16 @@ def test_assign_breaks_ties_downwards(name: str, h: int, n: int, nlist: int, d: 
 
 
 def weights(h: int, u: int, d: int, nlist: int, knots: int, seed: int, dims: int = 0, narrow: bool = False) -> RouterWeights:
-    """dims : of the lists that outputs are compared with, 0 for outputs that are scores; narrow : of bfloat16's values."""
+    """dims : of the lists that outputs are compared with, 0 for outputs that are scores; narrow : of bfloat16's values, and whole
+    numbers in the lists."""
     g = generator(seed)
     m = (dims or nlist) + knots
-    shapes = [(h, u, d), (h, u), (h, m, u), (h, m, d), (h, m)] + [(h, nlist, dims)] * bool(dims)
+    shapes = [(h, u, d), (h, u), (h, m, u), (h, m, d), (h, m)] + [(h, nlist, dims), (h, dims)] * bool(dims)
     parts = [torch.randn(s, generator=g) * max(1, s[-1]) ** -0.5 for s in shapes]
-    return RouterWeights(*((x.bfloat16().float() if narrow else x) for x in parts[:5]), nlist, *parts[5:])
+    if narrow:
+        parts[:5] = [x.bfloat16().float() for x in parts[:5]]
+        parts[5:6] = [(100 * x).round().clamp(-127, 127) for x in parts[5:6]]
+    return RouterWeights(*parts[:5], nlist, *parts[5:])
 
 
 @over_backends
@@ -224,14 +228,15 @@ def test_a_composed_router_is_the_same_router(dims: int, knots: int, seed: int) 
     assert router.composed().lists is None and router.num_knots == router.composed().num_knots == max(0, knots - 1)
 
 
-def test_weights_of_bfloat16_take_two_bytes() -> None:
+def test_weights_that_need_fewer_bytes_take_fewer() -> None:
     h, u, d, nlist, dims = 2, 5, 8, 7, 4
     sizes = [h * u * d, h * (dims + 3) * (u + d), h * nlist * dims]
     biases = 4 * h * (u + dims + 3)
     wide, narrow = (weights(h, u, d, nlist, 3, 1, dims, x) for x in (False, True))
-    assert wide.nbytes == 4 * sum(sizes) + biases and wide.list_bytes == 4 * sizes[2]
-    assert narrow.nbytes == 2 * sum(sizes[:2]) + 4 * sizes[2] + biases
-    assert replace(narrow, lists=narrow.lists.bfloat16().float()).nbytes == 2 * sum(sizes) + biases
+    scales = 4 * h * dims
+    assert wide.nbytes == 4 * sum(sizes) + biases + scales and wide.list_bytes == 4 * sizes[2] + scales
+    assert narrow.nbytes == 2 * sum(sizes[:2]) + sizes[2] + biases + scales
+    assert replace(narrow, lists=wide.lists.bfloat16().float()).nbytes == 2 * sum(sizes) + biases + scales
     assert weights(h, u, d, nlist, 3, 1).list_bytes == 0
 
 

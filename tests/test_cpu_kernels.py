@@ -402,10 +402,13 @@ def test_route(data: st.DataObject, dtype: torch.dtype, d: int, seed: int) -> No
     dims, narrow = data.draw(st.sampled_from([0, 0, 3, 16, 33])), data.draw(st.booleans())
     leading = dims or lists
     o = leading + m
-    shapes = [(h, u, d), (h, u), (h, o, u), (h, o, d), (h, o)] + [(h, lists, dims)] * bool(dims)
+    shapes = [(h, u, d), (h, u), (h, o, u), (h, o, d), (h, o)] + [(h, lists, dims), (h, dims)] * bool(dims)
     parts = [randn(*s, seed=seed + k, scale=0.3) for k, s in enumerate(shapes)]
     if narrow:
         parts = [x.bfloat16().float() for x in parts]
+    if dims and data.draw(st.booleans()):
+        parts[5] = (200 * parts[5]).round().clamp(-127, 127)
+        parts[6] = parts[6] / 127
     w = RouterWeights(*parts[:5], lists, *parts[5:])
     rotation = data.draw(rotations(b * q, d, seed))
     queries = randn(b, h, g, q, d, seed=seed + 9, dtype=dtype)
@@ -419,7 +422,7 @@ def test_route(data: st.DataObject, dtype: torch.dtype, d: int, seed: int) -> No
     assert z.shape == (b, h, g * q, lists) and a.shape == (b, h, g * q, m)
     want, limit = y[..., :leading], NOISE * (u + d) * (1 + dims)
     if dims:
-        want = np.einsum("bhjk,hlk->bhjl", want, f64(w.lists))
+        want = np.einsum("bhjk,hlk->bhjl", want * f64(w.list_scales)[:, None], f64(w.lists))
     assert np.abs(f64(z) - want).max() <= limit and np.abs(f64(a) - y[..., leading:]).max(initial=0) <= limit
 
 

@@ -487,10 +487,12 @@ def weights(**changes: torch.Tensor) -> RouterWeights:
     ({"skip": torch.full((2, 6, D), torch.nan)}, NotFiniteError, "skip"),
     ({"hidden": torch.full((2, 5, D), torch.inf)}, NotFiniteError, "hidden"),
     ({"out": torch.zeros((2, 6, 5), device="meta")}, DeviceError, "out"),
-    ({"lists": torch.zeros(2, 4)}, ShapeError, "lists"),
-    ({"lists": torch.zeros(2, 3, 4)}, ShapeError, "lists"),
-    ({"lists": torch.zeros(2, 4, 7)}, ShapeError, "bias_out"),
-    ({"lists": torch.zeros(2, 4, 4).double()}, DTypeError, "lists"),
+    ({"lists": torch.zeros(2, 4), "list_scales": torch.zeros(2, 4)}, ShapeError, "lists"),
+    ({"lists": torch.zeros(2, 3, 4), "list_scales": torch.zeros(2, 4)}, ShapeError, "lists"),
+    ({"lists": torch.zeros(2, 4, 7), "list_scales": torch.zeros(2, 7)}, ShapeError, "bias_out"),
+    ({"lists": torch.zeros(2, 4, 4).double(), "list_scales": torch.zeros(2, 4)}, DTypeError, "lists"),
+    ({"lists": torch.zeros(2, 4, 4), "list_scales": torch.zeros(2, 3)}, ShapeError, "list_scales"),
+    ({"lists": torch.zeros(2, 4, 4)}, ShapeError, "lists, list_scales"),
 ])  # fmt: skip
 def test_router_weights(changes: dict[str, torch.Tensor], error: type[SaapError], word: str) -> None:
     with pytest.raises(error, match=rf"router {word}: expected .+, got "):

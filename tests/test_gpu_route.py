@@ -186,7 +186,8 @@ def test_lists_to_compare_with_become_outputs() -> None:
     """And what is packed has the bytes that a search reports."""
     g = torch.Generator().manual_seed(3)
     shapes = ((2, 20, 40), (2, 20), (2, 27, 20), (2, 27, 40), (2, 27))
-    weights = RouterWeights(*(torch.randn(s, generator=g) for s in shapes), 50, torch.randn((2, 50, 24), generator=g))
+    lists = torch.randn((2, 50, 24), generator=g), torch.rand((2, 24), generator=g)
+    weights = RouterWeights(*(torch.randn(s, generator=g) for s in shapes), 50, *lists)
     packed, same = gpu_route.pack_router(weights), gpu_route.pack_router(weights.composed())
     assert (packed.nlist, packed.outputs) == (50, 53) and torch.equal(packed.out, same.out)
     tensors = (packed.hidden, packed.bias_hidden, packed.out, packed.bias_out)

@@ -48,9 +48,10 @@ def test_a_list_scores_the_product_of_its_centroid_and_the_wanted_key(seed: int,
     wanted, same = TorchBackend().route(tower.weights, queries, None)
     middle = centroids - centroids.mean(1, keepdim=True)
     error = (z - wanted @ middle[None].transpose(2, 3)).abs()
-    assert bool((error <= 2**-8 * (wanted.abs() @ middle.abs()[None].transpose(2, 3)) + 1e-5).all())  # bfloat16 has 8 bits
+    step = middle.abs().amax(1, keepdim=True)[None] / 127
+    assert bool((error <= 0.51 * (wanted.abs() * step).sum(-1, keepdim=True) + 1e-4).all())
     torch.testing.assert_close(a, same, atol=1e-5, rtol=1e-5)
-    assert router.weights.list_bytes == 2 * centroids.numel()
+    assert router.weights.list_bytes == centroids.numel() + heads * 8 * 4
 
 
 def test_the_symmetric_tower_is_plain_ivf() -> None:

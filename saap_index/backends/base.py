@@ -32,18 +32,24 @@ if TYPE_CHECKING:
 NETWORK = ("hidden", "bias_hidden", "out", "skip", "bias_out")
 """The tensors that every `RouterWeights` has."""
 
+COMPARED = ("lists", "list_scales")
+"""Those of one that compares its outputs with the lists."""
+
 
 @dataclass(frozen=True)
 class RouterWeights:
     """The query router of every KV head, as plain arrays: y, a, c = split(skip x + out silu(hidden x + bias_h) + bias_o).
 
     hidden : float32 (h, u, d); bias_hidden : float32 (h, u); out : float32 (h, k + m + 1, u)
-    skip : float32 (h, k + m + 1, d); bias_out : float32 (h, k + m + 1); lists : float32 (h, l, k) or None
+    skip : float32 (h, k + m + 1, d); bias_out : float32 (h, k + m + 1)
+    lists : float32 (h, l, k), list_scales : float32 (h, k), or both None
 
-    The first k outputs, y, give z, log attention mass per token of each list: z = y and k = l without ``lists``, z = lists y with
-    them. The next m outputs are a at the knots of the log2 distance, the last is c, whose sigmoid is the share of the attention
-    that lies outside sinks and window. u = 0 gives a linear router, m = 0 one without distance; k outputs alone one without c
-    too. Standardisation of the input is folded into the weights. Weights that are all of bfloat16's values take two bytes each.
+    The first k outputs, y, give z, log attention mass per token of each list: z = y and k = l without ``lists``, with them
+    z = lists (list_scales y). The next m outputs are a at the knots of the log2 distance, the last is c, whose sigmoid is the
+    share of the attention that lies outside sinks and window. u = 0 gives a linear router, m = 0 one without distance; k outputs
+    alone one without c too. Standardisation of the input is folded into the weights.
+
+    A matrix of whole numbers up to 127 takes a byte per number, one of bfloat16's values two, any other four.
     """
 
     hidden: Tensor
@@ -53,6 +59,7 @@ class RouterWeights:
     bias_out: Tensor
     nlist: int
     lists: Tensor | None = None
+    list_scales: Tensor | None = None
 
     @property
     def leading(self) -> int:
@@ -64,9 +71,8 @@ class RouterWeights:
         return max(0, int(self.bias_out.shape[1]) - self.leading - 1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name; ``lists`` only if there are any."""
-        found = {name: getattr(self, name) for name in NETWORK}
-        return found if self.lists is None else {**found, "lists": self.lists}
+        """By name; those of `COMPARED` only if there are lists."""
+        return {name: getattr(self, name) for name in (NETWORK if self.lists is None else NETWORK + COMPARED)}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], nlist: int) -> RouterWeights:
@@ -79,9 +85,9 @@ class RouterWeights:
 
     def composed(self) -> RouterWeights:
         """The same router with an output for each list in place of ``lists``: for a backend of one product."""
-        if self.lists is None:
+        if self.lists is None or self.list_scales is None:
             return self
-        k, lists = self.leading, self.lists
+        k, lists = self.leading, self.lists * self.list_scales[:, None]
         out, skip = (torch.cat([lists @ x[:, :k], x[:, k:]], 1) for x in (self.out, self.skip))
         bias = torch.cat([(lists @ self.bias_out[:, :k, None])[..., 0], self.bias_out[:, k:]], 1)
         return RouterWeights(self.hidden, self.bias_hidden, out, skip, bias, self.nlist)
@@ -94,12 +100,15 @@ class RouterWeights:
     @cached_property
     def list_bytes(self) -> int:
         """The part of `nbytes` that is of the lists alone: with lists of a prompt's own nobody else reads it."""
-        return 0 if self.lists is None else _nbytes(self.lists)
+        return 0 if self.lists is None or self.list_scales is None else _nbytes(self.lists) + self.list_scales.nbytes
 
 
 def _nbytes(weights: Tensor) -> int:
-    narrow = weights.ndim == 3 and torch.equal(weights, weights.bfloat16().float())
-    return weights.numel() * (2 if narrow else weights.itemsize)
+    if weights.ndim < 3:
+        return weights.nbytes
+    if bool(((weights == weights.round()) & (weights.abs() <= 127)).all()):
+        return weights.numel()
+    return weights.numel() * (2 if torch.equal(weights, weights.bfloat16().float()) else 4)
 
 
 @dataclass(frozen=True)

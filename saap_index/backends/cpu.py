@@ -140,6 +140,7 @@ class CpuBackend(Backend):
             _plain("skip", weights.skip, _F32, (h, k + m, d)),
             _plain("bias_out", weights.bias_out, _F32, (h, k + m)),
             0 if weights.lists is None else _plain("lists", weights.lists, _F32, (h, lists, k)),
+            0 if weights.list_scales is None else _plain("list_scales", weights.list_scales, _F32, (h, k)),
             h,
             u,
             d,

@@ -90,8 +90,8 @@ class TorchBackend(Backend):
         y = torch.einsum("bhju,hlu->bhjl", hidden, router.out) + torch.einsum("bhjd,hld->bhjl", x, router.skip)
         y = y + router.bias_out[:, None]
         z, a = y[..., : router.leading], y[..., router.leading :].contiguous()
-        if router.lists is not None:
-            z = torch.einsum("bhjk,hlk->bhjl", z, router.lists)
+        if router.lists is not None and router.list_scales is not None:
+            z = torch.einsum("bhjk,hlk->bhjl", z * router.list_scales[:, None], router.lists)
         return z.contiguous(), a
 
     def probe(

@@ -85,7 +85,7 @@ class Indexes:
         between = len(self.prompts[0].tokens) - self.settings.sinks - self.settings.window
         nlist, centroids, tower = index.nlist, index.key_quantizer.centroids, index.tower
         if tower is not None:
-            room = ROUTING_SHARE * share * between * (index.d + index.d_v) * ITEM_BYTES / (2 * tower.d)
+            room = ROUTING_SHARE * share * between * (index.d + index.d_v) * ITEM_BYTES / tower.d
             nlist = max([4, *(2**i for i in range(2, 20) if 2**i <= min(room, nlist))])
         block = min(index.layout.block, max(LEAST_BLOCK, 1 << max(0, int(share * between / 4).bit_length() - 1)))
         budget: dict[str, Any] = {} if index.nprobe is None else {"nprobe": index.nprobe}
