@@ -31,13 +31,15 @@ from .tower import TwoTower
 FORMAT, VERSION = "saap_index routers", 1
 CONFIG, ARRAYS = "config.json", "model.safetensors"
 
+
 @dataclass(frozen=True)
 class LayerRouters:
     """One attention layer.
 
     rope : what the index undoes to route, None for lists of keys as they are; model_rope : what the layer rotates by; scale : of
-    the logits. tower : set if the lists are made anew for each prompt. budget_shares : float32 (h,), mean 1 over the model.
-    losses : float32 (h, s), see `budget_plan`, at the shares of ``config["budget"]["grid"]``.
+    the logits. tower : set if the lists are made anew for each prompt; the lists of key_quantizer and query_router then only say
+    how many, and are zero once written and read. budget_shares : float32 (h,), mean 1 over the model. losses : float32 (h, s),
+    see `budget_plan`, at the shares of ``config["budget"]["grid"]``.
     """
 
     key_quantizer: KeyQuantizer
@@ -138,15 +140,22 @@ def load_routers(path: str | os.PathLike[str], device: torch.device | str = "cpu
 
 
 def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One layer as plain data and as arrays on the CPU."""
-    own = layer.tower is None
+    """One layer as plain data and as arrays on the CPU, in 16 bits where that loses nothing.
+
+    Lists that are made anew for each prompt are none to be stored.
+    """
     facts = {
         "rope": None if layer.rope is None else layer.rope.to_dict(),
         "model_rope": None if layer.model_rope is None else layer.model_rope.to_dict(), "scale": layer.scale,
-        "first_knot": layer.query_router.first_knot, "count_lists": layer.query_router.count_lists, "two_tower": not own,
+        "first_knot": layer.query_router.first_knot, "count_lists": layer.query_router.count_lists,
+        "two_tower": layer.tower is not None,
     }  # fmt: skip
-    weights = layer.query_router.tensors() if layer.tower is None else layer.tower.tensors()
-    arrays = {"centroids": layer.key_quantizer.centroids, **{f"router.{name}": x for name, x in weights.items()}}
+    if layer.tower is None:
+        arrays, weights = {"centroids": layer.key_quantizer.centroids}, layer.query_router.tensors()
+    else:
+        arrays, weights = {}, layer.tower.tensors()
+        facts["nlist"] = layer.key_quantizer.nlist
+    arrays |= {f"router.{name}": _narrow(x) for name, x in weights.items()}
     if layer.calibration is not None:
         arrays["calibration"] = layer.calibration.miss
     for name in ("budget_shares", "losses"):
@@ -160,9 +169,13 @@ def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> LayerRouters:
     """What `pack_layer` packed. Raises LookupError, ValueError or SaapError for anything else."""
     rope, model_rope = (None if facts[name] is None else Rope.from_dict(facts[name]) for name in ("rope", "model_rope"))
-    quantizer = KeyQuantizer(arrays["centroids"])
-    outputs = quantizer.centroids.shape[2] if facts["two_tower"] else quantizer.nlist
-    weights = RouterWeights.of({name: arrays[f"router.{name}"] for name in _parts(arrays)}, int(outputs))
+    h, _, d = arrays["router.hidden"].shape
+    if facts["two_tower"] and "centroids" not in arrays:
+        quantizer = KeyQuantizer(arrays["router.hidden"].new_zeros((h, int(facts["nlist"]), d), dtype=torch.float32))
+    else:
+        quantizer = KeyQuantizer(arrays["centroids"])
+    outputs = d if facts["two_tower"] else quantizer.nlist
+    weights = RouterWeights.of({name: _wide(name, arrays[f"router.{name}"]) for name in _parts(arrays)}, int(outputs))
     tower = TwoTower(weights, int(facts["first_knot"])) if facts["two_tower"] else None
     if tower is None:
         router = QueryRouter(weights, int(facts["first_knot"]), bool(facts["count_lists"]))
@@ -172,6 +185,17 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
     calibration = Calibration(arrays["calibration"].cpu()) if "calibration" in arrays else None
     shares, losses = (arrays[name].cpu().numpy() if name in arrays else None for name in ("budget_shares", "losses"))
     return LayerRouters(quantizer, router, rope, model_rope, float(facts["scale"]), tower, calibration, shares, losses)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    short = x.bfloat16()
+    return short if torch.equal(short.float(), x) else x
+
+
+def _wide(name: str, x: Tensor) -> Tensor:
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise FormatError(f"{name}: expected float32 or bfloat16, got {x.dtype}")
+    return x.float()
 
 
 def _parts(arrays: Mapping[str, Tensor]) -> tuple[str, ...]:

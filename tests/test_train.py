@@ -307,9 +307,11 @@ def test_damaged_files_are_refused(whole: Path, tmp_path: Path) -> None:
 
     attempt({**config, "version": 99}, arrays)
     attempt({"format": "something"}, arrays)
-    attempt(config, {name: x for name, x in arrays.items() if name != "layers.1.centroids"})
+    attempt(config, {name: x for name, x in arrays.items() if name != "layers.1.router.skip"})
     attempt(config, {**arrays, "layers.0.router.out": arrays["layers.0.router.out"][:, :-1].contiguous()})
-    attempt(config, {**arrays, "layers.0.centroids": torch.full_like(arrays["layers.0.centroids"], torch.nan)})
+    attempt(config, {**arrays, "layers.0.router.out": torch.full_like(arrays["layers.0.router.out"], torch.nan)})
+    attempt(config, {**arrays, "layers.0.router.out": arrays["layers.0.router.out"].long()})
+    attempt(config, {**arrays, "layers.0.centroids": torch.zeros(2, 0)})
     attempt({**config, "layers": {**config["layers"], "0": {}}}, arrays)
     (tmp_path / FILES[0]).write_text("{")
     with pytest.raises(FormatError):

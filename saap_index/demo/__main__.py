@@ -1,7 +1,8 @@
 """The main job on a real model, from nothing: ``python -m saap_index.demo``, or ``make demo``.
 
 Captures keys, queries and values of SmolLM2-135M over long real text, trains an index per layer, and measures on text from
-other sources what attention loses and what it gains in time. Writes the table and a plot.
+other sources what attention loses and what it gains in time; with these, and with the routers of all layers that come with the
+package, which then decode. Writes the table and a plot.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow down whoever runs next
 
@@ -21,15 +23,16 @@ import torch
 from ..errors import SaapError
 from ..index import AsymmetricIndex
 from ..rope import Rope
-from . import capture, model, plot, speed, texts
+from ..routers import Routers, load_routers
+from . import capture, decode, model, plot, routers, speed, texts
 from .capture import Capture
 from .evaluate import Table, evaluate, pooled
 from .training import METHODS, train_index
 
 BASELINES = ("topk_group", "ivf", "recent")
 NAMES = {
-    "two_tower": "this index, own lists",
-    "saap_index": "this index, shared",
+    "routers": "index, trained routers",
+    "saap_index": "index, trained here",
     "published": "SAAP as published",
     "ivf": "plain IVF, per prompt",
     "recent": "recent window",
@@ -56,11 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     try:
         layers = [int(x) for x in options.layers.split(",")]
-        training, unseen, rope = _captures(options, layers)
-        table = _measure(training, unseen, layers, rope)
+        print(f"loading {model.NAME} ...", file=sys.stderr, flush=True)
+        loaded, tokenizer = model.load()
+        rope = Rope.from_config(loaded.config)
+        assert rope is not None
+        given = load_routers(routers.found())
+        known, other = _texts(options, partial(model.encode, tokenizer))
+        training, unseen = _captures(loaded, known, other, layers)
+        table = _measure(training, unseen, layers, rope, given)
         lines = _report(table, layers, len(training), len(unseen))
         print("\n".join(lines), flush=True)
         timing = speed.report(training[0], layers[-1], rope, options.long)
+        timing += decode.report(loaded, list(other[0][1])[: -decode.TOKENS], given)  # no token beyond what it was trained for
         print("\n".join(timing), flush=True)
     except (SaapError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,31 +83,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _captures(options: argparse.Namespace, layers: Sequence[int]) -> tuple[list[Capture], list[Capture], Rope]:
-    """Captures of the training and the unseen sequences, and the model's rotary embedding."""
-    print(f"loading {model.NAME} ...", file=sys.stderr, flush=True)
-    loaded, tokenizer = model.load()
-    rope = Rope.from_config(loaded.config)
-    encode = partial(model.encode, tokenizer)
+Texts = list[tuple[str, list[int]]]
+
+
+def _texts(options: argparse.Namespace, encode: Callable[[str], list[int]]) -> tuple[Texts, Texts]:
+    """Training and unseen sequences: name and token numbers."""
     known = texts.texts_from_files(options.text) if options.text else texts.training_texts()
     other = texts.texts_from_files(options.unseen_text) if options.unseen_text else texts.unseen_texts()
-    training = texts.take(known, encode, options.training)
-    unseen = texts.take(other, encode, options.unseen)
-    print(f"running it over {len(training) + len(unseen)} sequences of {len(training[0][1])} tokens of text", file=sys.stderr)
-    progress = capture.Progress(len(training) + len(unseen))
+    return texts.take(known, encode, options.training), texts.take(other, encode, options.unseen)
+
+
+def _captures(loaded: Any, known: Texts, other: Texts, layers: Sequence[int]) -> tuple[list[Capture], list[Capture]]:
+    """Captures of the training and the unseen sequences."""
+    print(f"running it over {len(known) + len(other)} sequences of {len(known[0][1])} tokens of text", file=sys.stderr)
+    progress = capture.Progress(len(known) + len(other))
     captured: list[Capture] = []
-    for number, (name, tokens) in enumerate([*training, *unseen]):
-        is_training = number < len(training)
+    for number, (name, tokens) in enumerate([*known, *other]):
+        is_training = number < len(known)
         positions = capture.training_positions(len(tokens), number) if is_training else capture.unseen_positions(len(tokens))
         captured.append(capture.capture(loaded, tokens, layers, positions, name))
         progress.step()
-    assert rope is not None
-    return captured[: len(training)], captured[len(training) :], rope
+    return captured[: len(known)], captured[len(known) :]
 
 
-def _measure(training: Sequence[Capture], unseen: Sequence[Capture], layers: Sequence[int], rope: Rope) -> Table:
-    indexes: dict[str, dict[int, AsymmetricIndex]] = {method: {} for method in METHODS}
+def _measure(
+    training: Sequence[Capture], unseen: Sequence[Capture], layers: Sequence[int], rope: Rope, given: Routers
+) -> Table:
+    """Methods that are trained here, and ``given`` routers with every layer at the same budget."""
+    indexes: dict[str, dict[int, AsymmetricIndex]] = {method: {} for method in NAMES if method not in BASELINES}
     for layer in layers:
+        indexes["routers"][layer] = given.index(layer, selectivity=SHOWN, budget_shares=None)
         for method in METHODS:
             began = time.perf_counter()
             indexes[method][layer] = train_index(method, training, layer, rope)

@@ -1,8 +1,8 @@
 """Every method of the lab on SmolLM2-135M: ``python -m saap_index.demo.comparison``, or ``make compare``.
 
 The same as ``saap compare``, with the model and the texts chosen. The quick form, three layers at 4096 tokens, takes minutes;
-``--full`` is every layer at 8192 tokens, four sequences, and takes hours. Interrupted, the same command continues. Routers that
-``make routers`` has left stand for ``saap-own``; otherwise they are trained here, on little text.
+``--full`` is every layer at 8192 tokens, four sequences, and takes hours. Interrupted, the same command continues. The
+routers that come with the package, or those of ``make routers``, stand for ``saap-own``; everything else is trained here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m saap_index.demo.comparison", description=__doc__)
     parser.add_argument("--full", action="store_true", help="every layer, 8192 tokens, four sequences, three budgets")
     parser.add_argument("--methods", default=compare.DEFAULT_METHODS, help="names separated by commas (default: all)")
-    parser.add_argument("--routers", type=Path, default=routers.found(), help="that saap train wrote (default: of make routers)")
+    parser.add_argument("--routers", type=Path, default=routers.found(), help="for saap-own (default: of the package)")
     parser.add_argument("--out", type=Path, help="folder (default compare_results, or compare_full)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(decoded=64, decode_shares=(0.05,)) if options.full else quick
         task = compare.Task(
             smollm2, tokenizer, model.NAME, sequences, training, compare.names_of(options.methods), settings,
-            routers=None if options.routers is None else load_routers(options.routers),
+            routers=load_routers(options.routers),
             profile_tokens=compare.PROFILE_TOKENS if options.full else 1024,
         )  # fmt: skip
         compare.compare(task, out, command.say)

@@ -9,7 +9,7 @@ from ..errors import MissingDependencyError
 from .evaluate import Table, pooled
 
 STYLES = {
-    "two_tower": ("#d1495b", "o", "-"),
+    "routers": ("#d1495b", "o", "-"),
     "saap_index": ("#e59500", "D", "-"),
     "published": ("#8d5a97", "s", "-"),
     "ivf": ("#30638e", "^", "-"),

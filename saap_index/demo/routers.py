@@ -1,6 +1,7 @@
 """Routers for every layer of SmolLM2-135M from text of many kinds: ``python -m saap_index.demo.routers``, or ``make routers``.
 
-The same as ``saap train``, with the model and the texts chosen. Interrupt it at any moment; the same command continues.
+The same as ``saap train``, with the model and the texts chosen. Interrupt it at any moment; the same command continues. What it
+makes is preferred to the routers that come with the package.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ def folder() -> Path:
     return model.cache_folder() / f"{model.NAME}-routers"
 
 
-def found() -> Path | None:
-    """The folder, if they have been trained."""
-    return folder() if (folder() / CONFIG).exists() else None
+SHIPPED = Path(__file__).parent / f"{model.NAME}-routers"
+"""Those that come with the package, made by this command."""
+
+
+def found() -> Path:
+    """Routers of every layer: trained on this machine, or those that come with the package."""
+    return folder() if (folder() / CONFIG).exists() else SHIPPED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

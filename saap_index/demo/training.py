@@ -14,14 +14,12 @@ from .capture import Capture
 
 METHODS = {
     "saap_index": TrainingConfig(),
-    "two_tower": TrainingConfig.named("two-tower"),
     "published": TrainingConfig.published(),
 }
 
 
 def train_index(method: str, sequences: Sequence[Capture], layer: int, rope: Rope | None, seed: int = 1234) -> AsymmetricIndex:
-    """A trained, empty index of one layer. ``method``: "saap_index" (distance, budget), "two_tower" (the same with lists of each
-    prompt's own), or "published" (lists by nprobe)."""
+    """A trained, empty index of one layer. ``method``: "saap_index" (distance, budget) or "published" (lists by nprobe)."""
     found = [s.layers[layer] for s in sequences]
     keys, queries = torch.cat([f.keys for f in found]), torch.cat([f.queries for f in found])
     count = min(len(s.positions) for s in sequences)

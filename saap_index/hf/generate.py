@@ -185,30 +185,66 @@ def agreement(model: Any, cache: Any, tokens: list[int], device: Any) -> int:
     return same
 
 
+@dataclass
+class Compared:
+    """Decoding with the index and without. read : share of the tokens that the index read; forced : in how many places, behind
+    dense's own text, it takes the token that dense took, of one less than dense took."""
+
+    sparse: Decoded
+    dense: Decoded
+    read: float
+    forced: int
+
+    def lines(self) -> list[str]:
+        """A table."""
+        found = [f"{'':8}{'first token':>13}{'tokens/s':>10}{'read':>9}"]
+        for name, side, share in (("dense", self.dense, 1.0), ("sparse", self.sparse, self.read)):
+            found.append(f"{name:8}{side.first_s:>11.2f} s{side.speed:>10.1f}{share:>9.1%}")
+        pairs = list(zip(self.sparse.tokens, self.dense.tokens, strict=False))
+        alike = next((number for number, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        of = f"sparse takes {self.forced} of {len(self.dense.tokens) - 1} as dense does."
+        return [*found, f"The first {alike} tokens are the same. Behind dense's own text, {of}"]
+
+
+@torch.inference_mode()
+def both(
+    model: Any, ids: Tensor, new: int, chunk: int | None = None, stop: set[int] | None = None,
+    show: Callable[[str, int], None] = lambda side, token: None,
+) -> Compared:  # fmt: skip
+    """Greedy decoding behind ``ids`` (1, n) by a model with routers attached, first with the index, then without.
+
+    stop : tokens that end it, none by default; show : is told of every token, with "sparse" or "dense".
+    """
+    stop = stop or set()
+    kept: list[SaapCache] = []
+    cache = SaapCache(model)
+    sparse = decode(model, ids, cache, new, chunk, stop, lambda x: show("sparse", x), lambda: kept.append(copy.deepcopy(cache)))
+    share = cache.tokens_read()
+    with detached(model):
+        plain = DynamicCache(config=model.config.get_text_config(decoder=True))
+        dense = decode(model, ids, plain, new, chunk, stop, lambda x: show("dense", x), lambda: None)
+    return Compared(sparse, dense, share, agreement(model, kept[0], dense.tokens, model.device))
+
+
 def compare(model: Any, tokenizer: Any, ids: Tensor, new: int, chunk: int | None) -> None:
     """Decode with the index and without, and say what it cost and what it changed."""
     stop = model.generation_config.eos_token_id
     stop = {stop} if isinstance(stop, int) else set(stop or ())
-    kept: list[Any] = []
+    texts: dict[str, TextStreamer] = {}
 
-    def side(name: str, cache: Any, mark: Callable[[], None]) -> Decoded:
-        print(f"--- {name}", flush=True)
-        text = TextStreamer(tokenizer, skip_special_tokens=True)
-        found = decode(model, ids, cache, new, chunk, stop, lambda token: text.put(torch.tensor([token])), mark)
+    def show(side: str, token: int) -> None:
+        if side not in texts:
+            end_of(texts)
+            print(f"--- {side}", flush=True)
+            texts[side] = TextStreamer(tokenizer, skip_special_tokens=True)
+        texts[side].put(torch.tensor([token]))
+
+    found = both(model, ids, new, chunk, stop, show)
+    end_of(texts)
+    print("---", *found.lines(), sep="\n")
+
+
+def end_of(texts: dict[str, TextStreamer]) -> None:
+    """Print what the newest of them holds back."""
+    for text in list(texts.values())[-1:]:
         text.end()
-        return found
-
-    cache = SaapCache(model)
-    sparse = side("sparse", cache, lambda: kept.append(copy.deepcopy(cache)))
-    selected = cache.tokens_read()
-    with detached(model):
-        dense = side("dense", DynamicCache(config=model.config.get_text_config(decoder=True)), lambda: None)
-    forced = agreement(model, kept[0], dense.tokens, model.device)
-    pairs = list(zip(sparse.tokens, dense.tokens, strict=False))
-    alike = next((number for number, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    print("---")
-    print(f"{'':8}{'first token':>13}{'tokens/s':>10}{'read':>9}")
-    for name, found, share in (("dense", dense, 1.0), ("sparse", sparse, selected)):
-        print(f"{name:8}{found.first_s:>11.2f} s{found.speed:>10.1f}{share:>9.1%}")
-    count = len(dense.tokens) - 1
-    print(f"The first {alike} tokens are the same. Behind dense's own text, sparse takes {forced} of {count} as dense does.")
