@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import checks
 from .backends import COMPARED, NETWORK, RouterWeights
 from .calibration import Calibration
 from .errors import CompatibilityError, FormatError, ParameterError, SaapError
@@ -52,6 +53,14 @@ class LayerRouters:
     budget_shares: np.ndarray | None = None
     losses: np.ndarray | None = None
 
+    def with_lists(self, nlist: int) -> LayerRouters:
+        """The same for another number of lists; ParameterError unless they are made anew for each prompt."""
+        checks.integer(nlist, "nlist", 1)
+        if self.tower is None:
+            raise ParameterError(f"nlist: expected {self.key_quantizer.nlist}, as these lists were trained, got {nlist}")
+        quantizer = _unmade(self.tower.weights.hidden, nlist)
+        return replace(self, key_quantizer=quantizer, query_router=self.tower.at(quantizer.centroids))
+
 
 @dataclass(frozen=True)
 class Routers:
@@ -72,10 +81,15 @@ class Routers:
                 raise CompatibilityError(f"routers: expected layer {number} with {layer.model_rope}, got {rope}")
 
     def index(self, layer: int, **options: Any) -> AsymmetricIndex:
-        """An empty index for one layer; options : of `AsymmetricIndex`. ParameterError for a layer without routers."""
+        """An empty index for one layer; options : of `AsymmetricIndex`, nlist among them if lists are made for each prompt.
+
+        ParameterError for a layer without routers.
+        """
         if layer not in self.layers:
             raise ParameterError(f"layer: expected one of {sorted(self.layers)}, got {layer!r}")
         found = self.layers[layer]
+        if "nlist" in options:
+            found = found.with_lists(options.pop("nlist"))
         model, (kv_heads, nlist, d) = self.config["model"], found.key_quantizer.centroids.shape
         own: dict[str, Any] = {"rope": found.rope, "scale": found.scale, "budget_shares": found.budget_shares}
         own |= {name: self.config["layout"][name] for name in ("sinks", "window")}
@@ -169,22 +183,28 @@ def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> LayerRouters:
     """What `pack_layer` packed. Raises LookupError, ValueError or SaapError for anything else."""
     rope, model_rope = (None if facts[name] is None else Rope.from_dict(facts[name]) for name in ("rope", "model_rope"))
-    h, _, d = arrays["router.hidden"].shape
-    if facts["two_tower"] and "centroids" not in arrays:
-        quantizer = KeyQuantizer(arrays["router.hidden"].new_zeros((h, int(facts["nlist"]), d), dtype=torch.float32))
+    d = int(arrays["router.hidden"].shape[2])
+    own = bool(facts["two_tower"])
+    if own and "centroids" not in arrays:
+        quantizer = _unmade(arrays["router.hidden"], int(facts["nlist"]))
     else:
         quantizer = KeyQuantizer(arrays["centroids"])
-    outputs = d if facts["two_tower"] else quantizer.nlist
-    weights = RouterWeights.of({name: _wide(name, arrays[f"router.{name}"]) for name in _parts(arrays)}, int(outputs))
-    tower = TwoTower(weights, int(facts["first_knot"])) if facts["two_tower"] else None
+    weights = {name: _wide(name, arrays[f"router.{name}"]) for name in _parts(arrays)}
+    tower = TwoTower(RouterWeights.of(weights, d), int(facts["first_knot"])) if own else None
     if tower is None:
-        router = QueryRouter(weights, int(facts["first_knot"]), bool(facts["count_lists"]))
+        router = QueryRouter(RouterWeights.of(weights, quantizer.nlist), int(facts["first_knot"]), bool(facts["count_lists"]))
     else:
         router = tower.at(quantizer.centroids)
     router.check_heads(*(quantizer.centroids.shape[i] for i in (0, 2, 1)))
     calibration = Calibration(arrays["calibration"].cpu()) if "calibration" in arrays else None
     shares, losses = (arrays[name].cpu().numpy() if name in arrays else None for name in ("budget_shares", "losses"))
     return LayerRouters(quantizer, router, rope, model_rope, float(facts["scale"]), tower, calibration, shares, losses)
+
+
+def _unmade(hidden: Tensor, nlist: int) -> KeyQuantizer:
+    """So many lists that a prompt will make, for a router with weights hidden : (h, u, d), on their device."""
+    heads, _, d = hidden.shape
+    return KeyQuantizer(torch.zeros((heads, nlist, d), device=hidden.device))
 
 
 def _narrow(x: Tensor) -> Tensor:

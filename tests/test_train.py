@@ -294,6 +294,23 @@ def test_another_model_is_refused_by_name(whole: Path) -> None:
         routers.check(other.config)
 
 
+def test_lists_of_each_prompt_may_be_as_many_as_one_likes(whole: Path) -> None:
+    routers = load_routers(whole)
+    trained = routers.layers[0]
+    assert trained.tower is not None
+    index = routers.index(0, nlist=5, break_even=64, seal_tokens=16)
+    assert (index.nlist, index.key_quantizer.nlist, index.query_router.nlist) == (5, 5, 5)
+    keys = torch.randn((1, index.num_kv_heads, 200, index.d), generator=torch.Generator().manual_seed(0))
+    index.add(keys, keys)
+    assert index.key_quantizer.centroids.abs().sum() > 0 and index.invlists.nlist == 5
+    assert routers.index(0).nlist == trained.key_quantizer.nlist != 5
+    fixed = replace(trained, tower=None)
+    with pytest.raises(ParameterError, match="nlist"):
+        fixed.with_lists(5)
+    with pytest.raises(ParameterError, match="nlist"):
+        routers.index(0, nlist=0)
+
+
 def test_damaged_files_are_refused(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError):
         load_routers(tmp_path)

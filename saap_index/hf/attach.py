@@ -70,7 +70,8 @@ def attach(
     dense_layers : numbers of layers to leave dense, -1 is the last.
     max_sparse_tokens : a call that brings at most so many tokens behind an indexed context searches it, as decoding does; one
         that brings more is a chunk of a prompt, and dense. A larger number makes questions on a long document cheap.
-    options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend ...
+    options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend; nlist, if lists are made
+        for each prompt: more for contexts far longer than those of the training.
 
     Returns the same model.
 

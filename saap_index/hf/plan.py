@@ -135,6 +135,8 @@ def _layer_plan(
     config: Any, number: int, attention: Any, routers: Routers, selectivity: float | None, options: Mapping[str, Any]
 ) -> LayerPlan:
     found = routers.layers[number]
+    if "nlist" in options:
+        found = found.with_lists(options["nlist"])
     quantizer, router = found.key_quantizer, found.query_router
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     h, nlist, d = quantizer.centroids.shape
@@ -151,6 +153,7 @@ def _layer_plan(
         raise CompatibilityError(f"model: expected KV heads that divide among {shard[1]} processes, got {kv_heads}")
     mine = {name: routers.config["layout"][name] for name in ("sinks", "window")}  # what they were trained outside of
     mine |= {**({} if selectivity is None else {"selectivity": selectivity}), **options}
+    mine.pop("nlist", None)
     if found.budget_shares is not None and "budget_shares" not in mine:
         mine["budget_shares"] = checks.shares(found.budget_shares, "budget_shares", kv_heads)
     parts = found.rope, quantizer, router, found.tower, found.calibration

@@ -194,7 +194,7 @@ class _Clock:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder or GGUF file (default: the demo's SmolLM2-135M)")
-    parser.add_argument("--routers", type=Path, help="folder that saap train wrote (default: where make routers puts them)")
+    parser.add_argument("--routers", type=Path, help="folder that saap train wrote (default: those of SmolLM2-135M)")
     parser.add_argument(
         "--text", type=Path, nargs="+", metavar="FILE", help="unseen files, folders, data sets (default: Python's documentation)"
     )
@@ -216,7 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `load_routers`, `read_texts` and `evaluate_routers` raise."""
     torch.set_num_threads(max(1, options.threads))
-    folder = options.routers or demo_routers.folder()
+    folder = options.routers or demo_routers.found()
     routers = load_routers(folder)
     if options.model is None:
         model, tokenizer = demo_model.load()
