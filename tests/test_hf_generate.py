@@ -230,6 +230,7 @@ def test_lists_of_each_prompt_s_own(inputs: Inputs) -> None:
     again = saap.SaapCache(model)
     greedy(model, inputs, 1, past_key_values=again)
     assert torch.equal(again.layers[0].index.key_quantizer.centroids, index.key_quantizer.centroids)
-    more = saap.SaapCache(attached(tiny("llama"), 0.2, own_lists=True, nlist=trained.nlist + 3))
-    greedy(attached(tiny("llama"), 0.2, own_lists=True, nlist=trained.nlist + 3), inputs)
-    assert more.plan.layers[0].key_quantizer.nlist == trained.nlist + 3
+    model = attached(tiny("llama"), 0.2, own_lists=True, nlist=trained.nlist + 3)
+    more = saap.SaapCache(model)
+    greedy(model, inputs, 1, past_key_values=more)
+    assert more.layers[0].index.key_quantizer.nlist == trained.nlist + 3
