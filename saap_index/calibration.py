@@ -2,8 +2,8 @@
 
 A router is sure of itself on text it was trained on and less right than it thinks on other text. So it is not taken at its word:
 on sequences that were held out of the fit, the true attention captured is measured for every amount of predicted attention left
-unread (``miss``), and the table holds, for each target, the largest miss that kept it. Never more than the router's own word: one
-that promises too little on text like that of its training promises about right on text of another kind.
+unread (``miss``), and the table holds, for each target, the largest miss that kept it. Never as much as the router's own word
+allows: one that promises too little on text like that of its training promises about right on text of another kind.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0
 
 MISSES = (0.0, *np.geomspace(1e-4, 1.0, 81).tolist())
 """The amounts of predicted attention left unread at which the captured mass is measured."""
+
+CONFIDENCE = 0.95
+"""Share of texts that are to reach the target in each KV head. With 0.9, of the kind of text calibrated on, 78 of 90 heads of
+SmolLM2-135M kept a promise of 0.9 on six texts of other kinds."""
+
+WORD = 0.9
+"""Of the miss that the router's own word allows, what is taken at most: on text of another kind it promises a little too much."""
 
 GROUP = 16
 """Query positions, in order, that count as one text when the spread over texts is estimated from few sequences."""
@@ -63,7 +70,7 @@ class Calibration:
 
 def calibrate(
     keys: Tensor, queries: Tensor, positions: np.ndarray, quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
-    layout: Layout, scale: float, confidence: float = 0.9,
+    layout: Layout, scale: float, confidence: float = CONFIDENCE,
 ) -> Calibration:  # fmt: skip
     """The table of one layer from whole sequences that were in no training; checked arguments of `AsymmetricIndex.calibrate`.
 
@@ -135,8 +142,8 @@ def _captured(
     return found
 
 
-def table(replays: Sequence[np.ndarray], confidence: float = 0.9) -> Calibration:
-    """For each target the largest miss, 1 - target at most, at which the captured mass of a text is expected to reach it.
+def table(replays: Sequence[np.ndarray], confidence: float = CONFIDENCE) -> Calibration:
+    """For each target the largest miss, WORD (1 - target) at most, at which the captured mass of a text is expected to reach it.
 
     replays : of each sequence, as from `replay`. confidence : for each KV head, the share of texts whose mean captured mass is to
     reach the target. Texts are taken to spread normally about the mean of their head, which is known as well as so many let it
@@ -159,5 +166,5 @@ def table(replays: Sequence[np.ndarray], confidence: float = 0.9) -> Calibration
     for head, row in enumerate(assured):
         for t, target in enumerate(TARGETS):
             enough = int(np.searchsorted(-row, -target, side="right"))  # leading misses that keep the target
-            miss[head, t] = min(MISSES[enough - 1], 1 - target) if enough else 0.0
+            miss[head, t] = min(MISSES[enough - 1], WORD * (1 - target)) if enough else 0.0
     return Calibration(torch.from_numpy(miss))

@@ -18,7 +18,7 @@ from ._arguments import Form
 from ._decode import IndexDecode
 from .attend import MOST_PLANS, Selection, attend, read_ids, select, select_lists, take, widen
 from .backends.resident import MAX_STEP_TOKENS
-from .calibration import calibrate
+from .calibration import CONFIDENCE, calibrate
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
 from .params import SearchParametersIVF
 from .training import train_layer
@@ -98,7 +98,7 @@ class AsymmetricIndex(IndexDecode):
         self.key_quantizer, self.query_router = found.quantizer, found.router
         self.tower = found.tower
 
-    def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = 0.9) -> None:
+    def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE) -> None:
         """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
 
         keys, queries, positions : as in `train`; some tens of positions of each of four sequences or more are enough.

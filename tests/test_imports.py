@@ -86,7 +86,7 @@ ALLOWED = {
     } | ANY,
     # a whole model
     "budget_plan": ANY,
-    "routers": {"backends", "calibration", "index", "quantizer", "rope", "rope_config", "router", "tower"} | ANY,
+    "routers": {"checks", "backends", "calibration", "index", "quantizer", "rope", "rope_config", "router", "tower"} | ANY,
     "pipeline": set(),
     "pipeline.texts": ANY,
     "pipeline.models": {"hf.support"} | ANY,
