@@ -40,7 +40,8 @@ def build(shape: str, n: int, nlist: int, dtype: torch.dtype, copies: int) -> li
         (kv_heads, nlist + KNOTS, d),
         (kv_heads, nlist + KNOTS),
     )
-    index.query_router = QueryRouter(RouterWeights(*(torch.randn(s, generator=g) * 0.2 for s in sizes), nlist), first_knot=7)
+    weights = [(torch.randn(s, generator=g) * 0.2).bfloat16().float() for s in sizes]  # as training leaves them
+    index.query_router = QueryRouter(RouterWeights(*weights, nlist), first_knot=7)
     found = []
     for _ in range(copies):
         new = index.fork()
