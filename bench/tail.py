@@ -3,6 +3,8 @@
     saap train --model MODEL --text FILES --context 16384 --out routers
     python bench/tail.py --model MODEL --routers routers --text OTHER_FILES --lengths 8192,16384,32768 --json results.json
 
+Without --routers a layer routes as plain IVF does, with lists of each context, and nothing need be trained.
+
 The model reads each text once, densely; an index per layer holds the tokens before each query and answers it, with lists made for
 each length anew. Every mean that is read costs what a token does and is part of the budget, so rows of one share read the same
 bytes. Error: |out - dense| / |dense|, mean over layers, heads and the queries before each length; mean and standard deviation
@@ -18,6 +20,7 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -25,7 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saap_index import AsymmetricIndex, SearchParametersIVF, load_routers
+from saap_index import AsymmetricIndex, KeyQuantizer, Rope, Routers, SearchParametersIVF, TwoTower, load_routers
+from saap_index.hf import support
 from saap_index.lab.replace import Prompt, read_prompt
 from saap_index.pipeline import models
 from saap_index.pipeline.texts import read_texts, take
@@ -33,6 +37,8 @@ from saap_index.pipeline.texts import read_texts, take
 TAILS, RUNS, SHARES = (0.0, 0.1, 0.2, 0.35, 0.5), (2, 4, 8, 16, 32), (0.02, 0.05)
 QUERIES, SPAN = 12, 192
 """Of each length, spread over so many last tokens."""
+
+LISTS = 256
 
 Case = tuple[float, float]
 """Share of the tokens, and of that the part which is means."""
@@ -60,7 +66,7 @@ def errors(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--routers", type=Path, required=True)
+    parser.add_argument("--routers", type=Path)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--lengths", default="2048,4096,8192")
     parser.add_argument("--layers", help="default: all that are indexed")
@@ -69,10 +75,12 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     lengths = sorted(int(x) for x in options.lengths.split(","))
-    routers = load_routers(options.routers)
     loaded = models.load_model(options.model, dtype="float32")
-    routers.check(loaded.model.config)
-    layers = sorted(routers.layers) if options.layers is None else [int(x) for x in options.layers.split(",")]
+    routers = None if options.routers is None else load_routers(options.routers)
+    if routers is not None:
+        routers.check(loaded.model.config)
+    whole = support.global_layers(support.decoder_of(loaded.model)) if routers is None else sorted(routers.layers)
+    layers = whole if options.layers is None else [int(x) for x in options.layers.split(",")]
     positions = torch.cat([torch.linspace(n - SPAN, n - 1, QUERIES).long() for n in lengths])
     sequences = take(read_texts(options.text), partial(models.encode, loaded.tokenizer), options.texts, lengths[-1])
     found: dict[tuple[int, int, Case], list[float]] = {}
@@ -83,7 +91,7 @@ def main() -> int:
             for run in RUNS:
                 cases = [(share, tail) for share in SHARES for tail in TAILS if tail or run == RUNS[0]]
                 some = slice(i * QUERIES, (i + 1) * QUERIES)
-                every = [_layer(prompt, routers.index(x, mean_run_tokens=run), x, some, cases) for x in layers]
+                every = [_layer(loaded.model.config, routers, prompt, x, run, some, cases) for x in layers]
                 for case in cases:
                     found.setdefault((length, run, case), []).append(statistics.mean(x[case] for x in every))
             print(f"  {length} tokens: done", file=sys.stderr, flush=True)
@@ -100,8 +108,18 @@ def main() -> int:
     return 0
 
 
-def _layer(prompt: Prompt, index: AsymmetricIndex, layer: int, some: slice, cases: list[Case]) -> dict[Case, float]:
-    at = next(i for i, x in enumerate(prompt.layers) if x.number == layer)
+def _layer(
+    config: Any, routers: Routers | None, prompt: Prompt, number: int, run: int, some: slice, cases: list[Case]
+) -> dict[Case, float]:
+    at, layer = next((i, x) for i, x in enumerate(prompt.layers) if x.number == number)
+    if routers is not None:
+        index = routers.index(number, mean_run_tokens=run)
+    else:
+        rope = Rope.from_config(config, layer=number)
+        options = {"d_v": layer.e, "rope": rope, "scale": layer.scale, "mean_run_tokens": run}
+        index = AsymmetricIndex(layer.d, LISTS, layer.heads * layer.group, layer.heads, **options)
+        index.key_quantizer = KeyQuantizer(torch.zeros(layer.heads, LISTS, layer.d))  # the context makes others
+        index.tower = TwoTower.symmetric(layer.heads, layer.d)
     return errors(index, prompt.keys[at], prompt.values[at], prompt.queries[at][:, :, some], prompt.positions[some], cases)
 
 

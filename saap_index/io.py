@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import checks
-from .backends import COMPARED, NETWORK, RouterWeights
+from .backends import NETWORK, RouterWeights
 from .calibration import TARGETS, Calibration
 from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
@@ -164,11 +164,6 @@ def _weights(h: int, u: int, outputs: int, d: int) -> dict[str, tuple[tuple[int,
     return {name: (shape, torch.float32) for name, shape in zip(NETWORK, shapes, strict=True)}
 
 
-def _router_parts(config: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the tensors of the query router."""
-    return NETWORK + COMPARED if config["router"].get("list_dims") else NETWORK
-
-
 def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every tensor that a file with this configuration holds."""
     c, lengths = config["index"], config["lengths"]
@@ -180,8 +175,8 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
     if config["router"] is not None:
         u, outputs = config["router"]["units"], config["router"]["outputs"]
         want.update({f"router.{n}": s for n, s in _weights(h, u, outputs, d).items()})
-        if _router_parts(config)[5:]:
-            k = config["router"]["list_dims"]
+        k = config["router"].get("list_dims")
+        if k:
             want["router.lists"], want["router.list_scales"] = ((h, nlist, k), torch.float32), ((h, k), torch.float32)
     if config.get("tower") is not None:
         want.update({f"tower.{n}": s for n, s in _weights(h, config["tower"]["units"], config["tower"]["outputs"], d).items()})
@@ -246,10 +241,10 @@ def _restore(
     if config["quantizer"]:
         index.key_quantizer = KeyQuantizer(tensors["centroids"])
     if config["router"] is not None:
-        weights = RouterWeights.of({name: tensors[f"router.{name}"] for name in _router_parts(config)}, index.nlist)
+        weights = RouterWeights.of(tensors, index.nlist, "router.")
         index.query_router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
     if config.get("tower") is not None:
-        weights = RouterWeights.of({name: tensors[f"tower.{name}"] for name in NETWORK}, index.d)
+        weights = RouterWeights.of(tensors, index.d, "tower.")
         index.tower = TwoTower(weights, int(config["router"]["first_knot"]))
     if config.get("calibrated"):
         index.calibration = Calibration(tensors["calibration"])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import checks
-from .backends import COMPARED, NETWORK, RouterWeights
+from .backends import RouterWeights
 from .calibration import Calibration
 from .errors import CompatibilityError, FormatError, ParameterError, SaapError
 from .index import AsymmetricIndex
@@ -94,9 +94,11 @@ class Routers:
         own: dict[str, Any] = {"rope": found.rope, "scale": found.scale, "budget_shares": found.budget_shares}
         own |= {name: self.config["layout"][name] for name in ("sinks", "window")}
         index = AsymmetricIndex(d, nlist, model["num_attention_heads"], kv_heads, **{**own, **options})
-        index.key_quantizer, index.query_router = found.key_quantizer, found.query_router
+        index.key_quantizer = found.key_quantizer
         if found.tower is not None:
-            index.tower = found.tower
+            index.tower = found.tower  # makes the router for the lists there are
+        else:
+            index.query_router = found.query_router
         index.calibration = found.calibration
         return index
 
@@ -189,10 +191,10 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
         quantizer = _unmade(arrays["router.hidden"], int(facts["nlist"]))
     else:
         quantizer = KeyQuantizer(arrays["centroids"])
-    weights = {name: _wide(name, arrays[f"router.{name}"]) for name in _parts(arrays)}
-    tower = TwoTower(RouterWeights.of(weights, d), int(facts["first_knot"])) if own else None
+    weights = RouterWeights.of(arrays, d if own else quantizer.nlist, "router.").map(_wide)
+    tower = TwoTower(weights, int(facts["first_knot"])) if own else None
     if tower is None:
-        router = QueryRouter(RouterWeights.of(weights, quantizer.nlist), int(facts["first_knot"]), bool(facts["count_lists"]))
+        router = QueryRouter(weights, int(facts["first_knot"]), bool(facts["count_lists"]))
     else:
         router = tower.at(quantizer.centroids)
     router.check_heads(*(quantizer.centroids.shape[i] for i in (0, 2, 1)))
@@ -212,15 +214,10 @@ def _narrow(x: Tensor) -> Tensor:
     return short if torch.equal(short.float(), x) else x
 
 
-def _wide(name: str, x: Tensor) -> Tensor:
+def _wide(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16):
-        raise FormatError(f"{name}: expected float32 or bfloat16, got {x.dtype}")
+        raise FormatError(f"router: expected weights in float32 or bfloat16, got {x.dtype}")
     return x.float()
-
-
-def _parts(arrays: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names of the tensors of a layer's router."""
-    return NETWORK + COMPARED if "router.lists" in arrays else NETWORK
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

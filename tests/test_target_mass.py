@@ -29,7 +29,7 @@ from saap_index import (
     reference,
 )
 from saap_index.backends import Budget
-from saap_index.calibration import TARGETS
+from saap_index.calibration import TARGETS, WORD
 
 INDEXES = pytest.mark.parametrize("name", ["cpu", "torch", "reference"])
 
@@ -310,6 +310,7 @@ def test_the_promise_holds_on_unseen_text() -> None:
         torch.cat([p[0] for p in held]), torch.cat([p[1] for p in held]),
         positions=np.stack([np.asarray(p[2]).reshape(-1) for p in held]),
     )  # fmt: skip
-    assert bool((index.calibration.miss <= Calibration.trusting(1).miss).all()), "never more than the router's own word"
+    most = WORD * Calibration.trusting(1).miss + 1e-6
+    assert bool((index.calibration.miss <= most).all()), "never as much as the router's own word"
     kept, share = measured(range(20, 26))
     assert trusted < 0.8 <= kept and share < 0.8, (trusted, kept, share)

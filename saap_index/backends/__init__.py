@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError
-from .base import COMPARED, NETWORK, Backend, Budget, Rotation, RouterWeights, Tail
+from .base import NETWORK, Backend, Budget, Rotation, RouterWeights, Tail
 from .reference_backend import ReferenceBackend
 from .torch_backend import TorchBackend
 
-__all__ = ["COMPARED", "NETWORK", "Backend", "Budget", "Rotation", "RouterWeights", "Tail", "get_backend", "register_backend"]
+__all__ = ["NETWORK", "Backend", "Budget", "Rotation", "RouterWeights", "Tail", "get_backend", "register_backend"]
 
 Factory = Callable[[torch.device], Backend]
 

@@ -75,9 +75,10 @@ class RouterWeights:
         return {name: getattr(self, name) for name in (NETWORK if self.lists is None else NETWORK + COMPARED)}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], nlist: int) -> RouterWeights:
-        """From `tensors`."""
-        return cls(**tensors, nlist=nlist)
+    def of(cls, tensors: Mapping[str, Tensor], nlist: int, prefix: str = "") -> RouterWeights:
+        """From `tensors`, or from a file's that has them under ``prefix`` and their names. LookupError if some are missing."""
+        names = NETWORK + COMPARED if any(prefix + name in tensors for name in COMPARED) else NETWORK
+        return cls(**{name: tensors[prefix + name] for name in names}, nlist=nlist)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> RouterWeights:
         """With every tensor changed."""
@@ -95,7 +96,8 @@ class RouterWeights:
     @cached_property
     def nbytes(self) -> int:
         """Of what is read for a query, once per call whatever the batch."""
-        return sum(_nbytes(x) for x in self.tensors().values())
+        both = torch.cat([self.out, self.skip], 2)  # side by side in what is packed
+        return _nbytes(self.hidden) + _nbytes(both) + self.bias_hidden.nbytes + self.bias_out.nbytes + self.list_bytes
 
     @cached_property
     def list_bytes(self) -> int:

@@ -1,7 +1,7 @@
 """Every method of the lab on SmolLM2-135M: ``python -m saap_index.demo.comparison``, or ``make compare``.
 
 The same as ``saap compare``, with the model and the texts chosen. The quick form, three layers at 4096 tokens, takes minutes;
-``--full`` is every layer at 8192 tokens, four sequences, and takes hours. Interrupted, the same command continues. The
+``--full`` is every layer at 8192 tokens, four sequences, and takes an hour or two. Interrupted, the same command continues. The
 routers that come with the package, or those of ``make routers``, stand for ``saap-own``; everything else is trained here.
 """
 

@@ -66,9 +66,10 @@ class LayerPlan:
             nlist = self.key_quantizer.nlist
             index = AsymmetricIndex(d, nlist, heads, kv_heads, d_v=d_v, dtype=dtype, device=device, rope=self.rope, **options)
             index.key_quantizer = KeyQuantizer(self.key_quantizer.centroids[share].contiguous())
-            index.query_router = _share_of(self.query_router, share)
             if self.tower is not None:
                 index.tower = TwoTower(_weights_of(self.tower.weights, share), self.tower.first_knot)
+            else:
+                index.query_router = _share_of(self.query_router, share)
             if self.calibration is not None:
                 index.calibration = Calibration(self.calibration.miss[share].contiguous())
             self._empty[key] = index

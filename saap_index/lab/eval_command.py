@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=Path, nargs="+", metavar="FILE", help="unseen files, folders, data sets (default: Python's documentation)"
     )
+    parser.add_argument("--nlist", type=int, help="lists, if each prompt makes its own (default: as many as in training)")
     parser.add_argument("--out", type=Path, default=Path("eval_results"), help="folder to write (default %(default)s)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="default %(default)s")
     parser.add_argument("--methods", help=f"of {', '.join(trained.METHODS)} (default {trained.DEFAULT})")
@@ -218,6 +219,8 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(max(1, options.threads))
     folder = options.routers or demo_routers.found()
     routers = load_routers(folder)
+    if options.nlist is not None:
+        routers = replace(routers, layers={n: layer.with_lists(options.nlist) for n, layer in routers.layers.items()})
     if options.model is None:
         model, tokenizer = demo_model.load()
     else:
@@ -236,7 +239,7 @@ def run(options: argparse.Namespace) -> int:
         None if options.layers is None else _numbers("layers", options.layers, int), options.continuation, options.queries,
         _numbers("needle-lengths", options.needle_lengths, int) if options.needle_lengths else lengths,
         _numbers("depths", options.depths, float), _filler(given, 6 * options.length),
-        f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}",
+        f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}" + (f" {options.nlist}" if options.nlist else ""),
     )  # fmt: skip
     evaluate_routers(task, options.out, lambda line: print(line, file=sys.stderr, flush=True))
     print((options.out / "table.txt").read_text())
