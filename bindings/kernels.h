@@ -9,7 +9,7 @@
 namespace saap {
 
 constexpr int kPanel = 16;       // output columns of a weight panel, for every instruction set
-constexpr int kScanPad = 64;     // valid row numbers that must follow the last one of a ScanItem, for prefetching
+constexpr int kScanPad = 48;     // valid row numbers that must follow the last one of a ScanItem, for prefetching
 constexpr int kScanColumns = 64; // most query columns of a ScanItem
 
 // Attention of a few query columns over listed rows of one head. All columns pass over a block of rows while it is in cache.
@@ -22,7 +22,6 @@ struct ScanItem {
   int n;
   const int32_t* limits;  // (chunks * group) a column sees rows below its limit only; null: sees all
   int32_t limits_from;    // the least of limits
-  bool scattered;         // most rows come in short runs
   const float* bias;      // (n) added to the score of a row, log2 units; null: none
   int group, chunks;      // group: columns per chunk, a power of two <= lanes
   float *o, *m, *l;       // out: (chunks * group, ep) unnormalised sums in packed order; maximum in log2 units; sum of weights

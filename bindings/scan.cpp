@@ -223,7 +223,6 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
       it.rows = rows;
       it.n = count;
       it.bias = of_rows ? nullptr : bias;
-      it.scattered = !of_rows || 2 * (std::min(from + count, s.sinks + s.listed) - std::max(from, s.sinks)) > count;
       it.limits = limited && of_rows ? t.limits : nullptr;
       it.limits_from = static_cast<int32_t>(std::max<int64_t>(lengths[t.head / p.h] - p.n_queries + 1, 0));
       it.group = t.group, it.chunks = t.chunks;

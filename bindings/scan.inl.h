@@ -1,38 +1,20 @@
 // Attention over listed rows, for a chunk of G query columns at a time: see ScanItem in kernels.h.
 //
-// A block of 16 rows is scored, its softmax weights are formed and its values are added, then the next block follows, and the
-// memory is never idle. Long stretches of rows: the values of a block are prefetched while its keys are multiplied, the keys of
-// the next block while the values are, both into the first cache; the processor's own prefetcher runs ahead of that, but for the
-// head of a stretch, which is fetched two blocks before. Short runs (listed rows): nothing foresees them, so every row is
-// fetched into the second cache, the values one block before their use and the keys two.
+// A block of 16 rows is scored, its softmax weights are formed and its values are added, then the next block follows. Meanwhile
+// rows of later blocks are fetched, values while keys are multiplied and keys while values are: into the second cache, for in the
+// first they would push out what is needed now. No processor foresees which rows are listed; where they lie side by side, doing
+// this is at least as fast as leaving it to the processor.
 constexpr int kBlock = 16;
+template <int G> constexpr int kKeysAhead = G < 4 ? 2 : 1;  // blocks by which keys are fetched ahead; with few columns one is short
 constexpr float kLowest = -1e30f;  // the running maximum before anything was seen: finite, so that differences stay numbers
 
-// Into the second cache: what is needed only blocks later would push out of the first what is needed now.
-INLINE void prefetch_far(const char* p, int bytes) {
+INLINE void prefetch(const char* p, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-INLINE void prefetch_row(const char* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
-}
-
-// Fetches the beginning of every run that begins in the block after the next.
-template <class T>
-INLINE void prefetch_run_heads(const ScanItem& it, const int32_t* rows) {
-  constexpr int kHeadBytes = 2048;
-  for (int i = 2 * kBlock; i < 3 * kBlock; i++) {
-    if (rows[i] == rows[i - 1] + 1 || rows[i] == rows[i - 1]) continue;
-    prefetch_far((const char*)((const T*)it.k + (int64_t)rows[i] * it.d), kHeadBytes);
-    prefetch_far((const char*)((const T*)it.v + (int64_t)rows[i] * it.e), kHeadBytes);
-  }
-}
-
-enum class Fetch { none, near, far };
-
 // s (kBlock, G): scores of the block's rows in log2 units.
-template <class T, int D, int G, Fetch F>
-INLINE void score_block(const ScanItem& it, const float* q, const int32_t* rows, int n, float* s) {
+template <class T, int D, int G>
+INLINE void score_block(const ScanItem& it, const float* q, const int32_t* rows, int n, bool fetch, float* s) {
   constexpr int R = W / G;  // rows scored at once: R * G sums fill the lanes of one vector
   const int d = D ? D : it.d, dp = D ? D : it.dp, whole = D ? D : d / kStep * kStep;
   const T* k = (const T*)it.k;
@@ -47,6 +29,7 @@ INLINE void score_block(const ScanItem& it, const float* q, const int32_t* rows,
       for (int i = 0; i < R; i++) load2(row[i] + j, x[i], y[i]);
       for (int g = 0; g < G; g++) {
         vf qx = load(q + g * dp + j), qy = load(q + g * dp + j + W);
+        if constexpr (R > 1) qx = in_register(qx), qy = in_register(qy);
         for (int i = 0; i < R; i++) {
           sum[i * G + g] += x[i] * qx;
           sum[i * G + g] += y[i] * qy;
@@ -60,17 +43,14 @@ INLINE void score_block(const ScanItem& it, const float* q, const int32_t* rows,
         for (int g = 0; g < G; g++) sum[i * G + g] += x * load(q + g * dp + whole) + y * load(q + g * dp + whole + W);
       }
     }
-    for (int i = 0; i < R; i++) {
-      if (F == Fetch::near) prefetch_row(v + (int64_t)rows[t + i] * v_bytes, v_bytes);
-      if (F == Fetch::far) prefetch_far(v + (int64_t)rows[kBlock + t + i] * v_bytes, v_bytes);
-    }
+    for (int i = 0; fetch && i < R; i++) prefetch(v + (int64_t)rows[kBlock + t + i] * v_bytes, v_bytes);
     store(s + t * G, sums_of(sum));
   }
 }
 
 // acc (G, ep) += weights (n, G) times the block's values. The weights past n are zero, but their rows may not be read.
-template <class T, int E, int G, Fetch F>
-INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, int n, float* acc) {
+template <class T, int E, int G>
+INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, int n, bool fetch, float* acc) {
   constexpr int P = G > 4 ? 4 : G;                 // columns and
   constexpr int B = P == 1 ? 4 : P == 2 ? 4 : 2;   // vectors of the row held in registers at once
   const int e = E ? E : it.e, ep = E ? E : it.ep, whole = E ? E : e / kStep * kStep;
@@ -80,11 +60,8 @@ INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, 
   auto columns = [&](auto width, int j, int g0) __attribute__((always_inline)) {
     constexpr int b_count = decltype(width)::value;
     // An even share of a later block's keys in each pass: all of them in the first would fill the queue of cache misses.
-    if (F != Fetch::none && g0 == 0)
-      for (int i = kBlock * j / ep; i < kBlock * (j + b_count * W) / ep; i++) {
-        if (F == Fetch::near) prefetch_row(k + (int64_t)rows[kBlock + i] * k_bytes, k_bytes);
-        else prefetch_far(k + (int64_t)rows[2 * kBlock + i] * k_bytes, k_bytes);
-      }
+    for (int i = kBlock * j / ep; fetch && g0 == 0 && i < kBlock * (j + b_count * W) / ep; i++)
+      prefetch(k + (int64_t)rows[kKeysAhead<G> * kBlock + i] * k_bytes, k_bytes);
     vf a[P][b_count];
     for (int g = 0; g < P; g++)
       for (int b = 0; b < b_count; b++) a[g][b] = load(acc + (g0 + g) * ep + j + b * W);
@@ -162,8 +139,8 @@ INLINE void add_bias(const float* bias, int n, float* s) {
     for (int g = 0; g < G; g++) s[t * G + g] += bias[t];
 }
 
-template <class T, int D, int G, Fetch F>
-INLINE void scan_blocks(const ScanItem& it) {
+template <class T, int D, int G>
+void scan_item(const ScanItem& it) {
   const int columns = it.chunks * G;
   alignas(64) float s[kBlock * G], m[kScanColumns * W], l[kScanColumns * W];
   const int dp = D ? D : it.dp, ep = D ? D : it.ep;
@@ -172,29 +149,24 @@ INLINE void scan_blocks(const ScanItem& it) {
     store(m + i * W, splat(kLowest));  // lane i belongs to column i % G
     store(l + i * W, vf{});
   }
-  if (F == Fetch::far) {
-    for (int i = 0; i < 2 * kBlock; i++) {
-      prefetch_far((const char*)((const T*)it.k + (int64_t)it.rows[i] * it.d), it.d * (int)sizeof(T));
-      if (i < kBlock) prefetch_far((const char*)((const T*)it.v + (int64_t)it.rows[i] * it.e), it.e * (int)sizeof(T));
-    }
+  for (int i = 0; i < kKeysAhead<G> * kBlock; i++) {
+    prefetch((const char*)((const T*)it.k + (int64_t)it.rows[i] * it.d), it.d * (int)sizeof(T));
+    if (i < kBlock) prefetch((const char*)((const T*)it.v + (int64_t)it.rows[i] * it.e), it.e * (int)sizeof(T));
   }
   for (int t = 0; t < it.n; t += kBlock) {
     const int n = it.n - t < kBlock ? it.n - t : kBlock;
     const int32_t* rows = it.rows + t;
-    if (F == Fetch::near) prefetch_run_heads<T>(it, rows);
     bool limited = false;
     if (it.limits)
       for (int i = 0; i < n; i++) limited |= rows[i] >= it.limits_from;
     for (int c = 0; c < it.chunks; c++) {
       const float* q = it.q + c * G * dp;
       float* acc = it.o + c * G * ep;
-      if (c == 0) score_block<T, D, G, F>(it, q, rows, n, s);
-      else score_block<T, D, G, Fetch::none>(it, q, rows, n, s);
+      score_block<T, D, G>(it, q, rows, n, c == 0, s);
       if (it.bias) add_bias<G>(it.bias + t, n, s);
       if (limited || n * G % W) hide_scores<G>(it, limited ? it.limits + c * G : nullptr, rows, n, s);
       weigh_block<G>(n, ep, s, acc, m + c * W, l + c * W);
-      if (c == 0) add_values<T, D, G, F>(it, s, rows, n, acc);
-      else add_values<T, D, G, Fetch::none>(it, s, rows, n, acc);
+      add_values<T, D, G>(it, s, rows, n, c == 0, acc);
     }
   }
   for (int c = 0; c < it.chunks; c++) {
@@ -204,12 +176,6 @@ INLINE void scan_blocks(const ScanItem& it) {
       it.l[c * G + g] = sum[g];
     }
   }
-}
-
-template <class T, int D, int G>
-void scan_item(const ScanItem& it) {
-  if (it.scattered) scan_blocks<T, D, G, Fetch::far>(it);
-  else scan_blocks<T, D, G, Fetch::near>(it);
 }
 
 template <class T, int D> void scan_group(const ScanItem& it) {
