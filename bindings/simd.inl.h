@@ -12,9 +12,9 @@ INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 INLINE vi load(const int32_t* p) { vi v; std::memcpy(&v, p, sizeof v); return v; }
 INLINE vf splat(float x) { return x - vf{}; }
 INLINE vi splat(int32_t x) { return x - vi{}; }
-// Keeps a compiler from folding the load that gave v into each of its uses: the load ports are as busy as the multipliers.
+// Keeps the compiler from folding the load that gave v into each of its uses: AVX2's load ports are as busy as its multipliers.
 INLINE vf in_register(vf v) {
-#ifdef SAAP_X86
+#if W == 8
   asm("" : "+x"(v));
 #endif
   return v;
