@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <string>
@@ -104,6 +105,37 @@ NB_MODULE(_cpu, m) {
                n_queries, d, e, N, at<const int32_t>(rows), at<const int32_t>(counts), t, scale, causal, at<void>(out), at<float>(lse), tail};
     Free free;
     scan(p, sinks, sealed, lengths);
+  });
+
+  nb::class_<SearchPlan>(m, "SearchPlan");
+  m.def("make_search", [](std::shared_ptr<Router> router, int first_knot, bool count_lists, Address centres, int b, int h, int S, int nprobe,
+                          Address tables, const Ints& num_segments, Address budgets, Address miss, Address entries, const Ints& means,
+                          Address k, Address v, int type, int64_t N, int e, const Ints& sinks, const Ints& sealed, float scale, Address mean_k,
+                          Address mean_v, int64_t M) {
+    const double* from = at<const double>(centres);
+    auto plan = std::make_unique<SearchPlan>();
+    plan->router = router, plan->first_knot = first_knot;
+    plan->centres.assign(from, from + static_cast<int64_t>(b) * S);
+    plan->num_segments = num_segments, plan->means = means, plan->sinks = sinks, plan->sealed = sealed;
+    plan->probe = {nullptr, nullptr, nullptr, at<const int32_t>(tables), b, h, 0, router->lists, router->knots, S, count_lists, nprobe,
+                   at<const int32_t>(budgets), at<const float>(miss), at<const int32_t>(entries)};
+    plan->scan.k = at<const void>(k), plan->scan.v = at<const void>(v), plan->scan.type = static_cast<DType>(type);
+    plan->scan.b = b, plan->scan.h = h, plan->scan.d = router->dim, plan->scan.e = e, plan->scan.N = N;
+    plan->scan.scale = scale, plan->scan.causal = true;
+    plan->scan.tail = {nullptr, nullptr, 0, at<const void>(mean_k), at<const void>(mean_v), M, at<const int32_t>(tables), S, router->lists};
+    return plan;
+  });
+  m.def("search", [](const SearchPlan& plan, Address q, int q_type, int g, int n_queries, Address cos, Address sin, int r, bool interleaved,
+                     float turn, const Ints& ends, const Ints& lengths, Address out, Address lse, int64_t bound, Address rows, Address counts,
+                     int64_t tail_bound, Address tail, Address tail_counts) {
+    SearchCall call{at<const void>(q), static_cast<DType>(q_type), g, n_queries, angles(cos, sin, r, interleaved, turn), ends, lengths,
+                    at<void>(out), at<float>(lse)};
+    ProbeOut found{bound, at<int32_t>(rows), at<int32_t>(counts)}, entries{tail_bound, at<int32_t>(tail), at<int32_t>(tail_counts)};
+    {
+      Free free;
+      search(plan, call, found, entries);
+    }
+    return nb::make_tuple(found.width, entries.width);
   });
 
   m.def("combine", [](int type, Address out_a, Address lse_a, Address out_b, Address lse_b, int64_t n, int e, Address out, Address lse) {

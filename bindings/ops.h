@@ -103,6 +103,27 @@ struct ScanArgs {
 };
 void scan(const ScanArgs&, const Ints& sinks, const Ints& sealed, const Ints& lengths);
 
+// What is the same in every search of a batch until tokens are sealed. Unset in `probe`: z, a, knots, j; in `scan`: queries, rows,
+// out and the runs of the tail.
+struct SearchPlan {
+  std::shared_ptr<Router> router;
+  ProbeArgs probe;
+  ScanArgs scan;
+  int first_knot;               // log2 of the distance of the first one
+  std::vector<double> centres;  // (b, S) position of the middle of each segment
+  Ints num_segments, means, sinks, sealed;
+};
+struct SearchCall {
+  const void* q;
+  DType q_type;
+  int g, n_queries;
+  Angles angles;
+  Ints ends, lengths;  // of each sequence: the position that comes next; rows in use
+  void* out;
+  float* lse;
+};
+void search(const SearchPlan&, const SearchCall&, ProbeOut& rows, ProbeOut& tail);
+
 struct AppendSide {
   Strided from;
   void* arena;  // (b, h, N, dim)

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from . import checks, ops
 from ._storage import IndexStorage
-from .attend import Selection
+from .attend import Selection, search
 from .backends import Rotation
 from .backends.resident import Routing
 from .calibration import Calibration
@@ -157,7 +157,7 @@ class IndexDecode(IndexStorage):
         """Selection and attention in one go, for queries (b, h, g, q, d); None where the general way must be taken."""
         state = self._decode_state()
         if state is None:
-            return None
+            return self._in_one_call(x, params)
         if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
             state.refuse_capture("a larger window or more sinks than the index has")
             return None
@@ -165,6 +165,19 @@ class IndexDecode(IndexStorage):
         routing, given = self._routing(state, x.shape[3]), self._given(params)
         assert self._query_router is not None
         out, lse, self._last = state.step(x, params, self._query_router, routing, given, self.scale)
+        return out, lse
+
+    def _in_one_call(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
+        """`_fused` for a backend that keeps no state."""
+        if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
+            return None
+        assert self._query_router is not None
+        rotation = None if self.rope is None else self._query_rotation(x.shape[3])
+        router = self._query_router, self._prepared_router
+        found = search(self._backend, self.invlists, *router, x, rotation, params, *self._given(params), self.scale)
+        if found is None:
+            return None
+        out, lse, self._last = found
         return out, lse
 
     def _refuse_lists_to_come(self, state: DecodeState) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import Backend, Budget, Rotation, Tail, get_backend
+from .backends import Backend, Budget, Rotation, Search, Tail, get_backend
 from .errors import CompatibilityError, ShapeError
 from .invlists import SegmentedInvertedLists
 from .params import SearchParametersIVF
@@ -66,6 +66,40 @@ def select(
     return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts), params)
 
 
+def search(
+    backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor,
+    rotation: Rotation | None, params: SearchParametersIVF, shares: np.ndarray | None, miss: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Selection] | None:  # fmt: skip
+    """`select` and `attend` over it, in one call of the backend; None where there is no such call, or nothing to choose.
+
+    Not for parameters with a larger window or more sinks than the lists have: see `widen`.
+    """
+    plan = _plan(lists, router, params, shares, miss)
+    if plan.budget is None:
+        return None
+    known = plan.search
+    memory = prepared, scale, lists.keys, lists.values, lists.tables, lists.mean_keys, lists.mean_values
+    if known is None or not all(map(operator.is_, known[0], memory)):
+        plan.search = known = memory, backend.prepare_search(_search(lists, router, prepared, plan, plan.budget, scale))
+    if known[1] is None:
+        return None
+    lengths = list(lists.lengths)
+    ends = [lists.next_position(i) for i in range(lists.batch)]
+    out, lse, found = backend.search(known[1], queries, rotation, ends, lengths)
+    return out, lse, Selection(found.rows, found.counts, plan.sinks, plan.sealed, lengths, found.tail, found.tail_counts)
+
+
+def _search(
+    lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, plan: _Plan, budget: Budget, scale: float
+) -> Search:
+    centres = torch.zeros((lists.batch, lists.tables.shape[2]), dtype=torch.float64)
+    for i, count in enumerate(plan.num_segments):
+        centres[i, :count] = torch.from_numpy(lists.centres(i))
+    memory = lists.keys, lists.values, lists.mean_keys, lists.mean_values
+    how = router.first_knot, router.count_lists, centres, lists.tables, plan.num_segments, budget
+    return Search(prepared, *how, *memory, plan.sinks, plan.sealed, scale)
+
+
 MOST_PLANS = 16
 """Sets of search parameters for which a plan is kept."""
 
@@ -73,10 +107,10 @@ MOST_PLANS = 16
 class _Plan:
     """What a selection needs of segments and parameters: the same from step to step, until tokens are sealed.
 
-    Never written to, so that threads may search one index.
+    Written to in one piece, so that threads may search one index.
     """
 
-    __slots__ = ("budget", "key", "num_segments", "sealed", "sinks")
+    __slots__ = ("budget", "key", "num_segments", "sealed", "search", "sinks")
 
     def __init__(
         self, key: tuple[Any, ...], lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF,
@@ -90,6 +124,7 @@ class _Plan:
         budgets = params.budgets(sizes, lists.heads, shares)
         fits = everything_fits(params, router, sizes, budgets, miss)
         self.budget = None if fits else spend(lists, router, params, budgets, miss)
+        self.search: tuple[tuple[Any, ...], Any] | None = None  # memory, what `Backend.prepare_search` made
 
 
 def _plan(

@@ -36,14 +36,17 @@ ALLOWED = {
     "backends.base": ANY,
     "backends.torch_backend": {"backends.base"},
     "backends.reference_backend": {"backends.base", "reference"},
-    "backends.cpu": {"backends.base", "bindings", "bindings.native"} | ANY,
+    "backends.search": {"backends.base"},
+    "backends.addresses": {"backends.base"} | ANY,
+    "backends.cpu": {"backends.addresses", "backends.base", "backends.search", "bindings", "bindings.native"} | ANY,
     "backends.resident": {"backends.base"} | ANY,
     "backends.cuda_state": {"backends.base", "backends.resident", "bindings", *GPU} | ANY,
     "backends.cuda": {
         "backends.base", "backends.torch_backend", "backends.resident", "backends.cuda_state", "bindings", *GPU,
     } | ANY,
     "backends": {
-        "backends.base", "backends.torch_backend", "backends.reference_backend", "backends.cpu", "backends.cuda",
+        "backends.base", "backends.torch_backend", "backends.reference_backend", "backends.search", "backends.cpu",
+        "backends.cuda",
         "bindings", "bindings.gpu_runtime",
     } | ANY,
     # the parts of an index

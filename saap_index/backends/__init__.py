@@ -10,9 +10,10 @@ import torch
 from ..errors import DeviceError
 from .base import NETWORK, Backend, Budget, Rotation, RouterWeights, Tail
 from .reference_backend import ReferenceBackend
+from .search import Search
 from .torch_backend import TorchBackend
 
-__all__ = ["NETWORK", "Backend", "Budget", "Rotation", "RouterWeights", "Tail", "get_backend", "register_backend"]
+__all__ = ["NETWORK", "Backend", "Budget", "Rotation", "RouterWeights", "Search", "Tail", "get_backend", "register_backend"]
 
 Factory = Callable[[torch.device], Backend]
 

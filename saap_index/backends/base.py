@@ -27,6 +27,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .resident import Resident
+    from .search import Search
 
 
 NETWORK = ("hidden", "bias_hidden", "out", "skip", "bias_out")
@@ -315,6 +316,20 @@ class Backend(ABC):
         Accumulates in float32. Returns out : dtype of queries (b, h, g, q, e) and lse : float32 (b, h, g, q), natural log.
         Nothing to attend: out = 0, lse = -inf. The result does not depend on the number of threads.
         """
+
+    def prepare_search(self, search: Search) -> Any:
+        """Pack what a search needs besides queries into whatever `search` reads fastest; None for a backend without `search`."""
+        return None
+
+    def search(
+        self, prepared: Any, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Probed]:
+        """`route`, `probe` and the causal `scan` over what that took, in one call, for a step to cost little besides.
+
+        ends : position of the token that comes next in each sequence. A segment lies on the knots where log2 of the distance of
+        its middle from the newest token, at least 1, less first_knot does. Returns out and lse as `scan`, and what was taken.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

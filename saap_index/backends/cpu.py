@@ -7,22 +7,33 @@ kernels check themselves. A decode step makes three of these calls, hence the pl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..bindings import native
-from ..errors import DeviceError, DTypeError, LayoutError, LengthError, MissingDependencyError, ShapeError
+from ..errors import DTypeError, LengthError, MissingDependencyError, ShapeError
+from .addresses import (
+    CODES,
+    F32,
+    I32,
+    NO_TAIL,
+    Places,
+    angles_of,
+    code_of,
+    dtype_names,
+    lists_of,
+    means_of,
+    places_of,
+    plain,
+    rows_of,
+)
 from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
+from .search import Search
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
-
-_F32, _I32 = torch.float32, torch.int32
-_NO_ROTATION = (0, 0, 0, False, 1.0)
-_NO_TAIL = (0, 0, 0, 0, 0, 0, 0, 0, 1)
 
 
 def available() -> bool:
@@ -55,10 +66,10 @@ class CpuBackend(Backend):
         b, h, n, d = keys.shape
         e = values.shape[-1]
         capacity, dtype = arena_keys.shape[2], arena_keys.dtype
-        code = _code("arena_keys", arena_keys)
-        k_at, v_at = _rows("keys", keys, dtype, (b, h, n, d)), _rows("values", values, dtype, (b, h, n, e))
-        ak_at = _plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
-        av_at = _plain("arena_values", arena_values, dtype, (b, h, capacity, e))
+        code = code_of("arena_keys", arena_keys)
+        k_at, v_at = rows_of("keys", keys, dtype, (b, h, n, d)), rows_of("values", values, dtype, (b, h, n, e))
+        ak_at = plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
+        av_at = plain("arena_values", arena_values, dtype, (b, h, capacity, e))
         if len(starts) != b or len(counts) != b:
             raise ShapeError(f"starts, counts: expected {b} numbers each, got {len(starts)} and {len(counts)}")
         for start, count in zip(starts, counts, strict=True):
@@ -76,15 +87,15 @@ class CpuBackend(Backend):
 
     def prepare_quantizer(self, centroids: Tensor) -> Any:
         h, lists, d = centroids.shape
-        return self._cpu.make_quantizer(_plain("centroids", centroids, _F32, (h, lists, d)), h, lists, d)
+        return self._cpu.make_quantizer(plain("centroids", centroids, F32, (h, lists, d)), h, lists, d)
 
     def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
         heads, _, d = quantizer.shape
         n = keys.shape[1]
-        k_at = _rows("keys", keys, keys.dtype, (heads, n, d))
-        angles = _angles(rotation, n, d)
-        out = torch.empty((heads, n), dtype=_I32)
-        self._cpu.assign(quantizer, _code("keys", keys), k_at, keys.stride(0), keys.stride(1), n, *angles, out.data_ptr())
+        k_at = rows_of("keys", keys, keys.dtype, (heads, n, d))
+        angles = angles_of(rotation, n, d)
+        out = torch.empty((heads, n), dtype=I32)
+        self._cpu.assign(quantizer, code_of("keys", keys), k_at, keys.stride(0), keys.stride(1), n, *angles, out.data_ptr())
         return out
 
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
@@ -93,19 +104,19 @@ class CpuBackend(Backend):
         if not 0 <= start <= capacity - n:
             raise LengthError(f"start: expected {n} rows within {capacity}, got them from row {start}")
         self._cpu.seal(
-            _code("keys", keys),
-            _plain("keys", keys, keys.dtype, (h, capacity, d)),
-            _plain("values", values, keys.dtype, (h, capacity, e)),
-            _plain("ids", ids, _I32, (h, capacity)),
+            code_of("keys", keys),
+            plain("keys", keys, keys.dtype, (h, capacity, d)),
+            plain("values", values, keys.dtype, (h, capacity, e)),
+            plain("ids", ids, I32, (h, capacity)),
             h,
             capacity,
             d,
             e,
             start,
             n,
-            _plain("list_nos", list_nos, _I32, (h, n)),
+            plain("list_nos", list_nos, I32, (h, n)),
             lists,
-            _rows("table", table, _I32, (h, lists + 1)),
+            rows_of("table", table, I32, (h, lists + 1)),
             table.stride(0),
         )
 
@@ -113,18 +124,18 @@ class CpuBackend(Backend):
         h, capacity, d = keys.shape
         e, lists = values.shape[-1], table.shape[1] - 1
         self._cpu.means(
-            _code("keys", keys),
-            _plain("keys", keys, keys.dtype, (h, capacity, d)),
-            _plain("values", values, keys.dtype, (h, capacity, e)),
+            code_of("keys", keys),
+            plain("keys", keys, keys.dtype, (h, capacity, d)),
+            plain("values", values, keys.dtype, (h, capacity, e)),
             h,
             capacity,
             d,
             e,
             lists,
-            _rows("table", table, _I32, (h, lists + 1)),
+            rows_of("table", table, I32, (h, lists + 1)),
             table.stride(0),
-            *_lists("mean_keys", mean_keys, keys.dtype, (h, lists, d)),
-            *_lists("mean_values", mean_values, keys.dtype, (h, lists, e)),
+            *lists_of("mean_keys", mean_keys, keys.dtype, (h, lists, d)),
+            *lists_of("mean_values", mean_values, keys.dtype, (h, lists, e)),
         )
 
     def prepare_router(self, weights: RouterWeights) -> Any:
@@ -134,13 +145,13 @@ class CpuBackend(Backend):
         if lists < 1 or k < 1 or m < 0:
             raise ShapeError(f"nlist: expected 1 to {weights.bias_out.shape[1]}, got {k}")
         return self._cpu.make_router(
-            _plain("hidden", weights.hidden, _F32, (h, u, d)),
-            _plain("bias_hidden", weights.bias_hidden, _F32, (h, u)),
-            _plain("out", weights.out, _F32, (h, k + m, u)),
-            _plain("skip", weights.skip, _F32, (h, k + m, d)),
-            _plain("bias_out", weights.bias_out, _F32, (h, k + m)),
-            0 if weights.lists is None else _plain("lists", weights.lists, _F32, (h, lists, k)),
-            0 if weights.list_scales is None else _plain("list_scales", weights.list_scales, _F32, (h, k)),
+            plain("hidden", weights.hidden, F32, (h, u, d)),
+            plain("bias_hidden", weights.bias_hidden, F32, (h, u)),
+            plain("out", weights.out, F32, (h, k + m, u)),
+            plain("skip", weights.skip, F32, (h, k + m, d)),
+            plain("bias_out", weights.bias_out, F32, (h, k + m)),
+            0 if weights.lists is None else plain("lists", weights.lists, F32, (h, lists, k)),
+            0 if weights.list_scales is None else plain("list_scales", weights.list_scales, F32, (h, k)),
             h,
             u,
             d,
@@ -152,10 +163,10 @@ class CpuBackend(Backend):
     def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         h, _, d, lists, m = router.shape
         b, _, g, q, _ = queries.shape
-        q_at = _plain("queries", queries, queries.dtype, (b, h, g, q, d))
-        angles = _angles(rotation, b * q, d)
+        q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
+        angles = angles_of(rotation, b * q, d)
         z, a = torch.empty((b, h, g * q, lists)), torch.empty((b, h, g * q, m))
-        self._cpu.route(router, _code("queries", queries), q_at, b, g, q, *angles, z.data_ptr(), a.data_ptr())
+        self._cpu.route(router, code_of("queries", queries), q_at, b, g, q, *angles, z.data_ptr(), a.data_ptr())
         return z, a
 
     def probe(
@@ -170,35 +181,16 @@ class CpuBackend(Backend):
     ) -> Probed:
         b, h, j, lists = z.shape
         m, segments = a.shape[3], tables.shape[2]
-        z_at = _plain("z", z, _F32, (b, h, j, lists))
-        a_at = _plain("a", a, _F32, (b, h, j, m))
-        knots_at = _plain("knots", knots, _F32, (b, segments))
-        tables_at = _plain("tables", tables, _I32, (b, h, segments, lists + 1))
-        if len(num_segments) != b:
-            raise ShapeError(f"num_segments: expected {b} numbers, got {len(num_segments)}")
-        for valid in num_segments:
-            if not 0 <= valid <= segments:
-                raise LengthError(f"num_segments: expected 0 to {segments}, got {valid}")
-        if not 0 < lists < 65536 or segments > 65535 or budget.nprobe < 0:
-            raise LengthError(
-                f"expected 1 to 65535 lists, up to 65535 segments and nprobe >= 0, got {lists}, {segments}, {budget.nprobe}"
-            )
-        used, budgets_at = list(num_segments), _plain("budget.rows", budget.rows, _I32, (b, h))
-        miss_at = 0 if budget.miss is None else _plain("budget.miss", budget.miss, _F32, (h,))
-        bound = self._cpu.probe_bound(tables_at, b, h, lists, segments, used, budgets_at)
-        rows, counts = torch.empty((b, h, bound), dtype=_I32), torch.empty((b, h), dtype=_I32)
-        tail, entries_at, tail_bound, means = None, 0, 0, list(budget.means)
-        if budget.entries is not None:
-            if len(means) != b or not all(0 <= x <= s for x, s in zip(means, used, strict=True)):
-                raise LengthError(f"budget.means: expected {b} numbers up to those of the segments, {used}, got {means}")
-            entries_at = _plain("budget.entries", budget.entries, _I32, (b, h))
-            tail_bound = max(0, min(max(means, default=0) * lists, int(budget.entries.max())))
-            tail = torch.empty((b, h, tail_bound), dtype=_I32), torch.empty((b, h), dtype=_I32)
+        z_at = plain("z", z, F32, (b, h, j, lists))
+        a_at = plain("a", a, F32, (b, h, j, m))
+        knots_at = plain("knots", knots, F32, (b, segments))
+        places = places_of(self._cpu, tables, num_segments, budget, (b, h, lists))
+        rows, tail = places.memory(b, h)
         t, x = self._cpu.probe(
             z_at,
             a_at,
             knots_at,
-            tables_at,
+            places.tables_at,
             b,
             h,
             j,
@@ -207,20 +199,19 @@ class CpuBackend(Backend):
             segments,
             count_lists,
             budget.nprobe,
-            used,
-            budgets_at,
-            miss_at,
-            entries_at,
-            means,
-            bound,
-            rows.data_ptr(),
-            counts.data_ptr(),
-            tail_bound,
+            places.used,
+            places.budgets_at,
+            places.miss_at,
+            places.entries_at,
+            places.means,
+            places.bound,
+            rows[0].data_ptr(),
+            rows[1].data_ptr(),
+            places.tail_bound,
             0 if tail is None else tail[0].data_ptr(),
             0 if tail is None else tail[1].data_ptr(),
         )
-        rows = _packed(rows, b, h, t)
-        return Probed(rows, counts) if tail is None else Probed(rows, counts, _packed(tail[0], b, h, x), tail[1])
+        return _probed(rows, tail, t, x)
 
     def scan(
         self,
@@ -239,13 +230,13 @@ class CpuBackend(Backend):
         b, h, g, q, d = queries.shape
         capacity, e = arena_values.shape[2:]
         dtype = arena_keys.dtype
-        q_at = _plain("queries", queries, queries.dtype, (b, h, g, q, d))
-        k_at = _plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
-        v_at = _plain("arena_values", arena_values, dtype, (b, h, capacity, e))
+        q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
+        k_at = plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
+        v_at = plain("arena_values", arena_values, dtype, (b, h, capacity, e))
         rows_at = counts_at = t = 0
         if rows is not None and counts is not None:
             t = rows.shape[2]
-            rows_at, counts_at = _plain("rows", rows, _I32, (b, h, t)), _plain("counts", counts, _I32, (b, h))
+            rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
         elif rows is not counts:
             raise ShapeError("rows, counts: expected both or neither")
         if not len(sinks) == len(sealed) == len(lengths) == b:
@@ -257,10 +248,10 @@ class CpuBackend(Backend):
         lse = torch.empty((b, h, g, q))
         self._cpu.scan(
             q_at,
-            _code("queries", queries),
+            code_of("queries", queries),
             k_at,
             v_at,
-            _code("arena_keys", arena_keys),
+            code_of("arena_keys", arena_keys),
             b,
             h,
             g,
@@ -278,91 +269,116 @@ class CpuBackend(Backend):
             causal,
             out.data_ptr(),
             lse.data_ptr(),
-            *(_NO_TAIL if tail is None else _tail(tail, dtype, (b, h, d, e))),
+            *(NO_TAIL if tail is None else means_of(tail, dtype, (b, h, d, e))),
         )
         return out, lse
+
+    def prepare_search(self, search: Search) -> Any:
+        h, _, d, lists, _ = search.router.shape
+        b, _, segments, _ = search.tables.shape
+        capacity, e = search.values.shape[2:]
+        dtype, budget = search.keys.dtype, search.budget
+        places = places_of(self._cpu, search.tables, search.num_segments, budget, (b, h, lists))
+        if not len(search.sinks) == len(search.sealed) == b:
+            raise ShapeError(f"sinks, sealed: expected {b} each, got {len(search.sinks)}, {len(search.sealed)}")
+        for first, middle in zip(search.sinks, search.sealed, strict=True):
+            if not 0 <= first <= middle <= capacity:
+                raise LengthError(f"expected 0 <= sinks <= sealed <= {capacity}, got {first}, {middle}")
+        most, means_at = search.mean_keys.shape[2], (0, 0)
+        if places.entries_at:
+            means_at = (
+                plain("mean_keys", search.mean_keys, dtype, (b, h, most, lists, d)),
+                plain("mean_values", search.mean_values, dtype, (b, h, most, lists, e)),
+            )
+        handle = self._cpu.make_search(
+            search.router,
+            search.first_knot,
+            search.count_lists,
+            plain("centres", search.centres, torch.float64, (b, segments)),
+            b,
+            h,
+            segments,
+            budget.nprobe,
+            places.tables_at,
+            places.used,
+            places.budgets_at,
+            places.miss_at,
+            places.entries_at,
+            places.means,
+            plain("keys", search.keys, dtype, (b, h, capacity, d)),
+            plain("values", search.values, dtype, (b, h, capacity, e)),
+            code_of("keys", search.keys),
+            capacity,
+            e,
+            list(search.sinks),
+            list(search.sealed),
+            search.scale,
+            *means_at,
+            most,
+        )
+        return _Prepared(handle, search, places)
+
+    def search(
+        self, prepared: Any, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Probed]:
+        plan, places = prepared.search, prepared.places
+        b, h, capacity, e = plan.values.shape
+        g, q = queries.shape[2:4]
+        q_at = plain("queries", queries, queries.dtype, (b, h, g, q, plan.keys.shape[3]))
+        if not len(ends) == len(lengths) == b:
+            raise ShapeError(f"ends, lengths: expected {b} each, got {len(ends)}, {len(lengths)}")
+        for middle, last in zip(plan.sealed, lengths, strict=True):
+            if not middle <= last <= capacity:
+                raise LengthError(f"lengths: expected {middle} to {capacity}, got {last}")
+        out, lse = torch.empty((b, h, g, q, e), dtype=queries.dtype), torch.empty((b, h, g, q))
+        rows, tail = places.memory(b, h)
+        t, x = self._cpu.search(
+            prepared.handle,
+            q_at,
+            code_of("queries", queries),
+            g,
+            q,
+            *angles_of(rotation, b * q, queries.shape[4]),
+            list(ends),
+            list(lengths),
+            out.data_ptr(),
+            lse.data_ptr(),
+            places.bound,
+            rows[0].data_ptr(),
+            rows[1].data_ptr(),
+            places.tail_bound,
+            0 if tail is None else tail[0].data_ptr(),
+            0 if tail is None else tail[1].data_ptr(),
+        )
+        return out, lse, _probed(rows, tail, t, x)
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype = out_a.shape, out_a.dtype
         if dtype not in CODES or out_b.dtype != dtype:
-            raise DTypeError(f"out_a, out_b: expected one of {_names()} for both, got {dtype} and {out_b.dtype}")
-        a_at, b_at = _plain("out_a", out_a, dtype, shape), _plain("out_b", out_b, dtype, shape)
-        la_at, lb_at = _plain("lse_a", lse_a, _F32, shape[:-1]), _plain("lse_b", lse_b, _F32, shape[:-1])
+            raise DTypeError(f"out_a, out_b: expected one of {dtype_names()} for both, got {dtype} and {out_b.dtype}")
+        a_at, b_at = plain("out_a", out_a, dtype, shape), plain("out_b", out_b, dtype, shape)
+        la_at, lb_at = plain("lse_a", lse_a, F32, shape[:-1]), plain("lse_b", lse_b, F32, shape[:-1])
         out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
         self._cpu.combine(CODES[dtype], a_at, la_at, b_at, lb_at, lse.numel(), shape[-1], out.data_ptr(), lse.data_ptr())
         return out, lse
 
 
-def _plain(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """The address of a contiguous host tensor of that dtype and shape."""
-    if x.dtype is not dtype or x.shape != shape or not x.is_contiguous() or not x.is_cpu:
-        _refuse(name, x, dtype, shape, "contiguous")
-    return x.data_ptr()
+class _Prepared(NamedTuple):
+    """A search of the compiled module, and the tensors whose addresses it holds."""
+
+    handle: Any
+    search: Search
+    places: Places
 
 
-def _rows(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """The address of a host tensor of which only the last axis need be contiguous."""
-    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or (x.stride(-1) != 1 and shape[-1] > 1):
-        _refuse(name, x, dtype, shape, "contiguous along the last axis")
-    return x.data_ptr()
+def _probed(rows: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor] | None, t: int, x: int) -> Probed:
+    """What was taken, of widths t and x."""
+    if tail is None:
+        return Probed(_packed(rows[0], t), rows[1])
+    return Probed(_packed(rows[0], t), rows[1], _packed(tail[0], x), tail[1])
 
 
-def _lists(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """The address of a host tensor (h, l, d) contiguous but over h, and its stride there."""
-    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or (shape[0] and not x[0].is_contiguous()):
-        _refuse(name, x, dtype, shape, "contiguous within a head")
-    return x.data_ptr(), x.stride(0)
-
-
-def _packed(x: Tensor, b: int, h: int, width: int) -> Tensor:
-    """The leading b * h * width elements of x as (b, h, width)."""
-    return x if width == x.shape[2] else x.view(-1)[: b * h * width].view(b, h, width)
-
-
-def _refuse(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> NoReturn:
-    if not x.is_cpu:
-        raise DeviceError(f"{name}: expected a tensor on 'cpu', got one on {str(x.device)!r}")
-    if x.dtype is not dtype:
-        raise DTypeError(f"{name}: expected {dtype}, got {x.dtype}")
-    if x.shape != shape:
-        raise ShapeError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
-    raise LayoutError(f"{name}: expected rows {layout}, got strides {x.stride()}")
-
-
-def _tail(tail: Tail, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
-    """runs, counts, x, means of keys and values, M, tables, S, l as the module takes them."""
-    b, h, d, e = shape
-    x, (most, lists), segments = tail.runs.shape[-1], tail.keys.shape[2:4], tail.tables.shape[2]
-    return (
-        _plain("tail.runs", tail.runs, _I32, (b, h, x)) if x else 0,
-        _plain("tail.counts", tail.counts, _I32, (b, h)),
-        x,
-        _plain("tail.keys", tail.keys, dtype, (b, h, most, lists, d)),
-        _plain("tail.values", tail.values, dtype, (b, h, most, lists, e)),
-        most,
-        _plain("tail.tables", tail.tables, _I32, (b, h, segments, lists + 1)),
-        segments,
-        lists,
-    )
-
-
-def _code(name: str, x: Tensor) -> int:
-    code = CODES.get(x.dtype)
-    if code is None:
-        raise DTypeError(f"{name}: expected one of {_names()}, got {x.dtype}")
-    return code
-
-
-def _names() -> str:
-    return ", ".join(str(t).removeprefix("torch.") for t in CODES)
-
-
-def _angles(rotation: Rotation | None, n: int, d: int) -> tuple[int, int, int, bool, float]:
-    """cos, sin, r, interleaved, scale as the module takes them."""
-    if rotation is None:
-        return _NO_ROTATION
-    half = rotation.cos.shape[-1]
-    if 2 * half > d:
-        raise ShapeError(f"rotation: expected at most {d // 2} angles per token, got {half}")
-    cos, sin = _plain("rotation.cos", rotation.cos, _F32, (n, half)), _plain("rotation.sin", rotation.sin, _F32, (n, half))
-    return cos, sin, 2 * half, rotation.interleaved, rotation.scale
+def _packed(x: Tensor, width: int) -> Tensor:
+    """The leading b * h * width elements of x (b, h, n) as (b, h, width)."""
+    b, h, n = x.shape
+    return x if width == n else x.view(-1)[: b * h * width].view(b, h, width)

@@ -1,0 +1,134 @@
+"""Host tensors as the compiled module takes them: checked, then raw addresses, sizes and codes. No operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ShapeError
+from .base import Budget, Rotation, Tail
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
+
+F32, I32 = torch.float32, torch.int32
+_NO_ROTATION = (0, 0, 0, False, 1.0)
+NO_TAIL = (0, 0, 0, 0, 0, 0, 0, 0, 1)
+
+
+def plain(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The address of a contiguous host tensor of that dtype and shape."""
+    if x.dtype is not dtype or x.shape != shape or not x.is_contiguous() or not x.is_cpu:
+        _refuse(name, x, dtype, shape, "contiguous")
+    return x.data_ptr()
+
+
+def rows_of(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The address of a host tensor of which only the last axis need be contiguous."""
+    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or (x.stride(-1) != 1 and shape[-1] > 1):
+        _refuse(name, x, dtype, shape, "contiguous along the last axis")
+    return x.data_ptr()
+
+
+def lists_of(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """The address of a host tensor (h, l, d) contiguous but over h, and its stride there."""
+    if x.dtype is not dtype or x.shape != shape or not x.is_cpu or (shape[0] and not x[0].is_contiguous()):
+        _refuse(name, x, dtype, shape, "contiguous within a head")
+    return x.data_ptr(), x.stride(0)
+
+
+def _refuse(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> NoReturn:
+    if not x.is_cpu:
+        raise DeviceError(f"{name}: expected a tensor on 'cpu', got one on {str(x.device)!r}")
+    if x.dtype is not dtype:
+        raise DTypeError(f"{name}: expected {dtype}, got {x.dtype}")
+    if x.shape != shape:
+        raise ShapeError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+    raise LayoutError(f"{name}: expected rows {layout}, got strides {x.stride()}")
+
+
+def means_of(tail: Tail, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """runs, counts, x, means of keys and values, M, tables, S, l as the module takes them."""
+    b, h, d, e = shape
+    x, (most, lists), segments = tail.runs.shape[-1], tail.keys.shape[2:4], tail.tables.shape[2]
+    return (
+        plain("tail.runs", tail.runs, I32, (b, h, x)) if x else 0,
+        plain("tail.counts", tail.counts, I32, (b, h)),
+        x,
+        plain("tail.keys", tail.keys, dtype, (b, h, most, lists, d)),
+        plain("tail.values", tail.values, dtype, (b, h, most, lists, e)),
+        most,
+        plain("tail.tables", tail.tables, I32, (b, h, segments, lists + 1)),
+        segments,
+        lists,
+    )
+
+
+def code_of(name: str, x: Tensor) -> int:
+    code = CODES.get(x.dtype)
+    if code is None:
+        raise DTypeError(f"{name}: expected one of {dtype_names()}, got {x.dtype}")
+    return code
+
+
+def dtype_names() -> str:
+    return ", ".join(str(t).removeprefix("torch.") for t in CODES)
+
+
+def angles_of(rotation: Rotation | None, n: int, d: int) -> tuple[int, int, int, bool, float]:
+    """cos, sin, r, interleaved, scale as the module takes them."""
+    if rotation is None:
+        return _NO_ROTATION
+    half = rotation.cos.shape[-1]
+    if 2 * half > d:
+        raise ShapeError(f"rotation: expected at most {d // 2} angles per token, got {half}")
+    cos, sin = plain("rotation.cos", rotation.cos, F32, (n, half)), plain("rotation.sin", rotation.sin, F32, (n, half))
+    return cos, sin, 2 * half, rotation.interleaved, rotation.scale
+
+
+class Places(NamedTuple):
+    """Addresses and sizes of what `probe` may take: see `places_of`."""
+
+    tables_at: int
+    used: list[int]
+    budgets_at: int
+    miss_at: int
+    entries_at: int
+    means: list[int]
+    bound: int
+    tail_bound: int
+
+    def memory(self, b: int, h: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """Numbers and counts of rows, and of runs where there may be entries."""
+        rows = torch.empty((b, h, self.bound), dtype=I32), torch.empty((b, h), dtype=I32)
+        if not self.entries_at:
+            return rows, None
+        return rows, (torch.empty((b, h, self.tail_bound), dtype=I32), torch.empty((b, h), dtype=I32))
+
+
+def places_of(module: Any, tables: Tensor, num_segments: Sequence[int], budget: Budget, shape: tuple[int, int, int]) -> Places:
+    """Where `probe` finds what it may take, all of it checked. module : the compiled one; shape : b, h, l."""
+    b, h, lists = shape
+    segments = tables.shape[2]
+    tables_at = plain("tables", tables, I32, (b, h, segments, lists + 1))
+    if len(num_segments) != b:
+        raise ShapeError(f"num_segments: expected {b} numbers, got {len(num_segments)}")
+    for valid in num_segments:
+        if not 0 <= valid <= segments:
+            raise LengthError(f"num_segments: expected 0 to {segments}, got {valid}")
+    if not 0 < lists < 65536 or segments > 65535 or budget.nprobe < 0:
+        raise LengthError(
+            f"expected 1 to 65535 lists, up to 65535 segments and nprobe >= 0, got {lists}, {segments}, {budget.nprobe}"
+        )
+    used, budgets_at = list(num_segments), plain("budget.rows", budget.rows, I32, (b, h))
+    miss_at = 0 if budget.miss is None else plain("budget.miss", budget.miss, F32, (h,))
+    bound = module.probe_bound(tables_at, b, h, lists, segments, used, budgets_at)
+    entries_at, tail_bound, means = 0, 0, list(budget.means)
+    if budget.entries is not None:
+        if len(means) != b or not all(0 <= x <= s for x, s in zip(means, used, strict=True)):
+            raise LengthError(f"budget.means: expected {b} numbers up to those of the segments, {used}, got {means}")
+        entries_at = plain("budget.entries", budget.entries, I32, (b, h))
+        tail_bound = max(0, min(max(means, default=0) * lists, int(budget.entries.max())))
+    return Places(tables_at, used, budgets_at, miss_at, entries_at, means, bound, tail_bound)
