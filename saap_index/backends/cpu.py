@@ -1,7 +1,7 @@
 """The host backend: checks what it is given and hands raw addresses to the compiled module.
 
 The kernels trust sizes, so every size is checked here; contents that address memory (row and list numbers, offsets) the
-kernels check themselves. A decode step makes three of these calls, hence the plain style: no wrapper objects, no views.
+kernels check themselves. Every decode step calls here, hence the plain style: no wrapper objects, no views.
 """
 
 from __future__ import annotations
