@@ -1,4 +1,4 @@
-"""Times each operation of the CPU backend at two shapes, beside the read bandwidth of this machine in the same run.
+"""Times each operation of the CPU backend at three shapes, beside the read bandwidth of this machine in the same run.
 
 Every result is first compared with the float64 specification or the torch backend. Run it as: python bench/micro_cpu.py
 """
@@ -43,7 +43,8 @@ class Shape:
         return self.query_heads // self.kv_heads
 
 
-SHAPES = (Shape("llama", 8, 32, 128, 131072, 256), Shape("smollm2", 3, 9, 64, 8192, 256))
+# mha: one query head per KV head, where memory and not arithmetic is the limit
+SHAPES = (Shape("llama", 8, 32, 128, 131072, 256), Shape("mha", 8, 8, 128, 131072, 256), Shape("smollm2", 3, 9, 64, 8192, 256))
 CPU, TORCH = CpuBackend(), TorchBackend("cpu")
 
 

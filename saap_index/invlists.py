@@ -73,6 +73,7 @@ class SegmentedInvertedLists:
 
     def _allocate_means(self, capacity: int) -> None:
         """Room for the means of every segment that ``capacity`` rows can hold; keep those there are."""
+        self.plans.clear()  # they hold the memory of before
         count = self.layout.most_means(capacity, self.nlist)
         for name, dim in (("mean_keys", self.d), ("mean_values", self.d_v)):
             new = self._empty((self.batch, self.heads, count, self.nlist, dim), self.dtype)
@@ -103,6 +104,7 @@ class SegmentedInvertedLists:
     def _reserve_tables(self, count: int, exact: bool = False, shrink: bool = True) -> None:
         have = self.tables.shape[2]
         if count > have or (exact and shrink and count < have):
+            self.plans.clear()
             new = self._empty((self.batch, self.heads, count if exact else count + 8, self.nlist + 1), torch.int32)
             keep = min(have, new.shape[2])
             new[:, :, :keep] = self.tables[:, :, :keep]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +118,17 @@ def test_it_follows_the_index() -> None:
     index.reset()
     index.add(tokens(1, 2, 90, 32), tokens(1, 2, 90, 40))
     assert_same(index, queries, params)
+
+
+def test_memory_that_moved_is_given_back() -> None:
+    index = filled([150])
+    queries = tokens(1, 6, 1, 32)
+    for chosen in PARAMETERS:
+        index.search_attend(queries, params=SearchParametersIVF(**chosen))  # type: ignore[arg-type]
+    held = [weakref.ref(x) for x in (index.invlists.keys, index.invlists.values, index.invlists.tables, index.invlists.mean_keys)]
+    index.reserve_memory(5000)
+    gc.collect()
+    assert [x() for x in held] == [None] * 4
 
 
 def test_where_it_is_not_for() -> None:
