@@ -38,14 +38,22 @@ def race(candidates: Mapping[str, Callable[[], Any]], seconds: float = 3.0, leas
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of a plain read of 1 GiB by the kernels' own thread pool, best of some; 0 without the C++ module."""
+READ_CHUNK = 128 << 10
+
+
+def bare_read(x: torch.Tensor) -> int:
+    """Load whole chunks of ``x``, contiguous, by the kernels' own threads, and do nothing with them but add: the bytes read.
+
+    Raced with what reads the same memory for a purpose, it says what the machine gives while it does. 0 without the C++ module.
+    """
     from saap_index.bindings import native
 
     module = native.load()
     if module is None:
-        return 0.0
-    return 1e9 * float(max(module.read_bandwidth(1 << 30, 8)))
+        return 0
+    nbytes = x.nbytes // READ_CHUNK * READ_CHUNK
+    module.read_memory(x.data_ptr(), nbytes)
+    return nbytes
 
 
 def environment() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 // Merging two attention states element by element, and the reader that measures what memory gives.
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -38,8 +39,25 @@ void combine(DType type, const void* out_a, const float* lse_a, const void* out_
   });
 }
 
+uint64_t read_memory(const void* memory, int64_t bytes) {
+  constexpr int64_t kChunk = 1 << 17;
+  std::atomic<uint64_t> total{0};
+  pool().run(bytes / kChunk, [&](int64_t c) {
+    const uint64_t* p = static_cast<const uint64_t*>(memory) + c * (kChunk / 8);
+    uint64_t sum[16] = {};
+    for (int64_t i = 0; i < kChunk / 8; i += 16) {
+      __builtin_prefetch(p + i + 512);
+      __builtin_prefetch(p + i + 520);
+      for (int k = 0; k < 16; k++) sum[k] += p[i + k];
+    }
+    for (int k = 1; k < 16; k++) sum[0] += sum[k];
+    total.fetch_add(sum[0], std::memory_order_relaxed);
+  });
+  return total.load();
+}
+
 std::vector<double> read_bandwidth(int64_t bytes, int repetitions) {
-  constexpr int64_t kChunk = 1 << 20, kHuge = 2 << 20;
+  constexpr int64_t kHuge = 2 << 20;
   bytes = bytes / kHuge * kHuge;
   void* raw = std::malloc(bytes + kHuge);
   if (!raw) throw std::bad_alloc();
@@ -48,25 +66,14 @@ std::vector<double> read_bandwidth(int64_t bytes, int repetitions) {
   madvise(memory, bytes, MADV_HUGEPAGE);  // as NumPy asks for the arena
 #endif
   for (int64_t i = 0; i < bytes / 8; i += 8) memory[i] = i;
-  std::vector<uint64_t> sums(bytes / kChunk);
   std::vector<double> figures;
+  volatile uint64_t used = 0;
   for (int r = 0; r < repetitions; r++) {
     const auto begin = std::chrono::steady_clock::now();
-    pool().run(bytes / kChunk, [&](int64_t c) {
-      const uint64_t* p = memory + c * (kChunk / 8);
-      uint64_t sum[16] = {};
-      for (int64_t i = 0; i < kChunk / 8; i += 16) {
-        __builtin_prefetch(p + i + 512);
-        __builtin_prefetch(p + i + 520);
-        for (int k = 0; k < 16; k++) sum[k] += p[i + k];
-      }
-      for (int k = 1; k < 16; k++) sum[0] += sum[k];
-      sums[c] = sum[0];
-    });
+    used = read_memory(memory, bytes);
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
     figures.push_back(bytes / took.count() * 1e-9);
   }
-  volatile uint64_t used = sums[0];
   (void)used;
   std::free(raw);
   return figures;

@@ -144,7 +144,9 @@ void means(DType, const MeansSide& keys, const MeansSide& values, int h, int64_t
 
 void combine(DType, const void* out_a, const float* lse_a, const void* out_b, const float* lse_b, int64_t n, int e, void* out, float* lse);
 
-// GB/s at which all threads together read `bytes` of memory, one figure per repetition.
+// The sum of the words of memory, whole times 128 KiB, read by all threads together and by nothing but loads and additions.
+uint64_t read_memory(const void* memory, int64_t bytes);
+// GB/s of that, one figure per repetition.
 std::vector<double> read_bandwidth(int64_t bytes, int repetitions);
 
 }  // namespace saap
