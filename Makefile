@@ -43,6 +43,7 @@ lint: setup ## ruff and mypy
 
 bench: setup ## the speed claims of the README, checked and timed on this machine
 	$(BIN)/python bench/search_attend.py --shape llama --tokens 131072
+	$(BIN)/python bench/search_attend.py --shape mha --tokens 131072
 	$(BIN)/python bench/search_attend.py --shape smollm2 --tokens 8192
 	$(BIN)/python bench/add.py
 	$(BIN)/python bench/peers.py --json bench_results/peers.json --plot bench_results/peers.png

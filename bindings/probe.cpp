@@ -350,6 +350,8 @@ void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, Prob
     if (p.entries) tail.counts[bh] = 0;
     for (int s = 0; s < head.s; s++)
       if (!ordered(table_of(p, bh, s), p.l)) return fine.store(false);
+    const int64_t total = total_of(p, bh, head.s);
+    if (std::min<int64_t>(p.budgets[bh], total) > rows.bound) return fine.store(false);
     const int64_t runs = static_cast<int64_t>(head.s) * head.lp, e_size = static_cast<int64_t>(p.j) * head.lp;
     float* w = memory.get<float>(std::max<int64_t>(runs, head.lp) + e_size + 2 * static_cast<int64_t>(p.j) * head.s + p.j);
     head.e = w + std::max<int64_t>(runs, head.lp);
@@ -377,12 +379,12 @@ void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, Prob
       if (p.miss) most.allowed = std::isfinite(log_share) ? static_cast<double>(p.miss[bh % p.h]) * p.j * std::exp(-log_share) : INFINITY;
       if (p.entries) most.entries = p.entries[bh], most.means = static_cast<int>(means[i]);
       int32_t *const tail_out = tail.numbers + bh * tail.bound, *tail_end = tail_out;
-      take_runs(head, w, total_of(p, bh, head.s), most, end, tail_end);
+      take_runs(head, w, total, most, end, tail_end);
       if (p.entries) tail.counts[bh] = static_cast<int32_t>(tail_end - tail_out);
     }
     rows.counts[bh] = static_cast<int32_t>(end - out);
   }, Pool::Next::kSoon);
-  if (!fine) throw std::out_of_range("probe: tables: the offsets of a segment are not ascending");
+  if (!fine) throw std::out_of_range("probe: tables: the offsets of a segment are not ascending, or hold more rows than they did");
   pack(rows, heads);
   if (p.entries) pack(tail, heads);
 }

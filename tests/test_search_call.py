@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from saap_index import AsymmetricIndex, LengthError, Rope, SearchParametersIVF, ShapeError
 from saap_index.attend import _plan, _search
-from saap_index.backends import Backend, Search
+from saap_index.backends import Backend, Budget, Search
 from saap_index.backends.cpu import CpuBackend
 
 PARAMETERS = [
@@ -177,6 +177,12 @@ def test_refusals() -> None:
     broken[0, 0, 0, 2] = -7
     with pytest.raises(IndexError, match="not ascending"):
         cpu.search(cpu.prepare_search(replace(found, tables=broken)), queries, None, [150, 120], [150, 120])
+    broken = lists.tables.clone()
+    plenty = Budget(torch.full((2, 2), 10**6, dtype=torch.int32))
+    prepared = cpu.prepare_search(replace(found, tables=broken, budget=plenty))
+    broken[1, 1, 1, -1] += 10**5
+    with pytest.raises(IndexError, match="more rows than they did"):
+        cpu.search(prepared, queries, None, [150, 120], [150, 120])
 
 
 def test_nan_stays_in_its_own_query() -> None:
