@@ -2,8 +2,8 @@
 //
 // A block of 16 rows is scored, its softmax weights are formed and its values are added, then the next block follows. Meanwhile
 // rows of later blocks are fetched, values while keys are multiplied and keys while values are: into the second cache, for in the
-// first they would push out what is needed now. No processor foresees which rows are listed; where they lie side by side, doing
-// this is at least as fast as leaving it to the processor.
+// first they would push out what is needed now. Not left to the processor even where rows lie side by side: with K and V read in
+// turn, and pages of 16 rows, it foresees too little.
 constexpr int kBlock = 16;
 template <int G> constexpr int kKeysAhead = G < 4 ? 2 : 1;  // blocks by which keys are fetched ahead; with few columns one is short
 constexpr float kLowest = -1e30f;  // the running maximum before anything was seen: finite, so that differences stay numbers
