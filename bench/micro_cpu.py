@@ -200,7 +200,7 @@ def run(shape: Shape, seconds: float) -> None:
     whole = CPU.prepare_search(Search(router, 1, True, centres, *where, [shape.sinks], [sealed], d**-0.5))
 
     def search(x: Tensor) -> Tensor:
-        return CPU.search(whole, x, case.rotation, [n], [n])[0]
+        return whole(x, case.rotation, [n], [n])[0]
 
     assert all(worst(search(x), step(x)[0]) < 2e-3 for x in case.queries[:3])
     report.line("the same in one call", median_us([lambda x=x: search(x) for x in case.queries], seconds), read + weight_bytes)

@@ -156,11 +156,12 @@ class IndexDecode(IndexStorage):
     def _fused(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
         """Selection and attention in one go, for queries (b, h, g, q, d); None where the general way must be taken."""
         state = self._decode_state()
+        if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
+            if state is not None:
+                state.refuse_capture("a larger window or more sinks than the index has")
+            return None
         if state is None:
             return self._in_one_call(x, params)
-        if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
-            state.refuse_capture("a larger window or more sinks than the index has")
-            return None
         self._refuse_lists_to_come(state)
         routing, given = self._routing(state, x.shape[3]), self._given(params)
         assert self._query_router is not None
@@ -169,8 +170,6 @@ class IndexDecode(IndexStorage):
 
     def _in_one_call(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
         """`_fused` for a backend that keeps no state."""
-        if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
-            return None
         assert self._query_router is not None
         rotation = None if self.rope is None else self._query_rotation(x.shape[3])
         router = self._query_router, self._prepared_router

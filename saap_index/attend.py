@@ -85,7 +85,7 @@ def search(
         return None
     lengths = list(lists.lengths)
     ends = [lists.next_position(i) for i in range(lists.batch)]
-    out, lse, found = backend.search(known[1], queries, rotation, ends, lengths)
+    out, lse, found = known[1](queries, rotation, ends, lengths)
     return out, lse, Selection(found.rows, found.counts, plan.sinks, plan.sealed, lengths, found.tail, found.tail_counts)
 
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from saap_index import AsymmetricIndex, LengthError, Rope, SearchParametersIVF, ShapeError
 from saap_index.attend import _plan, _search
-from saap_index.backends import Backend, Budget, Search
+from saap_index.backends import Budget, Search
 from saap_index.backends.cpu import CpuBackend
+from saap_index.backends.search import PreparedSearch
 
 PARAMETERS = [
     {"selectivity": 0.2}, {"selectivity": 1e-6}, {"nprobe": 2}, {"target_mass": 0.5}, {"selectivity": 0.3, "tail": 0.4},
@@ -32,13 +33,15 @@ class Counting(CpuBackend):
         super().__init__()
         self.calls = self.prepared = 0
 
-    def prepare_search(self, search: Search) -> Any:
+    def prepare_search(self, search: Search) -> PreparedSearch:
         self.prepared += 1
-        return super().prepare_search(search)
+        prepared = super().prepare_search(search)
 
-    def search(self, *args: Any) -> Any:
-        self.calls += 1
-        return super().search(*args)
+        def counted(*args: Any) -> Any:
+            self.calls += 1
+            return prepared(*args)
+
+        return counted
 
 
 def filled(lengths: list[int], **options: Any) -> AsymmetricIndex:
@@ -142,10 +145,11 @@ def test_where_it_is_not_for() -> None:
 
 
 def test_a_backend_without_it_is_asked_for_the_three() -> None:
-    index = small_index(backend="torch")
+    index = small_index(backend="torch", selectivity=0.2)
     assert index._backend.prepare_search(None) is None  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError):
-        Backend.search(index._backend, None, tokens(1, 4, 1, 32), None, [1], [1])
+    index.add(tokens(1, 2, 150, 32, seed=1), tokens(1, 2, 150, 32, seed=2))
+    queries = tokens(1, 4, 1, 32)
+    assert torch.equal(index.search_attend(queries), index.attend_selected(queries, index.select(queries)))
 
 
 def test_refusals() -> None:
@@ -158,15 +162,15 @@ def test_refusals() -> None:
     found = _search(lists, router, index._prepared_router, plan, plan.budget, 1.0)
     queries = tokens(2, 6, 1, 32).view(2, 2, 3, 1, 32)
     prepared = cpu.prepare_search(found)
-    cpu.search(prepared, queries, None, [150, 120], [150, 120])
+    prepared(queries, None, [150, 120], [150, 120])
     with pytest.raises(LengthError, match=r"lengths: expected \d+ to \d+, got 5"):
-        cpu.search(prepared, queries, None, [150, 120], [150, 5])
+        prepared(queries, None, [150, 120], [150, 5])
     with pytest.raises(LengthError, match="got 100000"):
-        cpu.search(prepared, queries, None, [150, 120], [100000, 120])
+        prepared(queries, None, [150, 120], [100000, 120])
     with pytest.raises(ShapeError, match="ends, lengths: expected 2 each, got 1, 2"):
-        cpu.search(prepared, queries, None, [150], [150, 120])
+        prepared(queries, None, [150], [150, 120])
     with pytest.raises(ShapeError, match="queries: expected shape"):
-        cpu.search(prepared, queries[:1], None, [150, 120], [150, 120])
+        prepared(queries[:1], None, [150, 120], [150, 120])
     with pytest.raises(LengthError, match="sinks <= sealed"):
         cpu.prepare_search(replace(found, sinks=[0, 200]))
     with pytest.raises(ShapeError, match="sinks, sealed: expected 2 each, got 1, 2"):
@@ -176,13 +180,13 @@ def test_refusals() -> None:
     broken = lists.tables.clone()
     broken[0, 0, 0, 2] = -7
     with pytest.raises(IndexError, match="not ascending"):
-        cpu.search(cpu.prepare_search(replace(found, tables=broken)), queries, None, [150, 120], [150, 120])
+        cpu.prepare_search(replace(found, tables=broken))(queries, None, [150, 120], [150, 120])
     broken = lists.tables.clone()
     plenty = Budget(torch.full((2, 2), 10**6, dtype=torch.int32))
     prepared = cpu.prepare_search(replace(found, tables=broken, budget=plenty))
     broken[1, 1, 1, -1] += 10**5
     with pytest.raises(IndexError, match="more rows than they did"):
-        cpu.search(prepared, queries, None, [150, 120], [150, 120])
+        prepared(queries, None, [150, 120], [150, 120])
 
 
 def test_nan_stays_in_its_own_query() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ShapeError
-from .base import Budget, Rotation, Tail
+from .base import Budget, Probed, Rotation, Tail
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
@@ -100,12 +100,41 @@ class Places(NamedTuple):
     bound: int
     tail_bound: int
 
-    def memory(self, b: int, h: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-        """Numbers and counts of rows, and of runs where there may be entries."""
+    def memory(self, b: int, h: int) -> Taken:
+        """Room for what may be taken."""
         rows = torch.empty((b, h, self.bound), dtype=I32), torch.empty((b, h), dtype=I32)
-        if not self.entries_at:
-            return rows, None
-        return rows, (torch.empty((b, h, self.tail_bound), dtype=I32), torch.empty((b, h), dtype=I32))
+        tail = None
+        if self.entries_at:
+            tail = torch.empty((b, h, self.tail_bound), dtype=I32), torch.empty((b, h), dtype=I32)
+        return Taken(rows, tail)
+
+
+class Taken(NamedTuple):
+    """Numbers and counts of rows, and of runs where there may be entries, as the module writes them."""
+
+    rows: tuple[Tensor, Tensor]
+    tail: tuple[Tensor, Tensor] | None
+
+    def at(self) -> tuple[int, ...]:
+        """Bound, numbers and counts of rows, the same of the tail, as the module takes them."""
+        rows, counts = self.rows
+        if self.tail is None:
+            return rows.shape[2], rows.data_ptr(), counts.data_ptr(), 0, 0, 0
+        runs, run_counts = self.tail
+        return rows.shape[2], rows.data_ptr(), counts.data_ptr(), runs.shape[2], runs.data_ptr(), run_counts.data_ptr()
+
+    def probed(self, t: int, x: int) -> Probed:
+        """What was written, of widths t and x."""
+        if self.tail is None:
+            return Probed(_packed(self.rows[0], t), self.rows[1])
+        return Probed(_packed(self.rows[0], t), self.rows[1], _packed(self.tail[0], x), self.tail[1])
+
+
+def _packed(x: Tensor, width: int) -> Tensor:
+    """The leading b * h * width elements of x (b, h, n) as (b, h, width)."""
+    b, h, n = x.shape
+    return x if width == n else x.view(-1)[: b * h * width].view(b, h, width)
+
 
 
 def places_of(module: Any, tables: Tensor, num_segments: Sequence[int], budget: Budget, shape: tuple[int, int, int]) -> Places:

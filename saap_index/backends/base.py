@@ -27,7 +27,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .resident import Resident
-    from .search import Search
+    from .search import PreparedSearch, Search
 
 
 NETWORK = ("hidden", "bias_hidden", "out", "skip", "bias_out")
@@ -317,19 +317,10 @@ class Backend(ABC):
         Nothing to attend: out = 0, lse = -inf. The result does not depend on the number of threads.
         """
 
-    def prepare_search(self, search: Search) -> Any:
-        """Pack what a search needs besides queries into whatever `search` reads fastest; None for a backend without `search`."""
+    def prepare_search(self, search: Search) -> PreparedSearch | None:
+        """`route`, `probe` and the causal `scan` over what that took as one call, for a step to cost little besides; None for a
+        backend without."""
         return None
-
-    def search(
-        self, prepared: Any, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Probed]:
-        """`route`, `probe` and the causal `scan` over what that took, in one call, for a step to cost little besides.
-
-        ends : position of the token that comes next in each sequence. A segment lies on the knots where log2 of the distance of
-        its middle from the newest token, at least 1, less first_knot does. Returns out and lse as `scan`, and what was taken.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

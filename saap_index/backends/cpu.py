@@ -31,7 +31,7 @@ from .addresses import (
     rows_of,
 )
 from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
-from .search import Search
+from .search import PreparedSearch, Search
 
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
 
@@ -185,8 +185,8 @@ class CpuBackend(Backend):
         a_at = plain("a", a, F32, (b, h, j, m))
         knots_at = plain("knots", knots, F32, (b, segments))
         places = places_of(self._cpu, tables, num_segments, budget, (b, h, lists))
-        rows, tail = places.memory(b, h)
-        t, x = self._cpu.probe(
+        taken = places.memory(b, h)
+        widths = self._cpu.probe(
             z_at,
             a_at,
             knots_at,
@@ -204,14 +204,9 @@ class CpuBackend(Backend):
             places.miss_at,
             places.entries_at,
             places.means,
-            places.bound,
-            rows[0].data_ptr(),
-            rows[1].data_ptr(),
-            places.tail_bound,
-            0 if tail is None else tail[0].data_ptr(),
-            0 if tail is None else tail[1].data_ptr(),
+            *taken.at(),
         )
-        return _probed(rows, tail, t, x)
+        return taken.probed(*widths)
 
     def scan(
         self,
@@ -273,7 +268,7 @@ class CpuBackend(Backend):
         )
         return out, lse
 
-    def prepare_search(self, search: Search) -> Any:
+    def prepare_search(self, search: Search) -> PreparedSearch:
         h, _, d, lists, _ = search.router.shape
         b, _, segments, _ = search.tables.shape
         capacity, e = search.values.shape[2:]
@@ -316,41 +311,7 @@ class CpuBackend(Backend):
             *means_at,
             most,
         )
-        return _Prepared(handle, search, places)
-
-    def search(
-        self, prepared: Any, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Probed]:
-        plan, places = prepared.search, prepared.places
-        b, h, capacity, e = plan.values.shape
-        g, q = queries.shape[2:4]
-        q_at = plain("queries", queries, queries.dtype, (b, h, g, q, plan.keys.shape[3]))
-        if not len(ends) == len(lengths) == b:
-            raise ShapeError(f"ends, lengths: expected {b} each, got {len(ends)}, {len(lengths)}")
-        for middle, last in zip(plan.sealed, lengths, strict=True):
-            if not middle <= last <= capacity:
-                raise LengthError(f"lengths: expected {middle} to {capacity}, got {last}")
-        out, lse = torch.empty((b, h, g, q, e), dtype=queries.dtype), torch.empty((b, h, g, q))
-        rows, tail = places.memory(b, h)
-        t, x = self._cpu.search(
-            prepared.handle,
-            q_at,
-            code_of("queries", queries),
-            g,
-            q,
-            *angles_of(rotation, b * q, queries.shape[4]),
-            list(ends),
-            list(lengths),
-            out.data_ptr(),
-            lse.data_ptr(),
-            places.bound,
-            rows[0].data_ptr(),
-            rows[1].data_ptr(),
-            places.tail_bound,
-            0 if tail is None else tail[0].data_ptr(),
-            0 if tail is None else tail[1].data_ptr(),
-        )
-        return out, lse, _probed(rows, tail, t, x)
+        return _Prepared(self._cpu, handle, search, places)
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype = out_a.shape, out_a.dtype
@@ -364,21 +325,37 @@ class CpuBackend(Backend):
 
 
 class _Prepared(NamedTuple):
-    """A search of the compiled module, and the tensors whose addresses it holds."""
+    """See `PreparedSearch`. Holds the tensors whose addresses the handle holds."""
 
+    module: Any
     handle: Any
-    search: Search
+    plan: Search
     places: Places
 
-
-def _probed(rows: tuple[Tensor, Tensor], tail: tuple[Tensor, Tensor] | None, t: int, x: int) -> Probed:
-    """What was taken, of widths t and x."""
-    if tail is None:
-        return Probed(_packed(rows[0], t), rows[1])
-    return Probed(_packed(rows[0], t), rows[1], _packed(tail[0], x), tail[1])
-
-
-def _packed(x: Tensor, width: int) -> Tensor:
-    """The leading b * h * width elements of x (b, h, n) as (b, h, width)."""
-    b, h, n = x.shape
-    return x if width == n else x.view(-1)[: b * h * width].view(b, h, width)
+    def __call__(
+        self, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Probed]:
+        b, h, capacity, e = self.plan.values.shape
+        g, q = queries.shape[2:4]
+        q_at = plain("queries", queries, queries.dtype, (b, h, g, q, self.plan.keys.shape[3]))
+        if not len(ends) == len(lengths) == b:
+            raise ShapeError(f"ends, lengths: expected {b} each, got {len(ends)}, {len(lengths)}")
+        for middle, last in zip(self.plan.sealed, lengths, strict=True):
+            if not middle <= last <= capacity:
+                raise LengthError(f"lengths: expected {middle} to {capacity}, got {last}")
+        out, lse = torch.empty((b, h, g, q, e), dtype=queries.dtype), torch.empty((b, h, g, q))
+        taken = self.places.memory(b, h)
+        widths = self.module.search(
+            self.handle,
+            q_at,
+            code_of("queries", queries),
+            g,
+            q,
+            *angles_of(rotation, b * q, queries.shape[4]),
+            list(ends),
+            list(lengths),
+            out.data_ptr(),
+            lse.data_ptr(),
+            *taken.at(),
+        )
+        return out, lse, taken.probed(*widths)

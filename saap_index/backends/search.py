@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from .base import Budget
+from .base import Budget, Probed, Rotation
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,15 @@ class Search:
     sinks: Sequence[int]
     sealed: Sequence[int]
     scale: float
+
+
+class PreparedSearch(Protocol):
+    """A search as `Backend.prepare_search` packed it."""
+
+    def __call__(
+        self, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Probed]:
+        """queries, rotation : as in `Backend.route`; lengths : as in `Backend.scan`; ends : position of the token that comes next
+        in each sequence. A segment lies on the knots where log2 of the distance of its middle from the newest token, at least 1,
+        less first_knot does. Returns out and lse as `Backend.scan`, and what was taken.
+        """
