@@ -136,7 +136,6 @@ def _packed(x: Tensor, width: int) -> Tensor:
     return x if width == n else x.view(-1)[: b * h * width].view(b, h, width)
 
 
-
 def places_of(module: Any, tables: Tensor, num_segments: Sequence[int], budget: Budget, shape: tuple[int, int, int]) -> Places:
     """Where `probe` finds what it may take, all of it checked. module : the compiled one; shape : b, h, l."""
     b, h, lists = shape
