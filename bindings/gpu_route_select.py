@@ -18,7 +18,9 @@ from .gpu_route import CODES, PackedRouter, Unturn
 from .gpu_select import MOST_KNOTS
 from .gpu_types import Launch, Runtime
 
-_POINTERS = "queries hidden bias_hidden out bias_out inv_freq cosine sine meta tables centres budgets miss rows counts tickets"
+_POINTERS = (
+    "queries hidden bias_hidden out bias_out inv_freq cosine sine meta tables centres budgets miss rows counts tickets clocks"
+)
 _INTS = "b h j q d pairs interleaved l outputs out_tiles segments first_knot t_cap num_tickets early"
 PARAMS = np.dtype(
     [(name, np.uint64) for name in _POINTERS.split()] + [("scale", np.float32)] + [(name, np.int32) for name in _INTS.split()],
@@ -29,10 +31,16 @@ MOST_VECTORS = 8
 LEAST_CAPABILITY = (9, 0)
 """The first with clusters."""
 
-THREADS, BINS, CANDIDATES = 256, 2048, 256
+THREADS, BINS, CANDIDATES = 512, 2048, 256
 CLUSTERS = 8, 4, 2
 THREADS_OF_A_MULTIPROCESSOR, RESERVED_BYTES = 2048, 1024
 """Shared memory that the system takes of every block."""
+
+
+STAGES = (
+    "-", "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted", "written",
+)  # fmt: skip
+"""What has been done when a stage is noted."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +94,22 @@ def shared_bytes(router: PackedRouter, segments: int, macros: dict[str, int]) ->
     rows = 8 * 16 * (4 * (d32 + u32) + 1)
     products = 512 * (hidden + 2 * all_tiles) * (2 if d32 > 1 else 1)
     floats = lists * columns + (MOST_KNOTS + 1) * columns + segments * columns + segments * (lists + 1) + segments * lists
+    floats += segments + 16 * d32 + 4 + 32 * u32 + 16 * all_tiles
     return fixed_bytes(macros) + weights + rows + products + 4 * floats
 
 
 def fixed_bytes(macros: dict[str, int]) -> int:
     """sizeof(Shared) of route_select.cu, rounded up to 128."""
     cluster, columns, warps = macros["SAAP_CLUSTER"], macros["SAAP_COLUMNS"], macros["SAAP_THREADS"] // 32
-    size = 8 * (cluster + warps) * columns + 12 * columns + 8 * (2 * cluster + 1 + warps) + 12 + 4 + 4 + 4
+    size = 8 * (cluster + warps) * columns + 12 * columns + 8 * (2 * cluster + 1 + warps) + 12 + 4 + 4 + 4 + 4
     return -(-(size + 16 * CANDIDATES + 8 * BINS // cluster) // 128) * 128
 
 
 class RouteSelect:
-    """From queries to the rows to read, for one shape and router: the kernel, compiled, and its grid."""
+    """From queries to the rows to read, for one shape and router: the kernel, compiled, and its grid.
+
+    clocks : int64 (blocks, 16) cycles at each stage with the macro SAAP_CLOCK, else None; STAGES are their names.
+    """
 
     def __init__(
         self, runtime: Runtime, router: PackedRouter, shape: RouteSelectShape, knobs: dict[str, int] | None = None
@@ -109,7 +121,12 @@ class RouteSelect:
         self.grid = self.cluster * shape.heads, shape.sequences, 1
         self.shared_bytes = shared_bytes(router, shape.segments, macros)
         self._kernel = runtime.kernel("route_select.cu", "saap_route_select", macros)
+        self.clocks: Tensor | None = None
         p = self._params = np.zeros((), PARAMS)
+        if macros.get("SAAP_CLOCK"):
+            blocks = self.grid[0] * self.grid[1]
+            self.clocks = torch.zeros((blocks, 16), dtype=torch.int64, device=router.hidden.device)
+            p["clocks"] = self.clocks.data_ptr()
         for name in ("hidden", "bias_hidden", "out", "bias_out"):
             p[name] = getattr(router, name).data_ptr()
         p["b"], p["h"], p["j"], p["q"], p["d"] = shape.sequences, shape.heads, shape.vectors, shape.num_queries, router.d

@@ -19,6 +19,9 @@
 #ifndef SAAP_CLUSTER
 #define SAAP_CLUSTER 8  // blocks of a cluster, a power of two
 #endif
+#ifndef SAAP_CLOCK
+#define SAAP_CLOCK 0  // 1: the first thread of each block notes the time at each stage
+#endif
 
 struct RouteSelectParams {
   const void* queries;       // dtype SAAP_DTYPE (b, h, j, d)
@@ -37,6 +40,7 @@ struct RouteSelectParams {
   int* rows;                 // out (b, h, t_cap): counts rows of every pair; what is behind them is left as it is
   int* counts;               // out (b, h)
   int* tickets;              // out (num_tickets): zeros, for the launch that follows; null for none
+  i64* clocks;               // out (blocks, 16) cycles since the start, if SAAP_CLOCK
   float scale;               // of rotated dims, see Rotation in backends/base.py
   int b, h, j, q, d;         // j = g * q <= SAAP_COLUMNS
   int pairs, interleaved;    // rotated pairs: r / 2 <= d / 2
@@ -62,6 +66,7 @@ struct Shared {
   Mass mass[kCluster][kColumns];   // of the lists of every block
   Mass partial[kWarps][kColumns];  // of the warps of this one
   float top[kColumns], factor[kColumns], share[kColumns];
+  int far;                         // whether runs are so far apart that each needs an exponential of its own
   Measure totals[kCluster];        // of the slices of the histogram
   Measure written[kCluster];       // rows and runs that blocks write
   Measure before, scan[kWarps];    // before: the measure of all bins above the one that holds the end
@@ -107,22 +112,24 @@ __device__ __forceinline__ void multiply(const char* weights, const char* rows, 
 }
 
 // The j query vectors with RoPE undone in fp16, one a row; zeros behind them and behind d.
-__device__ __forceinline__ void fill_rows(const RouteSelectParams& p, char* rows, int head, int sequence) {
+__device__ __forceinline__ void fill_rows(
+    const RouteSelectParams& p, const float* inv_freq, char* rows, int head, int sequence) {
   const i64 base = (static_cast<i64>(sequence) * p.h + head) * p.j * p.d;
   auto put = [&](int vector, int dim, float x) {
     *reinterpret_cast<u16*>(rows + vector * kRow + dim * 2) = narrow<kF16>(clamp_f16(x));
   };
-  const int next = p.meta[sequence * kMetaWords + kNextPosition];
+  const int next = ld_acquire(p.meta + sequence * kMetaWords + kNextPosition);
 #pragma unroll 1
   for (int item = threadIdx.x; item < p.j * p.pairs; item += kThreads) {
-    const int vector = item / p.pairs, pair = item - vector * p.pairs, query = vector % p.q;
+    const int vector = static_cast<int>(static_cast<u32>(item) / static_cast<u32>(p.pairs)), pair = item - vector * p.pairs;
+    const int query = p.q == 1 ? 0 : vector % p.q;
     const int x_dim = p.interleaved ? 2 * pair : pair, y_dim = p.interleaved ? 2 * pair + 1 : pair + p.pairs;
     const float x = load<SAAP_DTYPE>(p.queries, base + vector * p.d + x_dim);
     const float y = load<SAAP_DTYPE>(p.queries, base + vector * p.d + y_dim);
     float sine, cosine;
     if (p.inv_freq) {
       // The product is rounded to float32, as models do; from there on the angle is exact.
-      const float angle = static_cast<float>(next - p.q + query) * p.inv_freq[pair];
+      const float angle = static_cast<float>(next - p.q + query) * inv_freq[pair];
       sinpi_cospi(static_cast<double>(angle) * 0.31830988618379067154, &sine, &cosine);
     } else {
       const i64 at = static_cast<i64>(sequence * p.q + query) * p.pairs + pair;
@@ -142,10 +149,11 @@ __device__ __forceinline__ void fill_rows(const RouteSelectParams& p, char* rows
     *reinterpret_cast<u32*>(rows + (p.j + item / (16 * kD)) * kRow + item % (16 * kD) * 4) = 0;
 }
 
-// Starts to copy `units` KiB.
-__device__ __forceinline__ void fetch(char* to, const void* from, int units) {
-  for (int i = threadIdx.x; i < units * (kUnit / 16); i += kThreads)
-    cp_async16(to + i * 16, static_cast<const char*>(from) + i * 16, true);
+// Starts to copy bytes, a multiple of 16.
+__device__ __forceinline__ void fetch(void* to, const void* from, int bytes) {
+#pragma unroll 2
+  for (int i = threadIdx.x * 16; i < bytes; i += kThreads * 16)
+    cp_async16(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, true);
 }
 
 // One cluster's selection: where it reads, where its shared memory is.
@@ -157,20 +165,27 @@ struct Block {
   int head, sequence, rank;
   int first, lists;  // the block's lists: [first, first + lists)
   int segments, knots;
+  i64 began = 0;     // the clock, if SAAP_CLOCK
   char* weights;     // hidden (kHiddenTiles, kD, kUnit), out (tiles + more_tiles, kK, kUnit); later the stretches to write
   char* rows;        // (8, kRow)
   float* products;   // (tiles of weights, kParts, 16, 8), then (tiles of outputs, kParts, 16, 8)
   float* z;          // (lists, kColumns), times log2 e
   float* a;          // (knots + 1, kColumns)
-  float* bend;       // (S, kColumns) distance terms, times log2 e
+  float* bend;       // (S, kColumns) exp of the distance terms, relative to the largest; wide: themselves, times log2 e
   int* table;        // (S, lists + 1) where runs start
   u32* keys;         // (S, lists) bits of the weights
+  float* centres;    // (S)
+  float* inv_freq;   // (pairs), if there are any
+  float* biases;     // of hidden units (32 U), of outputs (tiles + more_tiles, 16)
 
   __device__ __forceinline__ Block(const RouteSelectParams& p, char* memory)
       : p(p), size(p), shared(reinterpret_cast<Shared*>(memory)), head(static_cast<int>(blockIdx.x) / kCluster),
         sequence(static_cast<int>(blockIdx.y)), rank(cluster_rank()), first(rank * size.lists),
         lists(clamp(p.l - first, 0, size.lists)), segments(clamp(ld_acquire(p.meta + sequence * kMetaWords + kNumSegments), 0, p.segments)),
         knots(p.outputs - p.l - 1) {
+#if SAAP_CLOCK
+    began = clock64();
+#endif
     const int tiles = size.tiles + size.more_tiles;
     char* at = memory + (sizeof(Shared) + 127) / 128 * 128;
     const int weight_bytes = (kHiddenTiles * kD + tiles * kK) * kUnit, stretch_bytes = p.segments * size.lists * 8;
@@ -181,36 +196,55 @@ struct Block {
     a = reinterpret_cast<float*>(at), at += (kMostKnots + 1) * kColumns * 4;
     bend = reinterpret_cast<float*>(at), at += p.segments * kColumns * 4;
     table = reinterpret_cast<int*>(at), at += p.segments * (size.lists + 1) * 4;
-    keys = reinterpret_cast<u32*>(at);
+    keys = reinterpret_cast<u32*>(at), at += p.segments * size.lists * 4;
+    centres = reinterpret_cast<float*>(at), at += p.segments * 4;
+    inv_freq = reinterpret_cast<float*>(at), at += 16 * kD * 4;
+    biases = reinterpret_cast<float*>(memory + (at - memory + 15) / 16 * 16);
   }
+  __device__ __forceinline__ void note(int stage) const {
+#if SAAP_CLOCK
+    if (threadIdx.x == 0) p.clocks[(static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x) * 16 + stage] = clock64() - began;
+#endif
+  }
+
   __device__ __forceinline__ char* out_weights() const { return weights + kHiddenTiles * kD * kUnit; }
 
   // What no other launch of a step writes: it may be read before they are done.
   __device__ __forceinline__ void prefetch() const {
     const char* hidden = reinterpret_cast<const char*>(p.hidden) + static_cast<i64>(head) * kHiddenTiles * kD * kUnit;
     const char* out = reinterpret_cast<const char*>(p.out) + static_cast<i64>(head) * p.out_tiles * kK * kUnit;
-    fetch(weights, hidden, kHiddenTiles * kD);
-    const int tile = rank * size.tiles, tiles = clamp(p.out_tiles - tile, 0, size.tiles);
-    fetch(out_weights(), out + static_cast<i64>(tile) * kK * kUnit, tiles * kK);
-    fetch(out_weights() + size.tiles * kK * kUnit, out + static_cast<i64>(p.l / 16) * kK * kUnit, size.more_tiles * kK);
+    const int tile = rank * size.tiles, tiles = clamp(p.out_tiles - tile, 0, size.tiles), more = p.l / 16;
+    fetch(weights, hidden, kHiddenTiles * kD * kUnit);
+    fetch(out_weights(), out + static_cast<i64>(tile) * kK * kUnit, tiles * kK * kUnit);
+    fetch(out_weights() + size.tiles * kK * kUnit, out + static_cast<i64>(more) * kK * kUnit, size.more_tiles * kK * kUnit);
+    const float* bias = p.bias_out + static_cast<i64>(head) * p.out_tiles * 16;
+    fetch(biases, p.bias_hidden + head * 32 * kU, 32 * kU * 4);
+    fetch(biases + 32 * kU, bias + tile * 16, tiles * 64);
+    fetch(biases + 32 * kU + size.tiles * 16, bias + more * 16, size.more_tiles * 64);
     cp_async_commit();
+    if (p.inv_freq)
+      for (int i = threadIdx.x; i < p.pairs; i += kThreads) inv_freq[i] = p.inv_freq[i];
+    const float* centre = p.centres + static_cast<i64>(sequence) * p.segments;
+    for (int i = threadIdx.x; i < segments; i += kThreads) centres[i] = centre[i];
     const int* from = p.tables + (static_cast<i64>(sequence) * p.h + head) * p.segments * (p.l + 1) + first;
     const int width = lists + 1;
     if (lists)
+#pragma unroll 4
       for (int i = threadIdx.x; i < segments * width; i += kThreads) {
-        const int s = i / width, list = i - s * width;
+        const int s = static_cast<int>(static_cast<u32>(i) / static_cast<u32>(width)), list = i - s * width;
         table[s * (size.lists + 1) + list] = from[s * (p.l + 1) + list];
       }
     for (int i = threadIdx.x; i < kSlice; i += kThreads) shared->bins[i] = {0, 0};
-    if (threadIdx.x == 0) shared->found = 0;
+    if (threadIdx.x == 0) shared->found = 0, shared->far = 0;
   }
 
   // Fills z and a.
   __device__ __forceinline__ void route() const {
     const int warp = threadIdx.x / 32, tiles = size.tiles + size.more_tiles;
-    fill_rows(p, rows, head, sequence);
+    fill_rows(p, inv_freq, rows, head, sequence);
     cp_async_wait<0>();
     __syncthreads();
+    note(2);
     // Hidden units, and what outputs have of the query itself.
 #pragma unroll 1
     for (int item = warp; item < (kHiddenTiles + tiles) * kParts; item += kWarps) {
@@ -222,13 +256,12 @@ struct Block {
     float* more = products + (kHiddenTiles + tiles) * kParts * 128;
     if (kU > 0) {
 #pragma unroll 1
-      for (int i = threadIdx.x; i < 32 * kU * 8; i += kThreads) {
-        const int unit = i / 8, vector = i % 8;
+      for (int i = threadIdx.x; i < 32 * kU * kColumns; i += kThreads) {
+        const int unit = i / kColumns, vector = i % kColumns;
         const float* from = products + unit / 16 * kParts * 128 + unit % 16 * 8 + vector;
         float sum = from[0];
         if (kParts > 1) sum += from[128];
-        sum += p.bias_hidden[head * 32 * kU + unit];
-        *reinterpret_cast<u16*>(rows + vector * kRow + (32 * kD + unit) * 2) = narrow<kF16>(clamp_f16(silu(sum)));
+        *reinterpret_cast<u16*>(rows + vector * kRow + (32 * kD + unit) * 2) = narrow<kF16>(clamp_f16(silu(sum + biases[unit])));
       }
       __syncthreads();
 #pragma unroll 1
@@ -238,35 +271,30 @@ struct Block {
       }
       __syncthreads();
     }
-    const float* bias = p.bias_out + static_cast<i64>(head) * p.out_tiles * 16;
-    auto output = [&](int tile, int row, int vector) {
-      const float* from = products + (kHiddenTiles + tile) * kParts * 128 + row * 8 + vector;
+    const float* bias = biases + 32 * kU;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (lists + knots + 1) * kColumns; i += kThreads) {
+      const int output = i / kColumns, vector = i % kColumns, k = output - lists + p.l % 16;  // k: past the first of more_tiles
+      const int row = output < lists ? output : size.lists + k, tile = row / 16;
+      const float* from = products + (kHiddenTiles + tile) * kParts * 128 + row % 16 * 8 + vector;
       float sum = from[0];
       if (kParts > 1) sum += from[128];
       if (kU > 0) {
-        from = more + tile * kParts * 128 + row * 8 + vector;
+        from = more + tile * kParts * 128 + row % 16 * 8 + vector;
         sum += from[0];
         if (kParts > 1) sum += from[128];
       }
-      return sum;
-    };
-#pragma unroll 1
-    for (int i = threadIdx.x; i < lists * kColumns; i += kThreads) {
-      const int list = i / kColumns, vector = i % kColumns;
-      z[i] = kLog2E * (output(list / 16, list % 16, vector) + bias[first + list]);
-    }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < (knots + 1) * kColumns; i += kThreads) {
-      const int k = p.l + i / kColumns, vector = i % kColumns;
-      a[i] = output(size.tiles + k / 16 - p.l / 16, k % 16, vector) + bias[k];
+      sum += bias[row];
+      if (output < lists) z[i] = kLog2E * sum;
+      else a[i - lists * kColumns] = sum;
     }
     __syncthreads();
+    note(3);
   }
 
   // What each vector counts (the sigmoid of c, relative to the largest) and the distance terms; a warp has a vector at a time.
-  __device__ __forceinline__ void find_bends() const {
-    const int lane = threadIdx.x % 32, next = p.meta[sequence * kMetaWords + kNextPosition];
-    const float* centres = p.centres + static_cast<i64>(sequence) * p.segments;
+  __device__ __forceinline__ void find_bends(bool wide) const {
+    const int lane = threadIdx.x % 32, next = ld_acquire(p.meta + sequence * kMetaWords + kNextPosition);
 #pragma unroll 1
     for (int vector = threadIdx.x / 32; vector < kColumns; vector += kWarps) {
       const bool present = vector < p.j;
@@ -281,6 +309,8 @@ struct Block {
       const float relative = weigh(fminf(mine, 0.f) - base) * (one / (1.f + weigh(-fabsf(mine))));
       const float knot = present && lane < knots ? a[lane * kColumns + vector] : 0.f;
       bool odd = false;
+      float top = -INFINITY;
+#pragma unroll 1
       for (int from = 0; from < segments; from += 32) {
         const int s = from + lane;
         const float distance =
@@ -292,10 +322,20 @@ struct Block {
         const float at = fminf(fmaxf(place, 0.f), static_cast<float>(knots > 0 ? knots - 1 : 0));
         const int low = static_cast<int>(at);
         const float y0 = __shfl_sync(kAllLanes, knot, low), y1 = __shfl_sync(kAllLanes, knot, low + 1 < knots ? low + 1 : low);
-        const float y = y0 + (at - static_cast<float>(low)) * (y1 - y0);
+        const float y = kLog2E * (y0 + (at - static_cast<float>(low)) * (y1 - y0));
         if (s >= segments) continue;
-        bend[s * kColumns + vector] = kLog2E * y;
+        bend[s * kColumns + vector] = y;
         odd |= !(y < INFINITY);
+        top = fmaxf(top, y);
+      }
+      if (!wide) {
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+#pragma unroll 1
+        for (int s = lane; s < segments; s += 32) {
+          const float y = bend[s * kColumns + vector];
+          bend[s * kColumns + vector] = y < INFINITY && top > -INFINITY ? exp2_fast(y - top) : 0.f;
+        }
       }
       odd = __any_sync(kAllLanes, odd);
       if (lane == 0) shared->share[vector] = present && !odd && mine == mine && relative > 0.f ? relative : 0.f;
@@ -304,11 +344,23 @@ struct Block {
     __syncthreads();
   }
 
-  __device__ __forceinline__ int length(int s, int list) const {
-    const int* x = table + s * (size.lists + 1) + list;
+  // Vectors of a list or of a segment.
+  struct Columns {
+    float of[kColumns];
+    __device__ __forceinline__ explicit Columns(const float* from) {
+#pragma unroll
+      for (int k = 0; k < kColumns / 4; k++) {
+        const float4 four = reinterpret_cast<const float4*>(from)[k];
+        of[4 * k] = four.x, of[4 * k + 1] = four.y, of[4 * k + 2] = four.z, of[4 * k + 3] = four.w;
+      }
+    }
+  };
+
+  __device__ __forceinline__ static int length(const int* x) {
     const int n = static_cast<int>(static_cast<u32>(x[1]) - static_cast<u32>(x[0]));
     return n > 0 ? n : 0;
   }
+  __device__ __forceinline__ int length(int s, int list) const { return length(table + s * (size.lists + 1) + list); }
 
   // Runs as threads share them: lanes have lists, warps have segments. f(s, list).
   template <class F>
@@ -320,26 +372,41 @@ struct Block {
       for (int s = warp; s < segments; s += kWarps) f(s, list);
   }
 
-  // The sums of the softmax over all runs of the cluster: shared->top and shared->factor.
-  __device__ __forceinline__ void find_sums() const {
+  // The sums of the softmax over all runs of the cluster: shared->top and shared->factor. False if they are too small to be of
+  // use, because the best lists lie in segments of no weight: then again, wide.
+  __device__ __forceinline__ bool find_sums(bool wide) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Mass mass[kColumns];
 #pragma unroll
     for (int k = 0; k < kColumns; k++) mass[k] = {-INFINITY, 0.f};
-    each_run([&](int s, int list) {
-      if (!length(s, list)) return;
+    if (wide) {
+      each_run([&](int s, int list) {
+        const float n = static_cast<float>(length(s, list));
+        if (n > 0.f)
 #pragma unroll
-      for (int k = 0; k < kColumns; k++) mass[k].top = fmaxf(mass[k].top, z[list * kColumns + k] + bend[s * kColumns + k]);
-    });
-    each_run([&](int s, int list) {
-      const float n = static_cast<float>(length(s, list));
-      if (n > 0.f)
+          for (int k = 0; k < kColumns; k++) mass[k] = join(mass[k], {z[list * kColumns + k] + bend[s * kColumns + k], n});
+      });
+    } else {
+#pragma unroll 1
+      for (int list = lane; list < lists; list += 32) {
+        float density[kColumns];
+        int tokens = 0;
 #pragma unroll
-        for (int k = 0; k < kColumns; k++) {
-          const float base = mass[k].top > -INFINITY ? mass[k].top : 0.f;
-          mass[k].sum += n * exp2_fast(z[list * kColumns + k] + bend[s * kColumns + k] - base);
+        for (int k = 0; k < kColumns; k++) density[k] = 0.f;
+#pragma unroll 2
+        for (int s = warp; s < segments; s += kWarps) {
+          const Columns x(bend + s * kColumns);
+          const int n = length(s, list);
+          tokens |= n;
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) density[k] += static_cast<float>(n) * x.of[k];
         }
-    });
+        const Columns score(z + list * kColumns);
+        if (tokens)
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) mass[k] = join(mass[k], {score.of[k], density[k]});
+      }
+    }
     if (warp == 0)
 #pragma unroll 1
       for (int list = lane; list < lists; list += 32)
@@ -359,21 +426,29 @@ struct Block {
     __syncthreads();
     if (threadIdx.x < kCluster * kColumns) {
       const int k = threadIdx.x % kColumns, to = threadIdx.x / kColumns;
-      Mass all{-INFINITY, 0.f};
-#pragma unroll 1
-      for (int w = 0; w < kWarps; w++) all = join(all, shared->partial[w][k]);
-      of_block(shared, to)->mass[rank][k] = all;
+      of_block(shared, to)->mass[rank][k] = joined(shared->partial, k);
     }
     cluster_barrier();
     if (threadIdx.x < kColumns) {
       const int k = threadIdx.x;
-      Mass all{-INFINITY, 0.f};
-#pragma unroll 1
-      for (int i = 0; i < kCluster; i++) all = join(all, shared->mass[i][k]);
+      const Mass all = joined(shared->mass, k);
+      const float share = shared->share[k];
       shared->top[k] = all.top > -INFINITY ? all.top : 0.f;
-      shared->factor[k] = all.sum > 0.f ? shared->share[k] / all.sum : 0.f;
+      shared->factor[k] = all.sum > 0.f ? share / all.sum : 0.f;
+      if (!wide && knots > 0 && share > 0.f && all.sum < kLeastSum) shared->far = 1;
     }
     __syncthreads();
+    return wide || !shared->far;
+  }
+  // In the order of the rows.
+  template <int n>
+  __device__ __forceinline__ static Mass joined(const Mass (&parts)[n][kColumns], int k) {
+    float top = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < n; i++) top = fmaxf(top, parts[i][k].top);
+#pragma unroll
+    for (int i = 0; i < n; i++) sum += parts[i][k].sum * scaled(parts[i][k].top, top);
+    return {top, sum};
   }
   __device__ __forceinline__ static float scaled(float top, float most) {
     return exp2_fast(top - (most > -INFINITY ? most : 0.f));
@@ -399,24 +474,39 @@ struct Block {
   }
 
   // Keys of all runs, tallied by their leading bits. Returns the sum of the shares; units: by what mass is multiplied.
-  __device__ __forceinline__ float weigh_runs(float& units) const {
+  __device__ __forceinline__ float weigh_runs(bool wide, float& units) const {
     float total = 0.f;
 #pragma unroll
     for (int k = 0; k < kColumns; k++) total += shared->factor[k] > 0.f ? shared->share[k] : 0.f;
     units = p.miss && total > 0.f ? kMassUnits / total : 0.f;
-    each_run([&](int s, int list) {
-      const int n = length(s, list);
-      float w = 0.f;
-      if (n > 0)
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 1
+    for (int list = lane; list < lists; list += 32) {
+      const Columns score(z + list * kColumns);
+      float relative[kColumns];
 #pragma unroll
-        for (int k = 0; k < kColumns; k++) {
-          const float factor = shared->factor[k];
-          if (factor > 0.f) w += factor * exp2_fast(z[list * kColumns + k] + bend[s * kColumns + k] - shared->top[k]);
+      for (int k = 0; k < kColumns; k++) {
+        const float factor = shared->factor[k];
+        relative[k] = wide ? factor : factor > 0.f ? factor * exp2_fast(score.of[k] - shared->top[k]) : 0.f;
+      }
+#pragma unroll 2
+      for (int s = warp; s < segments; s += kWarps) {
+        const int n = length(s, list);
+        const Columns x(bend + s * kColumns);
+        float w = 0.f;
+        if (wide) {
+#pragma unroll
+          for (int k = 0; k < kColumns; k++)
+            if (relative[k] > 0.f) w += relative[k] * exp2_fast(score.of[k] + x.of[k] - shared->top[k]);
+        } else {
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) w += relative[k] * x.of[k];
         }
-      const u32 key = __float_as_uint(fminf(fmaxf(w, 0.f), kMost));
-      keys[s * size.lists + list] = key;
-      if (n > 0) tally(bin_of(key), measure(n, key, units));
-    });
+        const u32 key = n > 0 ? __float_as_uint(fminf(fmaxf(w, 0.f), kMost)) : kNoItem;
+        keys[s * size.lists + list] = key;
+        if (n > 0) tally(bin_of(key), measure(n, key, units));
+      }
+    }
     return total;
   }
 
@@ -424,6 +514,7 @@ struct Block {
   // everything is read, or nothing if shared->cut says so. All blocks learn the same. limits: less what lies above, afterwards.
   __device__ __forceinline__ bool find_bin(Limits& limits, bool first_round, int& bin) const {
     cluster_barrier();  // all has been tallied
+    note(7);
     Measure mine{0, 0}, total;
     const int highest = kSlice - 1 - static_cast<int>(threadIdx.x) * kPerThread;
 #pragma unroll
@@ -476,15 +567,19 @@ struct Block {
   __device__ __forceinline__ void find_cut(Limits limits, float units) const {
     int bin = 0;
     if (!find_bin(limits, true, bin)) return;
+    note(8);
     u64 low = bin ? static_cast<u64>(bin + kFirstBin) << kKeyShift << 32 : 0;  // the range is [low, high)
     u64 high = bin < kBins - 1 ? static_cast<u64>(bin + 1 + kFirstBin) << kKeyShift << 32 : ~0ull;
     Shared* keeper = of_block(shared, 0);
 #pragma unroll 1
     for (;;) {
+      const u32 lowest = static_cast<u32>(low >> 32), highest = static_cast<u32>(high >> 32);
       auto in_range = [&](int s, int list, u64& offset) {
-        const u64 order = order_of(keys[s * size.lists + list], place_of(s, list));
+        const u32 key = keys[s * size.lists + list];
+        if (key < lowest || key > highest || key == kNoItem) return false;
+        const u64 order = order_of(key, place_of(s, list));
         offset = order - low;
-        return order >= low && order < high && length(s, list) > 0;
+        return order >= low && order < high;
       };
       each_run([&](int s, int list) {
         u64 offset;
@@ -493,6 +588,7 @@ struct Block {
         if (slot < kFew) keeper->few[slot] = {key, static_cast<int>(place_of(s, list)), measure(length(s, list), key, units)};
       });
       cluster_barrier();
+      note(9);
       const u32 found = keeper->found;
       if (found <= kFew) {
         if (rank == 0)
@@ -523,9 +619,9 @@ struct Block {
   __device__ __forceinline__ void write_rows() const {
     const Cut cut = shared->cut;
     auto read_of = [&](int s, int list) {  // rows at the end of the run
-      const int n = length(s, list);
-      if (!n) return 0;
       const u32 key = keys[s * size.lists + list];
+      if (key < cut.key || key == kNoItem) return 0;
+      const int n = length(s, list);
       const int place = static_cast<int>(place_of(s, list));
       if (cut.whole(key, place)) return n;
       if (key != cut.key || place != cut.place) return 0;
@@ -546,6 +642,7 @@ struct Block {
       stretch[2 * at.mass] = table[s * (size.lists + 1) + list + 1] - n, stretch[2 * at.mass + 1] = static_cast<int>(at.rows);
       at = at + Measure{static_cast<u32>(n), 1};
     });
+    note(11);
     cluster_barrier();  // the last: from here on nobody looks into another's memory
     u32 before = 0, all = 0;
 #pragma unroll
@@ -559,7 +656,8 @@ struct Block {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (u32 i = threadIdx.x / 32; i < total.mass; i += kWarps) {
-      const u32 start = static_cast<u32>(stretch[2 * i + 1]), end = i + 1 < total.mass ? static_cast<u32>(stretch[2 * i + 3]) : total.rows;
+      const u32 start = static_cast<u32>(stretch[2 * i + 1]);
+      const u32 end = i + 1 < total.mass ? static_cast<u32>(stretch[2 * i + 3]) : total.rows;
       const int row = stretch[2 * i];
       for (u32 k = lane; k < end - start && before + start + k < most; k += 32) to[before + start + k] = row + static_cast<int>(k);
     }
@@ -593,11 +691,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(cons
     for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x; i < p.num_tickets;
          i += gridDim.x * gridDim.y * kThreads)
       p.tickets[i] = 0;
+  block.note(1);
   block.route();
-  block.find_bends();
-  block.find_sums();
+  bool wide = false;
+  block.find_bends(wide);
+  block.note(4);
+  if (!block.find_sums(wide)) {
+    wide = true;
+    cluster_barrier();  // all have read what they are about to overwrite
+    block.find_bends(wide);
+    block.find_sums(wide);
+  }
+  block.note(5);
   float units;
-  const float total = block.weigh_runs(units);
+  const float total = block.weigh_runs(wide, units);
+  block.note(6);
   Limits limits{static_cast<u32>(budget), kNoLimit, -1.0};
   if (miss >= 0.f) {
     const double whole = static_cast<double>(total) * block.shared->most_share;
@@ -609,7 +717,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(cons
     if (threadIdx.x == 0) block.shared->cut = take_nothing();
     __syncthreads();
   }
+  block.note(10);
   block.write_rows();
+  block.note(12);
 }
 
 #ifdef SAAP_EMU

@@ -121,7 +121,7 @@ def run(case: Case, of: Inputs, on: EmulatedRuntime, early: bool = False) -> tup
     )
     one.params["early"] = early
     queries = guarded(of.queries)
-    weights = router.hidden, router.out
+    weights = router.hidden, router.out, router.bias_hidden, router.bias_out
     with on.allow(*weights, meta):
         one(queries=queries)
     assert (tickets == 0).all()
