@@ -1,5 +1,5 @@
 // Appending: new keys and values go behind the rows in use, for a token or for a prompt.
-#include "dependency.cuh"
+#include "prims.cuh"
 
 struct AppendParams {
   const char *keys, *values;         // new tokens, (b, h, n, d) and (b, h, n, e), strides below

@@ -7,7 +7,6 @@
 //   SAAP_STAGES      tiles in flight per warp                SAAP_WARPS        warps of a block
 //   SAAP_BLOCKS      blocks of a multiprocessor
 #pragma once
-#include "dependency.cuh"
 #include "prims.cuh"
 #include "softmax_state.cuh"
 
