@@ -106,7 +106,6 @@ class CudaResident(Resident):
         b = shape[0]
         self._meta = torch.zeros((b, META), dtype=torch.int32, device=device)
         self._counts = torch.zeros((b,), dtype=torch.int32, device=device)
-        self._tickets = torch.zeros((b,), dtype=torch.int32, device=device)
         self._centres = torch.zeros((b, 0), device=device)
         self._at: Placement | None = None
         self._selecting: dict[Any, _Selecting] = {}
@@ -138,7 +137,7 @@ class CudaResident(Resident):
 
     def _memory(self) -> Iterator[Tensor]:
         """All that launches read or write but for what a call brings."""
-        found: list[Tensor | None] = [self._meta, self._counts, self._tickets, self._centres]
+        found: list[Tensor | None] = [self._meta, self._counts, self._centres]
         if self._at is not None:
             found += [getattr(self._at, name) for name in _MEMORY]
         for s in self._selecting.values():
@@ -204,7 +203,7 @@ class CudaResident(Resident):
             launch = self._appending.get(key)
             if launch is None:
                 at, by = self._placement(), None if counts is None else self._counts
-                memory = at.keys, at.values, self._meta, self._tickets, by
+                memory = at.keys, at.values, self._meta, by
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
                 _forget(self._appending, _BOUND)
             if self.capturing:
