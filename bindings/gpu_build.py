@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Rotation
-from .gpu_types import Kernel, Launch, Runtime
+from .gpu_types import CLUSTERS, Kernel, Launch, Runtime
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types by the numbers of bindings/dtypes.h."""
@@ -173,7 +173,7 @@ def _bind_append(
         aligned=_in_vectors(keys) and _in_vectors(values),
     )
     kept = arena_keys, arena_values, *where.values()
-    return Launch(append_kernel(runtime), (across, y, b), block, 8, params, *kept)
+    return Launch(append_kernel(runtime), (across, y, b), block, 8, params, *kept, dependent=runtime.capability >= CLUSTERS)
 
 
 # -- assign ----------------------------------------------------------------------------------------------------------------

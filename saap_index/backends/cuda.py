@@ -154,7 +154,7 @@ class CudaBackend(TorchBackend):
         means = None if tail is None else gpu_scan.Means(tail.runs, tail.counts, tail.keys, tail.values, tail.tables)
         meta = self._meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
         launch = scan.bind(arena_keys, arena_values, meta, listed, means, scale, floats, tickets)
-        launch(queries=queries, out=out, lse=lse)
+        launch(queries=gpu_scan.aligned(queries), out=out, lse=lse)
         return out, lse
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

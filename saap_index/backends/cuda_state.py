@@ -20,7 +20,7 @@ from torch import Tensor
 from ..bindings import gpu_build, gpu_route_select
 from ..bindings.gpu_route import Route, Unturn
 from ..bindings.gpu_route_select import RouteSelect, RouteSelectShape
-from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape
+from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape, aligned
 from ..bindings.gpu_select import Select, SelectShape
 from ..bindings.gpu_types import Launch, Runtime
 from .base import Budget, Probed, Rotation
@@ -237,7 +237,7 @@ class CudaResident(Resident):
     def step(
         self, queries: Tensor, routing: Routing | None, limits: CudaLimits, scale: float
     ) -> tuple[Tensor, Tensor, Probed | None]:
-        shape = queries.shape[:-1]
+        queries, shape = aligned(queries), queries.shape[:-1]
         out = torch.empty((*shape, self._shape[3]), dtype=queries.dtype, device=self._device)
         lse = torch.empty(shape, dtype=torch.float32, device=self._device)
         with self._lock:
