@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import torch
 
+from .. import files
 from ..errors import SaapError
 from ..index import AsymmetricIndex
 from ..rope import Rope
@@ -75,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SaapError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "table.txt").write_text("\n".join([*lines, *timing]) + "\n")
+    files.make_folder(options.output)
+    files.write_text(options.output / "table.txt", "\n".join([*lines, *timing]) + "\n")
     plot.mass_against_bytes(table, layers, NAMES, options.output / "mass_against_bytes.png")
     took = time.perf_counter() - began
     print(f"\nwrote {options.output}/table.txt and {options.output}/mass_against_bytes.png; {took / 60:.1f} minutes in all")

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import files
 from ..errors import MissingDependencyError
 from ..pipeline.models import encode, from_folder, quiet
 
@@ -72,16 +71,13 @@ def _convert(target: Path) -> None:
     # The weights are dense by now; without this transformers refuses to save a model that was quantized.
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
-    try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        # Another process may have finished first: its folder holds the same.
-        with contextlib.suppress(OSError):
-            scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+    def write(draft: Path) -> None:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+
+    with contextlib.suppress(FileExistsError):  # another process may have finished first: its folder holds the same
+        files.write_folder(target, write, replaces=lambda there: False)
 
 
 def _require(*modules: str) -> None:

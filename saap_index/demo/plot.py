@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .. import files
 from ..errors import MissingDependencyError
 from .evaluate import Table, pooled
 
@@ -45,5 +46,5 @@ def mass_against_bytes(table: Table, layers: Sequence[int], names: Mapping[str, 
     axes.set_title(f"SmolLM2-135M, 8192 tokens of unseen text, layers {', '.join(map(str, layers))}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.06))
-    figure.savefig(path, dpi=150)
+    files.write_file(path, lambda draft: figure.savefig(draft, dpi=150))
     pyplot.close(figure)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import files
 from ..errors import ParameterError, SaapError
 from ..pipeline import models
 from ..pipeline.texts import read_texts, take
@@ -68,7 +69,7 @@ def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line
         raise ParameterError(f"batch: expected at least 1, got {task.batch}")
     if task.routers is not None:
         task.routers.check(task.model.config)
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     records = Records(out / "records.json")
     _check_same(task, records)
     rope = Rope.from_config(task.model.config)
@@ -88,9 +89,9 @@ def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line
     records.once("cost", lambda: [vars(line) for line in linear.cost_lines(layer, length)])
     records.flush()
     depth = task.model.config.num_hidden_layers
-    (out / "table.txt").write_text(report.as_text(records.rows, depth))
+    files.write_text(out / "table.txt", report.as_text(records.rows, depth))
     kinds = {**KINDS, **{name: roster.at(s)[i].kind for s in task.settings.shares for i, name in _own(roster, s)}}
-    (out / "report.html").write_text(page.html(records.rows, task.title, kinds, depth, _facts(task), task.batch))
+    files.write_text(out / "report.html", page.html(records.rows, task.title, kinds, depth, _facts(task), task.batch))
     return records
 
 

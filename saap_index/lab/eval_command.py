@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from .. import files
 from ..demo import model as demo_model
 from ..demo import routers as demo_routers
 from ..demo import texts as demo_texts
@@ -78,7 +78,7 @@ def evaluate_routers(task: EvalTask, out: Path, say: Say = lambda line: None) ->
     """Measure what the records in ``out`` lack, and write the reports. CompatibilityError for routers of another model,
     ParameterError and LengthError for what cannot be measured, or a folder with records of another task."""
     settings, methods = _checked(task)
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     records = Records(out / "records.json")
     same = {"identity": task.identity, "continuation": task.decoded, "step": settings.step}
     _same(records, "task", same)
@@ -101,8 +101,8 @@ def evaluate_routers(task: EvalTask, out: Path, say: Say = lambda line: None) ->
     finally:
         records.flush()
     depth = task.model.config.num_hidden_layers
-    (out / "table.txt").write_text(eval_report.as_text(records.rows, depth))
-    (out / "summary.json").write_text(json.dumps(eval_report.summary(records.rows, depth), indent=1) + "\n")
+    files.write_text(out / "table.txt", eval_report.as_text(records.rows, depth))
+    files.write_json(out / "summary.json", eval_report.summary(records.rows, depth))
     try:
         eval_report.plot(records.rows, depth, out)
     except ImportError:

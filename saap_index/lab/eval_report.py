@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from . import report
 from .quality import spread
 from .report import LayerRow
@@ -160,7 +162,7 @@ def plot(records: Records, depth: int, folder: Path) -> list[Path]:
 
     def save(figure: Any, name: str) -> None:
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=120, bbox_inches="tight")
+        files.write_file(written[-1], partial(figure.savefig, dpi=120, bbox_inches="tight"))
         pyplot.close(figure)
 
     pooled = [row for row in report.layer_rows(records) if row.method != "dense"]

@@ -7,9 +7,11 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from .quality import spread
 
 LATE = 0.45
@@ -167,6 +169,6 @@ def plot(records: Mapping[str, Any], depth: int, folder: Path) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend()
         written.append(folder / f"{title}.png")
-        figure.savefig(written[-1], dpi=120, bbox_inches="tight")
+        files.write_file(written[-1], partial(figure.savefig, dpi=120, bbox_inches="tight"))
         pyplot.close(figure)
     return written

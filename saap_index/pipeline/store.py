@@ -6,7 +6,6 @@ captured once it is in the list of those that are; one that was being written wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import files
 from ..errors import FormatError, NotFiniteError
-from ..routers import write_whole
 from ..training import TrainingSequence
 
 _DONE = "captured.json"
@@ -45,13 +44,18 @@ class CaptureStore:
 
     def __init__(self, folder: Path, shape: StoreShape) -> None:
         self.folder, self.shape = folder, shape
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         done = folder / _DONE
+        said = files.read_json(done, "the sequences captured so far") if done.exists() else {}
         try:
-            said = json.loads(done.read_text()) if done.exists() else {}
-            self.done: dict[int, dict[str, float]] = {int(number): dict(weights) for number, weights in said.items()}
-        except (ValueError, AttributeError, TypeError) as error:
+            self.done: dict[int, dict[str, float]] = {int(number): _weights(weights) for number, weights in said.items()}
+        except (ValueError, AttributeError, TypeError, OverflowError) as error:
             raise FormatError(f"{done.name}: expected the sequences captured so far, got {error}") from error
+        for number, weights in self.done.items():
+            layers = set(map(str, shape.layers)) if number in shape.held_out else set()
+            if not 0 <= number < shape.sequences or set(weights) != layers:
+                raise FormatError(f"{done.name}: expected weights of the layers of sequence {number}, got {weights}")
+        self._written: set[Path] = set()
 
     def write(self, number: int, layer: int, key: Tensor, value: Tensor, query: Tensor) -> None:
         """One layer of one sequence. key : (h, n, d), value : (h, n, e), query : (hq, q, d), float, on any device.
@@ -67,15 +71,16 @@ class CaptureStore:
                 raise NotFiniteError(f"layer {layer}, {what}: expected finite numbers in {self.shape.dtype}; try dtype bfloat16")
             raw = narrow.view(torch.int16).numpy()
             path = self._file(layer, what)
-            path.touch()
-            with path.open("r+b") as file:  # sequences may come in any order, each at its place
-                file.seek(place * raw.nbytes)
-                file.write(raw.data)
+            files.write_at(path, place * raw.nbytes, raw.tobytes())  # sequences may come in any order
+            self._written.add(path)
 
     def finish(self, number: int, weights: Mapping[int, float]) -> None:
         """Every layer of a sequence is written. weights : of layers, see `capture.weighing`, for one that is held out."""
-        self.done[number] = {str(layer): weight for layer, weight in weights.items()}
-        write_whole(self.folder / _DONE, lambda draft: draft.write_text(json.dumps(self.done, sort_keys=True)))
+        files.sync(self._written)  # what is said to be captured is on the disk
+        self._written.clear()
+        done = {**self.done, number: {str(layer): weight for layer, weight in weights.items()}}
+        files.write_json(self.folder / _DONE, done, sort_keys=True, indent=None)
+        self.done = done
 
     def weight(self, layer: int) -> float:
         """Mean weight of a layer over the sequences held out."""
@@ -112,6 +117,10 @@ class CaptureStore:
 
     def _file(self, layer: int, what: str) -> Path:
         return self.folder / f"layer_{layer:03d}.{what}"
+
+
+def _weights(said: Mapping[str, float]) -> dict[str, float]:
+    return {str(int(layer)): float(weight) for layer, weight in said.items()}
 
 
 class LayerSequences(Sequence[TrainingSequence]):

@@ -21,17 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import __version__, checks
+from .. import __version__, checks, files
 from ..budget_plan import plan_budget
 from ..errors import CompatibilityError, FormatError, LengthError, ParameterError, StateError
 from ..hf import support
 from ..layout import Layout
 from ..params import SELECTIVITY
 from ..rope import Rope
-from ..routers import CONFIG, LayerRouters, Routers, model_shape, pack_layer, save_routers, unpack_layer, write_whole
+from ..routers import CONFIG, LayerRouters, Routers, model_shape, pack_layer, save_routers, unpack_layer
 from ..training_config import ROUTERS
 from . import capture
 from .layers import LayerResult, merge_budget, train_one
@@ -43,6 +42,7 @@ PARTITIONS = ("per-prompt", "pre-rope", "post-rope")
 """Where lists come from: k-means over each prompt, or once over the training texts, of keys with RoPE undone or as they are."""
 
 UNFINISHED = "unfinished"
+_JOB = "job.json"
 BREAK_EVEN = Layout().break_even
 """Shorter sequences are never sealed, so a shorter context has nothing to measure on."""
 
@@ -196,16 +196,16 @@ def _check_sequences(sequences: Sequence[TokenSequence], settings: TrainSettings
 
 def _claim(work: Path, job: _Job, resume: bool) -> None:
     """Make the folder for work in progress, or check that what lies there is of this job."""
-    path = work / "job.json"
+    path = work / _JOB
     if path.exists():
         if not resume:
             raise StateError(
                 f"out: expected a folder without an unfinished training, got one in {work}; continue it with --resume"
             )
-        _agree(json.loads(path.read_text()), job, work)
+        _agree(files.read_json(path, "the settings of an unfinished training"), job, work)
         return
-    work.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda draft: draft.write_text(json.dumps(job.identity, indent=1)))
+    files.make_folder(work)
+    files.write_json(path, job.identity)
 
 
 def _agree(found: Mapping[str, Any], job: _Job, where: Path) -> None:
@@ -276,7 +276,7 @@ def _layers(
             result = train_one(store, layer, settings, job.ropes[layer], job.scales[layer], device, query_positions)
             facts, arrays = pack_layer(result.routers)
             said = json.dumps({"facts": facts, "figures": result.figures})
-            write_whole(path, lambda draft: save_file(arrays, draft, {"layer": said}))  # noqa: B023
+            files.write_tensors(path, arrays, {"layer": said})
         results[layer] = _read_layer(path)  # also of one just made, so that a resumed run has the same numbers
         if step is not None:
             step("layer", at + 1, len(job.layers))
@@ -284,12 +284,16 @@ def _layers(
 
 
 def _read_layer(path: Path) -> LayerResult:
-    with safe_open(path, framework="pt") as file:
-        said = json.loads((file.metadata() or {}).get("layer", "null"))
-        arrays = {name: file.get_tensor(name) for name in file.keys()}
-    if said is None:
-        raise FormatError(f"{path.name}: expected a layer of an unfinished training, got something else")
-    return LayerResult(unpack_layer(said["facts"], arrays), said["figures"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = files.json_of((file.metadata() or {})["layer"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        return LayerResult(unpack_layer(said["facts"], arrays), said["figures"])
+    except files.DAMAGE as error:
+        raise FormatError(
+            f"{path}: expected a layer of an unfinished training, got {type(error).__name__}: {error}; delete the file, and "
+            "--resume trains that layer again"
+        ) from error
 
 
 def _assembled(results: Mapping[int, LayerResult], settings: TrainSettings, job: _Job) -> Routers:
