@@ -104,9 +104,10 @@ ALLOWED = {
     } | ANY,
     "pipeline.train": {
         "", "budget_plan", "checks", "files", "hf.support", "layout", "params", "pipeline.capture", "pipeline.layers",
-        "pipeline.models", "pipeline.store", "pipeline.texts", "rope", "routers", "training_config",
+        "quantizer", "pipeline.models", "pipeline.store", "pipeline.texts", "rope", "routers", "training_config",
     } | ANY,
-    "pipeline.command": {"checks", "pipeline.models", "pipeline.texts", "pipeline.train", "routers", "training_config"} | ANY,
+    "pipeline.command": ANY
+    | {"checks", "pipeline.models", "pipeline.texts", "pipeline.train", "quantizer", "routers", "training_config"},
     "cli": {""} | ANY,
     "__main__": {"cli"},
     # the index inside transformers

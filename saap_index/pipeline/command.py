@@ -21,6 +21,7 @@ import torch
 
 from ..checks import device as checked_device
 from ..errors import ParameterError, SaapError
+from ..quantizer import require_faiss
 from ..routers import Routers
 from ..training_config import ROUTERS
 from . import models, texts
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `read_texts` and `train_model` raise."""
     settings = settings_of(args)
+    models.require("tqdm")
+    require_faiss()  # now, not after an hour
     checked_device(args.device)
     torch.set_num_threads(max(1, args.threads))
     documents = list(texts.read_texts(args.text))

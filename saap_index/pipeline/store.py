@@ -6,6 +6,8 @@ captured once it is in the list of those that are; one that was being written wh
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +75,21 @@ class CaptureStore:
             path = self._file(layer, what)
             files.write_at(path, place * raw.nbytes, raw.tobytes())  # sequences may come in any order
             self._written.add(path)
+
+    def check_space(self) -> None:
+        """OSError unless the disk has room for what is not captured yet, and a tenth more."""
+        s = self.shape
+        keys, queries, values = s.kv_heads * s.tokens * s.d, s.heads * s.queries * s.d, s.kv_heads * s.tokens * s.e
+        total = 2 * len(s.layers) * (s.sequences * (keys + queries) + len(s.held_out) * values)
+        there = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        need, free = int(1.1 * max(0, total - there)), shutil.disk_usage(self.folder).free
+        if need > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"expected room for {need / 1e9:.1f} GB of keys and queries in 16 bits, got {free / 1e9:.1f} GB free; train on "
+                "fewer --tokens or --layers, or name an --out on another disk",
+                str(self.folder),
+            )
 
     def finish(self, number: int, weights: Mapping[int, float]) -> None:
         """Every layer of a sequence is written. weights : of layers, see `capture.weighing`, for one that is held out."""
