@@ -79,6 +79,11 @@ class Routers:
     config: Mapping[str, Any]
     layers: Mapping[int, LayerRouters] = field(repr=False)
 
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers that training advises to leave dense, for `attach`: their attention is spread too evenly for a small budget."""
+        return tuple(self.config.get("budget", {}).get("dense_layers", ()))
+
     def check(self, config: Any) -> None:
         """CompatibilityError, by name, unless a transformers config (or its dict) is of the shape and RoPE trained for."""
         want, got = self.config["model"], model_shape(config)
@@ -193,6 +198,8 @@ def _routers_of(config: Any, raw: bytes) -> Routers:
     heads, dim = (checks.integer(model[name], name, 1) for name in ("num_key_value_heads", "head_dim"))
     for name in ("sinks", "window"):
         checks.integer(config.get("layout", {}).get(name, 0), name, 0)
+    for number in config.get("budget", {}).get("dense_layers", ()):
+        checks.integer(number, "dense_layers", 0)
     tensors = load(raw)
     layers = {}
     for name, fact in sorted(facts.items(), key=lambda item: int(item[0])):

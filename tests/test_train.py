@@ -542,7 +542,8 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--layers", "x"], "layers: expected numbers"), (["--layers", "7"], "layers: expected some of"),
-    (["--tokens", "100000"], "enough text for"), (["--router", "mlp", "--partition", "per-prompt"], "partition: expected"),
+    (["--tokens", "100000"], "enough text for"), (["--tokens", "90000", "--context", "16385"], "context: expected at most 16384"),
+    (["--router", "mlp", "--partition", "per-prompt"], "partition: expected"),
     (["--device", "nonsense"], "device: expected"), (["--text", "absent.txt"], "text: expected a file"),
 ])  # fmt: skip
 def test_errors_of_the_command(
@@ -550,6 +551,8 @@ def test_errors_of_the_command(
 ) -> None:
     assert command(checkpoint, tmp_path / "out", *more) == 1
     err = capsys.readouterr().err
+    if message == "enough text for":
+        assert "give more text, or ask for less with --tokens, --held-out or --context" in err
     assert f"saap train: error: {message}" in err.replace("texts: expected 196 sequences of 512 tokens, got ", "")
     assert "Traceback" not in err
 

@@ -91,7 +91,8 @@ def _texts(options: argparse.Namespace, encode: Callable[[str], list[int]]) -> t
     """Training and unseen sequences: name and token numbers."""
     known = texts.texts_from_files(options.text) if options.text else texts.training_texts()
     other = texts.texts_from_files(options.unseen_text) if options.unseen_text else texts.unseen_texts()
-    return texts.take(known, encode, options.training), texts.take(other, encode, options.unseen)
+    found = texts.take(known, encode, options.training, flags="--training")
+    return found, texts.take(other, encode, options.unseen, flags="--unseen")
 
 
 def _captures(loaded: Any, known: Texts, other: Texts, layers: Sequence[int]) -> tuple[list[Capture], list[Capture]]:

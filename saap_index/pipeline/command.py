@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     documents = list(texts.read_texts(args.text))
     say(f"loading {args.model}")
     loaded = models.load_model(args.model, args.device, args.dtype)
-    sequences = texts.take(documents, partial(models.encode, loaded.tokenizer), settings.sequences, settings.context)
+    models.check_positions("context", loaded.model.config, settings.context)
+    encode, flags = partial(models.encode, loaded.tokenizer), "--tokens, --held-out or --context"
+    sequences = texts.take(documents, encode, settings.sequences, settings.context, flags)
     with progress() as step:
         routers = train_model(loaded, sequences, settings, args.out, args.resume, step)
     print("\n".join(report(routers)))
@@ -99,8 +101,9 @@ def report(routers: Routers, share: float = 0.05) -> list[str]:
         outside = sum(row["outside"]) / len(row["outside"])
         captured = f"{row['captured'][at]:.1f} ({row['spread'][at]:.1f})"
         lines.append(f"{number:6} {captured:>16} {row['best'][at]:8.1f} {row['error'][at]:7.3f} {outside:8.2f}   {planned}")
-    dense = routers.config["budget"]["dense_layers"]
-    return [*lines, *([f"better left dense: layers {', '.join(map(str, dense))}"] if dense else [])]
+    dense = ",".join(map(str, routers.dense_layers))
+    advice = f"better left dense: layers {dense}; attach(..., dense_layers=routers.dense_layers), or --dense-layers {dense}"
+    return [*lines, *([advice] if dense else [])]
 
 
 def say(line: str) -> None:

@@ -35,7 +35,7 @@ from ..routers import CONFIG, LayerRouters, Routers, load_routers, model_shape, 
 from ..training_config import ROUTERS
 from . import capture
 from .layers import LayerResult, merge_budget, train_one
-from .models import LoadedModel
+from .models import LoadedModel, check_positions
 from .store import CaptureStore, StoreShape
 from .texts import TokenSequence, digest
 
@@ -115,6 +115,7 @@ def train_model(
     """
     require_faiss()  # of everything that takes long, the last part needs it
     _check_sequences(sequences, settings)
+    check_positions("context", loaded.model.config, settings.context)
     job = _Job.of(loaded, sequences, settings)
     if (out / CONFIG).exists():
         if not resume:
