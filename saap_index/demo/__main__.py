@@ -128,7 +128,8 @@ def _report(table: Table, layers: Sequence[int], training: int, unseen: int) -> 
     """Every method and layer at one budget, then pooled over the late and over all layers."""
     lines = [
         "",
-        f"SmolLM2-135M, 8192 tokens of text, {training} training and {unseen} unseen sequences; one selection per KV head.",
+        f"{model.TITLE}, 8192 tokens of text, {training} training and {unseen} unseen sequences;",
+        "one selection per KV head. Rows late and all: mass pooled by mass over layers, error the mean of layers.",
         f"Budget {SHOWN:.0%} of the tokens outside 4 sinks and the newest 128. mass: attention captured of what lies outside;",
         "error: of the output, relative; tables: offsets, row lists, centroids; router: weights, once a step (batch 1).",
         "",

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quick = Settings((0.05, 0.1), QUICK_LAYERS, decoded=24, replaced=QUICK_LAYERS)
         settings = Settings(decoded=64, decode_shares=(0.05,)) if options.full else quick
         task = compare.Task(
-            smollm2, tokenizer, model.NAME, sequences, training, methods, settings,
+            smollm2, tokenizer, model.TITLE, sequences, training, methods, settings,
             routers=load_routers(options.routers),
             profile_tokens=compare.PROFILE_TOKENS if options.full else 1024,
         )  # fmt: skip

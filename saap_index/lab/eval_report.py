@@ -28,7 +28,8 @@ _FIRST = ("saap", "published", "topk", "topk_group", "ivf", "quest", "recent", "
 def as_text(records: Records, depth: int) -> str:
     """Every table that the records have figures for."""
     sequences = {key.split("/")[1] for key in records if key.startswith(("layer/", "text/"))}
-    head = [f"{len(sequences)} sequences; spread: standard deviation over sequences"] if sequences else []
+    spreads = "spread: standard deviation over sequences" if len(sequences) > 1 else "one has no spread: (-)"
+    head = [f"{len(sequences)} sequence{'s' * (len(sequences) > 1)}; {spreads}"] if sequences else []
     tables = [*_layer_tables(records), *_mass_table(records), *_needle_table(records)]
     parts = [*head, report.as_text(records, depth).rstrip(), *tables]
     return "\n".join(parts) + "\n"

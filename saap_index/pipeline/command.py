@@ -99,7 +99,8 @@ def report(routers: Routers, share: float = 0.05) -> list[str]:
         at = row["shares"].index(share)
         planned = " ".join(f"{100 * average * x:5.1f}" for x in (layer.budget_shares if layer.budget_shares is not None else []))
         outside = sum(row["outside"]) / len(row["outside"])
-        captured = f"{row['captured'][at]:.1f} ({row['spread'][at]:.1f})"
+        spread = f"{row['spread'][at]:.1f}" if row["sequences"] > 1 else "-"
+        captured = f"{row['captured'][at]:.1f} ({spread})"
         lines.append(f"{number:6} {captured:>16} {row['best'][at]:8.1f} {row['error'][at]:7.3f} {outside:8.2f}   {planned}")
     dense = ",".join(map(str, routers.dense_layers))
     advice = f"better left dense: layers {dense}; attach(..., dense_layers=routers.dense_layers), or --dense-layers {dense}"
