@@ -59,7 +59,9 @@ def array(
 
 
 def finite(x: Tensor, name: str) -> None:
-    """NotFiniteError if ``x`` holds NaN or infinity."""
+    """NotFiniteError if ``x`` holds NaN or infinity; memory that an expanded axis repeats is looked at once."""
+    for axis, step in enumerate(x.stride()):
+        x = x.narrow(axis, 0, min(1, x.shape[axis])) if step == 0 else x
     if not bool(torch.isfinite(x).all()):
         raise NotFiniteError(f"{name}: expected finite numbers, got NaN or infinity")
 

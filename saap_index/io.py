@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from . import checks
+from . import checks, files
 from .backends import NETWORK, RouterWeights
 from .calibration import TARGETS, Calibration
 from .errors import FormatError, SaapError
@@ -34,22 +32,12 @@ FORMAT, VERSION = "saap_index", "1"
 def write_index(index: AsymmetricIndex, path: str | os.PathLike[str]) -> None:
     """Write ``index``, its training and its tokens, to ``path``.
 
-    The file appears whole or not at all: an interruption leaves what was at ``path`` before. Raises OSError.
+    The file appears whole or not at all: an interruption leaves what was at ``path`` before (files.py). Raises OSError.
     """
-    path = Path(path)
     tensors, config = _state(index)
     text = json.dumps(config, sort_keys=True)
     metadata = {"format": FORMAT, "version": VERSION, "config": text, "checksum": _checksum(tensors, text)}
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, draft, metadata)
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except SafetensorError as error:  # safetensors hides what the system said
-        raise OSError(f"{path}: expected a path that can be written, got {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    files.write_tensors(path, tensors, metadata)
 
 
 def read_index(path: str | os.PathLike[str], device: torch.device | str = "cpu", backend: str | None = None) -> AsymmetricIndex:
@@ -152,7 +140,7 @@ def _config(metadata: dict[str, str] | None) -> dict[str, Any]:
         raise FormatError(f"expected a file of format {FORMAT!r}, got {(metadata or {}).get('format')!r}")
     if metadata.get("version") != VERSION:
         raise FormatError(f"expected version {VERSION} of the format, got {metadata.get('version')!r}")
-    config = json.loads(metadata["config"])
+    config = files.json_of(metadata["config"])
     if not isinstance(config, dict):
         raise FormatError(f"expected a configuration, got {type(config).__name__}")
     return config
@@ -258,10 +246,10 @@ def _restore(
     counts = checks.counts(config["removed"], len(lengths), 2**31 - 1, "removed")
     lists.removed = [np.array(r) for r in np.split(tensors["removed"].numpy(), np.cumsum(counts)[:-1])]
     for i, parts in enumerate(segments):
-        if not np.array_equal(lists.removed[i], np.intersect1d(lists.removed[i], np.arange(lists.next_position(i)))):
-            raise FormatError(f"removed: expected rising positions below {lists.next_position(i)}, got others")
+        check_removed(lists.removed[i], lengths[i])
         positions = torch.from_numpy(lists.positions(i, np.arange(lengths[i])))
-        _check_tables(tensors["tables"][i, :, : len(parts)], tensors["ids"][i], positions, parts)
+        check_tables(tensors["tables"][i, :, : len(parts)], parts)
+        check_ids(tensors["ids"][i], positions, parts)
         if config["pending"]:
             checks.list_numbers(tensors["pending"][i, :, lists.sealed(i) : lengths[i]], "pending", index.nlist, -1)
     lists._reserve_tables(tensors["tables"].shape[2], exact=True)
@@ -274,12 +262,24 @@ def _restore(
     return index
 
 
-def _check_tables(tables: Tensor, ids: Tensor, positions: Tensor, segments: tuple[tuple[int, int], ...]) -> None:
-    """FormatError unless offsets rise from the start to the end of their segment and its ids are its positions, each once."""
+def check_tables(tables: Tensor, segments: tuple[tuple[int, int], ...]) -> None:
+    """FormatError unless offsets, int32 (h, s, l + 1), rise from the start to the end of their segment."""
     for s, (start, stop) in enumerate(segments):
-        table, part = tables[:, s], ids[:, start:stop].sort(dim=1).values
-        rising = (
-            bool((table.diff(dim=1) >= 0).all()) and bool((table[:, 0] == start).all()) and bool((table[:, -1] == stop).all())
-        )
-        if not rising or not bool((part == positions[start:stop]).all()):
-            raise FormatError(f"expected the offsets and ids of segment [{start}, {stop}), got others")
+        table = tables[:, s]
+        ends = bool((table[:, 0] == start).all()) and bool((table[:, -1] == stop).all())
+        if not ends or not bool((table.diff(dim=1) >= 0).all()):
+            raise FormatError(f"expected the offsets of segment [{start}, {stop}), got others")
+
+
+def check_ids(ids: Tensor, positions: Tensor, segments: tuple[tuple[int, int], ...]) -> None:
+    """FormatError unless the ids of every segment, of int32 (h, n), are its positions, of int64 (n,), each once."""
+    for start, stop in segments:
+        if not bool((ids[:, start:stop].sort(dim=1).values == positions[start:stop]).all()):
+            raise FormatError(f"expected the ids of segment [{start}, {stop}), got others")
+
+
+def check_removed(removed: np.ndarray, length: int) -> None:
+    """FormatError unless positions, int64 (r,), rise and lie among those of a sequence of which ``length`` tokens are left."""
+    end = length + len(removed)
+    if len(removed) and (removed[0] < 0 or removed[-1] >= end or not (np.diff(removed) > 0).all()):
+        raise FormatError(f"removed: expected rising positions below {end}, got others")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,12 +56,7 @@ class KeyQuantizer:
 
         Raises ParameterError with fewer than ``nlist`` keys, MissingDependencyError without FAISS.
         """
-        try:
-            import faiss
-        except ImportError as error:
-            raise MissingDependencyError(
-                "training key quantizers needs FAISS: pip install 'saap-index[cpu]' (or faiss-cpu)"
-            ) from error
+        faiss = require_faiss()
         heads, n, d = keys.shape
         if n < nlist:
             raise ParameterError(f"keys: expected at least nlist = {nlist} keys per KV head to train on, got {n}")
@@ -104,6 +100,15 @@ class KeyQuantizer:
             lists = cls(centroids).assign(some) if assign is None else assign(centroids, some)
             centroids = _means(some, lists, centroids)
         return cls(centroids)
+
+
+def require_faiss() -> Any:
+    """The module; MissingDependencyError without FAISS, for whoever will need it later."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependencyError(f"training key quantizers needs FAISS: pip install faiss-cpu ({error})") from error
+    return faiss
 
 
 def _evenly(n: int, count: int, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ ALLOWED = {
     "checks": ANY,
     "params": ANY,
     "layout": ANY,
+    "files": ANY,
     # what executes
     "bindings": ANY,
     "bindings.native": ANY,
@@ -82,29 +83,31 @@ ALLOWED = {
         "_arguments", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop",
         "invlists", "params", "stats", "training", "training_config",
     } | ANY,
-    "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router", "tower"} | ANY,
+    "io": {"backends", "calibration", "checks", "files", "index", "quantizer", "rope", "router", "tower"} | ANY,
     "": {
         "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "routers", "stats",
         "tower", "training_config",
     } | ANY,
     # a whole model
     "budget_plan": ANY,
-    "routers": {"checks", "backends", "calibration", "index", "quantizer", "rope", "rope_config", "router", "tower"} | ANY,
+    "routers": ANY
+    | {"checks", "backends", "calibration", "files", "index", "quantizer", "rope", "rope_config", "router", "tower"},
     "pipeline": set(),
     "pipeline.texts": ANY,
     "pipeline.models": {"hf.support"} | ANY,
     "pipeline.capture": {"hf.support"} | ANY,
-    "pipeline.store": {"routers", "training"} | ANY,
+    "pipeline.store": {"files", "training"} | ANY,
     "pipeline.measure": {"backends", "layout", "router"} | ANY,
     "pipeline.layers": {
         "budget_plan", "calibration", "pipeline.measure", "pipeline.store", "rope", "routers", "tower", "training",
         "training_config",
     } | ANY,
     "pipeline.train": {
-        "", "budget_plan", "checks", "hf.support", "layout", "params", "pipeline.capture", "pipeline.layers", "pipeline.models",
-        "pipeline.store", "pipeline.texts", "rope", "routers", "training_config",
+        "", "budget_plan", "checks", "files", "hf.support", "layout", "params", "pipeline.capture", "pipeline.layers",
+        "quantizer", "pipeline.models", "pipeline.store", "pipeline.texts", "rope", "routers", "training_config",
     } | ANY,
-    "pipeline.command": {"checks", "pipeline.models", "pipeline.texts", "pipeline.train", "routers", "training_config"} | ANY,
+    "pipeline.command": ANY
+    | {"checks", "pipeline.models", "pipeline.texts", "pipeline.train", "quantizer", "routers", "training_config"},
     "cli": {""} | ANY,
     "__main__": {"cli"},
     # the index inside transformers
@@ -117,7 +120,7 @@ ALLOWED = {
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
     "hf.attention": {"hf.traced", "hf.layer", "hf.slots"} | ANY,
     "hf.cache": {"hf.layer", "hf.plan", "params", "routers", "stats"} | ANY,
-    "hf.saving": {"checks", "hf.layer", "hf.plan", "hf.slots", "index", "quantizer"} | ANY,
+    "hf.saving": {"checks", "files", "hf.layer", "hf.plan", "hf.slots", "index", "io", "quantizer"} | ANY,
     "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
     "hf.generate": {"hf.attach", "hf.cache", "pipeline", "pipeline.models", "routers"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.cache", "hf.support"} | ANY,

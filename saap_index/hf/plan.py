@@ -152,7 +152,8 @@ def _layer_plan(
     shard = support.head_shard(attention)
     if kv_heads % shard[1]:
         raise CompatibilityError(f"model: expected KV heads that divide among {shard[1]} processes, got {kv_heads}")
-    mine = {name: routers.config["layout"][name] for name in ("sinks", "window")}  # what they were trained outside of
+    layout = routers.config.get("layout", {})
+    mine = {name: layout[name] for name in ("sinks", "window") if name in layout}  # what they were trained outside of
     mine |= {**({} if selectivity is None else {"selectivity": selectivity}), **options}
     mine.pop("nlist", None)
     if found.budget_shares is not None and "budget_shares" not in mine:

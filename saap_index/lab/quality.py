@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -104,6 +105,6 @@ def agreement(dense: Tensor, found: Tensor, targets: Tensor) -> Agreement:
 
 
 def spread(values: Mapping[str, float] | list[float]) -> tuple[float, float]:
-    """Mean and standard deviation (0 for a single value)."""
+    """Mean and standard deviation; a single value has none, NaN."""
     x = torch.tensor(list(values.values()) if isinstance(values, Mapping) else values, dtype=torch.float64)
-    return float(x.mean()), float(x.std()) if len(x) > 1 else 0.0
+    return float(x.mean()), float(x.std()) if len(x) > 1 else math.nan

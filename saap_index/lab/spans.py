@@ -7,7 +7,6 @@ once.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import files
 from ..errors import FormatError, ParameterError
 from .method import Attended, Cache, Layer, Method, State, attend_over
 
@@ -40,17 +40,17 @@ class SpanPlan:
     @classmethod
     def read(cls, path: Path) -> SpanPlan:
         """A plan from ``{"alphas": [[...]], "betas": [[...]]}``. Raises FormatError for anything else."""
+        found = files.read_json(path, "a JSON object with alphas and betas")
         try:
-            found = json.loads(path.read_text())
             alphas, betas = (tuple(tuple(map(float, row)) for row in found[x]) for x in ("alphas", "betas"))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise FormatError(
                 f"{path.name}: expected a JSON object with alphas and betas, rows of numbers, got {error!r}"
             ) from error
         return cls(alphas, betas)
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps({"alphas": self.alphas, "betas": self.betas}))
+        files.write_json(path, {"alphas": self.alphas, "betas": self.betas}, indent=None)
 
     def span(self, layer: int, head: int, length: int, block: int = 64, least: int = 128) -> int:
         """S of one query head for a request of ``length`` tokens, whole blocks, as the published code rounds it."""
