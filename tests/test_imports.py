@@ -111,11 +111,13 @@ ALLOWED = {
     "hf.support": ANY,
     "hf.masks": ANY,
     "hf.traced": ANY,
+    "crossover": ANY,
+    "hf.break_even": {"checks", "crossover"} | ANY,
     "hf.audit": {"checks", "index", "params"} | ANY,
     "hf.plan": ANY
     | {
-        "backends", "calibration", "checks", "hf.audit", "hf.support", "index", "params", "quantizer", "rope", "router",
-        "routers", "tower",
+        "backends", "calibration", "checks", "hf.audit", "hf.break_even", "hf.support", "index", "params", "quantizer", "rope",
+        "router", "routers", "tower",
     },
     "hf.slots": {"hf.traced", "hf.masks", "hf.plan", "index", "layout", "params", "stats"} | ANY,
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
@@ -130,6 +132,7 @@ LATER = {  # inside a function
     "rope": {"rope_config"},  # Rope.from_config hands over to the module that reads models' files
     "": {"hf"},  # which needs transformers
     "hf.cache": {"hf.saving"},
+    "crossover": {""},  # the version
 }
 OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions", "faiss", "cupy"}  # faiss and cupy inside functions only
 EXTRAS = {"hf": {"transformers"}, "pipeline": {"datasets", "faiss", "tqdm", "transformers"}}

@@ -63,7 +63,9 @@ def attach(
     """Let a model of transformers decode through indexes over its keys; `generate` and everything around it stay as they are.
 
     Prompts are attended to densely, by SDPA, and indexed on the way; each step of decoding then reads ``selectivity`` of what is
-    indexed. A context shorter than ``break_even`` stays dense, bit for bit what SDPA gives.
+    indexed. A context shorter than ``break_even`` stays dense, bit for bit what SDPA gives. If it is not given, it is the length
+    from which a step of these layers and this budget is faster sparse than dense on this machine, 1024 at least: measured once,
+    which takes seconds, and kept in the cache folder (``SAAP_CACHE``, or ``~/.cache/saap_index``).
 
     Parameters
     ----------

@@ -22,6 +22,7 @@ from ..routers import Routers
 from ..tower import TwoTower
 from . import support
 from .audit import Audit, promised_shares
+from .break_even import break_evens
 
 MAX_SPARSE_TOKENS = 8
 """Tokens that one forward call may bring and still be attended to as decoding does: those that assisted decoding verifies."""
@@ -146,6 +147,9 @@ def make_plan(
         )
     modules = support.attention_layers(decoder)
     layers = {number: _layer_plan(config, number, modules[number].self_attn, routers, selectivity, options) for number in chosen}
+    if "break_even" not in options:
+        for number, length in break_evens(layers, modules, decoder.dtype).items():
+            layers[number] = replace(layers[number], options={**layers[number].options, "break_even": length}, _empty={})
     rank, ranks = next(iter(layers.values())).shard
     identity = {
         "model_type": config.model_type, "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
