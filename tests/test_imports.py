@@ -136,7 +136,7 @@ LATER = {  # inside a function
 }
 OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions", "faiss", "cupy"}  # faiss and cupy inside functions only
 EXTRAS = {"hf": {"transformers"}, "pipeline": {"datasets", "faiss", "tqdm", "transformers"}}
-LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "lab", "cuda"))
+LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "doctor", "lab", "cuda"))
 
 
 def module_name(path: Path) -> str:

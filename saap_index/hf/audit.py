@@ -37,6 +37,9 @@ differ by 0.03 to 0.08 in a layer (``spread`` in the routers' config), other kin
 
 EVERYTHING = SearchParametersIVF(selectivity=1.0, max_codes=0, tail=0.0)
 
+WELL_AGAIN = 0.05
+"""By how much the bound has to be passed after a warning before there can be another."""
+
 AGE_TOKENS = 128
 """Drift is followed over octaves of the text behind the prompt, of which the first ends here."""
 
@@ -164,10 +167,10 @@ def _before_window(index: AsymmetricIndex, query: Tensor, dense_lse: Tensor) -> 
 class Audit:
     """What `attach` makes of ``audit_every``: shared by every cache of a model, safe for threads.
 
-    every : steps of which one is audited. layers : numbers of those that are indexed, audited in turn; with ``in_turn=False`` an
-    audited step audits all. promised : by layer, the share of the attention outside sinks and window that training captured at
-    this budget, or nothing. target_mass : the share of all attention that the budget is to capture, or None. bound : the least
-    share captured, None for what was promised but for `TOLERATED`.
+    every : steps of which one is audited; may be changed. layers : numbers of those that are indexed, audited in turn; with
+    ``in_turn=False`` an audited step audits all. promised : by layer, the share of the attention outside sinks and window that
+    training captured at this budget, or nothing. target_mass : the share of all attention that the budget is to capture, or None.
+    bound : the least share captured, None for what was promised but for `TOLERATED`.
 
     Raises ParameterError.
     """
@@ -226,8 +229,9 @@ class Audit:
             self._seconds += seconds
             if math.isfinite(bound):
                 self._recent.append((found.read, bound, found.outside))
-            below = self._newest()[0] < self._newest()[1]
-            warn, self._warned = below and not self._warned, below
+            newest, least = self._newest()
+            warn = newest < least and not self._warned
+            self._warned = warn or (self._warned and not newest > least + WELL_AGAIN)
         if warn:
             self._warn()
 
