@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -226,9 +225,7 @@ def test_the_routers_of_the_package_and_wrong_ones() -> None:
         setattr(model, ATTACHED, Attachment(model, plan))
         cache = inside.indexed(seen.cache, plan)
         want = inside.dense_logits(model, seen) if want is None else want
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the audit says it too
-            found[name] = inside.check_captured(model, cache, seen, want, 0.05)
+        found[name] = inside.check_captured(model, cache, seen, want, 0.05)
         detach(model)
     assert found["right"].verdict in (OK, WARN) and found["wrong"].verdict == FAIL
     assert found["right"].figures["kl"] < found["wrong"].figures["kl"]

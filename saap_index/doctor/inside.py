@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from .. import crossover
 from ..errors import LengthError
 from ..hf import support
 from ..hf.attach import Attachment, detach
+from ..hf.audit import AuditWarning
 from ..hf.break_even import LayerTimes, key_of
 from ..hf.cache import ATTACHED, SaapCache, adopt
 from ..hf.generate import decode, read
@@ -228,9 +230,12 @@ def _kl(want: Tensor, got: Tensor) -> float:
 def check_parity(model: Any, cache: SaapCache, seen: Text, want: Tensor) -> Finding:
     """Whether reading everything through the indexes is the dense model."""
     cache.set_search(SearchParametersIVF(selectivity=1.0))
+    audit = getattr(model, ATTACHED).plan.audit
+    every, audit.every = audit.every, NEVER
     try:
         got = _logits(model, seen.last, cache, 1)
     finally:
+        audit.every = every
         cache.set_search(None)
         cache.crop(seen.document.shape[1] - cache.get_seq_length())
     kl, same = _kl(want, got), float((want.argmax(-1) == got.argmax(-1)).double().mean())
@@ -248,7 +253,9 @@ def check_captured(model: Any, cache: SaapCache, seen: Text, want: Tensor, selec
     """Attention captured at the budget, in every layer and each of the last tokens, against what training measured."""
     audit = getattr(model, ATTACHED).plan.audit
     audit.reset()
-    got = _logits(model, seen.last, cache, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AuditWarning)  # the row says it
+        got = _logits(model, seen.last, cache, 1)
     stats = audit.stats()
     kl, same = _kl(want, got), float((want.argmax(-1) == got.argmax(-1)).double().mean())
     missing = stats.promised - stats.captured
