@@ -229,3 +229,10 @@ def test_the_routers_of_the_package_and_wrong_ones() -> None:
         detach(model)
     assert found["right"].verdict in (OK, WARN) and found["wrong"].verdict == FAIL
     assert found["right"].figures["kl"] < found["wrong"].figures["kl"]
+
+
+def test_the_page_names_every_row() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
+    rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}
+    named = {part.strip() for row in rows for part in row.split(",")}
+    assert {"version of ...", "kernels", "GPU", "cache folder", "memory", "model", "routers", *MODEL_ROWS} <= named
