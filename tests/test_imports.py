@@ -15,7 +15,7 @@ import saap_index
 PACKAGE = Path(saap_index.__file__).parent
 
 ANY = {"errors"}  # knows nothing, may be known by all
-GPU = {f"bindings.gpu_{part}" for part in ("build", "combine", "route", "runtime", "scan", "seal", "select", "types")}
+GPU = {f"bindings.gpu_{part}" for part in ("build", "driver", "route", "route_select", "runtime", "scan", "seal", "select", "types")}
 LAUNCHERS = [f"bindings.gpu_{part}" for part in ("combine", "route", "scan", "seal", "select")]
 ALLOWED = {
     # plain data and checks
@@ -114,25 +114,32 @@ ALLOWED = {
     "hf.support": ANY,
     "hf.masks": ANY,
     "hf.traced": ANY,
+    "crossover": {"files"} | ANY,
+    "hf.break_even": {"checks", "crossover"} | ANY,
+    "hf.audit": {"checks", "index", "params"} | ANY,
     "hf.plan": ANY
-    | {"backends", "calibration", "checks", "hf.support", "index", "quantizer", "rope", "router", "routers", "tower"},
+    | {
+        "backends", "calibration", "checks", "hf.audit", "hf.break_even", "hf.support", "index", "params", "quantizer", "rope",
+        "router", "routers", "tower",
+    },
     "hf.slots": {"hf.traced", "hf.masks", "hf.plan", "index", "layout", "params", "stats"} | ANY,
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
     "hf.attention": {"hf.traced", "hf.layer", "hf.slots"} | ANY,
     "hf.cache": {"hf.layer", "hf.plan", "params", "routers", "stats"} | ANY,
     "hf.saving": {"checks", "files", "hf.layer", "hf.plan", "hf.slots", "index", "io", "quantizer"} | ANY,
-    "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
+    "hf.attach": {"hf.attention", "hf.audit", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
     "hf.generate": {"hf.attach", "hf.cache", "pipeline", "pipeline.models", "routers"} | ANY,
-    "hf": {"hf.attach", "hf.attention", "hf.cache", "hf.support"} | ANY,
+    "hf": {"hf.attach", "hf.attention", "hf.audit", "hf.cache", "hf.support"} | ANY,
 }
 LATER = {  # inside a function
     "rope": {"rope_config"},  # Rope.from_config hands over to the module that reads models' files
     "": {"hf"},  # which needs transformers
     "hf.cache": {"hf.saving"},
+    "crossover": {""},  # the version
 }
 OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions", "faiss", "cupy"}  # faiss and cupy inside functions only
 EXTRAS = {"hf": {"transformers"}, "pipeline": {"datasets", "faiss", "tqdm", "transformers"}}
-LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "lab", "cuda"))
+LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "doctor", "lab", "cuda"))
 
 
 def module_name(path: Path) -> str:

