@@ -85,9 +85,7 @@ class SlotLayer(CacheLayerMixin):
     def adopt(self, keys: Tensor, values: Tensor) -> None:
         """Take over the slots of a layer of another cache; the mask of the next call tells which of them are padding."""
         if keys.requires_grad or values.requires_grad:
-            raise StateError(
-                "past_key_values: expected no gradients, which do not pass an index; call the model under torch.no_grad()"
-            )
+            raise StateError("cache: expected no gradients, which do not pass an index; call the model under torch.no_grad()")
         self.lazy_initialization(keys, values)
         self.slots = keys.shape[2]
         self._append(keys, values)
