@@ -1,4 +1,4 @@
-"""What may be installed is what was tested: bounds in setup.cfg, one version of everything in constraints.txt, and the two agree."""
+"""What may be installed is what was tested: bounds in setup.cfg, and one version of everything in constraints.txt, within them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from saap_index.hf import support
 
 ROOT = Path(__file__).parent.parent
 ON_A_GPU = {"cupy-cuda12x", "cupy-cuda13x", "faiss-gpu"}  # installed by hand where there is one
-PINS = [
-    Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")
-]
+PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
 
 
 def requirements() -> list[Requirement]:
@@ -81,5 +79,3 @@ def test_the_newest_version_that_is_tested_is_the_one_installed_by_setup() -> No
     major, minor = support.NEWEST
     assert not bound.contains(f"{major}.{minor + 1}.0") and bound.contains("{}.{}.0".format(*support.OLDEST))
     assert not bound.contains("4.57.6")
-
-
