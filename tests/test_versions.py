@@ -1,4 +1,4 @@
-"""What may be installed is what was tested: bounds in setup.cfg, and one version of everything in constraints.txt, within them."""
+"""What may be installed is what was tested: bounds in setup.cfg, and one version of everything in constraints.txt within them."""
 
 from __future__ import annotations
 
