@@ -7,6 +7,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+import versions
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -79,3 +80,9 @@ def test_the_newest_version_that_is_tested_is_the_one_installed_by_setup() -> No
     major, minor = support.NEWEST
     assert not bound.contains(f"{major}.{minor + 1}.0") and bound.contains("{}.{}.0".format(*support.OLDEST))
     assert not bound.contains("4.57.6")
+
+
+def test_one_release_of_each_minor_version_is_listed() -> None:
+    minors = [tuple(int(part) for part in release.split(".")[:2]) for release in versions.RELEASES]
+    assert minors == [(5, minor) for minor in range(support.NEWEST[1] + 1)] and minors[0] == support.OLDEST
+    assert versions.RELEASES[-1] == pin("transformers")

@@ -151,9 +151,10 @@ def adopt(cache: Any, plan: Plan) -> SaapCache:
         )
     if cache.offloading:
         raise CompatibilityError("cache: expected a cache that stays where it is, got offloading=True")
-    missing = len(cache.layers) - plan.num_layers
-    if missing < 0:
-        cache.layers.extend(DynamicCache(config=plan.config).layers[missing:])
+    missing = plan.num_layers - len(cache.layers)
+    if missing > 0:  # layers of the kind that the cache itself would add: without a config, it keeps all tokens in all of them
+        kind = cache.layer_class_to_replicate
+        cache.layers.extend(DynamicCache(config=plan.config).layers[-missing:] if kind is None else [kind() for _ in range(missing)])
     new = SaapCache.__new__(SaapCache)
     new._start(plan, cache.layers)
     return new

@@ -116,8 +116,12 @@ class SlotLayer(CacheLayerMixin):
             self.index.break_even = self._break_even
         self.slots, self.ragged, self.visible, self._new = 0, False, None, None
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget that many of the newest slots, a number below zero; one above zero is the number to keep, as it once was."""
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Forget that many of the newest slots, a number below zero; one above zero is the number to keep, as it once was.
+
+        transformers 5.14 to 5.17 bring it as a tensor.
+        """
+        tokens_to_remove = int(tokens_to_remove)
         remove = self.slots - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         remove = max(0, min(remove, self.slots))
         if not remove or self.index is None:
