@@ -154,7 +154,8 @@ def adopt(cache: Any, plan: Plan) -> SaapCache:
     missing = plan.num_layers - len(cache.layers)
     if missing > 0:  # layers of the kind that the cache itself would add: without a config, it keeps all tokens in all of them
         kind = cache.layer_class_to_replicate
-        cache.layers.extend(DynamicCache(config=plan.config).layers[-missing:] if kind is None else [kind() for _ in range(missing)])
+        new_layers = [kind() for _ in range(missing)] if kind else DynamicCache(config=plan.config).layers[-missing:]
+        cache.layers.extend(new_layers)
     new = SaapCache.__new__(SaapCache)
     new._start(plan, cache.layers)
     return new
