@@ -9,7 +9,7 @@ import pytest
 import torch
 from hf_models import VOCABULARY, greedy, make_routers, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import saap_index as saap
 from saap_index import cli
@@ -55,7 +55,8 @@ def test_the_dtype_that_the_processor_computes_in(
     """With AVX512_BF16 or AMX the default is bfloat16: the answer is that of the same model, attached, in that dtype."""
     monkeypatch.setattr("saap_index.pipeline.models._computes_bfloat16", lambda device: computes_bfloat16)
     assert command(files, "--prompt", files / "text", "--selectivity", 1.0, "--dtype", "auto") == 0
-    model = tiny("llama").to(torch.bfloat16 if computes_bfloat16 else torch.float32)
+    dtype = torch.bfloat16 if computes_bfloat16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(files / "model", dtype=dtype).eval()
     saap.attach(model, saap.load_routers(files / "routers"), 1.0)
     ids = torch.tensor([[3 + 7 * i % 208 for i in range(LONG)]])
     assert capsys.readouterr().out.split() == [f"w{token}" for token in greedy(model, ids, 12)[0].tolist()]
