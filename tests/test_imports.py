@@ -115,11 +115,11 @@ ALLOWED = {
     | {"backends", "calibration", "checks", "hf.support", "index", "quantizer", "rope", "router", "routers", "tower"},
     "hf.slots": {"hf.traced", "hf.masks", "hf.plan", "index", "layout", "params", "stats"} | ANY,
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
-    "hf.attention": {"hf.traced", "hf.layer", "hf.slots"} | ANY,
+    "hf.attention": {"hf.support", "hf.traced", "hf.layer", "hf.slots"} | ANY,
     "hf.cache": {"hf.layer", "hf.plan", "params", "routers", "stats"} | ANY,
     "hf.saving": {"checks", "hf.layer", "hf.plan", "hf.slots", "index", "quantizer"} | ANY,
     "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
-    "hf.generate": {"hf.attach", "hf.cache", "pipeline", "pipeline.models", "routers"} | ANY,
+    "hf.generate": {"hf.attach", "hf.cache", "hf.support", "pipeline", "pipeline.models", "routers"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.cache", "hf.support"} | ANY,
 }
 LATER = {  # inside a function
