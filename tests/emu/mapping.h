@@ -22,7 +22,7 @@ class Mapping {
     base_ = static_cast<char*>(p), page_ = page;
     if (mprotect(base_ + page, bytes_, PROT_READ | PROT_WRITE)) abort();
 #if EMU_ASAN
-    // Reported where it is written, line and all: a fault would be, or not, by whose handler for it comes first.
+    // Reported by the sanitizer, with a line, before it becomes a fault.
     __asan_poison_memory_region(base_, page);
     __asan_poison_memory_region(end(), page);
 #endif
@@ -38,6 +38,10 @@ class Mapping {
     __asan_unpoison_memory_region(base_, bytes_ + 2 * page_);
 #endif
     munmap(base_, bytes_ + 2 * page_);
+  }
+
+  void protect(bool closed) {
+    if (mprotect(begin(), bytes_, closed ? PROT_NONE : PROT_READ | PROT_WRITE)) abort();
   }
 
   char* begin() const { return base_ + page_; }
