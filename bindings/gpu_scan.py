@@ -23,7 +23,7 @@ _POINTERS = "queries keys values rows counts tail tail_counts mean_keys mean_val
 _INTS = "sequences heads vectors num_queries capacity max_rows max_tail max_segments max_means lists causal dense"
 PARAMS = np.dtype(
     [(name, np.uint64) for name in _POINTERS.split()]
-    + [("scale_log2", np.float32)]
+    + [(name, np.float32) for name in ("scale_log2", "inverse_heads", "inverse_queries")]
     + [(name, np.int32) for name in _INTS.split()],
     align=True,
 )
@@ -34,6 +34,8 @@ COMBINE_THREADS = 256
 
 H200_SHARED_BYTES = 227 * 1024
 MOST_WARPS, MOST_STAGES = 8, 4
+WORK_BYTES = 48 + 32 * 32
+"""Of shared memory, for where a block reads: scan_walk.cuh."""
 
 
 def file_of(storage: torch.dtype) -> tuple[str, str]:
@@ -41,10 +43,8 @@ def file_of(storage: torch.dtype) -> tuple[str, str]:
     return ("scan_f32.cu", "saap_scan_f32") if storage is torch.float32 else ("scan.cu", "saap_scan")
 
 
-def configuration(
-    d: int, e: int, storage: torch.dtype, query: torch.dtype, j: int, max_shared_bytes: int, blocks: int = 1
-) -> dict[str, int]:
-    """The macros of the kernel for these shapes, in a block of at most ``max_shared_bytes``; ``blocks`` of the grid in x.
+def configuration(d: int, e: int, storage: torch.dtype, query: torch.dtype, j: int, max_shared_bytes: int) -> dict[str, int]:
+    """The macros of the kernel for these shapes, in a block of at most ``max_shared_bytes``.
 
     What holds memory busy is bytes in flight, so a block takes as many warps, and then stages, as its shared memory holds.
     """
@@ -63,20 +63,20 @@ def configuration(
     for warps in range(MOST_WARPS, 0, -1):
         for stages in range(MOST_STAGES, 2, -1):
             macros |= {"SAAP_WARPS": warps, "SAAP_STAGES": stages}
-            if shared_bytes(macros, blocks) <= max_shared_bytes:
+            if shared_bytes(macros) <= max_shared_bytes:
                 return macros
     macros["SAAP_STAGES"] = 2
     return macros
 
 
-def shared_bytes(macros: dict[str, int], blocks: int) -> int:
+def shared_bytes(macros: dict[str, int]) -> int:
     """Dynamic shared memory of a block: see scan_params.cuh."""
     d, e, warps, tile = (macros[f"SAAP_{name}"] for name in ("D", "E", "WARPS", "TILE"))
     storage = next(dtype for dtype, code in CODES.items() if code == macros["SAAP_T"])
     stage = tile * (_padded(d, storage) + _padded(e, storage)) * storage.itemsize
     core = 8 * d * 4 + warps * 8 * tile * 4 if storage is torch.float32 else 0
-    exchange = max(warps * 8 * (-(-e // 16) * 16 + 4), blocks * 8 * macros["SAAP_GROUPS"])
-    return warps * macros["SAAP_STAGES"] * stage + 16 + warps * 64 + core + exchange * 4
+    exchange = warps * 8 * (-(-e // 16) * 16 + 4)
+    return warps * macros["SAAP_STAGES"] * stage + WORK_BYTES + warps * 64 + core + exchange * 4
 
 
 def _padded(dim: int, storage: torch.dtype) -> int:
@@ -125,14 +125,13 @@ class Scan:
     """Attention over listed rows for one shape: the kernel, compiled, and its grid. Holds no memory of the device.
 
     num_floats, num_tickets : elements of the two workspaces of a call. A workspace serves one call at a time; the tickets are
-    zeros before the first and zeros again after each.
+    zeros before a call, and after each.
     """
 
     def __init__(self, runtime: Runtime, shape: ScanShape, knobs: dict[str, int] | None = None) -> None:
         """knobs : macros other than those of `configuration`, to try."""
-        blocks = runtime.multiprocessors
         shared = runtime.max_shared_bytes
-        macros = configuration(shape.d, shape.e, shape.storage, shape.query, shape.vectors, shared, blocks) | (knobs or {})
+        macros = configuration(shape.d, shape.e, shape.storage, shape.query, shape.vectors, shared) | (knobs or {})
         self.vectors = 8 * macros["SAAP_GROUPS"]
         passes = max(1, -(-shape.vectors // self.vectors))
         # All passes at once: they read the same rows, so all but one of them find them in the second cache.
@@ -140,7 +139,7 @@ class Scan:
         self.macros = macros
         self.grid = blocks, passes, 1
         self.block = 32 * macros["SAAP_WARPS"]
-        self.shared_bytes = shared_bytes(macros, blocks)
+        self.shared_bytes = shared_bytes(macros)
         pairs = shape.sequences * shape.heads
         self._states = passes * (blocks + pairs) * self.vectors
         self.num_floats = self._states * (shape.e + 2)
@@ -150,6 +149,7 @@ class Scan:
         self._params = np.zeros((), PARAMS)
         for name in ("sequences", "heads", "vectors", "num_queries", "capacity", "causal", "dense"):
             self._params[name] = getattr(shape, name)
+        self._params["inverse_heads"], self._params["inverse_queries"] = 1 / shape.heads, 1 / shape.num_queries
 
     def bind(
         self,

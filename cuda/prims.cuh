@@ -155,6 +155,14 @@ SAAP_PRIM void st_release(int* global, int v) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(global), "r"(v) : "memory");
 }
 
+// Counts one up and from `most` to zero; returns the number before. What this thread has written and seen is seen by whoever
+// counts after it.
+SAAP_PRIM u32 atomic_inc_acq_rel(u32* global, u32 most) {
+  u32 v;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(v) : "l"(global), "r"(most) : "memory");
+  return v;
+}
+
 // ---- clusters of blocks
 //
 // Blocks of a cluster (the launch says how many, neighbours in x) run at the same time and reach each other's shared memory: after

@@ -251,6 +251,7 @@ CORNERS = {
     "nothing but sequences": Case(((0, 0, 0), (2, 60, 90), (0, 0, 0), (0, 0, 1)), entries=3),
     "many empty pairs": Case((*((0, 0, 0),) * 30, (4, 100, 140), *((0, 0, 0),) * 9), heads=2),
     "many pairs": Case(((0, 0, 3), (1, 50, 59)) * 20, heads=2),
+    "more pairs than places": Case(((0, 0, 3), (1, 50, 59), (0, 0, 0)) * 30, heads=2),
     "one token": Case(((0, 0, 1),), heads=1),
     "one long": Case(((3, 900, 950),), heads=1, share=1.0),
     "tail alone": Case(((0, 0, 0), (0, 60, 60)), share=0.0, entries=15),
@@ -370,7 +371,7 @@ def test_sanitized(sanitizer: str) -> None:
 
 def sanitized() -> None:
     small = {"order": "random", "seed": 1, "inflight": 3}
-    for name in ("nothing but sequences", "junk", "tail alone", "one long"):
+    for name in ("nothing but sequences", "junk", "tail alone", "one long", "more pairs than places"):
         smallest(CORNERS[name], **small)
     smallest(Case(((2, 150, 190), (0, 0, 25)), share=0.6, q=2, causal=True), **small)
     print("sanitized")

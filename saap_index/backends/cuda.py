@@ -17,7 +17,7 @@ from ..bindings import gpu_build, gpu_route, gpu_scan, gpu_seal, gpu_select
 from ..bindings.gpu_types import Runtime
 from ..errors import DTypeError
 from .base import Budget, Probed, Rotation, RouterWeights, Tail
-from .cuda_state import META, CudaResident, Knobs
+from .cuda_state import META, CudaResident, Knobs, padded
 from .resident import LENGTH, MEANS, NEXT, SEALED, SEGMENTS, SINKS, Resident
 from .torch_backend import TorchBackend
 
@@ -175,6 +175,6 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _trimmed(lists: Tensor, counts: Tensor) -> Tensor:
-    """The columns in use."""
+    """The columns in use, -1 behind the last of each list."""
     width = int(counts.max()) if counts.numel() else 0
-    return lists[:, :, :width].contiguous()
+    return padded(lists[:, :, :width], counts)
