@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from suite_guard import pytest_configure
+
+__all__ = ["pytest_configure"]
 
 import saap_index.crossover
 

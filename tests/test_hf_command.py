@@ -10,7 +10,7 @@ import pytest
 import torch
 from hf_models import VOCABULARY, greedy, make_routers, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import saap_index as saap
 from saap_index import cli
@@ -35,7 +35,9 @@ def files(tmp_path: Path) -> Path:
 
 
 def command(files: Path, *arguments: Any) -> int:
-    given = ["--model", files / "model", "--routers", files / "routers", "--new", 12, "--threads", 2, *arguments]
+    """With float32 unless a dtype is named: what "auto" is depends on the processor."""
+    given = ["--model", files / "model", "--routers", files / "routers", "--new", 12, "--threads", 2]
+    given += [*([] if "--dtype" in arguments else ["--dtype", "float32"]), *arguments]
     return cli.main(["generate", *map(str, given)])
 
 
@@ -46,6 +48,20 @@ def test_an_answer(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.split() == [f"w{token}" for token in greedy(tiny("llama"), ids, 12)[0].tolist()]
     assert "llama, 2300 tokens, 3 of 3 layers indexed" in err
     assert "first token" in err and "tokens/s" in err and "100.0% of 2311 tokens read" in err
+
+
+@pytest.mark.parametrize("computes_bfloat16", [False, True])
+def test_the_dtype_that_the_processor_computes_in(
+    computes_bfloat16: bool, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX512_BF16 or AMX the default is bfloat16: the answer is that of the same model, attached, in that dtype."""
+    monkeypatch.setattr("saap_index.pipeline.models._computes_bfloat16", lambda device: computes_bfloat16)
+    assert command(files, "--prompt", files / "text", "--selectivity", 1.0, "--dtype", "auto") == 0
+    dtype = torch.bfloat16 if computes_bfloat16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(files / "model", dtype=dtype).eval()
+    saap.attach(model, saap.load_routers(files / "routers"), 1.0)
+    ids = torch.tensor([[3 + 7 * i % 208 for i in range(LONG)]])
+    assert capsys.readouterr().out.split() == [f"w{token}" for token in greedy(model, ids, 12)[0].tolist()]
 
 
 def test_side_by_side(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from damage import damaged_bytes, damaged_json, damaged_tensors
-from hf_models import SMALL, attached, greedy, left_padded, make_routers, prompt, sealed_tokens, tiny
+from hf_models import CACHE, SMALL, attached, greedy, left_padded, make_routers, prompt, sealed_tokens, tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -37,7 +37,7 @@ def read(model: Any, padding: list[int], length: int = 120, **given: Any) -> tup
     cache = saap.SaapCache(model)
     with torch.no_grad():
         positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        model(**inputs, position_ids=positions, past_key_values=cache)
+        model(**inputs, position_ids=positions, **{CACHE: cache})
     return cache, inputs
 
 
@@ -46,7 +46,7 @@ def ask(model: Any, cache: Any, inputs: dict[str, torch.Tensor], **given: Any) -
     question = prompt(len(inputs["input_ids"]), 9, seed=5)
     ids = torch.cat([inputs["input_ids"], question], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(question)], 1)
-    return greedy(model, {"input_ids": ids, "attention_mask": mask}, 20, past_key_values=cache, **given)
+    return greedy(model, {"input_ids": ids, "attention_mask": mask}, 20, **{CACHE: cache}, **given)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,7 +94,7 @@ def test_more_than_the_room(tmp_path: Path) -> None:
     more = prompt(1, 2000, seed=1)
     with torch.no_grad():
         want = model(torch.cat([inputs["input_ids"], more], 1)).logits[:, -1]
-        got = model(more, past_key_values=loaded).logits[:, -1]
+        got = model(more, **{CACHE: loaded}).logits[:, -1]
     torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-3)
 
 
@@ -102,7 +102,7 @@ def test_an_empty_cache(tmp_path: Path) -> None:
     model = attached(tiny("gemma3"))
     saap.SaapCache(model).save(tmp_path / "prompt")
     loaded = saap.SaapCache.load(tmp_path / "prompt", model)
-    assert loaded.get_seq_length() == 0 and greedy(model, prompt(), past_key_values=loaded).shape == (1, 24)
+    assert loaded.get_seq_length() == 0 and greedy(model, prompt(), **{CACHE: loaded}).shape == (1, 24)
 
 
 def test_in_place_of_an_older_one(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import saap_index
 PACKAGE = Path(saap_index.__file__).parent
 
 ANY = {"errors"}  # knows nothing, may be known by all
-GPU = {f"bindings.gpu_{part}" for part in ("build", "driver", "route", "route_select", "runtime", "scan", "seal", "select", "types")}
+GPU = {f"bindings.gpu_{part}" for part in "build route route_select runtime scan seal select types".split()}
 LAUNCHERS = [f"bindings.gpu_{part}" for part in ("combine", "route", "scan", "seal", "select")]
 ALLOWED = {
     # plain data and checks
@@ -31,7 +31,11 @@ ALLOWED = {
     "bindings.gpu_types": ANY,
     "bindings.gpu_source": ANY,
     "bindings.gpu_nvrtc": {"bindings", "bindings.gpu_source"} | ANY,
-    "bindings.gpu_runtime": {"bindings", "bindings.gpu_source", "bindings.gpu_types"} | ANY,
+    "bindings.gpu_driver": ANY,
+    "bindings.gpu_runtime": {"bindings", "bindings.gpu_driver", "bindings.gpu_source", "bindings.gpu_types"} | ANY,
+    "bindings.gpu_route_select": {
+        "backends.base", "bindings.gpu_route", "bindings.gpu_select", "bindings.gpu_types",
+    } | ANY,
     **{name: {"backends.base", "bindings.gpu_build", "bindings.gpu_types"} | ANY for name in LAUNCHERS},
     "bindings.gpu_build": {"backends.base", "bindings.gpu_types"} | ANY,
     "backends.base": ANY,
@@ -124,11 +128,11 @@ ALLOWED = {
     },
     "hf.slots": {"hf.traced", "hf.masks", "hf.plan", "index", "layout", "params", "stats"} | ANY,
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
-    "hf.attention": {"hf.traced", "hf.layer", "hf.slots"} | ANY,
+    "hf.attention": {"hf.support", "hf.traced", "hf.layer", "hf.slots"} | ANY,
     "hf.cache": {"hf.layer", "hf.plan", "params", "routers", "stats"} | ANY,
     "hf.saving": {"checks", "files", "hf.layer", "hf.plan", "hf.slots", "index", "io", "quantizer"} | ANY,
     "hf.attach": {"hf.attention", "hf.audit", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
-    "hf.generate": {"hf.attach", "hf.cache", "pipeline", "pipeline.models", "routers"} | ANY,
+    "hf.generate": {"hf.attach", "hf.cache", "hf.support", "pipeline", "pipeline.models", "routers"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.audit", "hf.cache", "hf.support"} | ANY,
 }
 LATER = {  # inside a function
@@ -228,6 +232,6 @@ def test_cuda_is_no_package() -> None:
 def test_importing_is_light(use: str) -> None:
     code = f"import sys, saap_index\n{use}\nprint(*sys.modules)"
     where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=where, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=where, check=True)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert "saap_index" in loaded and not loaded & {"faiss", "transformers", "cupy", "matplotlib"}

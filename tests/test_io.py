@@ -513,7 +513,7 @@ def test_no_file_makes_the_reader_allocate_much(good: Path, tmp_path: Path) -> N
     for name, change in huge.items():
         forge(good, add(name), change)
     done = subprocess.run(
-        [sys.executable, "-c", READ_ALL, str(good), *map(str, paths)], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", READ_ALL, str(good), *map(str, paths)], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -584,7 +584,7 @@ def test_a_killed_write_leaves_the_old_file(step: str, tmp_path: Path, monkeypat
     path = tmp_path / "index"
     write_index(filled(), path)
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, step, str(path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120
+        [sys.executable, "-c", KILLED, step, str(path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
     assert done.returncode == -signal.SIGKILL
     left = [p for p in tmp_path.iterdir() if p != path]

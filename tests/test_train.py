@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_models import VOCABULARY, greedy, tiny
+from hf_models import CACHE, VOCABULARY, greedy, tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -113,7 +113,7 @@ def test_the_model_generates_through_them(whole: Path, loaded: LoadedModel, tmp_
     want = greedy(model, ids, 6)
     model = attach(model, load_routers(whole), selectivity=1.0, break_even=256)
     cache = SaapCache(model)
-    assert torch.equal(greedy(model, ids, 6, past_key_values=cache), want)
+    assert torch.equal(greedy(model, ids, 6, **{CACHE: cache}), want)
     index = cache.layers[0].index
     assert not torch.equal(index.key_quantizer.centroids, load_routers(whole).layers[0].key_quantizer.centroids)
     cache.save(tmp_path / "prompt")

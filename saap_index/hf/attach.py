@@ -1,21 +1,24 @@
 """`attach` and `detach`: a model of transformers decodes through its indexes, and becomes again what it was.
 
 Nothing of the model is replaced. Attaching chooses the attention function, by transformers' own setting, and registers one
-forward pre-hook on the decoder, through which the cache that `generate` makes becomes a `SaapCache`.
+forward pre-hook on the decoder, through which the cache that `generate` makes becomes a `SaapCache`. The attention modules of
+indexed layers are marked, so that keys of a cache that went past the hook are refused and not attended to densely.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import ParameterError, StateError
 from ..routers import Routers
 from . import support
-from .attention import NAME
+from .attention import INDEXED, NAME
 from .audit import AuditStats
 from .cache import ATTACHED, SaapCache, adopt, plan_of
 from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
@@ -28,25 +31,50 @@ class Attachment:
         assert plan is not None
         self.plan = plan
         decoder = support.decoder_of(model)
+        self._name = support.cache_argument(decoder)
+        self._place = list(inspect.signature(decoder.forward).parameters).index(self._name)
         self._before = decoder.config._attn_implementation
         decoder.set_attn_implementation(NAME)
         self._hook = decoder.register_forward_pre_hook(self._prepare, with_kwargs=True)
+        for attention in self._indexed(decoder):
+            setattr(attention, INDEXED, True)
 
     def _prepare(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cache = kwargs.get("past_key_values")
-        if cache is None or (type(cache) is SaapCache and cache.plan is self.plan):
+        """Put a `SaapCache` in place of the cache that a forward brings, whatever it is called.
+
+        One that asks for a cache and brings none gets it here, where the decoder would make a `DynamicCache` of its own.
+        """
+        for name, value in kwargs.items():
+            if value is not None and (name in support.CACHE_NAMES or isinstance(value, Cache)):
+                return args, {**kwargs, name: self._adopt(value)}
+        cache = args[self._place] if len(args) > self._place else None
+        if cache is None and (not kwargs.get("use_cache") or torch.is_grad_enabled()):
             return None
-        return args, {**kwargs, "past_key_values": self._adopt(cache)}
+        cache = self._adopt(cache)
+        if len(args) > self._place:
+            return (*args[: self._place], cache, *args[self._place + 1 :]), kwargs
+        return args, {**kwargs, self._name: cache}
+
+    def _adopt(self, cache: Any) -> SaapCache:
+        return cache if type(cache) is SaapCache and cache.plan is self.plan else self._wrap(cache)
 
     @torch.compiler.disable
-    def _adopt(self, cache: Any) -> SaapCache:
-        return adopt(cache, self.plan)
+    def _wrap(self, cache: Any) -> SaapCache:
+        return adopt(DynamicCache(config=self.plan.config) if cache is None else cache, self.plan)
+
+    def _indexed(self, decoder: Any) -> Iterator[Any]:
+        """The attention modules whose layers are indexed."""
+        layers = support.attention_layers(decoder)
+        return (layers[number].self_attn for number in self.plan.layers)
 
     def undo(self, model: Any) -> None:
+        decoder = support.decoder_of(model)
         self._hook.remove()
-        support.decoder_of(model).set_attn_implementation(self._before)
+        for attention in self._indexed(decoder):
+            delattr(attention, INDEXED)
+        decoder.set_attn_implementation(self._before)
 
 
 def attach(

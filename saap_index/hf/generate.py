@@ -27,6 +27,7 @@ from transformers.generation.streamers import TextStreamer
 from ..errors import ParameterError
 from ..pipeline import models
 from ..routers import load_routers
+from . import support
 from .attach import attach, detached
 from .cache import SaapCache
 
@@ -123,9 +124,10 @@ def note(line: str) -> None:
 @torch.inference_mode()
 def read(model: Any, ids: Tensor, cache: Any, chunk: int | None) -> float:
     """Prefill, in chunks if asked; returns seconds."""
+    kept = {support.cache_argument(model): cache}
     began = time.perf_counter()
     for part in ids.split(chunk or ids.shape[1], 1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, **kept, logits_to_keep=1)
     return time.perf_counter() - began
 
 
@@ -152,8 +154,9 @@ def answer(model: Any, tokenizer: Any, ids: Tensor, cache: SaapCache, new: int, 
     """Generate behind what the cache holds of ``ids``, streaming."""
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     watch = Stopwatch(tokenizer)
+    kept = {support.cache_argument(model): cache}
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, streamer=watch,
+        ids, attention_mask=torch.ones_like(ids), **kept, max_new_tokens=new, streamer=watch,
         prefill_chunk_size=args.chunk, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling,
     )  # fmt: skip
     note(f"{watch.report()}, {cache.tokens_read():.1%} of {cache.get_seq_length()} tokens read")
@@ -178,6 +181,7 @@ def decode(
     mark: Callable[[], None],
 ) -> Decoded:  # fmt: skip
     """Greedy decoding by hand, with a word after the prompt is read: ``mark``, and after each token: ``show``."""
+    kept = {support.cache_argument(model): cache}
     began = time.perf_counter()
     step = ids
     if chunk and ids.shape[1] > chunk:
@@ -186,7 +190,7 @@ def decode(
     tokens: list[int] = []
     first = began
     for number in range(new):
-        logits = model(step, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(step, **kept, logits_to_keep=1).logits
         step = logits[:, -1:].argmax(-1)
         tokens.append(int(step))
         show(tokens[-1])
@@ -202,9 +206,10 @@ def decode(
 @torch.inference_mode()
 def agreement(model: Any, cache: Any, tokens: list[int], device: Any) -> int:
     """In how many places the model, shown the tokens before, would take the next of ``tokens`` too; the first is given."""
+    kept = {support.cache_argument(model): cache}
     same = 0
     for token, following in itertools.pairwise(tokens):
-        logits = model(torch.tensor([[token]], device=device), past_key_values=cache).logits
+        logits = model(torch.tensor([[token]], device=device), **kept).logits
         same += int(logits[0, -1].argmax()) == following
     return same
 
