@@ -59,13 +59,13 @@ class Calibration:
     @classmethod
     def trusting(cls, heads: int) -> Calibration:
         """The router taken at its word: 1 - target, for an index that was not calibrated."""
-        return cls((1 - torch.tensor(TARGETS)).expand(heads, -1).contiguous())
+        return cls((1 - torch.tensor(TARGETS, dtype=torch.float32, device="cpu")).expand(heads, -1).contiguous())
 
     def at(self, target: float) -> Tensor:
         """The miss of every KV head for a target, linear between the targets of the table: float32 (h,)."""
         table = self.miss.cpu().numpy()
         found = [np.interp(target, [*TARGETS, 1.0], [*row, 0.0]) for row in table]
-        return torch.tensor(found, dtype=torch.float32)
+        return torch.tensor(found, dtype=torch.float32, device="cpu")
 
 
 def calibrate(

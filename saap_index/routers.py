@@ -206,7 +206,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
 def _unmade(hidden: Tensor, nlist: int) -> KeyQuantizer:
     """So many lists that a prompt will make, for a router with weights hidden : (h, u, d), on their device."""
     heads, _, d = hidden.shape
-    return KeyQuantizer(torch.zeros((heads, nlist, d), device=hidden.device))
+    return KeyQuantizer(torch.zeros((heads, nlist, d), dtype=torch.float32, device=hidden.device))
 
 
 def _narrow(x: Tensor) -> Tensor:

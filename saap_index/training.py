@@ -55,7 +55,7 @@ def train_layer(
         found, own = _targets(sequence, quantizer, nlist, rope, layout, scale, edges, config.two_tower)
         parts.append(found)
         centroids.append(own.centroids)
-        of_sequence.append(torch.full((found.x.shape[1],), number))
+        of_sequence.append(torch.full((found.x.shape[1],), number, dtype=torch.int64, device="cpu"))
     data = RouterTargets.cat(parts)
     if not data.x.shape[1]:
         raise LengthError(f"positions: expected queries past window and sinks, got none among {longest} tokens")
@@ -96,5 +96,3 @@ def _targets(
     where = torch.from_numpy(positions)
     found = targets(keys.float(), grouped, routed, where, lists, nlist, layout.sinks, layout.window, scale, edges)
     return found, quantizer
-
-

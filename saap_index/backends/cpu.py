@@ -55,7 +55,7 @@ class CpuBackend(Backend):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         count = int(np.prod(shape, dtype=np.int64))
         if not count:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         raw = np.empty(count * dtype.itemsize + ALIGN_BYTES, np.uint8)  # NumPy asks for huge pages, torch does not
         skip = -raw.ctypes.data % ALIGN_BYTES
         return torch.from_numpy(raw[skip : skip + count * dtype.itemsize]).view(dtype).view(tuple(shape))
@@ -94,7 +94,7 @@ class CpuBackend(Backend):
         n = keys.shape[1]
         k_at = rows_of("keys", keys, keys.dtype, (heads, n, d))
         angles = angles_of(rotation, n, d)
-        out = torch.empty((heads, n), dtype=I32)
+        out = torch.empty((heads, n), dtype=I32, device="cpu")
         self._cpu.assign(quantizer, code_of("keys", keys), k_at, keys.stride(0), keys.stride(1), n, *angles, out.data_ptr())
         return out
 
@@ -165,7 +165,7 @@ class CpuBackend(Backend):
         b, _, g, q, _ = queries.shape
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
         angles = angles_of(rotation, b * q, d)
-        z, a = torch.empty((b, h, g * q, lists)), torch.empty((b, h, g * q, m))
+        z, a = (torch.empty((b, h, g * q, n), dtype=F32, device="cpu") for n in (lists, m))
         self._cpu.route(router, code_of("queries", queries), q_at, b, g, q, *angles, z.data_ptr(), a.data_ptr())
         return z, a
 
@@ -239,8 +239,8 @@ class CpuBackend(Backend):
         for first, middle, last in zip(sinks, sealed, lengths, strict=True):
             if not 0 <= first <= middle <= last <= capacity:
                 raise LengthError(f"expected 0 <= sinks <= sealed <= lengths <= {capacity}, got {first}, {middle}, {last}")
-        out = torch.empty((b, h, g, q, e), dtype=queries.dtype)
-        lse = torch.empty((b, h, g, q))
+        out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
+        lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
         self._cpu.scan(
             q_at,
             code_of("queries", queries),
@@ -343,7 +343,8 @@ class _Prepared(NamedTuple):
         for middle, last in zip(self.plan.sealed, lengths, strict=True):
             if not middle <= last <= capacity:
                 raise LengthError(f"lengths: expected {middle} to {capacity}, got {last}")
-        out, lse = torch.empty((b, h, g, q, e), dtype=queries.dtype), torch.empty((b, h, g, q))
+        out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
+        lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
         taken = self.places.memory(b, h)
         widths = self.module.search(
             self.handle,

@@ -84,7 +84,7 @@ class CudaResident(Resident):
         self._meta = torch.zeros((b, META), dtype=torch.int32, device=device)
         self._counts = torch.zeros((b,), dtype=torch.int32, device=device)
         self._tickets = torch.zeros((b,), dtype=torch.int32, device=device)
-        self._centres = torch.zeros((b, 0), device=device)
+        self._centres = torch.zeros((b, 0), dtype=torch.float32, device=device)
         self._at: Placement | None = None
         self._selecting: dict[Any, _Selecting] = {}
         self._scanning: dict[Any, _Scanning] = {}
@@ -136,7 +136,7 @@ class CudaResident(Resident):
         if before is None or any(getattr(before, name) is not getattr(placement, name) for name in _MEMORY):
             self._unbind()
         if self._centres.shape != placement.centres.shape:
-            self._centres = torch.zeros(placement.centres.shape, device=self._device)
+            self._centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
             self._unbind()
         self._centres.copy_(torch.from_numpy(placement.centres))
         self._meta[:, :FLAGS].copy_(torch.from_numpy(placement.meta))
@@ -172,7 +172,7 @@ class CudaResident(Resident):
         assert keys.shape[2] <= MAX_STEP_TOKENS
         with self._lock:
             if counts is not None:
-                given = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+                given = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda", device="cpu")
                 self._counts.copy_(given, non_blocking=True)
             key = (counts is None, *gpu_build.append_layout(keys, values))
             launch = self._appending.get(key)
@@ -286,8 +286,8 @@ class CudaResident(Resident):
             settings = routing.first_knot, nprobe, routing.count_lists
             of = SelectShape(b, h, g * q, router.nlist, segments, knots, *settings)
             select = Select(self._runtime, of, self._knobs.get("select"))
-            floats = torch.empty(select.num_floats, device=self._device)
-            z, a = (torch.empty((b, h, g * q, n), device=self._device) for n in (router.nlist, knots + 1))
+            floats = torch.empty(select.num_floats, dtype=torch.float32, device=self._device)
+            z, a = (torch.empty((b, h, g * q, n), dtype=torch.float32, device=self._device) for n in (router.nlist, knots + 1))
             made = self._selecting[key] = _Selecting(route, select, z, a, floats)
             _forget(self._selecting, _KEPT)
         return made
