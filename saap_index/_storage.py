@@ -78,7 +78,7 @@ class IndexStorage(IndexBase):
         """
         wanted = checks.ids([ids] if isinstance(ids, int) else ids, "ids")
         sequence = checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
-        stored = self.invlists.row_ids(sequence).long() if self.ntotal else torch.empty((1, 0), dtype=torch.int64)
+        stored = self.invlists.row_ids(sequence).long() if self.ntotal else torch.empty((1, 0), dtype=torch.int64, device="cpu")
         found, order = stored.sort(dim=1)
         missing = np.setdiff1d(wanted, found[0].cpu().numpy())
         if len(missing):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import Backend, Budget, Rotation, Search, Tail, get_backend
-from .errors import CompatibilityError, ShapeError
+from .errors import CompatibilityError, ShapeError, StateError
 from .invlists import SegmentedInvertedLists
 from .params import SearchParametersIVF
 from .router import QueryRouter
@@ -26,7 +26,8 @@ class Selection:
     rows : int32 (b, h, t) rows inside segments, ascending, padded with -1, or None if no segment is read apart (dense, or
     nothing sealed); counts : int32 (b, h) of them. Rows [0, sinks[i]) and [sealed[i], lengths[i]) are read besides; sealed and
     sinks are 0 where every row is read. tail : int32 (b, h, x), numbers segment * nlist + list of the runs that are read through
-    their means, ascending, padded with -1, or None for none; tail_counts : int32 (b, h) of them.
+    their means, ascending, padded with -1, or None for none; tail_counts : int32 (b, h) of them. version : of the inverted lists
+    whose rows these are; None holds for any, at the caller's own risk.
     """
 
     rows: Tensor | None
@@ -36,6 +37,12 @@ class Selection:
     lengths: list[int]
     tail: Tensor | None = None
     tail_counts: Tensor | None = None
+    version: int | None = None
+
+    def check(self, lists: SegmentedInvertedLists) -> None:
+        """StateError if rows were chosen before they changed."""
+        if self.rows is not None and self.version not in (None, lists.version):
+            raise StateError("selection: expected one made since the last change of the index, got one of before")
 
 
 def everything(lists: SegmentedInvertedLists) -> Selection:
@@ -63,7 +70,7 @@ def select(
     knots = knots if z.is_cpu else knots.to(z.device)
     found = backend.probe(z, a, knots, lists.tables, plan.num_segments, plan.budget, router.count_lists)
     spans = plan.sinks, plan.sealed, list(lists.lengths)
-    return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts), params)
+    return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, lists.version), params)
 
 
 def search(
@@ -78,21 +85,22 @@ def search(
     if plan.budget is None:
         return None
     known = plan.search
-    memory = prepared, scale, lists.keys, lists.values, lists.tables, lists.mean_keys, lists.mean_values
-    if known is None or not all(map(operator.is_, known[0], memory)):
-        plan.search = known = memory, backend.prepare_search(_search(lists, router, prepared, plan, plan.budget, scale))
-    if known[1] is None:
+    if known is None or known[0] is not prepared or known[1] != scale:
+        found = backend.prepare_search(_search(lists, router, prepared, plan, plan.budget, scale))
+        plan.search = known = prepared, scale, found
+    if known[2] is None:
         return None
     lengths = list(lists.lengths)
     ends = [lists.next_position(i) for i in range(lists.batch)]
-    out, lse, found = known[1](queries, rotation, ends, lengths)
-    return out, lse, Selection(found.rows, found.counts, plan.sinks, plan.sealed, lengths, found.tail, found.tail_counts)
+    out, lse, taken = known[2](queries, rotation, ends, lengths)
+    rows, spans = (taken.rows, taken.counts), (plan.sinks, plan.sealed, lengths)
+    return out, lse, Selection(*rows, *spans, taken.tail, taken.tail_counts, plan.version)
 
 
 def _search(
     lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, plan: _Plan, budget: Budget, scale: float
 ) -> Search:
-    centres = torch.zeros((lists.batch, lists.tables.shape[2]), dtype=torch.float64)
+    centres = torch.zeros((lists.batch, lists.tables.shape[2]), dtype=torch.float64, device="cpu")
     for i, count in enumerate(plan.num_segments):
         centres[i, :count] = torch.from_numpy(lists.centres(i))
     memory = lists.keys, lists.values, lists.mean_keys, lists.mean_values
@@ -110,13 +118,14 @@ class _Plan:
     Written to in one piece, so that threads may search one index.
     """
 
-    __slots__ = ("budget", "key", "num_segments", "sealed", "search", "sinks")
+    __slots__ = ("budget", "key", "num_segments", "sealed", "search", "sinks", "version")
 
     def __init__(
         self, key: tuple[Any, ...], lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF,
         shares: np.ndarray | None, miss: Tensor | None,
     ) -> None:  # fmt: skip
         batch = range(lists.batch)
+        self.version = lists.version
         self.key = key  # holds the objects, so that no other takes the place of one that is gone
         self.sinks, self.sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
         self.num_segments = [len(s) for s in lists.segments]
@@ -124,7 +133,7 @@ class _Plan:
         budgets = params.budgets(sizes, lists.heads, shares)
         fits = everything_fits(params, router, sizes, budgets, miss)
         self.budget = None if fits else spend(lists, router, params, budgets, miss)
-        self.search: tuple[tuple[Any, ...], Any] | None = None  # memory, what `Backend.prepare_search` made
+        self.search: tuple[Any, float, Any] | None = None  # router and scale, and what `Backend.prepare_search` made of them
 
 
 def _plan(
@@ -132,9 +141,9 @@ def _plan(
     miss: Tensor | None,
 ) -> _Plan:  # fmt: skip
     """The plan of an earlier call with these parameters, kept with the lists, where it still holds."""
-    key = params, router, shares, miss, lists.layout, *lists.segments
+    key = params, router, shares, miss
     plan: _Plan | None = lists.plans.get(id(params))
-    if plan is None or len(plan.key) != len(key) or not all(map(operator.is_, plan.key, key)):
+    if plan is None or plan.version != lists.version or not all(map(operator.is_, plan.key, key)):
         if len(lists.plans) >= MOST_PLANS:
             lists.plans.clear()
         lists.plans[id(params)] = plan = _Plan(key, lists, router, params, shares, miss)
@@ -185,7 +194,7 @@ def _padded(picked: list[Tensor], b: int, h: int, lists: SegmentedInvertedLists)
     rows = torch.nn.utils.rnn.pad_sequence(picked, batch_first=True, padding_value=-1).view(b, h, -1)
     counts = torch.tensor([len(r) for r in picked], dtype=torch.int32, device=rows.device).view(b, h)
     sinks, sealed = [lists.sinks(i) for i in range(b)], [lists.sealed(i) for i in range(b)]
-    return Selection(rows, counts, sinks, sealed, list(lists.lengths))
+    return Selection(rows, counts, sinks, sealed, list(lists.lengths), version=lists.version)
 
 
 def widen(lists: SegmentedInvertedLists, selection: Selection, params: SearchParametersIVF) -> Selection:
@@ -235,7 +244,11 @@ def attend(
 
 
 def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[Tensor]]:
-    """Positions of the tokens read, those in the tail not among them, per sequence and KV head: int64, ascending."""
+    """Positions of the tokens read, those in the tail not among them, per sequence and KV head: int64, ascending.
+
+    StateError for a selection of before a change.
+    """
+    selection.check(lists)
     found = []
     for i in range(lists.batch):
         row_ids, low, high, n = lists.row_ids(i), selection.sinks[i], selection.sealed[i], selection.lengths[i]
@@ -253,8 +266,8 @@ def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[T
 def take(selection: Selection, lists: SegmentedInvertedLists, i: int, head: int) -> Tensor:
     """All rows read of one sequence and KV head: int64 (t,)."""
     parts: Sequence[Tensor] = [
-        torch.arange(selection.sinks[i], device=lists.keys.device),
-        torch.arange(selection.sealed[i], selection.lengths[i], device=lists.keys.device),
+        torch.arange(selection.sinks[i], dtype=torch.int64, device=lists.keys.device),
+        torch.arange(selection.sealed[i], selection.lengths[i], dtype=torch.int64, device=lists.keys.device),
     ]
     if selection.rows is not None:
         rows = selection.rows[i, head]

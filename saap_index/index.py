@@ -94,9 +94,10 @@ class AsymmetricIndex(IndexDecode):
         sequences = list(zip(keys, none if queries is None else queries, none if places is None else places, strict=True))
         settings = self.nlist, self.rope, self._layout, self.scale, TrainingConfig() if config is None else config
         found = train_layer(sequences, *settings)
-        self.tower = None
-        self.key_quantizer, self.query_router = found.quantizer, found.router
-        self.tower = found.tower
+        with self._whole():
+            self.tower = None
+            self.key_quantizer, self.query_router = found.quantizer, found.router
+            self.tower = found.tower
 
     def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE) -> None:
         """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
@@ -189,20 +190,21 @@ class AsymmetricIndex(IndexDecode):
         return keys, values, counts
 
     def _append(self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None, seal: bool = True) -> None:
-        before, lists = self._lists, self._lists
-        if lists is None or (lists.batch != keys.shape[0] and not self.ntotal):
-            lists = self._new_lists(keys.shape[0])
-        if self._tower is not None and list_nos is None and seal:
-            self._repartition(lists, keys, counts)
-        self._lists = lists  # assigning reads it
-        state = self._decode_state()
-        if state is not None and (list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS):
-            state.settle()
-        try:
+        lists = self._lists
+        same_batch = lists is not None and lists.batch == keys.shape[0]
+        if lists is not None and same_batch and seal and list_nos is None and lists.only_grows(counts):
+            lists.append(keys, values, counts, None, None)  # nearly every step: nothing that could be left half done
+            return
+        with self._whole():
+            if lists is None or (not same_batch and not self.ntotal):
+                lists = self._new_lists(keys.shape[0])
+            if self._tower is not None and list_nos is None and seal:
+                self._repartition(lists, keys, counts)
+            self._lists = lists  # assigning reads it
+            state = self._decode_state()
+            if state is not None and (list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS):
+                state.settle()
             lists.append(keys, values, counts, list_nos, self._assign_rows if seal else None)
-        except Exception:
-            self._lists = before
-            raise
         if state is not None:
             state.follow()
 
@@ -274,7 +276,7 @@ class AsymmetricIndex(IndexDecode):
         checks.integer(k, "k", 1)
         x, form = self._queries(queries, any_number=True)
         b, h, g, q, _ = x.shape
-        scores = torch.full((b, h, g, q, k), float("-inf"), device=self.device)
+        scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=self.device)
         ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=self.device)
         lists = self._lists
         row_ids = [] if lists is None else [lists.row_ids(i) for i in range(b)]
@@ -296,11 +298,15 @@ class AsymmetricIndex(IndexDecode):
         return self._select(x, params, coarse_queries)
 
     def attend_selected(self, queries: Any, selection: Selection, *, return_lse: bool = False) -> Any:
-        """The second half of `search_attend`: one softmax over a selection made since the last change of the index."""
+        """The second half of `search_attend`: one softmax over a selection made since the last change of the index.
+
+        Raises StateError for one of before, and as `search_attend` does for the queries.
+        """
         self._refuse_capture("attend_selected")
         x, form = self._queries(queries)
         if selection.lengths != self.lengths:
             raise StateError(f"selection: expected one made at lengths {self.lengths}, got {selection.lengths}")
+        selection.check(self.invlists)
         return self._attend(x, selection, form, return_lse)
 
     def read_ids(self, selection: Selection) -> list[list[Tensor]]:
@@ -349,7 +355,7 @@ class AsymmetricIndex(IndexDecode):
 
     def _nothing(self, x: Tensor, form: Form, return_lse: bool) -> Any:
         out = x.new_zeros((*x.shape[:-1], self.d_v))
-        return self._result(out, torch.full(x.shape[:-1], float("-inf"), device=x.device), form, return_lse)
+        return self._result(out, torch.full(x.shape[:-1], float("-inf"), dtype=torch.float32, device=x.device), form, return_lse)
 
     def _result(self, out: Tensor, lse: Tensor, form: Form, return_lse: bool) -> Any:
         b, h, g, q, e = out.shape

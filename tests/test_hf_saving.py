@@ -167,7 +167,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     tensors = load_file(layer)
     for name, other in (
         ("keys", tensors["keys"][:, :, :50].clone()), ("keys", tensors["keys"].double()), ("ids", tensors["ids"].long()),
-        ("tables", tensors["tables"][:, :, :1].clone()), ("removed", torch.zeros(3, dtype=torch.int64)),
+        ("tables", tensors["tables"][:, :, :1].clone()), ("gaps", torch.zeros((3, 2), dtype=torch.int64)),
     ):  # fmt: skip
         save_file({**tensors, name: other}, layer)
         refuses("layer 1: expected|dtype: expected")

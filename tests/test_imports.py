@@ -55,7 +55,9 @@ ALLOWED = {
     "rope_config": {"rope"} | ANY,
     "quantizer": {"checks"} | ANY,
     "router": {"backends", "checks"} | ANY,
-    "invlists": {"backends", "layout"} | ANY,
+    "gaps": set(),
+    "whole": set(),
+    "invlists": {"backends", "gaps", "layout"} | ANY,
     "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
     "calibration": {"checks", "layout", "quantizer", "reference", "rope", "router"} | ANY,
     "tower": {"backends", "quantizer", "router"} | ANY,
@@ -70,7 +72,7 @@ ALLOWED = {
     "_arguments": {"checks", "invlists", "layout"} | ANY,
     "_base": {
         "_arguments", "attend", "backends", "calibration", "checks", "invlists", "layout", "ops", "params", "quantizer", "rope",
-        "router", "tower",
+        "router", "tower", "whole",
     } | ANY,
     "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
     "_decode": {
@@ -82,7 +84,7 @@ ALLOWED = {
         "_arguments", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop",
         "invlists", "params", "stats", "training", "training_config",
     } | ANY,
-    "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router", "tower"} | ANY,
+    "io": {"backends", "calibration", "checks", "gaps", "index", "quantizer", "rope", "router", "tower"} | ANY,
     "": {
         "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "routers", "stats",
         "tower", "training_config",
@@ -117,7 +119,7 @@ ALLOWED = {
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
     "hf.attention": {"hf.traced", "hf.layer", "hf.slots"} | ANY,
     "hf.cache": {"hf.layer", "hf.plan", "params", "routers", "stats"} | ANY,
-    "hf.saving": {"checks", "hf.layer", "hf.plan", "hf.slots", "index", "quantizer"} | ANY,
+    "hf.saving": {"checks", "gaps", "hf.layer", "hf.plan", "hf.slots", "index", "quantizer"} | ANY,
     "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
     "hf.generate": {"hf.attach", "hf.cache", "pipeline", "pipeline.models", "routers"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.cache", "hf.support"} | ANY,

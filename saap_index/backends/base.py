@@ -222,6 +222,8 @@ class Backend(ABC):
         keys : storage dtype (h, N, d), values : (h, N, e), ids : int32 (h, N): one sequence of the arena.
         list_nos : int32 (h, n), in [0, l): of the row as it lies there now.
         table : int32 (h, l + 1) out, strided over h: table[i] = first row of list i, table[l] = start + n.
+
+        Raises before it moves a row, or not at all.
         """
 
     def seal_many(
