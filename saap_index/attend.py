@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import checks
 from .backends import Backend, Budget, Rotation, Search, Tail, get_backend
 from .errors import CompatibilityError, ShapeError, StateError
 from .invlists import SegmentedInvertedLists
 from .params import SearchParametersIVF
+from .precision import full_precision
 from .router import QueryRouter
 
 
@@ -73,6 +75,90 @@ def select(
     return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, lists.version), params)
 
 
+def select_each(
+    backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor,
+    rotation: Rotation | None, params: SearchParametersIVF, shares: np.ndarray | None, miss: Tensor | None,
+) -> Selection:  # fmt: skip
+    """`select` for every one of queries (b, h, g, q, d) on its own: as if there were b * q sequences, those of one side by side.
+
+    rotation : angles of the newest position of each sequence, (b, r / 2). Not for a larger window or more sinks than the lists
+    have; nothing enters through means.
+    """
+    b, h, g, q, d = queries.shape
+    plan, lengths = _plan(lists, router, params, shares, miss), _repeated(lists.lengths, q)
+    if plan.budget is None:
+        none = [0] * (b * q)
+        return Selection(None, None, none, none, lengths)
+    if rotation is not None:
+        cos, sin = rotation.cos.repeat_interleave(q, 0), rotation.sin.repeat_interleave(q, 0)
+        rotation = Rotation(cos, sin, rotation.interleaved, rotation.scale)
+    z, a = backend.route(prepared, queries.permute(0, 3, 1, 2, 4).reshape(b * q, h, g, 1, d).contiguous(), rotation)
+    distances = np.ones((b, lists.tables.shape[2]))
+    for i, count in enumerate(plan.num_segments):
+        np.subtract(lists.next_position(i) - 1, lists.centres(i), out=distances[i, :count])
+    knots = torch.from_numpy(router.knots(distances)).repeat_interleave(q, 0).to(z.device)
+    budget = Budget(plan.budget.rows.repeat_interleave(q, 0), plan.budget.nprobe, plan.budget.miss)
+    tables, used = lists.tables.repeat_interleave(q, 0), _repeated(plan.num_segments, q)
+    found = backend.probe(z, a, knots, tables, used, budget, router.count_lists)
+    return Selection(found.rows, found.counts, _repeated(plan.sinks, q), _repeated(plan.sealed, q), lengths, version=plan.version)
+
+
+def side_by_side(selections: Sequence[Selection]) -> Selection:
+    """Selections of one query each, of the same sequences, as `select_each` returns them; without their tails."""
+    b = len(selections[0].lengths)
+    sinks, sealed, lengths = (
+        [getattr(s, name)[i] for i in range(b) for s in selections] for name in ("sinks", "sealed", "lengths")
+    )
+    first, counts = selections[0], [s.counts for s in selections]
+    if first.rows is None or first.counts is None:
+        return Selection(None, None, sinks, sealed, lengths)
+    width = max(s.rows.shape[2] for s in selections if s.rows is not None)
+    padded = [functional.pad(s.rows, (0, width - s.rows.shape[2]), value=-1) for s in selections if s.rows is not None]
+    rows, number = torch.stack(padded, 1).flatten(0, 1), torch.stack([c for c in counts if c is not None], 1).flatten(0, 1)
+    return Selection(rows, number, sinks, sealed, lengths, version=first.version)
+
+
+def _repeated(values: Sequence[int], times: int) -> list[int]:
+    return [value for value in values for _ in range(times)]
+
+
+@full_precision
+def best_of(
+    lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, k: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k largest inner products of queries (b, h, g, q, d) with the keys that each would read, and the ids of these tokens.
+
+    selection : of `select_each`. Returns float32 (b, h, g, q, k), descending, and int64 of the same shape; -inf and -1 for none.
+    """
+    b, h, g, q, d = queries.shape
+    device = queries.device
+    scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=device)
+    ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=device)
+    width = 0 if selection.rows is None else selection.rows.shape[2]
+    step = max(1, GATHER_BYTES // (4 * d * max(1, width)))
+    for i, head in np.ndindex(b, h):
+        always = _always(selection, i * q, device)
+        x = queries[i, head].float()  # (g, q, d)
+        keys = lists.keys[i, head]
+        beside = x @ keys.index_select(0, always).float().T
+        for first in range(0, q, step):
+            part = slice(first, first + step)
+            count = min(step, q - first)
+            inner, rows = beside[:, part], always.expand(count, -1)
+            if selection.rows is not None:
+                chosen = selection.rows[i * q + first : i * q + first + count, head].long()
+                gathered = keys.index_select(0, chosen.clamp(min=0).reshape(-1)).view(count, width, d).float()
+                sealed = torch.einsum("gqd,qtd->gqt", x[:, part], gathered).masked_fill(chosen < 0, float("-inf"))
+                inner, rows = torch.cat([inner, sealed], 2), torch.cat([rows, chosen], 1)
+            top = inner.topk(min(k, inner.shape[2]), dim=2)
+            at = rows.expand(g, -1, -1).gather(2, top.indices)
+            n = at.shape[2]
+            scores[i, head, :, part, :n] = top.values
+            # a row of no token has no score; one whose score is -inf is still a token's
+            ids[i, head, :, part, :n] = torch.where(at < 0, -1, lists.ids_of(i, head, at.clamp(min=0)))
+    return scores, ids
+
+
 def search(
     backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor,
     rotation: Rotation | None, params: SearchParametersIVF, shares: np.ndarray | None, miss: Tensor | None, scale: float,
@@ -107,6 +193,9 @@ def _search(
     how = router.first_knot, router.count_lists, centres, lists.tables, plan.num_segments, budget
     return Search(prepared, *how, *memory, plan.sinks, plan.sealed, scale)
 
+
+GATHER_BYTES = 64 << 20
+"""Most memory for keys that `best_of` looks at together."""
 
 MOST_PLANS = 16
 """Sets of search parameters for which a plan is kept."""
@@ -263,16 +352,10 @@ def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[T
     return found
 
 
-def take(selection: Selection, lists: SegmentedInvertedLists, i: int, head: int) -> Tensor:
-    """All rows read of one sequence and KV head: int64 (t,)."""
-    parts: Sequence[Tensor] = [
-        torch.arange(selection.sinks[i], dtype=torch.int64, device=lists.keys.device),
-        torch.arange(selection.sealed[i], selection.lengths[i], dtype=torch.int64, device=lists.keys.device),
-    ]
-    if selection.rows is not None:
-        rows = selection.rows[i, head]
-        parts = [*parts, rows[rows >= 0].long()]
-    return torch.cat(list(parts))
+def _always(selection: Selection, i: int, device: torch.device) -> Tensor:
+    """Rows of sequence i that are read besides the selected ones: int64 (t,)."""
+    spans = (0, selection.sinks[i]), (selection.sealed[i], selection.lengths[i])
+    return torch.cat([torch.arange(low, high, dtype=torch.int64, device=device) for low, high in spans])
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

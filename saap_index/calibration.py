@@ -20,6 +20,7 @@ from torch import Tensor
 from . import checks, reference
 from .errors import LengthError, ParameterError
 from .layout import Layout
+from .precision import full_precision
 from .quantizer import KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
@@ -68,6 +69,7 @@ class Calibration:
         return torch.tensor(found, dtype=torch.float32, device="cpu")
 
 
+@full_precision
 def calibrate(
     keys: Tensor, queries: Tensor, positions: np.ndarray, quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
     layout: Layout, scale: float, confidence: float = CONFIDENCE,

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks, interop
 from ._arguments import Form
 from ._decode import IndexDecode
-from .attend import MOST_PLANS, Selection, attend, read_ids, select, select_lists, take, widen
+from .attend import MOST_PLANS, Selection, attend, best_of, read_ids, select, select_each, select_lists, side_by_side, widen
 from .backends.resident import MAX_STEP_TOKENS
 from .calibration import CONFIDENCE, calibrate
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
@@ -276,20 +276,12 @@ class AsymmetricIndex(IndexDecode):
         checks.integer(k, "k", 1)
         x, form = self._queries(queries, any_number=True)
         b, h, g, q, _ = x.shape
-        scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=self.device)
-        ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=self.device)
-        lists = self._lists
-        row_ids = [] if lists is None else [lists.row_ids(i) for i in range(b)]
-        for j in range(q if lists is not None else 0):
-            one = x[:, :, :, j : j + 1].contiguous()
-            selection = self._select(one, params, None)
-            for i in range(b):
-                for head in range(h):
-                    rows = take(selection, self.invlists, i, head)
-                    inner = one[i, head, :, 0].float() @ self.invlists.keys[i, head].index_select(0, rows).float().T
-                    top = inner.topk(min(k, len(rows)), dim=1)
-                    scores[i, head, :, j, : top.values.shape[1]] = top.values
-                    ids[i, head, :, j, : top.values.shape[1]] = row_ids[i][head][rows[top.indices]].long()
+        if self._lists is None or not q:
+            scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=self.device)
+            ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=self.device)
+        else:
+            self._last = self._select_each(x, params)
+            scores, ids = best_of(self._lists, x, self._last, k)
         return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
 
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:
@@ -330,6 +322,18 @@ class AsymmetricIndex(IndexDecode):
         shares, miss = self._given(params)
         router, prepared = self._query_router, self._prepared_router
         return select(self._backend, lists, router, prepared, routed, rotation, params, shares, miss)
+
+    def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
+        """`_select` for every query on its own, see `attend.select_each`."""
+        self._refuse_capture("a selection apart from attention")
+        settings, q = self._settings(params), x.shape[3]
+        wide = (settings.window or 0) > self.window or (settings.sinks or 0) > self.sinks
+        if wide or self._decode_state() is not None:
+            return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(q)])
+        assert self._query_router is not None
+        rotation = None if self.rope is None else self._query_rotation(1)
+        router = self._query_router, self._prepared_router
+        return select_each(self._backend, self.invlists, *router, x, rotation, settings, *self._given(settings))
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""

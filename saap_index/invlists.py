@@ -260,6 +260,12 @@ class SegmentedInvertedLists:
         ids[:, low:high] = self.ids[i, :, low:high]
         return ids
 
+    def ids_of(self, i: int, head: int, rows: Tensor) -> Tensor:
+        """Positions of the tokens in these rows of one sequence and KV head: int64, of the shape of ``rows``."""
+        in_order = torch.from_numpy(np.asarray(self.positions(i, rows.cpu().numpy()))).to(rows.device)
+        sealed = (rows >= self.sinks(i)) & (rows < self.sealed(i))
+        return torch.where(sealed, self.ids[i, head][rows].long(), in_order)
+
     # -- growing -----------------------------------------------------------------------------------------------------
 
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from . import checks
 from .errors import MissingDependencyError, ParameterError
+from .precision import full_precision
 
 MAX_POINTS_PER_CENTROID = 256  # FAISS's own default: more keys make the centroids hardly better
 PROMPT_ITERATIONS = 3
@@ -44,6 +45,7 @@ class KeyQuantizer:
     def to(self, device: torch.device | str) -> KeyQuantizer:
         return KeyQuantizer(self.centroids.to(device))
 
+    @full_precision
     def assign(self, keys: Tensor) -> Tensor:
         """Nearest centroid (Euclidean) of keys : float (h, n, d) with RoPE undone; int32 (h, n). Ties go to the lower list."""
         bias = -0.5 * self.centroids.square().sum(-1)

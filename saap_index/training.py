@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import LengthError
 from .fitting import fit_linear, train_router, train_tower
 from .layout import Layout
+from .precision import full_precision
 from .quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
@@ -36,6 +37,7 @@ class Trained:
     tower: TwoTower | None = None
 
 
+@full_precision
 def train_layer(
     sequences: Sequence[TrainingSequence], nlist: int, rope: Rope | None, layout: Layout, scale: float, config: TrainingConfig
 ) -> Trained:

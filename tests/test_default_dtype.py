@@ -141,6 +141,19 @@ def test_results_do_not_depend_on_the_default_dtype(dtype: torch.dtype, backend:
             assert np.array_equal(got, expected)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_results_do_not_depend_on_autocast(backend: str, tmp_path: Path) -> None:
+    if backend not in PLAIN:
+        PLAIN[backend] = everything(backend, tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = everything(backend, tmp_path)
+    for got, expected in zip(found, PLAIN[backend], strict=True):
+        if isinstance(expected, torch.Tensor):
+            assert got.dtype == expected.dtype and torch.equal(got, expected)
+        else:
+            assert np.array_equal(got, expected)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_an_index_on_the_cpu_stays_there_whatever_the_default_device(backend: str) -> None:
     keys, queries = tokens(1, 2, 300, 32, seed=1), tokens(1, 4, 1, 32, seed=2)

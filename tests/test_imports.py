@@ -14,11 +14,12 @@ import saap_index
 
 PACKAGE = Path(saap_index.__file__).parent
 
-ANY = {"errors"}  # knows nothing, may be known by all
+ANY = {"errors", "precision"}  # know nothing, may be known by all
 GPU = {f"bindings.gpu_{part}" for part in ("build", "combine", "route", "runtime", "scan", "seal", "select", "types")}
 LAUNCHERS = [f"bindings.gpu_{part}" for part in ("combine", "route", "scan", "seal", "select")]
 ALLOWED = {
     # plain data and checks
+    "precision": set(),
     "errors": set(),
     "reference": set(),
     "checks": ANY,
@@ -38,7 +39,10 @@ ALLOWED = {
     "backends.reference_backend": {"backends.base", "reference"},
     "backends.search": {"backends.base"},
     "backends.addresses": {"backends.base"} | ANY,
-    "backends.cpu": {"backends.addresses", "backends.base", "backends.search", "bindings", "bindings.native"} | ANY,
+    "backends.threads": set(),
+    "backends.cpu": {
+        "backends.addresses", "backends.base", "backends.search", "backends.threads", "bindings", "bindings.native",
+    } | ANY,
     "backends.resident": {"backends.base"} | ANY,
     "backends.cuda_state": {"backends.base", "backends.resident", "bindings", *GPU} | ANY,
     "backends.cuda": {

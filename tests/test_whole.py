@@ -90,7 +90,8 @@ def state(index: AsymmetricIndex) -> list[Any]:
         found += [list(lists.segments), [x.array().tolist() for x in lists.gaps], lists.pending is None]
         for i, n in enumerate(lists.lengths):
             count, sinks, sealed = lists.num_means(i), lists.sinks(i), lists.sealed(i)
-            found += [lists.keys[i, :, :n], lists.values[i, :, :n], lists.row_ids(i), lists.tables[i, :, : len(lists.segments[i])]]
+            found += [lists.keys[i, :, :n], lists.values[i, :, :n], lists.row_ids(i)]
+            found += [lists.tables[i, :, : len(lists.segments[i])]]
             found += [lists.mean_keys[i, :, :count], lists.mean_values[i, :, :count]]
             found += [] if lists.pending is None else [lists.pending[i, :, :sinks], lists.pending[i, :, sealed:n]]
         found.append(lists._same)

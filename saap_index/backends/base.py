@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
+
 if TYPE_CHECKING:
     from .resident import Resident
     from .search import PreparedSearch, Search
@@ -85,6 +87,7 @@ class RouterWeights:
         """With every tensor changed."""
         return RouterWeights.of({name: change(x) for name, x in self.tensors().items()}, self.nlist)
 
+    @full_precision
     def composed(self) -> RouterWeights:
         """The same router with an output for each list in place of ``lists``: for a backend of one product."""
         if self.lists is None or self.list_scales is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..precision import full_precision
 from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
 
 ASSIGN_TOKENS = 4096  # bounds the score matrix of `assign`: tokens at a time
@@ -46,6 +47,7 @@ class TorchBackend(Backend):
     def prepare_quantizer(self, centroids: Tensor) -> Any:
         return centroids.transpose(1, 2).contiguous(), -0.5 * centroids.square().sum(-1)
 
+    @full_precision
     def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
         centroids, bias = quantizer
         out = torch.empty(keys.shape[:2], dtype=torch.int32, device=keys.device)
@@ -82,6 +84,7 @@ class TorchBackend(Backend):
     def prepare_router(self, weights: RouterWeights) -> Any:
         return weights
 
+    @full_precision
     def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         x = queries.float()
@@ -143,6 +146,7 @@ class TorchBackend(Backend):
         numbers = newest[:, None] * nlist + _arange(0, nlist, z)
         return Probed(rows, counts, *_best(mass.reshape(b, h, -1), numbers.flatten(), budget.entries))
 
+    @full_precision
     def scan(
         self,
         queries: Tensor,
@@ -176,21 +180,28 @@ class TorchBackend(Backend):
                 entry_logits, entry_values = _entries(tail, i, queries[i].float() * scale)
                 logits, v = torch.cat([logits, entry_logits], -1), torch.cat([v, entry_values], 1)
                 width += entry_values.shape[1]
-            part = (
-                torch.logsumexp(logits, -1)
-                if width
-                else torch.full((h, g, q), float("-inf"), dtype=torch.float32, device=queries.device)
-            )
-            weights = torch.exp(logits - torch.where(part.isfinite(), part, 0.0)[..., None])
-            out[i] = torch.einsum("hgqt,hte->hgqe", weights, v).to(queries.dtype)
-            lse[i] = part
+            if not width:
+                out[i], lse[i] = 0.0, float("-inf")
+                continue
+            # less the largest, and divided by the sum: the logarithm of a large sum has no digits left for the weights
+            top = logits.amax(-1)
+            weights = torch.exp(logits - torch.where(top == float("-inf"), 0.0, top)[..., None])
+            total = weights.sum(-1)
+            sums = torch.einsum("hgqt,hte->hgqe", weights, v)
+            out[i] = (sums / torch.where(total == 0, 1.0, total)[..., None]).to(queries.dtype)
+            lse[i] = torch.where(top == float("-inf"), top, top + torch.log(total))
         return out, lse
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        lse = torch.logaddexp(lse_a, lse_b)
-        safe = torch.where(lse.isfinite(), lse, 0.0)
-        out = torch.exp(lse_a - safe)[..., None] * out_a.float() + torch.exp(lse_b - safe)[..., None] * out_b.float()
-        return out.to(out_a.dtype), lse
+        top = torch.maximum(lse_a, lse_b)
+        safe = torch.where(top == float("-inf"), 0.0, top)
+        keep, take = torch.exp(lse_a - safe), torch.exp(lse_b - safe)
+        total = keep + take
+        whole = torch.where(total == 0, 1.0, total)
+        # a side of weight zero is left out, not multiplied: it may hold anything
+        pairs = (keep[..., None], out_a), (take[..., None], out_b)
+        parts = [torch.where(w == 0, 0.0, w / whole[..., None] * x.float()) for w, x in pairs]
+        return (parts[0] + parts[1]).to(out_a.dtype), top + torch.log(whole)
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
