@@ -50,7 +50,8 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
     whole = np.where(total > 0, total, 1.0)[..., None]
     # a side of weight zero is left out, not multiplied: it may hold anything
     pairs = (weight_a[..., None], out_a), (weight_b[..., None], out_b)
-    out = sum(np.where(w > 0, w / whole * np.where(w > 0, x, 0.0), np.where(np.isnan(w), w, 0.0)) for w, x in pairs)
+    parts = [np.where(w == 0, 0.0, w / whole * np.where(w == 0, 0.0, x)) for w, x in pairs]
+    out = parts[0] + parts[1]
     with np.errstate(divide="ignore"):
         return out, np.where(total > 0, np.log(total) + safe, -np.inf)
 

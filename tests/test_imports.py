@@ -35,7 +35,7 @@ ALLOWED = {
     **{name: {"backends.base", "bindings.gpu_build", "bindings.gpu_types"} | ANY for name in LAUNCHERS},
     "bindings.gpu_build": {"backends.base", "bindings.gpu_types"} | ANY,
     "backends.base": ANY,
-    "backends.torch_backend": {"backends.base"},
+    "backends.torch_backend": {"backends.base"} | ANY,
     "backends.reference_backend": {"backends.base", "reference"},
     "backends.search": {"backends.base"},
     "backends.addresses": {"backends.base"} | ANY,

@@ -20,7 +20,7 @@ SIZES = [1e3, 1e5, 1e7, 1e9, 3e10, 1e20, 1e30, 3e31, 1e35, 1e37]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_logits_of_any_size(backend: str, size: float, sign: int) -> None:
-    index = small_index(32, backend=backend, heads=1, kv_heads=1, scale=1.0)
+    index = small_index(32, backend=backend, heads=1, kv_heads=1, scale=1.0, selectivity=1.0)
     values = torch.linspace(-1, 3, 32).expand(1, 1, 60, 32).contiguous()
     index.add(torch.full((1, 1, 60, 32), size / 32), values)
     out, lse = index.search_attend(torch.full((1, 1, 1, 32), float(sign)), return_lse=True)
