@@ -135,7 +135,9 @@ def best_of(
     scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=device)
     ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=device)
     width = 0 if selection.rows is None else selection.rows.shape[2]
-    step = max(1, GATHER_BYTES // (4 * d * max(1, width)))
+    rows_in_use = max(selection.sealed, default=0)
+    at_once = q * width >= rows_in_use  # to multiply all sealed keys reads less than to gather those of each query
+    step = max(1, GATHER_BYTES // (4 * max(g * rows_in_use if at_once else d * width, 1)))
     for i, head in np.ndindex(b, h):
         always = _always(selection, i * q, device)
         x = queries[i, head].float()  # (g, q, d)
@@ -147,8 +149,13 @@ def best_of(
             inner, rows = beside[:, part], always.expand(count, -1)
             if selection.rows is not None:
                 chosen = selection.rows[i * q + first : i * q + first + count, head].long()
-                gathered = keys.index_select(0, chosen.clamp(min=0).reshape(-1)).view(count, width, d).float()
-                sealed = torch.einsum("gqd,qtd->gqt", x[:, part], gathered).masked_fill(chosen < 0, float("-inf"))
+                found = chosen.clamp(min=0)
+                if at_once:
+                    sealed = (x[:, part] @ keys[:rows_in_use].float().T).gather(2, found.expand(g, -1, -1))
+                else:
+                    gathered = keys.index_select(0, found.reshape(-1)).view(count, width, d).float()
+                    sealed = torch.einsum("gqd,qtd->gqt", x[:, part], gathered)
+                sealed = sealed.masked_fill(chosen < 0, float("-inf"))
                 inner, rows = torch.cat([inner, sealed], 2), torch.cat([rows, chosen], 1)
             top = inner.topk(min(k, inner.shape[2]), dim=2)
             at = rows.expand(g, -1, -1).gather(2, top.indices)
