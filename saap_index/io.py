@@ -20,6 +20,7 @@ from . import checks, files
 from .backends import NETWORK, RouterWeights
 from .calibration import TARGETS, Calibration
 from .errors import FormatError, SaapError
+from .gaps import Gaps
 from .index import AsymmetricIndex
 from .quantizer import KeyQuantizer
 from .rope import Rope
@@ -88,7 +89,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "tower": None,
         "calibrated": index.calibration is not None,
         "lengths": index.lengths,
-        "removed": [] if lists is None else [len(r) for r in lists.removed],
+        "gaps": [] if lists is None else [len(x.starts) for x in lists.gaps],
         "pending": lists is not None and lists.pending is not None,
     }  # fmt: skip
     tensors: dict[str, Tensor] = {}
@@ -117,12 +118,12 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 x[i, :, :low] = 0  # memory that no token owns is not written to disk
                 x[i, :, high:] = 0
                 if name == "pending":
-                    x[i, :, : lists.sealed(i)] = -1
+                    x[i, :, lists.sinks(i) : lists.sealed(i)] = -1  # the tables know
             tensors[name] = x
         tensors["tables"] = lists.tables[:, :, :count].clone()
         for i, segments in enumerate(lists.segments):
             tensors["tables"][i, :, len(segments) :] = 0
-        tensors["removed"] = torch.from_numpy(np.concatenate(lists.removed))
+        tensors["gaps"] = torch.from_numpy(np.concatenate([x.array() for x in lists.gaps]))
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config
 
 
@@ -175,7 +176,10 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         count = max(len(s) for s in _segments(config))
         want["keys"], want["values"] = ((b, h, rows, d), dtype), ((b, h, rows, e), dtype)
         want["ids"], want["tables"] = ((b, h, rows), torch.int32), ((b, h, count, nlist + 1), torch.int32)
-        want["removed"] = ((sum(config["removed"]),), torch.int64)
+        if "gaps" in config:
+            want["gaps"] = ((sum(config["gaps"]), 2), torch.int64)
+        else:  # a file of before: every position, not stretches of them
+            want["removed"] = ((sum(config["removed"]),), torch.int64)
         if config["pending"]:
             want["pending"] = ((b, h, rows), torch.int32)
     return want
@@ -243,15 +247,20 @@ def _restore(
     index.reserve_memory(max(lengths), batch=len(lengths))
     lists = index.invlists
     lists.lengths, lists.segments = list(lengths), segments
-    counts = checks.counts(config["removed"], len(lengths), 2**31 - 1, "removed")
-    lists.removed = [np.array(r) for r in np.split(tensors["removed"].numpy(), np.cumsum(counts)[:-1])]
+    name = "gaps" if "gaps" in config else "removed"
+    counts = checks.counts(config[name], len(lengths), 2**31 - 1, name)
+    parts_of = np.split(tensors[name].numpy(), np.cumsum(counts)[:-1])
+    if name == "removed" and any((np.diff(x, prepend=-1) <= 0).any() for x in parts_of):
+        raise FormatError("removed: expected rising positions, got others")
+    lists.gaps = [Gaps.of_array(x) if name == "gaps" else Gaps.of(x) for x in parts_of]
     for i, parts in enumerate(segments):
-        check_removed(lists.removed[i], lengths[i])
+        check_gaps(lists.gaps[i], lengths[i])
         positions = torch.from_numpy(lists.positions(i, np.arange(lengths[i])))
         check_tables(tensors["tables"][i, :, : len(parts)], parts)
         check_ids(tensors["ids"][i], positions, parts)
         if config["pending"]:
-            checks.list_numbers(tensors["pending"][i, :, lists.sealed(i) : lengths[i]], "pending", index.nlist, -1)
+            for low, high in ((0, lists.sinks(i)), (lists.sealed(i), lengths[i])):
+                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
     lists._reserve_tables(tensors["tables"].shape[2], exact=True)
     if config["pending"]:
         lists.pending = tensors["pending"].to(index.device)
@@ -278,8 +287,8 @@ def check_ids(ids: Tensor, positions: Tensor, segments: tuple[tuple[int, int], .
             raise FormatError(f"expected the ids of segment [{start}, {stop}), got others")
 
 
-def check_removed(removed: np.ndarray, length: int) -> None:
-    """FormatError unless positions, int64 (r,), rise and lie among those of a sequence of which ``length`` tokens are left."""
-    end = length + len(removed)
-    if len(removed) and (removed[0] < 0 or removed[-1] >= end or not (np.diff(removed) > 0).all()):
-        raise FormatError(f"removed: expected rising positions below {end}, got others")
+def check_gaps(gaps: Gaps, length: int) -> None:
+    """FormatError unless gaps lie among the positions of a sequence of which ``length`` tokens are left."""
+    end = length + gaps.count
+    if len(gaps.stops) and not gaps.stops[-1] <= end < 2**31:
+        raise FormatError(f"gaps: expected rising positions below {end}, got others")

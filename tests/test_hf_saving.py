@@ -173,7 +173,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     tensors = load_file(layer)
     for name, other in (
         ("keys", tensors["keys"][:, :, :50].clone()), ("keys", tensors["keys"].double()), ("ids", tensors["ids"].long()),
-        ("tables", tensors["tables"][:, :, :1].clone()), ("removed", torch.zeros(3, dtype=torch.int64)),
+        ("tables", tensors["tables"][:, :, :1].clone()), ("gaps", torch.zeros((3, 2), dtype=torch.int64)),
     ):  # fmt: skip
         save_file({**tensors, name: other}, layer)
         refuses("layer 1: expected|dtype: expected")
@@ -181,7 +181,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     refuses("values")
     layer.write_bytes(whole)
     for change in (
-        {"version": 2}, {"format": "other"}, {"layers": about["layers"][:2]}, {"layers": None},
+        {"version": 1}, {"format": "other"}, {"layers": about["layers"][:2]}, {"layers": None},
         {"layers": [{**about["layers"][0], "lengths": [10**6, 5]}, *about["layers"][1:]]},
         {"layers": [{**about["layers"][0], "lengths": [-1, 5]}, *about["layers"][1:]]},
     ):  # fmt: skip

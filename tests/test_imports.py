@@ -14,11 +14,12 @@ import saap_index
 
 PACKAGE = Path(saap_index.__file__).parent
 
-ANY = {"errors"}  # knows nothing, may be known by all
+ANY = {"errors", "precision"}  # know nothing, may be known by all
 GPU = {f"bindings.gpu_{part}" for part in "build route route_select runtime scan seal select types".split()}
 LAUNCHERS = [f"bindings.gpu_{part}" for part in ("combine", "route", "scan", "seal", "select")]
 ALLOWED = {
     # plain data and checks
+    "precision": set(),
     "errors": set(),
     "reference": set(),
     "checks": ANY,
@@ -39,11 +40,14 @@ ALLOWED = {
     **{name: {"backends.base", "bindings.gpu_build", "bindings.gpu_types"} | ANY for name in LAUNCHERS},
     "bindings.gpu_build": {"backends.base", "bindings.gpu_types"} | ANY,
     "backends.base": ANY,
-    "backends.torch_backend": {"backends.base"},
+    "backends.torch_backend": {"backends.base"} | ANY,
     "backends.reference_backend": {"backends.base", "reference"},
     "backends.search": {"backends.base"},
     "backends.addresses": {"backends.base"} | ANY,
-    "backends.cpu": {"backends.addresses", "backends.base", "backends.search", "bindings", "bindings.native"} | ANY,
+    "backends.threads": set(),
+    "backends.cpu": {
+        "backends.addresses", "backends.base", "backends.search", "backends.threads", "bindings", "bindings.native",
+    } | ANY,
     "backends.resident": {"backends.base"} | ANY,
     "backends.cuda_state": {"backends.base", "backends.resident", "bindings", *GPU} | ANY,
     "backends.cuda": {
@@ -60,7 +64,9 @@ ALLOWED = {
     "rope_config": {"rope"} | ANY,
     "quantizer": {"checks"} | ANY,
     "router": {"backends", "checks"} | ANY,
-    "invlists": {"backends", "layout"} | ANY,
+    "gaps": set(),
+    "whole": set(),
+    "invlists": {"backends", "gaps", "layout"} | ANY,
     "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
     "calibration": {"checks", "layout", "quantizer", "reference", "rope", "router"} | ANY,
     "tower": {"backends", "quantizer", "router"} | ANY,
@@ -75,7 +81,7 @@ ALLOWED = {
     "_arguments": {"checks", "invlists", "layout"} | ANY,
     "_base": {
         "_arguments", "attend", "backends", "calibration", "checks", "invlists", "layout", "ops", "params", "quantizer", "rope",
-        "router", "tower",
+        "router", "tower", "whole",
     } | ANY,
     "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
     "_decode": {
@@ -87,7 +93,7 @@ ALLOWED = {
         "_arguments", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop",
         "invlists", "params", "stats", "training", "training_config",
     } | ANY,
-    "io": {"backends", "calibration", "checks", "files", "index", "quantizer", "rope", "router", "tower"} | ANY,
+    "io": {"backends", "calibration", "checks", "files", "gaps", "index", "quantizer", "rope", "router", "tower"} | ANY,
     "": {
         "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "routers", "stats",
         "tower", "training_config",
@@ -130,7 +136,7 @@ ALLOWED = {
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
     "hf.attention": {"hf.support", "hf.traced", "hf.layer", "hf.slots"} | ANY,
     "hf.cache": {"hf.layer", "hf.plan", "params", "routers", "stats"} | ANY,
-    "hf.saving": {"checks", "files", "hf.layer", "hf.plan", "hf.slots", "index", "io", "quantizer"} | ANY,
+    "hf.saving": {"checks", "files", "gaps", "hf.layer", "hf.plan", "hf.slots", "index", "io", "quantizer"} | ANY,
     "hf.attach": {"hf.attention", "hf.audit", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
     "hf.generate": {"hf.attach", "hf.cache", "hf.support", "pipeline", "pipeline.models", "routers"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.audit", "hf.cache", "hf.support"} | ANY,

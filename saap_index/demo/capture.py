@@ -44,7 +44,7 @@ def unseen_positions(length: int) -> Tensor:
     Tensor
         int64 (q,), ascending.
     """
-    return torch.arange(max(length - UNSEEN_SPAN, 0), length, UNSEEN_STEP)
+    return torch.arange(max(length - UNSEEN_SPAN, 0), length, UNSEEN_STEP, dtype=torch.int64, device="cpu")
 
 
 def capture_to(

@@ -100,7 +100,7 @@ def _index(
 ) -> None:
     found = sequence.layers[layer]
     heads, n = found.keys.shape[1:3]
-    chosen = torch.zeros((len(shares), heads, len(sequence.positions), n), dtype=torch.bool)
+    chosen = torch.zeros((len(shares), heads, len(sequence.positions), n), dtype=torch.bool, device="cpu")
     outputs: list[list[Tensor]] = [[] for _ in shares]
     sums = [[0.0] * 4 for _ in shares]
     index.reset()
@@ -143,6 +143,10 @@ def pooled(table: Table, method: str, share: float, layers: Sequence[int]) -> tu
     error."""
     rows = [table[method, layer, share] for layer in layers]
     count = len(rows[0].captured)
-    per_sequence = torch.tensor([100 * sum(r.captured[i] for r in rows) / sum(r.outside[i] for r in rows) for i in range(count)])
+    per_sequence = torch.tensor(
+        [100 * sum(r.captured[i] for r in rows) / sum(r.outside[i] for r in rows) for i in range(count)],
+        dtype=torch.float32,
+        device="cpu",
+    )
     mass = 100 * sum(sum(r.captured) for r in rows) / sum(sum(r.outside) for r in rows)
     return mass, float(per_sequence.std()) if count > 1 else math.nan, sum(r.error for r in rows) / len(rows)

@@ -112,7 +112,7 @@ def encode(tokenizer: Any, text: str, question: str, chat: bool) -> tuple[Tensor
 
     def tokens(part: str) -> Tensor:
         found = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if part else []
-        return torch.tensor([found], dtype=torch.int64)
+        return torch.tensor([found], dtype=torch.int64, device="cpu")
 
     return tokens(text), tokens(question)
 
@@ -209,7 +209,7 @@ def agreement(model: Any, cache: Any, tokens: list[int], device: Any) -> int:
     kept = {support.cache_argument(model): cache}
     same = 0
     for token, following in itertools.pairwise(tokens):
-        logits = model(torch.tensor([[token]], device=device), **kept).logits
+        logits = model(torch.tensor([[token]], dtype=torch.int64, device=device), **kept).logits
         same += int(logits[0, -1].argmax()) == following
     return same
 
@@ -266,7 +266,7 @@ def compare(model: Any, tokenizer: Any, ids: Tensor, new: int, chunk: int | None
             end_of(texts)
             print(f"--- {side}", flush=True)
             texts[side] = TextStreamer(tokenizer, skip_special_tokens=True)
-        texts[side].put(torch.tensor([token]))
+        texts[side].put(torch.tensor([token], dtype=torch.int64, device="cpu"))
 
     found = both(model, ids, new, chunk, stop, show)
     end_of(texts)

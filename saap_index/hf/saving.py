@@ -25,14 +25,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .. import checks, files
 from ..errors import CompatibilityError, FormatError
+from ..gaps import Gaps
 from ..index import AsymmetricIndex
-from ..io import check_ids, check_removed, check_tables
+from ..io import check_gaps, check_ids, check_tables
 from ..quantizer import KeyQuantizer
 from .layer import IndexedLayer
 from .plan import LayerPlan, Plan
 from .slots import NEVER
 
-FORMAT, VERSION = "saap_cache", 1
+FORMAT, VERSION = "saap_cache", 2
 CONFIG = "cache.json"
 ROOM_TOKENS = 1024
 """Slots of room in a file, so that tokens may follow a prompt without copying it."""
@@ -131,7 +132,7 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     index.seal()
     lists = index.invlists
     rows = max(lists.lengths)
-    tensors = {"removed": torch.from_numpy(np.concatenate(lists.removed))}
+    tensors = {"gaps": torch.from_numpy(np.concatenate([x.array() for x in lists.gaps]))}
     names = ("keys", "values", "ids") + (() if lists.pending is None else ("pending",))
     for name in names:
         x = getattr(lists, name)[:, :, :rows].cpu()
@@ -146,7 +147,7 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         assert index.key_quantizer is not None
         tensors["centroids"] = index.key_quantizer.centroids.cpu()
     return tensors, {
-        **about, "lengths": lists.lengths, "removed": [len(r) for r in lists.removed], "index": _form(index),
+        **about, "lengths": lists.lengths, "gaps": [len(x.starts) for x in lists.gaps], "index": _form(index),
         "held": index.break_even == NEVER, "break_even": index.break_even,
     }  # fmt: skip
 
@@ -203,33 +204,28 @@ def _restore_indexed(
     index.reserve_memory(0, batch=b)
     lists = index.invlists
     segments = [index.layout.segments(n) for n in lengths]
-    counts = checks.counts(about["removed"], b, 2**31 - 1, "removed")
+    counts = checks.counts(about["gaps"], b, 2**31 - 1, "gaps")
     want = {
-        "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows), "removed": (sum(counts),),
+        "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows), "gaps": (sum(counts), 2),
         "tables": (b, h, max(map(len, segments)), index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }  # fmt: skip
     found = {key: tuple(x.shape) for key, x in tensors.items()}
     if found != want:
         raise FormatError(f"{name}: expected tensors {want}, got {found}")
-    for key, dtype in {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "removed": torch.int64}.items():
+    for key, dtype in {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "gaps": torch.int64}.items():
         if key in tensors and tensors[key].dtype != dtype:
             raise FormatError(f"{name}: expected {key} of {dtype}, got {tensors[key].dtype}")
-    removed = [np.array(part) for part in np.split(tensors["removed"].cpu().numpy(), np.cumsum(counts)[:-1])]
-    for i, (n, parts, gone) in enumerate(zip(lengths, segments, removed, strict=True)):
-        check_removed(gone, n)
+    gaps = [Gaps.of_array(part) for part in np.split(tensors.pop("gaps").cpu().numpy(), np.cumsum(counts)[:-1])]
+    for i, (n, parts, of) in enumerate(zip(lengths, segments, gaps, strict=True)):
+        check_gaps(of, n)
         check_tables(tensors["tables"][i, :, : len(parts)], parts)
         if "pending" in tensors:
-            checks.list_numbers(tensors["pending"][i, :, parts[-1][1] if parts else 0 : n], "pending", index.nlist, -1)
+            for low, high in ((0, parts[0][0] if parts else 0), (parts[-1][1] if parts else 0, n)):
+                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
+        if verify:
+            check_ids(tensors["ids"][i], torch.from_numpy(of.positions(np.arange(n))).to(device), parts)
     layer.slots, layer.ragged, layer.visible = slots, ragged, None if visible is None else visible.to(device)
-    lists.lengths, lists.segments, lists.capacity, lists.removed = lengths, segments, rows, removed
-    for key in ("keys", "values", "ids", "tables", *(("pending",) if "pending" in tensors else ())):
-        setattr(lists, key, tensors[key])
-    if verify:
-        for i, n in enumerate(lengths):
-            check_ids(lists.ids[i], torch.from_numpy(lists.positions(i, np.arange(n))).to(device), segments[i])
-    lists._allocate_means(rows)
-    for i in range(b):
-        lists.update_means(i)
+    lists.adopt(lengths, gaps, tensors)
     if layer.room_tokens:
         index.reserve_memory(layer.room_tokens)
 

@@ -121,7 +121,12 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
     prompts: list[Prompt] = []
     for number, (_, tokens) in enumerate(task.sequences[: task.training]):
         n = len(tokens)
-        some = torch.randperm(n - n // 8, generator=torch.Generator().manual_seed(number))[:TRAINING_QUERIES] + n // 8
+        some = (
+            torch.randperm(n - n // 8, generator=torch.Generator().manual_seed(number), dtype=torch.int64, device="cpu")[
+                :TRAINING_QUERIES
+            ]
+            + n // 8
+        )
         prompts.append(
             read_prompt(
                 task.model, tokens, rope, some.sort().values, recent=task.settings.window + n - int(some.sort().values[-8:].min())
@@ -140,7 +145,9 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
         row = records.once("profile", measure)
         found = [(float(a), float(b)) for a, b in row["rules"]]
         longest = max(len(tokens) for _, tokens in task.sequences)
-        profile = moa_profile.Profile(tuple(found), (longest,), torch.tensor(row["losses"]), row["group"])
+        profile = moa_profile.Profile(
+            tuple(found), (longest,), torch.tensor(row["losses"], dtype=torch.float32, device="cpu"), row["group"]
+        )
     depth = task.model.config.num_hidden_layers
     s = task.settings
     every = s.layers is None or (s.replaced is None and (s.decoded or task.needles))
@@ -172,13 +179,13 @@ def _looks(task: Task, rope: Rope | None, tokens: Sequence[int], roster: Roster,
     if all(f"looks/{number}/{m.name}/{share}" in records.rows for m in methods):
         return
     recent = max(m.observed for m in methods) + 1
-    prompt = read_prompt(task.model, tokens, rope, torch.tensor([last]), recent=recent)
+    prompt = read_prompt(task.model, tokens, rope, torch.tensor([last], dtype=torch.int64, device="cpu"), recent=recent)
     at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
-    bins = torch.arange(len(tokens)) * LOOK_BINS // len(tokens)
+    bins = torch.arange(len(tokens), dtype=torch.int64, device="cpu") * LOOK_BINS // len(tokens)
     exact = exact_attention(
         prompt.keys[at], prompt.values[at], prompt.queries[at].flatten(0, 1), prompt.positions, s.sinks, s.window
     )
-    mass = torch.zeros(LOOK_BINS, dtype=torch.float64).index_add(0, bins, exact.probabilities[:, :, 0].mean((0, 1)))
+    mass = torch.zeros(LOOK_BINS, dtype=torch.float64, device="cpu").index_add(0, bins, exact.probabilities[:, :, 0].mean((0, 1)))
     for method in methods:
         state = method.start(prompt.layers[at], len(tokens))
         state.append(prompt.keys[at], prompt.values[at])
@@ -186,7 +193,7 @@ def _looks(task: Task, rope: Rope | None, tokens: Sequence[int], roster: Roster,
         chosen = state.attend(prompt.queries[at][:, :, 0]).chosen
         if chosen is not None:
             read = (chosen.any(1) if chosen.ndim == 3 else chosen).double().mean(0)
-            part = torch.zeros(LOOK_BINS, dtype=torch.float64).index_add(0, bins, read) / torch.bincount(
+            part = torch.zeros(LOOK_BINS, dtype=torch.float64, device="cpu").index_add(0, bins, read) / torch.bincount(
                 bins, minlength=LOOK_BINS
             )
             row = {"read": [round(x, 4) for x in part.tolist()], "mass": mass.tolist(), "tokens": len(tokens)}

@@ -95,7 +95,14 @@ def evaluate_text(
         return
     observed = max(m.observed for s in {*settings.shares, *shares} for m in methods_at(s))
     recent = observed and observed + max(settings.span, last)
-    prompt = read_prompt(model, tokens, rope, torch.arange(max(n - settings.span, 0), n, settings.step), last, recent)
+    prompt = read_prompt(
+        model,
+        tokens,
+        rope,
+        torch.arange(max(n - settings.span, 0), n, settings.step, dtype=torch.int64, device="cpu"),
+        last,
+        recent,
+    )
     progress(f"{name}: {n} tokens read")
     for number in wanted:
         _layer(prompt, name, number, methods_at, settings, records)

@@ -291,7 +291,7 @@ def query_positions(settings: TrainSettings, number: int) -> np.ndarray:
     found = capture.training_positions(settings.context, settings.seed * 1_000_003 + number, settings.queries)
     if number in settings.held_out_numbers:
         first = settings.context - settings.context // 8
-        found = torch.linspace(first, settings.context - 1, len(found)).long()
+        found = torch.linspace(first, settings.context - 1, len(found), dtype=torch.float32, device="cpu").long()
     return found.numpy()
 
 
