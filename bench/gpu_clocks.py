@@ -10,9 +10,9 @@ launch the second cache is filled with something else.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
+from itertools import pairwise
 from typing import Any
 
 import gpu_harness as harness
@@ -56,7 +56,7 @@ def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs:
             continue  # the code was not there yet
         at = clocks.cpu().double()
         passed = [j for j in range(len(POINTS)) if bool((at[:, j] > 0).any())]
-        pairs = [*itertools.pairwise(passed), (passed[0], passed[-1])]
+        pairs = [*pairwise(passed), (passed[0], passed[-1])]
         for a, z in pairs:
             both = (at[:, a] > 0) & (at[:, z] > 0)
             took = (at[both, z] - at[both, a]).tolist() or [0.0]

@@ -171,8 +171,9 @@ class Scan:
         """One softmax over rows [0, sinks), the listed ones, [sealed, length) and the means: see cuda/scan.cu.
 
         keys : storage dtype (b, h, N, d), values : (b, h, N, e), rows aligned to 16 bytes; meta : int32 (b, 8). floats :
-        float32 (num_floats,), tickets : int32 (num_tickets,); clocks : int64 (num_clocks,), cycles by block and point. A start
-        takes queries : query dtype (b, h, j, d), `aligned`, and writes out : query dtype (b, h, j, e), lse : float32 (b, h, j).
+        float32 (num_floats,), tickets : int32 (num_tickets,); clocks : int64 (num_clocks,), cycles by block and point.
+        A start takes queries : query dtype (b, h, j, d), `aligned`, and writes out : query dtype (b, h, j, e), lse : float32
+        (b, h, j).
         """
         p = self._params.copy()
         p["keys"], p["values"], p["meta"] = keys.data_ptr(), values.data_ptr(), meta.data_ptr()
