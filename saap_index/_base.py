@@ -97,6 +97,7 @@ class IndexBase(IndexArguments):
         self.budget_shares = budget_shares
         self.dtype, self.device, self.rope = dtype, checks.device(device), rope
         self._backend = get_backend(self.device, backend)
+        self.device = getattr(self._backend, "device", self.device)  # with its number: "cuda" alone would accept tensors of any
         self.backend_name = backend
         self._key_quantizer: KeyQuantizer | None = None
         self._query_router: QueryRouter | None = None
