@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo compare routers test newest oldest versions test-gpu lint bench bench-gpu clean
+.PHONY: help setup demo compare routers test test-dtypes newest oldest versions test-gpu lint bench bench-gpu clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -45,6 +45,12 @@ oldest: setup ## the tests of transformers with the oldest release that is suppo
 
 versions: setup ## generate, its modes and caches with one release of each minor version of transformers; an hour or two
 	$(BIN)/python tests/versions.py each --jobs $(JOBS)
+
+test-dtypes: setup ## the tests of the index under each other default dtype of torch; those of transformers make models of it themselves
+	for dtype in float64 bfloat16 float16; do \
+	  SAAP_DEFAULT_DTYPE=$$dtype $(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile \
+	    $(filter-out tests/test_hf_% tests/test_lab% tests/test_demo%,$(wildcard tests/test_*.py)) || exit 1; \
+	done
 
 test-gpu: ## what needs a CUDA device, in the Python at hand: torch with CUDA, CuPy, pytest and hypothesis
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -W default -m gpu tests/test_primitives.py $(wildcard tests/test_gpu_*.py)

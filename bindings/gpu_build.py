@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Rotation
-from .gpu_types import Kernel, Launch, Runtime
+from .gpu_types import CLUSTERS, Kernel, Launch, Runtime
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types by the numbers of bindings/dtypes.h."""
@@ -173,7 +173,7 @@ def _bind_append(
         aligned=_in_vectors(keys) and _in_vectors(values),
     )
     kept = arena_keys, arena_values, *where.values()
-    return Launch(append_kernel(runtime), (across, y, b), block, 8, params, *kept)
+    return Launch(append_kernel(runtime), (across, y, b), block, 8, params, *kept, dependent=runtime.capability >= CLUSTERS)
 
 
 # -- assign ----------------------------------------------------------------------------------------------------------------
@@ -217,8 +217,9 @@ def pack_centroids(centroids: Tensor) -> PackedCentroids:
     bias = exact.new_full((h, tiles * LISTS_PER_PANEL), -torch.inf)
     bias[:, :nlist] = -0.5 * exact.square().sum(2)
 
-    lists = torch.arange(LISTS_PER_PANEL, device=centroids.device)
-    places = torch.arange(8, device=centroids.device) ^ (lists % 8)[:, None]  # (128, 8): 16-byte vector at each place of a row
+    lists = torch.arange(LISTS_PER_PANEL, dtype=torch.int64, device=centroids.device)
+    eight = torch.arange(8, dtype=torch.int64, device=centroids.device)
+    places = eight ^ (lists % 8)[:, None]  # (128, 8): 16-byte vector at each place of a row
 
     def half_panels(x: Tensor) -> Tensor:
         rows = x.reshape(h, tiles, LISTS_PER_PANEL, chunks, 8, 8).movedim(3, 2)

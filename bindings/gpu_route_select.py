@@ -33,8 +33,6 @@ LEAST_CAPABILITY = (9, 0)
 
 THREADS, BINS, CANDIDATES = 512, 2048, 256
 CLUSTERS = 8, 4, 2
-THREADS_OF_A_MULTIPROCESSOR, RESERVED_BYTES = 2048, 1024
-"""Shared memory that the system takes of every block."""
 
 
 STAGES = (
@@ -61,13 +59,11 @@ def covers(runtime: Runtime, router: PackedRouter, shape: RouteSelectShape) -> b
     knots = router.outputs - router.nlist - 1
     if runtime.capability < LEAST_CAPABILITY or shape.vectors > MOST_VECTORS or not 0 <= knots <= MOST_KNOTS:
         return False
-    macros = configuration(router, shape, runtime.multiprocessors, runtime.max_shared_bytes)
+    macros = configuration(router, shape, runtime.multiprocessors)
     return shared_bytes(router, shape.segments, macros) <= runtime.max_shared_bytes
 
 
-def configuration(
-    router: PackedRouter, shape: RouteSelectShape, multiprocessors: int, max_shared_bytes: int
-) -> dict[str, int]:
+def configuration(router: PackedRouter, shape: RouteSelectShape, multiprocessors: int) -> dict[str, int]:
     """The macros. A cluster has as many blocks as leave all of them on the device at once, and each something to do."""
     macros = {
         "SAAP_DTYPE": CODES[shape.query],
@@ -78,9 +74,8 @@ def configuration(
     }
     for cluster in CLUSTERS:
         macros["SAAP_CLUSTER"] = cluster
-        needed = shared_bytes(router, shape.segments, macros) + RESERVED_BYTES
-        together = min(THREADS_OF_A_MULTIPROCESSOR // THREADS, max_shared_bytes // needed) * multiprocessors
-        if cluster * shape.sequences * shape.heads <= together and (cluster - 1) * 16 < router.nlist:
+        # A multiprocessor has a block: clusters of two on one share its issue slots, and may not find room at the same time.
+        if cluster * shape.sequences * shape.heads <= multiprocessors and (cluster - 1) * 16 < router.nlist:
             break
     return macros
 
@@ -116,7 +111,7 @@ class RouteSelect:
     ) -> None:
         """knobs : macros other than those of `configuration`, to try."""
         self.router, self.shape = router, shape
-        macros = configuration(router, shape, runtime.multiprocessors, runtime.max_shared_bytes) | (knobs or {})
+        macros = configuration(router, shape, runtime.multiprocessors) | (knobs or {})
         self.macros, self.cluster, self.block = macros, macros["SAAP_CLUSTER"], macros["SAAP_THREADS"]
         self.grid = self.cluster * shape.heads, shape.sequences, 1
         self.shared_bytes = shared_bytes(router, shape.segments, macros)

@@ -7,6 +7,7 @@ CuPy is imported when the first index on a GPU is made, not before. Compiled ker
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,8 +89,8 @@ class CupyKernel:
 class CupyRuntime:
     """One CUDA device, as launchers see it (`gpu_types.Runtime`).
 
-    Raises DeviceError without a usable GPU or with too old a driver, MissingDependencyError without CuPy; `kernel` does where
-    CuPy lacks a compiler.
+    Raises DeviceError without a usable GPU or with too old a driver, MissingDependencyError without CuPy; `kernel` raises the
+    one where compiled kernels cannot be kept, the other where CuPy lacks a compiler.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -122,13 +123,21 @@ class CupyRuntime:
         return found
 
     def _compiled(self, module: Any, name: str) -> Any:
-        """A function of ``module``. MissingDependencyError where CuPy finds nothing to compile with."""
+        """A function of ``module``. MissingDependencyError where CuPy finds nothing to compile with, DeviceError where it has no
+        folder to keep the result in."""
         cuda = self._cupy.cuda
         try:
             return module.get_function(name)
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError):
             raise
-        except (ImportError, OSError, RuntimeError) as error:  # a fault of the source would be CuPy's CompileException
+        except (ImportError, OSError, RuntimeError) as error:  # a fault
+            if isinstance(error, OSError) and error.errno is not None:  # of a library that is not there it has no number
+                where = error.filename or os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache"
+                raise DeviceError(
+                    f"device 'cuda': expected a folder for compiled kernels that can be written, got {where} ({error}); set "
+                    "CUPY_CACHE_DIR to one (and TMPDIR, where that is what cannot be written)"
+                ) from error
+            # a fault of the source would be CuPy's CompileException
             raise MissingDependencyError(
                 f"device 'cuda' needs NVRTC and CUDA's headers for CuPy to compile with: pip install "
                 f"'cupy-cuda{cuda.runtime.runtimeGetVersion() // 1000}x[ctk]', or set CUDA_PATH ({type(error).__name__}: {error})"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .gpu_types import Launch, Runtime
+from .gpu_types import CLUSTERS, Launch, Runtime
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
@@ -27,6 +27,9 @@ PARAMS = np.dtype(
     + [(name, np.int32) for name in _INTS.split()],
     align=True,
 )
+CLOCK_PARAMS = np.dtype([*((name, PARAMS[name]) for name in PARAMS.names or ()), ("clocks", np.uint64)], align=True)
+POINTS = "began", "waited", "planned", "copying", "arrived", "added", "merged", "ticketed", "ended"
+"""Of a block, with SAAP_CLOCK: scan_params.cuh."""
 COMBINE_PARAMS = np.dtype(
     [(name, np.uint64) for name in "out_a lse_a out_b lse_b out lse".split()] + [("n", np.int64), ("e", np.int32)], align=True
 )
@@ -125,7 +128,7 @@ class Scan:
     """Attention over listed rows for one shape: the kernel, compiled, and its grid. Holds no memory of the device.
 
     num_floats, num_tickets : elements of the two workspaces of a call. A workspace serves one call at a time; the tickets are
-    zeros before a call, and after each.
+    zeros before a call, and after each. num_clocks : elements of what a kernel with SAAP_CLOCK writes, else 0.
     """
 
     def __init__(self, runtime: Runtime, shape: ScanShape, knobs: dict[str, int] | None = None) -> None:
@@ -146,7 +149,9 @@ class Scan:
         self.num_tickets = passes * pairs
         self._mass_offset = 4 * self._states * shape.e
         self._kernel = runtime.kernel(*file_of(shape.storage), macros)
-        self._params = np.zeros((), PARAMS)
+        self.num_clocks = blocks * passes * len(POINTS) if macros.get("SAAP_CLOCK") else 0
+        self._params = np.zeros((), CLOCK_PARAMS if self.num_clocks else PARAMS)
+        self._dependent = runtime.capability >= CLUSTERS
         for name in ("sequences", "heads", "vectors", "num_queries", "capacity", "causal", "dense"):
             self._params[name] = getattr(shape, name)
         self._params["inverse_heads"], self._params["inverse_queries"] = 1 / shape.heads, 1 / shape.num_queries
@@ -161,12 +166,14 @@ class Scan:
         scale: float,
         floats: Tensor,
         tickets: Tensor,
+        clocks: Tensor | None = None,
     ) -> Launch:
         """One softmax over rows [0, sinks), the listed ones, [sealed, length) and the means: see cuda/scan.cu.
 
         keys : storage dtype (b, h, N, d), values : (b, h, N, e), rows aligned to 16 bytes; meta : int32 (b, 8). floats :
-        float32 (num_floats,), tickets : int32 (num_tickets,). A start takes queries : query dtype (b, h, j, d), and writes
-        out : query dtype (b, h, j, e), lse : float32 (b, h, j).
+        float32 (num_floats,), tickets : int32 (num_tickets,); clocks : int64 (num_clocks,), cycles by block and point.
+        A start takes queries : query dtype (b, h, j, d), `aligned`, and writes out : query dtype (b, h, j, e), lse : float32
+        (b, h, j).
         """
         p = self._params.copy()
         p["keys"], p["values"], p["meta"] = keys.data_ptr(), values.data_ptr(), meta.data_ptr()
@@ -181,8 +188,15 @@ class Scan:
             p["mean_keys"], p["mean_values"] = means.keys.data_ptr(), means.values.data_ptr()
             p["tables"], p["max_segments"], p["max_means"] = means.tables.data_ptr(), means.tables.shape[2], means.keys.shape[2]
             p["lists"] = means.tables.shape[3] - 1
-        kept = keys, values, meta, listed, means, floats, tickets
-        return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept)
+        if clocks is not None:
+            p["clocks"] = clocks.data_ptr()
+        kept = keys, values, meta, listed, means, floats, tickets, clocks
+        return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept, dependent=self._dependent)
+
+
+def aligned(queries: Tensor) -> Tensor:
+    """Contiguous queries where the kernel can read them: 16-bit ones in pairs, from multiples of 4 bytes."""
+    return queries.clone() if queries.data_ptr() % 4 else queries
 
 
 def combine(runtime: Runtime, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -65,13 +65,12 @@ extern "C" __global__ void __launch_bounds__(1024) saap_append(const __grid_cons
     u32 token[kAhead], of[kAhead], at[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; i++) {
-      const u32 v = from + i * step, row = v / vectors;
-      at[i] = v - row * vectors, of[i] = row / n, token[i] = v < total ? row - of[i] * n : ~0u;
+      const u32 v = from + i * step, line = v / vectors;
+      at[i] = v - line * vectors, of[i] = line / n, token[i] = v < total ? line - of[i] * n : ~0u;
       if (v >= total) continue;
-      const i64 head_row = of[i], row_of_head = token[i];
-      data[i] = at[i] < static_cast<u32>(p.key_vectors)
-                    ? read_vector(keys + head_row * p.key_h + row_of_head * p.key_n + at[i] * 16, p.aligned)
-                    : read_vector(values + head_row * p.value_h + row_of_head * p.value_n + (at[i] - p.key_vectors) * 16, p.aligned);
+      const bool key = at[i] < static_cast<u32>(p.key_vectors);
+      const char* row = key ? keys + of[i] * p.key_h + token[i] * p.key_n : values + of[i] * p.value_h + token[i] * p.value_n;
+      data[i] = read_vector(row + (key ? at[i] : at[i] - p.key_vectors) * 16, p.aligned);
     }
     if (!placed) {  // once, by all threads, while the first vectors are on their way
       if (threadIdx.x == 0) {

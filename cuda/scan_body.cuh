@@ -17,10 +17,13 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
   char* const stages = shared + warp * kStages * kStageBytes;
   const Exchange area(shared);
   Work& work = *area.work;
+  note(p, kBegan);
   grid_dependency_wait();
   grid_dependency_launch();
+  note(p, kWaited);
   if (warp == 0) plan(p, work);
   __syncthreads();
+  note(p, kPlanned);
 
   Core core(shared + kStagesBytes + kCoreOffset);
   while (work.count) {
@@ -41,10 +44,12 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
 #pragma unroll
       for (int s = 0; s < kStages - 1; s++) bias[s] = bias[s + 1];
       bias[kStages - 1] = copy_tile(p, numbers, turn % kTogether, stages + stage * kStageBytes);
+      if (turn == 0) note(p, kCopying);
       stage = stage + 1 == kStages ? 0 : stage + 1;
       if (turn < kStages - 1) continue;
       const int tile = mine + (turn - kStages + 1) * kWarps;
       while (tile >= end) {
+        if (places) note(p, kAdded);
         if (places) finish_pair(p, core, area, here, parts, pass);
         if (places == count) break;
         here = work.places[places++];
@@ -56,6 +61,7 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
       if (tile >= end) break;
       cp_async_wait<kStages - 1>();
       __syncwarp();
+      if (turn == kStages - 1) note(p, kArrived);
       const int index = (tile - here.begin) * kTile;
       core.tile(stages + stage * kStageBytes, bias[0], index, index < here.span.rows && index + kTile > seen_by_all);
       __syncwarp();  // all lanes have read the stage before it is filled again
@@ -66,4 +72,5 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
     __syncthreads();
   }
   if (work.empty) finish_empty_pairs(p, pass);
+  note(p, kEnded);
 }

@@ -142,6 +142,7 @@ SAAP_PRIM void finish_pair(const ScanParams& p, Core& core, const Exchange& area
     }
     __syncthreads();  // the area is free again, and thread 0 speaks for what all have stored
   }
+  note(p, kMerged);
   if (parts.count == 1) return;
   bool last = false;
   if (threadIdx.x == 0) {
@@ -150,5 +151,7 @@ SAAP_PRIM void finish_pair(const ScanParams& p, Core& core, const Exchange& area
     const u32 most = static_cast<u32>(parts.count) - 1;
     last = atomic_inc_acq_rel(ticket, most) >= most;
   }
-  if (__syncthreads_or(last)) merge_parts(p, at.pair, pass, slots + parts.first + at.pair, parts.count);
+  const bool merges = __syncthreads_or(last);
+  note(p, kTicketed);
+  if (merges) merge_parts(p, at.pair, pass, slots + parts.first + at.pair, parts.count);
 }

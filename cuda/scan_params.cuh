@@ -6,8 +6,13 @@
 //   SAAP_GROUPS      query vectors of a pass, in eights      SAAP_TILE         tokens a warp takes at once, 16 or 32
 //   SAAP_STAGES      tiles in flight per warp                SAAP_WARPS        warps of a block
 //   SAAP_BLOCKS      blocks of a multiprocessor
+//   SAAP_CLOCK       0, or 1: blocks note when they pass the points below
 #pragma once
 #include "prims.cuh"
+
+#ifndef SAAP_CLOCK
+#define SAAP_CLOCK 0
+#endif
 #include "softmax_state.cuh"
 
 constexpr int kD = SAAP_D, kE = SAAP_E, kStorage = SAAP_T, kQuery = SAAP_TQ;
@@ -42,7 +47,21 @@ struct ScanParams {
   int max_rows, max_tail;    // t and x
   int max_segments, max_means, lists;  // S, M <= S, l
   int causal, dense;
+#if SAAP_CLOCK
+  i64* clocks;  // int64 (passes, grid, kPoints), cycles, or null; points that a block does not pass are left alone
+#endif
 };
+
+// Where a block is: it began; the launch ahead is over; its work is planned; the first copies are started, and there; its last tile
+// is added; its warps are merged; it has its ticket; it ends. Of the pairs of a block the last one counts.
+enum Point { kBegan, kWaited, kPlanned, kCopying, kArrived, kAdded, kMerged, kTicketed, kEnded, kPoints };
+
+SAAP_PRIM void note(const ScanParams& p, Point point) {
+#if SAAP_CLOCK
+  const i64 block = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
+  if (threadIdx.x == 0 && p.clocks) p.clocks[block * kPoints + point] = clock64();
+#endif
+}
 
 // How rows of `dim` elements lie in shared memory: in chunks of 16 bytes, as many as whole steps of the matrix instruction
 // need, swapped within a row such that eight rows of one chunk lie in different banks.

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from saap_index import AsymmetricIndex, DeviceError, MissingDependencyError, ParameterError
+from saap_index import AsymmetricIndex, DeviceError, MissingDependencyError, ParameterError, register_backend
 from saap_index.backends import get_backend
+from saap_index.backends.torch_backend import TorchBackend
 from saap_index.bindings import gpu_driver, gpu_nvrtc, gpu_runtime, gpu_source
 from saap_index.bindings.gpu_types import Launch
 
@@ -290,6 +291,47 @@ def test_nothing_to_compile_with(with_cuda: Any) -> None:
         cupy.failure = failure
         with pytest.raises(type(failure), match=str(failure)):
             runtime.kernel("append.cu", "saap_append", {})
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        PermissionError(13, "Permission denied", "/home/me/.cupy/kernel_cache/x"),
+        OSError(30, "Read-only file system", "/home/me/.cupy/k"),
+        OSError(28, "No space left on device", "/home/me/.cupy/k"),
+    ],
+)
+def test_nowhere_to_keep_kernels(with_cuda: Any, failure: OSError) -> None:
+    """An unwritable folder is called that, and not a missing compiler."""
+    cupy = FakeCupy()
+    with_cuda(cupy)
+    cupy.failure = failure
+    with pytest.raises(DeviceError, match=rf"can be written, got {failure.filename} .*{failure.strerror}.*set CUPY_CACHE_DIR"):
+        gpu_runtime.runtime(CUDA).kernel("append.cu", "saap_append", {})
+
+
+def test_a_library_that_cannot_be_loaded(with_cuda: Any) -> None:
+    cupy = FakeCupy()
+    with_cuda(cupy)
+    cupy.failure = OSError("libnvrtc.so.13: cannot open shared object file: No such file or directory")
+    with pytest.raises(MissingDependencyError, match=r"needs NVRTC .*libnvrtc"):
+        gpu_runtime.runtime(CUDA).kernel("append.cu", "saap_append", {})
+
+
+@pytest.mark.parametrize("name", [None, "cuda", "torch"])
+def test_a_device_without_number_is_the_current_one(with_cuda: Any, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    with_cuda(FakeCupy())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert get_backend(torch.device("cuda"), name).device == torch.device("cuda", 1)  # type: ignore[attr-defined]
+    assert get_backend(torch.device("cuda", 0), name).device == CUDA  # type: ignore[attr-defined]
+
+
+def test_an_index_is_on_its_backends_device() -> None:
+    """Checks of tensors then ask for this very device."""
+    register_backend("numbered", lambda device: TorchBackend(torch.device("cpu", 0)))
+    assert AsymmetricIndex(d=64, backend="numbered").device == torch.device("cpu", 0)
+    assert AsymmetricIndex(d=64, backend="reference").device == torch.device("cpu")
 
 
 # -- sources --------------------------------------------------------------------------------------------------------------

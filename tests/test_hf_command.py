@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import saap_index as saap
 from saap_index import cli
+from saap_index.pipeline.models import position_limit
 
 LONG = 2300
 
@@ -84,7 +86,37 @@ def test_read_now_and_asked_later(files: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out != first.out
 
 
-@pytest.mark.parametrize("arguments", [[], ["--prompt", "a", "--load", "b"], ["--prompt", "a", "--compare", "--temperature", 1]])
+def test_the_end_of_the_models_positions(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((files / "model" / "config.json").read_text())
+    for limit, status in ((LONG + 5, 0), (LONG, 1), (LONG - 1, 1)):
+        (files / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": limit}))
+        saap.save_routers(make_routers(tiny("llama", max_position_embeddings=limit)), files / "routers")
+        assert command(files, "--prompt", files / "text") == status
+        err = capsys.readouterr().err
+        if status:
+            assert f"--prompt, --question: expected at most {limit} tokens, the positions that this model has, got" in err
+        else:
+            assert "--new: 5 tokens instead of 12" in err and f"of {LONG + 4} tokens read" in err
+    stretching = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    assert position_limit(tiny("llama", max_position_embeddings=64, rope_parameters=stretching).config) is None
+
+
+def test_layers_that_training_would_leave_dense(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    routers = saap.load_routers(files / "routers")
+    saap.save_routers(saap.Routers({**routers.config, "budget": {"dense_layers": [0]}}, routers.layers), files / "routers")
+    command(files, "--prompt", files / "text")
+    err = capsys.readouterr().err
+    assert "the routers advise to leave layers 0 dense: --dense-layers 0" in err and "3 of 3 layers indexed" in err
+    command(files, "--prompt", files / "text", "--dense-layers", "0")
+    err = capsys.readouterr().err
+    assert "advise" not in err and "2 of 3 layers indexed" in err
+    assert saap.load_routers(files / "routers").dense_layers == (0,)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--prompt", "a", "--dense-layers", "x"], [], ["--prompt", "a", "--load", "b"],
+    ["--prompt", "a", "--compare", "--temperature", 1],
+])  # fmt: skip
 def test_flags_that_do_not_go_along(files: Path, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert command(files, *arguments) == 1
     assert "saap generate: error: --" in capsys.readouterr().err

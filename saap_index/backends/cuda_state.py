@@ -20,7 +20,7 @@ from torch import Tensor
 from ..bindings import gpu_build, gpu_route_select
 from ..bindings.gpu_route import Route, Unturn
 from ..bindings.gpu_route_select import RouteSelect, RouteSelectShape
-from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape
+from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape, aligned
 from ..bindings.gpu_select import Select, SelectShape
 from ..bindings.gpu_types import Launch, Runtime
 from .base import Budget, Probed, Rotation
@@ -106,7 +106,7 @@ class CudaResident(Resident):
         b = shape[0]
         self._meta = torch.zeros((b, META), dtype=torch.int32, device=device)
         self._counts = torch.zeros((b,), dtype=torch.int32, device=device)
-        self._centres = torch.zeros((b, 0), device=device)
+        self._centres = torch.zeros((b, 0), dtype=torch.float32, device=device)
         self._at: Placement | None = None
         self._selecting: dict[Any, _Selecting] = {}
         self._scanning: dict[Any, _Scanning] = {}
@@ -159,7 +159,7 @@ class CudaResident(Resident):
         if before is None or any(getattr(before, name) is not getattr(placement, name) for name in _MEMORY):
             self._unbind()
         if self._centres.shape != placement.centres.shape:
-            self._centres = torch.zeros(placement.centres.shape, device=self._device)
+            self._centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
             self._unbind()
         self._centres.copy_(torch.from_numpy(placement.centres))
         self._meta[:, :FLAGS].copy_(torch.from_numpy(placement.meta))
@@ -197,7 +197,7 @@ class CudaResident(Resident):
         assert keys.shape[2] <= MAX_STEP_TOKENS
         with self._lock:
             if counts is not None:
-                given = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+                given = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda", device="cpu")
                 self._counts.copy_(given, non_blocking=True)
             key = (counts is None, *gpu_build.append_layout(keys, values))
             launch = self._appending.get(key)
@@ -237,7 +237,7 @@ class CudaResident(Resident):
     def step(
         self, queries: Tensor, routing: Routing | None, limits: CudaLimits, scale: float
     ) -> tuple[Tensor, Tensor, Probed | None]:
-        shape = queries.shape[:-1]
+        queries, shape = aligned(queries), queries.shape[:-1]
         out = torch.empty((*shape, self._shape[3]), dtype=queries.dtype, device=self._device)
         lse = torch.empty(shape, dtype=torch.float32, device=self._device)
         with self._lock:

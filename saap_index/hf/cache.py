@@ -103,7 +103,8 @@ class SaapCache(DynamicCache):
         tokens : int64 (b, n), the token ids that were cached, to be kept beside it.
 
         The folder appears whole or not at all, in place of a saved prompt of that name. Under tensor parallelism every process
-        writes a folder of its own inside. Raises OSError; FileExistsError if something else has that name.
+        writes a folder of its own inside. Raises OSError; FileExistsError if something else has that name; DTypeError or
+        ShapeError for other tokens.
         """
         from .saving import save
 
@@ -116,7 +117,8 @@ class SaapCache(DynamicCache):
         Takes no longer for a long prompt than for a short one: the disk is read when attention asks for a token. The folder must
         not change while the cache is in use. ``tokens`` of the result are those that were saved, or None.
 
-        verify : read everything now and compare checksums.
+        verify : read everything now and compare checksums. Without it everything is checked that says how much there is and where
+        it lies; damage to the keys, values and ids themselves is not seen.
 
         Raises FormatError for damaged files, CompatibilityError for those of another model, other routers or another share of
         the heads, OSError.

@@ -144,7 +144,9 @@ class SlotLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.index is not None:
-            self.batch_select_indices(torch.arange(len(self.index.lengths)).repeat_interleave(repeats))
+            self.batch_select_indices(
+                torch.arange(len(self.index.lengths), dtype=torch.int64, device="cpu").repeat_interleave(repeats)
+            )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.index is not None and self.index.lengths:
