@@ -92,4 +92,5 @@ def test_no_call_names_the_cache_by_one_version_s_keyword() -> None:
     """`support.cache_argument` says what it is called; CACHE in tests."""
     files = [path for folder in ("saap_index", "tests", "bench", "examples") for path in (ROOT / folder).rglob("*.py")]
     assert len(files) > 150
-    assert not [str(path) for path in files if re.search(r"past_key_values\s*=|\.past_key_values\b", path.read_text())]
+    name = support.CACHE_NAMES[1]
+    assert not [str(path) for path in files if re.search(rf"\b{name}\s*=|\.{name}\b", path.read_text())]
