@@ -17,6 +17,7 @@ from torch import Tensor
 from .backends import Backend
 from .errors import NotFiniteError
 from .layout import Layout, Segment
+from .rotated import RotationLengths
 
 Assign = Callable[[int, int, int], Tensor]
 """(sequence, first row, past row) of rows in arrival order -> list numbers, int32 (h, n)."""
@@ -28,7 +29,8 @@ class SegmentedInvertedLists:
     Attributes (read them, do not write): keys : storage dtype (b, h, N, d); values : (b, h, N, e); ids : int32 (b, h, N), the
     position of the token in each sealed row; tables : int32 (b, h, S, l + 1); mean_keys : storage dtype (b, h, M, l, d),
     mean_values : (b, h, M, l, e), means of the runs of the first `num_means` segments; lengths : tokens of each sequence;
-    segments : [start, stop) of each sequence; removed : sorted positions of tokens taken out of each sequence.
+    segments : [start, stop) of each sequence; removed : sorted positions of tokens taken out of each sequence; rotated : at which
+    length each token was rotated, where that matters.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class SegmentedInvertedLists:
         self.lengths = [0] * batch
         self.segments: list[tuple[Segment, ...]] = [()] * batch
         self.removed = [np.empty(0, np.int64) for _ in range(batch)]
+        self.rotated = RotationLengths(batch)
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
         self.capacity = 0
         self.decode: Any = None  # the state on the device that follows this batch (decode.py), or None
@@ -132,6 +135,7 @@ class SegmentedInvertedLists:
         """Forget every token; keep the memory."""
         self.lengths, self.segments = [0] * self.batch, [()] * self.batch
         self.removed = [np.empty(0, np.int64) for _ in range(self.batch)]
+        self.rotated = RotationLengths(self.batch)
         self._centres, self.pending = [None] * self.batch, None
         self._same[:] = 0
 
@@ -176,11 +180,15 @@ class SegmentedInvertedLists:
 
     # -- growing -----------------------------------------------------------------------------------------------------
 
-    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None) -> None:
+    def append(
+        self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None,
+        rotated: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         """Add counts[i] tokens to sequence i; seal and merge what the new length asks for, unless ``assign`` is None.
 
-        list_nos : int32 (b, h, n) or None, where ``assign`` decides when a token is sealed. Raises NotFiniteError, having
-        changed nothing, if a key or value is NaN or infinite.
+        list_nos : int32 (b, h, n) or None, where ``assign`` decides when a token is sealed. rotated : the length at which
+        those of each sequence were rotated, 0 or None where the angles do not depend on it. Raises NotFiniteError, having changed
+        nothing, if a key or value is NaN or infinite.
         """
         need = max(map(sum, zip(self.lengths, counts, strict=True)), default=0)
         if need > self.capacity:
@@ -198,6 +206,8 @@ class SegmentedInvertedLists:
             start = self.lengths[i]
             if self.pending is not None:
                 self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
+            if count:
+                self.rotated.append(i, start, 0 if rotated is None else rotated[i])
             self.lengths[i] = start + count
             if assign is not None:
                 self._seal(i, assign)
@@ -271,6 +281,7 @@ class SegmentedInvertedLists:
         self._differs(i, length)
         last = int(self.positions(i, np.array([length - 1]))[0]) if length else -1
         self.removed[i] = self.removed[i][self.removed[i] <= last]
+        self.rotated.truncate(i, length)
         self.lengths[i] = length
         self._seal(i, assign)
 
@@ -289,6 +300,7 @@ class SegmentedInvertedLists:
             x[i, :, first : first + len(kept)] = x[i].index_select(1, rows)
         before = self.removed[i]
         self.removed[i] = before - np.searchsorted(gone, before) if close_gaps else np.union1d(before, gone)
+        self.rotated.remove(i, ranks)
         self._differs(i, first)
         self.lengths[i] = length - len(ranks)
         self._seal(i, assign)
@@ -335,6 +347,7 @@ class SegmentedInvertedLists:
         new.lengths = [self.lengths[i] for i in sequences]
         new.segments = [self.segments[i] for i in sequences]
         new.removed = [self.removed[i] for i in sequences]
+        new.rotated = self.rotated.pick(sequences)
         new._centres = [self._centres[i] for i in sequences]
         new._same = self._common_tokens(sequences)
         used = max(new.lengths, default=0)
@@ -376,6 +389,7 @@ class SegmentedInvertedLists:
             for name, part in runs.items():
                 getattr(self, name)[i, :, kept : kept + part.shape[1]] = part
         self._same = self._common_tokens(sequences)
+        self.rotated = self.rotated.pick(sequences)
         for name in ("lengths", "segments", "removed", "_centres"):
             values = getattr(self, name)
             setattr(self, name, [values[source] for source in sequences])

@@ -25,6 +25,7 @@ from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
 from .quantizer import KeyQuantizer
 from .rope import Rope
+from .rotated import RotationLengths
 from .router import QueryRouter
 from .tower import TwoTower
 
@@ -101,6 +102,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "calibrated": index.calibration is not None,
         "lengths": index.lengths,
         "removed": [] if lists is None else [len(r) for r in lists.removed],
+        "rotated": [] if lists is None else [len(r) for r in lists.rotated.runs],
         "pending": lists is not None and lists.pending is not None,
     }  # fmt: skip
     tensors: dict[str, Tensor] = {}
@@ -135,6 +137,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for i, segments in enumerate(lists.segments):
             tensors["tables"][i, :, len(segments) :] = 0
         tensors["removed"] = torch.from_numpy(np.concatenate(lists.removed))
+        tensors["rotated"] = lists.rotated.tensor()
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config
 
 
@@ -188,6 +191,8 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         want["keys"], want["values"] = ((b, h, rows, d), dtype), ((b, h, rows, e), dtype)
         want["ids"], want["tables"] = ((b, h, rows), torch.int32), ((b, h, count, nlist + 1), torch.int32)
         want["removed"] = ((sum(config["removed"]),), torch.int64)
+        if "rotated" in config:
+            want["rotated"] = ((sum(config["rotated"]), 2), torch.int64)
         if config["pending"]:
             want["pending"] = ((b, h, rows), torch.int32)
     return want
@@ -257,6 +262,11 @@ def _restore(
     lists.lengths, lists.segments = list(lengths), segments
     counts = checks.counts(config["removed"], len(lengths), 2**31 - 1, "removed")
     lists.removed = [np.array(r) for r in np.split(tensors["removed"].numpy(), np.cumsum(counts)[:-1])]
+    if "rotated" in config:
+        counts = checks.counts(config["rotated"], len(lengths), 2**31 - 1, "rotated")
+        lists.rotated = RotationLengths.of(tensors["rotated"], counts, lengths)
+    elif index.rope is not None and index.rope.is_dynamic:
+        raise FormatError("expected the lengths at which tokens were rotated, got a file of before they were kept")
     for i, parts in enumerate(segments):
         if not np.array_equal(lists.removed[i], np.intersect1d(lists.removed[i], np.arange(lists.next_position(i)))):
             raise FormatError(f"removed: expected rising positions below {lists.next_position(i)}, got others")
