@@ -30,21 +30,32 @@ class Attachment:
         self._before = decoder.config._attn_implementation
         decoder.set_attn_implementation(NAME)
         self._hook = decoder.register_forward_pre_hook(self._prepare, with_kwargs=True)
+        self._after = decoder.register_forward_hook(self._finish, with_kwargs=True, always_call=True)
 
     def _prepare(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         cache = kwargs.get("past_key_values")
         if cache is None or (type(cache) is SaapCache and cache.plan is self.plan):
+            if cache is not None and not torch.compiler.is_compiling():
+                cache.begin(module)
             return None
-        return args, {**kwargs, "past_key_values": self._adopt(cache)}
+        return args, {**kwargs, "past_key_values": self._adopt(cache, module)}
+
+    def _finish(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After a forward that is through, or that failed and has no output."""
+        if not torch.compiler.is_compiling():
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, SaapCache):
+                    value.call.finish() if output is not None else value.call.fail()
 
     @torch.compiler.disable
-    def _adopt(self, cache: Any) -> SaapCache:
-        return adopt(cache, self.plan)
+    def _adopt(self, cache: Any, decoder: Any) -> SaapCache:
+        return adopt(cache, self.plan, decoder)
 
     def undo(self, model: Any) -> None:
         self._hook.remove()
+        self._after.remove()
         support.decoder_of(model).set_attn_implementation(self._before)
 
 

@@ -29,20 +29,31 @@ def attention(
     Keys from a layer of a `SaapCache` lead to its index. Any other keys, those of a layer left dense or of a call without a
     cache, are attended to by transformers' SDPA, with the same arguments.
     """
-    is_traced = torch.compiler.is_compiling()
-    layer: IndexedLayer | None = traced.take() if is_traced else getattr(key, LAYER, None)
+    layer: IndexedLayer | None = traced.take() if torch.compiler.is_compiling() else getattr(key, LAYER, None)
     if kwargs.get("cache") is not None:
         raise CompatibilityError("generate_batch: expected generate, got continuous batching, whose paged cache has no index")
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    try:
+        return _indexed(layer, module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+    except BaseException:
+        layer.call.fail()
+        raise
+
+
+def _indexed(
+    layer: IndexedLayer, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float,
+    scaling: float | None, kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """`attention` of an indexed layer."""
     for name in _UNSERVED:
         if kwargs.get(name) is not None:
             raise CompatibilityError(f"layer {layer.plan.number}: expected plain softmax attention, got {name}")
     if dropout:
         raise StateError(f"SaapCache: expected a model in evaluation mode, got dropout={dropout}; call model.eval()")
-    if is_traced:
-        return traced.attend(layer, query, key, value, attention_mask, scaling, kwargs.get("position_ids")), None
-    return layer.attend(module, query, attention_mask, scaling, **{"position_ids": None, **kwargs}), None
+    if torch.compiler.is_compiling():
+        return traced.attend(layer, query, key, value, attention_mask, scaling, kwargs.get("position_ids"))
+    return layer.attend(module, query, attention_mask, scaling, **{"position_ids": None, **kwargs})
 
 
 def register() -> None:

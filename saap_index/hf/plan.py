@@ -30,6 +30,7 @@ class LayerPlan:
 
     num_heads, num_kv_heads : of the whole model; shard : (rank, ranks), the share of them in this process.
     rope : what the index undoes to route; tower : makes lists of each prompt's own, or None. options : of `AsymmetricIndex`.
+    layer_type : what the config calls it, if it tells layers apart.
     """
 
     number: int
@@ -42,6 +43,7 @@ class LayerPlan:
     calibration: Calibration | None
     options: Mapping[str, Any]
     shard: tuple[int, int]
+    layer_type: str | None = None
     _empty: dict[Any, AsymmetricIndex] = field(default_factory=dict, repr=False, compare=False)
 
     def new_index(self, kv_heads: int, d: int, d_v: int, dtype: torch.dtype, device: torch.device) -> AsymmetricIndex:
@@ -88,6 +90,11 @@ class Plan:
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self  # nothing of it changes, and a copied cache is to fit the model as the first one does
+
+    @property
+    def rotates_by_length(self) -> bool:
+        """Whether the angles of a layer depend on the length of the text."""
+        return any(layer.rope is not None and layer.rope.is_dynamic for layer in self.layers.values())
 
     @property
     def dense_layers(self) -> list[int]:
@@ -158,7 +165,8 @@ def _layer_plan(
     if found.budget_shares is not None and "budget_shares" not in mine:
         mine["budget_shares"] = checks.shares(found.budget_shares, "budget_shares", kv_heads)
     parts = found.rope, quantizer, router, found.tower, found.calibration
-    plan = LayerPlan(number, heads, kv_heads, *parts, mine, shard)
+    types = getattr(config, "layer_types", None)
+    plan = LayerPlan(number, heads, kv_heads, *parts, mine, shard, types[number] if types else None)
     try:
         AsymmetricIndex(d, nlist, heads, kv_heads, rope=found.rope, **mine)  # what is wrong with an option is said now
     except TypeError as error:

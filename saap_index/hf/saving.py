@@ -29,6 +29,7 @@ from .. import checks
 from ..errors import CompatibilityError, FormatError
 from ..index import AsymmetricIndex
 from ..quantizer import KeyQuantizer
+from ..rotated import RotationLengths
 from .layer import IndexedLayer
 from .plan import LayerPlan, Plan
 from .slots import NEVER
@@ -125,7 +126,7 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     index.seal()
     lists = index.invlists
     rows = max(lists.lengths)
-    tensors = {"removed": torch.from_numpy(np.concatenate(lists.removed))}
+    tensors = {"removed": torch.from_numpy(np.concatenate(lists.removed)), "rotated": lists.rotated.tensor()}
     names = ("keys", "values", "ids") + (() if lists.pending is None else ("pending",))
     for name in names:
         x = getattr(lists, name)[:, :, :rows].cpu()
@@ -140,7 +141,8 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         assert index.key_quantizer is not None
         tensors["centroids"] = index.key_quantizer.centroids.cpu()
     return tensors, {
-        **about, "lengths": lists.lengths, "removed": [len(r) for r in lists.removed], "index": _form(index),
+        **about, "lengths": lists.lengths, "removed": [len(r) for r in lists.removed],
+        "rotated": [len(r) for r in lists.rotated.runs], "index": _form(index),
         "held": index.break_even == NEVER,
     }  # fmt: skip
 
@@ -184,7 +186,7 @@ def _restore_indexed(layer: IndexedLayer, about: dict[str, Any], tensors: dict[s
     segments = [index.layout.segments(n) for n in lengths]
     want = {
         "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows),
-        "removed": (sum(about["removed"]),),
+        "removed": (sum(about["removed"]),), "rotated": (sum(about["rotated"]), 2),
         "tables": (b, h, max(map(len, segments)), index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }  # fmt: skip
     found = {name: tuple(x.shape) for name, x in tensors.items()}
@@ -197,6 +199,7 @@ def _restore_indexed(layer: IndexedLayer, about: dict[str, Any], tensors: dict[s
     layer.visible = shared.get("visible")
     if layer.visible is not None and tuple(layer.visible.shape) != (b, layer.slots):
         raise FormatError(f"expected visible slots {(b, layer.slots)}, got {tuple(layer.visible.shape)}")
+    lists.rotated = RotationLengths.of(tensors["rotated"], about["rotated"], lengths)
     lists.lengths, lists.segments, lists.capacity = lengths, segments, rows
     lists.removed = [np.array(part) for part in np.split(tensors["removed"].cpu().numpy(), np.cumsum(about["removed"])[:-1])]
     for name in ("keys", "values", "ids", "tables", *(("pending",) if "pending" in tensors else ())):
