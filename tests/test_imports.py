@@ -120,7 +120,7 @@ ALLOWED = {
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
     "hf.attention": {"hf.traced", "hf.layer", "hf.slots"} | ANY,
     "hf.cache": {"hf.calls", "hf.layer", "hf.plan", "hf.rotation", "hf.support", "params", "routers", "stats"} | ANY,
-    "hf.saving": {"checks", "hf.layer", "hf.plan", "hf.slots", "index", "quantizer", "rotated"} | ANY,
+    "hf.saving": {"checks", "hf.layer", "hf.plan", "hf.slots", "hf.support", "index", "quantizer", "rotated"} | ANY,
     "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
     "hf.generate": {"hf.attach", "hf.cache", "pipeline", "pipeline.models", "routers"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.cache", "hf.support"} | ANY,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ class SaapCache(DynamicCache):
     def _start(self, plan: Plan, layers: list[Any], decoder: Any, max_tokens: int = 0) -> None:
         """Take ``layers``, the list itself, and put an index in place of those that the plan says."""
         Cache.__init__(self, layers=layers)
-        self.plan, self.call = plan, Call()
+        self.plan, self.call, self._decoder = plan, Call(), weakref.ref(decoder)
         made = {}
         for number, layer_plan in plan.layers.items():
             old = layers[number]
@@ -83,6 +84,7 @@ class SaapCache(DynamicCache):
     def begin(self, decoder: Any) -> None:
         """A call of this decoder, perhaps a copy of the one the cache was made for. One that was interrupted is taken back."""
         self.call.fail()
+        self._decoder = weakref.ref(decoder)
         if self.plan.rotates_by_length:
             for layer in self.indexed.values():
                 layer.rotary = rotary_of(decoder)
@@ -130,11 +132,16 @@ class SaapCache(DynamicCache):
         tokens : int64 (b, n), the token ids that were cached, to be kept beside it.
 
         The folder appears whole or not at all, in place of a saved prompt of that name. Under tensor parallelism every process
-        writes a folder of its own inside. Raises OSError; FileExistsError if something else has that name.
+        writes a folder of its own inside. Kept with it is a checksum of the weights that the model has now: save before they change.
+
+        Raises OSError; FileExistsError if something else has that name; StateError if the model is gone.
         """
         from .saving import save
 
-        save(self, path, tokens)
+        decoder = self._decoder()
+        if decoder is None:
+            raise StateError("save: expected the model of this cache, whose weights are part of what is saved, got one that is gone")
+        save(self, path, tokens, decoder)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any, *, max_tokens: int = 0, verify: bool = False) -> SaapCache:

@@ -30,18 +30,19 @@ from ..errors import CompatibilityError, FormatError
 from ..index import AsymmetricIndex
 from ..quantizer import KeyQuantizer
 from ..rotated import RotationLengths
+from . import support
 from .layer import IndexedLayer
 from .plan import LayerPlan, Plan
 from .slots import NEVER
 
-FORMAT, VERSION = "saap_cache", 1
+FORMAT, VERSION = "saap_cache", 2
 ROOM_TOKENS = 1024
 """Slots of room in a file, so that tokens may follow a prompt without copying it."""
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def save(cache: Any, path: str | os.PathLike[str], tokens: Tensor | None) -> None:
+def save(cache: Any, path: str | os.PathLike[str], tokens: Tensor | None, decoder: Any) -> None:
     """See `SaapCache.save`."""
     plan: Plan = cache.plan
     target = _folder(path, plan)
@@ -56,7 +57,7 @@ def save(cache: Any, path: str | os.PathLike[str], tokens: Tensor | None) -> Non
                 shared["visible"] = layer.visible
             layers.append({**about, "checksum": _write(tensors, draft / _file(number))})
         about = {
-            "format": FORMAT, "version": VERSION, "model": dict(plan.identity), "routers": _routers(plan), "layers": layers,
+            "format": FORMAT, "version": VERSION, "model": _model(plan, decoder), "routers": _routers(plan), "layers": layers,
             "shared": _write(shared, draft / "shared.safetensors"),
         }  # fmt: skip
         (draft / "cache.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -72,7 +73,7 @@ def load(cls: Any, path: str | os.PathLike[str], model: Any, plan: Plan, max_tok
         about = json.loads((folder / "cache.json").read_text())
         if about["format"] != FORMAT or about["version"] != VERSION:
             raise FormatError(f"{path}: expected version {VERSION} of a saved prompt, got {about['format']} {about['version']}")
-        _compare("model", about["model"], dict(plan.identity))
+        _compare("model", about["model"], _model(plan, support.decoder_of(model)))
         _compare("routers", about["routers"], _routers(plan))
         shared = _read(folder / "shared.safetensors", about["shared"] if verify else None)
         cache = cls(model, max_tokens=max_tokens)
@@ -252,13 +253,17 @@ def _read(path: Path, checksum: str | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    value = 0
+def _checksum(tensors: dict[str, Tensor], value: int = 0) -> str:
     for name in sorted(tensors):
         value = zlib.crc32(name.encode(), value)
         if tensors[name].numel():
             value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
+
+
+def _model(plan: Plan, decoder: Any) -> dict[str, Any]:
+    """What a saved prompt must agree with: the shape of the model, and the weights it has at this moment."""
+    return {**plan.identity, "weights": support.fingerprint(decoder)}
 
 
 def _routers(plan: Plan) -> dict[str, str]:
@@ -267,7 +272,10 @@ def _routers(plan: Plan) -> dict[str, str]:
 
 
 def _router(plan: LayerPlan) -> str:
-    return _checksum({"centroids": plan.key_quantizer.centroids.cpu()})
+    network = plan.query_router if plan.tower is None else plan.tower
+    tensors = {"centroids": plan.key_quantizer.centroids, **{f"router.{name}": x for name, x in network.tensors().items()}}
+    rope = "" if plan.rope is None else json.dumps(plan.rope.to_dict(), sort_keys=True)
+    return _checksum({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, zlib.crc32(rope.encode()))
 
 
 def _compare(what: str, saved: dict[str, Any], have: dict[str, Any]) -> None:

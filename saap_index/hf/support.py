@@ -6,7 +6,7 @@ Looks at configs and modules; knows no tokens, caches or attention.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -118,14 +118,30 @@ def head_shard(attention: Any) -> tuple[int, int]:
 
 
 def fingerprint(decoder: Any) -> str:
-    """A checksum of a few numbers of every parameter in this process: tells two checkpoints of one architecture apart."""
-    from torch.distributed.tensor import DTensor
+    """A checksum of a few numbers of every parameter in this process: tells two checkpoints of one architecture apart.
 
+    Of quantised weights (torchao, bitsandbytes) it is that of what they are packed into.
+    """
     value = 0
     for name, parameter in decoder.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if local.device.type == "meta" or not local.is_floating_point():  # on disk, or packed: its values are not here
-            continue
-        some = local.detach().reshape(-1)[:256].to("cpu", torch.float32)
-        value = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), value))
+        for part in _plain_tensors(parameter.detach()):
+            if part.device.type == "meta":  # on disk: its values are not here
+                continue
+            some = part.reshape(-1)[:256].cpu()
+            some = some.float() if some.is_floating_point() else some.contiguous().view(torch.uint8)
+            value = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), value))
     return f"{value:08x}"
+
+
+def _plain_tensors(x: Any) -> Iterator[Any]:
+    """The tensors that hold the numbers of ``x``: itself, the share of this process, or what a packed weight is made of."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(x, DTensor):
+        yield from _plain_tensors(x.to_local())
+    elif hasattr(x, "__tensor_flatten__"):
+        names, _ = x.__tensor_flatten__()
+        for name in names:
+            yield from _plain_tensors(getattr(x, name))
+    else:
+        yield x
