@@ -13,11 +13,10 @@ from transformers.masking_utils import sdpa_mask
 from ..errors import CompatibilityError, StateError
 from . import traced
 from .layer import IndexedLayer
+from .probe import UNSERVED
 from .slots import LAYER
 
 NAME = "saap"
-
-_UNSERVED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change what a softmax is taken of
 
 
 def attention(
@@ -46,7 +45,7 @@ def _indexed(
     scaling: float | None, kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
     """`attention` of an indexed layer."""
-    for name in _UNSERVED:
+    for name in UNSERVED:
         if kwargs.get(name) is not None:
             raise CompatibilityError(f"layer {layer.plan.number}: expected plain softmax attention, got {name}")
     if dropout:

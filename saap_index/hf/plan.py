@@ -19,6 +19,7 @@ from ..router import QueryRouter
 from ..routers import Routers
 from ..tower import TwoTower
 from . import support
+from .probe import check_rotation
 
 MAX_SPARSE_TOKENS = 8
 """Tokens that one forward call may bring and still be attended to as decoding does: those that assisted decoding verifies."""
@@ -45,6 +46,9 @@ class LayerPlan:
     shard: tuple[int, int]
     layer_type: str | None = None
     _empty: dict[Any, AsymmetricIndex] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_empty": {}}  # made again where the model is loaded
 
     def new_index(self, kv_heads: int, d: int, d_v: int, dtype: torch.dtype, device: torch.device) -> AsymmetricIndex:
         """An empty index for keys of this shape; the packed router and quantizer are shared by all of one kind.
@@ -130,10 +134,11 @@ def make_plan(
         )
     modules = support.attention_layers(decoder)
     layers = {number: _layer_plan(config, number, modules[number].self_attn, routers, selectivity, options) for number in chosen}
+    check_rotation(decoder, {n: plan.rope for n, plan in layers.items() if plan.rope == routers.layers[n].model_rope})
     rank, ranks = next(iter(layers.values())).shard
     identity = {
         "model_type": config.model_type, "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads, "hidden": config.hidden_size, "vocab": config.vocab_size, "rank": rank,
+        "kv_heads": support.kv_heads_of(config), "hidden": config.hidden_size, "vocab": config.vocab_size, "rank": rank,
         "ranks": ranks,
     }  # fmt: skip
     return Plan(layers, config.num_hidden_layers, max_sparse_tokens, config, identity)
@@ -146,7 +151,7 @@ def _layer_plan(
     if "nlist" in options:
         found = found.with_lists(options["nlist"])
     quantizer, router = found.key_quantizer, found.query_router
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = config.num_attention_heads, support.kv_heads_of(config)
     h, nlist, d = quantizer.centroids.shape
     support.check_head_dim(d, number)
     model_rope = Rope.from_config(config, layer=number)

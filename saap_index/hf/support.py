@@ -37,7 +37,9 @@ def decoder_of(model: Any) -> Any:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise ParameterError(f"model: expected a PreTrainedModel of transformers, got {type(model).__name__}")
+        inside = {"get_base_model": "model.get_base_model()", "_orig_mod": "model._orig_mod", "module": "model.module"}
+        hint = next((f"; attach to what it wraps, {way}" for name, way in inside.items() if hasattr(model, name)), "")
+        raise ParameterError(f"model: expected a PreTrainedModel of transformers, got {type(model).__name__}{hint}")
     if model.config.is_encoder_decoder:
         raise CompatibilityError(f"model: expected a decoder, got the encoder-decoder {type(model).__name__}")
     decoder = model.get_decoder()
@@ -56,7 +58,15 @@ def attention_layers(decoder: Any) -> list[Any]:
 
 def check_decoder(decoder: Any) -> None:
     """CompatibilityError for what no layer of a decoder may have, indexed or not: it would change what attention computes."""
+    from transformers.cache_utils import DynamicLayer
+
     config, name = decoder.config, type(decoder).__name__
+    others = sorted({type(layer).__name__ for layer in _cache_layers(config) if not isinstance(layer, DynamicLayer)})
+    if others:
+        raise CompatibilityError(
+            f"model: expected layers with softmax attention alone, got {name}, a hybrid whose other layers keep a state of their "
+            f"own ({', '.join(others)})"
+        )
     if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
         raise CompatibilityError(f"model: expected keys and values of its own in each layer, got {name}, whose layers share them")
     if not getattr(config, "is_causal", True):
@@ -77,10 +87,22 @@ def check_decoder(decoder: Any) -> None:
 
 def global_layers(decoder: Any) -> list[int]:
     """Layers with full attention over the whole context: those there is something to index in."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicLayer
 
-    layers = DynamicCache(config=decoder.config).layers
-    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    return [number for number, layer in enumerate(_cache_layers(decoder.config)) if type(layer) is DynamicLayer]
+
+
+def _cache_layers(config: Any) -> list[Any]:
+    """The layers of the cache that transformers makes for a decoder of this config."""
+    from transformers.cache_utils import DynamicCache
+
+    found: list[Any] = DynamicCache(config=config).layers
+    return found
+
+
+def kv_heads_of(config: Any) -> int:
+    """KV heads of a decoder; as many as query heads in a family that does not group them."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def check_dense_layers(dense_layers: Iterable[int], count: int) -> frozenset[int]:
