@@ -88,6 +88,7 @@ class SlotLayer(CacheLayerMixin):
             )
         if key_states.requires_grad or value_states.requires_grad:
             raise StateError("SaapCache: expected no gradients, which do not pass an index; call the model under torch.no_grad()")
+        key_states, value_states = self._one_dtype(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._new = key_states, value_states
@@ -97,6 +98,23 @@ class SlotLayer(CacheLayerMixin):
             key_states, value_states = self._rows()
         setattr(key_states, LAYER, self)
         return key_states, value_states
+
+    def _one_dtype(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Under autocast keys leave RoPE in float32, and values come in the dtype that attention casts all to: keys get it too."""
+        kind = keys.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            keys, values = keys.to(dtype), values.to(dtype)
+        if keys.dtype != values.dtype:
+            raise CompatibilityError(
+                f"layer {self.plan.number}: expected keys and values of one dtype, got {keys.dtype} and {values.dtype}"
+            )
+        if self.index is not None and keys.dtype != self.index.dtype:
+            raise CompatibilityError(
+                f"layer {self.plan.number}: expected {self.index.dtype}, as this cache holds, got {keys.dtype}; call it under the "
+                "autocast under which it was filled, or none"
+            )
+        return keys, values
 
     def _undo(self) -> Callable[[], None]:
         """What makes this layer what it is now, after tokens were appended, padding was taken out, and any part of both."""
