@@ -108,11 +108,6 @@ class IndexBase(IndexArguments):
         self._number = ops.register(self)
         self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
 
-    def __setstate__(self, state: Any) -> None:
-        for name, value in state[1].items():
-            setattr(self, name, value)
-        self._name_for_compiler()  # a copy is another index
-
     def __repr__(self) -> str:
         names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
         return f"AsymmetricIndex({', '.join(f'{n}={getattr(self, n)}' for n in names)}, backend={self._backend.name!r})"

@@ -176,7 +176,7 @@ class AsymmetricIndex(IndexDecode):
         self._append(keys, values, counts, nos, rotated=self._rotated_at(counts, seq_len))
 
     def note_rotation(self, n: int, seq_len: int) -> None:
-        """Correct the ``seq_len`` of `add` for the n newest tokens of every sequence, added with ``seal=False``, not sealed yet."""
+        """Correct the ``seq_len`` of `add` for the n newest tokens of every sequence, which are not sealed yet."""
         lists = self.invlists
         for i, length in enumerate(lists.lengths):
             if not 0 <= n <= length - lists.sealed(i):

@@ -157,7 +157,7 @@ def test_other_models_and_routers_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_weights_of_now(tmp_path: Path) -> None:
-    """Weights that change under attached routers: a prompt read with those of before is refused, one read with the new ones fits."""
+    """Weights that change under attached routers: a prompt read with those of before is refused, one with the new ones fits."""
     model, other = attached(tiny("llama")), tiny("llama", seed=7)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     cache, inputs = read(model, [0])
@@ -174,12 +174,12 @@ def test_the_weights_of_now(tmp_path: Path) -> None:
 
     for change in (replaced, merged):
         change()
-        with pytest.raises(saap.CompatibilityError, match="model: .* weights"):
+        with pytest.raises(saap.CompatibilityError, match=r"model: .* weights"):
             saap.SaapCache.load(tmp_path / "before", model)
         read(model, [0])[0].save(tmp_path / "after")
         saap.SaapCache.load(tmp_path / "after", model)
         model.load_state_dict(before)
-        with pytest.raises(saap.CompatibilityError, match="model: .* weights"):
+        with pytest.raises(saap.CompatibilityError, match=r"model: .* weights"):
             saap.SaapCache.load(tmp_path / "after", model)
     assert torch.equal(ask(model, saap.SaapCache.load(tmp_path / "before", model), inputs), want)
 

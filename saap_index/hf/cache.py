@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
 from collections.abc import Sequence
@@ -132,7 +133,7 @@ class SaapCache(DynamicCache):
         tokens : int64 (b, n), the token ids that were cached, to be kept beside it.
 
         The folder appears whole or not at all, in place of a saved prompt of that name. Under tensor parallelism every process
-        writes a folder of its own inside. Kept with it is a checksum of the weights that the model has now: save before they change.
+        writes a folder of its own inside. With it goes a checksum of the weights that the model has now: save before they change.
 
         Raises OSError; FileExistsError if something else has that name; StateError if the model is gone.
         """
@@ -140,7 +141,7 @@ class SaapCache(DynamicCache):
 
         decoder = self._decoder()
         if decoder is None:
-            raise StateError("save: expected the model of this cache, whose weights are part of what is saved, got one that is gone")
+            raise StateError("save: expected the model of this cache, whose weights go with what is saved, got one that is gone")
         save(self, path, tokens, decoder)
 
     @classmethod
@@ -164,6 +165,15 @@ class SaapCache(DynamicCache):
         return found
 
     tokens: Tensor | None = None
+
+    def __deepcopy__(self, memo: Any) -> SaapCache:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError("pickle: expected save and load, which write a SaapCache to a folder, got a cache to pickle")
 
 
 def adopt(cache: Any, plan: Plan, decoder: Any) -> SaapCache:
