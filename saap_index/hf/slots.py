@@ -100,7 +100,7 @@ class SlotLayer(CacheLayerMixin):
         return key_states, value_states
 
     def _one_dtype(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Under autocast keys leave RoPE in float32, and values come in the dtype that attention casts all to: keys get it too."""
+        """Under autocast keys leave RoPE in float32, and values come in the dtype attention casts all to: keys get it too."""
         kind = keys.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -111,8 +111,8 @@ class SlotLayer(CacheLayerMixin):
             )
         if self.index is not None and keys.dtype != self.index.dtype:
             raise CompatibilityError(
-                f"layer {self.plan.number}: expected {self.index.dtype}, as this cache holds, got {keys.dtype}; call it under the "
-                "autocast under which it was filled, or none"
+                f"layer {self.plan.number}: expected {self.index.dtype}, as this cache holds, got {keys.dtype}; call it under "
+                "the autocast under which it was filled, or none"
             )
         return keys, values
 
