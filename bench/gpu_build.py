@@ -15,7 +15,7 @@ from typing import Any
 
 import gpu_harness as harness
 import torch
-from gpu_search_attend import TINY, Shape, build
+from gpu_step import TINY, Shape, build
 
 from saap_index import KeyQuantizer, TrainingConfig
 from saap_index.training import RouterTargets, train_router
@@ -74,7 +74,7 @@ def _once(device: harness.Device, call: Any) -> float:
         return device.time(call)
     assert isinstance(device, harness.Cuda)
     torch.cuda.synchronize()
-    return device._elapsed(call, 1)
+    return device.elapsed(call, 1)
 
 
 def sealing(device: harness.Device, shape: Shape, n: int, batch: int) -> Figures:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 Call = Callable[[], Any]
+Knobs = dict[str, dict[str, int]]
 
 
 class Cuda:
@@ -30,10 +31,19 @@ class Cuda:
     dry = False
     backend: str | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, knobs: Knobs | None = None) -> None:
+        """knobs : macros of kernels other than those that are chosen for them."""
         if not torch.cuda.is_available():
             raise SystemExit("expected a CUDA device, got none; --dry runs without one")
         self.device = torch.device("cuda", torch.cuda.current_device())
+        if knobs is not None:
+            from saap_index import register_backend
+            from saap_index.backends.cuda import CudaBackend
+            from saap_index.bindings.gpu_runtime import runtime
+
+            self.backend = "cuda-knobs"
+            backend = CudaBackend(self.device, runtime(self.device), knobs)
+            register_backend(self.backend, lambda device: backend)
         properties = torch.cuda.get_device_properties(self.device)
         self.name, self.l2_bytes = properties.name, int(getattr(properties, "L2_cache_size", 50 << 20))
 
@@ -48,11 +58,12 @@ class Cuda:
         """Median seconds of ``call`` divided by ``calls``, after one run; as many calls in a row as fill ``seconds`` / rounds."""
         call()
         torch.cuda.synchronize()
-        one = self._elapsed(call, 1)
+        one = self.elapsed(call, 1)
         repeat = max(1, min(1000, int(seconds / rounds / max(one, 1e-6))))
-        return statistics.median(self._elapsed(call, repeat) for _ in range(rounds)) / calls
+        return statistics.median(self.elapsed(call, repeat) for _ in range(rounds)) / calls
 
-    def _elapsed(self, call: Call, repeat: int) -> float:
+    def elapsed(self, call: Call, repeat: int) -> float:
+        """Seconds of one of ``repeat`` calls in a row."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(repeat):
@@ -61,13 +72,42 @@ class Cuda:
         stop.synchronize()
         return start.elapsed_time(stop) / 1e3 / repeat
 
-    def graph(self, call: Call) -> Call:
-        """``call`` as a replay of what it launches, warmed up as torch asks."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    def host_seconds(self, call: Call, repeat: int = 20) -> float:
+        """Seconds until the host is done with ``call``, the device not waited for: median of ``repeat``."""
+        times = []
+        for _ in range(repeat):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
             call()
-        torch.cuda.current_stream().wait_stream(side)
+            times.append(time.perf_counter() - began)
+        torch.cuda.synchronize()
+        return statistics.median(times)
+
+    def kernels(self, call: Call, calls: int, repeat: int = 10) -> dict[str, float]:
+        """Microseconds of each kernel of ``call``, divided by ``calls``; "gaps": what of the time is in none of them."""
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(repeat):
+                call()
+            torch.cuda.synchronize()
+        events = [x for x in profile.events() if x.device_type == torch.autograd.DeviceType.CUDA and x.time_range.end > 0]
+        found: dict[str, float] = {}
+        for x in events:
+            name = x.name.split("(")[0][:48]
+            found[name] = found.get(name, 0.0) + x.time_range.elapsed_us() / repeat / calls
+        if events:
+            whole = max(x.time_range.end for x in events) - min(x.time_range.start for x in events)
+            found["gaps"] = whole / repeat / calls - sum(found.values())
+        return found
+
+    def graph(self, call: Call, warm: bool = True) -> Call:
+        """``call`` as a replay of what it launches, warmed up as torch asks."""
+        if warm:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                call()
+            torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
@@ -78,6 +118,12 @@ class Cuda:
         nbytes = min(4 << 30, self.free_bytes() // 4)
         a, b = (torch.empty(nbytes, dtype=torch.uint8, device=self.device) for _ in range(2))
         return 2 * nbytes / self.time(lambda: b.copy_(a))
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second of a kernel that reads and does nothing else."""
+        from gpu_environment import Floor
+
+        return Floor(self).read_bandwidth(min(4 << 30, self.free_bytes() // 4))
 
 
 class Dry:
@@ -105,8 +151,22 @@ class Dry:
         call()
         return (time.perf_counter() - began) / calls
 
-    def graph(self, call: Call) -> Call:
+    def elapsed(self, call: Call, repeat: int) -> float:
+        for _ in range(repeat - 1):
+            call()
+        return self.time(call)
+
+    def host_seconds(self, call: Call, repeat: int = 1) -> float:
+        return self.time(call)
+
+    def kernels(self, call: Call, calls: int, repeat: int = 1) -> dict[str, float]:
+        self.runtime.clear()
         call()
+        return {name: 0.0 for name in self.runtime.launched}
+
+    def graph(self, call: Call, warm: bool = True) -> Call:
+        if warm:
+            call()
         with self.runtime.capture() as graph:
             call()
         return graph.replay
@@ -114,8 +174,21 @@ class Dry:
     def copy_bandwidth(self) -> float:
         return 1.0
 
+    def read_bandwidth(self) -> float:
+        return 1.0
+
 
 Device = Cuda | Dry
+
+
+def parse_knobs(text: str) -> Knobs:
+    """ "select:SAAP_THREADS=512,scan:SAAP_STAGES=2" as macros by kernel."""
+    knobs: Knobs = {}
+    for part in filter(None, text.split(",")):
+        kernel, _, macro = part.partition(":")
+        name, _, value = macro.partition("=")
+        knobs.setdefault(kernel, {})[name] = int(value)
+    return knobs
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

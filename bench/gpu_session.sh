@@ -3,22 +3,39 @@
 # and how fast they are. A failing stage does not stop the others; failures are listed at the end, and are the exit status.
 #
 #   bench/gpu_session.sh                 results in bench/results/gpu-<date>, or in $OUT
+#   STAGES="environment step"            these stages alone, in this order
 #   PYTHON=... WHEELS=folder             another interpreter; wheels to install beforehand, without a network
+#   SIZES=131072x1,131072x8              tokens and batch sizes of the stage `step`, LIMIT=520 seconds for everything
 #   DRY=1                                the same stages on the emulated device, tiny
+#
+# All logs and figures are in session.tgz; beside it lie failures.txt and the tables of the stages, six files at most.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu-$(date +%F)}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
+WORK=$(mktemp -d)
+trap 'pack' EXIT
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   if [ -x .venv/bin/python ] && [ -n "${DRY:-}" ]; then PYTHON=.venv/bin/python; fi
 fi
 export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
+export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-$(mktemp -d)} # the home folder may not be writable
 BEGAN=$(date +%s)
 LIMIT=${LIMIT:-520} # seconds for everything
+STAGES=${STAGES:-environment primitives memcheck step build tests racecheck}
 FAILED=()
 dry=${DRY:+--dry}
+
+# Whatever happens, what there is goes back, in few files.
+pack() {
+  tar -C "$WORK" -czf "$OUT/session.tgz" . 2>/dev/null
+  for name in failures.txt environment.json gpu_step.txt gpu_step.json gpu_build.txt gpu_build.json; do
+    [ -f "$WORK/$name" ] && cp "$WORK/$name" "$OUT/$name"
+  done
+  rm -rf "$WORK"
+}
 
 # stage NAME SECONDS COMMAND...: its output goes to NAME.log and, shortened, to the terminal.
 stage() {
@@ -27,17 +44,18 @@ stage() {
   left=$((LIMIT - ($(date +%s) - BEGAN)))
   if [ "$left" -lt 5 ]; then
     FAILED+=("$name: no time left")
-    return
+    return 1
   fi
   [ "$left" -lt "$most" ] && most=$left
   echo "== $name ($most s at most)"
-  timeout --kill-after=10 "$most" "$@" >"$OUT/$name.log" 2>&1
+  timeout --kill-after=10 "$most" "$@" >"$WORK/$name.log" 2>&1
   status=$?
-  tail -n "${LINES_SHOWN:-12}" "$OUT/$name.log"
+  tail -n "${LINES_SHOWN:-12}" "$WORK/$name.log"
   if [ "$status" -ne 0 ]; then
     FAILED+=("$name: exit status $status (124: out of time), see $name.log")
   fi
   echo "   $(($(date +%s) - BEGAN)) s so far"
+  return "$status"
 }
 
 if [ -n "${WHEELS:-}" ]; then
@@ -46,28 +64,62 @@ if [ -n "${WHEELS:-}" ]; then
   export PYTHONPATH="$PYTHONPATH:$SITE"
 fi
 
-LINES_SHOWN=30 stage environment 40 "$PYTHON" bench/gpu_environment.py $dry --out "$OUT"
+SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu --durations=8 ${DRY:+--collect-only})
-stage primitives 60 "${PYTEST[@]}" tests/test_primitives.py
-WORKERS=() # of pytest-xdist, where it is there: most of the time goes into compiling kernels
-if [ -z "$dry" ] && "$PYTHON" -c 'import xdist' 2>/dev/null; then WORKERS=(-n 4); fi
-stage tests 200 "${PYTEST[@]}" "${WORKERS[@]}" tests/test_gpu_backend.py tests/test_gpu_graphs.py tests/test_gpu_walk.py
-LINES_SHOWN=80 stage search_attend 170 "$PYTHON" bench/gpu_search_attend.py $dry --out "$OUT" --budget 120
-LINES_SHOWN=40 stage build 60 "$PYTHON" bench/gpu_build.py $dry --out "$OUT" --budget 45
-if SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
-  # Our kernels alone; every tensor an allocation of its own, so that the end of one is an end; and no word of the questions
-  # that libraries ask the driver about what it may not have.
-  CHECK=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --kernel-name kns=saap_ --report-api-errors no --error-exitcode 9)
-  for tool in memcheck racecheck; do
-    stage "$tool" 60 "${CHECK[@]}" --tool "$tool" "$PYTHON" bench/gpu_small.py $dry
+
+# Our kernels alone; every tensor an allocation of its own, so that the end of one is an end; and no word of the questions that
+# libraries ask the driver about what it may not have.
+sanitized() {
+  env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --kernel-name kns=saap_ --report-api-errors no --error-exitcode 9 "$@"
+}
+export -f sanitized
+export SANITIZER
+
+check() { # check TOOL: a small program under compute-sanitizer
+  if [ -n "$SANITIZER" ]; then
+    stage "$1" 90 bash -c "sanitized --tool $1 $PYTHON bench/gpu_small.py $dry"
+  elif [ -z "$dry" ]; then
+    echo "== $1: compute-sanitizer not found, left out"
+  fi
+}
+
+# Each file in a process of its own, all at once: an illegal access fails every later call of its process. Most of the time goes
+# into compiling. What failed first runs again alone, under memcheck.
+tests() {
+  local file names=() first
+  for file in tests/test_gpu_backend.py tests/test_gpu_graphs.py tests/test_gpu_walk.py $(ls tests/test_gpu_hardware*.py 2>/dev/null); do
+    names+=("$(basename "$file" .py)")
+    (timeout --kill-after=10 230 "${PYTEST[@]}" "$file" >"$WORK/$(basename "$file" .py).log" 2>&1; echo $? >"$WORK/$(basename "$file" .py).status") &
   done
-elif [ -z "$dry" ]; then
-  echo "== compute-sanitizer: not found, left out"
-fi
+  echo "== tests: ${names[*]}"
+  wait
+  for name in "${names[@]}"; do
+    tail -n 6 "$WORK/$name.log"
+    [ "$(cat "$WORK/$name.status")" = 0 ] && continue
+    FAILED+=("$name: exit status $(cat "$WORK/$name.status"), see $name.log")
+    first=$(grep -m1 -oE '^FAILED [^ ]+' "$WORK/$name.log" | cut -d' ' -f2)
+    if [ -n "$first" ] && [ -n "$SANITIZER" ]; then
+      stage "again-$name" 100 bash -c "CUDA_LAUNCH_BLOCKING=1 sanitized --tool memcheck ${PYTEST[*]} '$first'"
+    fi
+  done
+  echo "   $(($(date +%s) - BEGAN)) s so far"
+}
+
+for name in $STAGES; do
+  case $name in
+  environment) LINES_SHOWN=30 stage environment 60 "$PYTHON" bench/gpu_environment.py $dry --out "$WORK" ;;
+  primitives) stage primitives 60 "${PYTEST[@]}" tests/test_primitives.py ;;
+  step) LINES_SHOWN=110 stage step 200 "$PYTHON" bench/gpu_step.py $dry --out "$WORK" --budget 150 ${SIZES:+--sizes "$SIZES"} ;;
+  build) LINES_SHOWN=40 stage build 60 "$PYTHON" bench/gpu_build.py $dry --out "$WORK" --budget 45 ;;
+  tests) tests ;;
+  memcheck | racecheck) check "$name" ;;
+  *) FAILED+=("$name: no such stage") ;;
+  esac
+done
 
 echo
 if [ ${#FAILED[@]} -gt 0 ]; then
-  printf 'FAILED %s\n' "${FAILED[@]}" | tee "$OUT/failures.txt"
+  printf 'FAILED %s\n' "${FAILED[@]}" | tee "$WORK/failures.txt"
   exit 1
 fi
 rm -f "$OUT/failures.txt"

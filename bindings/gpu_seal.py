@@ -58,7 +58,8 @@ MEANS_PARAMS = np.dtype(
 
 def segment_array(segments: Sequence[Segment], device: torch.device) -> Tensor:
     """Segments [start, stop) as kernels read them: int32 (s, 2), first row and number of rows."""
-    return torch.tensor([(start, stop - start) for start, stop in segments], dtype=torch.int32).reshape(-1, 2).to(device)
+    pairs = [(start, stop - start) for start, stop in segments]
+    return torch.tensor(pairs, dtype=torch.int32, device="cpu").reshape(-1, 2).to(device)
 
 
 # -- workspace -------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,10 @@ Run = tuple[int, int]
 
 
 class RotationLengths:
-    """Of every sequence of a batch; a token is named by its rank, 0 for the oldest that is stored."""
+    """Of every sequence of a batch; a token is named by its rank, 0 for the oldest that is stored.
+
+    `append` alone changes it in place, and nothing that is said of older tokens: who knows how many there were has lost nothing.
+    """
 
     def __init__(self, batch: int) -> None:
         self.runs: list[list[Run]] = [[] for _ in range(batch)]
@@ -44,15 +47,21 @@ class RotationLengths:
             found[max(0, rank - start) :] = length
         return found
 
-    def truncate(self, i: int, count: int) -> None:
-        """Forget all but the first ``count`` tokens of sequence i."""
-        self.runs[i] = [run for run in self.runs[i] if run[0] < count]
+    def truncated(self, i: int, count: int) -> RotationLengths:
+        """The same with no more than the first ``count`` tokens of sequence i."""
+        return self._with(i, [run for run in self.runs[i] if run[0] < count])
 
-    def remove(self, i: int, ranks: np.ndarray) -> None:
-        """Take the tokens with these ranks (sorted, unique) out of sequence i; those behind them move up."""
-        before, self.runs[i] = self.runs[i], []
-        for rank, length in before:
-            self.append(i, rank - int(np.searchsorted(ranks, rank)), length)
+    def without(self, i: int, ranks: np.ndarray) -> RotationLengths:
+        """The same without the tokens with these ranks (sorted, unique) of sequence i; those behind them move up."""
+        new = self._with(i, [])
+        for rank, length in self.runs[i]:
+            new.append(i, rank - int(np.searchsorted(ranks, rank)), length)
+        return new
+
+    def _with(self, i: int, runs: list[Run]) -> RotationLengths:
+        new = RotationLengths(0)
+        new.runs = [*self.runs[:i], runs, *self.runs[i + 1 :]]
+        return new
 
     def pick(self, sequences: Sequence[int]) -> RotationLengths:
         """Those of other sequences, in their order."""

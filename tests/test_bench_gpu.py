@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,17 @@ def test_a_session(tmp_path: Path) -> None:
     done = session(tmp_path, PYTHON=sys.executable)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert "every stage passed" in done.stdout and not (tmp_path / "failures.txt").exists()
-    step = json.loads((tmp_path / "gpu_search_attend.json").read_text())
+    step = json.loads((tmp_path / "gpu_step.json").read_text())
     names = {x["name"] for x in step["figures"]}
-    assert {"ours 5%", "ours dense", "torch SDPA folded"} <= names and not step["skipped"]
+    assert {"ours step 5%", "ours search 5%", "ours dense", "torch SDPA folded"} <= names
+    assert not step["skipped"] and not step["wrong"]
     assert all(x["graph_us"] > 0 and x["error_units"] <= 4 for x in step["figures"])
     build = json.loads((tmp_path / "gpu_build.json").read_text())
     assert len(build["figures"]) >= 9 and not build["failed"]
-    assert {"environment.json", "gpu_search_attend.txt", "tests.log"} <= {x.name for x in tmp_path.iterdir()}
+    with tarfile.open(tmp_path / "session.tgz") as archive:
+        packed = {Path(name).name for name in archive.getnames()}
+    assert {"environment.json", "environment.log", "gpu_step.txt", "test_gpu_graphs.log"} <= packed
+    assert len(list(tmp_path.iterdir())) <= 8, "no more files come back from a lent machine"
 
 
 def test_a_failing_stage_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -40,10 +45,12 @@ def test_a_failing_stage_does_not_stop_the_others(tmp_path: Path) -> None:
     sanitizer.chmod(0o755)
     done = session(tmp_path, PYTHON="false", PATH=f"{sanitizer.parent}:{os.environ['PATH']}")
     assert done.returncode == 1
-    failed = (tmp_path / "failures.txt").read_text().splitlines()
-    stages = ["environment", "primitives", "tests", "search_attend", "build", "memcheck", "racecheck"]
-    assert [x.split()[1].rstrip(":") for x in failed] == stages
-    assert all("exit status 1" in x for x in failed)
+    failed = {x.split()[1].rstrip(":"): x for x in (tmp_path / "failures.txt").read_text().splitlines()}
+    stages = ["environment", "primitives", "memcheck", "step", "build", "racecheck"]
+    assert {*stages, "test_gpu_backend", "test_gpu_graphs"} <= failed.keys()
+    assert all("exit status 1" in x for x in failed.values())
     options = "--kernel-name kns=saap_ --report-api-errors no --error-exitcode 9"
-    for tool in stages[5:]:
-        assert (tmp_path / f"{tool}.log").read_text() == f"1 {options} --tool {tool} false bench/gpu_small.py --dry\n"
+    with tarfile.open(tmp_path / "session.tgz") as archive:
+        for tool in ("memcheck", "racecheck"):
+            log = archive.extractfile(f"./{tool}.log")
+            assert log is not None and log.read().decode() == f"1 {options} --tool {tool} false bench/gpu_small.py --dry\n"

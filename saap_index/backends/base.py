@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
+
 if TYPE_CHECKING:
     from .resident import Resident
     from .search import PreparedSearch, Search
@@ -85,6 +87,7 @@ class RouterWeights:
         """With every tensor changed."""
         return RouterWeights.of({name: change(x) for name, x in self.tensors().items()}, self.nlist)
 
+    @full_precision
     def composed(self) -> RouterWeights:
         """The same router with an output for each list in place of ``lists``: for a backend of one product."""
         if self.lists is None or self.list_scales is None:
@@ -222,6 +225,8 @@ class Backend(ABC):
         keys : storage dtype (h, N, d), values : (h, N, e), ids : int32 (h, N): one sequence of the arena.
         list_nos : int32 (h, n), in [0, l): of the row as it lies there now.
         table : int32 (h, l + 1) out, strided over h: table[i] = first row of list i, table[l] = start + n.
+
+        Raises before it moves a row, or not at all.
         """
 
     def seal_many(

@@ -17,7 +17,7 @@ from ..bindings import gpu_build, gpu_route, gpu_scan, gpu_seal, gpu_select
 from ..bindings.gpu_types import Runtime
 from ..errors import DTypeError
 from .base import Budget, Probed, Rotation, RouterWeights, Tail
-from .cuda_state import META, CudaResident, Knobs
+from .cuda_state import META, CudaResident, Knobs, padded
 from .resident import LENGTH, MEANS, NEXT, SEALED, SEGMENTS, SINKS, Resident
 from .torch_backend import TorchBackend
 
@@ -26,6 +26,7 @@ MOST_SORTED_LISTS = 32768
 
 SEAL_BYTES = 256 << 20
 """Most scratch memory of a seal, where a segment needs it not at once."""
+
 
 class CudaBackend(TorchBackend):
     """See `Backend` for the contract of every method."""
@@ -132,9 +133,9 @@ class CudaBackend(TorchBackend):
     def _meta(self, columns: dict[int, Sequence[int]]) -> Tensor:
         """meta : int32 (b, 8) with these columns, on the device."""
         b = len(next(iter(columns.values())))
-        meta = torch.zeros((b, META), dtype=torch.int32)
+        meta = torch.zeros((b, META), dtype=torch.int32, device="cpu")
         for column, values in columns.items():
-            meta[:, column] = torch.tensor(list(values), dtype=torch.int32)
+            meta[:, column] = torch.tensor(list(values), dtype=torch.int32, device="cpu")
         return meta.to(self.device)
 
     def scan(
@@ -154,7 +155,7 @@ class CudaBackend(TorchBackend):
         means = None if tail is None else gpu_scan.Means(tail.runs, tail.counts, tail.keys, tail.values, tail.tables)
         meta = self._meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
         launch = scan.bind(arena_keys, arena_values, meta, listed, means, scale, floats, tickets)
-        launch(queries=queries, out=out, lse=lse)
+        launch(queries=gpu_scan.aligned(queries), out=out, lse=lse)
         return out, lse
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +167,7 @@ class CudaBackend(TorchBackend):
         return out, lse
 
     def _ints(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.device)
+        return torch.tensor(values, dtype=torch.int32, device="cpu").to(self.device)
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -175,6 +176,6 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _trimmed(lists: Tensor, counts: Tensor) -> Tensor:
-    """The columns in use."""
+    """The columns in use, -1 behind the last of each list."""
     width = int(counts.max()) if counts.numel() else 0
-    return lists[:, :, :width].contiguous()
+    return padded(lists[:, :, :width], counts)
