@@ -20,7 +20,7 @@ from .gpu_types import CLUSTERS, Launch, Runtime
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
 _POINTERS = "queries keys values rows counts tail tail_counts mean_keys mean_values tables meta partials masses tickets out lse"
-_INTS = "sequences heads vectors num_queries capacity max_rows max_tail max_segments max_means lists causal dense"
+_INTS = "sequences heads vectors num_queries capacity max_rows max_tail max_segments max_means lists causal dense rehearse"
 PARAMS = np.dtype(
     [(name, np.uint64) for name in _POINTERS.split()]
     + [(name, np.float32) for name in ("scale_log2", "inverse_heads", "inverse_queries")]
@@ -167,15 +167,17 @@ class Scan:
         floats: Tensor,
         tickets: Tensor,
         clocks: Tensor | None = None,
+        rehearse: bool = False,
     ) -> Launch:
         """One softmax over rows [0, sinks), the listed ones, [sealed, length) and the means: see cuda/scan.cu.
 
         keys : storage dtype (b, h, N, d), values : (b, h, N, e), rows aligned to 16 bytes; meta : int32 (b, 8). floats :
         float32 (num_floats,), tickets : int32 (num_tickets,); clocks : int64 (num_clocks,), cycles by block and point.
         A start takes queries : query dtype (b, h, j, d), `aligned`, and writes out : query dtype (b, h, j, e), lse : float32
-        (b, h, j).
+        (b, h, j). rehearse : whether what is launched ahead takes long enough for blocks to go through their code once meanwhile.
         """
         p = self._params.copy()
+        p["rehearse"] = rehearse and self._dependent
         p["keys"], p["values"], p["meta"] = keys.data_ptr(), values.data_ptr(), meta.data_ptr()
         p["scale_log2"] = scale * math.log2(math.e)
         p["partials"] = floats.data_ptr()

@@ -10,22 +10,11 @@
 #pragma once
 #include "scan_merge.cuh"
 
+// The tiles of the work, and of what follows it in the block's share.
 template <class Core>
-SAAP_PRIM void scan_tiles(const ScanParams& p) {
-  SAAP_SHARED(char, shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pass = blockIdx.y;
-  char* const stages = shared + warp * kStages * kStageBytes;
-  const Exchange area(shared);
+SAAP_PRIM void scan_work(const ScanParams& p, Core& core, const Exchange& area, char* stages, bool dry) {
   Work& work = *area.work;
-  note(p, kBegan);
-  grid_dependency_wait();
-  grid_dependency_launch();
-  note(p, kWaited);
-  if (warp == 0) plan(p, work);
-  __syncthreads();
-  note(p, kPlanned);
-
-  Core core(shared + kStagesBytes + kCoreOffset);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pass = blockIdx.y;
   while (work.count) {
     const int mine = work.begin + warp, until = work.until, count = work.count;
     Numbers numbers{-1, -1}, ahead{-1, -1};
@@ -38,7 +27,7 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
     for (int turn = -kTogether;; turn++) {
       if (turn % kTogether == 0) {
         numbers = ahead;
-        ahead = number_tile(p, work, at, mine + (turn + kTogether + lane / kTile) * kWarps, until);
+        ahead = number_tile(p, work, at, mine + (turn + kTogether + lane / kTile) * kWarps, until, dry);
       }
       if (turn < 0) continue;
 #pragma unroll
@@ -50,7 +39,7 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
       const int tile = mine + (turn - kStages + 1) * kWarps;
       while (tile >= end) {
         if (places) note(p, kAdded);
-        if (places) finish_pair(p, core, area, here, parts, pass);
+        if (places) finish_pair(p, core, area, here, parts, pass, dry);
         if (places == count) break;
         here = work.places[places++];
         end = here.end < until ? here.end : until;
@@ -70,6 +59,38 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
     __syncthreads();
     if (warp == 0) fill_places(p, work, until, work.last, work.total, work.pair, work.before, false, Span{0, 0, 0, 0, 0}, 0);
     __syncthreads();
+  }
+}
+
+template <class Core>
+SAAP_PRIM void scan_tiles(const ScanParams& p) {
+  SAAP_SHARED(char, shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, pass = blockIdx.y;
+  char* const stages = shared + warp * kStages * kStageBytes;
+  const Exchange area(shared);
+  Work& work = *area.work;
+  note(p, kBegan);
+  Core core(shared + kStagesBytes + kCoreOffset);
+  // The code is cold at every launch, and while the launch ahead is at work there is time: a rehearsal goes the same way with
+  // nothing to read, and writes nothing.
+#pragma unroll 1
+  for (bool dry = p.rehearse;; dry = false) {
+    if (!dry) {
+      grid_dependency_wait();
+      grid_dependency_launch();
+      note(p, kWaited);
+    }
+    if (warp == 0) {
+      plan(p, work, dry);
+      __syncwarp();
+      if (dry && lane == 0) rehearse(work);
+    }
+    __syncthreads();
+    note(p, kPlanned);
+    scan_work(p, core, area, stages, dry);
+    if (!dry) break;
+    cp_async_wait<0>();
+    __syncthreads();  // the work and the stages are free again
   }
   if (work.empty) finish_empty_pairs(p, pass);
   note(p, kEnded);

@@ -56,7 +56,7 @@ SAAP_PRIM void finish_empty_pairs(const ScanParams& p, int pass) {
 
 // The last block of a pair: the states in slots [slot, slot + parts) become out and lse. A thread has four dims of a vector, and
 // every other part; its neighbour has the rest.
-SAAP_PRIM void merge_parts(const ScanParams& p, int pair, int pass, i64 slot, int parts) {
+SAAP_PRIM void merge_parts(const ScanParams& p, int pair, int pass, i64 slot, int parts, bool dry) {
   constexpr int kAtOnce = 9, kColumns = kE / 4;
   const int first = pass * kVectors, lane = threadIdx.x % 32, half = lane % 2;
   const int vectors = p.vectors - first < kVectors ? p.vectors - first : kVectors;
@@ -74,7 +74,7 @@ SAAP_PRIM void merge_parts(const ScanParams& p, int pair, int pass, i64 slot, in
       for (int u = 0; u < kAtOnce; u++) {
         const i64 at = (slot + k + 2 * u) * kVectors + v;
         masses[u] = make_float2(-INFINITY, 0.f), values[u] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (k + 2 * u < parts) masses[u] = ld_l2_8(p.masses + at * 2), values[u] = ld_l2_16(p.partials + at * kE + x);
+        if (k + 2 * u < parts && !dry) masses[u] = ld_l2_8(p.masses + at * 2), values[u] = ld_l2_16(p.partials + at * kE + x);
       }
       float top = highest(-INFINITY, whole);
 #pragma unroll
@@ -97,7 +97,7 @@ SAAP_PRIM void merge_parts(const ScanParams& p, int pair, int pass, i64 slot, in
     const float give_x = half ? sum.x : sum.z, give_y = half ? sum.y : sum.w;
     const float x0 = mine * (half ? sum.z : sum.x) + others * __shfl_xor_sync(kAll, give_x, 1);
     const float x1 = mine * (half ? sum.w : sum.y) + others * __shfl_xor_sync(kAll, give_y, 1);
-    if (v >= vectors) continue;
+    if (v >= vectors || dry) continue;
     const float inverse = whole.inverse();
     const i64 row = static_cast<i64>(pair) * p.vectors + first + v;
     store_pair(p.out, row * kE + x + 2 * half, x0 * inverse, x1 * inverse);
@@ -107,7 +107,8 @@ SAAP_PRIM void merge_parts(const ScanParams& p, int pair, int pass, i64 slot, in
 
 // Called by all warps of the block when their tiles of the pair `at` are done.
 template <class Core>
-SAAP_PRIM void finish_pair(const ScanParams& p, Core& core, const Exchange& area, const Place& at, const Parts& parts, int pass) {
+SAAP_PRIM void finish_pair(
+    const ScanParams& p, Core& core, const Exchange& area, const Place& at, const Parts& parts, int pass, bool dry) {
   const i64 slots = static_cast<i64>(pass) * (gridDim.x + p.sequences * p.heads), slot = slots + blockIdx.x + at.pair;
   const int warp = threadIdx.x / 32;
 #pragma unroll
@@ -135,7 +136,7 @@ SAAP_PRIM void finish_pair(const ScanParams& p, Core& core, const Exchange& area
         const float inverse = whole.inverse();
         store_pair(p.out, row * kE + x, sum.x * inverse, sum.y * inverse);
         if (x == 0) p.lse[row] = whole.lse();
-      } else {
+      } else if (!dry) {
         *reinterpret_cast<float2*>(p.partials + scratch * kE + x) = sum;
         if (x == 0) *reinterpret_cast<float2*>(p.masses + scratch * 2) = make_float2(whole.m, whole.l);
       }
@@ -145,13 +146,13 @@ SAAP_PRIM void finish_pair(const ScanParams& p, Core& core, const Exchange& area
   note(p, kMerged);
   if (parts.count == 1) return;
   bool last = false;
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && !dry) {
     // What the barrier gave this thread to see, whoever counts after it sees too. The last one leaves a zero.
     u32* ticket = p.tickets + static_cast<i64>(pass) * p.sequences * p.heads + at.pair;
     const u32 most = static_cast<u32>(parts.count) - 1;
     last = atomic_inc_acq_rel(ticket, most) >= most;
   }
-  const bool merges = __syncthreads_or(last);
+  const bool merges = __syncthreads_or(last || dry);
   note(p, kTicketed);
-  if (merges) merge_parts(p, at.pair, pass, slots + parts.first + at.pair, parts.count);
+  if (merges) merge_parts(p, at.pair, pass, slots + parts.first + at.pair, parts.count, dry);
 }

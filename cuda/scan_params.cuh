@@ -47,6 +47,7 @@ struct ScanParams {
   int max_rows, max_tail;    // t and x
   int max_segments, max_means, lists;  // S, M <= S, l
   int causal, dense;
+  int rehearse;              // whether blocks go through their code once before they wait, see scan_body.cuh
 #if SAAP_CLOCK
   i64* clocks;  // int64 (passes, grid, kPoints), cycles, or null; points that a block does not pass are left alone
 #endif

@@ -13,10 +13,11 @@ struct Span {
   SAAP_PRIM int tiles() const { return ceil_div(rows, kTile) + ceil_div(tail, kTile); }
 };
 
-SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
+SAAP_PRIM Span span_of(const ScanParams& p, int pair, bool dry = false) {
   // All loads before the first use of one.
   const int4 meta = *reinterpret_cast<const int4*>(p.meta + static_cast<i64>(divided(pair, p.inverse_heads)) * 8);
-  const int count = p.rows && !p.dense ? p.counts[pair] : 0, tail = p.tail && !p.dense ? p.tail_counts[pair] : 0;
+  const bool lists = !p.dense && !dry;
+  const int count = p.rows && lists ? p.counts[pair] : 0, tail = p.tail && lists ? p.tail_counts[pair] : 0;
   const int length = clamp(meta.x, 0, p.capacity);
   if (p.dense) return {0, 0, length, 0, 0};
   int sinks = clamp(meta.y, 0, length), sealed = clamp(meta.z, 0, length);
@@ -108,7 +109,7 @@ SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last,
 }
 
 // One warp: how the tiles are split, which of them are the block's, the first of its pairs.
-SAAP_PRIM void plan(const ScanParams& p, Work& work) {
+SAAP_PRIM void plan(const ScanParams& p, Work& work, bool dry) {
   const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads, block = blockIdx.x, grid = gridDim.x;
   const int each = (pairs + 31) / 32, share = empty_share(p);
   Span span{0, 0, 0, 0, 0};
@@ -116,7 +117,7 @@ SAAP_PRIM void plan(const ScanParams& p, Work& work) {
   bool empty = false;
 #pragma unroll 1
   for (int i = lane * each; i < lane * each + each && i < pairs; i++) {
-    span = span_of(p, i);
+    span = span_of(p, i, dry);
     tiles += span.tiles();
     empty |= span.tiles() == 0 && static_cast<u32>(i - block * share) < static_cast<u32>(share);
   }
@@ -150,6 +151,13 @@ SAAP_PRIM void plan(const ScanParams& p, Work& work) {
   fill_places(p, work, begin, last, total, known ? 0 : owner * each, known ? 0 : before, known, span, end);
 }
 
+// What a block does in a rehearsal, whatever there is to do: a tile for each warp, of a pair that goes on in another block.
+SAAP_PRIM void rehearse(Work& work) {
+  work.begin = 0, work.last = work.until = kWarps, work.count = 1, work.empty = 0;
+  work.split = Split{0, static_cast<int>(blockIdx.x), kWarps, 0};
+  work.places[0] = Place{0, 0, kWarps + 1, Span{0, 0, kWarps * kTile, 0, 0}};
+}
+
 // The tokens of tiles by their numbers, kTile lanes to a tile: a row of the arena or a run, -1: none. of: of which pair, times
 // two, and one more for runs; -1 where there is no such tile.
 struct Numbers {
@@ -157,8 +165,8 @@ struct Numbers {
 };
 constexpr int kTogether = 32 / kTile;  // tiles whose numbers a warp loads at once
 
-// Starts to load the lane's number of `tile`; `at` is its place or one before it.
-SAAP_PRIM Numbers number_tile(const ScanParams& p, const Work& work, int& at, int tile, int until) {
+// Starts to load the lane's number of `tile`; `at` is its place or one before it. dry: no number.
+SAAP_PRIM Numbers number_tile(const ScanParams& p, const Work& work, int& at, int tile, int until, bool dry) {
   if (tile >= until) return {-1, -1};
   while (tile >= work.places[at].end) at++;
   const Place& place = work.places[at];
@@ -175,6 +183,7 @@ SAAP_PRIM Numbers number_tile(const ScanParams& p, const Work& work, int& at, in
       from = p.rows + static_cast<i64>(place.pair) * p.max_rows + i - place.span.sinks;
   }
   if (from) number = *from;
+  if (dry) number = -1;
   return {number, place.pair * 2 + tail};
 }
 

@@ -95,9 +95,10 @@ class IndexBase(IndexArguments):
         self._defaults = self._checked(asked.over(SearchParametersIVF(selectivity=SELECTIVITY)))
         self._budget_shares: np.ndarray | None = None
         self.budget_shares = budget_shares
-        self.dtype, self.device, self.rope = dtype, checks.device(device), rope
-        self._backend = get_backend(self.device, backend)
-        self.device = getattr(self._backend, "device", self.device)  # with its number: "cuda" alone would accept tensors of any
+        self.dtype, self.rope = dtype, rope
+        named = checks.named_device(device)
+        self._backend = get_backend(named, backend)  # which has the better words where its device cannot serve
+        self.device = checks.device(getattr(self._backend, "device", named))
         self.backend_name = backend
         self._key_quantizer: KeyQuantizer | None = None
         self._query_router: QueryRouter | None = None

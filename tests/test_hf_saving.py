@@ -314,7 +314,7 @@ def loads_or_refuses(model: Any, folder: Path) -> None:
     positions = (mask.cumsum(1) - 1)[:, -2:]
     for copied in (cache, copy.deepcopy(cache)):
         with torch.no_grad(), contextlib.suppress(saap.NotFiniteError):  # keys that are NaN now are not looked at before
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=copied)
+            model(ids, attention_mask=mask, position_ids=positions, **{CACHE: copied})
         for layer in copied.indexed.values():
             layer.crop(-10)
 

@@ -296,7 +296,9 @@ class CudaResident(Resident):
                 listed = Listed(found.rows, found.counts)
                 if found.tail is not None and found.tail_counts is not None:
                     means = Means(found.tail, found.tail_counts, at.mean_keys, at.mean_values, at.tables)
-            launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, s.tickets)
+            launch = s.scan.bind(
+                at.keys, at.values, self._meta, listed, means, scale, s.floats, s.tickets, rehearse=limits is not None
+            )
             bound = s.bound[key] = launch, limits
             _forget(s.bound, _BOUND)
         if self.capturing:

@@ -203,7 +203,8 @@ def indexed(dense: Any, plan: Plan, decoder: Any) -> SaapCache:
 @torch.inference_mode()
 def _logits(model: Any, ids: Tensor, cache: Any, step: int) -> Tensor:
     """Next-token logits (n, vocabulary) behind each of ``ids`` (1, n), shown ``step`` at a time."""
-    return torch.cat([model(part, past_key_values=cache).logits[0].float() for part in ids.split(step, 1)])
+    kept = {support.cache_argument(model): cache}
+    return torch.cat([model(part, **kept).logits[0].float() for part in ids.split(step, 1)])
 
 
 class _Detached:
