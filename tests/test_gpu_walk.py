@@ -17,7 +17,7 @@ from hypothesis.stateful import initialize, precondition, rule, run_state_machin
 from test_stateful import Walk
 from torch import Tensor
 
-from saap_index import AsymmetricIndex, read_index, write_index
+from saap_index import AsymmetricIndex, CompatibilityError, SaapError, read_index, write_index
 from saap_index.invlists import SegmentedInvertedLists
 
 
@@ -75,7 +75,15 @@ class DeviceWalk(Walk):
             write_index(self.index.inner, Path(folder) / "index")
             self.index = Ferry(read_index(Path(folder) / "index", self.place.device))
 
+    def refusal(self, params: Any) -> type[SaapError] | None:
+        """A device makes room for what a search may read at once: a tail that the router does not fit is refused then."""
+        asked = params.over(self.index._defaults) if params else self.index._defaults
+        router: Any = self.index.query_router
+        early = asked.tail and not asked.nprobe and not router.count_lists
+        return Walk.refusal(self, params) or (CompatibilityError if early else None)
+
     @precondition(lambda self: self.index.lengths and not (self.index.rope is not None and self.index.rope.is_dynamic))
+    @precondition(lambda self: self.refusal(None) is None)
     @rule(steps=st.integers(1, 6), n=st.integers(1, 2), every=st.integers(1, 4))
     def replay(self, steps: int, n: int, every: int) -> None:
         """A step captured once; replayed, with `advance` now and then."""
