@@ -115,7 +115,7 @@ class DeviceWalk(Walk):
             if t % every == every - 1:
                 index.advance(n * every)
         index.advance()
-        index.reserve_memory(2 * most + 64)  # the graph is done with, and memory may move again
+        index.reserve_memory(2 * max(most, index.invlists.capacity) + 64)  # the graph is done with, and memory may move again
 
 
 class EmulatedWalk(DeviceWalk):

@@ -262,6 +262,11 @@ class Walk(RuleBasedStateMachine):
             return
         queries = tokens(self.b, self.hq, 1, self.d, torch.float32, 3)
         full = SearchParametersIVF(selectivity=1.0)
+        refused = self.refusal(full)
+        if refused is not None:
+            with pytest.raises(refused):
+                self.index.search(queries, k, params=full)
+            return
         scores, ids = self.index.search(queries, k, params=full)
         for i, model in enumerate(self.model):
             for head in range(self.hq):
