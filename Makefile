@@ -26,13 +26,13 @@ $(VENV)/.ready: setup.cfg setup.py pyproject.toml $(CONSTRAINTS) $(wildcard bind
 	@touch $@
 
 demo: setup ## capture a real model, train, measure on unseen text; table and plot in demo_results/
-	$(BIN)/python -m saap_index.demo
+	$(BIN)/python -m saap_lab.smollm2
 
 compare: setup ## sparse attention methods side by side on SmolLM2-135M, minutes; compare_results/report.html is worth a look
-	$(BIN)/python -m saap_index.demo.comparison
+	$(BIN)/python -m saap_lab.smollm2.comparison
 
 routers: setup ## train routers for all layers of SmolLM2-135M, half an hour on two cores; kept in the cache folder, the demo's and tests' to use
-	$(BIN)/python -m saap_index.demo.routers
+	$(BIN)/python -m saap_lab.smollm2.routers
 
 test: setup lint ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile
@@ -57,7 +57,7 @@ test-gpu: ## what needs a CUDA device, in the Python at hand: torch with CUDA, C
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
-	$(BIN)/mypy saap_index
+	$(BIN)/mypy saap_index bench/saap_lab
 
 bench: setup ## the speed claims of the README, checked and timed on this machine
 	$(BIN)/python bench/search_attend.py --shape llama --tokens 131072

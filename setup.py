@@ -4,11 +4,17 @@ import os
 from glob import glob
 
 import nanobind
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 # Through the package's own view of the folders (symbolic links in a checkout), so that the sources lie in one place in a sdist.
 FOLDER = "saap_index/bindings/"
 setup(
+    # What measures the library lies with the benchmarks, and is installed beside it.
+    packages=[
+        *find_packages(include=["saap_index*"], exclude=["saap_index.cuda*"]),
+        *find_packages("bench", include=["saap_lab*"]),
+    ],
+    package_dir={"saap_lab": "bench/saap_lab"},
     ext_modules=[
         Extension(
             "saap_index._cpu",

@@ -22,9 +22,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from saap_index import Rope
-from saap_index.demo import capture
-from saap_index.demo.evaluate import Table, evaluate, pooled
-from saap_index.demo.training import METHODS, train_index
+from saap_lab.smollm2 import capture
+from saap_lab.smollm2.evaluate import Table, evaluate, pooled
+from saap_lab.smollm2.training import METHODS, train_index
 
 BASELINES = ("topk_group", "ivf", "quest", "recent", "random")
 SHARES = (0.02, 0.05, 0.1, 0.2)

@@ -14,8 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import harness
 import torch
+
+import harness
 from search_attend import SHAPES, build
 
 

@@ -21,8 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from saap_index.demo import capture, model, texts
 from saap_index.errors import SaapError
+from saap_lab.smollm2 import capture, model, texts
 
 
 def main(arguments: list[str] | None = None) -> int:

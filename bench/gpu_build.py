@@ -13,10 +13,10 @@ import time
 from functools import partial
 from typing import Any
 
-import gpu_harness as harness
 import torch
-from gpu_step import TINY, Shape, build
 
+import gpu_harness as harness
+from gpu_step import TINY, Shape, build
 from saap_index import KeyQuantizer, TrainingConfig
 from saap_index.training import RouterTargets, train_router
 

@@ -15,9 +15,9 @@ import sys
 from itertools import pairwise
 from typing import Any
 
-import gpu_harness as harness
 import torch
 
+import gpu_harness as harness
 from saap_index.bindings.gpu_scan import POINTS, Listed, Scan, ScanShape
 
 HEADS, GROUP, RUN, SINKS, RECENT, LAUNCHES = 8, 4, 32, 4, 192, 5

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import gpu_harness as harness
 import numpy as np
 import torch
 from torch import Tensor
+
+import gpu_harness as harness
 
 LAUNCHES = 64
 """Kernels in a graph whose launches are timed."""

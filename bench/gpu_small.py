@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-import gpu_harness as harness
 import torch
 from helpers import small_index
 
+import gpu_harness as harness
 from saap_index import SearchParametersIVF
 
 

@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import gpu_baselines
-import gpu_harness as harness
 import torch
 from torch import Tensor
 
+import gpu_baselines
+import gpu_harness as harness
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF, attend
 from saap_index.backends import RouterWeights, get_backend
 

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import THREADS, save
 
 import saap_index as saap
-from saap_index.demo import model as demo_model
-from saap_index.demo import texts
+from harness import THREADS, save
 from saap_index.hf import attach, detached
 from saap_index.hf.support import cache_argument
 from saap_index.pipeline.texts import read_texts, take
 from saap_index.routers import model_shape
+from saap_lab.smollm2 import model as demo_model
+from saap_lab.smollm2 import texts
 
 
 def symmetric_routers(config: Any, nlist: int = 256) -> saap.Routers:

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import harness
 import torch
+
+import harness
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import THREADS, save
 
 import saap_index as saap
+from harness import THREADS, save
 from saap_index.backends import RouterWeights
-from saap_index.demo import model as demo_model
-from saap_index.demo import texts
 from saap_index.routers import model_shape
+from saap_lab.smollm2 import model as demo_model
+from saap_lab.smollm2 import texts
 
 
 def untrained_routers(config: Any, own_lists: bool = False, nlist: int = 256, units: int = 64, knots: int = 8) -> saap.Routers:

@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy as np
 import torch
-from hf_generate import untrained_routers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import harness
 import saap_index as saap
+from hf_generate import untrained_routers
 from saap_index.hf.support import cache_argument
 
 KINDS = ("batch", "beams", "looked-up candidates", "padded batch", "chat")

@@ -19,17 +19,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import harness
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+import harness
 from saap_index import AsymmetricIndex, Rope, SearchParametersIVF, reference
-from saap_index.lab.corm import Corm
-from saap_index.lab.loki import Loki
-from saap_index.lab.method import Attended, Layer, Method
-from saap_index.lab.saap import Saap
-from saap_index.lab.yardsticks import Dense, Selected, TopK
+from saap_lab.corm import Corm
+from saap_lab.loki import Loki
+from saap_lab.method import Attended, Layer, Method
+from saap_lab.saap import Saap
+from saap_lab.yardsticks import Dense, Selected, TopK
 
 HEADS, GROUP, D = 3, 3, 64  # SmolLM2-135M's
 ROUNDS, QUERIES = 15, 8

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from saap_index import Layout, Rope, TwoTower
-from saap_index.demo import capture
-from saap_index.demo.capture import Capture
 from saap_index.pipeline.measure import SHARES, Measured, measure
 from saap_index.training import Trained, TrainingSequence, train_layer
 from saap_index.training_config import TrainingConfig
+from saap_lab.smollm2 import capture
+from saap_lab.smollm2.capture import Capture
 
 ROPE, LAYOUT, SCALE = Rope(head_dim=64, theta=100000.0), Layout(), 64**-0.5
 LATE = 14

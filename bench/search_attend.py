@@ -18,10 +18,10 @@ import itertools
 import sys
 from pathlib import Path
 
-import harness
 import torch
 from torch.nn import functional
 
+import harness
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF, reference
 from saap_index.backends import RouterWeights
 

@@ -30,9 +30,9 @@ from torch.nn import functional
 
 from saap_index import AsymmetricIndex, KeyQuantizer, Rope, Routers, SearchParametersIVF, TwoTower, load_routers
 from saap_index.hf import support
-from saap_index.lab.replace import Prompt, read_prompt
 from saap_index.pipeline import models
 from saap_index.pipeline.texts import read_texts, take
+from saap_lab.replace import Prompt, read_prompt
 
 TAILS, RUNS, SHARES = (0.0, 0.1, 0.2, 0.35, 0.5), (2, 4, 8, 16, 32), (0.02, 0.05)
 QUERIES, SPAN = 12, 192

@@ -12,9 +12,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import saap_index
+import saap_lab
 
-_ROOT = Path(saap_index.__file__).parent
-LIBRARY = tuple(f"{folder}/" for folder in {_ROOT, _ROOT.resolve(), (_ROOT / "bindings").resolve()})
+_ROOT, _LAB = Path(saap_index.__file__).parent, Path(saap_lab.__file__).parent
+LIBRARY = tuple(f"{folder}/" for folder in {_ROOT, _ROOT.resolve(), (_ROOT / "bindings").resolve(), _LAB})
 _TORCH = f"{Path(torch.__file__).parent}/"
 
 

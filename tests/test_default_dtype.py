@@ -14,6 +14,7 @@ from default_dtype import LIBRARY, for_the_library
 from helpers import random_router, small_index, tokens
 
 import saap_index
+import saap_lab
 from saap_index import (
     KeyQuantizer,
     QueryRouter,
@@ -32,8 +33,8 @@ FACTORIES = {
     "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
 OF_DEFAULT_DTYPE = {"Tensor", "FloatTensor", "set_default_dtype", "set_default_device", "set_default_tensor_type"}
-PACKAGE = Path(saap_index.__file__).parent
-FILES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE / "bindings").glob("*.py")])
+PACKAGE, LAB = Path(saap_index.__file__).parent, Path(saap_lab.__file__).parent
+FILES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE / "bindings").glob("*.py"), *LAB.rglob("*.py")])
 PLAIN: dict[str, list[Any]] = {}  # what `everything` gives under the usual default, by backend
 OTHERS = (torch.float64, torch.bfloat16, torch.float16)
 
@@ -61,7 +62,7 @@ def imported_factories(source: str) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name == "torch" and alias.asname)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(LAB.parent if LAB in p.parents else PACKAGE)))
 def test_every_new_tensor_names_dtype_and_device(path: Path) -> None:
     source = path.read_text()
     assert [*careless(source), *imported_factories(source)] == []

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saap_index.demo import capture, texts
 from saap_index.errors import FormatError, LengthError, ParameterError, ShapeError
-from saap_index.lab import measures, selections
+from saap_lab import measures, selections
+from saap_lab.smollm2 import capture, texts
 
 CHARS_PER_TOKEN = 4.5
 """More than the standard library's texts have on average, so enough characters are surely enough tokens."""

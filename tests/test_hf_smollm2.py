@@ -12,10 +12,10 @@ from hf_models import CACHE, greedy, sealed_tokens
 from transformers import DynamicCache
 
 import saap_index as saap
-from saap_index.demo import model as demo_model
-from saap_index.demo import routers as demo_routers
 from saap_index.hf import detached, support
 from saap_index.routers import model_shape
+from saap_lab.smollm2 import model as demo_model
+from saap_lab.smollm2 import routers as demo_routers
 
 TOKENS, LAST = 800, 64
 

@@ -8,10 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF
 from saap_index.errors import LengthError, ParameterError, ShapeError
-from saap_index.lab import needles, quality, replace
-from saap_index.lab.method import Method, budget_tokens
-from saap_index.lab.saap import Saap
-from saap_index.lab.yardsticks import Dense, Selected, TopK
+from saap_lab import needles, quality, replace
+from saap_lab.method import Method, budget_tokens
+from saap_lab.saap import Saap
+from saap_lab.yardsticks import Dense, Selected, TopK
 
 N, LAST = 400, 6
 
@@ -139,7 +139,7 @@ def test_bad_input_is_named(model, tokens) -> None:
 
 
 def test_records_resume_and_reports_are_made(model, tokens, prompt, tmp_path, capsys) -> None:
-    from saap_index.lab import evaluate, report
+    from saap_lab import evaluate, report
 
     path = tmp_path / "records.json"
     settings = evaluate.Settings(shares=(0.1, 0.3), span=100, step=50, decoded=LAST, decode_shares=(0.3,), sinks=2, window=32)

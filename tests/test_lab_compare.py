@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saap_index import cli
 from saap_index.errors import ParameterError
-from saap_index.lab import compare, svg
-from saap_index.lab.evaluate import Settings
-from saap_index.lab.method import Attended, Cache, Layer, Method, State, attend_over
-from saap_index.lab.roster import KINDS, TOLERANCE, fit
+from saap_lab import compare, svg
+from saap_lab.evaluate import Settings
+from saap_lab.method import Attended, Cache, Layer, Method, State, attend_over
+from saap_lab.roster import KINDS, TOLERANCE, fit
 
 N, VOCABULARY = 512, 99
 SETTINGS = Settings(shares=(0.1, 0.3), span=64, step=16, decoded=3, decode_shares=(0.3,), window=32)
@@ -126,7 +126,7 @@ def test_a_second_run_measures_nothing_and_another_task_is_refused(task, folder,
 ])  # fmt: skip
 def test_what_cannot_be_is_said_before_anything_is_read(tmp_path, capsys, monkeypatch, more: list[str], message: str) -> None:
     for name in ("read_texts", "models.load_model"):
-        monkeypatch.setattr(f"saap_index.lab.compare.{name}", lambda *args, **kwargs: pytest.fail("nothing is read"))
+        monkeypatch.setattr(f"saap_lab.compare.{name}", lambda *args, **kwargs: pytest.fail("nothing is read"))
     assert cli.main(["compare", "--model", "m", "--text", "t", "--out", str(tmp_path / "out"), *more]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 

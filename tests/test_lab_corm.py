@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saap_index.errors import LengthError, ParameterError
-from saap_index.lab import quality, replace
-from saap_index.lab.corm import Corm
-from saap_index.lab.method import Cache, Layer, attend_over
-from saap_index.lab.yardsticks import Dense
+from saap_lab import quality, replace
+from saap_lab.corm import Corm
+from saap_lab.method import Cache, Layer, attend_over
+from saap_lab.yardsticks import Dense
 
 LAYER = Layer(0, 2, 3, 16, 24, 0.25, None)
 

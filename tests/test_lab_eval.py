@@ -19,14 +19,14 @@ from transformers import PreTrainedTokenizerFast
 
 from saap_index import Rope, Routers, cli, load_routers, save_routers
 from saap_index.errors import CompatibilityError, LengthError, ParameterError
-from saap_index.lab import eval_command, eval_report, evaluate, flags, quality, replace
-from saap_index.lab.eval_command import EvalTask, evaluate_routers
-from saap_index.lab.method import Layer
-from saap_index.lab.steps import replay
-from saap_index.lab.trained import TrainedMethods
-from saap_index.lab.yardsticks import Dense, Selected, TopK
 from saap_index.pipeline.models import LoadedModel
 from saap_index.pipeline.train import TrainSettings, train_model
+from saap_lab import eval_command, eval_report, evaluate, flags, quality, replace
+from saap_lab.eval_command import EvalTask, evaluate_routers
+from saap_lab.method import Layer
+from saap_lab.steps import replay
+from saap_lab.trained import TrainedMethods
+from saap_lab.yardsticks import Dense, Selected, TopK
 
 LENGTH = 448
 
@@ -283,7 +283,7 @@ def test_what_cannot_be_is_said_before_anything_is_read(
 ) -> None:
     save_routers(routers, tmp_path / "routers")
     for name in ("read_texts", "demo_texts.unseen_texts", "demo_model.load", "models.load_model"):
-        monkeypatch.setattr(f"saap_index.lab.eval_command.{name}", lambda *args, **kwargs: pytest.fail("nothing is read"))
+        monkeypatch.setattr(f"saap_lab.eval_command.{name}", lambda *args, **kwargs: pytest.fail("nothing is read"))
     assert cli.main(["eval", "--routers", str(tmp_path / "routers"), "--out", str(tmp_path / "out"), *more]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 

@@ -11,13 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saap_index import Rope
 from saap_index.errors import CompatibilityError, ParameterError
-from saap_index.lab import compare, quality
-from saap_index.lab.evaluate import Settings
-from saap_index.lab.indexes import CONFIGS, Indexes
-from saap_index.lab.method import Cache, attend_over
-from saap_index.lab.replace import read_prompt
-from saap_index.lab.saap import Saap
 from saap_index.routers import LayerRouters, Routers, model_shape
+from saap_lab import compare, quality
+from saap_lab.evaluate import Settings
+from saap_lab.indexes import CONFIGS, Indexes
+from saap_lab.method import Cache, attend_over
+from saap_lab.replace import read_prompt
+from saap_lab.saap import Saap
 
 N = 1024
 SETTINGS = Settings(shares=(0.05, 0.2, 0.6), layers=(0,), span=128, step=8, decoded=0, window=64)
@@ -108,7 +108,7 @@ def test_lists_of_a_prompts_own_are_charged_to_the_prompt(indexes, prompts) -> N
 
 def test_trained_indexes_are_read_again(indexes, prompts, monkeypatch) -> None:
     first = indexes.at("saap", 0.2)[0]
-    monkeypatch.setattr("saap_index.lab.indexes.AsymmetricIndex.train", None)
+    monkeypatch.setattr("saap_lab.indexes.AsymmetricIndex.train", None)
     again = Indexes(prompts, SETTINGS, (0,), indexes.folder).at("saap", 0.2)[0]
     assert torch.equal(first.key_quantizer.centroids, again.key_quantizer.centroids)
 

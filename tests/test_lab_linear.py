@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saap_index.errors import LengthError, ParameterError, ShapeError
-from saap_index.lab import linear
-from saap_index.lab.method import Layer
+from saap_lab import linear
+from saap_lab.method import Layer
 
 
 def arrays(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from saap_index import Rope
 from saap_index.errors import FormatError, NotTrainedError, ParameterError
-from saap_index.lab.eigen import Eigen
-from saap_index.lab.loki import Loki, principal_basis
-from saap_index.lab.method import Attended, Cache, Layer, Method, attend_over
-from saap_index.lab.scfa import ScfaDrop, ScfaHash, hash_prefill
-from saap_index.lab.spans import Moa, SpanPlan
-from saap_index.lab.sparsek import SparseK, project, threshold
-from saap_index.lab.yardsticks import TopK
+from saap_lab.eigen import Eigen
+from saap_lab.loki import Loki, principal_basis
+from saap_lab.method import Attended, Cache, Layer, Method, attend_over
+from saap_lab.scfa import ScfaDrop, ScfaHash, hash_prefill
+from saap_lab.spans import Moa, SpanPlan
+from saap_lab.sparsek import SparseK, project, threshold
+from saap_lab.yardsticks import TopK
 
 LAYER = Layer(0, 2, 3, 16, 24, 0.25, None)
 

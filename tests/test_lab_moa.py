@@ -12,9 +12,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saap_index.errors import LengthError, ParameterError
-from saap_index.lab import moa_profile, replace
-from saap_index.lab.moa_profile import Profile, entry_influence, influence, rule_losses, spread_rules, usable_rules
-from saap_index.lab.spans import SpanPlan
+from saap_lab import moa_profile, replace
+from saap_lab.moa_profile import Profile, entry_influence, influence, rule_losses, spread_rules, usable_rules
+from saap_lab.spans import SpanPlan
 
 N = 40
 

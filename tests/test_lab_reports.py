@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from saap_index.demo import model as demo_model
-from saap_index.demo.evaluate import Row, pooled
-from saap_index.lab import eval_report, page, page_tables, quality, report
+from saap_lab import eval_report, page, page_tables, quality, report
+from saap_lab.smollm2 import model as demo_model
+from saap_lab.smollm2.evaluate import Row, pooled
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"saap": "query-adaptive index", "saap-own": "query-adaptive index", "ivf": "yardstick", "recent": "yardstick"}

@@ -1,0 +1,191 @@
+"""A model under several methods and budgets: every figure of a sequence as one plain record, so that a run can stop and go on.
+
+Per sequence: each layer against exact attention, the next-token distributions of the last tokens with every layer replaced, and
+needles with the question processed sparsely too. Records are JSON; `report` turns many of them into tables and plots.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saap_index import files
+from saap_index.errors import FormatError, ParameterError
+from saap_index.rope import Rope
+
+from . import quality
+from .method import Method
+from .needles import Needle
+from .replace import Prompt, decode, generate, read_prompt, start, starting
+
+ANSWER_TOKENS = 10
+"""That a needle's question is given to answer."""
+
+MethodsAt = Callable[[float], Sequence[Method]]
+"""The methods to measure at a share of the tokens."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured. shares : of the tokens outside sinks and window; layers : measured one by one, None for all;
+    span, step : queries are every ``step``-th of the last ``span`` tokens; decoded : tokens fed one at a time with every layer
+    replaced, 0 for none, at ``decode_shares`` (None: shares). replaced : layers that are, None for all; the others stay as the
+    model has them. together : yardsticks answer several queries at once, which is faster, and no measure of their time."""
+
+    shares: tuple[float, ...] = (0.02, 0.05, 0.1)
+    layers: tuple[int, ...] | None = None
+    span: int = 512
+    step: int = 16
+    decoded: int = 256
+    decode_shares: tuple[float, ...] | None = None
+    sinks: int = 4
+    window: int = 128
+    replaced: tuple[int, ...] | None = None
+    together: bool = False
+
+
+@dataclass
+class Records:
+    """Results by key in one JSON file, what is there already is not measured again. Written every ``seconds`` at most, since the
+    whole file is written anew, and by `flush`."""
+
+    path: Path | None = None
+    rows: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 2.0
+    written: float = -math.inf
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path.is_file():
+            self.rows = files.read_json(self.path, "records of a comparison or evaluation", finite=False)
+            if not isinstance(self.rows, dict):
+                raise FormatError(f"{self.path}: expected records, got {type(self.rows).__name__}")
+
+    def once(self, key: str, measure: Callable[[], Any]) -> Any:
+        if key not in self.rows:
+            self.rows[key] = measure()
+            if time.monotonic() - self.written > self.seconds:
+                self.flush()
+        return self.rows[key]
+
+    def flush(self) -> None:
+        """Write what there is; the file is whole at any time."""
+        if self.path is not None:
+            files.write_json(self.path, self.rows)
+        self.written = time.monotonic()
+
+
+def evaluate_text(
+    model: Any, rope: Rope | None, name: str, tokens: Sequence[int], methods_at: MethodsAt, settings: Settings, records: Records,
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:  # fmt: skip
+    """Measure one sequence; records are called ``layer/<name>/<layer>/<method>/<share>`` and ``text/<name>/<method>/<share>``."""
+    n, last = len(tokens), settings.decoded
+    shares = settings.decode_shares or settings.shares
+    jobs = {(m.name, s) for s in settings.shares for m in methods_at(s)}
+    wanted = settings.layers if settings.layers is not None else range(model.config.num_hidden_layers)
+    keys = [f"layer/{name}/{x}/{m}/{s}" for x in wanted for m, s in jobs]
+    keys += [f"text/{name}/{m.name}/{s}" for s in shares for m in methods_at(s)] if last else []
+    if all(key in records.rows for key in keys):
+        return
+    observed = max(m.observed for s in {*settings.shares, *shares} for m in methods_at(s))
+    recent = observed and observed + max(settings.span, last)
+    prompt = read_prompt(
+        model,
+        tokens,
+        rope,
+        torch.arange(max(n - settings.span, 0), n, settings.step, dtype=torch.int64, device="cpu"),
+        last,
+        recent,
+    )
+    progress(f"{name}: {n} tokens read")
+    for number in wanted:
+        _layer(prompt, name, number, methods_at, settings, records)
+        progress(f"{name}: layer {number}")
+    for share in shares if last else ():
+        for method in methods_at(share):
+            records.once(f"text/{name}/{method.name}/{share}", partial(_text, model, prompt, method, settings))
+            progress(f"{name}: {method.name} at {share:.1%} in every layer")
+    records.flush()
+
+
+def _layer(prompt: Prompt, name: str, number: int, methods_at: MethodsAt, settings: Settings, records: Records) -> None:
+    exact = None
+    for share in settings.shares:
+        for method in methods_at(share):
+            key = f"layer/{name}/{number}/{method.name}/{share}"
+            if key in records.rows:
+                continue
+            if exact is None:
+                at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
+                exact = quality.exact_layer(prompt, at, settings.sinks, settings.window)
+            found = quality.layer_quality(method, prompt, number, settings.sinks, settings.window, exact, settings.together)
+            row = {**asdict(found), "total_per_head": found.total_per_head.tolist(), "kind": method.kind}
+            records.once(key, partial(dict, row))
+
+
+def _text(model: Any, prompt: Prompt, method: Method, settings: Settings) -> dict[str, Any]:
+    """The last tokens, every layer replaced; what the last one predicts is not known and not counted."""
+    tokens, last = prompt.tokens.tolist(), settings.decoded
+    first = len(tokens) - last
+    states = starting(_methods(prompt, method, settings.replaced), prompt, first, last)
+    logits, traffic = decode(model, states, tokens[first:], first, settings.together)
+    same = quality.agreement(prompt.logits[:-1], logits[:-1], prompt.tokens[first + 1 :])
+    per_layer = {str(layer): tokens_read for layer, tokens_read in traffic.per_layer.items()}  # as JSON gives it back
+    row = {**asdict(same), **asdict(traffic), "per_layer": per_layer, "kind": method.kind}
+    row["seconds_per_token"] = row.pop("seconds")
+    return row
+
+
+def evaluate_needle(
+    model: Any, tokenizer: Any, rope: Rope | None, name: str, needle: Needle, methods_at: MethodsAt, shares: Iterable[float],
+    records: Records, progress: Callable[[str], None] = lambda line: None,
+) -> None:  # fmt: skip
+    """Ask for one needle; key ``needle/<name>/<method>/<share>``, the answer and whether it was right."""
+    known = len(records.rows)
+    evaluate_needles(model, tokenizer, rope, {name: needle}, methods_at, shares, records)
+    if len(records.rows) > known:
+        progress(f"needle {name}")
+
+
+def evaluate_needles(
+    model: Any, tokenizer: Any, rope: Rope | None, asked: Mapping[str, Needle], methods_at: MethodsAt, shares: Iterable[float],
+    records: Records, progress: Callable[[str], None] = lambda line: None, replaced: tuple[int, ...] | None = None,
+) -> None:  # fmt: skip
+    """`evaluate_needle` for questions about one document, which is read once. replaced : as in `Settings`."""
+    wanted = [(method, share) for share in shares for method in methods_at(share)]
+    keys = {f"needle/{name}/{m.name}/{share}" for name in asked for m, share in wanted}
+    if keys <= records.rows.keys():
+        return
+    texts = {needle.document for needle in asked.values()}
+    if len(texts) != 1:
+        raise ParameterError(f"asked: expected needles of one document, got {len(texts)}")
+    document = _encode(tokenizer, texts.pop())
+    prompt = read_prompt(model, document, rope, recent=max(m.observed for m, _ in wanted))
+    for method, share in wanted:
+        for name, needle in asked.items():
+
+            def ask(method: Method = method, needle: Needle = needle) -> dict[str, Any]:
+                question = _encode(tokenizer, needle.question)
+                states = start(_methods(prompt, method, replaced), prompt, len(document), len(question) + ANSWER_TOKENS)
+                found = tokenizer.decode(generate(model, states, question, len(document), ANSWER_TOKENS))
+                return {"answer": found, "right": needle.answer in found, "tokens": len(document) + len(question)}
+
+            records.once(f"needle/{name}/{method.name}/{share}", ask)
+            progress(f"needle {name}: {method.name} at {share:.1%}")
+    records.flush()
+
+
+def _methods(prompt: Prompt, method: Method, replaced: tuple[int, ...] | None) -> Mapping[int, Method]:
+    return {layer.number: method for layer in prompt.layers if replaced is None or layer.number in replaced}
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokens

@@ -1,0 +1,145 @@
+"""The interface of an attention method under test: it is given a prompt's cache, then one token and its queries at a time.
+
+A method sees what an attention layer of the model sees while it decodes, no more: keys and values after RoPE, in order. Everyone
+reads the first ``sinks`` tokens and the newest ``window`` tokens (the query's own among them); a budget is a share of the tokens
+between the two. Bytes are counted as if keys and values were stored in 16 bits, whatever the arithmetic here is.
+
+Axes: h KV heads, g query heads per KV head, n tokens, d key dim, e value dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saap_index.errors import ParameterError
+from saap_index.rope import Rope
+
+ITEM_BYTES = 2
+"""Of a stored number."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer: its number in the model, heads and dims, the factor of the logits, and the model's RoPE."""
+
+    number: int
+    heads: int
+    group: int
+    d: int
+    e: int
+    scale: float
+    rope: Rope | None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of K and V of one token and KV head."""
+        return (self.d + self.e) * ITEM_BYTES
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One step of one layer.
+
+    out : float32 (h, g, e)
+    tokens : keys and values read, mean over the KV heads; kv_bytes and other_bytes read (other: whatever is read to decide what
+        to read, and what takes the place of tokens); shared_bytes : weights, read once whatever the batch is.
+    chosen : bool (h, n) or (h, g, n), the tokens read, sinks and window among them; None where the method reads no tokens as such
+    """
+
+    out: Tensor
+    tokens: float
+    kv_bytes: float
+    other_bytes: float = 0.0
+    shared_bytes: float = 0.0
+    chosen: Tensor | None = None
+
+
+class State(ABC):
+    """The cache of one layer and one sequence under a method."""
+
+    def observe(self, queries: Tensor, positions: Tensor) -> None:  # noqa: B027, most methods do not ask what was looked at
+        """See queries of tokens appended already, whose attention was computed elsewhere: of a prompt, at most the last
+        ``Method.observed`` ones. float32 (h, g, q, d), positions int64 (q,) ascending."""
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Take the next tokens: float32 (h, n, d) and (h, n, e)."""
+
+    @abstractmethod
+    def attend(self, queries: Tensor) -> Attended:
+        """Attention of the queries of the newest token, float32 (h, g, d)."""
+
+    def answer(self, queries: Tensor) -> Attended:
+        """`attend` for who does not ask which tokens were read: ``chosen`` may be None."""
+        return self.attend(queries)
+
+
+class Method(ABC):
+    """How attention is replaced. ``name`` is what a table says, ``kind`` the group of methods it belongs to; ``observed``, how
+    many of a prompt's last queries its states ask to see."""
+
+    name: str
+    kind: ClassVar[str]
+    observed: int = 0
+
+    def calibrate(  # noqa: B027, most methods have nothing to do here
+        self, layer: Layer, keys: Sequence[Tensor], values: Sequence[Tensor], queries: Sequence[Tensor]
+    ) -> None:
+        """Learn what the method needs of a layer from training sequences: keys (h, n, d), values (h, n, e), queries (h, g, q, d)
+        of each, as in a `Prompt`. Called once per layer, before `start`."""
+
+    @abstractmethod
+    def start(self, layer: Layer, tokens: int) -> State:
+        """An empty cache for about so many tokens."""
+
+
+class Cache:
+    """Keys and values in growing buffers, for methods that keep all tokens."""
+
+    def __init__(self, layer: Layer, tokens: int) -> None:
+        self.layer, self.length = layer, 0
+        self._keys = torch.empty((layer.heads, tokens, layer.d), dtype=torch.float32, device="cpu")
+        self._values = torch.empty((layer.heads, tokens, layer.e), dtype=torch.float32, device="cpu")
+
+    @property
+    def keys(self) -> Tensor:
+        """float32 (h, n, d)"""
+        return self._keys[:, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        """float32 (h, n, e)"""
+        return self._values[:, : self.length]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        stop = self.length + keys.shape[1]
+        if stop > self._keys.shape[1]:
+            room = stop + stop // 4
+            for name in ("_keys", "_values"):
+                old = getattr(self, name)
+                new = old.new_empty((old.shape[0], room, old.shape[2]))
+                new[:, : self.length] = old[:, : self.length]
+                setattr(self, name, new)
+        self._keys[:, self.length : stop], self._values[:, self.length : stop] = keys, values
+        self.length = stop
+
+
+def attend_over(cache: Cache, queries: Tensor, chosen: Tensor | None) -> Tensor:
+    """Softmax attention over the chosen tokens: queries (h, g, d), chosen bool (h, n) or (h, g, n), None for all -> (h, g, e)."""
+    logits = queries @ cache.keys.transpose(1, 2) * cache.layer.scale
+    if chosen is not None:
+        logits = logits.masked_fill(~(chosen[:, None] if chosen.ndim == 2 else chosen), -torch.inf)
+    return logits.softmax(-1) @ cache.values
+
+
+def budget_tokens(share: float, length: int, sinks: int, window: int) -> int:
+    """Tokens that a share of those outside sinks and window comes to."""
+    if not 0 < share <= 1:
+        raise ParameterError(f"share: expected 0 < share <= 1, got {share}")
+    return round(share * max(0, length - sinks - window))

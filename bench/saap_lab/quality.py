@@ -1,0 +1,113 @@
+"""What a method's answers are worth: per layer against exact attention, and as next-token distributions against dense ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saap_index.errors import ShapeError
+
+from .measures import Exact, exact_attention
+from .method import Layer, Method
+from .replace import Prompt
+from .steps import replay
+
+
+@dataclass(frozen=True)
+class LayerQuality:
+    """One layer, one sequence; sums and means over its query heads and query positions.
+
+    captured, outside : attention probability of the tokens read, and of all tokens, outside sinks and window; captured is NaN
+        for a method that reads no tokens as such. error : mean of |out - exact| / |exact|. total_per_head : float64 (h,), the
+        share of all attention that was read, sinks and window included. tokens and the bytes : per step
+    """
+
+    captured: float
+    outside: float
+    error: float
+    total_per_head: Tensor
+    tokens: float
+    kv_bytes: float
+    other_bytes: float
+    shared_bytes: float
+
+
+def exact_layer(prompt: Prompt, at: int, sinks: int = 4, window: int = 128) -> Exact:
+    """Exact attention of the kept queries in layer number ``at`` of those of a prompt."""
+    layer = prompt.layers[at]
+    queries = prompt.queries[at].flatten(0, 1) * (layer.scale * layer.d**0.5)  # the measure divides by the root of d
+    return exact_attention(prompt.keys[at], prompt.values[at], queries, prompt.positions, sinks, window)
+
+
+def layer_quality(
+    method: Method, prompt: Prompt, number: int, sinks: int = 4, window: int = 128, exact: Exact | None = None,
+    together: bool = False,
+) -> LayerQuality:  # fmt: skip
+    """Replay the kept queries of one layer of a prompt, each over exactly the tokens before it. What precedes the first of them
+    comes at once, as a prompt does. exact : if known already; together : see `steps.replay`."""
+    at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
+    layer: Layer = prompt.layers[at]
+    first, stop = int(prompt.positions[0]), int(prompt.positions[-1]) + 1
+    exact = exact_layer(prompt, at, sinks, window) if exact is None else exact
+    state = method.start(layer, prompt.keys[at].shape[1])
+
+    def show(begin: int, end: int) -> None:
+        """The queries between those that are measured."""
+        prompt.show(state, at, max(first + begin, first + end - method.observed), first + end)
+
+    if first:
+        state.append(prompt.keys[at][:, :first], prompt.values[at][:, :first])
+        prompt.show(state, at, first - method.observed, first)
+    keys, values = prompt.keys[at][:, first:stop], prompt.values[at][:, first:stop]
+    steps = replay(state, keys, values, prompt.queries[at], prompt.positions - first, together, show if method.observed else None)
+    captured = outside = 0.0
+    total = torch.zeros(layer.heads, dtype=torch.float64, device="cpu")
+    for j, (step, done) in enumerate(zip(steps, (prompt.positions + 1).tolist(), strict=True)):
+        mass, far = exact.probabilities[:, :, j, :done], exact.outside[j, :done]
+        outside += float(mass[:, :, far].sum())
+        if step.chosen is None:
+            captured = float("nan")
+        else:
+            read = mass * (step.chosen[:, None] if step.chosen.ndim == 2 else step.chosen)
+            captured += float(read[:, :, far].sum())
+            total += read.sum(-1).mean(1)
+    out, want = torch.stack([step.out for step in steps], 2), exact.output
+    error = ((out - want).norm(dim=-1) / want.norm(dim=-1)).mean()
+    reads = torch.tensor(
+        [[step.tokens, step.kv_bytes, step.other_bytes, step.shared_bytes] for step in steps], dtype=torch.float64, device="cpu"
+    )
+    return LayerQuality(captured, outside, float(error), total / len(steps), *reads.mean(0).tolist())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Next-token distributions against the dense model's, means over the tokens.
+
+    kl : KL(dense || method), nats; top1 : share of tokens with the same first choice; log_perplexity_ratio : mean negative
+    log-likelihood of the text minus the dense model's (the logarithm of the perplexity ratio).
+    """
+
+    kl: float
+    top1: float
+    log_perplexity_ratio: float
+
+
+def agreement(dense: Tensor, found: Tensor, targets: Tensor) -> Agreement:
+    """dense, found : logits (n, vocabulary); targets : int64 (n,), the tokens that follow."""
+    if dense.shape != found.shape or targets.shape != dense.shape[:1]:
+        shapes = [tuple(x.shape) for x in (dense, found, targets)]
+        raise ShapeError(f"dense, found, targets: expected equal lengths, got {shapes}")
+    p, q = dense.double().log_softmax(-1), found.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    gained = (p - q).gather(1, targets[:, None]).mean()
+    return Agreement(float(kl), float((dense.argmax(-1) == found.argmax(-1)).double().mean()), float(gained))
+
+
+def spread(values: Mapping[str, float] | list[float]) -> tuple[float, float]:
+    """Mean and standard deviation; a single value has none, NaN."""
+    x = torch.tensor(list(values.values()) if isinstance(values, Mapping) else values, dtype=torch.float64, device="cpu")
+    return float(x.mean()), float(x.std()) if len(x) > 1 else math.nan

@@ -1,0 +1,232 @@
+"""A transformers model whose attention is served by a method under test: dense over the prompt, the method token by token.
+
+The model decodes without a cache of its own: each attention layer hands queries, keys and values of the tokens it is given to the
+method's state, which holds everything before and answers one token after the other. As the tokens are known in advance, all of
+them pass a layer before the next one, which gives what feeding them one at a time gives, at a fraction of the time. Nothing of
+the model is patched, and it is left as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saap_index.errors import LengthError
+from saap_index.rope import Rope
+
+from .method import Attended, Cache, Layer, Method, State
+from .steps import replay
+
+_NAME = "saap_lab"
+
+Attend = Callable[[Any, Tensor, Tensor, Tensor, "Tensor | None", dict[str, Any]], Tensor]
+"""(module, query, key, value, mask, options) -> (b, q, hq, e)"""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sequence as the dense model saw it.
+
+    tokens : int64 (n,); positions : int64 (q,) of the queries kept, ascending; logits : float32 (k, vocabulary), of the last k
+    tokens; layers, keys : float32 (h, n, d), values : (h, n, e), queries : (h, g, q, d), one per attention layer; recent :
+    (h, g, r, d), the queries of the last r tokens, for methods that go by what was looked at.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    logits: Tensor
+    layers: tuple[Layer, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    queries: tuple[Tensor, ...]
+    recent: tuple[Tensor, ...]
+
+    def show(self, state: State, at: int, first: int, stop: int) -> None:
+        """Let the state of layer number ``at`` of this prompt observe the queries of tokens [first, stop), as far as kept."""
+        start = len(self.tokens) - self.recent[at].shape[2]
+        first = max(first, start)
+        if first < stop:
+            state.observe(
+                self.recent[at][:, :, first - start : stop - start], torch.arange(first, stop, dtype=torch.int64, device="cpu")
+            )
+
+
+@dataclass
+class Traffic:
+    """What was read: bytes summed over the layers, tokens their mean; per step once `mean` was taken. seconds : in the states."""
+
+    steps: int = 0
+    kv_bytes: float = 0.0
+    other_bytes: float = 0.0
+    shared_bytes: float = 0.0
+    tokens: float = 0.0
+    per_layer: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, layer: Layer, step: Attended) -> None:
+        self.kv_bytes += step.kv_bytes
+        self.other_bytes += step.other_bytes
+        self.shared_bytes += step.shared_bytes
+        self.tokens += step.tokens
+        self.per_layer[layer.number] = self.per_layer.get(layer.number, 0.0) + step.tokens
+
+    def mean(self) -> Traffic:
+        n = max(1, self.steps)
+        per_layer = {layer: x / n for layer, x in self.per_layer.items()}
+        tokens = self.tokens / n / max(1, len(per_layer))
+        each = self.kv_bytes / n, self.other_bytes / n, self.shared_bytes / n
+        return Traffic(self.steps, *each, tokens, per_layer, self.seconds / n)
+
+
+def read_prompt(
+    model: Any, tokens: Sequence[int], rope: Rope | None, positions: Tensor | None = None, logits: int = 0, recent: int = 0
+) -> Prompt:
+    """One dense pass over a sequence, keeping keys and values of every layer.
+
+    positions : int64 (q,) at which queries are kept, none by default; logits : of so many last tokens; recent : queries of so
+    many last tokens are kept for `Prompt.show`.
+
+    Raises LengthError for an empty sequence or positions outside it.
+    """
+    n = len(tokens)
+    positions = torch.empty(0, dtype=torch.int64, device="cpu") if positions is None else positions
+    if not n or (len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < n):
+        raise LengthError(f"tokens, positions: expected positions in [0, {n}), got {positions.tolist()}")
+    rows: list[tuple[Layer, Tensor, Tensor, Tensor, Tensor]] = []
+    first = max(0, n - recent)
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        layer = _layer(module, query, key, value, options, rope)
+        kept, last = (query[0][:, x].unflatten(0, (layer.heads, layer.group)) for x in (positions, slice(first, n)))
+        keep = [x.float().cpu().clone() for x in (key[0], value[0], kept, last)]
+        rows.append((layer, keep[0], keep[1], keep[2], keep[3]))
+        out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        return out
+
+    ids = torch.tensor([list(tokens)], dtype=torch.int64, device="cpu")
+    with torch.no_grad(), _serving(model, attend):
+        hidden = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, n - logits :]
+        scores = model.lm_head(hidden)[0].float().cpu() if logits else torch.empty((0, 0), dtype=torch.float32, device="cpu")
+    layers, keys, values, queries, last = zip(*rows, strict=True)
+    return Prompt(ids[0], positions, scores, layers, keys, values, queries, last)
+
+
+class Untouched:
+    """A layer that stays as the model has it, with a sliding window if it has one; nothing of it is counted."""
+
+    def __init__(self, layer: Layer, tokens: int) -> None:
+        self.cache = Cache(layer, tokens)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        self.cache.append(keys, values)
+
+    def attend(self, queries: Tensor, window: int | None) -> Tensor:
+        """The newest q tokens' queries (h, g, q, d) -> (h, g, q, e); window : of the layer, None for the whole context."""
+        n, q = self.cache.length, queries.shape[2]
+        age = torch.arange(n - q, n, dtype=torch.int64, device="cpu")[:, None] - torch.arange(n, dtype=torch.int64, device="cpu")
+        seen = (age >= 0) & (age < (n if window is None else window))
+        logits = queries @ self.cache.keys[:, None].transpose(2, 3) * self.cache.layer.scale
+        return logits.masked_fill(~seen, -torch.inf).softmax(-1) @ self.cache.values[:, None]
+
+
+def start(methods: Mapping[int, Method], prompt: Prompt, length: int, room: int) -> list[State | Untouched]:
+    """A state per layer that holds the first ``length`` tokens of a prompt, with room for more; methods : by layer number, a
+    layer without one stays as the model has it."""
+    return list(starting(methods, prompt, length, room))
+
+
+def starting(methods: Mapping[int, Method], prompt: Prompt, length: int, room: int) -> Iterator[State | Untouched]:
+    """`start`, one layer at a time as it is asked for, so that one need be in memory."""
+    for at, (layer, keys, values) in enumerate(zip(prompt.layers, prompt.keys, prompt.values, strict=True)):
+        method = methods.get(layer.number)
+        if method is None:
+            left = Untouched(layer, length + room)
+            left.append(keys[:, :length], values[:, :length])
+            yield left
+            continue
+        state = method.start(layer, length + room)
+        state.append(keys[:, :length], values[:, :length])
+        prompt.show(state, at, length - method.observed, length)
+        yield state
+
+
+def decode(
+    model: Any, states: Iterable[State | Untouched], tokens: Sequence[int], position: int, together: bool = False
+) -> tuple[Tensor, Traffic]:
+    """Feed tokens from a position on, every layer's attention served by its state.
+
+    states : one per attention layer, in order; taken when its layer is reached. together : let states that can answer several
+    tokens at once do so, see `steps.replay`. Returns logits : float32 (n, vocabulary) after each token, and what was read per
+    step.
+    """
+    traffic, order, count = Traffic(steps=len(tokens)), iter(states), len(tokens)
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+        layer = _layer(module, query, key, value, options, None)
+        state = next(order)
+        new, known, asked = (x[0].float().cpu() for x in (key, value, query))
+        asked = asked.view(layer.heads, layer.group, count, layer.d)
+        if isinstance(state, Untouched):
+            state.append(new, known)
+            out = state.attend(asked, options.get("sliding_window"))
+        else:
+            began = time.perf_counter()
+            steps = replay(state, new, known, asked, torch.arange(count, dtype=torch.int64, device="cpu"), together, chosen=False)
+            traffic.seconds += time.perf_counter() - began
+            for step in steps:
+                traffic.add(layer, step)
+            out = torch.stack([step.out for step in steps], 2)
+        return out.flatten(0, 1).transpose(0, 1)[None].to(query)
+
+    with torch.no_grad(), _serving(model, attend):
+        where = torch.arange(position, position + count, dtype=torch.int64, device=model.device)[None]
+        hidden = model.base_model(
+            torch.tensor([list(tokens)], dtype=torch.int64, device=model.device), position_ids=where, use_cache=False
+        ).last_hidden_state
+        found: Tensor = model.lm_head(hidden)[0].float().cpu()
+    return found, traffic.mean()
+
+
+def generate(model: Any, states: Sequence[State | Untouched], tokens: Sequence[int], position: int, count: int) -> list[int]:
+    """Feed tokens as `decode` does, then continue greedily: the ``count`` tokens that follow."""
+    logits, _ = decode(model, states, tokens, position)
+    found = [int(logits[-1].argmax())]
+    while len(found) < count:
+        logits, _ = decode(model, states, found[-1:], position + len(tokens) + len(found) - 1)
+        found.append(int(logits[-1].argmax()))
+    return found
+
+
+def _layer(module: Any, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any], rope: Rope | None) -> Layer:
+    heads, d, e = key.shape[1], key.shape[3], value.shape[3]
+    scale = options.get("scaling")
+    return Layer(module.layer_idx, heads, query.shape[1] // heads, d, e, d**-0.5 if scale is None else float(scale), rope)
+
+
+@contextmanager
+def _serving(model: Any, attend: Attend) -> Iterator[None]:
+    """Let ``attend`` compute the model's attention; masks are SDPA's."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def forward(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+        return attend(module, query, key, value, attention_mask, options), None
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(_NAME, forward)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    try:
+        model.set_attn_implementation(_NAME)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        for interface in (AttentionInterface, AttentionMaskInterface):  # transformers cannot take a registration back
+            interface._global_mapping.pop(_NAME, None)

@@ -1,0 +1,111 @@
+"""The methods that `saap eval` compares: an index with trained routers, and yardsticks that read as many bytes. Knows no files.
+
+A budget is a share of the tokens between sinks and window, the average over layers and KV heads. The index reads offset tables
+and row lists besides; a yardstick is given as many more tokens as these bytes come to. What routing reads (weights of the router,
+the centroids of ``ivf``) is charged to neither, and stands in columns of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from saap_index.errors import ParameterError
+from saap_index.layout import Layout
+from saap_index.params import TARGET_CAP, SearchParametersIVF
+from saap_index.routers import Routers
+
+from .flags import check_names
+from .method import ITEM_BYTES, Method
+from .saap import Prefilled, Saap
+from .yardsticks import Clusters, Dense, Selected, TopK
+
+YARDSTICKS = ("dense", "topk", "topk_group", "ivf", "quest", "recent", "random")
+METHODS = ("saap", "saap-even", "published", *YARDSTICKS)
+DEFAULT = "saap,saap-even,published,dense,topk_group,ivf,recent,random"
+"""``saap`` spends by the routers' budget plan, ``saap-even`` the same share in every layer and head; ``published`` is left out
+where the routers are of another kind."""
+
+_TABLE_ENTRY = _ROW_NUMBER = 4  # bytes
+
+
+class TrainedMethods:
+    """Methods by share, the same objects each time, for texts of about one length.
+
+    names : of `METHODS`, ``published`` among them only if the routers are the published classifier's; masses : targets of
+    `target_mass`, each a method at the share that is its cap. Raises ParameterError for names or targets that cannot be had.
+    """
+
+    def __init__(self, routers: Routers, names: Sequence[str], masses: Sequence[float] = ()) -> None:
+        check_names("methods", names, METHODS)
+        if not all(0 < x < 1 for x in masses):
+            raise ParameterError(f"target-mass: expected targets in (0, 1), as 0.9, got {', '.join(map(str, masses))}")
+        if "published" in names and not publishable(routers):
+            raise ParameterError(
+                f"methods: expected routers trained with --router mlp for published, got {routers.config.get('router')!r}"
+            )
+        if masses and any(layer.calibration is None for layer in routers.layers.values()):
+            raise ParameterError("target-mass: expected routers with a calibration, got some without")
+        self.routers, self.names, self.masses = routers, names, {x: SearchParametersIVF(target_mass=x) for x in masses}
+        self.layout: Layout = routers.index(min(routers.layers), break_even=0).layout
+        self._indexes: dict[str, Any] = {}
+        self._clusters = Clusters()
+        self._made: dict[tuple[int, float], list[Method]] = {}
+
+    def shares(self, budgets: Sequence[float]) -> tuple[float, ...]:
+        """Budgets, the cap if there are targets, and 1 for dense attention; ascending."""
+        cap = {TARGET_CAP} if self.masses else set()
+        return tuple(sorted({*budgets, *cap, *({1.0} if "dense" in self.names else ())}))
+
+    def at(self, length: int, budgets: Sequence[float], share: float) -> list[Method]:
+        """What is measured at a share, on texts of so many tokens."""
+        key = length, share
+        if key not in self._made:
+            found: list[Method] = []
+            if share in budgets:
+                found += [self._method(name, length, share) for name in self.names if name != "dense"]
+            if share == TARGET_CAP:
+                found += [self._saap(f"saap-mass-{x:g}", "saap", None, params) for x, params in self.masses.items()]
+            if share == 1.0 and "dense" in self.names:
+                found.append(Dense())
+            self._made[key] = found
+        return self._made[key]
+
+    def _method(self, name: str, length: int, share: float) -> Method:
+        outside: Any = {"sinks": self.layout.sinks, "window": self.layout.window}
+        if name in ("saap", "saap-even", "published"):
+            return self._saap(name, name, share, None)
+        share = self.equal_share(length, share)
+        if name == "topk":
+            return TopK(share, **outside)
+        found = Selected(name, share, **outside)
+        found.clusters = self._clusters
+        return found
+
+    def _saap(self, name: str, kind: str, share: float | None, params: SearchParametersIVF | None) -> Saap:
+        if kind not in self._indexes:
+            options: dict[str, Any] = {"break_even": 0}  # a short text is no excuse here
+            if kind == "saap-even":
+                options["budget_shares"] = None
+            elif kind == "published":
+                options |= {"nprobe": 1, "budget_shares": None}
+            self._indexes[kind] = {n: self.routers.index(n, **options) for n in self.routers.layers}, Prefilled()
+        indexes, prefilled = self._indexes[kind]
+        return Saap(name, indexes, share, params, prefilled)
+
+    def equal_share(self, length: int, share: float) -> float:
+        """The share that a method without tables may read for the bytes that the index reads at ``share``, near that length."""
+        layer = next(iter(self.routers.layers.values()))
+        _, nlist, d = layer.key_quantizer.centroids.shape
+        between = length - self.layout.sinks - self.layout.window
+        segments = self.layout.segments(length)
+        if not segments or between <= 0:
+            return share
+        rows = max(0.0, share * between - (length - self.layout.window - segments[-1][1]))
+        tables = len(segments) * (nlist + 1) * _TABLE_ENTRY + rows * _ROW_NUMBER
+        return min(1.0, share + tables / (2 * d * ITEM_BYTES) / between)
+
+
+def publishable(routers: Routers) -> bool:
+    """Whether the routers are the published classifier's, of lists and not of tokens."""
+    return all(layer.tower is None and not layer.query_router.count_lists for layer in routers.layers.values())
