@@ -42,6 +42,7 @@ from .tower import TwoTower
 from .training_config import TrainingConfig
 
 __version__ = "0.1.0"
+"""The one place that says it: setup.cfg reads it here."""
 
 _TRANSFORMERS = ("SaapCache", "attach", "detach")
 """What needs transformers, and is imported when it is asked for."""

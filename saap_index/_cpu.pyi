@@ -1,0 +1,256 @@
+"""Native CPU kernels of saap_index; use saap_index.backends.cpu."""
+
+from collections.abc import Sequence
+
+class Quantizer:
+    @property
+    def shape(self) -> tuple: ...
+
+class Router:
+    @property
+    def shape(self) -> tuple: ...
+
+def append(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: Sequence[int],
+    arg17: Sequence[int],
+    /,
+) -> bool: ...
+def make_quantizer(arg0: int, arg1: int, arg2: int, arg3: int, /) -> Quantizer: ...
+def assign(
+    arg0: Quantizer,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: bool,
+    arg10: float,
+    arg11: int,
+    /,
+) -> None: ...
+def seal(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    /,
+) -> None: ...
+def make_router(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    /,
+) -> Router: ...
+def route(
+    arg0: Router,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: bool,
+    arg10: float,
+    arg11: int,
+    arg12: int,
+    /,
+) -> None: ...
+def means(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    /,
+) -> None: ...
+def probe_bound(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: Sequence[int], arg6: int, /) -> int: ...
+def probe(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: bool,
+    arg11: int,
+    arg12: Sequence[int],
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: Sequence[int],
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    arg20: int,
+    arg21: int,
+    arg22: int,
+    /,
+) -> tuple: ...
+def scan(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: Sequence[int],
+    arg16: Sequence[int],
+    arg17: Sequence[int],
+    arg18: float,
+    arg19: bool,
+    arg20: int,
+    arg21: int,
+    arg22: int,
+    arg23: int,
+    arg24: int,
+    arg25: int,
+    arg26: int,
+    arg27: int,
+    arg28: int,
+    arg29: int,
+    arg30: int,
+    /,
+) -> None: ...
+
+class SearchPlan:
+    pass
+
+def make_search(
+    arg0: Router,
+    arg1: int,
+    arg2: bool,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: Sequence[int],
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: Sequence[int],
+    arg14: int,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: Sequence[int],
+    arg20: Sequence[int],
+    arg21: float,
+    arg22: int,
+    arg23: int,
+    arg24: int,
+    /,
+) -> SearchPlan: ...
+def search(
+    arg0: SearchPlan,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: bool,
+    arg9: float,
+    arg10: Sequence[int],
+    arg11: Sequence[int],
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: int,
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    arg19: int,
+    /,
+) -> tuple: ...
+def combine(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, /) -> None: ...
+def read_memory(address: int, bytes: int) -> int:
+    """
+    The sum of the words of memory, whole times 128 KiB: what a bare read costs.
+    """
+
+def read_bandwidth(bytes: int = 1073741824, repetitions: int = 5) -> list[float]:
+    """
+    GB/s at which all threads together read that much memory, one figure per repetition.
+    """
+
+def set_num_threads(threads: int) -> None:
+    """Threads of the pool; 0: SAAP_NUM_THREADS, or what was suggested."""
+
+def suggest_num_threads(threads: int) -> None:
+    """Threads of the pool where nobody asked for a number."""
+
+def get_num_threads() -> int: ...
+def isa() -> str:
+    """Instruction set in use."""
+
+def isas() -> list[str]:
+    """Instruction sets this processor can run, slowest first."""
+
+def set_isa(name: str) -> None: ...
