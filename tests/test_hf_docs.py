@@ -1,4 +1,4 @@
-"""docs/transformers.md runs as written: its Python, and its commands but the first."""
+"""docs/transformers.md runs as written: its Python, and its commands but the first. So do the README's lines for transformers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from hf_models import CACHE, make_routers, tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import saap_index as saap
 from saap_index import cli
+from saap_index.hf.cache import ATTACHED
 
-PAGE = Path(__file__).parent.parent / "docs" / "transformers.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "transformers.md"
 
 
 def make_folder(folder: Path) -> None:
@@ -60,6 +63,17 @@ def test_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*line[1:], "--threads", "2"]) == 0
     out, err = capsys.readouterr()
     assert "as dense does" in out and "saved to read" in err
+
+
+def test_the_lines_of_the_readme(folder: Path) -> None:
+    """An attached model, which answers."""
+    section = (ROOT / "README.md").read_text().split("## Inside transformers")[1]
+    code = section.split("```python\n")[1].split("```")[0]
+    inputs = {"input_ids": torch.arange(2, 40)[None], "attention_mask": torch.ones((1, 38), dtype=torch.int64)}
+    model = AutoModelForCausalLM.from_pretrained("checkpoint")
+    names = {"model": model, "inputs": inputs, "answers": []}
+    exec(code.replace("model.generate(", "answers.append(model.generate(").replace("=200)", "=20))"), names)
+    assert names["answers"][0].shape == (1, 58) and hasattr(model, ATTACHED)
 
 
 def test_examples_in_passing_are_python() -> None:

@@ -77,14 +77,19 @@ def test_each_index_has_a_verdict_of_its_own() -> None:
     assert "saap-own was not measured" in page_tables.verdict(records(methods=("saap", "ivf")), KINDS, [3])
 
 
-def test_figures_of_the_readme_are_those_of_the_results() -> None:
-    """Which are pooled by mass, and which are means of layers."""
-    text = " ".join((ROOT / "README.md").read_text().split())
+def page_text(name: str) -> str:
+    """A document in one line, so that figures are found wherever its lines break."""
+    return " ".join((ROOT / name).read_text().split())
 
-    def result(name: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
-        return found
 
+def result(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def test_accuracy_in_the_documents_is_that_of_the_results() -> None:
+    """Which figures are pooled by mass, and which are means of layers."""
+    text = page_text("docs/results.md")
     groups = {"": (3, 8, 14, 20, 26), "late": (14, 20, 26)}
     table, means = [], []
     for name in ("cpu_accuracy_smollm2", "cpu_accuracy_smollm2_other_text"):
@@ -112,7 +117,75 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
     assert f"on text of other kinds {layered[2]:.1f} and {layered[3]:.1f} %, means of layers" in text
 
 
+SPEED_COLUMNS = {"cpu_llama_128k": 3, "cpu_mha_128k": 3, "cpu_smollm2_8k": 2}
+"""Tables of `bench/search_attend.py`, in the order of the columns of docs/results.md, and digits of their times."""
+
+
+def test_speed_in_the_documents_is_that_of_the_results() -> None:
+    text, (llama, mha, small) = page_text("docs/results.md"), [result(name)["times"] for name in SPEED_COLUMNS]
+
+    def row(key: str) -> str:
+        texts = (f"{each[key]['ms']:.{digits}g} ms" for each, digits in zip((llama, mha, small), (3, 3, 2), strict=True))
+        return " | ".join(texts)
+
+    rows = {
+        "torch SDPA, `enable_gqa`": row("torch SDPA, enable_gqa"),
+        "a bare read of K and V": row("a bare read of K and V"),
+        "this library, dense": f"{llama['ours, dense']['ms']:.1f} ms | {mha['ours, dense']['ms']:.1f} ms | 0.60 ms",
+    }
+    assert round(small["ours, dense"]["ms"], 2) == 0.6
+    for name, cells in rows.items():
+        assert f"| {name} | {cells} |" in text
+    ours = [each["ours, selectivity 5%"] for each in (llama, mha, small)]
+    cells = [f"{each['ms']:.2f} ms: {each['vs_best_torch']:.{digits}f}x" for each, digits in zip(ours, (0, 0, 1), strict=True)]
+    assert f"| **this library, 5 %** | **{cells[0]} best torch, {ours[0]['vs_own_dense']:.0f}x our dense**" in text
+    assert f"**{cells[1]} and {ours[1]['vs_own_dense']:.0f}x** | **{cells[2]} best torch** |" in text
+
+
+COMPARED = {
+    "**this index, lists of each prompt**": "saap-own", "this index, lists of the training texts": "saap", "plain IVF": "ivf",
+    "CORM": "corm", "SAAP as published": "published", "SparseK, scorer on a frozen model": "sparsek", "recent window": "recent",
+    "MoA": "moa", "Loki": "loki", "SCFA": "scfa", "exact best tokens per KV head (bound)": "topk_group",
+}  # fmt: skip
+"""Rows of docs/results.md, and the method of cpu_compare_8k.txt; Quest, which fits the largest budget alone, is apart."""
+
+
+def compared() -> tuple[dict[tuple[str, str], float], dict[str, float]]:
+    """Attention captured of all layers by method and share, and KL at 5 % by method."""
+    text = (ROOT / "bench" / "results" / "cpu_compare_8k.txt").read_text()
+    captured, ends = (
+        [line.split()[:3] for line in part.splitlines() if re.match(r" *[\d.]+% ", line)]
+        for part in (text.split("late layers: ")[0], text.split("every layer replaced")[1])
+    )
+    return {(method, share): float(mass) for share, method, mass in captured}, {method: float(kl) for _, method, kl in ends}
+
+
+def test_methods_in_the_documents_are_those_of_the_results() -> None:
+    text, (mass, kl) = page_text("docs/results.md"), compared()
+    for name, method in COMPARED.items():
+        cells = [f"{mass[method, share]:.1f}" for share in ("2.0%", "5.0%", "10.0%")]
+        cells.append(f"{kl[method]:.{2 if kl[method] > 0.1 else 3}f}")
+        bold = "**" if name.startswith("**") else ""
+        assert f"| {name} | {' | '.join(f'{bold}{cell}{bold}' for cell in cells)} |" in text
+    assert ("quest", "5.0%") not in mass and f"| Quest | - | - | {mass['quest', '10.0%']:.1f} | |" in text
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    text, (mass, kl) = page_text("README.md"), compared()
+    step = result("cpu_llama_128k")["times"]["ours, selectivity 5%"]
+    assert f"takes {step['ms']:.2f} ms, {step['vs_best_torch']:.0f} times as fast as the best torch" in text
+    one, eight = (
+        next(f for f in result("gpu-2026-11-27-h200/gpu_step")["figures"] if (f["name"], f["tokens"], f["batch"]) == case)
+        for case in (("ours step 5%", 131072, 1), ("ours step 5%", 131072, 8))
+    )
+    assert f"{one['graph_us']:.0f} us a step in a CUDA graph, {one['vs_dense']:.1f} times as fast as the fastest dense" in text
+    assert f"{eight['graph_us']:.0f} us with a batch of 8, {eight['vs_dense']:.1f} times" in text
+    ours, ivf, published = (f"{mass[method, '5.0%']:.1f} %" for method in ("saap-own", "ivf", "published"))
+    assert f"{ours} of the attention outside" in text and f"a KL of {kl['saap-own']:.3f};" in text
+    assert f"plain IVF has {ivf} and {kl['ivf']:.3f}, SAAP as published {published} and {kl['published']:.3f}" in text
+
+
 def test_whose_weights_were_measured() -> None:
     assert "dequantised from Q4_1" in demo_model.TITLE
-    for name in ("README.md", "docs/training.md"):
+    for name in ("docs/results.md", "docs/training.md"):
         assert re.search(r"SmolLM2-135M-Instruct.{0,200}dequantised from Q4_1", (ROOT / name).read_text(), re.DOTALL), name
