@@ -80,3 +80,12 @@ def test_the_reference_is_built_without_warnings(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "saap_index.html").read_text()
     assert all(f'id="{name}"' in page for name in (*saap_index.__all__, "AsymmetricIndex.search_attend"))
+
+
+def test_make_help_says_how_long_each_command_takes() -> None:
+    text = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert phony
+    times = r"at once|minutes|[<>~]? ?\d+(-\d+)? (s|min|h)"
+    said = re.findall(rf"^([a-z-]+):.*## (?:{times}) \| \S", text, re.MULTILINE)
+    assert sorted(name for name, *_ in said) == sorted(phony[1].split())
