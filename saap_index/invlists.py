@@ -316,6 +316,18 @@ class SegmentedInvertedLists:
         for i in range(self.batch):
             self._seal(i, assign)
 
+    def seal_ahead(self, n: int, assign: Assign) -> None:
+        """Bring every sequence to the layout that it has with n tokens more, which are among its recent ones, and yet to come.
+
+        A step to wrap in `whole`.
+        """
+        lengths = self.lengths
+        self.lengths = [length + n for length in lengths]
+        try:
+            self.seal(assign)
+        finally:
+            self.lengths = lengths
+
     def advance(self, counts: Sequence[int]) -> None:
         """Take note of ``counts[i]`` tokens that were written behind those of sequence i without `append`."""
         if self.pending is not None:
