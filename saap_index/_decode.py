@@ -83,11 +83,16 @@ class IndexDecode(IndexStorage):
     def graph_key(self, params: SearchParametersIVF | None = None) -> tuple[Any, ...]:
         """What a graph of `add` and of `search_attend` with these parameters was made for, beside the shapes of their arguments.
 
-        It may be replayed as long as `same_graph` finds this the same.
+        It may be replayed as long as `same_graph` says so.
         """
         lists = self._lists
         moved = None if lists is None else lists.moved
         return moved, self.scale, params, self._defaults, self._query_router, self._budget_shares, self._calibration
+
+    def same_graph(self, key: tuple[Any, ...], params: SearchParametersIVF | None = None) -> bool:
+        """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
+        now = self.graph_key(params)
+        return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(key, now, strict=True))
 
     # -- the device in step --------------------------------------------------------------------------------------------
 
@@ -305,8 +310,3 @@ class IndexDecode(IndexStorage):
             raise StateError("compile: expected search_attend of queries alone, got coarse_queries")
         out, lse = ops.search_attend(self._token, queries, self._number, self.d_v, ops.pack(params))
         return (out, lse) if return_lse else out
-
-
-def same_graph(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether two of `AsymmetricIndex.graph_key` are the same: numbers by value, all else by identity."""
-    return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(a, b, strict=True))

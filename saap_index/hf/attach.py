@@ -1,8 +1,9 @@
 """`attach` and `detach`: a model of transformers decodes through its indexes, and becomes again what it was.
 
 Nothing of the model is replaced, but for the forward of a decoder on a GPU (graphs.py). Attaching chooses the attention
-function, by transformers' own setting, and registers one forward pre-hook on the decoder, through which the cache that `generate` makes becomes a `SaapCache`. The attention modules of
-indexed layers are marked, so that keys of a cache that went past the hook are refused and not attended to densely.
+function, by transformers' own setting, and registers one forward pre-hook on the decoder, through which the cache that
+`generate` makes becomes a `SaapCache`. The attention modules of indexed layers are marked, so that keys of a cache that went past
+the hook are refused and not attended to densely.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from .._decode import same_graph
 from ..errors import CompatibilityError, SaapError, StateError
 from ..index import AsymmetricIndex
 from ..layout import NEVER
@@ -247,7 +246,7 @@ class _Part:
         self.key = index.graph_key(self.params)
 
     def fits(self, layer: Any) -> bool:
-        return same_graph(self.index.graph_key(self.params), self.key)
+        return self.index.same_graph(self.key, self.params)
 
     def seal(self) -> None:
         """What the token that comes next makes due."""
