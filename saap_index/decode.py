@@ -135,10 +135,14 @@ class DecodeState:
 
     # -- appending ---------------------------------------------------------------------------------------------------
 
+    def takes(self, n: int) -> bool:
+        """Whether so many tokens per sequence are appended in one launch."""
+        return 0 < n <= device.MAX_STEP_TOKENS
+
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> bool:
         """Append by one launch what a step brings; False for what has to come in bulk."""
         n = keys.shape[2]
-        if n > device.MAX_STEP_TOKENS or not n:
+        if not self.takes(n):
             return False
         self.follow()
         self.resident.append(keys, values, None if all(c == n for c in counts) else counts)
@@ -149,7 +153,7 @@ class DecodeState:
     def record_append(self, keys: Tensor, values: Tensor) -> None:
         """`append` inside a capture: nothing is appended now, and the host's lengths stay."""
         lists, n = self.lists, keys.shape[2]
-        if not 0 < n <= device.MAX_STEP_TOKENS:
+        if not self.takes(n):
             raise StateError(f"capture: expected 1 to {device.MAX_STEP_TOKENS} tokens per sequence, got {n}")
         self.follow()
         tables = lists.layout.most_segments(lists.capacity)

@@ -302,12 +302,12 @@ class SegmentedInvertedLists:
         if assign is not None:
             self.seal(assign)
 
-    def only_grows(self, counts: Sequence[int]) -> bool:
-        """Whether `append` of so many tokens, to be sealed, writes behind the others and does nothing else."""
-        if self.pending is not None or self.decode is not None:
+    def only_grows(self, counts: Sequence[int], seal: bool = True) -> bool:
+        """Whether `append` of so many tokens, to be sealed or not, writes behind the others and does nothing else."""
+        if self.pending is not None or (self.decode is not None and not self.decode.takes(max(counts))):
             return False
         for length, count, have in zip(self.lengths, counts, self.segments, strict=True):
-            if length + count > self.capacity or self.layout.segments(length + count) != have:
+            if length + count > self.capacity or (seal and self.layout.segments(length + count) != have):
                 return False
         return True
 
