@@ -7,19 +7,27 @@ and merge with their neighbours as they age (layout.py). Axes as in backends/bas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import Backend
+from .backends import Arena, Backend, Frequencies, SegmentChange
 from .errors import NotFiniteError
 from .layout import Layout, Segment
 
-Assign = Callable[[int, int, int], Tensor]
-"""(sequence, first row, past row) of rows in arrival order -> list numbers, int32 (h, n)."""
+
+class Assign(Protocol):
+    """What says which lists rows in arrival order belong to."""
+
+    def __call__(self, i: int, start: int, stop: int) -> Tensor:
+        """List numbers of rows [start, stop) of sequence i: int32 (h, n)."""
+
+    def by_position(self) -> tuple[Any, Frequencies | None] | None:
+        """What a backend needs to find them itself: its quantizer, or None without one, and RoPE, if there is one; None if the
+        angles depend on more than the position."""
 
 
 class SegmentedInvertedLists:
@@ -199,13 +207,15 @@ class SegmentedInvertedLists:
             if self.pending is not None:
                 self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
             self.lengths[i] = start + count
-            if assign is not None:
-                self._seal(i, assign)
+        if assign is not None:
+            self.seal(assign)
 
     def seal(self, assign: Assign) -> None:
         """Bring every sequence to the layout of its length."""
-        for i in range(self.batch):
-            self._seal(i, assign)
+        due = [i for i in range(self.batch) if self.layout.segments(self.lengths[i]) != self.segments[i]]
+        if due and not self._seal_together(due, assign):
+            for i in due:
+                self._seal_alone(i, assign)
 
     def advance(self, counts: Sequence[int]) -> None:
         """Take note of ``counts[i]`` tokens that were written behind those of sequence i without `append`."""
@@ -220,10 +230,33 @@ class SegmentedInvertedLists:
 
     def _seal(self, i: int, assign: Assign) -> None:
         """Bring the segments of sequence i to the layout of its length; the rows past the last segment are in arrival order."""
+        if self.layout.segments(self.lengths[i]) != self.segments[i] and not self._seal_together([i], assign):
+            self._seal_alone(i, assign)
+
+    def _seal_together(self, due: Sequence[int], assign: Assign) -> bool:
+        """`_seal_alone` of all these sequences in one go, where the backend can; False if nothing was done."""
+        known = assign.by_position() if self.backend.seals_batches else None
+        if known is None:
+            return False
+        changes = []
+        for i in due:
+            have, want = self.segments[i], self.layout.segments(self.lengths[i])
+            first = _common(have, want)
+            fresh = np.arange(max(self.sealed(i), want[first][0]), want[-1][1])
+            positions = self.positions(i, fresh)
+            changes.append(SegmentChange(i, first, have, want, positions, self.layout.num_means(want, self.nlist)))
+        self._reserve_tables(max(len(c.want) for c in changes))
+        arena = Arena(self.keys, self.values, self.ids, self.tables, self.mean_keys, self.mean_values, self.pending)
+        if not self.backend.seal_batch(arena, changes, *known):
+            return False
+        for c in changes:
+            self.segments[c.sequence] = self.layout.segments(self.lengths[c.sequence])
+        return True
+
+    def _seal_alone(self, i: int, assign: Assign) -> None:
+        """`_seal` where it is due, by the backend's single operations."""
         target = self.layout.segments(self.lengths[i])
         have = self.segments[i]
-        if target == have:
-            return
         first = _common(have, target)
         self._reserve_tables(len(target))
         tables = self.tables.new_empty((self.heads, len(target) - first, self.nlist + 1))

@@ -157,8 +157,8 @@ VALUES = mutants({
     },
     ("seal.cu", check_seal): {
         "order reversed in a list": ("__popc(peers & ((1u << lane) - 1))", "__popc(peers >> lane) - 1"),
-        "no end of the last list": ("if (threadIdx.x == 0) table[p.lists] = range.past;", ""),
-        "the last rows stay": ("min(kTileRows, p.rows - first)", "min(kTileRows, (p.rows - first) / 8 * 8)"),
+        "no end of the last list": ("if (threadIdx.x == 0) table[p.lists] = end;", ""),
+        "the last rows stay": ("min(kTileRows, job.rows - offset)", "min(kTileRows, (job.rows - offset) / 8 * 8)"),
     },
     ("means.cu", check_means): {"the last rows of a run": ("left > 0; left -=", "left >= kAhead; left -=")},
     ("assign.cu", check_assign): {

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bindings import gpu_build
+from ..bindings import gpu_build, gpu_seal
 from ..bindings.gpu_route import Route, Unturn
 from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape
 from ..bindings.gpu_select import Select, SelectShape
 from ..bindings.gpu_types import Launch, Runtime
 from .base import Budget, Probed, Rotation
-from .resident import FLAGS, MAX_STEP_TOKENS, Placement, Resident, Routing
+from .resident import FLAGS, LENGTH, MAX_STEP_TOKENS, NEXT, Placement, Resident, Routing
 
 Knobs = Mapping[str, dict[str, int]]
 
@@ -93,6 +93,7 @@ class CudaResident(Resident):
         self._held: list[Any] = []  # what graphs hold addresses of
         self._limits: weakref.WeakSet[CudaLimits] = weakref.WeakSet()
         self._stream: Any = None
+        self._watching: tuple[Tensor, Any] | None = None
         self._lock = threading.Lock()  # parameter structs and workspaces serve one call at a time
 
     # -- what the host decides ---------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ class CudaResident(Resident):
             found += [x.budgets, x.entries, x.miss, x.found.rows, x.found.counts, x.found.tail, x.found.tail_counts]
         yield from (x for x in found if x is not None)
 
-    def publish(self, placement: Placement) -> None:
+    def publish(self, placement: Placement, counted: bool, budgets: Sequence[tuple[CudaLimits, Budget]]) -> None:
         before, self._at = self._at, placement
         if before is None or any(
             getattr(before, name).shape != getattr(placement, name).shape for name in ("keys", "tables", "mean_keys")
@@ -138,8 +139,15 @@ class CudaResident(Resident):
         if self._centres.shape != placement.centres.shape:
             self._centres = torch.zeros(placement.centres.shape, device=self._device)
             self._unbind()
-        self._centres.copy_(torch.from_numpy(placement.centres))
-        self._meta[:, :FLAGS].copy_(torch.from_numpy(placement.meta))
+        writes = [(self._centres.data_ptr(), placement.centres)] if placement.centres.size else []
+        for i, row in enumerate(placement.meta):
+            at = self._meta.data_ptr() + i * META * 4
+            spans = ((LENGTH + 1, NEXT), (NEXT + 1, FLAGS)) if counted else ((0, FLAGS),)
+            writes += [(at + 4 * a, row[a:b]) for a, b in spans]
+        for limits, budget in budgets:
+            writes += _numbers(limits, budget)
+        numbers = sent(gpu_seal.pieces_of(writes), self._device)
+        gpu_seal.publish(self._runtime, len(writes), numbers)
 
     def limits(self, budget: Budget, most_rows: int, most_entries: int) -> CudaLimits:
         b, h = self._shape[:2]
@@ -150,15 +158,26 @@ class CudaResident(Resident):
         found = Probed(ints(b, h, most_rows), ints(b, h))
         if most_entries:
             found = Probed(found.rows, found.counts, ints(b, h, most_entries), ints(b, h))
-        made = CudaLimits(ints(b, h), ints(b, h) if most_entries else None, budget.miss, budget.nprobe, found)
-        self.fill(made, budget)
+        entries = None
+        if most_entries:
+            entries = ints(b, h) if budget.entries is None else sent(budget.entries.numpy().copy(), self._device)
+        made = CudaLimits(sent(budget.rows.numpy().copy(), self._device), entries, budget.miss, budget.nprobe, found)
         self._limits.add(made)
         return made
 
-    def fill(self, limits: CudaLimits, budget: Budget) -> None:
-        limits.budgets.copy_(budget.rows)
-        if limits.entries is not None:
-            limits.entries.zero_() if budget.entries is None else limits.entries.copy_(budget.entries)
+    def watch(self) -> None:
+        on_gpu = self._device.type == "cuda"
+        host = torch.empty(self._meta.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+        host.copy_(self._meta, non_blocking=True)
+        self._watching = host, torch.cuda.current_stream(self._device).record_event() if on_gpu else None
+
+    def watched(self) -> np.ndarray[Any, Any]:
+        assert self._watching is not None, "watch comes first"
+        host, event = self._watching
+        if event is not None:
+            event.synchronize()
+        meta: np.ndarray[Any, Any] = host.numpy()
+        return meta
 
     def read(self) -> np.ndarray[Any, Any]:
         found: np.ndarray[Any, Any] = self._meta.cpu().numpy().copy()
@@ -305,6 +324,24 @@ class CudaResident(Resident):
             self._scanning[key] = made
             _forget(self._scanning, _KEPT)
         return made
+
+
+def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """int32 numbers on the device, from pinned memory: the host does not wait."""
+    if device.type != "cuda":
+        return torch.from_numpy(numbers)
+    pinned = torch.empty(numbers.shape, dtype=torch.int32, device="cpu", pin_memory=True)
+    pinned.numpy()[...] = numbers
+    return pinned.to(device, non_blocking=True)
+
+
+def _numbers(limits: CudaLimits, budget: Budget) -> list[tuple[int, np.ndarray[Any, Any]]]:
+    """The budgets of ``limits``, by the addresses where they belong."""
+    found = [(limits.budgets.data_ptr(), budget.rows.numpy())]
+    if limits.entries is not None:
+        entries = np.zeros(limits.entries.shape, np.int32) if budget.entries is None else budget.entries.numpy()
+        found.append((limits.entries.data_ptr(), entries))
+    return found
 
 
 def _key(queries: Tensor) -> tuple[Any, ...]:
