@@ -201,18 +201,20 @@ def seal(
 
     warps = rank_warps(runtime, max(job.rows for job in jobs), nlist)
     given = fresh.given
-    table_strides = dict(table_sequence=tables.stride(0), table_head=tables.stride(1), table_segment=tables.stride(2))
+    given_sequence, given_head = (0, 0) if given is None else given.stride()[:2]
+    at_tables, at_jobs, strides = address(tables), address(device_jobs), tables.stride()
+    table_strides = {"table_sequence": strides[0], "table_head": strides[1], "table_segment": strides[2]}
     params = pack_params(
         RANK_PARAMS,
-        jobs=address(device_jobs),
+        jobs=at_jobs,
         list_nos=address(fresh.list_nos),
         given=address(given),
-        tables=address(tables),
+        tables=at_tables,
         order=order,
         new_tables=new_tables,
         list_head=0 if fresh.list_nos is None else fresh.list_nos.stride(0),
-        given_sequence=0 if given is None else given.stride(0),
-        given_head=0 if given is None else given.stride(1),
+        given_sequence=given_sequence,
+        given_head=given_head,
         **table_strides,
         order_head=rows,
         lists=nlist,
@@ -221,37 +223,41 @@ def seal(
     runtime.kernel("seal.cu", "saap_rank", {}).launch((len(jobs), h, 1), 32 * warps, shared, params)
 
     size, permute = keys.element_size(), runtime.kernel("seal.cu", "saap_permute", {})
+    (key_sequence, key_head, *_), (value_sequence, value_head, *_) = keys.stride(), values.stride()
+    id_sequence, id_head, _ = ids.stride()
+    key_vectors, value_vectors = vectors(d, keys.dtype), vectors(e, keys.dtype)
+    at_keys, at_values, at_ids, positions = address(keys), address(values), address(ids), address(fresh.positions)
     for heads, part in _turns(h, jobs, most):
         base, last = jobs[part.start].at, jobs[part.stop - 1]
         count = last.at + places(last.rows) - base
-        at_values = scratch + len(heads) * count * d * size
+        scratch_values = scratch + len(heads) * count * d * size
         params = pack_params(
             PERMUTE_PARAMS,
-            jobs=address(device_jobs) + part.start * JOB * 4,
-            keys=address(keys),
-            values=address(values),
-            ids=address(ids),
-            positions=address(fresh.positions),
+            jobs=at_jobs + part.start * JOB * 4,
+            keys=at_keys,
+            values=at_values,
+            ids=at_ids,
+            positions=positions,
             order=order,
             new_tables=new_tables + part.start * h * (nlist + 1) * 4,
-            tables=address(tables),
+            tables=at_tables,
             scratch_keys=scratch,
-            scratch_values=at_values,
-            scratch_ids=at_values + len(heads) * count * e * size,
-            key_sequence=keys.stride(0) * size,
-            key_head=keys.stride(1) * size,
-            value_sequence=values.stride(0) * size,
-            value_head=values.stride(1) * size,
-            id_sequence=ids.stride(0),
-            id_head=ids.stride(1),
+            scratch_values=scratch_values,
+            scratch_ids=scratch_values + len(heads) * count * e * size,
+            key_sequence=key_sequence * size,
+            key_head=key_head * size,
+            value_sequence=value_sequence * size,
+            value_head=value_head * size,
+            id_sequence=id_sequence,
+            id_head=id_head,
             **table_strides,
             order_head=rows,
             num_jobs=len(part),
             first_head=heads.start,
             heads=h,
             lists=nlist,
-            key_vectors=vectors(d, keys.dtype),
-            value_vectors=vectors(e, keys.dtype),
+            key_vectors=key_vectors,
+            value_vectors=value_vectors,
         )
         grid = count // TILE_ROWS, len(heads), 1
         permute.launch(grid, 256, 0, params)
@@ -297,8 +303,8 @@ def planned(changes: Sequence[SegmentChange]) -> Plan:
             while old < len(c.have) and c.have[old][1] <= stop:
                 old += 1
             fresh = c.have[old - 1][1] if old > first_old else start
-            place = fresh_at + fresh - begin, position + fresh - begin
-            jobs.append(Job(i, start, stop - start, at, slot, first_old, old - first_old, fresh, *(place if fresh < stop else (0, 0))))
+            place = (fresh_at + fresh - begin, position + fresh - begin) if fresh < stop else (0, 0)
+            jobs.append(Job(i, start, stop - start, at, slot, first_old, old - first_old, fresh, *place))
             at += places(stop - start)
         if count:
             stretches.append((i, begin, count, fresh_at, position, 0, 0, 0))

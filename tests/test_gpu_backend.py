@@ -105,6 +105,48 @@ def test_launches_of_a_step(emu: Place) -> None:
     assert len(index.invlists.segments[0]) == before, "nothing was sealed meanwhile"
 
 
+SEALING = {**dict.fromkeys(("lift_fresh", "slice"), 9), "copy_": 1}
+"""How often at most a step that seals does what a plain one does not; copy_ is what `advance` and its like look at later."""
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_launches_of_a_step_that_seals(emu: Place, batch: int) -> None:
+    """As many whatever the batch, also where sequences seal other segments at other times; nothing is read back."""
+    h, d, means = 2, 64, 2
+    rope = Rope(head_dim=d, theta=100.0)
+    index = emu.index(d, d, 4, 4, h, dtype=BF16, rope=rope, mean_run_tokens=means)
+    plain = small_index(d, d, 4, 4, h, dtype=BF16, rope=rope, mean_run_tokens=means, backend="torch")
+    index.reserve_memory(140, batch=batch)
+    prompt = emu.tokens(batch, h, 70, d, BF16)
+    lengths = [70, 41, 58][:batch]
+    for x in (index, plain):
+        x.add(prompt, prompt, lengths=lengths)
+    index.search_attend(emu.tokens(batch, 4, 1, d, BF16))
+    merged, together, kinds = 0, 0, set()
+    for t in range(40):
+        new, before = emu.tokens(batch, h, 1, d, BF16, seed=t), list(index.invlists.segments)
+        RUNTIME.clear()
+        with Operations() as seen:
+            index.add(new, new)
+        launched = list(RUNTIME.launched)
+        plain.add(new, new)
+        changed = [i for i, (a, b) in enumerate(zip(before, index.invlists.segments, strict=True)) if a != b]
+        if not changed:
+            assert launched == ["saap_append"]
+            continue
+        merged += any(len(index.invlists.segments[i]) <= len(before[i]) for i in changed)
+        together += len(changed) > 1
+        kinds.add(tuple(launched))
+        assert [x for x in launched if x != "saap_means"] == [
+            "saap_append", "saap_assign", "saap_rank", "saap_permute", "saap_permute", "saap_publish"
+        ] and launched.count("saap_means") <= 1  # fmt: skip
+        more = [x for x in seen.names if x not in FREE]
+        assert all(more.count(x) <= SEALING.get(x, 0) for x in set(more)), more
+        assert seen.names.count("empty") == 2 and len(seen.names) <= 20
+    same_state(index, plain)
+    assert merged and (together or batch == 1) and len(kinds) <= 2
+
+
 STEPS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}), "rope": (1, {"rope": Rope(head_dim=64, theta=100.0)}), "three tokens": (3, {"seal_tokens": 16}),
     "dense": (1, {"selectivity": 1.0}), "tail": (1, {"mean_run_tokens": 2, "tail": 0.4, "selectivity": 0.3}),

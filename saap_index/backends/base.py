@@ -282,9 +282,9 @@ class Backend(ABC):
     def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
         """Bring the segments of several sequences to what they shall be: assign, sort, write ids and tables, means.
 
-        The tables have room for ``want``. What comes out is that of `assign`, `seal` and `means` one after the other. quantizer : as
-        from `prepare_quantizer`, or None where ``arena.given`` has every list. Does not wait for the device. Returns False, having
-        done nothing, if one after the other is how this backend does it.
+        The tables have room for ``want``. What comes out is that of `assign`, `seal` and `means` one after the other. quantizer :
+        as from `prepare_quantizer`, or None where ``arena.given`` has every list. Does not wait for the device. Returns False,
+        having done nothing, if one after the other is how this backend does it.
         """
         return False
 
