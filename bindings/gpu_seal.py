@@ -360,12 +360,12 @@ def publish(runtime: Runtime, pieces: int, numbers: Tensor) -> None:
 
 def pieces_of(writes: Sequence[tuple[int, np.ndarray[Any, Any]]]) -> np.ndarray[Any, Any]:
     """What `publish` takes: int32 (n), from addresses and int32 or float32 numbers to write from there on."""
-    words = np.concatenate([x.ravel().view(np.int32) for _, x in writes])
-    head, at = np.empty((len(writes), 4), np.uint32), 4 * len(writes)
-    for row, (where, x) in zip(head, writes, strict=True):
-        row[:] = where & 0xFFFFFFFF, where >> 32, at, x.size
+    head, at = [], 4 * len(writes)
+    for where, x in writes:
+        head += [where, at | x.size << 32]
         at += x.size
-    return np.concatenate([head.view(np.int32).ravel(), words])
+    packed = np.array(head, np.uint64).tobytes() + b"".join([x.tobytes() for _, x in writes])
+    return np.frombuffer(bytearray(packed), np.int32)
 
 
 # -- means -----------------------------------------------------------------------------------------------------------------

@@ -95,8 +95,8 @@ class DecodeState:
         meta = np.zeros((lists.batch, device.FLAGS), np.int32)
         centres = np.zeros((lists.batch, lists.tables.shape[2]), np.float32)
         for i, segments in enumerate(lists.segments):
-            meta[i, [device.LENGTH, device.SINKS, device.SEALED]] = lists.lengths[i], self._sinks[i], self._sealed[i]
-            meta[i, [device.SEGMENTS, device.NEXT, device.MEANS]] = len(segments), lists.next_position(i), lists.num_means(i)
+            meta[i, : device.SEGMENTS + 1] = lists.lengths[i], self._sinks[i], self._sealed[i], len(segments)
+            meta[i, device.NEXT : device.MEANS + 1] = lists.next_position(i), lists.num_means(i)
             centres[i, : len(segments)] = lists.centres(i)
         memory = lists.keys, lists.values, lists.ids, lists.tables, lists.mean_keys, lists.mean_values
         return Placement(*memory, meta, centres)
