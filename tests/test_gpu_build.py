@@ -606,7 +606,7 @@ def test_means_of_some_segments_of_some_sequences() -> None:
 
 def all_kernels_once() -> None:
     """A small build, every kernel of it: what the sanitizers watch."""
-    run, dtype, h, n, d, nlist = EmulatedRuntime("random", 3, 3), torch.bfloat16, 2, 70, 40, 300
+    run, dtype, h, n, d, nlist = EmulatedRuntime("random", 3, 3), torch.bfloat16, 2, 70, 40, 7
     keys, values = random_rows((1, h, n, d), dtype, 0), random_rows((1, h, n, d), dtype, 1)
     arena = [torch.zeros((1, h, n + 5, d), dtype=dtype) for _ in range(2)]
     meta, tickets = torch.zeros((1, 8), dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
@@ -617,6 +617,7 @@ def all_kernels_once() -> None:
     turns = gpu_build.Turns(1e4 ** -torch.arange(0, 1, 2 / d), None, 0, False, 1.0)
     centroids = gpu_build.pack_centroids(random_rows((h, 300, d), torch.float32, 2))  # an odd number of panels
     gpu_build.assign(run, centroids, arena[0][0, :, :n], list_nos, turns, 64)
+    centroids = gpu_build.pack_centroids(random_rows((h, nlist, d), torch.float32, 3))
     ids = torch.arange(n + 5, dtype=torch.int32).repeat(1, h, 1)
     parts = gpu_seal.Arena(*arena, ids, torch.empty((1, h, 3, nlist + 1), dtype=torch.int32))
     for have, want in (([], [(2, 20), (20, 34)]), ([(2, 20), (20, 34)], [(2, 34), (34, n - 2)])):  # sealed, then merged
