@@ -242,8 +242,8 @@ struct Best {
 // list; a key that holds NaN or infinity goes to some list.
 //
 // Grid (ceil(n / SAAP_ROWS), h, 1), with z jobs (of the largest n, h, z); block 2 SAAP_ROWS threads; shared memory 2 panels of
-// 33,280 bytes + (chunks * 256 + 4) * SAAP_ROWS. Warps stand 2 lists-wise and SAAP_ROWS / 32 keys-wise, each with 32 keys by 64 lists of a tile of 128 lists; the
-// next panel is on its way while the tensor cores work on one.
+// 33,280 bytes + (chunks * 256 + 4) * SAAP_ROWS. Warps stand 2 lists-wise and SAAP_ROWS / 32 keys-wise, each with 32 keys by 64
+// lists of a tile of 128 lists; the next panel is on its way while the tensor cores work on one.
 // Preconditions: d <= 256 a multiple of 8; panels 16-byte aligned. Deterministic.
 extern "C" __global__ void __launch_bounds__(kThreads) saap_assign(const __grid_constant__ AssignParams p) {
   SAAP_SHARED(char, shared);
