@@ -36,7 +36,7 @@ class Cuda:
         if not torch.cuda.is_available():
             raise SystemExit("expected a CUDA device, got none; --dry runs without one")
         self.device = torch.device("cuda", torch.cuda.current_device())
-        if knobs:
+        if knobs is not None:
             from saap_index import register_backend
             from saap_index.backends.cuda import CudaBackend
             from saap_index.bindings.gpu_runtime import runtime

@@ -3,6 +3,7 @@
     python bench/gpu_step.py                              # Llama-3.1-8B's attention, one layer, 32k to 1M tokens, batch 1, 4, 8
     python bench/gpu_step.py --sizes 131072x1,131072x8    # tokens x batch
     python bench/gpu_step.py --knobs select:SAAP_THREADS=512,scan:SAAP_STAGES=2
+    python bench/gpu_step.py --sweep "scan:SAAP_STAGES=2;route_select:SAAP_CLUSTER=4"    # each beside what is chosen
     python bench/gpu_step.py --dry                        # the same code on the emulated device, tiny
 
 Against what a user would run otherwise, in the same run and on the same memory: torch SDPA with every backend that takes the
@@ -229,7 +230,20 @@ class Steps:
         return statistics.median(times)
 
 
-def measure(device: harness.Device, shape: Shape, n: int, batch: int, read: float, seconds: float, quick: bool) -> Report:
+def use_knobs(indexes: list[AsymmetricIndex], text: str) -> None:
+    """Macros of kernels from here on, of the backend that the indexes share."""
+    for index in indexes:
+        index._backend.knobs.clear()  # type: ignore[attr-defined]
+        index._backend.knobs.update(harness.parse_knobs(text))  # type: ignore[attr-defined]
+        state = index.invlists.decode
+        if state is not None:
+            state.resident._selecting.clear()
+            state.resident._scanning.clear()
+
+
+def measure(
+    device: harness.Device, shape: Shape, n: int, batch: int, read: float, seconds: float, quick: bool, sweep: list[str]
+) -> Report:
     """Every candidate at one context length and batch size. read : bytes per second of a bare read."""
     kv_bytes = shape.kv_bytes(n, batch)
     cold = math.ceil(3 * device.l2_bytes / (0.02 * kv_bytes)) if device.l2_bytes else 2
@@ -275,6 +289,14 @@ def measure(device: harness.Device, shape: Shape, n: int, batch: int, read: floa
             line["failed"] = _reason(failure)
             report.wrong.append(f"{n} x {batch} {name}: {line['failed']}")
 
+    if sweep:
+        params = SearchParametersIVF(selectivity=SHARES[0])
+        indexes[0].search_attend(drawn[0], params=params)
+        nbytes = indexes[0].stats().last_search.total_bytes
+        for text in ("", *sweep):
+            use_knobs(indexes, text)
+            note_step(f"ours step {SHARES[0]:.0%} {text}".strip(), params, nbytes)
+        return rates(report, error, read)
     for share in SHARES[:1] if quick else SHARES:
         params = SearchParametersIVF(selectivity=share)
         indexes[0].search_attend(drawn[0], params=params)
@@ -297,6 +319,10 @@ def measure(device: harness.Device, shape: Shape, n: int, batch: int, read: floa
         gathered = gpu_baselines.gathered(drawn, caches, selected, n, shape.kv_heads)
         if gathered:
             note("torch gather + SDPA 5%", gathered, kv_bytes * 0.05)
+    return rates(report, error, read)
+
+
+def rates(report: Report, error: float, read: float) -> Report:
     for line in report.figures:
         line["error_units"] = error
         if "failed" not in line:
@@ -342,9 +368,12 @@ def main() -> int:
     parser.add_argument("--sizes", help="tokens x batch, such as 131072x1,131072x8")
     parser.add_argument("--quick", action="store_true", help="one share of the tokens, no gather")
     parser.add_argument("--knobs", default="", help="macros of kernels, such as select:SAAP_THREADS=512,scan:SAAP_STAGES=2")
+    parser.add_argument("--sweep", default="", help="sets of such macros, between semicolons: the times of a step with each")
     options = parser.parse_args()
+    sweep = [x for x in options.sweep.split(";") if x]
     began = time.perf_counter()
-    device: harness.Device = harness.Dry() if options.dry else harness.Cuda(harness.parse_knobs(options.knobs))
+    knobs = harness.parse_knobs(options.knobs) if options.knobs or sweep else None
+    device: harness.Device = harness.Dry() if options.dry else harness.Cuda(knobs)
     shape, cases = (TINY, [(160, 1), (96, 2)]) if options.dry else (Shape(), CASES)
     if options.sizes:
         cases = [(int(n), int(b)) for n, b in (x.split("x") for x in options.sizes.split(","))]
@@ -356,7 +385,7 @@ def main() -> int:
             skipped.append([n, batch])
             continue
         try:
-            report = measure(device, shape, n, batch, read, options.seconds, options.quick)
+            report = measure(device, shape, n, batch, read, options.seconds, options.quick, sweep)
         except torch.OutOfMemoryError:
             report = Report()
         except Exception as failure:

@@ -23,6 +23,7 @@ import saap_index as saap
 from saap_index.demo import model as demo_model
 from saap_index.demo import texts
 from saap_index.hf import attach, detached
+from saap_index.hf.support import cache_argument
 from saap_index.pipeline.texts import read_texts, take
 from saap_index.routers import model_shape
 
@@ -45,9 +46,10 @@ def compare(model: Any, ids: torch.Tensor, forced: int, params: dict[str, saap.S
 
     document, text = ids[:, :-forced], ids[:, -forced:]
     cache = DynamicCache(config=model.config)
+    name = cache_argument(model)
     with detached(model):
-        model(document, past_key_values=cache, logits_to_keep=1)
-        dense = model(text, past_key_values=cache).logits[0].log_softmax(-1)
+        model(document, **{name: cache}, logits_to_keep=1)
+        dense = model(text, **{name: cache}).logits[0].log_softmax(-1)
         cache.crop(-forced)
     cache = saap.hf.cache.adopt(cache, saap.hf.cache.plan_of(model))
     found = {}
@@ -55,7 +57,7 @@ def compare(model: Any, ids: torch.Tensor, forced: int, params: dict[str, saap.S
         cache.set_search(search)
         same, divergence, read = 0, 0.0, []
         for i in range(forced):
-            logits = model(text[:, i : i + 1], past_key_values=cache, logits_to_keep=1).logits[0, -1].log_softmax(-1)
+            logits = model(text[:, i : i + 1], **{name: cache}, logits_to_keep=1).logits[0, -1].log_softmax(-1)
             same += int(logits.argmax() == dense[i].argmax())
             divergence += float((dense[i].exp() * (dense[i] - logits)).sum())
             read.append(cache.tokens_read())

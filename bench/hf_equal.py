@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from hf_models import FAMILIES, greedy, left_padded, make_routers, prompt, sealed_tokens, tiny
+from hf_models import CACHE, FAMILIES, greedy, left_padded, make_routers, prompt, sealed_tokens, tiny
 
 import saap_index as saap
 
@@ -33,8 +33,8 @@ def margin(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[float, fl
         dense = model(ids, attention_mask=mask, position_ids=positions).logits[0, -1]
     with torch.no_grad():
         cache = saap.SaapCache(model)
-        model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
-        found = model(ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], past_key_values=cache).logits[0, -1]
+        model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], **{CACHE: cache})
+        found = model(ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], **{CACHE: cache}).logits[0, -1]
     best = dense.topk(2).values
     return float(best[0] - best[1]), float((dense - found).abs().max())
 
@@ -68,7 +68,7 @@ def main() -> int:
                 middle = time.perf_counter()
                 saap.attach(model, make_routers(model, nlist=64), 1.0, break_even=1024)
                 cache = saap.SaapCache(model)
-                got = greedy(model, inputs, args.new, past_key_values=cache)
+                got = greedy(model, inputs, args.new, **{CACHE: cache})
                 seconds = middle - began, time.perf_counter() - middle
                 same = int((want == got).long().cumprod(1).sum())
                 row = f"{family:10}{length:>8}{batch:>7}{min(sealed_tokens(cache)):>9}{same:>6} of {batch * args.new:<4}"

@@ -108,8 +108,10 @@ def main() -> None:
     from transformers.models.llama import modeling_llama
 
     from saap_index.hf import SaapCache, attach, layer
+    from saap_index.hf.support import cache_argument
 
     dense, tokenizer = demo_model.load()
+    name = cache_argument(dense)
     dense = dense.to(getattr(torch, args.dtype))
     sparse = AutoModelForCausalLM.from_config(copy.deepcopy(dense.config), attn_implementation="sdpa").eval()
     sparse.load_state_dict(dense.state_dict(), assign=True)  # the same memory
@@ -127,9 +129,9 @@ def main() -> None:
         kept, index = Clock(), Clock()
         caches["dense"], caches["sparse"] = DynamicCache(config=dense.config), SaapCache(sparse)
         with kept.running([(DynamicCache, "update")]):
-            first["dense"].append(timed(partial(dense, ids, past_key_values=caches["dense"], logits_to_keep=1))[0])
+            first["dense"].append(timed(partial(dense, ids, **{name: caches["dense"]}, logits_to_keep=1))[0])
         with index.running([(saap.AsymmetricIndex, name) for name in ("reserve_memory", "add", "seal")]):
-            first["sparse"].append(timed(partial(sparse, ids, past_key_values=caches["sparse"], logits_to_keep=1))[0])
+            first["sparse"].append(timed(partial(sparse, ids, **{name: caches["sparse"]}, logits_to_keep=1))[0])
         first["index"].append(index.seconds - kept.seconds)
 
     # teacher-forced by the dense model, so that both sides see the same tokens
@@ -143,12 +145,12 @@ def main() -> None:
         sdpa["sdpa"] = attention.wrap(plain)
         try:
             with cache.running([(DynamicCache, "update")]):
-                seconds, out = timed(lambda: dense(steps[-1], past_key_values=caches["dense"], logits_to_keep=1))
+                seconds, out = timed(lambda: dense(steps[-1], **{name: caches["dense"]}, logits_to_keep=1))
         finally:
             del sdpa["sdpa"]
         search, append = Clock(), Clock()
         with search.running([(layer.IndexedLayer, "attend")]), append.running([(layer.IndexedLayer, "update")]):
-            sparse_seconds, sparse_out = timed(lambda: sparse(steps[-1], past_key_values=caches["sparse"], logits_to_keep=1))
+            sparse_seconds, sparse_out = timed(lambda: sparse(steps[-1], **{name: caches["sparse"]}, logits_to_keep=1))
         agree += int(out.logits[0, -1].argmax() == sparse_out.logits[0, -1].argmax())
         steps.append(out.logits[:, -1:].argmax(-1))
         if number >= 4:

@@ -26,6 +26,7 @@ from hf_generate import untrained_routers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import saap_index as saap
+from saap_index.hf.support import cache_argument
 
 KINDS = ("batch", "beams", "looked-up candidates", "padded batch", "chat")
 
@@ -53,11 +54,12 @@ def generation(model: Any, kind: str, rng: np.random.Generator, most: int) -> in
         model.generate(ids * mask, attention_mask=mask, **options)
         return n
     cache = saap.SaapCache(model)
-    model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    name = cache_argument(model)
+    model.generate(ids, attention_mask=mask, **{name: cache}, **options)
     asked = copy.deepcopy(cache)
     asked.crop(-int(rng.integers(1, 200)))
     ids = torch.cat([ids, ids[:, :64]], 1)
-    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=asked, **options)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **{name: asked}, **options)
     cache.crop(-cache.get_seq_length())
     return n + 64
 

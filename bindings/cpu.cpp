@@ -148,7 +148,8 @@ NB_MODULE(_cpu, m) {
         nb::arg("bytes"), nb::call_guard<Free>(), "The sum of the words of memory, whole times 128 KiB: what a bare read costs.");
   m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes") = int64_t(1) << 30, nb::arg("repetitions") = 5,
         nb::call_guard<Free>(), "GB/s at which all threads together read that much memory, one figure per repetition.");
-  m.def("set_num_threads", &set_num_threads, nb::arg("threads"), "Threads of the pool; 0: SAAP_NUM_THREADS or all.");
+  m.def("set_num_threads", &set_num_threads, nb::arg("threads"), "Threads of the pool; 0: SAAP_NUM_THREADS, or what was suggested.");
+  m.def("suggest_num_threads", &suggest_num_threads, nb::arg("threads"), "Threads of the pool where nobody asked for a number.");
   m.def("get_num_threads", &get_num_threads);
   m.def("isa", [] { return std::string(kernels().name); }, "Instruction set in use.");
   m.def("isas", [] {

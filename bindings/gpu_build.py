@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Rotation
-from .gpu_types import Kernel, Launch, Runtime
+from .gpu_types import CLUSTERS, Kernel, Launch, Runtime
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types by the numbers of bindings/dtypes.h."""
@@ -35,6 +35,7 @@ NOT_FINITE, FULL = 1, 2
 """Error bits that `append` sets."""
 
 MAX_DIM = 256
+MAX_APPEND_THREADS = 1024
 
 KEYS_PER_BLOCK = (128, 64)
 LISTS_PER_PANEL, DIMS_PER_PANEL = 128, 64
@@ -46,9 +47,9 @@ CONFIGURATIONS: tuple[tuple[str, str, dict[str, int]], ...] = (
 )
 
 APPEND_PARAMS = np.dtype(
-    [(x, "u8") for x in ("keys", "values", "arena_keys", "arena_values", "meta", "starts", "counts", "flags", "tickets")]
+    [(x, "u8") for x in ("keys", "values", "arena_keys", "arena_values", "meta", "starts", "counts", "flags")]
     + [(x, "i8") for x in ("key_b", "key_h", "key_n", "value_b", "value_h", "value_n")]
-    + [(x, "i4") for x in ("n", "capacity", "key_vectors", "value_vectors")]
+    + [(x, "i4") for x in ("n", "capacity", "heads", "key_vectors", "value_vectors")]
     + [(x, "u4") for x in ("high_exponent", "low_exponent")]
     + [("aligned", "i4")],
     align=True,
@@ -124,15 +125,14 @@ def bind_append_to_meta(
     arena_keys: Tensor,
     arena_values: Tensor,
     meta: Tensor,
-    tickets: Tensor,
     counts: Tensor | None = None,
 ) -> Launch:
     """The same behind the rows in use, as meta : int32 (b, 8) has them; lengths and next positions grow, errors go to word 7.
 
-    tickets : int32 (b), zero before the first launch, and after every one. A start takes keys and values of `append_layout` as
-    given here, of at least one token.
+    A start takes keys and values of `append_layout` as given here, of at least one token. One block takes all of a sequence: made
+    for the few tokens of a step.
     """
-    where = {"meta": meta, "tickets": tickets, "counts": counts}
+    where = {"meta": meta, "counts": counts}
     return _bind_append(runtime, keys, values, arena_keys, arena_values, where)
 
 
@@ -150,10 +150,14 @@ def _bind_append(
 ) -> Launch:
     b, h, n, d = keys.shape
     e, dtype = values.shape[3], keys.dtype
-    total = n * (vectors(d, dtype) + vectors(e, dtype))
-    block = min(256, -(-total // 32) * 32)
-    # 4 vectors of a thread in one pass; as many blocks as can run, which then take several passes
-    across = max(1, min(-(-total // (4 * block)), -(-runtime.multiprocessors * 16 // (b * h))))
+    if "meta" in where:
+        total = h * n * (vectors(d, dtype) + vectors(e, dtype))
+        across, y, block = 1, 1, min(MAX_APPEND_THREADS, -(-total // 32) * 32)
+    else:
+        # 4 vectors of a thread in one pass; as many blocks as can run, which then take several passes
+        total = n * (vectors(d, dtype) + vectors(e, dtype))
+        block = min(256, -(-total // 32) * 32)
+        across, y = max(1, min(-(-total // (4 * block)), -(-runtime.multiprocessors * 16 // (b * h)))), h
     if total + 4 * block * across >= 2**31:
         raise ValueError(f"append: {n} tokens are too many for one call")
     high, low = _EXPONENTS[dtype]
@@ -169,10 +173,11 @@ def _bind_append(
         values=0,
         arena_keys=address(arena_keys),
         arena_values=address(arena_values),
-        **{name: address(where.get(name)) for name in ("meta", "starts", "counts", "flags", "tickets")},
+        **{name: address(where.get(name)) for name in ("meta", "starts", "counts", "flags")},
         **strides,
         n=n,
         capacity=arena_keys.shape[2],
+        heads=h,
         key_vectors=vectors(d, dtype),
         value_vectors=vectors(e, dtype),
         high_exponent=high,
@@ -180,7 +185,7 @@ def _bind_append(
         aligned=_in_vectors(keys) and _in_vectors(values),
     )
     kept = arena_keys, arena_values, *where.values()
-    return Launch(append_kernel(runtime), (across, h, b), block, 8, params, *kept)
+    return Launch(append_kernel(runtime), (across, y, b), block, 8, params, *kept, dependent=runtime.capability >= CLUSTERS)
 
 
 # -- assign ----------------------------------------------------------------------------------------------------------------
@@ -224,8 +229,9 @@ def pack_centroids(centroids: Tensor) -> PackedCentroids:
     bias = exact.new_full((h, tiles * LISTS_PER_PANEL), -torch.inf)
     bias[:, :nlist] = -0.5 * exact.square().sum(2)
 
-    lists = torch.arange(LISTS_PER_PANEL, device=centroids.device)
-    places = torch.arange(8, device=centroids.device) ^ (lists % 8)[:, None]  # (128, 8): 16-byte vector at each place of a row
+    lists = torch.arange(LISTS_PER_PANEL, dtype=torch.int64, device=centroids.device)
+    eight = torch.arange(8, dtype=torch.int64, device=centroids.device)
+    places = eight ^ (lists % 8)[:, None]  # (128, 8): 16-byte vector at each place of a row
 
     def half_panels(x: Tensor) -> Tensor:
         rows = x.reshape(h, tiles, LISTS_PER_PANEL, chunks, 8, 8).movedim(3, 2)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .gpu_types import Launch, Runtime
+from .gpu_types import CLUSTERS, Launch, Runtime
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
@@ -23,10 +23,13 @@ _POINTERS = "queries keys values rows counts tail tail_counts mean_keys mean_val
 _INTS = "sequences heads vectors num_queries capacity max_rows max_tail max_segments max_means lists causal dense"
 PARAMS = np.dtype(
     [(name, np.uint64) for name in _POINTERS.split()]
-    + [("scale_log2", np.float32)]
+    + [(name, np.float32) for name in ("scale_log2", "inverse_heads", "inverse_queries")]
     + [(name, np.int32) for name in _INTS.split()],
     align=True,
 )
+CLOCK_PARAMS = np.dtype([*((name, PARAMS[name]) for name in PARAMS.names or ()), ("clocks", np.uint64)], align=True)
+POINTS = "began", "waited", "planned", "copying", "arrived", "added", "merged", "ticketed", "ended"
+"""Of a block, with SAAP_CLOCK: scan_params.cuh."""
 COMBINE_PARAMS = np.dtype(
     [(name, np.uint64) for name in "out_a lse_a out_b lse_b out lse".split()] + [("n", np.int64), ("e", np.int32)], align=True
 )
@@ -34,6 +37,8 @@ COMBINE_THREADS = 256
 
 H200_SHARED_BYTES = 227 * 1024
 MOST_WARPS, MOST_STAGES = 8, 4
+WORK_BYTES = 48 + 32 * 32
+"""Of shared memory, for where a block reads: scan_walk.cuh."""
 
 
 def file_of(storage: torch.dtype) -> tuple[str, str]:
@@ -41,10 +46,8 @@ def file_of(storage: torch.dtype) -> tuple[str, str]:
     return ("scan_f32.cu", "saap_scan_f32") if storage is torch.float32 else ("scan.cu", "saap_scan")
 
 
-def configuration(
-    d: int, e: int, storage: torch.dtype, query: torch.dtype, j: int, max_shared_bytes: int, blocks: int = 1
-) -> dict[str, int]:
-    """The macros of the kernel for these shapes, in a block of at most ``max_shared_bytes``; ``blocks`` of the grid in x.
+def configuration(d: int, e: int, storage: torch.dtype, query: torch.dtype, j: int, max_shared_bytes: int) -> dict[str, int]:
+    """The macros of the kernel for these shapes, in a block of at most ``max_shared_bytes``.
 
     What holds memory busy is bytes in flight, so a block takes as many warps, and then stages, as its shared memory holds.
     """
@@ -63,20 +66,20 @@ def configuration(
     for warps in range(MOST_WARPS, 0, -1):
         for stages in range(MOST_STAGES, 2, -1):
             macros |= {"SAAP_WARPS": warps, "SAAP_STAGES": stages}
-            if shared_bytes(macros, blocks) <= max_shared_bytes:
+            if shared_bytes(macros) <= max_shared_bytes:
                 return macros
     macros["SAAP_STAGES"] = 2
     return macros
 
 
-def shared_bytes(macros: dict[str, int], blocks: int) -> int:
+def shared_bytes(macros: dict[str, int]) -> int:
     """Dynamic shared memory of a block: see scan_params.cuh."""
     d, e, warps, tile = (macros[f"SAAP_{name}"] for name in ("D", "E", "WARPS", "TILE"))
     storage = next(dtype for dtype, code in CODES.items() if code == macros["SAAP_T"])
     stage = tile * (_padded(d, storage) + _padded(e, storage)) * storage.itemsize
     core = 8 * d * 4 + warps * 8 * tile * 4 if storage is torch.float32 else 0
-    exchange = max(warps * 8 * (-(-e // 16) * 16 + 4), blocks * 8 * macros["SAAP_GROUPS"])
-    return warps * macros["SAAP_STAGES"] * stage + 16 + warps * 64 + core + exchange * 4
+    exchange = warps * 8 * (-(-e // 16) * 16 + 4)
+    return warps * macros["SAAP_STAGES"] * stage + WORK_BYTES + warps * 64 + core + exchange * 4
 
 
 def _padded(dim: int, storage: torch.dtype) -> int:
@@ -125,14 +128,13 @@ class Scan:
     """Attention over listed rows for one shape: the kernel, compiled, and its grid. Holds no memory of the device.
 
     num_floats, num_tickets : elements of the two workspaces of a call. A workspace serves one call at a time; the tickets are
-    zeros before the first and zeros again after each.
+    zeros before a call, and after each. num_clocks : elements of what a kernel with SAAP_CLOCK writes, else 0.
     """
 
     def __init__(self, runtime: Runtime, shape: ScanShape, knobs: dict[str, int] | None = None) -> None:
         """knobs : macros other than those of `configuration`, to try."""
-        blocks = runtime.multiprocessors
         shared = runtime.max_shared_bytes
-        macros = configuration(shape.d, shape.e, shape.storage, shape.query, shape.vectors, shared, blocks) | (knobs or {})
+        macros = configuration(shape.d, shape.e, shape.storage, shape.query, shape.vectors, shared) | (knobs or {})
         self.vectors = 8 * macros["SAAP_GROUPS"]
         passes = max(1, -(-shape.vectors // self.vectors))
         # All passes at once: they read the same rows, so all but one of them find them in the second cache.
@@ -140,16 +142,19 @@ class Scan:
         self.macros = macros
         self.grid = blocks, passes, 1
         self.block = 32 * macros["SAAP_WARPS"]
-        self.shared_bytes = shared_bytes(macros, blocks)
+        self.shared_bytes = shared_bytes(macros)
         pairs = shape.sequences * shape.heads
         self._states = passes * (blocks + pairs) * self.vectors
         self.num_floats = self._states * (shape.e + 2)
         self.num_tickets = passes * pairs
         self._mass_offset = 4 * self._states * shape.e
         self._kernel = runtime.kernel(*file_of(shape.storage), macros)
-        self._params = np.zeros((), PARAMS)
+        self.num_clocks = blocks * passes * len(POINTS) if macros.get("SAAP_CLOCK") else 0
+        self._params = np.zeros((), CLOCK_PARAMS if self.num_clocks else PARAMS)
+        self._dependent = runtime.capability >= CLUSTERS
         for name in ("sequences", "heads", "vectors", "num_queries", "capacity", "causal", "dense"):
             self._params[name] = getattr(shape, name)
+        self._params["inverse_heads"], self._params["inverse_queries"] = 1 / shape.heads, 1 / shape.num_queries
 
     def bind(
         self,
@@ -161,12 +166,14 @@ class Scan:
         scale: float,
         floats: Tensor,
         tickets: Tensor,
+        clocks: Tensor | None = None,
     ) -> Launch:
         """One softmax over rows [0, sinks), the listed ones, [sealed, length) and the means: see cuda/scan.cu.
 
         keys : storage dtype (b, h, N, d), values : (b, h, N, e), rows aligned to 16 bytes; meta : int32 (b, 8). floats :
-        float32 (num_floats,), tickets : int32 (num_tickets,). A start takes queries : query dtype (b, h, j, d), and writes
-        out : query dtype (b, h, j, e), lse : float32 (b, h, j).
+        float32 (num_floats,), tickets : int32 (num_tickets,); clocks : int64 (num_clocks,), cycles by block and point.
+        A start takes queries : query dtype (b, h, j, d), `aligned`, and writes out : query dtype (b, h, j, e), lse : float32
+        (b, h, j).
         """
         p = self._params.copy()
         p["keys"], p["values"], p["meta"] = keys.data_ptr(), values.data_ptr(), meta.data_ptr()
@@ -181,8 +188,15 @@ class Scan:
             p["mean_keys"], p["mean_values"] = means.keys.data_ptr(), means.values.data_ptr()
             p["tables"], p["max_segments"], p["max_means"] = means.tables.data_ptr(), means.tables.shape[2], means.keys.shape[2]
             p["lists"] = means.tables.shape[3] - 1
-        kept = keys, values, meta, listed, means, floats, tickets
-        return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept)
+        if clocks is not None:
+            p["clocks"] = clocks.data_ptr()
+        kept = keys, values, meta, listed, means, floats, tickets, clocks
+        return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept, dependent=self._dependent)
+
+
+def aligned(queries: Tensor) -> Tensor:
+    """Contiguous queries where the kernel can read them: 16-bit ones in pairs, from multiples of 4 bytes."""
+    return queries.clone() if queries.data_ptr() % 4 else queries
 
 
 def combine(runtime: Runtime, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -5,7 +5,7 @@ As in gpu_build.py, nothing is allocated here; functions say how large a workspa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -186,10 +186,18 @@ def seal(
     jobs : in the order of their places, which follow one another from 0; device_jobs : int32 (jobs, JOB), the same on the device.
     Segments of the same sequence do not overlap. workspace : uint8, 16-byte aligned, of `workspace_bytes`.
     """
+    for start in _prepare_seal(runtime, arena, jobs, device_jobs, fresh, workspace):
+        start()
+
+
+def _prepare_seal(
+    runtime: Runtime, arena: Arena, jobs: Sequence[Job], device_jobs: Tensor, fresh: Fresh, workspace: Tensor
+) -> list[Callable[[], None]]:
+    """What `seal` starts, in this order. All are made before the first runs: if one cannot be, no row has moved."""
     keys, values, ids, tables = arena
     _, h, _, d = keys.shape
     if not h * len(jobs):
-        return
+        return []
     nlist, rows, e, unit = tables.shape[3] - 1, _places(jobs), values.shape[3], _unit(arena)
     least, _ = workspace_bytes(arena, jobs)
     if workspace.numel() < least:
@@ -220,7 +228,7 @@ def seal(
         lists=nlist,
     )
     shared = _rank_shared_bytes(warps, nlist)
-    runtime.kernel("seal.cu", "saap_rank", {}).launch((len(jobs), h, 1), 32 * warps, shared, params)
+    starts = [runtime.kernel("seal.cu", "saap_rank", {}).prepare((len(jobs), h, 1), 32 * warps, shared, params)]
 
     size, permute = keys.element_size(), runtime.kernel("seal.cu", "saap_permute", {})
     (key_sequence, key_head, *_), (value_sequence, value_head, *_) = keys.stride(), values.stride()
@@ -260,10 +268,10 @@ def seal(
             value_vectors=value_vectors,
         )
         grid = count // TILE_ROWS, len(heads), 1
-        permute.launch(grid, 256, 0, params)
         back = params.copy()
         back["order"] = 0
-        permute.launch(grid, 256, 0, back)
+        starts += [permute.prepare(grid, 256, 0, params), permute.prepare(grid, 256, 0, back)]
+    return starts
 
 
 # -- a batch ---------------------------------------------------------------------------------------------------------------
@@ -329,11 +337,14 @@ def seal_batch(
     angles: Frequencies | None,
     given: Tensor | None,
     workspace: Tensor,
+    outs: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Assign, rank, permute and back: four launches for all sequences of ``plan``. numbers : those of the plan on the device.
 
     given : as in `Fresh`; with it alone, without centroids, nothing is assigned. workspace : uint8, 16-byte aligned, of
     `workspace_bytes` and, with centroids, before that the lists : int32 (h, plan.fresh), up to a multiple of 16 bytes.
+    outs : mean_keys and mean_values as in `means`, for a fifth launch that computes those of the plan; None: it is not made.
+    Raises before it moves a row, or not at all.
     """
     positions = numbers[plan.positions_at :] if plan.positions_at >= 0 else None
     list_nos = None
@@ -346,7 +357,12 @@ def seal_batch(
             turns = None if angles is None else Turns(angles.inv_freq, positions, 0, angles.interleaved, angles.scale)
             jobs = AssignJobs(numbers[plan.stretches_at :], plan.stretches, plan.longest)
             assign_jobs(runtime, centroids, arena.keys, jobs, list_nos, turns)
-    seal(runtime, arena, plan.jobs, numbers, Fresh(list_nos, given, positions), workspace)
+    starts = _prepare_seal(runtime, arena, plan.jobs, numbers, Fresh(list_nos, given, positions), workspace)
+    if outs is not None and plan.means:
+        due = numbers[plan.means_at :], plan.means
+        starts.append(_prepare_means(runtime, arena.keys, arena.values, arena.tables, *outs, *due))
+    for start in starts:
+        start()
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------------
@@ -387,10 +403,17 @@ def means(
     storage dtype (b, h, s, l, d), mean_values : (b, h, s, l, e) out, strided over the first three. jobs : int32 (count, 2) on the
     device, sequence and segment of each; None: every segment, of a batch of one.
     """
+    if tables.shape[1] * (tables.shape[2] if jobs is None else count):
+        _prepare_means(runtime, keys, values, tables, mean_keys, mean_values, jobs, count)()
+
+
+def _prepare_means(
+    runtime: Runtime, keys: Tensor, values: Tensor, tables: Tensor, mean_keys: Tensor, mean_values: Tensor, jobs: Tensor | None,
+    count: int,
+) -> Callable[[], None]:  # fmt: skip
+    """What `means` starts, if there is anything to do."""
     _, h, s, offsets = tables.shape
     count = s if jobs is None else count
-    if not h * count:
-        return
     size = keys.element_size()
     axes = "sequence", "head", "segment"
     strides: dict[str, int] = {
@@ -419,4 +442,4 @@ def means(
         value_vectors=vectors(values.shape[3], values.dtype),
         type=DTYPES[keys.dtype],
     )
-    runtime.kernel("means.cu", "saap_means", {}).launch((offsets - 1, h, count), 256, _MEANS_SHARED_BYTES, params)
+    return runtime.kernel("means.cu", "saap_means", {}).prepare((offsets - 1, h, count), 256, _MEANS_SHARED_BYTES, params)

@@ -55,7 +55,7 @@ def configuration(shape: SelectShape, multiprocessors: int, max_shared_bytes: in
 def fixed_bytes(macros: dict[str, int]) -> int:
     """sizeof(Fixed) of select_params.cuh, rounded up to 128."""
     warps = macros["SAAP_THREADS"] // 32
-    search = max(2 * 4 * 2048, (2 * 256 + 8) * warps) + 8 * warps + 256 * 16 + 12 + 8 + 4 + 4
+    search = max(2 * 4 * 2048, (2 * 256 + 8 + 2 * 4 * 32) * warps) + 8 * warps + 256 * 16 + 12 + 8 + 4 + 4
     weights = macros["SAAP_COLUMNS"] * (8 * warps + 3 * 4) + 8
     return -(-(search + weights) // 128) * 128
 
@@ -116,7 +116,7 @@ class Select:
         z : float32 (b, h, j, l), a : float32 (b, h, j, m + 1) or (b, h, j, 0); tables : int32 (b, h, S, l + 1); centres :
         float32 (b, S), position of the middle of each segment; meta : int32 (b, 8): num_segments, next_position, means.
         budgets : int32 (b, h); miss : float32 (h,) or None; entries : int32 (b, h) or None.
-        rows : int32 (b, h, t) out, ascending, padded with -1, t being a bound of every budget; counts : int32 (b, h) out;
+        rows : int32 (b, h, t) out, ascending, t being a bound of every budget; counts : int32 (b, h) out, how many are written;
         tail : int32 (b, h, x), tail_counts : int32 (b, h), likewise, with ``entries``. floats : float32 (num_floats,).
         """
         if (self.shape.nprobe or not self.shape.count_lists) and (miss is not None or entries is not None):

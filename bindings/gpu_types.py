@@ -6,22 +6,42 @@ devices. A runtime knows nothing of what a kernel computes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+MOST_CLUSTER = 8
+"""Blocks of a cluster that every device with clusters can place."""
+
+CLUSTERS = (9, 0)
+"""Least capability with clusters and dependent launches."""
+
 
 class Kernel(Protocol):
     """One ``extern "C"`` function, compiled for one set of macros."""
 
-    def launch(self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any]) -> None:
-        """Start ``grid`` blocks of ``block`` threads (x only), each with ``shared_bytes`` of dynamic shared memory.
+    def prepare(
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
+        dependent: bool = False,
+    ) -> Callable[[], None]:  # fmt: skip
+        """What starts ``grid`` blocks of ``block`` threads (x only), each with ``shared_bytes`` of dynamic shared memory.
 
         params : one element of a structured dtype made with ``align=True``, laid out as the kernel's parameter struct; pointers
-        are uint64. Its bytes are read before the call returns; what they point to must live until the kernel has run.
+        are uint64. Its bytes are read at every start, before that returns; what they point to must live until the kernel has run.
+        cluster : blocks of a cluster, neighbours in x, at most MOST_CLUSTER; divides grid[0].
+        dependent : whether blocks may start before the kernel in front of this one has ended; a block then calls
+        grid_dependency_wait (cuda/prims.cuh) before it touches what that one writes, and before it ends.
+        Both need a runtime whose `capability` is CLUSTERS or more.
         """
+
+    def launch(
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
+        dependent: bool = False,
+    ) -> None:  # fmt: skip
+        """Start it now: ``prepare(...)()``."""
 
 
 class Runtime(Protocol):
@@ -29,6 +49,10 @@ class Runtime(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability that launches may count on: clusters and dependent launches from CLUSTERS on."""
 
     @property
     def multiprocessors(self) -> int: ...
@@ -44,19 +68,33 @@ class Runtime(Protocol):
 class Launch:
     """A kernel with its grid and its parameters in place, to be started as often as one likes.
 
-    params : as for `Kernel.launch`; kept : what its pointers point to lives as long as this does. One start at a time.
+    params, cluster, dependent : as for `Kernel.prepare`; kept : what its pointers point to lives as long as this does. One start
+    at a time. The array ``params`` may be changed in place between starts.
     """
 
-    __slots__ = ("_block", "_grid", "_kept", "_launch", "_shared_bytes", "params")
+    __slots__ = ("_kept", "_pointers", "_start", "params")
 
     def __init__(
-        self, kernel: Kernel, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], *kept: Any
-    ) -> None:
-        self._launch, self._grid, self._block, self._shared_bytes = kernel.launch, grid, block, shared_bytes
-        self.params, self._kept = params, kept
+        self, kernel: Kernel, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], *kept: Any,
+        cluster: int = 1, dependent: bool = False,
+    ) -> None:  # fmt: skip
+        self.params, self._kept = params, (params, *kept)
+        self._start = kernel.prepare(grid, block, shared_bytes, params, cluster, dependent)
+        self._pointers: dict[str, ctypes.c_uint64] = {}
 
     def __call__(self, **pointers: Tensor) -> None:
         """Start the kernel, with other addresses for the fields that are named, from now on."""
         for name, x in pointers.items():
-            self.params[name] = x.data_ptr()
-        self._launch(self._grid, self._block, self._shared_bytes, self.params)
+            field = self._pointers.get(name)
+            if field is None:
+                field = self._pointer(name)
+            field.value = x.data_ptr()
+        self._start()
+
+    def _pointer(self, name: str) -> ctypes.c_uint64:
+        """The field where it lies: written in 50 ns, through NumPy in 200."""
+        dtype, offset = self.params.dtype.fields[name][:2]  # type: ignore[index]
+        if dtype != np.uint64:
+            raise TypeError(f"{name}: expected a pointer, uint64, got {dtype}")
+        field = self._pointers[name] = ctypes.c_uint64.from_address(self.params.ctypes.data + offset)
+        return field

@@ -1,9 +1,13 @@
 // The worker pool of pool.h. Knows nothing of what it runs.
 #include "pool.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
-#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <utility>
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -29,14 +33,17 @@ inline void relax() {
 
 std::atomic<Pool*> current{nullptr};
 std::mutex starting;
-int wanted = 0;  // 0: not asked for
+int wanted = 0, suggested = 0;  // 0: not asked for
 
-int default_threads() {
+// With `starting` held.
+int target_threads() {
+  if (wanted) return wanted;
   if (const char* text = std::getenv("SAAP_NUM_THREADS")) {
-    int n = std::atoi(text);
+    const int n = std::atoi(text);
     if (n > 0) return n;
   }
-  unsigned n = std::thread::hardware_concurrency();
+  if (suggested) return suggested;
+  const unsigned n = std::thread::hardware_concurrency();
   return n ? static_cast<int>(n) : 1;
 }
 
@@ -50,31 +57,43 @@ void forget_after_fork() {
 
 }  // namespace
 
-Pool::Pool(int threads) {
-  for (int i = 1; i < threads; i++) workers_.emplace_back([this] { work(); });
+void Pool::resize(int threads) {
+  std::lock_guard<std::mutex> lock(growing_);
+  for (int number = started_.load() + 1; number < threads; number++) {
+    try {
+      std::thread([this, number] { work(number); }).detach();
+    } catch (const std::system_error&) {  // a limit of processes or of memory: go on with those there are
+      break;
+    }
+    started_.store(number);
+  }
+  limit_.store(threads > 1 ? threads : 1);
+  limit_.notify_all();
 }
 
-Pool::~Pool() {
-  stop_ = true;
-  job_.fetch_add(1);
-  job_.notify_all();
-  for (auto& t : workers_) t.join();
-}
+int Pool::threads() const { return std::min(limit_.load(std::memory_order_relaxed), started_.load(std::memory_order_relaxed) + 1); }
 
 void Pool::drain() {
   uint64_t s = open_.load(std::memory_order_acquire);
   while (static_cast<uint32_t>(s)) {
     if (!open_.compare_exchange_weak(s, s - 1, std::memory_order_acquire)) continue;
     // Taken: the job cannot end, nor fn_ change, before unfinished_ falls.
-    fn_(arg_, count_ - static_cast<uint32_t>(s));
+    if (!failed_.load(std::memory_order_relaxed)) {
+      try {
+        fn_(arg_, count_ - static_cast<uint32_t>(s));
+      } catch (...) {
+        if (!failed_.exchange(true)) error_ = std::current_exception();
+      }
+    }
     unfinished_.fetch_sub(1, std::memory_order_release);
     s = open_.load(std::memory_order_acquire);
   }
 }
 
-void Pool::work() {
+void Pool::work(int number) {
   uint32_t seen = 0;
-  while (!stop_.load(std::memory_order_relaxed)) {
+  for (;;) {
+    for (int limit; number >= (limit = limit_.load(std::memory_order_acquire));) limit_.wait(limit, std::memory_order_acquire);
     const auto same = [&] { return job_.load(std::memory_order_acquire) == seen; };
     for (int k = 0; k < kSpins && same(); k++) relax();
     if (next_.load(std::memory_order_relaxed) == Next::kSoon) {
@@ -83,13 +102,13 @@ void Pool::work() {
     }
     job_.wait(seen, std::memory_order_acquire);
     seen = job_.load(std::memory_order_acquire);
-    drain();
+    if (number < limit_.load(std::memory_order_relaxed)) drain();
   }
 }
 
 void Pool::run_erased(int64_t n, Erased fn, void* arg) {
   if (n <= 0) return;
-  if (n == 1 || workers_.empty() || n > UINT32_MAX || busy_.exchange(true, std::memory_order_acquire)) {
+  if (n == 1 || threads() == 1 || n > UINT32_MAX || busy_.exchange(true, std::memory_order_acquire)) {
     for (int64_t i = 0; i < n; i++) fn(arg, i);
     return;
   }
@@ -106,7 +125,13 @@ void Pool::run_erased(int64_t n, Erased fn, void* arg) {
     if (k < 4096) relax();
     else std::this_thread::yield();
   }
+  std::exception_ptr error;
+  if (failed_.load()) {
+    error = std::exchange(error_, nullptr);
+    failed_.store(false);
+  }
   busy_.store(false, std::memory_order_release);
+  if (error) std::rethrow_exception(error);
 }
 
 Pool& pool() {
@@ -117,16 +142,22 @@ Pool& pool() {
   static bool registered = (pthread_atfork(nullptr, nullptr, forget_after_fork), true);
   (void)registered;
 #endif
-  Pool* p = new Pool(wanted ? wanted : default_threads());
+  Pool* p = new Pool;
+  p->resize(target_threads());
   current.store(p, std::memory_order_release);
   return *p;
 }
 
-// Not to be called while another thread runs an operation.
 void set_num_threads(int threads) {
   std::lock_guard<std::mutex> lock(starting);
   wanted = threads > 0 ? threads : 0;
-  delete current.exchange(nullptr);
+  if (Pool* p = current.load()) p->resize(target_threads());
+}
+
+void suggest_num_threads(int threads) {
+  std::lock_guard<std::mutex> lock(starting);
+  suggested = threads > 0 ? threads : 0;
+  if (Pool* p = current.load()) p->resize(target_threads());
 }
 
 int get_num_threads() { return pool().threads(); }

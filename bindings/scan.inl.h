@@ -6,7 +6,7 @@
 // turn, and pages of 16 rows, it foresees too little.
 constexpr int kBlock = 16;
 template <int G> constexpr int kKeysAhead = G < 4 ? 2 : 1;  // blocks by which keys are fetched ahead; with few columns one is short
-constexpr float kLowest = -1e30f;  // the running maximum before anything was seen: finite, so that differences stay numbers
+constexpr float kLowest = -3.402823466e38f;  // the running maximum before anything was seen: finite, so that differences stay numbers
 
 INLINE void prefetch(const char* p, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);

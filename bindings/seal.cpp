@@ -37,9 +37,11 @@ void seal(DType type, void* keys, void* values, int32_t* ids, int h, int64_t N, 
     if (static_cast<uint32_t>(list_nos[i]) >= static_cast<uint32_t>(l))
       throw std::out_of_range("seal: list_nos: a list number lies outside [0, " + std::to_string(l) + ")");
   const int64_t size = static_cast<int64_t>(size_of(type));
+  thread_local Scratch memory;  // of all heads at once: where there is none, no row has moved yet
+  const int64_t room = 3 * n + l + 1 + (std::max(d, e) + 1) * 4;
+  int32_t* all = memory.get<int32_t>(h * room);
   pool().run(h, [&](int64_t head) {
-    thread_local Scratch memory;
-    int32_t* next = memory.get<int32_t>(3 * n + l + 1 + (std::max(d, e) + 1) * 4);
+    int32_t* next = all + head * room;
     int32_t *order = next + l + 1, *from = order + n, *cycles = from + n;
     char* spare = reinterpret_cast<char*>(cycles + n);
     const int32_t* list = list_nos + head * n;

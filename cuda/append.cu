@@ -8,10 +8,9 @@ struct AppendParams {
   const int* starts;                 // (b), where meta is null: first row of each sequence
   const int* counts;                 // (b), or null: all n tokens of each sequence
   int* flags;                        // (b), where meta is null: error bits, set but never cleared
-  u32* tickets;                      // (b), where meta is given: zero before and after
   i64 key_b, key_h, key_n;           // strides in bytes
   i64 value_b, value_h, value_n;
-  int n, capacity;                   // tokens in keys and values; N
+  int n, capacity, heads;            // tokens in keys and values; N; h
   int key_vectors, value_vectors;    // row lengths in units of 16 bytes
   u32 high_exponent, low_exponent;   // see not_finite
   int aligned;                       // keys, values and all strides are multiples of 16 bytes
@@ -42,73 +41,62 @@ __device__ __forceinline__ uint4 read_vector(const char* from, bool aligned) {
 // then length and next_position grow by as many. A sequence with no room for them keeps its rows and its length, and gets error
 // bit 1; one of whose tokens holds NaN or infinity gets bit 0, and the rows all the same.
 //
-// Grid (x, h, b), any x >= 1; block: a multiple of 32, at most 256; shared memory 8 bytes.
-// Precondition: n * (key_vectors + value_vectors) + 4 * 256 * x < 2^31. The caller's counts are clamped to [0, n].
-// Deterministic. The length is written by the block that comes last of those of a sequence, when all have read it; rows may
-// still be on their way then, so a reader of them starts after the kernel.
-extern "C" __global__ void __launch_bounds__(256) saap_append(const __grid_constant__ AppendParams p) {
+// Grid (x, y, b), y a divisor of h, whose heads the blocks share in order; x = y = 1 if meta is given, for one block alone reads
+// and writes the length of a sequence. Block: a multiple of 32, at most 1024; shared memory 8 bytes.
+// Precondition: h / y * n * (key_vectors + value_vectors) + 4 * block * x < 2^31. The caller's counts are clamped to [0, n].
+// Deterministic. Rows may still be on their way when the length is written, so a reader of them starts after the kernel.
+extern "C" __global__ void __launch_bounds__(1024) saap_append(const __grid_constant__ AppendParams p) {
   SAAP_SHARED(int, shared);
-  const int head = blockIdx.y, sequence = blockIdx.z, heads = gridDim.y;
-  const int vectors = p.key_vectors + p.value_vectors, total = p.n * vectors;
-  const int step = gridDim.x * blockDim.x;
+  const int sequence = blockIdx.z, heads = p.heads / static_cast<int>(gridDim.y), head = blockIdx.y * heads;
+  const u32 vectors = p.key_vectors + p.value_vectors, n = p.n, total = heads * n * vectors;
+  const u32 step = gridDim.x * blockDim.x;
   const char* keys = p.keys + sequence * p.key_b + head * p.key_h;
   const char* values = p.values + sequence * p.value_b + head * p.value_h;
-
-  uint4 data[kAhead];
-  auto fetch = [&](int from) {
-#pragma unroll
-    for (int i = 0; i < kAhead; i++) {
-      const int v = from + i * step, token = v / vectors, at = v - token * vectors;
-      if (v < total)
-        data[i] = at < p.key_vectors ? read_vector(keys + token * p.key_n + at * 16, p.aligned)
-                                     : read_vector(values + token * p.value_n + (at - p.key_vectors) * 16, p.aligned);
-    }
-  };
-  int from = blockIdx.x * blockDim.x + threadIdx.x;
-  fetch(from);  // does not depend on the length: the two reads overlap
-
+  const i64 arena = (static_cast<i64>(sequence) * p.heads + head) * p.capacity;
   int* meta = p.meta ? p.meta + sequence * kMetaWords : nullptr;
   int* errors = p.meta ? meta + kErrors : p.flags + sequence;
-  if (threadIdx.x == 0) {
-    const int wanted = p.counts ? min(max(p.counts[sequence], 0), p.n) : p.n;
-    const int start = p.meta ? meta[kLength] : p.starts[sequence];
-    const bool fits = start >= 0 && wanted <= p.capacity - start;
-    shared[0] = start;
-    shared[1] = fits ? wanted : 0;
-    if (!fits && blockIdx.x == 0 && head == 0) atomicOr(errors, kFull);
-  }
-  __syncthreads();
-  // The other threads write rows meanwhile. The first alone has read the length.
-  if (threadIdx.x == 0 && p.meta) {
-    __threadfence();
-    const u32 blocks = gridDim.x * gridDim.y;
-    if (atomicAdd(p.tickets + sequence, 1u) == blocks - 1) {
-      __threadfence();
-      atomicAdd(p.tickets + sequence, 0u - blocks);
-      meta[kLength] = shared[0] + shared[1];
-      meta[kNextPosition] += shared[1];
-    }
-  }
-  const int start = shared[0], end = shared[1] * vectors;
-  const i64 row = (static_cast<i64>(sequence) * heads + head) * p.capacity + start;
-  char* arena_keys = p.arena_keys + row * p.key_vectors * 16;
-  char* arena_values = p.arena_values + row * p.value_vectors * 16;
+  grid_dependency_wait();
+  grid_dependency_launch();
 
-  bool bad = false;
-  while (from < end) {
+  bool bad = false, placed = false;
+  u32 from = blockIdx.x * blockDim.x + threadIdx.x;
+  do {
+    uint4 data[kAhead];
+    u32 token[kAhead], of[kAhead], at[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; i++) {
-      const int v = from + i * step, token = v / vectors, at = v - token * vectors;
-      if (v >= end) continue;
-      char* to = at < p.key_vectors ? arena_keys + (static_cast<i64>(token) * p.key_vectors + at) * 16
-                                    : arena_values + (static_cast<i64>(token) * p.value_vectors + at - p.key_vectors) * 16;
+      const u32 v = from + i * step, line = v / vectors;
+      at[i] = v - line * vectors, of[i] = line / n, token[i] = v < total ? line - of[i] * n : ~0u;
+      if (v >= total) continue;
+      const bool key = at[i] < static_cast<u32>(p.key_vectors);
+      const char* row = key ? keys + of[i] * p.key_h + token[i] * p.key_n : values + of[i] * p.value_h + token[i] * p.value_n;
+      data[i] = read_vector(row + (key ? at[i] : at[i] - p.key_vectors) * 16, p.aligned);
+    }
+    if (!placed) {  // once, by all threads, while the first vectors are on their way
+      if (threadIdx.x == 0) {
+        const int wanted = p.counts ? min(max(p.counts[sequence], 0), p.n) : p.n;
+        const int start = meta ? meta[kLength] : p.starts[sequence];
+        const bool fits = start >= 0 && wanted <= p.capacity - start;
+        shared[0] = start;
+        shared[1] = fits ? wanted : 0;
+        if (!fits && blockIdx.x == 0 && blockIdx.y == 0) atomicOr(errors, kFull);
+        if (meta && fits) meta[kLength] = start + wanted, meta[kNextPosition] += wanted;
+      }
+      __syncthreads();
+      placed = true;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {
+      if (token[i] >= static_cast<u32>(shared[1])) continue;
+      const i64 row = arena + static_cast<i64>(of[i]) * p.capacity + shared[0] + token[i];
+      char* to = at[i] < static_cast<u32>(p.key_vectors) ? p.arena_keys + (row * p.key_vectors + at[i]) * 16
+                                                         : p.arena_values + (row * p.value_vectors + at[i] - p.key_vectors) * 16;
       *reinterpret_cast<uint4*>(to) = data[i];
       bad |= not_finite(data[i].x, p.high_exponent, p.low_exponent) || not_finite(data[i].y, p.high_exponent, p.low_exponent) ||
              not_finite(data[i].z, p.high_exponent, p.low_exponent) || not_finite(data[i].w, p.high_exponent, p.low_exponent);
     }
     from += kAhead * step;
-    fetch(from);
-  }
+  } while (from < total);
   if (bad) atomicOr(errors, kNotFinite);
 }
 

@@ -155,6 +155,85 @@ SAAP_PRIM void st_release(int* global, int v) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(global), "r"(v) : "memory");
 }
 
+// Counts one up and from `most` to zero; returns the number before. What this thread has written and seen is seen by whoever
+// counts after it.
+SAAP_PRIM u32 atomic_inc_acq_rel(u32* global, u32 most) {
+  u32 v;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(v) : "l"(global), "r"(most) : "memory");
+  return v;
+}
+
+// ---- clusters of blocks
+//
+// Blocks of a cluster (the launch says how many, neighbours in x) run at the same time and reach each other's shared memory: after
+// a cluster_barrier at the beginning, before which another block may not have started, and with one at the end, since no block may
+// return while others still use its memory. Below sm_90 a block is a cluster of its own.
+
+// Number of the block in its cluster, in [0, cluster_size()): blockIdx.x % cluster_size().
+SAAP_PRIM int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+
+// Blocks of the cluster.
+SAAP_PRIM int cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  u32 size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+#else
+  return 1;
+#endif
+}
+
+// Every thread of every block of the cluster that has not returned; what they did before, in shared and in device memory, is seen
+// after it. All lanes of a warp come together.
+SAAP_PRIM void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The same object in the dynamic shared memory of block `rank` of the cluster, for plain loads, stores and atomics (not for copies
+// and matrix instructions). `shared` lies in the block's own.
+template <class T>
+SAAP_PRIM T* of_block(T* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+  T* other;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(shared), "r"(rank));
+  return other;
+#else
+  return shared;
+#endif
+}
+
+// ---- launches that overlap
+//
+// Blocks of a dependent launch may start before the kernel in front of it on the stream has ended: once each of its blocks has called
+// grid_dependency_launch or returned. Nothing that an earlier kernel writes may be read, and nothing that it reads written, before
+// grid_dependency_wait, after which all earlier kernels have ended and what they wrote is seen. At least one thread of each block
+// waits; a barrier hands it on to the others. Both do nothing in other launches, and below sm_90.
+
+SAAP_PRIM void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A hint, which promises nothing of what this kernel has written or will write.
+SAAP_PRIM void grid_dependency_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- matrices; all 32 lanes take part
 
 // Four 8 x 8 matrices: lane i gives the address of row i % 8 of matrix i / 8, 16 bytes each, aligned to 16.

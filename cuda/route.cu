@@ -1,5 +1,5 @@
 // The query router: from queries to a score for every list, all query vectors of a batch against each weight once.
-#include "prims.cuh"
+#include "route_units.cuh"
 
 #ifndef SAAP_DTYPE
 #define SAAP_DTYPE kBF16  // of the queries
@@ -42,18 +42,10 @@ namespace {
 
 constexpr int kD = SAAP_D32, kU = SAAP_U32, kK = kD + kU, kTiles = SAAP_TILES, kWarps = SAAP_WARPS, kRing = SAAP_RING;
 constexpr int kThreads = 32 * kWarps, kVectors = 8 * kTiles, kHiddenTiles = 2 * kU;
-constexpr int kUnit = 1024;               // bytes: two fragments of 16 x 16 weights
 constexpr int kRow = 16 * (4 * kK + 1);   // bytes of a query vector and its hidden units; the odd piece spreads rows over banks
 constexpr int kChains = kTiles == 1 ? 2 : 1;  // independent sums, where a single column would wait for each product
 constexpr int kHeads = 4;                 // query vectors of one position that a thread rotates at a time
 constexpr int kNextPosition = 4, kMetaWords = 8;
-constexpr float kLog2E = 1.44269504f, kMostF16 = 65504.f;
-
-// Into the range of fp16; NaN stays.
-__device__ __forceinline__ float clamp_f16(float x) { return x > kMostF16 ? kMostF16 : x < -kMostF16 ? -kMostF16 : x; }
-
-// A division would be a call and its own registers; this is far more exact than the fp16 that the result becomes.
-__device__ __forceinline__ float silu(float x) { return x * exp2_fast(-log2_fast(1.f + exp2_fast(-kLog2E * x))); }
 
 // The weights of one warp, in the order in which it uses them: for each batch of vectors its tiles of hidden units, then its
 // tiles of outputs. A lane copies the pieces that it reads itself, so the ring needs no barrier.

@@ -39,7 +39,7 @@ class TensorCore {
       for (int c = 0; c < 2; c++) {
         // The query vector of this column is the one of the row that lanes 4 * (column + c) hold.
         scale_[g][c] = p.scale_log2 * (kSplit ? __shfl_sync(kAll, unit, 4 * (column_ + c)) : 1.f);
-        seen_[g][c] = seen_entries(p, at.span, (pass * kVectors + g * 8 + column_ + c) % p.num_queries);
+        seen_[g][c] = seen_entries(p, at.span, pass * kVectors + g * 8 + column_ + c);
         reference_[g][c] = -INFINITY, sum_[g][c] = 0.f;
       }
 #pragma unroll
@@ -56,12 +56,13 @@ class TensorCore {
     add_values(stage + KeyShape::kTileBytes, s);
   }
 
-  SAAP_PRIM void deposit(int g, float* values, float2* masses) {
+  SAAP_PRIM void deposit(int g, int count, float* values, float2* masses) {
 #pragma unroll
     for (int c = 0; c < 2; c++) {
       float sum = sum_[g][c];
 #pragma unroll
       for (int o = 4; o < 32; o *= 2) sum += __shfl_xor_sync(kAll, sum, o);
+      if (column_ + c >= count) continue;
       if (row_ == 0) masses[column_ + c] = make_float2(reference_[g][c], sum);
       float* to = values + (column_ + c) * kStride + row_;
 #pragma unroll

@@ -31,7 +31,7 @@ class PlainCore {
     scale_ = p.scale_log2;
 #pragma unroll
     for (int u = 0; u < 4; u++) {
-      seen_[u] = seen_entries(p, at.span, (first + half * 4 + u) % p.num_queries);
+      seen_[u] = seen_entries(p, at.span, first + half * 4 + u);
       reference_[u] = -INFINITY, sum_[u] = 0.f;
     }
 #pragma unroll
@@ -92,7 +92,7 @@ class PlainCore {
     }
   }
 
-  SAAP_PRIM void deposit(int, float* values, float2* masses) {
+  SAAP_PRIM void deposit(int, int, float* values, float2* masses) {
     const int lane = threadIdx.x % 32, half = lane / 16;
 #pragma unroll
     for (int u = 0; u < 4; u++) {

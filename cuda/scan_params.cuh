@@ -6,8 +6,13 @@
 //   SAAP_GROUPS      query vectors of a pass, in eights      SAAP_TILE         tokens a warp takes at once, 16 or 32
 //   SAAP_STAGES      tiles in flight per warp                SAAP_WARPS        warps of a block
 //   SAAP_BLOCKS      blocks of a multiprocessor
+//   SAAP_CLOCK       0, or 1: blocks note when they pass the points below
 #pragma once
 #include "prims.cuh"
+
+#ifndef SAAP_CLOCK
+#define SAAP_CLOCK 0
+#endif
 #include "softmax_state.cuh"
 
 constexpr int kD = SAAP_D, kE = SAAP_E, kStorage = SAAP_T, kQuery = SAAP_TQ;
@@ -31,17 +36,32 @@ struct ScanParams {
   const int* meta;          // int32 (b, 8): length, sinks, sealed, ..., 16-byte aligned
   float* partials;          // float32 (passes, grid + b * h, vectors, e): scratch
   float* masses;            // float32 (passes, grid + b * h, vectors, 2): scratch
-  int* tickets;             // int32 (passes, b * h): zeros before the first launch; every launch leaves zeros
+  u32* tickets;             // u32 (passes, b * h): zeros before a launch; every launch leaves zeros
   void* out;                // dtype TQ (b, h, j, e)
   float* lse;               // float32 (b, h, j), natural log
   float scale_log2;         // of the logits, times log2 e
+  float inverse_heads, inverse_queries;  // 1 / heads and 1 / q, rounded
   int sequences, heads;
   int vectors, num_queries;  // j and q
   int capacity;              // N
   int max_rows, max_tail;    // t and x
   int max_segments, max_means, lists;  // S, M <= S, l
   int causal, dense;
+#if SAAP_CLOCK
+  i64* clocks;  // int64 (passes, grid, kPoints), cycles, or null; points that a block does not pass are left alone
+#endif
 };
+
+// Where a block is: it began; the launch ahead is over; its work is planned; the first copies are started, and there; its last tile
+// is added; its warps are merged; it has its ticket; it ends. Of the pairs of a block the last one counts.
+enum Point { kBegan, kWaited, kPlanned, kCopying, kArrived, kAdded, kMerged, kTicketed, kEnded, kPoints };
+
+SAAP_PRIM void note(const ScanParams& p, Point point) {
+#if SAAP_CLOCK
+  const i64 block = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
+  if (threadIdx.x == 0 && p.clocks) p.clocks[block * kPoints + point] = clock64();
+#endif
+}
 
 // How rows of `dim` elements lie in shared memory: in chunks of 16 bytes, as many as whole steps of the matrix instruction
 // need, swapped within a row such that eight rows of one chunk lie in different banks.
@@ -61,26 +81,17 @@ using KeyShape = RowShape<kD>;
 using ValueShape = RowShape<kE>;
 constexpr int kStageBytes = KeyShape::kTileBytes + ValueShape::kTileBytes;
 
-// Dynamic shared memory: stages (kWarps, kStages, kStageBytes), a flag, masses, what the core wants for itself, and to the end
-// max(kWarps * 8 * kStride, gridDim.x * kVectors) floats.
-constexpr int kStagesBytes = kWarps * kStages * kStageBytes, kCoreOffset = 16 + kWarps * 64;
+// Dynamic shared memory: stages (kWarps, kStages, kStageBytes), the work of the block (scan_walk.cuh), masses, what the core
+// wants for itself, and kWarps * 8 * kStride floats of values.
+constexpr int kStagesBytes = kWarps * kStages * kStageBytes, kWorkBytes = 48 + 32 * 32, kCoreOffset = kWorkBytes + kWarps * 64;
 constexpr int kCoreBytes = kStorage == kF32 ? 8 * kD * 4 + kWarps * 8 * kTile * 4 : 0;
 constexpr int kStride = (kE + 15) / 16 * 16 + 4;  // floats between value sums: the lanes of a fragment hit different banks
 
 SAAP_PRIM int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 SAAP_PRIM int ceil_div(int x, int y) { return (x + y - 1) / y; }
+// x / y of 0 <= x < 2^22, y its inverse, rounded: exact.
+SAAP_PRIM int divided(int x, float inverse) { return static_cast<int>((static_cast<float>(x) + 0.5f) * inverse); }
 
-// Butterflies: a sum or maximum has the same bits in every lane.
-SAAP_PRIM int warp_sum(int x) {
-#pragma unroll
-  for (int o = 16; o; o /= 2) x += __shfl_xor_sync(kAll, x, o);
-  return x;
-}
-SAAP_PRIM float warp_sum(float x) {
-#pragma unroll
-  for (int o = 16; o; o /= 2) x += __shfl_xor_sync(kAll, x, o);
-  return x;
-}
 SAAP_PRIM float warp_max(float x) {
 #pragma unroll
   for (int o = 16; o; o /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, o));

@@ -1,7 +1,10 @@
 // Which tokens a warp reads, and how they get into shared memory: the list of every pair cut into tiles, the tiles of all
-// pairs in one row, the row split evenly over the blocks. Nothing is scheduled: a block finds its place from the counts alone.
+// pairs in one row, the row split over the blocks. Nothing is scheduled: a block finds its place from the counts alone. One
+// warp reads them, and what it makes of them is all that the block goes by: its warps agree, whatever happens to the counts.
 #pragma once
 #include "scan_params.cuh"
+
+constexpr float kSlack = 2.f;  // tiles that a block may have more so that none ends two pairs
 
 // The list of one pair: entries [0, sinks) are the rows of that number, [sinks, listed) are rows[i - sinks], [listed, rows)
 // are rows i + shift; then, in tiles of their own, `tail` entries for the means of runs.
@@ -11,92 +14,168 @@ struct Span {
 };
 
 SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
-  const int4 meta = *reinterpret_cast<const int4*>(p.meta + static_cast<i64>(pair / p.heads) * 8);
+  // All loads before the first use of one.
+  const int4 meta = *reinterpret_cast<const int4*>(p.meta + static_cast<i64>(divided(pair, p.inverse_heads)) * 8);
+  const int count = p.rows && !p.dense ? p.counts[pair] : 0, tail = p.tail && !p.dense ? p.tail_counts[pair] : 0;
   const int length = clamp(meta.x, 0, p.capacity);
   if (p.dense) return {0, 0, length, 0, 0};
   int sinks = clamp(meta.y, 0, length), sealed = clamp(meta.z, 0, length);
   if (sealed < sinks) sinks = sealed = 0;  // nothing is sealed: every row is recent
-  const int listed = sinks + (p.rows ? clamp(p.counts[pair], 0, p.max_rows) : 0);
-  return {sinks, listed, listed + length - sealed, sealed - listed, p.tail ? clamp(p.tail_counts[pair], 0, p.max_tail) : 0};
+  const int listed = sinks + clamp(count, 0, p.max_rows);
+  return {sinks, listed, listed + length - sealed, sealed - listed, clamp(tail, 0, p.max_tail)};
 }
 
-// How many leading entries of the rows of a list query `query` sees.
-SAAP_PRIM int seen_entries(const ScanParams& p, const Span& span, int query) {
+// How many leading entries of the rows of a list query vector `vector` sees.
+SAAP_PRIM int seen_entries(const ScanParams& p, const Span& span, int vector) {
+  const int query = vector - p.num_queries * divided(vector, p.inverse_queries);
   const int causal = span.rows - p.num_queries + 1 + query;
   return !p.causal ? span.rows : causal > span.listed ? causal : span.listed;
 }
 
-// An even split of `total` tiles over `parts` blocks: the first `longer` of them take one tile more.
+// `total` tiles, the first of them `offset` in the row, spread evenly over `parts` blocks from `block` on: the first `longer` of
+// them take one tile more.
 struct Split {
-  int each, longer;
-  SAAP_PRIM Split(int total, int parts) : each(total / parts), longer(total % parts) {}
-  SAAP_PRIM int first(int block) const { return block * each + (block < longer ? block : longer); }
+  int offset, block, each, longer;
+  SAAP_PRIM int first(int part) const { return offset + part * each + (part < longer ? part : longer); }
   SAAP_PRIM int block_of(int tile) const {
-    const int bound = longer * (each + 1);
-    return tile < bound ? tile / (each + 1) : longer + (tile - bound) / each;
+    const int bound = longer * (each + 1), at = tile - offset;
+    const bool behind = at >= bound;
+    const u32 past = behind ? at - bound : at, size = behind ? each : each + 1;
+    return block + (behind ? longer : 0) + static_cast<int>(past / size);
   }
 };
 
 // A pair in the row of tiles: its tiles are [begin, end).
-struct Place {
-  int pair = -1, begin = 0, end = 0;
-  Span span{};
+struct alignas(16) Place {
+  int pair, begin, end;
+  Span span;
 };
 
-// Moves forward to the pair that tile `tile` >= at.end belongs to. Warp-uniform.
-SAAP_PRIM void seek(const ScanParams& p, Place& at, int tile) {
-  const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads;
-  int before = at.end;
-  for (int first = at.pair + 1; first < pairs; first += 32) {
-    Span span{};
-    if (first + lane < pairs) span = span_of(p, first + lane);
-    const int tiles = span.tiles();
-    int end = before + tiles;
+// What a block has to do, in shared memory: tiles [begin, last) of the row. Those before `until` are of the pairs in `places`,
+// the others wait for the next ones.
+struct alignas(16) Work {
+  int begin, last, until, count;  // count: of places
+  int pair, before, total;        // to go on: the next pair, the tiles before it, all tiles
+  int empty;                      // whether one of this block's share of the pairs is
+  Split split;
+  Place places[32];
+};
+static_assert(sizeof(Work) == kWorkBytes, "as the launcher counts it");
+
+SAAP_PRIM int inclusive_sum(int x) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int o = 1; o < 32; o *= 2) {
-      const int lower = __shfl_up_sync(kAll, end - before, o);
-      if (lane >= o) end += lower;
+  for (int o = 1; o < 32; o *= 2) {
+    const int lower = __shfl_up_sync(kAll, x, o);
+    if (lane >= o) x += lower;
+  }
+  return x;
+}
+
+// The pairs that a block looks after if they are empty: [blockIdx.x * share, blockIdx.x * share + share).
+SAAP_PRIM int empty_share(const ScanParams& p) {
+  return static_cast<int>((static_cast<u32>(p.sequences * p.heads) + gridDim.x - 1) / gridDim.x);
+}
+
+// One warp: the pairs of tiles [begin, last) from pair `first` on, the tiles of which start at `before`; no more than fit. known:
+// the lane holds the span of pair first + lane, and `end` is where its tiles end.
+SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last, int total, int first, int before, bool known,
+                           Span span, int end) {
+  const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads;
+  for (;; first += 32) {
+    if (!known) {
+      span = Span{0, 0, 0, 0, 0};
+      if (first + lane < pairs) span = span_of(p, first + lane);
+      end = before + inclusive_sum(span.tiles());
     }
-    const u32 beyond = __ballot_sync(kAll, end > tile);
-    if (beyond) {
-      const int found = __ffs(beyond) - 1;
-      at.pair = first + found;
-      at.end = __shfl_sync(kAll, end, found);
-      at.begin = at.end - __shfl_sync(kAll, tiles, found);
-      at.span.sinks = __shfl_sync(kAll, span.sinks, found);
-      at.span.listed = __shfl_sync(kAll, span.listed, found);
-      at.span.rows = __shfl_sync(kAll, span.rows, found);
-      at.span.shift = __shfl_sync(kAll, span.shift, found);
-      at.span.tail = __shfl_sync(kAll, span.tail, found);
+    known = false;
+    // Within bounds, and without a gap, also where counts have changed since they were summed up.
+    end = end < total ? end : total;
+    const int lower = __shfl_up_sync(kAll, end, 1), start = lane ? lower : before;
+    before = __shfl_sync(kAll, end, 31);
+    const bool mine = start < end && end > begin && start < last;
+    const u32 chosen = __ballot_sync(kAll, mine);
+    if (mine) work.places[__popc(chosen & ((1u << lane) - 1))] = Place{first + lane, start, end, span};
+    if (chosen || first + 32 >= pairs || before >= last) {
+      __syncwarp();  // lanes may have taken their arguments out of the work
+      if (lane == 0) {
+        work.begin = begin, work.last = last, work.until = before < last ? before : last, work.count = __popc(chosen);
+        work.pair = first + 32, work.before = before, work.total = total;
+      }
       return;
     }
-    before = __shfl_sync(kAll, end, 31);
   }
 }
 
-// The tokens of a tile by their numbers: lane i < kTile holds that of token i, a row of the arena or a run. -1: none.
-struct Numbers {
-  int number;
-  int pair;  // -1: there is no such tile
-  bool tail;
-};
-
-// Starts to load the numbers of `tile`, which lies at or past `at`.
-SAAP_PRIM Numbers number_tile(const ScanParams& p, Place& at, int tile, int last) {
-  if (tile >= last) return {-1, -1, false};
-  if (tile >= at.end) seek(p, at, tile);
-  const int i = (tile - at.begin) * kTile + threadIdx.x % kTile;
-  const Span& span = at.span;
-  const int past = i - ceil_div(span.rows, kTile) * kTile;
-  Numbers found{-1, at.pair, (tile - at.begin) * kTile >= span.rows};
-  if (found.tail) {
-    if (past < span.tail) found.number = p.tail[static_cast<i64>(at.pair) * p.max_tail + past];
-  } else if (i < span.rows) {
-    found.number = i < span.sinks   ? i
-                   : i < span.listed ? p.rows[static_cast<i64>(at.pair) * p.max_rows + i - span.sinks]
-                                     : i + span.shift;
+// One warp: how the tiles are split, which of them are the block's, the first of its pairs.
+SAAP_PRIM void plan(const ScanParams& p, Work& work) {
+  const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads, block = blockIdx.x, grid = gridDim.x;
+  const int each = (pairs + 31) / 32, share = empty_share(p);
+  Span span{0, 0, 0, 0, 0};
+  int tiles = 0;
+  bool empty = false;
+#pragma unroll 1
+  for (int i = lane * each; i < lane * each + each && i < pairs; i++) {
+    span = span_of(p, i);
+    tiles += span.tiles();
+    empty |= span.tiles() == 0 && static_cast<u32>(i - block * share) < static_cast<u32>(share);
   }
-  return found;
+  const int end = inclusive_sum(tiles), total = __shfl_sync(kAll, end, 31);
+  const int wanted = (total + kWarps - 1) / kWarps, blocks = wanted < 1 ? 1 : wanted < grid ? wanted : grid;
+
+  // Few pairs get whole blocks, where that makes no block much longer: a block then ends one pair instead of two.
+  int offset = 0, of = total, first = 0, parts = blocks;
+  if (each == 1) {
+    const float even = __fdividef(static_cast<float>(total), static_cast<float>(blocks));
+    const float ratio = __fdividef(static_cast<float>(blocks), static_cast<float>(total));
+    const int edge = end == total ? blocks : static_cast<int>(static_cast<float>(end) * ratio + 0.5f);
+    const int lower = __shfl_up_sync(kAll, edge, 1), low = lane ? lower : 0;
+    const bool fine = tiles == 0 || static_cast<float>(tiles) <= static_cast<float>(edge - low) * (even + kSlack);
+    if (__all_sync(kAll, fine) && block < blocks) {
+      const int owner = __ffs(__ballot_sync(kAll, edge > block)) - 1;
+      first = __shfl_sync(kAll, low, owner), parts = __shfl_sync(kAll, edge, owner) - first;
+      of = __shfl_sync(kAll, tiles, owner), offset = __shfl_sync(kAll, end, owner) - of;
+    }
+  }
+  const int quotient = static_cast<int>(static_cast<u32>(of) / static_cast<u32>(parts));
+  const Split split{offset, first, quotient, of - quotient * parts};
+  empty = __any_sync(kAll, empty);
+  if (lane == 0) work.split = split, work.empty = empty, work.begin = work.last = work.count = 0;
+  if (block >= blocks || total == 0) return;
+  const int begin = split.first(block - first), last = split.first(block - first + 1);
+  const int owner = __ffs(__ballot_sync(kAll, end > begin)) - 1;
+  const int before = __shfl_sync(kAll, end - tiles, owner);
+  if (begin >= last) return;
+  const bool known = each == 1;
+  fill_places(p, work, begin, last, total, known ? 0 : owner * each, known ? 0 : before, known, span, end);
+}
+
+// The tokens of tiles by their numbers, kTile lanes to a tile: a row of the arena or a run, -1: none. of: of which pair, times
+// two, and one more for runs; -1 where there is no such tile.
+struct Numbers {
+  int number, of;
+};
+constexpr int kTogether = 32 / kTile;  // tiles whose numbers a warp loads at once
+
+// Starts to load the lane's number of `tile`; `at` is its place or one before it.
+SAAP_PRIM Numbers number_tile(const ScanParams& p, const Work& work, int& at, int tile, int until) {
+  if (tile >= until) return {-1, -1};
+  while (tile >= work.places[at].end) at++;
+  const Place& place = work.places[at];
+  const int first = (tile - place.begin) * kTile, i = first + threadIdx.x % kTile;
+  const bool tail = first >= place.span.rows;
+  const int past = i - ceil_div(place.span.rows, kTile) * kTile;
+  const int* from = nullptr;
+  int number = -1;
+  if (tail) {
+    if (past < place.span.tail) from = p.tail + static_cast<i64>(place.pair) * p.max_tail + past;
+  } else if (i < place.span.rows) {
+    number = i < place.span.sinks ? i : i + place.span.shift;
+    if (i >= place.span.sinks && i < place.span.listed)
+      from = p.rows + static_cast<i64>(place.pair) * p.max_rows + i - place.span.sinks;
+  }
+  if (from) number = *from;
+  return {number, place.pair * 2 + tail};
 }
 
 // Starts the copies of a tile's rows of `dim` elements out of `base`; lane i holds the number of row i, -1 for one of zeros.
@@ -115,22 +194,25 @@ SAAP_PRIM void gather(char* to, const char* base, int number) {
   }
 }
 
-// Starts the copies of a tile into a stage, as one group. Returns what is added to the logit of token `lane` % kTile, in log2
-// units: -inf for one that does not exist, the logarithm of its length for a run.
-SAAP_PRIM float copy_tile(const ScanParams& p, const Numbers& tokens, char* stage) {
+// Starts the copies of the tile whose numbers the `part`-th lanes hold into a stage, as one group. Returns what is added to the
+// logit of token `lane` % kTile, in log2 units: -inf for one that does not exist, the logarithm of its length for a run.
+SAAP_PRIM float copy_tile(const ScanParams& p, const Numbers& held, int part, char* stage) {
+  const int source = part * kTile + threadIdx.x % kTile, of = __shfl_sync(kAll, held.of, source);
+  int number = __shfl_sync(kAll, held.number, source);
   float bias = -INFINITY;
-  if (tokens.pair >= 0) {
-    const int limit = tokens.tail ? p.max_means * p.lists : p.capacity;
-    const i64 first = static_cast<i64>(tokens.pair) * limit;
-    const char* keys = static_cast<const char*>(tokens.tail ? p.mean_keys : p.keys) + first * KeyShape::kBytes;
-    const char* values = static_cast<const char*>(tokens.tail ? p.mean_values : p.values) + first * ValueShape::kBytes;
-    const int number = static_cast<u32>(tokens.number) < static_cast<u32>(limit) ? tokens.number : -1;
+  if (of >= 0) {
+    const bool tail = of & 1;
+    const int pair = of / 2, limit = tail ? p.max_means * p.lists : p.capacity;
+    const i64 first = static_cast<i64>(pair) * limit;
+    const char* keys = static_cast<const char*>(tail ? p.mean_keys : p.keys) + first * KeyShape::kBytes;
+    const char* values = static_cast<const char*>(tail ? p.mean_values : p.values) + first * ValueShape::kBytes;
+    if (static_cast<u32>(number) >= static_cast<u32>(limit)) number = -1;
     gather<kD>(stage, keys, number);
     gather<kE>(stage + KeyShape::kTileBytes, values, number);
     if (number >= 0) {
       bias = 0.f;
-      if (tokens.tail) {
-        const i64 table = static_cast<i64>(tokens.pair) * p.max_segments * (p.lists + 1);
+      if (tail) {
+        const i64 table = static_cast<i64>(pair) * p.max_segments * (p.lists + 1);
         const int* run = p.tables + table + number + number / p.lists;
         const u32 size = static_cast<u32>(run[1]) - static_cast<u32>(run[0]);
         bias = run[1] > run[0] ? log2_fast(static_cast<float>(size)) : -INFINITY;

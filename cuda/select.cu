@@ -57,7 +57,7 @@ __device__ __forceinline__ void find_unread(const Selection& of, const Cut& cut,
 }  // namespace
 
 // Backend.probe of backends/base.py, with budgets of their own for every (sequence, KV head): rows, and the runs of the tail.
-// Weights are float32, equal if their bits are. Rows and run numbers are written ascending, then -1 up to t_cap and x_cap.
+// Weights are float32, equal if their bits are. Rows and run numbers are written ascending; what lies behind them stays as it is.
 //
 // Mass is counted in parts of 2^-31 of the whole, at least one for a run of any weight.
 // Lengths that a table gives as negative count as none, so that nothing is written out of place whatever it holds.

@@ -75,11 +75,12 @@ constexpr int kWindow = 256;  // items that a warp looks through at a time
 // Shared memory of write_stretches.
 struct Writing {
   u32 scan[kWarps], found[kWarps];
+  int first[kThreads];  // of the stretches at hand, and the place in out behind each
+  u32 end[kThreads];
   u16 items[kWarps * kWindow];  // those of a warp that may have something, from the start of all warps' windows
 };
 
-// Writes the stretches of items 0, 1, ... one behind the other to out (most), then -1 up to its end; returns how many numbers
-// precede those. may(item): false if it has none; stretch(item) is asked of the others. Few do, so those are gathered first.
+// Writes the stretches of items 0, 1, ... one behind the other to out (most); returns how many numbers they have. may(item): false if it has none; stretch(item) is asked of the others. Few do, so those are gathered first.
 template <class May, class F>
 __device__ __forceinline__ int write_stretches(int items, int* out, int most, Writing& writing, May may, F stretch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -107,22 +108,24 @@ __device__ __forceinline__ int write_stretches(int items, int* out, int most, Wr
       if (index < all) x = stretch(window + writing.items[owner * kWindow + index - before_owner]);
       x.n = x.n < most ? x.n : most;  // whatever tables hold, this ends
       u32 total;
-      const u32 start = at + exclusive_scan(static_cast<u32>(x.n), total, writing.scan), end = start + x.n;
-      const u32 from = from_lane(start, 0), to = from_lane(end, 31);
+      const u32 start = at + exclusive_scan(static_cast<u32>(x.n), total, writing.scan);
+      writing.first[threadIdx.x] = x.first, writing.end[threadIdx.x] = start + x.n;
+      __syncthreads();
+      // A warp has a stretch at a time, so that long ones, which lie together, are spread over the block like short ones.
+      const u32 stretches = all - base < kThreads ? all - base : kThreads;
+#pragma unroll 2
+      for (u32 i = warp; i < stretches; i += kWarps) {
+        const u32 begin = i ? writing.end[i - 1] : at, end = min(writing.end[i], static_cast<u32>(most));
+        const int shift = writing.first[i] - static_cast<int>(begin);
 #pragma unroll 1
-      for (u32 first = from; first < to; first += 32) {  // the numbers of a warp's items, 32 at a time
-        const u32 place = first + lane;
-        const int whose = owner_of(end, place);
-        const int number = __shfl_sync(kAllLanes, x.first, whose) + static_cast<int>(place - from_lane(start, whose));
-        if (place < to && place < static_cast<u32>(most)) out[place] = number;
+        for (u32 place = begin + lane; place < end; place += 32) out[place] = static_cast<int>(place) + shift;
       }
+      __syncthreads();
       at += total;
     }
     __syncthreads();  // before the windows move on
   }
-  const int count = at < static_cast<u32>(most) ? static_cast<int>(at) : most;
-  for (int i = count + threadIdx.x; i < most; i += kThreads) out[i] = -1;
-  return count;
+  return at < static_cast<u32>(most) ? static_cast<int>(at) : most;
 }
 
 }  // namespace

@@ -68,6 +68,32 @@ struct Limits {
   __device__ __forceinline__ bool reached(Measure x) const { return x.rows >= rows || x.mass >= mass; }
 };
 
+// The candidate at which a selection ends, by comparing each with each: put(cut) is called by one thread. Four threads have a
+// candidate, and a part of the others each.
+template <class Put>
+__device__ __forceinline__ void rank_candidates(const Candidate* few, int count, const Limits& limits, Put put) {
+  constexpr int kTeam = 4;
+#pragma unroll 1
+  for (int base = 0; base < count; base += kThreads / kTeam) {
+    const int i = base + static_cast<int>(threadIdx.x) / kTeam;
+    const Candidate item = few[i < count ? i : 0];
+    Measure from{0, 0};
+#pragma unroll 2
+    for (int k = threadIdx.x % kTeam; k < count; k += kTeam) {
+      const Candidate other = few[k];
+      const bool better = other.key > item.key || (other.key == item.key && other.place < item.place);
+      from = from + Measure{better ? other.measure.rows : 0, better ? other.measure.mass : 0};
+    }
+#pragma unroll
+    for (int step = 1; step < kTeam; step *= 2)
+      from = from + Measure{__shfl_xor_sync(kAllLanes, from.rows, step), __shfl_xor_sync(kAllLanes, from.mass, step)};
+    if (i < count && threadIdx.x % kTeam == 0 && !limits.reached(from) && limits.reached(from + item.measure)) {
+      const u32 left = limits.rows - from.rows;
+      put(Cut{item.key, item.place, item.measure.rows < left ? item.measure.rows : left});
+    }
+  }
+}
+
 // Finds search.cut, and all threads may read it afterwards. Before: search was cleared, every item whose key is not kNoItem was
 // tallied in bin key >> kFirstShift, and a barrier. limits.rows > 0, limits.mass > 0.
 // keys (items). order.measure(item): as tallied; items without rows and mass are not looked at. order.place(item): its place
@@ -146,20 +172,7 @@ __device__ __forceinline__ void find_cut(Search& search, const u32* keys, int it
     }
     shift = next_shift;
   }
-  const int found = static_cast<int>(search.found);
-  for (int i = threadIdx.x; i < found; i += kThreads) {
-    const Candidate item = search.few[i];
-    Measure from{0, 0};
-#pragma unroll 1
-    for (int k = 0; k < found; k++) {
-      const Candidate other = search.few[k];
-      if (other.key > item.key || (other.key == item.key && other.place < item.place)) from = from + other.measure;
-    }
-    if (!limits.reached(from) && limits.reached(from + item.measure)) {
-      const u32 left = limits.rows - from.rows;
-      search.cut = {item.key, item.place, item.measure.rows < left ? item.measure.rows : left};
-    }
-  }
+  rank_candidates(search.few, static_cast<int>(search.found), limits, [&](Cut cut) { search.cut = cut; });
   __syncthreads();
 }
 

@@ -2,7 +2,7 @@
 // all take the same parameters.
 //
 // in : u32 (n,), out : u32, sizes below; 16-byte aligned. flags : int32 (2 * blocks,), zero. Blocks of kThreads, kSharedBytes of
-// shared memory each. All but `order` use one block. Deterministic, `order` under any schedule of its blocks.
+// shared memory each. All but `order`, `cluster` and `relay` use one block. Deterministic under any schedule of the blocks.
 #include "prims.cuh"
 
 struct SelftestParams {
@@ -164,6 +164,39 @@ extern "C" __global__ void __launch_bounds__(kThreads) saap_selftest_order(const
   }
   p.out[0] = sum, p.out[1] = seen;
   p.flags[0] = 0;
+}
+
+// n = kThreads * blocks, in clusters of any size. out (n, 4): the word of the same thread in the next block of the cluster, loaded; in
+// the next block but one, handed on by a store; the sum of the cluster's words, by atomics on its first block and a load from it;
+// rank + 256 * size of the cluster.
+extern "C" __global__ void __launch_bounds__(kThreads) saap_selftest_cluster(const __grid_constant__ SelftestParams p) {
+  SAAP_SHARED(u32, shared);
+  u32 *words = shared, *stored = shared + kThreads, *sum = shared + 2 * kThreads;
+  const int thread = threadIdx.x, rank = cluster_rank(), size = cluster_size();
+  const i64 i = static_cast<i64>(kThreads) * blockIdx.x + thread;
+  words[thread] = p.in[i];
+  if (thread == 0) *sum = 0;
+  cluster_barrier();
+  const int next = (rank + 1) % size, last = (rank + size - 1) % size;
+  const u32 loaded = of_block(words, next)[thread];
+  of_block(stored, last)[thread] = loaded;
+  atomicAdd(of_block(sum, 0), p.in[i]);
+  cluster_barrier();
+  u32* out = p.out + 4 * i;
+  out[0] = loaded, out[1] = stored[thread], out[2] = *of_block(sum, 0);
+  out[3] = static_cast<u32>(rank + 256 * size);
+  cluster_barrier();
+}
+
+// n = kThreads * blocks, started several times in a row as dependent launches, each reading what the one before wrote, its last words
+// first. out (n,): 2654435761 * in[n - 1 - i] + 1. The first block is late on purpose.
+extern "C" __global__ void __launch_bounds__(kThreads) saap_selftest_relay(const __grid_constant__ SelftestParams p) {
+  const int i = kThreads * blockIdx.x + threadIdx.x;
+  grid_dependency_launch();
+  if (threadIdx.x == 0) grid_dependency_wait();
+  __syncthreads();
+  if (blockIdx.x == 0) __nanosleep(20000);
+  p.out[i] = 2654435761u * p.in[p.n - 1 - i] + 1;
 }
 
 #ifdef SAAP_EMU

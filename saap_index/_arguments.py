@@ -56,6 +56,8 @@ class IndexArguments:
     def _queries(self, queries: Any, any_number: bool = False) -> tuple[Tensor, Form]:
         """Checked queries by KV head, (b, h, g, q, d), and the form of the results."""
         batch = self._lists.batch if self._lists is not None else None
+        if isinstance(queries, list | tuple):
+            queries = checks.tensor(queries, "queries").numpy()
         plain = isinstance(queries, Tensor) and queries.ndim == 4
         kind: tuple[Any, ...] = ()
         if plain:

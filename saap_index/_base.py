@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,15 @@ from .quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
 from .tower import TwoTower
+from .whole import signals_wait
 
 MAX_DIM = 256
+
+_STATE = (
+    "_calibration", "_key_quantizer", "_last", "_layout", "_lists", "_miss", "_prepared_quantizer", "_prepared_router",
+    "_query_router", "_tower",
+)  # fmt: skip
+"""What a change may set."""
 
 
 class AssignRows:
@@ -107,6 +115,7 @@ class IndexBase(IndexArguments):
         self.budget_shares = budget_shares
         self.dtype, self.device, self.rope = dtype, checks.device(device), rope
         self._backend = get_backend(self.device, backend)
+        self.device = getattr(self._backend, "device", self.device)  # with its number: "cuda" alone would accept tensors of any
         self.backend_name = backend
         self._key_quantizer: KeyQuantizer | None = None
         self._query_router: QueryRouter | None = None
@@ -134,6 +143,19 @@ class IndexBase(IndexArguments):
     def __repr__(self) -> str:
         names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
         return f"AsymmetricIndex({', '.join(f'{n}={getattr(self, n)}' for n in names)}, backend={self._backend.name!r})"
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around a change: it happens whole or not at all, whatever is raised in it; signals are answered after it."""
+        with signals_wait():
+            before = [(name, getattr(self, name)) for name in _STATE]
+            try:
+                with nullcontext() if self._lists is None else self._lists.whole():
+                    yield
+            except BaseException:
+                for name, value in before:
+                    setattr(self, name, value)
+                raise
 
     # -- attributes of a FAISS IVF index -------------------------------------------------------------------------------
 
@@ -171,8 +193,9 @@ class IndexBase(IndexArguments):
             raise CompatibilityError(f"key_quantizer: expected centroids {want}, got {(h, nlist, d)}")
         if self.ntotal:
             raise StateError(f"key_quantizer: expected an empty index, got one with {self.ntotal} tokens; call reset first")
-        self._key_quantizer = quantizer.to(self.device)
-        self._prepared_quantizer = self._backend.prepare_quantizer(self._key_quantizer.centroids)
+        with self._whole():
+            self._key_quantizer = quantizer.to(self.device)
+            self._prepared_quantizer = self._backend.prepare_quantizer(self._key_quantizer.centroids)
 
     @property
     def query_router(self) -> QueryRouter | None:
@@ -182,9 +205,10 @@ class IndexBase(IndexArguments):
     @query_router.setter
     def query_router(self, router: QueryRouter) -> None:
         router.check_heads(self.num_kv_heads, self.d, self.nlist)
-        self._query_router = router.to(self.device)
-        self._prepared_router = self._backend.prepare_router(self._query_router.weights)
-        self._calibration = self._miss = None
+        with self._whole():
+            self._query_router = router.to(self.device)
+            self._prepared_router = self._backend.prepare_router(self._query_router.weights)
+            self._calibration = self._miss = None
 
     @property
     def tower(self) -> TwoTower | None:
@@ -202,9 +226,12 @@ class IndexBase(IndexArguments):
             tower.check_heads(self.num_kv_heads, self.d)
             if self._key_quantizer is None or self.ntotal:
                 raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
-            self.query_router = tower.at(self._key_quantizer.centroids.to(tower.weights.hidden.device))
-            tower = tower.to(self.device)
-        self._tower = tower
+            here = tower.to(self.device)
+            with self._whole():
+                self.query_router = tower.at(self._key_quantizer.centroids.to(tower.weights.hidden.device))
+                self._tower = here
+        else:
+            self._tower = None
 
     @property
     def calibration(self) -> Calibration | None:
@@ -217,7 +244,7 @@ class IndexBase(IndexArguments):
             raise ParameterError(f"calibration: expected a Calibration or None, got {type(value).__name__}")
         if value is not None and len(value.miss) != self.num_kv_heads:
             raise CompatibilityError(f"calibration: expected {self.num_kv_heads} KV heads, got {len(value.miss)}")
-        self._calibration, self._miss = value, None
+        self._miss, self._calibration = None, value
 
     @property
     def nprobe(self) -> int | None:
@@ -365,7 +392,7 @@ class IndexBase(IndexArguments):
             ranks = np.arange(step // 2, total, step)
             x = lists.keys[i, :, :n] if total == n else torch.cat([lists.keys[i, :, :n], keys[i, :, : total - n]], 1)
             x = x[:, step // 2 :: step].float()
-            gone = len(lists.removed[i])
+            gone = lists.gaps[i].count
             places = np.where(ranks < n, lists.positions(i, np.minimum(ranks, max(0, n - 1))), ranks + gone)
             parts.append(x if self.rope is None else self.rope.unrotate(x, places, total + gone))
 

@@ -42,9 +42,10 @@ class IndexDecode(IndexStorage):
             raise StateError(f"advance: expected an index whose state lies on its device, got backend {self._backend.name!r}")
         counts = None if n is None else checks.counts(n, state.lists.batch, 2**31 - 1, "n")
         problem = state.advance(counts)
-        if self._tower is not None:
-            self._repartition(state.lists, state.lists.keys[:, :, :0], [0] * state.lists.batch)
-        state.lists.seal(self._assign_rows)
+        with self._whole():
+            if self._tower is not None:
+                self._repartition(state.lists, state.lists.keys[:, :, :0], [0] * state.lists.batch)
+            state.lists.seal(self._assign_rows)
         state.follow()
         if problem is not None:
             raise problem
@@ -76,13 +77,19 @@ class IndexDecode(IndexStorage):
             state.refuse_capture(what)
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Around a change: host and device agree before it, and after it where a graph may be replayed next."""
+    def _in_step(self) -> Iterator[None]:
+        """Host and device agree before it, and after it where a graph may be replayed next."""
         state = self._decode_state()
         if state is not None:
             state.settle()
         yield
         self._follow()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change: `_in_step`, and whole or not at all."""
+        with self._in_step(), self._whole():
+            yield
 
     def _follow(self) -> None:
         state = self._decode_state()
@@ -93,7 +100,8 @@ class IndexDecode(IndexStorage):
         state = self._decode_state()
         if state is not None:
             state.forget()
-        super().reset()
+        with self._whole():
+            super().reset()
         self._follow()
 
     def truncate(self, n: int | Sequence[int]) -> None:
@@ -109,11 +117,11 @@ class IndexDecode(IndexStorage):
             super().reorder(sequences)
 
     def fork(self, sequences: Sequence[int] | None = None) -> Self:
-        with self._changing():
+        with self._in_step():
             return super().fork(sequences)
 
     def to(self, device: torch.device | str) -> Self:
-        with self._changing():
+        with self._in_step():
             return super().to(device)
 
     def reserve_memory(self, n: int, batch: int | None = None) -> None:
@@ -125,7 +133,7 @@ class IndexDecode(IndexStorage):
             return super().reclaim_memory()
 
     def stats(self) -> IndexStats:
-        with self._changing():
+        with self._in_step():
             return super().stats()
 
     def _relayout(self, **changes: int) -> None:

@@ -40,7 +40,8 @@ class IndexStorage(IndexBase):
         Raises LengthError beyond the end, ShapeError for another number of sequences; the index is unchanged then.
         """
         if self._lists is None:
-            checks.counts(n, 1 if isinstance(n, int) else len(n), 0, "n")  # an empty index may become a batch of any size
+            one = isinstance(n, int | np.integer)  # an empty index may become a batch of any size
+            checks.counts(n, 1 if one else len(n), 0, "n")  # type: ignore[arg-type]
             return
         keep = checks.counts(n, self._lists.batch, 2**31 - 1, "n")
         for i, (count, length) in enumerate(zip(keep, self._lists.lengths, strict=True)):
@@ -76,9 +77,9 @@ class IndexStorage(IndexBase):
 
         Raises LengthError for an id that is not stored, ParameterError for a sequence that is not there.
         """
-        wanted = checks.ids([ids] if isinstance(ids, int) else ids, "ids")
+        wanted = checks.ids([ids] if isinstance(ids, int | np.integer) else ids, "ids")
         sequence = checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
-        stored = self.invlists.row_ids(sequence).long() if self.ntotal else torch.empty((1, 0), dtype=torch.int64)
+        stored = self.invlists.row_ids(sequence).long() if self.ntotal else torch.empty((1, 0), dtype=torch.int64, device="cpu")
         found, order = stored.sort(dim=1)
         missing = np.setdiff1d(wanted, found[0].cpu().numpy())
         if len(missing):

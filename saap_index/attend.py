@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import checks
 from .backends import Backend, Budget, Rotation, Search, Tail, get_backend
-from .errors import CompatibilityError, ShapeError
+from .errors import CompatibilityError, ShapeError, StateError
 from .invlists import SegmentedInvertedLists
 from .params import SearchParametersIVF
+from .precision import full_precision
 from .router import QueryRouter
 
 
@@ -26,7 +28,8 @@ class Selection:
     rows : int32 (b, h, t) rows inside segments, ascending, padded with -1, or None if no segment is read apart (dense, or
     nothing sealed); counts : int32 (b, h) of them. Rows [0, sinks[i]) and [sealed[i], lengths[i]) are read besides; sealed and
     sinks are 0 where every row is read. tail : int32 (b, h, x), numbers segment * nlist + list of the runs that are read through
-    their means, ascending, padded with -1, or None for none; tail_counts : int32 (b, h) of them.
+    their means, ascending, padded with -1, or None for none; tail_counts : int32 (b, h) of them. version : of the inverted lists
+    whose rows these are; None holds for any, at the caller's own risk.
     """
 
     rows: Tensor | None
@@ -36,6 +39,12 @@ class Selection:
     lengths: list[int]
     tail: Tensor | None = None
     tail_counts: Tensor | None = None
+    version: int | None = None
+
+    def check(self, lists: SegmentedInvertedLists) -> None:
+        """StateError if rows were chosen before they changed."""
+        if self.rows is not None and self.version not in (None, lists.version):
+            raise StateError("selection: expected one made since the last change of the index, got one of before")
 
 
 def everything(lists: SegmentedInvertedLists) -> Selection:
@@ -63,7 +72,98 @@ def select(
     knots = knots if z.is_cpu else knots.to(z.device)
     found = backend.probe(z, a, knots, lists.tables, plan.num_segments, plan.budget, router.count_lists)
     spans = plan.sinks, plan.sealed, list(lists.lengths)
-    return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts), params)
+    return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, lists.version), params)
+
+
+def select_each(
+    backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor,
+    rotation: Rotation | None, params: SearchParametersIVF, shares: np.ndarray | None, miss: Tensor | None,
+) -> Selection:  # fmt: skip
+    """`select` for every one of queries (b, h, g, q, d) on its own: as if there were b * q sequences, those of one side by side.
+
+    rotation : angles of the newest position of each sequence, (b, r / 2). Not for a larger window or more sinks than the lists
+    have; nothing enters through means.
+    """
+    b, h, g, q, d = queries.shape
+    plan, lengths = _plan(lists, router, params, shares, miss), _repeated(lists.lengths, q)
+    if plan.budget is None:
+        none = [0] * (b * q)
+        return Selection(None, None, none, none, lengths)
+    if rotation is not None:
+        cos, sin = rotation.cos.repeat_interleave(q, 0), rotation.sin.repeat_interleave(q, 0)
+        rotation = Rotation(cos, sin, rotation.interleaved, rotation.scale)
+    z, a = backend.route(prepared, queries.permute(0, 3, 1, 2, 4).reshape(b * q, h, g, 1, d).contiguous(), rotation)
+    distances = np.ones((b, lists.tables.shape[2]))
+    for i, count in enumerate(plan.num_segments):
+        np.subtract(lists.next_position(i) - 1, lists.centres(i), out=distances[i, :count])
+    knots = torch.from_numpy(router.knots(distances)).repeat_interleave(q, 0).to(z.device)
+    budget = Budget(plan.budget.rows.repeat_interleave(q, 0), plan.budget.nprobe, plan.budget.miss)
+    tables, used = lists.tables.repeat_interleave(q, 0), _repeated(plan.num_segments, q)
+    found = backend.probe(z, a, knots, tables, used, budget, router.count_lists)
+    return Selection(found.rows, found.counts, _repeated(plan.sinks, q), _repeated(plan.sealed, q), lengths, version=plan.version)
+
+
+def side_by_side(selections: Sequence[Selection]) -> Selection:
+    """Selections of one query each, of the same sequences, as `select_each` returns them; without their tails."""
+    b = len(selections[0].lengths)
+    sinks, sealed, lengths = (
+        [getattr(s, name)[i] for i in range(b) for s in selections] for name in ("sinks", "sealed", "lengths")
+    )
+    first, counts = selections[0], [s.counts for s in selections]
+    if first.rows is None or first.counts is None:
+        return Selection(None, None, sinks, sealed, lengths)
+    width = max(s.rows.shape[2] for s in selections if s.rows is not None)
+    padded = [functional.pad(s.rows, (0, width - s.rows.shape[2]), value=-1) for s in selections if s.rows is not None]
+    rows, number = torch.stack(padded, 1).flatten(0, 1), torch.stack([c for c in counts if c is not None], 1).flatten(0, 1)
+    return Selection(rows, number, sinks, sealed, lengths, version=first.version)
+
+
+def _repeated(values: Sequence[int], times: int) -> list[int]:
+    return [value for value in values for _ in range(times)]
+
+
+@full_precision
+def best_of(
+    lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, k: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k largest inner products of queries (b, h, g, q, d) with the keys that each would read, and the ids of these tokens.
+
+    selection : of `select_each`. Returns float32 (b, h, g, q, k), descending, and int64 of the same shape; -inf and -1 for none.
+    """
+    b, h, g, q, d = queries.shape
+    device = queries.device
+    scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=device)
+    ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=device)
+    width = 0 if selection.rows is None else selection.rows.shape[2]
+    rows_in_use = max(selection.sealed, default=0)
+    at_once = q * width >= rows_in_use  # to multiply all sealed keys reads less than to gather those of each query
+    step = max(1, GATHER_BYTES // (4 * max(g * rows_in_use if at_once else d * width, 1)))
+    for i, head in np.ndindex(b, h):
+        always = _always(selection, i * q, device)
+        x = queries[i, head].float()  # (g, q, d)
+        keys = lists.keys[i, head]
+        beside = x @ keys.index_select(0, always).float().T
+        for first in range(0, q, step):
+            part = slice(first, first + step)
+            count = min(step, q - first)
+            inner, rows = beside[:, part], always.expand(count, -1)
+            if selection.rows is not None:
+                chosen = selection.rows[i * q + first : i * q + first + count, head].long()
+                found = chosen.clamp(min=0)
+                if at_once:
+                    sealed = (x[:, part] @ keys[:rows_in_use].float().T).gather(2, found.expand(g, -1, -1))
+                else:
+                    gathered = keys.index_select(0, found.reshape(-1)).view(count, width, d).float()
+                    sealed = torch.einsum("gqd,qtd->gqt", x[:, part], gathered)
+                sealed = sealed.masked_fill(chosen < 0, float("-inf"))
+                inner, rows = torch.cat([inner, sealed], 2), torch.cat([rows, chosen], 1)
+            top = inner.topk(min(k, inner.shape[2]), dim=2)
+            at = rows.expand(g, -1, -1).gather(2, top.indices)
+            n = at.shape[2]
+            scores[i, head, :, part, :n] = top.values
+            # a row of no token has no score; one whose score is -inf is still a token's
+            ids[i, head, :, part, :n] = torch.where(at < 0, -1, lists.ids_of(i, head, at.clamp(min=0)))
+    return scores, ids
 
 
 def search(
@@ -78,27 +178,31 @@ def search(
     if plan.budget is None:
         return None
     known = plan.search
-    memory = prepared, scale, lists.keys, lists.values, lists.tables, lists.mean_keys, lists.mean_values
-    if known is None or not all(map(operator.is_, known[0], memory)):
-        plan.search = known = memory, backend.prepare_search(_search(lists, router, prepared, plan, plan.budget, scale))
-    if known[1] is None:
+    if known is None or known[0] is not prepared or known[1] != scale:
+        found = backend.prepare_search(_search(lists, router, prepared, plan, plan.budget, scale))
+        plan.search = known = prepared, scale, found
+    if known[2] is None:
         return None
     lengths = list(lists.lengths)
     ends = [lists.next_position(i) for i in range(lists.batch)]
-    out, lse, found = known[1](queries, rotation, ends, lengths)
-    return out, lse, Selection(found.rows, found.counts, plan.sinks, plan.sealed, lengths, found.tail, found.tail_counts)
+    out, lse, taken = known[2](queries, rotation, ends, lengths)
+    rows, spans = (taken.rows, taken.counts), (plan.sinks, plan.sealed, lengths)
+    return out, lse, Selection(*rows, *spans, taken.tail, taken.tail_counts, plan.version)
 
 
 def _search(
     lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, plan: _Plan, budget: Budget, scale: float
 ) -> Search:
-    centres = torch.zeros((lists.batch, lists.tables.shape[2]), dtype=torch.float64)
+    centres = torch.zeros((lists.batch, lists.tables.shape[2]), dtype=torch.float64, device="cpu")
     for i, count in enumerate(plan.num_segments):
         centres[i, :count] = torch.from_numpy(lists.centres(i))
     memory = lists.keys, lists.values, lists.mean_keys, lists.mean_values
     how = router.first_knot, router.count_lists, centres, lists.tables, plan.num_segments, budget
     return Search(prepared, *how, *memory, plan.sinks, plan.sealed, scale)
 
+
+GATHER_BYTES = 64 << 20
+"""Most memory for keys that `best_of` looks at together."""
 
 MOST_PLANS = 16
 """Sets of search parameters for which a plan is kept."""
@@ -110,13 +214,14 @@ class _Plan:
     Written to in one piece, so that threads may search one index.
     """
 
-    __slots__ = ("budget", "key", "num_segments", "sealed", "search", "sinks")
+    __slots__ = ("budget", "key", "num_segments", "sealed", "search", "sinks", "version")
 
     def __init__(
         self, key: tuple[Any, ...], lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF,
         shares: np.ndarray | None, miss: Tensor | None,
     ) -> None:  # fmt: skip
         batch = range(lists.batch)
+        self.version = lists.version
         self.key = key  # holds the objects, so that no other takes the place of one that is gone
         self.sinks, self.sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
         self.num_segments = [len(s) for s in lists.segments]
@@ -124,7 +229,7 @@ class _Plan:
         budgets = params.budgets(sizes, lists.heads, shares)
         fits = everything_fits(params, router, sizes, budgets, miss)
         self.budget = None if fits else spend(lists, router, params, budgets, miss)
-        self.search: tuple[tuple[Any, ...], Any] | None = None  # memory, what `Backend.prepare_search` made
+        self.search: tuple[Any, float, Any] | None = None  # router and scale, and what `Backend.prepare_search` made of them
 
 
 def _plan(
@@ -132,9 +237,9 @@ def _plan(
     miss: Tensor | None,
 ) -> _Plan:  # fmt: skip
     """The plan of an earlier call with these parameters, kept with the lists, where it still holds."""
-    key = params, router, shares, miss, lists.layout, *lists.segments
+    key = params, router, shares, miss
     plan: _Plan | None = lists.plans.get(id(params))
-    if plan is None or len(plan.key) != len(key) or not all(map(operator.is_, plan.key, key)):
+    if plan is None or plan.version != lists.version or not all(map(operator.is_, plan.key, key)):
         if len(lists.plans) >= MOST_PLANS:
             lists.plans.clear()
         lists.plans[id(params)] = plan = _Plan(key, lists, router, params, shares, miss)
@@ -187,7 +292,7 @@ def _padded(picked: list[Tensor], b: int, h: int, lists: SegmentedInvertedLists)
     rows = torch.nn.utils.rnn.pad_sequence(picked, batch_first=True, padding_value=-1).view(b, h, -1)
     counts = torch.tensor([len(r) for r in picked], dtype=torch.int32, device=rows.device).view(b, h)
     sinks, sealed = [lists.sinks(i) for i in range(b)], [lists.sealed(i) for i in range(b)]
-    return Selection(rows, counts, sinks, sealed, list(lists.lengths))
+    return Selection(rows, counts, sinks, sealed, list(lists.lengths), version=lists.version)
 
 
 def widen(lists: SegmentedInvertedLists, selection: Selection, params: SearchParametersIVF) -> Selection:
@@ -237,7 +342,11 @@ def attend(
 
 
 def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[Tensor]]:
-    """Positions of the tokens read, those in the tail not among them, per sequence and KV head: int64, ascending."""
+    """Positions of the tokens read, those in the tail not among them, per sequence and KV head: int64, ascending.
+
+    StateError for a selection of before a change.
+    """
+    selection.check(lists)
     found = []
     for i in range(lists.batch):
         row_ids, low, high, n = lists.row_ids(i), selection.sinks[i], selection.sealed[i], selection.lengths[i]
@@ -252,16 +361,10 @@ def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[T
     return found
 
 
-def take(selection: Selection, lists: SegmentedInvertedLists, i: int, head: int) -> Tensor:
-    """All rows read of one sequence and KV head: int64 (t,)."""
-    parts: Sequence[Tensor] = [
-        torch.arange(selection.sinks[i], device=lists.keys.device),
-        torch.arange(selection.sealed[i], selection.lengths[i], device=lists.keys.device),
-    ]
-    if selection.rows is not None:
-        rows = selection.rows[i, head]
-        parts = [*parts, rows[rows >= 0].long()]
-    return torch.cat(list(parts))
+def _always(selection: Selection, i: int, device: torch.device) -> Tensor:
+    """Rows of sequence i that are read besides the selected ones: int64 (t,)."""
+    spans = (0, selection.sinks[i]), (selection.sealed[i], selection.lengths[i])
+    return torch.cat([torch.arange(low, high, dtype=torch.int64, device=device) for low, high in spans])
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import checks, reference
 from .errors import LengthError, ParameterError
 from .layout import Layout
+from .precision import full_precision
 from .quantizer import KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
@@ -59,15 +60,16 @@ class Calibration:
     @classmethod
     def trusting(cls, heads: int) -> Calibration:
         """The router taken at its word: 1 - target, for an index that was not calibrated."""
-        return cls((1 - torch.tensor(TARGETS)).expand(heads, -1).contiguous())
+        return cls((1 - torch.tensor(TARGETS, dtype=torch.float32, device="cpu")).expand(heads, -1).contiguous())
 
     def at(self, target: float) -> Tensor:
         """The miss of every KV head for a target, linear between the targets of the table: float32 (h,)."""
         table = self.miss.cpu().numpy()
         found = [np.interp(target, [*TARGETS, 1.0], [*row, 0.0]) for row in table]
-        return torch.tensor(found, dtype=torch.float32)
+        return torch.tensor(found, dtype=torch.float32, device="cpu")
 
 
+@full_precision
 def calibrate(
     keys: Tensor, queries: Tensor, positions: np.ndarray, quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
     layout: Layout, scale: float, confidence: float = CONFIDENCE,

@@ -23,23 +23,36 @@ def integer(value: object, name: str, least: int, most: int = 2**31 - 1) -> int:
 
 
 def device(value: torch.device | str) -> torch.device:
-    """``value`` as a torch device; DeviceError for one that torch does not know."""
+    """``value`` as a torch device; DeviceError for one that torch does not know, or that is not there."""
     try:
-        return torch.device(value)
+        found = torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(f"device: expected a torch device, got {value!r}") from error
+    try:
+        torch.empty(1, dtype=torch.uint8, device=found)
+    except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device in its own words
+        raise DeviceError(f"device: expected one that is there, got {str(found)!r}: {str(error).splitlines()[0]}") from error
+    return found
 
 
 def tensor(value: Any, name: str) -> Tensor:
-    """A torch tensor, or the same memory of a NumPy array; DTypeError for anything else."""
+    """A torch tensor, the same memory of a NumPy array, or lists of numbers as float32 or int64; DTypeError for anything else."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, np.ndarray):
         try:
-            return torch.from_numpy(value if value.flags.writeable else value.copy())  # torch warns of memory it may not write
+            x = torch.from_numpy(value if value.flags.writeable else value.copy())  # torch warns of memory it may not write
+            return x if value.size else x.new_empty(value.shape)  # of no row, strides are zero
         except (TypeError, ValueError) as error:
             raise DTypeError(f"{name}: expected an array torch can read, got NumPy {value.dtype}") from error
-    raise DTypeError(f"{name}: expected a torch tensor or NumPy array, got {type(value).__name__}")
+    if isinstance(value, list | tuple):
+        try:
+            listed = np.asarray(value)
+        except ValueError as error:
+            raise ShapeError(f"{name}: expected lists of equal lengths, got others") from error
+        if listed.dtype.kind in "iuf":
+            return torch.from_numpy(listed.astype(np.float32 if listed.dtype.kind == "f" else np.int64))
+    raise DTypeError(f"{name}: expected a torch tensor, NumPy array or lists of numbers, got {type(value).__name__}")
 
 
 def array(
@@ -59,7 +72,9 @@ def array(
 
 
 def finite(x: Tensor, name: str) -> None:
-    """NotFiniteError if ``x`` holds NaN or infinity."""
+    """NotFiniteError if ``x`` holds NaN or infinity; memory that an expanded axis repeats is looked at once."""
+    for axis, step in enumerate(x.stride()):
+        x = x.narrow(axis, 0, min(1, x.shape[axis])) if step == 0 else x
     if not bool(torch.isfinite(x).all()):
         raise NotFiniteError(f"{name}: expected finite numbers, got NaN or infinity")
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": ("saap_index.lab.eval_command", "what trained routers are worth on a model and unseen text"),
     "compare": ("saap_index.lab.compare", "sparse attention methods side by side on a local model, at equal bytes"),
     "generate": ("saap_index.hf.generate", "a local model answers through its index"),
+    "doctor": ("saap_index.doctor.command", "whether it works on this machine, and what it is worth on a model"),
 }
 """Module and description of each; a module has add_arguments(parser) and run(arguments) -> exit status."""
 

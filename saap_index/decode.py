@@ -51,7 +51,7 @@ class DecodeState:
         self.resident, self.lists = resident, lists
         self.captured = False  # a graph may hold addresses of this batch
         self._lengths: list[int] | None = None  # on the device, as far as the host knows
-        self._published: tuple[Any, ...] = ()
+        self._published, self._moved = 0, 0  # versions of the lists, see there
         self._gaps: list[int] = []  # how far the next position is from the length, on the device
         self._watched: list[int] | None = None  # the host's lengths when the device was asked for its own last
         self._limits: dict[Any, _Limits] = {}
@@ -68,25 +68,22 @@ class DecodeState:
         """
         self.resident.enter()
         lists = self.lists
-        objects = (*lists.segments, *lists.removed, lists.keys, lists.values, lists.tables, lists.mean_keys, lists.mean_values)
-        known = self._published
-        if self._lengths == lists.lengths and all(a is b for a, b in zip(objects, known, strict=True)):
+        if self._lengths == lists.lengths and self._published == lists.version:
             return
         self.refuse_capture("a change of the index since the last step outside a capture")
         problem = self._noted_last_time()
-        fresh = not known or any(a is not b for a, b in zip(objects[-5:], known[-5:], strict=True))
         self._sinks = [lists.sinks(i) for i in range(lists.batch)]
         self._sealed = [lists.sealed(i) for i in range(lists.batch)]
-        if fresh:  # sizes follow from the capacity, and graphs of before hold addresses of before
+        if self._moved != lists.moved:  # sizes follow from the capacity, and graphs of before hold addresses of before
             self._limits.clear()
-            self.captured = False
-        gaps = [lists.next_position(i) - length for i, length in enumerate(lists.lengths)]
+            self._moved, self.captured = lists.moved, False
+        gaps = [gap.count for gap in lists.gaps]
         counted = self._lengths == lists.lengths and self._gaps == gaps
         budgets = [(limits.on_device, self._budget(limits)[0]) for limits in self._limits.values()]
         self.resident.publish(self._placement(), counted, budgets)
         self.resident.watch()
         self._watched, self._gaps = list(lists.lengths), gaps
-        self._lengths, self._published = list(lists.lengths), objects
+        self._lengths, self._published = list(lists.lengths), lists.version
         if problem is not None:
             raise problem
 
@@ -227,7 +224,7 @@ class DecodeState:
             return out, lse, everything(self.lists)
         lengths = list(self.lists.lengths)
         spans = self._sinks, self._sealed, lengths
-        return out, lse, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts)
+        return out, lse, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, self.lists.version)
 
     def select(
         self, queries: Tensor, params: SearchParametersIVF, router: QueryRouter, routing: Routing, given: tuple[Any, Any]
@@ -241,8 +238,9 @@ class DecodeState:
         found = self.resident.select(queries, routing, limits.on_device)
         rows, spans = _trimmed(found.rows, found.counts), (self._sinks, self._sealed, list(self.lists.lengths))
         if found.tail is None or found.tail_counts is None:
-            return Selection(rows, found.counts, *spans)
-        return Selection(rows, found.counts, *spans, _trimmed(found.tail, found.tail_counts), found.tail_counts)
+            return Selection(rows, found.counts, *spans, version=self.lists.version)
+        tail = _trimmed(found.tail, found.tail_counts), found.tail_counts
+        return Selection(rows, found.counts, *spans, *tail, self.lists.version)
 
     def _budgets(self, params: SearchParametersIVF, router: QueryRouter, given: tuple[Any, Any]) -> _Limits:
         shares, miss = given

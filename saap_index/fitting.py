@@ -33,7 +33,7 @@ def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_
     positions = data.x.shape[1]
 
     def batches() -> list[Tensor]:
-        return list(torch.randperm(positions, generator=network.generator).split(config.batch))
+        return list(torch.randperm(positions, generator=network.generator, dtype=torch.int64, device="cpu").split(config.batch))
 
     network.fit(batches, lambda y, batch: y[..., :nlist], first_knot)
     return QueryRouter(network.weights(None), first_knot, config.count_lists)
@@ -56,9 +56,13 @@ def train_tower(
     seen = (centroids - centroids.mean((0, 2))[None, :, None]) / deviation[None, :, None]
 
     def batches() -> list[Tensor]:
-        shuffled = [m[torch.randperm(len(m), generator=network.generator)] for m in members if len(m)]
+        shuffled = [
+            m[torch.randperm(len(m), generator=network.generator, dtype=torch.int64, device="cpu")] for m in members if len(m)
+        ]
         found = [batch for m in shuffled for batch in m.split(config.batch)]
-        return [found[i] for i in torch.randperm(len(found), generator=network.generator).tolist()]
+        return [
+            found[i] for i in torch.randperm(len(found), generator=network.generator, dtype=torch.int64, device="cpu").tolist()
+        ]
 
     def scores(y: Tensor, batch: Tensor) -> Tensor:
         lists = seen[int(sequence[batch[0]])]
@@ -79,13 +83,15 @@ class _Network:
         device = data.x.device
 
         def weight(rows: int, columns: int, gain: float) -> Tensor:
-            drawn = torch.randn((h, rows, columns), generator=self.generator) * (gain / max(1, columns) ** 0.5)
+            drawn = torch.randn((h, rows, columns), generator=self.generator, dtype=torch.float32, device="cpu") * (
+                gain / max(1, columns) ** 0.5
+            )
             moved: Tensor = drawn.to(device).requires_grad_()
             return moved
 
         self.hidden, self.out, self.skip = weight(u, d, 1.0), weight(outputs, u, 0.1), weight(outputs, d, 0.1)
-        self.bias_hidden = torch.zeros((h, u), device=device).requires_grad_()
-        self.bias_out = torch.zeros((h, outputs), device=device).requires_grad_()
+        self.bias_hidden = torch.zeros((h, u), dtype=torch.float32, device=device).requires_grad_()
+        self.bias_out = torch.zeros((h, outputs), dtype=torch.float32, device=device).requires_grad_()
         self.mean, self.deviation, self.x = standardised(data.x)
 
     def fit(self, batches: Callable[[], list[Tensor]], scores: Callable[[Tensor, Tensor], Tensor], first_knot: int) -> None:
@@ -192,12 +198,12 @@ def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Tensor, coun
 
 def knot_matrix(bins: Tensor, first_knot: int, num_knots: int) -> Tensor:
     """Piecewise-linear interpolation as a matrix: float32 (m, B), so that a at the knots times it is a at the bins."""
-    matrix = torch.zeros((num_knots, len(bins)))
+    matrix = torch.zeros((num_knots, len(bins)), dtype=torch.float32, device="cpu")
     if num_knots:
         place = (bins.cpu() - first_knot).clamp(0, num_knots - 1)
         low = place.long().clamp(max=num_knots - 1)
         high = (low + 1).clamp(max=num_knots - 1)
-        column = torch.arange(len(bins))
+        column = torch.arange(len(bins), dtype=torch.int64, device="cpu")
         matrix[low, column] += 1 - (place - low)
         matrix[high, column] += place - low
     return matrix

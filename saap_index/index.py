@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks, interop
 from ._arguments import Form
 from ._decode import IndexDecode
-from .attend import MOST_PLANS, Selection, attend, read_ids, select, select_lists, take, widen
+from .attend import MOST_PLANS, Selection, attend, best_of, read_ids, select, select_each, select_lists, side_by_side, widen
 from .backends.resident import MAX_STEP_TOKENS
 from .calibration import CONFIDENCE, calibrate
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
@@ -94,9 +94,10 @@ class AsymmetricIndex(IndexDecode):
         sequences = list(zip(keys, none if queries is None else queries, none if places is None else places, strict=True))
         settings = self.nlist, self.rope, self._layout, self.scale, TrainingConfig() if config is None else config
         found = train_layer(sequences, *settings)
-        self.tower = None
-        self.key_quantizer, self.query_router = found.quantizer, found.router
-        self.tower = found.tower
+        with self._whole():
+            self.tower = None
+            self.key_quantizer, self.query_router = found.quantizer, found.router
+            self.tower = found.tower
 
     def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE) -> None:
         """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
@@ -189,20 +190,21 @@ class AsymmetricIndex(IndexDecode):
         return keys, values, counts
 
     def _append(self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None, seal: bool = True) -> None:
-        before, lists = self._lists, self._lists
-        if lists is None or (lists.batch != keys.shape[0] and not self.ntotal):
-            lists = self._new_lists(keys.shape[0])
-        if self._tower is not None and list_nos is None and seal:
-            self._repartition(lists, keys, counts)
-        self._lists = lists  # assigning reads it
-        state = self._decode_state()
-        if state is not None and (list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS):
-            state.settle()
-        try:
+        lists = self._lists
+        same_batch = lists is not None and lists.batch == keys.shape[0]
+        if lists is not None and same_batch and seal and list_nos is None and lists.only_grows(counts):
+            lists.append(keys, values, counts, None, None)  # nearly every step: nothing that could be left half done
+            return
+        with self._whole():
+            if lists is None or (not same_batch and not self.ntotal):
+                lists = self._new_lists(keys.shape[0])
+            if self._tower is not None and list_nos is None and seal:
+                self._repartition(lists, keys, counts)
+            self._lists = lists  # assigning reads it
+            state = self._decode_state()
+            if state is not None and (list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS):
+                state.settle()
             lists.append(keys, values, counts, list_nos, self._assign_rows if seal else None)
-        except Exception:
-            self._lists = before
-            raise
         if state is not None:
             state.follow()
 
@@ -274,20 +276,12 @@ class AsymmetricIndex(IndexDecode):
         checks.integer(k, "k", 1)
         x, form = self._queries(queries, any_number=True)
         b, h, g, q, _ = x.shape
-        scores = torch.full((b, h, g, q, k), float("-inf"), device=self.device)
-        ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=self.device)
-        lists = self._lists
-        row_ids = [] if lists is None else [lists.row_ids(i) for i in range(b)]
-        for j in range(q if lists is not None else 0):
-            one = x[:, :, :, j : j + 1].contiguous()
-            selection = self._select(one, params, None)
-            for i in range(b):
-                for head in range(h):
-                    rows = take(selection, self.invlists, i, head)
-                    inner = one[i, head, :, 0].float() @ self.invlists.keys[i, head].index_select(0, rows).float().T
-                    top = inner.topk(min(k, len(rows)), dim=1)
-                    scores[i, head, :, j, : top.values.shape[1]] = top.values
-                    ids[i, head, :, j, : top.values.shape[1]] = row_ids[i][head][rows[top.indices]].long()
+        if self._lists is None or not q:
+            scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=self.device)
+            ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=self.device)
+        else:
+            self._last = self._select_each(x, params)
+            scores, ids = best_of(self._lists, x, self._last, k)
         return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
 
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:
@@ -296,11 +290,15 @@ class AsymmetricIndex(IndexDecode):
         return self._select(x, params, coarse_queries)
 
     def attend_selected(self, queries: Any, selection: Selection, *, return_lse: bool = False) -> Any:
-        """The second half of `search_attend`: one softmax over a selection made since the last change of the index."""
+        """The second half of `search_attend`: one softmax over a selection made since the last change of the index.
+
+        Raises StateError for one of before, and as `search_attend` does for the queries.
+        """
         self._refuse_capture("attend_selected")
         x, form = self._queries(queries)
         if selection.lengths != self.lengths:
             raise StateError(f"selection: expected one made at lengths {self.lengths}, got {selection.lengths}")
+        selection.check(self.invlists)
         return self._attend(x, selection, form, return_lse)
 
     def read_ids(self, selection: Selection) -> list[list[Tensor]]:
@@ -324,6 +322,18 @@ class AsymmetricIndex(IndexDecode):
         shares, miss = self._given(params)
         router, prepared = self._query_router, self._prepared_router
         return select(self._backend, lists, router, prepared, routed, rotation, params, shares, miss)
+
+    def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
+        """`_select` for every query on its own, see `attend.select_each`."""
+        self._refuse_capture("a selection apart from attention")
+        settings, q = self._settings(params), x.shape[3]
+        wide = (settings.window or 0) > self.window or (settings.sinks or 0) > self.sinks
+        if wide or self._decode_state() is not None:
+            return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(q)])
+        assert self._query_router is not None
+        rotation = None if self.rope is None else self._query_rotation(1)
+        router = self._query_router, self._prepared_router
+        return select_each(self._backend, self.invlists, *router, x, rotation, settings, *self._given(settings))
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""
@@ -349,7 +359,7 @@ class AsymmetricIndex(IndexDecode):
 
     def _nothing(self, x: Tensor, form: Form, return_lse: bool) -> Any:
         out = x.new_zeros((*x.shape[:-1], self.d_v))
-        return self._result(out, torch.full(x.shape[:-1], float("-inf"), device=x.device), form, return_lse)
+        return self._result(out, torch.full(x.shape[:-1], float("-inf"), dtype=torch.float32, device=x.device), form, return_lse)
 
     def _result(self, out: Tensor, lse: Tensor, form: Form, return_lse: bool) -> Any:
         b, h, g, q, e = out.shape

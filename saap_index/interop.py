@@ -71,6 +71,8 @@ def from_faiss(cls: type[AsymmetricIndex], faiss_index: Any, values: np.ndarray,
     source = faiss.downcast_index(faiss_index)
     if not isinstance(source, faiss.IndexIVFFlat):
         raise CompatibilityError(f"faiss_index: expected an IndexIVFFlat, got {type(source).__name__}")
+    if source.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise CompatibilityError("faiss_index: expected METRIC_INNER_PRODUCT, as attention has it, got another metric")
     n = int(source.ntotal)
     if values.ndim != 2 or values.shape[0] != n:
         raise ShapeError(f"values: expected shape ({n}, e), got {values.shape}")

@@ -7,7 +7,11 @@ and merge with their neighbours as they age (layout.py). Axes as in backends/bas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .backends import Arena, Backend, Frequencies, SegmentChange
-from .errors import NotFiniteError
+from .errors import NotFiniteError, StateError
+from .gaps import Gaps
 from .layout import Layout, Segment
 
 
@@ -30,14 +35,26 @@ class Assign(Protocol):
         angles depend on more than the position."""
 
 
+_VERSIONS = itertools.count(1)  # one for all, so that no two batches share a number
+
+
 class SegmentedInvertedLists:
     """Storage of one batch: keys, values, ids, offset tables, and the segments of every sequence.
 
     Attributes (read them, do not write): keys : storage dtype (b, h, N, d); values : (b, h, N, e); ids : int32 (b, h, N), the
     position of the token in each sealed row; tables : int32 (b, h, S, l + 1); mean_keys : storage dtype (b, h, M, l, d),
     mean_values : (b, h, M, l, e), means of the runs of the first `num_means` segments; lengths : tokens of each sequence;
-    segments : [start, stop) of each sequence; removed : sorted positions of tokens taken out of each sequence.
+    segments : [start, stop) of each sequence; gaps : positions of tokens taken out of each sequence.
+
+    version : changes with everything that a search depends on besides lengths: segments and what lies in them, positions, layout
+    and memory. What was made from these lists holds as long as the number is the same. moved : the version since which keys,
+    values, tables and means lie where they lie.
     """
+
+    _STATE = (
+        "_same", "capacity", "gaps", "ids", "keys", "layout", "lengths", "mean_keys", "mean_values", "pending", "segments",
+        "tables", "values",
+    )  # fmt: skip
 
     def __init__(
         self, backend: Backend, layout: Layout, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype
@@ -46,15 +63,101 @@ class SegmentedInvertedLists:
         self.batch, self.heads, self.d, self.d_v, self.nlist, self.dtype = batch, heads, d, d_v, nlist, dtype
         self.lengths = [0] * batch
         self.segments: list[tuple[Segment, ...]] = [()] * batch
-        self.removed = [np.empty(0, np.int64) for _ in range(batch)]
+        self.gaps = [Gaps.none()] * batch
+        self.version = self.moved = next(_VERSIONS)
+        self._undo: list[Callable[[], None]] | None = None  # what takes back the steps of the change under way, newest last
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
         self.capacity = 0
         self.decode: Any = None  # the state on the device that follows this batch (decode.py), or None
         self.plans: dict[int, Any] = {}  # what selections worked out for these segments, by parameters (attend.py)
         self._same = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
-        self._centres: list[tuple[tuple[Segment, ...], np.ndarray] | None] = [None] * batch
+        self._centres: list[tuple[int, np.ndarray] | None] = [None] * batch
         self._allocate(0)
         self.tables = self._empty((batch, heads, 0, nlist + 1), torch.int32)
+
+    # -- changes -----------------------------------------------------------------------------------------------------
+
+    def _changed(self, moved: bool = False) -> None:
+        """Something that a search depends on is another from now on; ``moved``: memory lies elsewhere."""
+        self.version = next(_VERSIONS)
+        self.plans.clear()  # they hold memory
+        if moved:
+            self.moved = self.version
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Around a change: if it raises, these lists are what they were, and hold what they held.
+
+        Rows beyond ``lengths`` may be other ones, and no others than the lists have room for. StateError if there is no memory to
+        put rows back where they were: every token is forgotten then.
+        """
+        if self._undo is not None:
+            yield
+            return
+        before = {name: getattr(self, name) for name in self._STATE}
+        before |= {name: list(before[name]) for name in ("lengths", "segments", "gaps")} | {"_same": self._same.copy()}
+        moved, self._undo = self.moved, []
+        try:
+            yield
+        except BaseException as error:
+            try:
+                for name, value in before.items():
+                    setattr(self, name, value)
+                self._changed(moved != self.moved)
+                for take_back in reversed(self._undo):
+                    take_back()
+                for i in range(self.batch if self._undo else 0):
+                    self.update_means(i)
+            except Exception as another:
+                self.clear()
+                raise StateError(f"expected memory to take back a failed change, got {another!r}: tokens are gone") from error
+            raise
+        finally:
+            self._undo = None
+
+    def _about_to_move(self, i: int, first: int, start: int, stop: int) -> None:
+        """Rows [start, stop) of sequence i, with those of its segments from ``first`` on, go elsewhere: note where they are."""
+        if self._undo is not None:
+            tables = self.tables[i, :, first : len(self.segments[i])].clone()
+            self._undo.append(self._take_back(i, first, start, self.ids[i, :, start:stop].clone(), tables))
+
+    def _take_back(self, i: int, first: int, start: int, before: Tensor, tables: Tensor) -> Callable[[], None]:
+        """What puts the tokens of sequence i back into the rows from ``start`` on, and its tables from ``first`` on.
+
+        before : int32 (h, n), their ids in that order; the rows now have the same ids in another. tables : int32 (h, s, l + 1).
+        """
+        keys, stop = self.keys, start + before.shape[1]
+
+        def take_back() -> None:
+            now = self.ids[i, :, start:stop]
+            if self.keys is keys and not torch.equal(now, before):  # other memory was not there yet, and is gone
+                places = before.argsort(dim=1).gather(1, now.argsort(dim=1).argsort(dim=1))  # where the token of each row was
+                scratch = self._empty((self.heads, stop - start + 1), torch.int32)
+                self.backend.seal(self.keys[i], self.values[i], self.ids[i], start, places.int(), scratch)
+            self.tables[i, :, first : first + tables.shape[1]] = tables
+
+        return take_back
+
+    def _about_to_change(self, changes: Sequence[SegmentChange]) -> list[Callable[[], None]]:
+        """What takes these changes back once they are done; the ids of rows that were not sealed before are theirs to write.
+
+        As many operations on the device whatever the number of changes.
+        """
+        if self._undo is None:
+            return []
+        starts = [c.want[c.first][0] for c in changes]
+        ends = [c.want[-1][1] - len(c.positions) for c in changes]  # of the rows that were sealed
+        low, first = min(starts), min(c.first for c in changes)
+        ids = self.ids[:, :, low : max(ends)].clone() if any(map(operator.lt, starts, ends)) else self.ids[:, :, :0]
+        tables = self.tables[:, :, first : max(len(c.have) for c in changes)]
+        tables = tables.clone() if any(c.first < len(c.have) for c in changes) else tables[:, :, :0]
+
+        def undo(c: SegmentChange, start: int, end: int) -> None:
+            fresh = torch.from_numpy(c.positions).to(ids).expand(self.heads, -1)
+            before = torch.cat([ids[c.sequence, :, start - low : end - low], fresh], 1)
+            self._take_back(c.sequence, c.first, start, before, tables[c.sequence, :, c.first - first : len(c.have) - first])()
+
+        return [partial(undo, *what) for what in zip(changes, starts, ends, strict=True)]
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -72,23 +175,24 @@ class SegmentedInvertedLists:
         if self.pending is not None:
             shapes["pending"] = ((b, h, capacity), torch.int32)
         fresh = {name: self._empty(*spec) for name, spec in shapes.items()}
+        fresh |= self._room_for_means(capacity)
         for name, new in fresh.items():
+            if name == "pending":
+                new.fill_(-1)
             if self.capacity:
-                new[:, :, :used] = getattr(self, name)[:, :, :used]
+                part = slice(used if name in shapes else new.shape[2])
+                old = getattr(self, name)[:, :, part]
+                new[:, :, : old.shape[2]] = old
+        self._changed(moved=True)
+        for name, new in fresh.items():
             setattr(self, name, new)
-        self._allocate_means(capacity)
         self.capacity = capacity
 
-    def _allocate_means(self, capacity: int) -> None:
-        """Room for the means of every segment that ``capacity`` rows can hold; keep those there are."""
-        self.plans.clear()  # they hold the memory of before
+    def _room_for_means(self, capacity: int) -> dict[str, Tensor]:
+        """mean_keys and mean_values for every segment that ``capacity`` rows can hold."""
         count = self.layout.most_means(capacity, self.nlist)
-        for name, dim in (("mean_keys", self.d), ("mean_values", self.d_v)):
-            new = self._empty((self.batch, self.heads, count, self.nlist, dim), self.dtype)
-            if self.capacity:
-                old = getattr(self, name)[:, :, :count]
-                new[:, :, : old.shape[2]] = old
-            setattr(self, name, new)
+        sizes = {"mean_keys": self.d, "mean_values": self.d_v}
+        return {k: self._empty((self.batch, self.heads, count, self.nlist, n), self.dtype) for k, n in sizes.items()}
 
     keys: Tensor
     values: Tensor
@@ -112,10 +216,10 @@ class SegmentedInvertedLists:
     def _reserve_tables(self, count: int, exact: bool = False, shrink: bool = True) -> None:
         have = self.tables.shape[2]
         if count > have or (exact and shrink and count < have):
-            self.plans.clear()
             new = self._empty((self.batch, self.heads, count if exact else count + 8, self.nlist + 1), torch.int32)
             keep = min(have, new.shape[2])
             new[:, :, :keep] = self.tables[:, :, :keep]
+            self._changed(moved=True)
             self.tables = new
 
     def allocated_bytes(self) -> int:
@@ -136,12 +240,25 @@ class SegmentedInvertedLists:
         runs = sum(map(self.num_means, range(self.batch))) * self.heads * self.nlist
         return runs * (self.d + self.d_v) * self.dtype.itemsize
 
+    def adopt(self, lengths: Sequence[int], gaps: Sequence[Gaps], arrays: Mapping[str, Tensor]) -> None:
+        """Hold what is in these arrays in place of what there is: keys, values, ids and tables, and pending if there is one, with
+        the segments of these lengths. They are not copied, and later tokens are written to them."""
+        capacity = int(arrays["keys"].shape[2])
+        fresh = {**arrays, **self._room_for_means(capacity)}
+        self._changed(moved=True)
+        self.lengths, self.gaps, self.capacity = list(lengths), list(gaps), capacity
+        self.segments = [self.layout.segments(n) for n in lengths]
+        for name, x in fresh.items():
+            setattr(self, name, x)
+        for i in range(self.batch):
+            self.update_means(i)
+
     def clear(self) -> None:
         """Forget every token; keep the memory."""
+        self._changed()
         self.lengths, self.segments = [0] * self.batch, [()] * self.batch
-        self.removed = [np.empty(0, np.int64) for _ in range(self.batch)]
-        self._centres, self.pending = [None] * self.batch, None
-        self._same[:] = 0
+        self.gaps, self.pending = [Gaps.none()] * self.batch, None
+        self._same = np.zeros((self.batch, self.batch), np.int64)
 
     # -- positions ---------------------------------------------------------------------------------------------------
 
@@ -159,20 +276,19 @@ class SegmentedInvertedLists:
 
     def positions(self, i: int, ranks: np.ndarray) -> np.ndarray:
         """Positions of the tokens with these ranks (0 = oldest still stored): int64 (n,)."""
-        gone = self.removed[i]
-        return ranks if not len(gone) else ranks + np.searchsorted(gone - np.arange(len(gone)), ranks, side="right")
+        return self.gaps[i].positions(ranks)
 
     def next_position(self, i: int) -> int:
         """Position of the token that sequence i gets next."""
-        return self.lengths[i] + len(self.removed[i])
+        return self.lengths[i] + self.gaps[i].count
 
     def centres(self, i: int) -> np.ndarray:
         """Position of the middle of every segment of sequence i: float64 (s,)."""
-        known, segments = self._centres[i], self.segments[i]
-        if known is None or known[0] is not segments:
-            ends = np.array(segments, np.int64).reshape(-1, 2)
+        known = self._centres[i]
+        if known is None or known[0] != self.version:
+            ends = np.array(self.segments[i], np.int64).reshape(-1, 2)
             middle = (self.positions(i, ends[:, 0]) + self.positions(i, ends[:, 1] - 1)) / 2
-            self._centres[i] = known = (segments, middle)
+            self._centres[i] = known = (self.version, middle)
         return known[1]
 
     def row_ids(self, i: int) -> Tensor:
@@ -182,13 +298,19 @@ class SegmentedInvertedLists:
         ids[:, low:high] = self.ids[i, :, low:high]
         return ids
 
+    def ids_of(self, i: int, head: int, rows: Tensor) -> Tensor:
+        """Positions of the tokens in these rows of one sequence and KV head: int64, of the shape of ``rows``."""
+        in_order = torch.from_numpy(np.asarray(self.positions(i, rows.cpu().numpy()))).to(rows.device)
+        sealed = (rows >= self.sinks(i)) & (rows < self.sealed(i))
+        return torch.where(sealed, self.ids[i, head][rows].long(), in_order)
+
     # -- growing -----------------------------------------------------------------------------------------------------
 
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None) -> None:
         """Add counts[i] tokens to sequence i; seal and merge what the new length asks for, unless ``assign`` is None.
 
         list_nos : int32 (b, h, n) or None, where ``assign`` decides when a token is sealed. Raises NotFiniteError, having
-        changed nothing, if a key or value is NaN or infinite.
+        changed nothing, if a key or value is NaN or infinite. What else may fail is for the caller to wrap in `whole`.
         """
         need = max(map(sum, zip(self.lengths, counts, strict=True)), default=0)
         if need > self.capacity:
@@ -199,16 +321,22 @@ class SegmentedInvertedLists:
         if not in_one_launch and not self.backend.append(keys, values, self.keys, self.values, self.lengths, counts):
             raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
         if list_nos is not None and self.pending is None:
-            self.pending = self._empty((self.batch, self.heads, self.capacity), torch.int32)
-            for i, length in enumerate(self.lengths):
-                self.pending[i, :, self.sealed(i) : length] = -1
-        for i, count in enumerate(counts):
-            start = self.lengths[i]
-            if self.pending is not None:
+            self.pending = self._empty((self.batch, self.heads, self.capacity), torch.int32).fill_(-1)
+        if self.pending is not None:
+            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
                 self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
-            self.lengths[i] = start + count
+        self.lengths = [start + count for start, count in zip(self.lengths, counts, strict=True)]  # at once
         if assign is not None:
             self.seal(assign)
+
+    def only_grows(self, counts: Sequence[int]) -> bool:
+        """Whether `append` of so many tokens, to be sealed, writes behind the others and does nothing else."""
+        if self.pending is not None or self.decode is not None:
+            return False
+        for length, count, have in zip(self.lengths, counts, self.segments, strict=True):
+            if length + count > self.capacity or self.layout.segments(length + count) != have:
+                return False
+        return True
 
     def seal(self, assign: Assign) -> None:
         """Bring every sequence to the layout of its length."""
@@ -219,10 +347,10 @@ class SegmentedInvertedLists:
 
     def advance(self, counts: Sequence[int]) -> None:
         """Take note of ``counts[i]`` tokens that were written behind those of sequence i without `append`."""
-        for i, count in enumerate(counts):
-            if self.pending is not None:
-                self.pending[i, :, self.lengths[i] : self.lengths[i] + count] = -1
-            self.lengths[i] += count
+        if self.pending is not None:
+            for i, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
+                self.pending[i, :, length : length + count] = -1
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def will_seal(self, counts: Sequence[int]) -> bool:
         """Whether `append` of so many tokens seals some (and so needs a quantizer)."""
@@ -247,8 +375,12 @@ class SegmentedInvertedLists:
             changes.append(SegmentChange(i, first, have, want, positions, self.layout.num_means(want, self.nlist)))
         self._reserve_tables(max(len(c.want) for c in changes))
         arena = Arena(self.keys, self.values, self.ids, self.tables, self.mean_keys, self.mean_values, self.pending)
+        undo = self._about_to_change(changes)
+        self._changed()
         if not self.backend.seal_batch(arena, changes, *known):
             return False
+        if self._undo is not None:  # not before: it says that it moves nothing if it fails
+            self._undo += undo
         for c in changes:
             self.segments[c.sequence] = self.layout.segments(self.lengths[c.sequence])
         return True
@@ -267,6 +399,8 @@ class SegmentedInvertedLists:
             if stop > sealed:
                 parts.append(self._pending_lists(i, max(start, sealed), stop, assign))
         list_nos = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
+        self._about_to_move(i, first, target[first][0], target[-1][1])
+        self._changed()
         self.backend.seal_many(self.keys[i], self.values[i], self.ids[i], target[first:], list_nos, tables)
         self.tables[i, :, first : len(target)] = tables
         self.segments[i] = target
@@ -303,7 +437,10 @@ class SegmentedInvertedLists:
         self._unseal(i, length, length)
         self._differs(i, length)
         last = int(self.positions(i, np.array([length - 1]))[0]) if length else -1
-        self.removed[i] = self.removed[i][self.removed[i] <= last]
+        gaps = self.gaps[i].up_to(last)
+        if gaps is not self.gaps[i]:
+            self._changed()
+            self.gaps[i] = gaps
         self.lengths[i] = length
         self._seal(i, assign)
 
@@ -311,27 +448,49 @@ class SegmentedInvertedLists:
         """Take the tokens with these ranks (sorted, unique) out of sequence i; positions of the others stay, or close up."""
         if not len(ranks):
             return
-        length = self.lengths[i]
-        self._unseal(i, int(ranks[0]), length - len(ranks))
+        length, gone = self.lengths[i], self.positions(i, ranks)
         first = int(ranks[0])
-        kept = np.setdiff1d(np.arange(first, length), ranks)
-        gone = self.positions(i, ranks)
-        rows = torch.from_numpy(kept).to(self.ids.device)
-        arrays = (self.keys, self.values) if self.pending is None else (self.keys, self.values, self.pending)
-        for x in arrays:
-            x[i, :, first : first + len(kept)] = x[i].index_select(1, rows)
-        before = self.removed[i]
-        self.removed[i] = before - np.searchsorted(gone, before) if close_gaps else np.union1d(before, gone)
+        gaps = self.gaps[i].closed_up(gone) if close_gaps else self.gaps[i].with_more(gone)
+        self._unseal(i, first, length - len(ranks))
+        self._compact(i, ranks)
+        self._changed()
         self._differs(i, first)
-        self.lengths[i] = length - len(ranks)
+        self.gaps[i], self.lengths[i] = gaps, length - len(ranks)
         self._seal(i, assign)
+
+    def _compact(self, i: int, ranks: np.ndarray) -> None:
+        """Move up what lies behind the rows with these numbers, into their place."""
+        first, length = int(ranks[0]), self.lengths[i]
+        stay = np.ones(length - first, bool)
+        stay[ranks - first] = False
+        kept, gone = (torch.from_numpy(first + np.flatnonzero(x)).to(self.ids.device) for x in (stay, ~stay))
+        names = ("keys", "values") if self.pending is None else ("keys", "values", "pending")
+        part = slice(first, first + len(kept))
+        moved = [getattr(self, name)[i].index_select(1, kept) for name in names]
+        lost = [getattr(self, name)[i].index_select(1, gone) for name in names]
+        ids = self.ids[i, :, first:length].clone()
+
+        def take_back() -> None:
+            self.ids[i, :, first:length] = ids
+            for name, rows in zip(names, lost, strict=True):
+                x = getattr(self, name)[i]
+                x[:, kept] = x[:, part].clone()
+                x[:, gone] = rows
+
+        if self._undo is not None:
+            self._undo.append(take_back)
+        for name, rows in zip(names, moved, strict=True):
+            getattr(self, name)[i, :, part] = rows
 
     def relayout(self, layout: Layout, assign: Assign) -> None:
         """Move every sequence to another layout (another window, say)."""
         for i, length in enumerate(self.lengths):
             self._unseal(i, 0, length)
         self.layout = layout
-        self._allocate_means(self.capacity)
+        fresh = self._room_for_means(self.capacity)
+        self._changed(moved=True)
+        for name, new in fresh.items():
+            setattr(self, name, new)
         for i in range(self.batch):
             self._seal(i, assign)
 
@@ -347,11 +506,12 @@ class SegmentedInvertedLists:
         if self.pending is not None:
             lists = torch.cat([self._run_lists(i, s) for s in range(first, len(have))], 1)
             self.pending[i, :, start:stop] = lists.gather(1, order)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(stop - start, device=ids.device).expand_as(order))
+        rank = order.argsort(dim=1)
         scratch = self.tables.new_empty((self.heads, stop - start + 1))
+        self._about_to_move(i, first, start, stop)
+        self._changed()
         self.backend.seal(self.keys[i], self.values[i], self.ids[i], start, rank.int(), scratch)
         self.segments[i] = have[:first]
-        self._centres[i] = None
 
     def _differs(self, i: int, length: int) -> None:
         """From token ``length`` on, sequence i may differ from every other."""
@@ -367,8 +527,7 @@ class SegmentedInvertedLists:
         )
         new.lengths = [self.lengths[i] for i in sequences]
         new.segments = [self.segments[i] for i in sequences]
-        new.removed = [self.removed[i] for i in sequences]
-        new._centres = [self._centres[i] for i in sequences]
+        new.gaps = [self.gaps[i] for i in sequences]
         new._same = self._common_tokens(sequences)
         used = max(new.lengths, default=0)
         if self.pending is not None:
@@ -403,13 +562,15 @@ class SegmentedInvertedLists:
             ends = {"tables": len(want), "mean_keys": self.num_means(source), "mean_values": self.num_means(source)}
             runs = {name: getattr(self, name)[source, :, kept:end].clone() for name, end in ends.items()}
             parts.append((i, first, length, rows, kept, runs))
+        together = self._common_tokens(sequences)
+        self._changed()
         for i, first, length, rows, kept, runs in parts:  # after all were read: a sequence may be overwritten and copied
             for name, part in zip(names, rows, strict=True):
                 getattr(self, name)[i, :, first:length] = part
             for name, part in runs.items():
                 getattr(self, name)[i, :, kept : kept + part.shape[1]] = part
-        self._same = self._common_tokens(sequences)
-        for name in ("lengths", "segments", "removed", "_centres"):
+        self._same = together
+        for name in ("lengths", "segments", "gaps"):
             values = getattr(self, name)
             setattr(self, name, [values[source] for source in sequences])
 
@@ -427,6 +588,7 @@ class SegmentedInvertedLists:
         for name in ("keys", "values", "ids", "tables", "pending", "mean_keys", "mean_values"):
             if getattr(new, name) is not None:
                 setattr(new, name, getattr(new, name).to(device))
+        new._changed(moved=True)
         return new
 
     def list_sizes(self) -> Tensor:

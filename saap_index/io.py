@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from . import checks
+from . import checks, files
 from .backends import NETWORK, RouterWeights
 from .calibration import TARGETS, Calibration
 from .errors import FormatError, SaapError
+from .gaps import Gaps
 from .index import AsymmetricIndex
 from .quantizer import KeyQuantizer
 from .rope import Rope
@@ -34,22 +33,12 @@ FORMAT, VERSION = "saap_index", "1"
 def write_index(index: AsymmetricIndex, path: str | os.PathLike[str]) -> None:
     """Write ``index``, its training and its tokens, to ``path``.
 
-    The file appears whole or not at all: an interruption leaves what was at ``path`` before. Raises OSError.
+    The file appears whole or not at all: an interruption leaves what was at ``path`` before (files.py). Raises OSError.
     """
-    path = Path(path)
     tensors, config = _state(index)
     text = json.dumps(config, sort_keys=True)
     metadata = {"format": FORMAT, "version": VERSION, "config": text, "checksum": _checksum(tensors, text)}
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, draft, metadata)
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except SafetensorError as error:  # safetensors hides what the system said
-        raise OSError(f"{path}: expected a path that can be written, got {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
+    files.write_tensors(path, tensors, metadata)
 
 
 def read_index(path: str | os.PathLike[str], device: torch.device | str = "cpu", backend: str | None = None) -> AsymmetricIndex:
@@ -100,7 +89,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "tower": None,
         "calibrated": index.calibration is not None,
         "lengths": index.lengths,
-        "removed": [] if lists is None else [len(r) for r in lists.removed],
+        "gaps": [] if lists is None else [len(x.starts) for x in lists.gaps],
         "pending": lists is not None and lists.pending is not None,
     }  # fmt: skip
     tensors: dict[str, Tensor] = {}
@@ -129,12 +118,12 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 x[i, :, :low] = 0  # memory that no token owns is not written to disk
                 x[i, :, high:] = 0
                 if name == "pending":
-                    x[i, :, : lists.sealed(i)] = -1
+                    x[i, :, lists.sinks(i) : lists.sealed(i)] = -1  # the tables know
             tensors[name] = x
         tensors["tables"] = lists.tables[:, :, :count].clone()
         for i, segments in enumerate(lists.segments):
             tensors["tables"][i, :, len(segments) :] = 0
-        tensors["removed"] = torch.from_numpy(np.concatenate(lists.removed))
+        tensors["gaps"] = torch.from_numpy(np.concatenate([x.array() for x in lists.gaps]))
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config
 
 
@@ -152,7 +141,7 @@ def _config(metadata: dict[str, str] | None) -> dict[str, Any]:
         raise FormatError(f"expected a file of format {FORMAT!r}, got {(metadata or {}).get('format')!r}")
     if metadata.get("version") != VERSION:
         raise FormatError(f"expected version {VERSION} of the format, got {metadata.get('version')!r}")
-    config = json.loads(metadata["config"])
+    config = files.json_of(metadata["config"])
     if not isinstance(config, dict):
         raise FormatError(f"expected a configuration, got {type(config).__name__}")
     return config
@@ -187,7 +176,10 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         count = max(len(s) for s in _segments(config))
         want["keys"], want["values"] = ((b, h, rows, d), dtype), ((b, h, rows, e), dtype)
         want["ids"], want["tables"] = ((b, h, rows), torch.int32), ((b, h, count, nlist + 1), torch.int32)
-        want["removed"] = ((sum(config["removed"]),), torch.int64)
+        if "gaps" in config:
+            want["gaps"] = ((sum(config["gaps"]), 2), torch.int64)
+        else:  # a file of before: every position, not stretches of them
+            want["removed"] = ((sum(config["removed"]),), torch.int64)
         if config["pending"]:
             want["pending"] = ((b, h, rows), torch.int32)
     return want
@@ -255,15 +247,20 @@ def _restore(
     index.reserve_memory(max(lengths), batch=len(lengths))
     lists = index.invlists
     lists.lengths, lists.segments = list(lengths), segments
-    counts = checks.counts(config["removed"], len(lengths), 2**31 - 1, "removed")
-    lists.removed = [np.array(r) for r in np.split(tensors["removed"].numpy(), np.cumsum(counts)[:-1])]
+    name = "gaps" if "gaps" in config else "removed"
+    counts = checks.counts(config[name], len(lengths), 2**31 - 1, name)
+    parts_of = np.split(tensors[name].numpy(), np.cumsum(counts)[:-1])
+    if name == "removed" and any((np.diff(x, prepend=-1) <= 0).any() for x in parts_of):
+        raise FormatError("removed: expected rising positions, got others")
+    lists.gaps = [Gaps.of_array(x) if name == "gaps" else Gaps.of(x) for x in parts_of]
     for i, parts in enumerate(segments):
-        if not np.array_equal(lists.removed[i], np.intersect1d(lists.removed[i], np.arange(lists.next_position(i)))):
-            raise FormatError(f"removed: expected rising positions below {lists.next_position(i)}, got others")
+        check_gaps(lists.gaps[i], lengths[i])
         positions = torch.from_numpy(lists.positions(i, np.arange(lengths[i])))
-        _check_tables(tensors["tables"][i, :, : len(parts)], tensors["ids"][i], positions, parts)
+        check_tables(tensors["tables"][i, :, : len(parts)], parts)
+        check_ids(tensors["ids"][i], positions, parts)
         if config["pending"]:
-            checks.list_numbers(tensors["pending"][i, :, lists.sealed(i) : lengths[i]], "pending", index.nlist, -1)
+            for low, high in ((0, lists.sinks(i)), (lists.sealed(i), lengths[i])):
+                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
     lists._reserve_tables(tensors["tables"].shape[2], exact=True)
     if config["pending"]:
         lists.pending = tensors["pending"].to(index.device)
@@ -274,12 +271,24 @@ def _restore(
     return index
 
 
-def _check_tables(tables: Tensor, ids: Tensor, positions: Tensor, segments: tuple[tuple[int, int], ...]) -> None:
-    """FormatError unless offsets rise from the start to the end of their segment and its ids are its positions, each once."""
+def check_tables(tables: Tensor, segments: tuple[tuple[int, int], ...]) -> None:
+    """FormatError unless offsets, int32 (h, s, l + 1), rise from the start to the end of their segment."""
     for s, (start, stop) in enumerate(segments):
-        table, part = tables[:, s], ids[:, start:stop].sort(dim=1).values
-        rising = (
-            bool((table.diff(dim=1) >= 0).all()) and bool((table[:, 0] == start).all()) and bool((table[:, -1] == stop).all())
-        )
-        if not rising or not bool((part == positions[start:stop]).all()):
-            raise FormatError(f"expected the offsets and ids of segment [{start}, {stop}), got others")
+        table = tables[:, s]
+        ends = bool((table[:, 0] == start).all()) and bool((table[:, -1] == stop).all())
+        if not ends or not bool((table.diff(dim=1) >= 0).all()):
+            raise FormatError(f"expected the offsets of segment [{start}, {stop}), got others")
+
+
+def check_ids(ids: Tensor, positions: Tensor, segments: tuple[tuple[int, int], ...]) -> None:
+    """FormatError unless the ids of every segment, of int32 (h, n), are its positions, of int64 (n,), each once."""
+    for start, stop in segments:
+        if not bool((ids[:, start:stop].sort(dim=1).values == positions[start:stop]).all()):
+            raise FormatError(f"expected the ids of segment [{start}, {stop}), got others")
+
+
+def check_gaps(gaps: Gaps, length: int) -> None:
+    """FormatError unless gaps lie among the positions of a sequence of which ``length`` tokens are left."""
+    end = length + gaps.count
+    if len(gaps.stops) and not gaps.stops[-1] <= end < 2**31:
+        raise FormatError(f"gaps: expected rising positions below {end}, got others")

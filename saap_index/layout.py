@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
+
 from .errors import ParameterError
 
 MAX_QUERY_TOKENS = 8
@@ -45,6 +47,9 @@ class Layout:
         names = ("sinks", "window", "seal_tokens", "max_segment", "break_even", "mean_run_tokens")
         for name in names:
             value, least = getattr(self, name), int(name == "max_segment")
+            if isinstance(value, np.integer):
+                value = int(value)
+                object.__setattr__(self, name, value)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
                 raise ParameterError(f"{name}: expected an integer of {least} or more (below 2**31), got {value!r}")
 

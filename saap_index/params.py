@@ -45,6 +45,9 @@ class SearchParametersIVF:
     tail: float | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic) and not isinstance(value, np.bool_):
+                object.__setattr__(self, name, value.item())
         for name in ("selectivity", "target_mass", "tail"):
             if self.nprobe is not None and getattr(self, name):
                 raise ParameterError(

@@ -42,11 +42,15 @@ def content(positions: Positions) -> tuple[int, ...] | range | None:
 def integers(positions: Positions, device: torch.device) -> Tensor:
     """Positions as an integer tensor of any shape on ``device``."""
     if isinstance(positions, range):
-        return torch.arange(positions.start, positions.stop, positions.step, device=device) if positions else _none(device)
+        return (
+            torch.arange(positions.start, positions.stop, positions.step, dtype=torch.int64, device=device)
+            if positions
+            else _none(device)
+        )
     if isinstance(positions, list | tuple):
         positions = np.asarray(positions) if len(positions) else np.empty(0, np.int64)
     if isinstance(positions, np.ndarray) and positions.dtype.kind in "iu":
-        return torch.tensor(positions.astype(np.int64), device=device)
+        return torch.tensor(positions.astype(np.int64), dtype=torch.int64, device=device)
     if isinstance(positions, Tensor) and positions.dtype in _INTEGERS:
         return positions.to(device)
     got = getattr(positions, "dtype", type(positions).__name__)

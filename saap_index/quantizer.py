@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from . import checks
 from .errors import MissingDependencyError, ParameterError
+from .precision import full_precision
 
 MAX_POINTS_PER_CENTROID = 256  # FAISS's own default: more keys make the centroids hardly better
 PROMPT_ITERATIONS = 3
@@ -44,6 +46,7 @@ class KeyQuantizer:
     def to(self, device: torch.device | str) -> KeyQuantizer:
         return KeyQuantizer(self.centroids.to(device))
 
+    @full_precision
     def assign(self, keys: Tensor) -> Tensor:
         """Nearest centroid (Euclidean) of keys : float (h, n, d) with RoPE undone; int32 (h, n). Ties go to the lower list."""
         bias = -0.5 * self.centroids.square().sum(-1)
@@ -55,12 +58,7 @@ class KeyQuantizer:
 
         Raises ParameterError with fewer than ``nlist`` keys, MissingDependencyError without FAISS.
         """
-        try:
-            import faiss
-        except ImportError as error:
-            raise MissingDependencyError(
-                "training key quantizers needs FAISS: pip install 'saap-index[cpu]' (or faiss-cpu)"
-            ) from error
+        faiss = require_faiss()
         heads, n, d = keys.shape
         if n < nlist:
             raise ParameterError(f"keys: expected at least nlist = {nlist} keys per KV head to train on, got {n}")
@@ -80,9 +78,7 @@ class KeyQuantizer:
         return cls(torch.from_numpy(centroids).to(keys.device))
 
     @classmethod
-    def of_prompt(
-        cls, keys: Tensor, nlist: int, niter: int = PROMPT_ITERATIONS, assign: Assign | None = None
-    ) -> KeyQuantizer:
+    def of_prompt(cls, keys: Tensor, nlist: int, niter: int = PROMPT_ITERATIONS, assign: Assign | None = None) -> KeyQuantizer:
         """The partition of one prompt: k-means over its own keys : float (h, n, d), on their device, without FAISS.
 
         Starts from evenly spaced keys; each step moves the centroids to the means of every second key, the odd and the even
@@ -106,15 +102,24 @@ class KeyQuantizer:
         return cls(centroids)
 
 
+def require_faiss() -> Any:
+    """The module; MissingDependencyError without FAISS, for whoever will need it later."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependencyError(f"training key quantizers needs FAISS: pip install faiss-cpu ({error})") from error
+    return faiss
+
+
 def _evenly(n: int, count: int, device: torch.device) -> Tensor:
     """``count`` of n places, the middle of as many equal stretches: int64; places repeat if there are fewer."""
-    return (torch.arange(count, device=device) * n + n // 2) // count
+    return (torch.arange(count, dtype=torch.int64, device=device) * n + n // 2) // count
 
 
 def _means(x: Tensor, lists: Tensor, before: Tensor) -> Tensor:
     """Means of the keys x : (h, n, d) of each list, ``before`` : (h, l, d) where it has none; added up in order."""
     heads, nlist, d = before.shape
-    bags = (lists + torch.arange(heads, device=x.device)[:, None] * nlist).reshape(-1)
+    bags = (lists + torch.arange(heads, dtype=torch.int64, device=x.device)[:, None] * nlist).reshape(-1)
     counts = torch.bincount(bags, minlength=heads * nlist)
     order = bags.argsort(stable=True)
     sums = functional.embedding_bag(order, x.reshape(-1, d), counts.cumsum(0) - counts, mode="sum").view(heads, nlist, d)

@@ -47,7 +47,11 @@ def merge_states(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tupl
     safe = np.where(np.isfinite(top), top, 0.0)
     weight_a, weight_b = np.exp(lse_a - safe), np.exp(lse_b - safe)
     total = weight_a + weight_b
-    out = (weight_a[..., None] * out_a + weight_b[..., None] * out_b) / np.where(total > 0, total, 1.0)[..., None]
+    whole = np.where(total > 0, total, 1.0)[..., None]
+    # a side of weight zero is left out, not multiplied: it may hold anything
+    pairs = (weight_a[..., None], out_a), (weight_b[..., None], out_b)
+    parts = [np.where(w == 0, 0.0, w / whole * np.where(w == 0, 0.0, x)) for w, x in pairs]
+    out = parts[0] + parts[1]
     with np.errstate(divide="ignore"):
         return out, np.where(total > 0, np.log(total) + safe, -np.inf)
 

@@ -41,7 +41,6 @@ _PARAMETERS = (
 _POSITIVE = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
 
 
-
 @dataclass(frozen=True)
 class Rope:
     """The rotary embedding of one attention layer.
@@ -201,7 +200,7 @@ class Rope:
     def _dynamic_theta(self, length: int) -> Tensor:
         """NTK-aware base of a sequence of ``length`` tokens; in float32, for the model holds the length in a tensor."""
         factor, original, r = _number(self.factor), _number(self.original_max_position), self.rotary_dim
-        growth: Tensor = factor * torch.tensor(length, device="cpu") / original - (factor - 1.0)
+        growth: Tensor = factor * torch.tensor(length, dtype=torch.float32, device="cpu") / original - (factor - 1.0)
         return self.theta * growth ** (r / (r - 2))
 
     def _yarn(self, powers: Tensor) -> Tensor:

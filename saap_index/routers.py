@@ -1,27 +1,30 @@
 """The routers of a whole model as one thing: made by ``saap train``, checked against a model, handed to indexes. Knows files.
 
-On disk a folder: config.json says for which model, RoPE and data, and how good; model.safetensors holds the arrays.
+On disk a folder: config.json says for which model, RoPE and data, how good, and the checksum of model.safetensors, which holds
+the arrays.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
 from torch import Tensor
 
-from . import checks
+from . import checks, files
 from .backends import RouterWeights
 from .calibration import Calibration
-from .errors import CompatibilityError, FormatError, ParameterError, SaapError
+from .errors import CompatibilityError, DeviceError, FormatError, ParameterError
 from .index import AsymmetricIndex
 from .quantizer import KeyQuantizer
 from .rope import Rope
@@ -31,6 +34,8 @@ from .tower import TwoTower
 
 FORMAT, VERSION = "saap_index routers", 1
 CONFIG, ARRAYS = "config.json", "model.safetensors"
+MAX_LISTS = 1 << 16
+"""Of a KV head, where each prompt makes its own: beyond it lists are no help, and a number in a file no reason to allocate."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,16 @@ class LayerRouters:
 
     def with_lists(self, nlist: int) -> LayerRouters:
         """The same for another number of lists; ParameterError unless they are made anew for each prompt."""
-        checks.integer(nlist, "nlist", 1)
+        checks.integer(nlist, "nlist", 1, MAX_LISTS)
         if self.tower is None:
             raise ParameterError(f"nlist: expected {self.key_quantizer.nlist}, as these lists were trained, got {nlist}")
-        quantizer = _unmade(self.tower.weights.hidden, nlist)
-        return replace(self, key_quantizer=quantizer, query_router=self.tower.at(quantizer.centroids))
+        quantizer, router = _unmade(self.tower, nlist)
+        return replace(self, key_quantizer=quantizer, query_router=router)
+
+    def to(self, device: torch.device | str) -> LayerRouters:
+        """The same on another device."""
+        tower = None if self.tower is None else self.tower.to(device)
+        return replace(self, key_quantizer=self.key_quantizer.to(device), query_router=self.query_router.to(device), tower=tower)
 
 
 @dataclass(frozen=True)
@@ -69,12 +79,17 @@ class Routers:
     config: Mapping[str, Any]
     layers: Mapping[int, LayerRouters] = field(repr=False)
 
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers that training advises to leave dense, for `attach`: their attention is spread too evenly for a small budget."""
+        return tuple(self.config.get("budget", {}).get("dense_layers", ()))
+
     def check(self, config: Any) -> None:
         """CompatibilityError, by name, unless a transformers config (or its dict) is of the shape and RoPE trained for."""
         want, got = self.config["model"], model_shape(config)
         for name, value in got.items():
-            if want[name] != value:
-                raise CompatibilityError(f"routers: expected a model with {name} = {want[name]!r}, got {value!r}")
+            if want.get(name) != value:
+                raise CompatibilityError(f"routers: expected a model with {name} = {want.get(name)!r}, got {value!r}")
         for number, layer in self.layers.items():
             rope = Rope.from_config(config, layer=number)
             if rope != layer.model_rope:
@@ -90,11 +105,14 @@ class Routers:
         found = self.layers[layer]
         if "nlist" in options:
             found = found.with_lists(options.pop("nlist"))
-        model, (kv_heads, nlist, d) = self.config["model"], found.key_quantizer.centroids.shape
+        kv_heads, nlist, d = found.key_quantizer.centroids.shape
+        heads = self.config["model"].get("num_attention_heads")
+        if heads is None:
+            raise CompatibilityError("routers: expected a model with num_attention_heads in their config, got none")
         own: dict[str, Any] = {"rope": found.rope, "scale": found.scale, "budget_shares": found.budget_shares}
-        own |= {name: self.config["layout"][name] for name in ("sinks", "window")}
-        index = AsymmetricIndex(d, nlist, model["num_attention_heads"], kv_heads, **{**own, **options})
-        index.key_quantizer = found.key_quantizer
+        own |= {name: value for name, value in self.config.get("layout", {}).items() if name in ("sinks", "window")}
+        index = AsymmetricIndex(d, nlist, heads, kv_heads, **{**own, **options})
+        index.key_quantizer = KeyQuantizer(found.key_quantizer.centroids.contiguous())
         if found.tower is not None:
             index.tower = found.tower  # makes the router for the lists there are
         else:
@@ -116,43 +134,90 @@ def model_shape(config: Any) -> dict[str, Any]:
 
 
 def save_routers(routers: Routers, path: str | os.PathLike[str]) -> None:
-    """Write a folder; its files appear whole or not at all, config.json last. Raises OSError."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a folder; its two files appear whole or not at all, and config.json has a checksum of the other. Raises OSError."""
     layers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for number, layer in sorted(routers.layers.items()):
         layers[str(number)], arrays = pack_layer(layer)
         tensors |= {f"layers.{number}.{name}": x for name, x in arrays.items()}
     config = {"format": FORMAT, "version": VERSION, **routers.config, "layers": layers}
-    write_whole(folder / ARRAYS, lambda draft: save_file(tensors, draft, {"format": "pt"}))
-    text = json.dumps(config, indent=1, sort_keys=True) + "\n"
-    write_whole(folder / CONFIG, lambda draft: draft.write_text(text))
+
+    def arrays_file(draft: Path) -> None:
+        files.save_tensors(draft, tensors, {"format": "pt"})
+        config["checksum"] = _checksum(draft.read_bytes())
+
+    def config_file(draft: Path) -> None:
+        draft.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    files.write_files(path, {ARRAYS: arrays_file, CONFIG: config_file})
 
 
 def load_routers(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Routers:
-    """Read what `save_routers` wrote. FormatError if it is damaged or something else, OSError if it cannot be opened."""
-    folder = Path(path)
-    text = (folder / CONFIG).read_text()
+    """Read what `save_routers` wrote.
+
+    A folder that an older version wrote has no checksum that ties its two files together: it loads with a warning.
+
+    Raises FormatError if it is damaged, something else, or two files that do not belong together; OSError if it cannot be opened;
+    DeviceError for a device that is not there.
+    """
+    folder, place = Path(path), checks.device(device)
+    config = files.read_json(folder / CONFIG, "routers written by saap train")
+    raw = (folder / ARRAYS).read_bytes()
     try:
-        config = json.loads(text)
-        if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
-            got = config.get("format"), config.get("version")
-            raise FormatError(f"expected format {FORMAT!r}, version {VERSION}, got {got}")
-        tensors = load_file(folder / ARRAYS, device=str(device))
-        layers = {}
-        for name, facts in config.pop("layers").items():
-            prefix = f"layers.{name}."
-            arrays = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
-            layers[int(name)] = unpack_layer(facts, arrays)
-        heads, dim = config["model"]["num_key_value_heads"], config["model"]["head_dim"]
-        for number, layer in layers.items():
-            h, _, d = layer.key_quantizer.centroids.shape
-            if (h, d) != (heads, dim):
-                raise FormatError(f"layer {number}: expected {heads} KV heads and {dim} dims, got {h} and {d}")
-        return Routers({key: value for key, value in config.items() if key not in ("format", "version")}, layers)
-    except (SafetensorError, SaapError, LookupError, TypeError, ValueError, AttributeError) as error:
+        routers, tied = _routers_of(config, raw), "checksum" in config
+    except files.DAMAGE as error:
         raise FormatError(f"{folder}: expected routers written by saap train, got {type(error).__name__}: {error}") from error
+    if not tied:
+        warnings.warn(
+            f"{folder}: expected a checksum of {ARRAYS} in {CONFIG}, got a folder of an older version: nothing tells whether the "
+            "two files belong together; save_routers(load_routers(folder), folder) ties them",
+            stacklevel=2,
+        )
+    if place.type == "cpu":
+        return routers
+    try:
+        return Routers(routers.config, {number: layer.to(place) for number, layer in routers.layers.items()})
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DeviceError(f"device: expected one that is there, got {device}: {error}") from error
+
+
+def _routers_of(config: Any, raw: bytes) -> Routers:
+    """Routers from config.json's content and model.safetensors' bytes. FormatError and other errors for what does not fit."""
+    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("version") != VERSION:
+        got = (config.get("format"), config.get("version")) if isinstance(config, dict) else type(config).__name__
+        raise FormatError(f"expected format {FORMAT!r}, version {VERSION}, got {got}")
+    want = config.get("checksum", _checksum(raw))
+    if _checksum(raw) != want:
+        raise FormatError(
+            f"expected {ARRAYS} with the checksum {want} that {CONFIG} names, got {_checksum(raw)}: damaged, or one of the two "
+            "files is of other routers"
+        )
+    model, facts = config["model"], config["layers"]
+    heads, dim = (checks.integer(model[name], name, 1) for name in ("num_key_value_heads", "head_dim"))
+    for name in ("sinks", "window"):
+        checks.integer(config.get("layout", {}).get(name, 0), name, 0)
+    for number in config.get("budget", {}).get("dense_layers", ()):
+        checks.integer(number, "dense_layers", 0)
+    tensors = load(raw)
+    layers = {}
+    for name, fact in sorted(facts.items(), key=lambda item: int(item[0])):
+        number = checks.integer(int(name), "layer", 0, model.get("num_hidden_layers", 2**31) - 1)
+        prefix = f"layers.{number}."
+        arrays = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        layers[number] = unpack_layer(fact, arrays)
+        h, _, d = layers[number].key_quantizer.centroids.shape
+        if (h, d) != (heads, dim):
+            raise FormatError(f"layer {number}: expected {heads} KV heads and {dim} dims, got {h} and {d}")
+    if len(layers) != len(facts) or tensors:
+        raise FormatError(f"expected arrays of the layers in {CONFIG} alone, got {sorted(tensors) or list(facts)}")
+    ours = ("format", "version", "layers", "checksum")
+    return Routers({key: value for key, value in config.items() if key not in ours}, layers)
+
+
+def _checksum(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:32]
 
 
 def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -183,30 +248,50 @@ def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> LayerRouters:
-    """What `pack_layer` packed. Raises LookupError, ValueError or SaapError for anything else."""
+    """What `pack_layer` packed. Raises LookupError, TypeError, ValueError or SaapError for anything else."""
     rope, model_rope = (None if facts[name] is None else Rope.from_dict(facts[name]) for name in ("rope", "model_rope"))
-    d = int(arrays["router.hidden"].shape[2])
-    own = bool(facts["two_tower"])
-    if own and "centroids" not in arrays:
-        quantizer = _unmade(arrays["router.hidden"], int(facts["nlist"]))
+    heads, _, d = map(int, arrays["router.hidden"].shape)
+    for found in (rope, model_rope):
+        if found is not None and found.head_dim != d:
+            raise FormatError(f"rope: expected head_dim {d}, got {found.head_dim}")
+    scale, first_knot, own = facts["scale"], facts["first_knot"], facts["two_tower"]
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < float(scale) < math.inf:
+        raise FormatError(f"scale: expected a positive finite number, got {scale!r}")
+    if not isinstance(own, bool) or not isinstance(facts["count_lists"], bool):
+        raise FormatError(f"two_tower, count_lists: expected booleans, got {own!r} and {facts['count_lists']!r}")
+    tower = None
+    if own:
+        tower = TwoTower(RouterWeights.of(arrays, d, "router.").map(_wide), first_knot)
+        if "centroids" in arrays:
+            quantizer = KeyQuantizer(arrays["centroids"])
+            router = tower.at(quantizer.centroids)
+        else:
+            quantizer, router = _unmade(tower, checks.integer(facts["nlist"], "nlist", 1, MAX_LISTS))
     else:
         quantizer = KeyQuantizer(arrays["centroids"])
-    weights = RouterWeights.of(arrays, d if own else quantizer.nlist, "router.").map(_wide)
-    tower = TwoTower(weights, int(facts["first_knot"])) if own else None
-    if tower is None:
-        router = QueryRouter(weights, int(facts["first_knot"]), bool(facts["count_lists"]))
-    else:
-        router = tower.at(quantizer.centroids)
+        router = QueryRouter(RouterWeights.of(arrays, quantizer.nlist, "router.").map(_wide), first_knot, facts["count_lists"])
     router.check_heads(*(quantizer.centroids.shape[i] for i in (0, 2, 1)))
-    calibration = Calibration(arrays["calibration"].cpu()) if "calibration" in arrays else None
-    shares, losses = (arrays[name].cpu().numpy() if name in arrays else None for name in ("budget_shares", "losses"))
-    return LayerRouters(quantizer, router, rope, model_rope, float(facts["scale"]), tower, calibration, shares, losses)
+    calibration = Calibration(arrays["calibration"]) if "calibration" in arrays else None
+    if calibration is not None and len(calibration.miss) != heads:
+        raise FormatError(f"calibration: expected {heads} KV heads, got {len(calibration.miss)}")
+    shares, losses = (arrays[name].numpy() if name in arrays else None for name in ("budget_shares", "losses"))
+    if shares is not None:
+        shares = checks.shares(shares, "budget_shares", heads)
+    if losses is not None and (losses.ndim != 2 or len(losses) != heads or not np.isfinite(losses).all()):
+        raise FormatError(f"losses: expected finite numbers ({heads}, s), got shape {losses.shape}")
+    return LayerRouters(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses)
 
 
-def _unmade(hidden: Tensor, nlist: int) -> KeyQuantizer:
-    """So many lists that a prompt will make, for a router with weights hidden : (h, u, d), on their device."""
-    heads, _, d = hidden.shape
-    return KeyQuantizer(torch.zeros((heads, nlist, d), device=hidden.device))
+def _unmade(tower: TwoTower, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:
+    """So many lists that a prompt will make, and the router for them, as `TwoTower.at` gives it for centroids of zero.
+
+    All lists are one piece of memory: how many there are costs nothing before a prompt makes them.
+    """
+    zeros = torch.zeros((tower.heads, 1, tower.d), dtype=torch.float32, device=tower.weights.hidden.device)
+    one = tower.at(zeros).weights
+    assert one.lists is not None
+    weights = replace(one, nlist=nlist, lists=one.lists.expand(-1, nlist, -1))
+    return KeyQuantizer(zeros.expand(-1, nlist, -1)), QueryRouter(weights, tower.first_knot)
 
 
 def _narrow(x: Tensor) -> Tensor:
@@ -218,18 +303,3 @@ def _wide(x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise FormatError(f"router: expected weights in float32 or bfloat16, got {x.dtype}")
     return x.float()
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file that appears at ``path`` complete or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(draft)
-        draft.chmod(0o644)  # safetensors lets the owner alone read
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except SafetensorError as error:  # safetensors hides what the system said
-        raise OSError(f"{path}: expected a path that can be written, got {error}") from error
-    finally:
-        draft.unlink(missing_ok=True)

@@ -100,14 +100,14 @@ def gather(
 
 def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter | None) -> SearchStats:
     """What a search that made this selection read."""
-    b, h = lists.batch, lists.heads
+    b, h = len(last.lengths), lists.heads  # of `search`, every query for itself
     sealed = [high - low for high, low in zip(last.sealed, last.sinks, strict=True)]
     read = [0.0] * b if last.counts is None else last.counts.float().mean(1).tolist()
     dense = [n - s for n, s in zip(last.lengths, sealed, strict=True)]
     entries = 0 if last.tail_counts is None else int(last.tail_counts.sum())
     row_bytes = (lists.d + lists.d_v) * lists.dtype.itemsize
     routed = last.rows is not None and router is not None
-    tables = sum(map(len, lists.segments)) * h * (lists.nlist + 1) * 4 if routed else 0
+    tables = sum(map(len, lists.segments)) * b // lists.batch * h * (lists.nlist + 1) * 4 if routed else 0
     return SearchStats(
         sealed_tokens=sum(sealed) / b,
         read_sealed=sum(read) / b,

@@ -42,10 +42,10 @@ class RouterTargets:
 def bin_edges(nearest: int, farthest: int, distance: bool) -> Tensor:
     """Distance bins, in tokens, half an octave each: float64 (B + 1,), from the nearest distance to past the farthest."""
     if not distance:
-        return torch.tensor([0.0, math.inf], dtype=torch.float64)
+        return torch.tensor([0.0, math.inf], dtype=torch.float64, device="cpu")
     octaves = math.log2(max(2, farthest) / max(1, nearest))
     count = max(1, math.ceil(octaves * BINS_PER_OCTAVE))
-    return max(1, nearest) * 2.0 ** (torch.arange(count + 1, dtype=torch.float64) / BINS_PER_OCTAVE)
+    return max(1, nearest) * 2.0 ** (torch.arange(count + 1, dtype=torch.float64, device="cpu") / BINS_PER_OCTAVE)
 
 
 def targets(
@@ -70,7 +70,7 @@ def targets(
     first[:, 0] = last + 1
     first = torch.minimum(first.clamp(min=sinks), last[:, None] + 1)
     first[:, -1] = sinks
-    near = torch.cat([torch.arange(sinks, device=keys.device).expand(q, -1), _window(positions, window)], 1)
+    near = torch.cat([torch.arange(sinks, dtype=torch.int64, device=keys.device).expand(q, -1), _window(positions, window)], 1)
     share = keys.new_empty((h, q, g))
     list_mass, bin_mass = keys.new_zeros((h, q, g, nlist)), keys.new_empty((h, q, g, num_bins))
     counts = torch.empty((h, q, num_bins, nlist), dtype=torch.int16 if n < 2**15 else torch.int32, device=keys.device)
@@ -82,7 +82,7 @@ def targets(
             stop = int(last[some_queries[-1]]) + 1
             x = queries[head][:, some_queries].transpose(0, 1) * scale  # (p, g, d)
             logits = (x.reshape(-1, d) @ keys[head, sinks:stop].T).view(len(some_queries), g, -1)
-            beyond = torch.arange(sinks, stop, device=keys.device) > last[some_queries, None]
+            beyond = torch.arange(sinks, stop, dtype=torch.int64, device=keys.device) > last[some_queries, None]
             mixed = int(last[some_queries[0]]) + 1 - sinks  # columns from here on are seen by some of the block only
             logits[..., mixed:].masked_fill_(beyond[:, None, mixed:], float("-inf"))
             top = logits.amax(-1, keepdim=True)
@@ -97,13 +97,15 @@ def targets(
             at = upto.gather(2, (first[some_queries, None] - sinks).expand(-1, g, -1))
             bin_mass[head, some_queries] = (at[..., :-1] - at[..., 1:]).float()
         hot = torch.zeros((nlist, n + 1), dtype=torch.int32, device=keys.device)
-        hot[index, torch.arange(1, n + 1, device=keys.device)] = 1
+        hot[index, torch.arange(1, n + 1, dtype=torch.int64, device=keys.device)] = 1
         seen = hot.cumsum(1, dtype=torch.int32)[:, first]  # (l, q, B + 1)
         counts[head] = (seen[..., :-1] - seen[..., 1:]).permute(1, 2, 0)
-    centres = torch.log2(edges[:-1]) + 0.5 / BINS_PER_OCTAVE if num_bins > 1 else torch.zeros(1, dtype=torch.float64)
+    centres = (
+        torch.log2(edges[:-1]) + 0.5 / BINS_PER_OCTAVE if num_bins > 1 else torch.zeros(1, dtype=torch.float64, device="cpu")
+    )
     return RouterTargets(router_queries.transpose(1, 2).contiguous(), share, list_mass, bin_mass, counts, centres.float())
 
 
 def _window(positions: Tensor, window: int) -> Tensor:
     """The newest ``window`` tokens of each position, its own included: int64 (q, window)."""
-    return positions[:, None] - torch.arange(window, device=positions.device)
+    return positions[:, None] - torch.arange(window, dtype=torch.int64, device=positions.device)

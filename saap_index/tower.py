@@ -44,7 +44,11 @@ class TwoTower:
     @classmethod
     def symmetric(cls, heads: int, d: int) -> TwoTower:
         """Plain IVF: the key that a query looks for is the query itself. No training."""
-        skip = torch.cat([torch.eye(d), torch.zeros(1, d)]).expand(heads, -1, -1).contiguous()
+        skip = (
+            torch.cat([torch.eye(d, dtype=torch.float32, device="cpu"), torch.zeros(1, d, dtype=torch.float32, device="cpu")])
+            .expand(heads, -1, -1)
+            .contiguous()
+        )
         zeros = skip.new_zeros
         return cls(
             RouterWeights(zeros((heads, 0, d)), zeros((heads, 0)), zeros((heads, d + 1, 0)), skip, zeros((heads, d + 1)), d)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import LengthError
 from .fitting import fit_linear, train_router, train_tower
 from .layout import Layout
+from .precision import full_precision
 from .quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
@@ -36,6 +37,7 @@ class Trained:
     tower: TwoTower | None = None
 
 
+@full_precision
 def train_layer(
     sequences: Sequence[TrainingSequence], nlist: int, rope: Rope | None, layout: Layout, scale: float, config: TrainingConfig
 ) -> Trained:
@@ -55,7 +57,7 @@ def train_layer(
         found, own = _targets(sequence, quantizer, nlist, rope, layout, scale, edges, config.two_tower)
         parts.append(found)
         centroids.append(own.centroids)
-        of_sequence.append(torch.full((found.x.shape[1],), number))
+        of_sequence.append(torch.full((found.x.shape[1],), number, dtype=torch.int64, device="cpu"))
     data = RouterTargets.cat(parts)
     if not data.x.shape[1]:
         raise LengthError(f"positions: expected queries past window and sinks, got none among {longest} tokens")
@@ -96,5 +98,3 @@ def _targets(
     where = torch.from_numpy(positions)
     found = targets(keys.float(), grouped, routed, where, lists, nlist, layout.sinks, layout.window, scale, edges)
     return found, quantizer
-
-

@@ -5,9 +5,17 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its spinning threads would slow everything beside them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from default_dtype import for_the_library
 from hypothesis import HealthCheck, settings
+from suite_guard import pytest_configure
+
+__all__ = ["pytest_configure"]
+
+import saap_index.crossover
 
 settings.register_profile(
     "ci",
@@ -20,6 +28,26 @@ settings.register_profile("explore", parent=settings.get_profile("ci"), derandom
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+DEFAULT_DTYPE = os.environ.get("SAAP_DEFAULT_DTYPE", "float32")
+"""What torch's default dtype is for the library, so that the whole suite can be run under another: `make test-dtypes`."""
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _break_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `attach` measures on a machine is one number here, and nothing is timed."""
+    found = saap_index.crossover.Crossover(2048, ())
+    monkeypatch.setattr(saap_index.crossover, "measured", lambda key, times: found)
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype() -> Iterator[None]:
+    if DEFAULT_DTYPE == "float32":
+        yield
+        return
+    with for_the_library(getattr(torch, DEFAULT_DTYPE)):
+        yield

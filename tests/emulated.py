@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,21 @@ class RecordingKernel:
     def __init__(self, runtime: RecordingRuntime, name: str, kernel: Kernel) -> None:
         self.runtime, self.name, self.kernel = runtime, name, kernel
 
-    def launch(self, grid: Grid, block: int, shared_bytes: int, params: np.ndarray[Any, Any]) -> None:
+    def prepare(
+        self, grid: Grid, block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1, dependent: bool = False
+    ) -> Callable[[], None]:
+        return partial(self.launch, grid, block, shared_bytes, params, cluster, dependent)
+
+    def launch(
+        self, grid: Grid, block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1, dependent: bool = False
+    ) -> None:
         self.runtime.launched.append(self.name)
         self.runtime.structs.append(params)
         if self.runtime.graph is None:
-            self.kernel.launch(grid, block, shared_bytes, params)
+            self.kernel.launch(grid, block, shared_bytes, params, cluster, dependent)
             return
-        kept = params.copy()
-        self.runtime.graph.launches.append((self.name, lambda: self.kernel.launch(grid, block, shared_bytes, kept)))
+        again = self.kernel.prepare(grid, block, shared_bytes, params.copy(), cluster, dependent)
+        self.runtime.graph.launches.append((self.name, again))
 
 
 class RecordingRuntime:
@@ -71,6 +79,7 @@ class RecordingRuntime:
     def __init__(self, inner: Runtime) -> None:
         self.inner = inner
         self.name, self.multiprocessors, self.max_shared_bytes = inner.name, MULTIPROCESSORS, SHARED_BYTES
+        self.capability = inner.capability
         self.launched: list[str] = []
         self.structs: list[np.ndarray[Any, Any]] = []
         self.looked_up: list[str] = []

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 import saap_index as saap
+from saap_index.hf import support
 from saap_index.routers import model_shape
 
 VOCABULARY = 211
+
+CACHE = support.cache_argument(transformers.LlamaForCausalLM)
+"""The name of a cache, as argument and in what comes back: "cache", or "past_key_values" before transformers 5.24."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -48,8 +53,6 @@ SMALL: dict[str, Any] = {"sinks": 2, "window": 8, "seal_tokens": 4, "max_segment
 
 def tiny(case: str, seed: int = 0, **changes: Any) -> Any:
     """A model with random weights that are large enough for its choices to be clear, and that never stops by itself."""
-    import transformers
-
     family, config = CASES.get(case, (case, {}))
     names = {"Gemma3": "Gemma3Text"}
     shape = {k: v for k, v in SHAPE.items() if (family, k) not in (("Qwen2", "head_dim"), ("Phi", "head_dim"))}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from hf_models import SMALL, greedy, left_padded, make_routers, prompt, sealed_tokens
+from hf_models import CACHE, SMALL, greedy, left_padded, make_routers, prompt, sealed_tokens
 from transformers import AutoModelForCausalLM
 
 import saap_index as saap
@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
     want = torch.load(folder / "want.pt")
     inputs = left_padded(prompt(2, 110), [0, 37])
     cache = saap.SaapCache(model)
-    assert torch.equal(greedy(model, inputs, past_key_values=cache), want), f"rank {rank}"
+    assert torch.equal(greedy(model, inputs, **{CACHE: cache}), want), f"rank {rank}"
     assert torch.equal(greedy(model, inputs, num_beams=2), torch.load(folder / "beams.pt")), f"rank {rank}"
     index = cache.layers[1].index
     assert (index.num_heads, index.num_kv_heads) == (2, 1) and min(sealed_tokens(cache)) > 100

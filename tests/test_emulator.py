@@ -21,9 +21,13 @@ pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler")
 PARAMS = np.dtype([("global", np.uint64), ("out", np.uint64), ("flags", np.uint64), ("plant", np.int32)], align=True)
 SOURCE = (EMULATOR / "planted.cu").read_text().splitlines()
 ORDERS = ("fifo", "lifo", "random")
+CLUSTER = 4
 
 
-def plant(number: int, blocks: int = 1, order: str | EmulatedRuntime = "fifo", guard: bool = True) -> tuple[Tensor, Tensor]:
+def plant(
+    number: int, blocks: int = 1, order: str | EmulatedRuntime = "fifo", guard: bool = True, cluster: int = 1,
+    dependent: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out and flags after planted.cu; the tensors end where memory does."""
     emulated = EmulatedRuntime(order, cuda=EMULATOR) if isinstance(order, str) else order
     hide = guarded if guard else torch.clone
@@ -35,9 +39,9 @@ def plant(number: int, blocks: int = 1, order: str | EmulatedRuntime = "fifo", g
     shared = 64 * 16
     if guard:
         with emulated.allow(source, out, flags):
-            kernel.launch((blocks, 1, 1), 64, shared, params)
+            kernel.launch((blocks, 1, 1), 64, shared, params, cluster, dependent)
     else:
-        kernel.launch((blocks, 1, 1), 64, shared, params)
+        kernel.launch((blocks, 1, 1), 64, shared, params, cluster, dependent)
     return out, flags
 
 
@@ -46,9 +50,9 @@ def lines_of(number: int) -> set[int]:
     return {i for i, text in enumerate(SOURCE, 1) if re.search(rf"// [\d ]*\b{number}\b[\d ]*$", text)}
 
 
-def report_of(number: int, order: str = "fifo") -> str:
+def report_of(number: int, order: str = "fifo", cluster: int = 1) -> str:
     with pytest.raises(EmulationError) as error:
-        plant(number, order=order)
+        plant(number, cluster, order, cluster=cluster)
     text = str(error.value)
     named = {int(x) for x in re.findall(r"planted\.cu:(\d+)", text)}
     assert named and named <= lines_of(number), f"lines {sorted(lines_of(number))} expected: {text}"
@@ -65,6 +69,46 @@ def test_correct_code_runs(order: str) -> None:
     assert torch.equal(plant(2, order=order)[0][:64], apart)
     assert plant(3, order=order)[0][[0, 31, 32, 39, 40]].tolist() == [255, 255, 255, 255, -1]
     assert plant(4, 2, order)[0][1] == 7
+
+
+def histograms(clusters: int, cluster: int) -> Tensor:
+    words = (torch.arange(512).to(torch.float16).view(torch.int16) // 32 % 16)[: clusters * cluster * 64]
+    return torch.stack([torch.bincount(x, minlength=16) for x in words.view(clusters, -1)]).float().flatten()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("clusters", "cluster"), [(1, 4), (2, 4), (3, 2), (1, 8), (2, 1)])
+def test_clusters(clusters: int, cluster: int, order: str) -> None:
+    """Whatever is in flight: blocks of a cluster start together."""
+    for inflight in (1, 3):
+        emulated = EmulatedRuntime(order, 1, inflight, cuda=EMULATOR)
+        for number in (5, 6):
+            out = plant(number, clusters * cluster, emulated, cluster=cluster)[0]
+            assert torch.equal(out[: clusters * 16], histograms(clusters, cluster)), number
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_block_may_leave_its_cluster(order: str) -> None:
+    out = plant(7, 4, order, cluster=4)[0].view(4, 64)
+    assert (out[:3] == 1).all() and (out[3] == -1).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_dependent_launches(order: str) -> None:
+    assert (plant(8, 2, order, dependent=True)[0][:128] == 0).all()
+    assert (plant(8, 2, order)[0][:128] == 0).all()
+    for number in (400, 401):
+        plant(number, 2, order)
+        with pytest.raises(EmulationError, match=r"block \([01], 0, 0\) returned without grid_dependency_wait"):
+            plant(number, 2, order, dependent=True)
+
+
+def test_older_devices_have_neither() -> None:
+    emulated = EmulatedRuntime(cuda=EMULATOR, capability=(8, 6))
+    assert torch.equal(plant(5, 1, emulated)[0][:16], histograms(1, 1))
+    for options in ({"cluster": 2}, {"dependent": True}):
+        with pytest.raises(EmulationError, match="no clusters or dependent launches"):
+            plant(5, 2, emulated, **options)  # type: ignore[arg-type]
 
 
 def test_unfinished_copies_and_unwritten_memory_are_nan() -> None:
@@ -84,6 +128,15 @@ def test_threads_that_never_meet(number: int, order: str) -> None:
     assert re.search(MEETINGS[number], report_of(number, order))
 
 
+CLUSTER_MEETINGS = {210: "divergence", 211: "divergence|deadlock", 212: "divergence|deadlock"}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("number", CLUSTER_MEETINGS)
+def test_blocks_of_a_cluster_that_never_meet(number: int, order: str) -> None:
+    assert re.search(CLUSTER_MEETINGS[number], report_of(number, order, cluster=2))
+
+
 ADDRESSES = {
     300: "out of bounds: byte 1024 of 1024", 301: "not aligned", 302: "global address .* not aligned", 303: "none of the tensors",
     304: "out of bounds", 305: "out of bounds: byte 1024 of 1024", 306: "undefined|out of bounds", 307: "undefined",
@@ -95,6 +148,21 @@ ADDRESSES = {
 @pytest.mark.parametrize("number", ADDRESSES)
 def test_wrong_addresses_and_undefined_behaviour(number: int) -> None:
     assert re.search(ADDRESSES[number], report_of(number))
+
+
+GONE = r"the shared memory of block \(1, 0, 0\), which has returned"
+CLUSTER_ADDRESSES = {
+    320: "rank 2 of a cluster of 2", 321: "of the block's own dynamic shared memory",
+    322: r"out of bounds: byte 1024 of 1024 of the dynamic shared memory of block \(1, 0, 0\)",
+    323: r"of_block: block \(1, 0, 0\) has returned", 324: GONE, 325: f"atomic: {GONE}",
+    326: "which may not have started", 327: "atomic: byte 2 of the shared memory is not aligned to 4",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", CLUSTER_ADDRESSES)
+def test_wrong_addresses_in_the_shared_memory_of_others(number: int) -> None:
+    for order in ORDERS:
+        assert re.search(CLUSTER_ADDRESSES[number], report_of(number, order, cluster=2))
 
 
 def test_deadlock_lists_who_waits_where() -> None:
@@ -111,12 +179,12 @@ def test_the_machine_is_usable_after_an_error() -> None:
 def test_parameters_and_sizes_are_checked() -> None:
     kernel = EmulatedRuntime(cuda=EMULATOR).kernel("planted.cu", "planted", {})
     params = np.zeros((), PARAMS)
-    for grid, block, shared, data in [
-        ((1, 1, 1), 64, 64, np.zeros(3)), ((0, 1, 1), 64, 64, params), ((1, 1, 1), 2048, 64, params),
-        ((1, 1, 1), 64, 1 << 20, params),
+    for grid, block, shared, data, cluster in [
+        ((1, 1, 1), 64, 64, np.zeros(3), 1), ((0, 1, 1), 64, 64, params, 1), ((1, 1, 1), 2048, 64, params, 1),
+        ((1, 1, 1), 64, 1 << 20, params, 1), ((6, 1, 1), 64, 64, params, 4), ((16, 1, 1), 64, 64, params, 16),
     ]:  # fmt: skip
         with pytest.raises(EmulationError):
-            kernel.launch(grid, block, shared, data)  # type: ignore[arg-type]
+            kernel.launch(grid, block, shared, data, cluster)  # type: ignore[arg-type]
 
 
 def test_guarded_tensors() -> None:
@@ -152,8 +220,9 @@ def test_does_not_compile(tmp_path: Path) -> None:
 
 # ---- sanitizers, each in a process of its own
 
-RACES = {100: 1, 101: 1, 102: 1, 103: 1, 104: 3, 105: 3, 106: 3, 107: 1}
-"""Blocks of each plant."""
+CORRECT = {0: 1, 1: 3, 2: 1, 3: 1, 4: 2, 5: 4, 6: 4, 7: 4}
+RACES = {100: 1, 101: 1, 102: 1, 103: 1, 104: 3, 105: 3, 106: 3, 107: 1, 108: 4, 109: 4, 110: 4, 111: 4}
+"""Blocks of each plant; four are a cluster."""
 
 
 def in_other_process(sanitizer: str, cases: dict[int, int]) -> dict[int, str]:
@@ -164,7 +233,7 @@ def in_other_process(sanitizer: str, cases: dict[int, int]) -> dict[int, str]:
 
 
 def test_races_are_found_without_parallel_threads() -> None:
-    reports = in_other_process("thread", {0: 1, 1: 3, 2: 1, 3: 1, 4: 2} | RACES)
+    reports = in_other_process("thread", CORRECT | RACES)
     for number, text in reports.items():
         assert bool(text) == (number in RACES), f"plant {number}: {text or 'no report'}"
         if text:
@@ -172,16 +241,16 @@ def test_races_are_found_without_parallel_threads() -> None:
             assert named & lines_of(number), f"lines {sorted(lines_of(number))} expected: {text}"
 
 
-@pytest.mark.parametrize("number", [304, 305])
-def test_address_sanitizer(number: int) -> None:
-    result = sanitize.run("address", [__file__, json.dumps({number: 1})])
+@pytest.mark.parametrize(("number", "blocks"), [(304, 1), (305, 1), (322, 4), (324, 4)])
+def test_address_sanitizer(number: int, blocks: int) -> None:
+    result = sanitize.run("address", [__file__, json.dumps({number: blocks})])
     assert result.returncode != 0
     named = {int(x) for x in re.findall(r"planted\.cu:(\d+)", result.stderr)}
     assert named & lines_of(number), result.stderr[-4000:]
 
 
 def test_correct_code_under_address_sanitizer() -> None:
-    assert not any(in_other_process("address", {0: 1, 1: 3, 2: 1, 3: 1, 4: 2}).values())
+    assert not any(in_other_process("address", CORRECT).values())
 
 
 if __name__ == "__main__":
@@ -189,7 +258,7 @@ if __name__ == "__main__":
     for number, blocks in json.loads(sys.argv[1]).items():
         try:
             for order in ORDERS:
-                plant(int(number), blocks, order, guard=False)
+                plant(int(number), blocks, order, guard=False, cluster=blocks if blocks >= CLUSTER else 1)
             found[number] = ""
         except EmulationError as error:
             found[number] = str(error)

@@ -74,7 +74,7 @@ def digest(index: AsymmetricIndex) -> list[object]:
     if index._lists is None:
         return found
     lists = index.invlists
-    found += [lists.segments, [x.tolist() for x in lists.removed], lists.pending is not None]
+    found += [lists.segments, [x.array().tolist() for x in lists.gaps], lists.pending is not None]
     for i, n in enumerate(lists.lengths):
         arrays = [lists.keys[i, :, :n], lists.values[i, :, :n], lists.row_ids(i), lists.tables[i, :, : len(lists.segments[i])]]
         if lists.pending is not None:

@@ -298,6 +298,23 @@ def test_search_attend_is_that_of_the_cpu(emu: Place, name: str) -> None:
     assert torch.equal(out.isnan(), want.isnan()) and torch.equal(lse.isnan(), want_lse.isnan()) and lse.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("n", [20, 90])
+def test_queries_at_an_odd_element(place: Place, n: int) -> None:
+    """Pairs of 16-bit queries are read at once, wherever they begin; dense and over lists."""
+    index = place.index(dtype=BF16, break_even=40)
+    index.add(place.tokens(1, 2, n, 32, BF16), place.tokens(1, 2, n, 32, BF16, seed=1))
+    even = place.tokens(1, 4, 1, 32, BF16, seed=2)
+    odd = torch.empty(even.numel() + 1, dtype=BF16, device=place.device)[1:].view(even.shape)
+    odd.copy_(even)
+    assert odd.data_ptr() % 4 and even.data_ptr() % 4 == 0
+    selection = index.select(odd)
+    for got, want in (
+        [index.search_attend(x, return_lse=True) for x in (odd, even)],
+        [index.attend_selected(x, selection, return_lse=True) for x in (odd, even)],
+    ):
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
 def test_the_state_is_that_of_any_backend(place: Place) -> None:
     """Bit for bit, given the list numbers: prompts sealed at once, single tokens, merges, truncation."""
     ours = place.index(40, 64, 5, 2, 2, dtype=F16, mean_run_tokens=1)

@@ -111,7 +111,7 @@ def test_append(
     arena, want = [x.clone() for x in fresh], [x.clone() for x in fresh]
     lengths = data.draw(st.lists(st.integers(0, capacity), min_size=b, max_size=b))
     meta = ints([[length, 1, 2, 3, length + 5, 6, 7, 0] for length in lengths])
-    flags, tickets = torch.zeros(b, dtype=torch.int32), torch.zeros(b, dtype=torch.int32)
+    flags = torch.zeros(b, dtype=torch.int32)
     for step in range(2):
         keys, values = random_rows((b, h, n, d), dtype, 2 * step), random_rows((b, h, n, e), dtype, 2 * step + 1)
         counts = data.draw(st.none() | st.lists(st.integers(-1, n + 1), min_size=b, max_size=b))
@@ -136,9 +136,9 @@ def test_append(
         flags.zero_()
         meta[:, gpu_build.META_ERRORS] = 0
         starts = ints(lengths)
-        with run.allow(given_keys, given_values, flags, meta, tickets):
+        with run.allow(given_keys, given_values, flags, meta):
             if by_meta:
-                append_to_meta(run, given_keys, given_values, *arena, meta, tickets, device_counts)
+                append_to_meta(run, given_keys, given_values, *arena, meta, device_counts)
             else:
                 gpu_build.append(run, given_keys, given_values, *arena, starts, device_counts, flags)
         assert all(same_bits(a, w) for a, w in zip(arena, want, strict=True))
@@ -146,7 +146,6 @@ def test_append(
             assert (meta[:, gpu_build.META_ERRORS] if by_meta else flags).tolist() == errors
     # both rose by the same, and by nothing where starts were given
     assert meta[:, : gpu_build.META_ERRORS].tolist() == [[length, 1, 2, 3, length + 5, 6, 7] for length in lengths]
-    assert not tickets.any()
 
 
 # -- assign ----------------------------------------------------------------------------------------------------------------
@@ -609,8 +608,8 @@ def all_kernels_once() -> None:
     run, dtype, h, n, d, nlist = EmulatedRuntime("random", 3, 3), torch.bfloat16, 2, 70, 40, 7
     keys, values = random_rows((1, h, n, d), dtype, 0), random_rows((1, h, n, d), dtype, 1)
     arena = [torch.zeros((1, h, n + 5, d), dtype=dtype) for _ in range(2)]
-    meta, tickets = torch.zeros((1, 8), dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    append_to_meta(run, keys, values, *arena, meta, tickets)
+    meta = torch.zeros((1, 8), dtype=torch.int32)
+    append_to_meta(run, keys, values, *arena, meta)
     assert meta.tolist() == [[n, 0, 0, 0, n, 0, 0, 0]]
     gpu_build.append(run, keys[:, :, :5], values[:, :, :5], *arena, ints([n]), ints([4]), torch.zeros(1, dtype=torch.int32))
     list_nos = torch.empty((h, n), dtype=torch.int32)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,15 +13,31 @@ import numpy as np
 import pytest
 import torch
 
-from saap_index import AsymmetricIndex, DeviceError, MissingDependencyError
+from saap_index import AsymmetricIndex, DeviceError, MissingDependencyError, ParameterError, register_backend
 from saap_index.backends import get_backend
-from saap_index.bindings import gpu_nvrtc, gpu_runtime, gpu_source
+from saap_index.backends.torch_backend import TorchBackend
+from saap_index.bindings import gpu_driver, gpu_nvrtc, gpu_runtime, gpu_source
+from saap_index.bindings.gpu_types import Launch
 
 CUDA = torch.device("cuda", 0)
+PARAMS = np.dtype([("x", "u8"), ("n", "i4")], align=True)
 
 
 class DriverError(RuntimeError):
     pass
+
+
+class FakeFunction:
+    """A function of CuPy's: its address, and its own way to launch."""
+
+    ptr = 0x7F0000001000
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int, stream: Any) -> None:
+        assert args[0].size == 1 and args[0].dtype.names is None, "CuPy describes every field of a struct, at every launch"
+        self.launches.append((grid, block, args[0].tobytes(), shared_mem, stream.ptr))
 
 
 class FakeKernel:
@@ -28,11 +46,40 @@ class FakeKernel:
     def __init__(self) -> None:
         self.shared_size_bytes = 0
         self.max_dynamic_shared_size_bytes = 0
-        self.launches: list[tuple[Any, ...]] = []
+        self.kernel = FakeFunction()
 
-    def kernel(self, grid: Any, block: Any, args: Any, *, shared_mem: int, stream: Any) -> None:
-        assert args[0].size == 1 and args[0].dtype.names is None, "CuPy describes every field of a struct, at every launch"
-        self.launches.append((grid, block, args[0].tobytes(), shared_mem, stream.ptr))
+
+class FakeDriver:
+    """As much of libcuda as is called. ``codes`` : what the next launches return."""
+
+    def __init__(self, params_bytes: int) -> None:
+        self.params_bytes = params_bytes
+        self.launches: list[tuple[Any, ...]] = []
+        self.entered: list[int] = []
+        self.codes: list[int] = []
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, params: Any, extra: None) -> int:
+        c = config._obj
+        attributes = [(x.id, list(x.value)[:3]) for x in c.attributes[: c.num_attributes]]
+        data = ctypes.string_at(params[0], self.params_bytes)
+        self.launches.append((list(c.grid), list(c.block), c.shared_bytes, c.stream, attributes, function.value, data))
+        return self.codes.pop(0) if self.codes else 0
+
+    def cuDeviceGet(self, handle: Any, number: int) -> int:
+        handle._obj.value = 10 + number
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, handle: Any) -> int:
+        context._obj.value = 100 + handle.value
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.entered.append(context.value)
+        return 0
+
+    def cuGetErrorString(self, code: int, text: Any) -> int:
+        text._obj.value = b"too many resources"
+        return 0
 
 
 class FakeCupy(SimpleNamespace):
@@ -90,6 +137,23 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     gpu_runtime._runtime.cache_clear()
 
 
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    fake = FakeDriver(PARAMS.itemsize)
+    monkeypatch.setattr(gpu_driver, "library", lambda: fake)
+    gpu_driver._primary_context.cache_clear()
+    yield fake
+    gpu_driver._primary_context.cache_clear()
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise DeviceError("device: expected a CUDA driver, got none")
+
+    monkeypatch.setattr(gpu_driver, "library", absent)
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="of a torch without CUDA")
 def test_torch_without_cuda() -> None:
     with pytest.raises(DeviceError, match=r"device: expected a CUDA device .* built without CUDA; device='cpu' needs none"):
@@ -133,14 +197,75 @@ def test_cuda_serves_cuda_alone() -> None:
         get_backend(torch.device("cpu"), "cuda")
 
 
-def test_launch(with_cuda: Any) -> None:
-    """Compiled once from one text; the stream is asked for at every launch, and the parameters go by value."""
+def test_launches_by_the_driver(with_cuda: Any, driver: FakeDriver) -> None:
+    """The configuration is made once; the stream is asked for, and the parameters are read, at every start."""
+    cupy = FakeCupy()
+    with_cuda(cupy)
+    runtime = gpu_runtime.runtime(CUDA)
+    assert runtime.capability == (9, 0)
+    kernel = runtime.kernel("append.cu", "saap_append", {})
+    x = torch.zeros(4, dtype=torch.float32)
+    launch = Launch(kernel, (8, 2, 1), 96, 1024, np.zeros((), PARAMS), x, cluster=4, dependent=True)
+    plain = Launch(kernel, (8, 2, 1), 96, 0, np.zeros((), PARAMS))
+    launch(x=x)
+    launch.params["n"] = 5
+    launch()
+    plain()
+    fixed = [8, 2, 1], [96, 1, 1], 1024
+    attributes = [(4, [4, 1, 1]), (6, [1, 0, 0])]
+    for (*how, data), stream, n in zip(driver.launches, (100, 101), (0, 5), strict=False):
+        assert how == [*fixed, stream, attributes, cupy.kernel.kernel.ptr]
+        assert np.frombuffer(data, PARAMS)[0].item() == (x.data_ptr(), n)
+    assert driver.launches[2][2:5] == (0, 102, []) and not cupy.kernel.kernel.launches
+    assert cupy.kernel.max_dynamic_shared_size_bytes == 232448
+    with pytest.raises(TypeError, match="n: expected a pointer, uint64, got int32"):
+        launch(n=x)
+    for cluster in (3, 16, 0):
+        with pytest.raises(ParameterError, match=r"cluster: expected a divisor of grid\[0\] = 8 up to 8"):
+            kernel.launch((8, 2, 1), 96, 0, np.zeros((), PARAMS), cluster)
+
+
+def test_the_layout_of_the_drivers_structs() -> None:
+    """As in cuda.h: of CUlaunchConfig and CUlaunchAttribute."""
+    config, attribute = gpu_driver._Config, gpu_driver._Attribute
+    assert (ctypes.sizeof(config), ctypes.sizeof(attribute)) == (56, 72)
+    names = ("grid", "block", "shared_bytes", "stream", "attributes", "num_attributes")
+    assert [getattr(config, name).offset for name in names] == [0, 12, 24, 32, 40, 48]
+    assert attribute.value.offset == 8
+
+
+def test_a_thread_without_context(with_cuda: Any, driver: FakeDriver) -> None:
+    with_cuda(FakeCupy())
+    launch = Launch(gpu_runtime.runtime(CUDA).kernel("append.cu", "saap_append", {}), (1, 1, 1), 32, 0, np.zeros((), PARAMS))
+    driver.codes = [201]
+    launch()
+    assert driver.entered == [110] and len(driver.launches) == 2
+    driver.codes = [701]
+    with pytest.raises(DeviceError, match="expected the driver to start a kernel, got error 701: too many resources"):
+        launch()
+
+
+def test_older_devices_take_no_attributes(with_cuda: Any, driver: FakeDriver) -> None:
+    with_cuda(FakeCupy(), capability=(8, 6))
+    runtime = gpu_runtime.runtime(CUDA)
+    kernel = runtime.kernel("append.cu", "saap_append", {})
+    assert runtime.capability == (8, 6)
+    kernel.launch((4, 1, 1), 32, 0, np.zeros((), PARAMS))
+    for options in ({"cluster": 2}, {"dependent": True}):
+        with pytest.raises(DeviceError, match=r"launch: expected capability 9.0 for clusters and dependent launches, got 8.6"):
+            kernel.prepare((4, 1, 1), 32, 0, np.zeros((), PARAMS), **options)
+    assert len(driver.launches) == 1
+
+
+def test_launches_by_cupy(with_cuda: Any, no_driver: None) -> None:
+    """Without the driver's library. Compiled once from one text; the stream is asked for at every launch, and the parameters go
+    by value."""
     cupy = FakeCupy()
     with_cuda(cupy)
     runtime = gpu_runtime.runtime(torch.device("cuda"))
     assert runtime is gpu_runtime.runtime(CUDA) and (runtime.multiprocessors, runtime.max_shared_bytes) == (132, 232448)
-    assert not runtime.capturing
-    params = np.zeros((), np.dtype([("x", "u8"), ("n", "i4")], align=True))
+    assert not runtime.capturing and runtime.capability == (8, 0)
+    params = np.zeros((), PARAMS)
     for n in range(3):
         params["n"] = n
         runtime.kernel("append.cu", "saap_append", {"B": 2, "A": 1}).launch((4, 2, 1), 96, 1024, params)
@@ -149,7 +274,7 @@ def test_launch(with_cuda: Any) -> None:
         "code": gpu_source.source("append.cu"), "options": ("-std=c++17", "-DA=1", "-DB=2"), "backend": "nvrtc",
     }  # fmt: skip
     assert cupy.kernel.max_dynamic_shared_size_bytes == 232448
-    grids, blocks, data, shared, streams = zip(*cupy.kernel.launches, strict=True)
+    grids, blocks, data, shared, streams = zip(*cupy.kernel.kernel.launches, strict=True)
     assert set(grids) == {(4, 2, 1)} and set(blocks) == {(96,)} and set(shared) == {1024} and streams == (100, 101, 102)
     assert [np.frombuffer(x, params.dtype)["n"][0] for x in data] == [0, 1, 2] and len(data[0]) == 16
 
@@ -166,6 +291,47 @@ def test_nothing_to_compile_with(with_cuda: Any) -> None:
         cupy.failure = failure
         with pytest.raises(type(failure), match=str(failure)):
             runtime.kernel("append.cu", "saap_append", {})
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        PermissionError(13, "Permission denied", "/home/me/.cupy/kernel_cache/x"),
+        OSError(30, "Read-only file system", "/home/me/.cupy/k"),
+        OSError(28, "No space left on device", "/home/me/.cupy/k"),
+    ],
+)
+def test_nowhere_to_keep_kernels(with_cuda: Any, failure: OSError) -> None:
+    """An unwritable folder is called that, and not a missing compiler."""
+    cupy = FakeCupy()
+    with_cuda(cupy)
+    cupy.failure = failure
+    with pytest.raises(DeviceError, match=rf"can be written, got {failure.filename} .*{failure.strerror}.*set CUPY_CACHE_DIR"):
+        gpu_runtime.runtime(CUDA).kernel("append.cu", "saap_append", {})
+
+
+def test_a_library_that_cannot_be_loaded(with_cuda: Any) -> None:
+    cupy = FakeCupy()
+    with_cuda(cupy)
+    cupy.failure = OSError("libnvrtc.so.13: cannot open shared object file: No such file or directory")
+    with pytest.raises(MissingDependencyError, match=r"needs NVRTC .*libnvrtc"):
+        gpu_runtime.runtime(CUDA).kernel("append.cu", "saap_append", {})
+
+
+@pytest.mark.parametrize("name", [None, "cuda", "torch"])
+def test_a_device_without_number_is_the_current_one(with_cuda: Any, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    with_cuda(FakeCupy())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert get_backend(torch.device("cuda"), name).device == torch.device("cuda", 1)  # type: ignore[attr-defined]
+    assert get_backend(torch.device("cuda", 0), name).device == CUDA  # type: ignore[attr-defined]
+
+
+def test_an_index_is_on_its_backends_device() -> None:
+    """Checks of tensors then ask for this very device."""
+    register_backend("numbered", lambda device: TorchBackend(torch.device("cpu", 0)))
+    assert AsymmetricIndex(d=64, backend="numbered").device == torch.device("cpu", 0)
+    assert AsymmetricIndex(d=64, backend="reference").device == torch.device("cpu")
 
 
 # -- sources --------------------------------------------------------------------------------------------------------------

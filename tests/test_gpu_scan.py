@@ -5,13 +5,15 @@ Whatever may not be read is NaN. Tolerance: twice the error of torch computing t
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from emu import sanitize
-from emu.runtime import EmulatedRuntime, available
+from emu.runtime import CUDA, EmulatedRuntime, available
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -145,7 +147,9 @@ def padded(lists: list[list[np.ndarray]], junk: tuple[int, ...], rng: np.random.
     return out, counts
 
 
-def run(runtime: EmulatedRuntime, case: Case, data: Data, knobs: dict[str, int], launches: int = 1) -> tuple[Tensor, Tensor]:
+def run(
+    runtime: EmulatedRuntime, case: Case, data: Data, knobs: dict[str, int], launches: int = 1, healthy: bool = True
+) -> tuple[Tensor, Tensor]:
     b, h, j, d = data.queries.shape
     e, capacity = data.values.shape[-1], data.keys.shape[2]
     shape = ScanShape(b, h, j, case.q, d, e, data.keys.dtype, data.queries.dtype, capacity, case.causal, case.dense)
@@ -160,7 +164,7 @@ def run(runtime: EmulatedRuntime, case: Case, data: Data, knobs: dict[str, int],
         launch = scan.bind(data.keys, data.values, data.meta, listed, used, d**-0.5, floats, tickets)
         for _ in range(launches):
             launch(queries=data.queries, out=out, lse=lse)
-    assert not tickets.any()
+    assert not (healthy and tickets.any())
     return out, lse
 
 
@@ -251,6 +255,7 @@ CORNERS = {
     "nothing but sequences": Case(((0, 0, 0), (2, 60, 90), (0, 0, 0), (0, 0, 1)), entries=3),
     "many empty pairs": Case((*((0, 0, 0),) * 30, (4, 100, 140), *((0, 0, 0),) * 9), heads=2),
     "many pairs": Case(((0, 0, 3), (1, 50, 59)) * 20, heads=2),
+    "more pairs than places": Case(((0, 0, 3), (1, 50, 59), (0, 0, 0)) * 30, heads=2),
     "one token": Case(((0, 0, 1),), heads=1),
     "one long": Case(((3, 900, 950),), heads=1, share=1.0),
     "tail alone": Case(((0, 0, 0), (0, 60, 60)), share=0.0, entries=15),
@@ -273,6 +278,63 @@ def test_as_shipped() -> None:
     case = Case(((4, 700, 760), (0, 0, 33), (4, 90, 120)), g=4, q=2, share=0.6, entries=9, causal=True)
     data = make(case, 128, 128, BF16, BF16)
     check(case, data, *run(EmulatedRuntime("random", 2, 4), case, data, {}))
+
+
+KNOBS = [(16, 8, 2, 1), (16, 4, 4, 1), (16, 4, 3, 2), (32, 4, 3, 1), (32, 3, 2, 2)]
+"""Worth a try at d = 128: SAAP_TILE, SAAP_WARPS, SAAP_STAGES, SAAP_BLOCKS."""
+
+
+@pytest.mark.parametrize("knobs", KNOBS)
+def test_knobs(knobs: tuple[int, ...]) -> None:
+    macros = dict(zip(("SAAP_TILE", "SAAP_WARPS", "SAAP_STAGES", "SAAP_BLOCKS"), knobs, strict=True))
+    case = Case(((4, 200, 260), (0, 0, 33), (0, 0, 0)), g=4, share=0.6, entries=9)
+    data = make(case, 128, 128, BF16, BF16)
+    check(case, data, *run(EmulatedRuntime("random", 2, 4), case, data, macros))
+
+
+FICKLE = """
+#ifdef SAAP_EMU
+inline int fickle() {
+  static unsigned state = 1;
+  state = state * 1664525u + 1013904223u;
+  return static_cast<int>(state >> 24) % 40;
+}
+#endif
+SAAP_PRIM Span span_of("""
+
+
+@pytest.mark.parametrize("name", ["junk", "more pairs than places", "one long"])
+def test_lengths_that_change_meanwhile(name: str, tmp_path: Path) -> None:
+    """Every read of a length or a count gives another: whatever comes out, no block hangs and nothing outside is touched."""
+    folder = Path(shutil.copytree(CUDA, tmp_path / "cuda"))
+    text = (folder / "scan_walk.cuh").read_text()
+    for old, new in (("SAAP_PRIM Span span_of(", FICKLE), ("clamp(meta.x,", "clamp(meta.x - fickle(),"),
+                     ("clamp(count,", "clamp(count - fickle(),")):  # fmt: skip
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "scan_walk.cuh").write_text(text)
+    case = CORNERS[name]
+    data = make(case, 32, 32, BF16, BF16)
+    data.keys.nan_to_num_(), data.values.nan_to_num_(), data.means.keys.nan_to_num_(), data.means.values.nan_to_num_()
+    knobs = {**SMALL, "SAAP_GROUPS": 1, "SAAP_TILE": 16}
+    for order, inflight in (("fifo", 2), ("random", 4)):
+        run(EmulatedRuntime(order, 1, inflight, cuda=folder), case, data, knobs, launches=2, healthy=False)
+
+
+def test_clocks() -> None:
+    """Each block notes the points that it passes, in order."""
+    case = Case(((3, 300, 340),), heads=1, share=1.0)
+    data = make(case, 32, 32, BF16, BF16)
+    runtime, shape = EmulatedRuntime(), ScanShape(1, 1, 2, 1, 32, 32, BF16, BF16, data.keys.shape[2])
+    scan = Scan(runtime, shape, {**SMALL, "SAAP_GROUPS": 1, "SAAP_TILE": 16, "SAAP_CLOCK": 1})
+    floats, tickets = torch.empty(scan.num_floats), torch.zeros(scan.num_tickets, dtype=torch.int32)
+    clocks = torch.zeros((scan.grid[0], len(gpu_scan.POINTS)), dtype=torch.int64)
+    assert clocks.numel() == scan.num_clocks
+    out, lse = torch.empty((1, 1, 2, 32), dtype=BF16), torch.empty((1, 1, 2))
+    with runtime.allow(data.keys, data.values, floats, tickets, clocks):
+        launch = scan.bind(data.keys, data.values, data.meta, data.listed, None, 1.0, floats, tickets, clocks)
+        launch(queries=data.queries, out=out, lse=lse)
+    assert (clocks.diff(dim=1) > 0).all() and (clocks > 0).all()
 
 
 def test_infinite_scores() -> None:
@@ -370,7 +432,7 @@ def test_sanitized(sanitizer: str) -> None:
 
 def sanitized() -> None:
     small = {"order": "random", "seed": 1, "inflight": 3}
-    for name in ("nothing but sequences", "junk", "tail alone", "one long"):
+    for name in ("nothing but sequences", "junk", "tail alone", "one long", "more pairs than places"):
         smallest(CORNERS[name], **small)
     smallest(Case(((2, 150, 190), (0, 0, 25)), share=0.6, q=2, causal=True), **small)
     print("sanitized")

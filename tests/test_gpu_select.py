@@ -24,6 +24,8 @@ SCHEDULES = (("fifo", 0, 2), ("lifo", 0, 3), ("random", 1, 1), ("random", 2, 4))
 SEEDS = st.integers(0, 2**31 - 1)
 SMALL = {"SAAP_THREADS": 128, "SAAP_COLUMNS": 4}
 FIRST_KNOT = 7
+UNTOUCHED = 12345
+"""What lies in memory that a kernel has not written."""
 Array = np.ndarray
 
 
@@ -84,7 +86,7 @@ def run(case: Case, on: EmulatedRuntime) -> Result:
         return None if x is None else guarded(torch.from_numpy(np.ascontiguousarray(x)))
 
     def out(*shape: int) -> Tensor:
-        return guarded(torch.full(shape, 12345, dtype=torch.int32))
+        return guarded(torch.full(shape, UNTOUCHED, dtype=torch.int32))
 
     select = gpu_select.Select(on, case.shape, case.knobs)
     found = Result(out(b, h, case.t_cap), out(b, h), out(b, h, case.x_cap), out(b, h))
@@ -115,7 +117,7 @@ def wanted(case: Case, i: int, k: int, budget: int | None = None, miss: float | 
 def assert_as_specified(case: Case, found: Result) -> None:
     for i, k in case.heads:
         rows = found.row(i, k)
-        assert (found.rows[i, k, len(rows) :] == -1).all()
+        assert (found.rows[i, k, len(rows) :] == UNTOUCHED).all()
         want = wanted(case, i, k)
         if case.miss is not None:  # where it stops hangs on the rounding of a sum; what it has read by then does not
             least, most = (wanted(case, i, k, miss=float(case.miss[k]) + x) for x in (2e-5, -2e-5))
@@ -127,7 +129,7 @@ def assert_as_specified(case: Case, found: Result) -> None:
             entries = int(np.clip(case.entries[i, k], 0, case.x_cap))
             tail = reference.tail(*head(case, i, k), rows, entries, means) if means else []
             np.testing.assert_array_equal(found.entry(i, k), tail)
-            assert (found.tail[i, k, len(tail) :] == -1).all()
+            assert (found.tail[i, k, len(tail) :] == UNTOUCHED).all()
 
 
 def make_tables(rng: np.random.Generator, kind: str, shape: tuple[int, int, int, int], most: int = 5) -> Array:

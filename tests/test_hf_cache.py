@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_close, dense
-from hf_models import SMALL, attached, greedy, left_padded, make_routers, prompt, sealed_tokens, tiny
+from hf_models import CACHE, SMALL, attached, greedy, left_padded, make_routers, prompt, sealed_tokens, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -27,7 +27,7 @@ def logits(model: Any, ids: Tensor, cache: Any, mask: Tensor | None = None) -> T
     given = (
         {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
     )
-    return model(ids, past_key_values=cache, **given).logits
+    return model(ids, **{CACHE: cache}, **given).logits
 
 
 @pytest.mark.parametrize("padding", [None, [0, 21, 40]])
@@ -167,10 +167,10 @@ def test_positions_may_count_slots() -> None:
     mask = left_padded(ids, [0, 25])["attention_mask"]
     plain = DynamicCache(config=model.config)
     with torch.no_grad():
-        want = [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=plain).logits for a, b in ((0, 80), (80, 81))]
+        want = [model(ids[:, a:b], attention_mask=mask[:, :b], **{CACHE: plain}).logits for a, b in ((0, 80), (80, 81))]
         attached(model)
         cache = saap.SaapCache(model)
-        got = [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in ((0, 80), (80, 81))]
+        got = [model(ids[:, a:b], attention_mask=mask[:, :b], **{CACHE: cache}).logits for a, b in ((0, 80), (80, 81))]
     torch.testing.assert_close(got[1], want[1], atol=2e-3, rtol=1e-3)
     assert cache.layers[0].index.invlists.next_position(1) == 81 and cache.layers[0].index.lengths == [81, 56]
 
@@ -231,7 +231,7 @@ def test_room_is_made_once() -> None:
     cache = saap.SaapCache(model, max_tokens=300)
     logits(model, ids[:, :90], cache)
     before = cache.layers[0].index.invlists.keys.data_ptr()
-    greedy(model, ids, 150, past_key_values=cache)
+    greedy(model, ids, 150, **{CACHE: cache})
     assert cache.layers[0].index.invlists.keys.data_ptr() == before
 
 
@@ -249,9 +249,9 @@ def test_a_hundred_generations_leave_nothing_behind() -> None:
         kind = number % 5
         if kind == 4:
             cache = saap.SaapCache(model)
-            greedy(model, ids, 4, past_key_values=cache)
+            greedy(model, ids, 4, **{CACHE: cache})
             cache.crop(-int(rng.integers(1, 30)))
-            greedy(model, torch.cat([ids, ids[:, :40]], 1), 4, past_key_values=cache)
+            greedy(model, torch.cat([ids, ids[:, :40]], 1), 4, **{CACHE: cache})
         else:
             greedy(model, ids[:1] if kind == 3 else ids, 6, **({}, {"num_beams": 3}, {}, {"prompt_lookup_num_tokens": 3})[kind])
 
@@ -285,4 +285,4 @@ def test_layers_without_routers_and_layers_named_stay_dense() -> None:
     attached(model, dense_layers=[0, -1])
     cache = saap.SaapCache(model)
     assert sorted(cache.indexed) == [1] and cache.plan.dense_layers == [0, 2]
-    assert greedy(model, prompt(), past_key_values=cache).shape == (1, 24)
+    assert greedy(model, prompt(), **{CACHE: cache}).shape == (1, 24)

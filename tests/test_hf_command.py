@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from hf_models import VOCABULARY, greedy, make_routers, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import saap_index as saap
 from saap_index import cli
+from saap_index.pipeline.models import position_limit
 
 LONG = 2300
 
@@ -33,7 +35,9 @@ def files(tmp_path: Path) -> Path:
 
 
 def command(files: Path, *arguments: Any) -> int:
-    given = ["--model", files / "model", "--routers", files / "routers", "--new", 12, "--threads", 2, *arguments]
+    """With float32 unless a dtype is named: what "auto" is depends on the processor."""
+    given = ["--model", files / "model", "--routers", files / "routers", "--new", 12, "--threads", 2]
+    given += [*([] if "--dtype" in arguments else ["--dtype", "float32"]), *arguments]
     return cli.main(["generate", *map(str, given)])
 
 
@@ -44,6 +48,20 @@ def test_an_answer(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.split() == [f"w{token}" for token in greedy(tiny("llama"), ids, 12)[0].tolist()]
     assert "llama, 2300 tokens, 3 of 3 layers indexed" in err
     assert "first token" in err and "tokens/s" in err and "100.0% of 2311 tokens read" in err
+
+
+@pytest.mark.parametrize("computes_bfloat16", [False, True])
+def test_the_dtype_that_the_processor_computes_in(
+    computes_bfloat16: bool, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX512_BF16 or AMX the default is bfloat16: the answer is that of the same model, attached, in that dtype."""
+    monkeypatch.setattr("saap_index.pipeline.models._computes_bfloat16", lambda device: computes_bfloat16)
+    assert command(files, "--prompt", files / "text", "--selectivity", 1.0, "--dtype", "auto") == 0
+    dtype = torch.bfloat16 if computes_bfloat16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(files / "model", dtype=dtype).eval()
+    saap.attach(model, saap.load_routers(files / "routers"), 1.0)
+    ids = torch.tensor([[3 + 7 * i % 208 for i in range(LONG)]])
+    assert capsys.readouterr().out.split() == [f"w{token}" for token in greedy(model, ids, 12)[0].tolist()]
 
 
 def test_side_by_side(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +86,37 @@ def test_read_now_and_asked_later(files: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out != first.out
 
 
-@pytest.mark.parametrize("arguments", [[], ["--prompt", "a", "--load", "b"], ["--prompt", "a", "--compare", "--temperature", 1]])
+def test_the_end_of_the_models_positions(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((files / "model" / "config.json").read_text())
+    for limit, status in ((LONG + 5, 0), (LONG, 1), (LONG - 1, 1)):
+        (files / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": limit}))
+        saap.save_routers(make_routers(tiny("llama", max_position_embeddings=limit)), files / "routers")
+        assert command(files, "--prompt", files / "text") == status
+        err = capsys.readouterr().err
+        if status:
+            assert f"--prompt, --question: expected at most {limit} tokens, the positions that this model has, got" in err
+        else:
+            assert "--new: 5 tokens instead of 12" in err and f"of {LONG + 4} tokens read" in err
+    stretching = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    assert position_limit(tiny("llama", max_position_embeddings=64, rope_parameters=stretching).config) is None
+
+
+def test_layers_that_training_would_leave_dense(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    routers = saap.load_routers(files / "routers")
+    saap.save_routers(saap.Routers({**routers.config, "budget": {"dense_layers": [0]}}, routers.layers), files / "routers")
+    command(files, "--prompt", files / "text")
+    err = capsys.readouterr().err
+    assert "the routers advise to leave layers 0 dense: --dense-layers 0" in err and "3 of 3 layers indexed" in err
+    command(files, "--prompt", files / "text", "--dense-layers", "0")
+    err = capsys.readouterr().err
+    assert "advise" not in err and "2 of 3 layers indexed" in err
+    assert saap.load_routers(files / "routers").dense_layers == (0,)
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--prompt", "a", "--dense-layers", "x"], [], ["--prompt", "a", "--load", "b"],
+    ["--prompt", "a", "--compare", "--temperature", 1],
+])  # fmt: skip
 def test_flags_that_do_not_go_along(files: Path, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert command(files, *arguments) == 1
     assert "saap generate: error: --" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import attached, greedy, left_padded, prompt, sealed_tokens, tiny
+from hf_models import CACHE, attached, greedy, left_padded, prompt, sealed_tokens, tiny
 from torch._dynamo.utils import counters
 
 import saap_index as saap
@@ -31,10 +31,10 @@ def test_a_whole_model_is_one_graph(case: str) -> None:
     attached(model)
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     cache = saap.SaapCache(model)
-    assert torch.equal(greedy(model, PADDED, 12, past_key_values=cache), want)
+    assert torch.equal(greedy(model, PADDED, 12, **{CACHE: cache}), want)
     assert cache.get_seq_length() == 111 and min(sealed_tokens(cache)) > 100
     graphs = counters["stats"]["unique_graphs"]
-    assert torch.equal(greedy(model, PADDED, 12, past_key_values=saap.SaapCache(model)), want)
+    assert torch.equal(greedy(model, PADDED, 12, **{CACHE: saap.SaapCache(model)}), want)
     assert counters["stats"]["unique_graphs"] == graphs, "what was compiled for one cache serves another"
     if case == "gemma3":
         return  # windows forget what a crop would need
@@ -43,7 +43,7 @@ def test_a_whole_model_is_one_graph(case: str) -> None:
     held = torch.cat([PADDED["input_ids"], want[:, :3]], 1)
     mask = torch.cat([PADDED["attention_mask"], torch.ones(2, 4, dtype=torch.long)], 1)
     inputs = {"input_ids": torch.cat([held, want[:, 3:4]], 1), "attention_mask": mask}
-    assert torch.equal(greedy(model, inputs, 8, past_key_values=again), want[:, 4:])
+    assert torch.equal(greedy(model, inputs, 8, **{CACHE: again}), want[:, 4:])
     assert cache.get_seq_length() == 111, "a copy is a cache of its own"
 
 

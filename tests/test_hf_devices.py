@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_places import PLACES, Place
-from hf_models import attached, greedy, left_padded, prompt, sealed_tokens, tiny
+from hf_models import CACHE, attached, greedy, left_padded, prompt, sealed_tokens, tiny
 from transformers import AutoModelForCausalLM
 
 import saap_index as saap
@@ -28,7 +28,7 @@ def test_layers_on_the_disk(tmp_path: Path) -> None:
     model.generation_config.eos_token_id = 10**6
     attached(model)
     cache = saap.SaapCache(model)
-    assert torch.equal(greedy(model, inputs, past_key_values=cache), want)
+    assert torch.equal(greedy(model, inputs, **{CACHE: cache}), want)
     assert min(sealed_tokens(cache)) > 100
     cache.save(tmp_path / "prompt")
     assert saap.SaapCache.load(tmp_path / "prompt", model).get_seq_length() == cache.get_seq_length()
@@ -51,6 +51,6 @@ def test_on_the_cuda_backend(name: str) -> None:
         want = greedy(model, inputs, 8, **how)
         attached(model, **options)
         cache = saap.SaapCache(model)
-        assert torch.equal(greedy(model, inputs, 8, past_key_values=cache, **how), want)
+        assert torch.equal(greedy(model, inputs, 8, **{CACHE: cache}, **how), want)
         assert min(sealed_tokens(cache)) > 80 and "cuda" in repr(cache.layers[0].index)
         saap.detach(model)

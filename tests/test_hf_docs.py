@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hf_models import make_routers, tiny
+from hf_models import CACHE, make_routers, tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -46,6 +46,7 @@ def blocks(kind: str) -> list[str]:
 
 def test_python(folder: Path) -> None:
     text = "\n".join(block for block in blocks("python") if block.startswith(">>>"))
+    text = text.replace("out.cache", f"out.{CACHE}").replace(" cache=cache", f" {CACHE}=cache")
     test = doctest.DocTestParser().get_doctest(text, {}, PAGE.name, str(PAGE), 0)
     runner = doctest.DocTestRunner()
     runner.run(test)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import attached, left_padded, prompt, tiny
+from hf_models import CACHE, attached, left_padded, prompt, tiny
 
 import saap_index as saap
 from saap_index.hf import detached
@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "needles.py"
 
 
 @torch.no_grad()
-def loglikelihoods(model: Any, rows: list[tuple[torch.Tensor, torch.Tensor]], use_cache: bool) -> list[tuple[float, bool]]:
+def loglikelihoods(model: Any, rows: list[tuple[torch.Tensor, torch.Tensor]], use_cache: bool | None) -> list[tuple[float, bool]]:
     """Of each continuation behind its context, and whether it is the greedy one; padded to the right, without a mask."""
     longest = max(len(context) + len(continuation) for context, continuation in rows)
     batch = torch.zeros(len(rows), longest - 1, dtype=torch.int64)
@@ -33,8 +33,8 @@ def loglikelihoods(model: Any, rows: list[tuple[torch.Tensor, torch.Tensor]], us
     return found
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_loglikelihoods_are_those_of_the_model(use_cache: bool) -> None:
+@pytest.mark.parametrize("use_cache", [None, False])
+def test_loglikelihoods_are_those_of_the_model(use_cache: bool | None) -> None:
     """Scored in one pass, they are dense: the very numbers of the model alone."""
     model = attached(tiny("llama"), 0.05)
     rows = [(prompt(1, n, n)[0], prompt(1, 4 + n % 3, 1)[0]) for n in (150, 90, 31)]
@@ -60,8 +60,8 @@ def test_a_question_behind_a_document_is_scored_by_search() -> None:
     document, answer = prompt(1, 150), prompt(1, 12, 7)
     with torch.no_grad():
         cache = saap.SaapCache(model)
-        model(document, past_key_values=cache, logits_to_keep=1)
-        logits = model(answer, past_key_values=cache).logits[0, :-1].log_softmax(-1)
+        model(document, **{CACHE: cache}, logits_to_keep=1)
+        logits = model(answer, **{CACHE: cache}).logits[0, :-1].log_softmax(-1)
         sparse = float(logits.gather(1, answer[0, 1:, None]).sum())
         assert cache.layers[0].last_search() is not None
     ((dense, _),) = loglikelihoods(model, [(torch.cat([document, answer[:, :1]], 1)[0], answer[0, 1:])], False)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_models import CASES, FAMILIES, attached, greedy, left_padded, prompt, sealed_tokens, tiny
+from hf_models import CACHE, CASES, FAMILIES, attached, greedy, left_padded, prompt, sealed_tokens, tiny
 from transformers import DynamicCache
 
 import saap_index as saap
+from saap_index.hf import support
 
 Inputs = dict[str, torch.Tensor]
 
@@ -59,7 +60,7 @@ def both(case: str, run: Callable[[Any], torch.Tensor], **options: Any) -> torch
         try:
             results.append(run(model))
         except (ValueError, RuntimeError) as error:
-            if state == "alone" and transformers.__version__ < "5.20":
+            if state == "alone" and tuple(int(part) for part in transformers.__version__.split(".")[:2]) < support.NEWEST:
                 pytest.skip(f"transformers {transformers.__version__} itself: {error}")
             raise
         assert torch.equal(results[0], results[-1]), (state, (results[0] != results[-1]).nonzero()[:3])
@@ -83,7 +84,7 @@ def test_some_of_the_context_is_read(case: str) -> None:
     """The layers that can be are sealed, and at 20 % a step reads 20 % of what they sealed."""
     model = attached(tiny(case), 0.2)
     out = model.generate(**PADDED, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
-    cache = out.past_key_values
+    cache = out[CACHE]
     assert isinstance(cache, saap.SaapCache)
     assert sorted(cache.indexed) == ([1, 3] if case == "gemma3" else [0, 1, 2])
     assert min(sealed_tokens(cache)) > 150
@@ -110,7 +111,7 @@ def test_assisted_over_many_rounds(case: str) -> None:
         both(case, lambda model: greedy(model, plain(), 80, assistant_model=perfect, num_assistant_tokens=tokens))  # noqa: B023
 
 
-KINDS = [("llama", "ours"), ("llama", "theirs"), ("llama", "theirs, without a config"), ("gemma3", "ours"), ("gemma3", "theirs")]
+KINDS = [(case, kind) for case in ("llama", "gemma3") for kind in ("ours", "theirs", "theirs, without a config")]
 
 
 @pytest.mark.parametrize(("case", "kind"), KINDS)
@@ -126,7 +127,7 @@ def test_chat_on_a_kept_cache(case: str, kind: str) -> None:
         cache, ids = new_cache(model), prompt(1, 0)
         for turn in range(4):
             ids = torch.cat([ids, prompt(1, 30 + 10 * turn, seed=turn)], 1)
-            ids = torch.cat([ids, greedy(model, ids, 12, past_key_values=cache)], 1)
+            ids = torch.cat([ids, greedy(model, ids, 12, **{CACHE: cache})], 1)
             assert cache.get_seq_length() == ids.shape[1] - 1
         return ids
 
@@ -142,8 +143,8 @@ def test_a_few_tokens_at_once_are_searched(tokens: int) -> None:
         want = model(torch.cat([document, question], 1)).logits[:, -tokens:]
         attached(model, max_sparse_tokens=30)
         cache = saap.SaapCache(model)
-        model(document, past_key_values=cache)
-        got = model(question, past_key_values=cache).logits
+        model(document, **{CACHE: cache})
+        got = model(question, **{CACHE: cache}).logits
         assert cache.indexed[0].last_search() is not None
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
@@ -156,8 +157,8 @@ def test_bfloat16() -> None:
         want = model(ids).logits[:, -20:].float()
         attached(model, max_sparse_tokens=20)
         cache = saap.SaapCache(model)
-        model(ids[:, :-20], past_key_values=cache)
-        got = model(ids[:, -20:], past_key_values=cache).logits.float()
+        model(ids[:, :-20], **{CACHE: cache})
+        got = model(ids[:, -20:], **{CACHE: cache}).logits.float()
     assert cache.indexed[0].index.dtype == torch.bfloat16 and min(sealed_tokens(cache)) > 100
     assert (got - want).abs().max() < 0.05 * want.abs().max()
     assert greedy(model, plain(2)).shape == (2, 24)
@@ -190,7 +191,7 @@ def test_loaded_with_the_attention_function() -> None:
     want = greedy(tiny("qwen3"), PADDED)
     model = tiny("qwen3", attn_implementation="saap")
     cache = saap.SaapCache(model, make_routers(model), 1.0, **SMALL)
-    assert torch.equal(greedy(model, PADDED, past_key_values=cache), want)
+    assert torch.equal(greedy(model, PADDED, **{CACHE: cache}), want)
     assert min(sealed_tokens(cache)) > 100
     assert torch.equal(greedy(model, PADDED), want), "without one, it is a dense model"
 
@@ -213,7 +214,7 @@ def test_a_decoder_inside_a_larger_model() -> None:
     want = greedy(model, PADDED)
     saap.attach(model, make_routers(SimpleNamespace(config=model.config.text_config)), 1.0, **SMALL)
     cache = saap.SaapCache(model)
-    assert torch.equal(greedy(model, PADDED, past_key_values=cache), want) and min(sealed_tokens(cache)) > 100
+    assert torch.equal(greedy(model, PADDED, **{CACHE: cache}), want) and min(sealed_tokens(cache)) > 100
     assert model.config._attn_implementation == "sdpa" and model.config.text_config._attn_implementation == "saap"
     assert torch.equal(greedy(saap.detach(model), PADDED), want) and model.config.text_config._attn_implementation == "sdpa"
 
@@ -224,13 +225,13 @@ def test_lists_of_each_prompt_s_own(inputs: Inputs) -> None:
     both("llama", lambda model: greedy(model, inputs), own_lists=True)
     model = attached(tiny("llama"), 0.2, own_lists=True)
     cache = saap.SaapCache(model)
-    greedy(model, inputs, past_key_values=cache)
+    greedy(model, inputs, **{CACHE: cache})
     index, trained = cache.layers[0].index, cache.plan.layers[0].key_quantizer
     assert not torch.equal(index.key_quantizer.centroids, trained.centroids) and min(sealed_tokens(cache)) > 100
     again = saap.SaapCache(model)
-    greedy(model, inputs, 1, past_key_values=again)
+    greedy(model, inputs, 1, **{CACHE: again})
     assert torch.equal(again.layers[0].index.key_quantizer.centroids, index.key_quantizer.centroids)
     model = attached(tiny("llama"), 0.2, own_lists=True, nlist=trained.nlist + 3)
     more = saap.SaapCache(model)
-    greedy(model, inputs, 1, past_key_values=more)
+    greedy(model, inputs, 1, **{CACHE: more})
     assert more.layers[0].index.key_quantizer.nlist == trained.nlist + 3

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_models import MIXED, SMALL, attached, greedy, left_padded, make_routers, prompt, tiny
+from hf_models import CACHE, MIXED, SMALL, attached, greedy, left_padded, make_routers, prompt, tiny
 from transformers import DynamicCache, StaticCache
 
 import saap_index as saap
@@ -122,23 +122,23 @@ def test_other_caches(implementation: str) -> None:
     error = saap.CompatibilityError
     if implementation == "quantized":  # transformers asks for packages of its own first
         error = (saap.CompatibilityError, ImportError, ValueError)
-    with pytest.raises(error, match=r"past_key_values|quanto"):
+    with pytest.raises(error, match=r"^cache: |quanto"):
         greedy(model, prompt(), cache_implementation=implementation)
 
 
 def test_caches_of_other_models_and_routers() -> None:
     model = attached(tiny("llama"))
     with pytest.raises(saap.CompatibilityError, match="StaticCache"):
-        greedy(model, prompt(), past_key_values=StaticCache(config=model.config, max_cache_len=200))
+        greedy(model, prompt(), **{CACHE: StaticCache(config=model.config, max_cache_len=200)})
     other = saap.SaapCache(attached(tiny("llama")))
     with pytest.raises(saap.CompatibilityError, match="this model and these routers"):
-        greedy(model, prompt(), past_key_values=other)
+        greedy(model, prompt(), **{CACHE: other})
     with torch.no_grad():
         view = DynamicCache(config=model.config)
         other_model = attached(tiny("llama"))
-        other_model(prompt(), past_key_values=view)
+        other_model(prompt(), **{CACHE: view})
         with pytest.raises(saap.CompatibilityError, match="this model and these routers"):
-            model(prompt(), past_key_values=view)
+            model(prompt(), **{CACHE: view})
 
 
 def test_a_cache_without_its_attention_function() -> None:
@@ -155,15 +155,15 @@ def test_a_cache_without_its_attention_function() -> None:
     cache = saap.SaapCache(model)
     saap.detach(model)
     with torch.no_grad():
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **{CACHE: cache})
         with pytest.raises(saap.StateError, match="attention function 'saap'"):
-            model(prompt(1, 1), past_key_values=cache)
+            model(prompt(1, 1), **{CACHE: cache})
 
 
 def test_gradients() -> None:
     model = attached(tiny("llama"))
     with pytest.raises(saap.StateError, match="no_grad"):
-        model(prompt(), past_key_values=saap.SaapCache(model))
+        model(prompt(), **{CACHE: saap.SaapCache(model)})
     loss = model(prompt(), labels=prompt()).loss
     loss.backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad is not None, "without a cache a model trains as ever"
@@ -172,7 +172,7 @@ def test_gradients() -> None:
 def test_training_mode() -> None:
     model = attached(tiny("llama", attention_dropout=0.1)).train()
     with torch.no_grad(), pytest.raises(saap.StateError, match=r"model.eval\(\)"):
-        model(prompt(), past_key_values=saap.SaapCache(model))
+        model(prompt(), **{CACHE: saap.SaapCache(model)})
 
 
 def test_masks_and_positions_of_another_kind() -> None:
@@ -181,14 +181,14 @@ def test_masks_and_positions_of_another_kind() -> None:
     def cache() -> saap.SaapCache:
         made = saap.SaapCache(model)
         with torch.no_grad():
-            model(ids, past_key_values=made, attention_mask=mask)
+            model(ids, **{CACHE: made}, attention_mask=mask)
         return made
 
     def refuses(
         match: str, made: Any, error: type[Exception] = saap.CompatibilityError, tokens: Any = ids[:, :1], **given: Any
     ) -> None:
         with torch.no_grad(), pytest.raises(error, match=match):
-            model(tokens, past_key_values=made, **given)
+            model(tokens, **{CACHE: made}, **given)
 
     mask = torch.ones_like(ids)
     refuses("bool", saap.SaapCache(model), tokens=ids, attention_mask=torch.zeros(2, 1, 90, 90))
@@ -201,7 +201,7 @@ def test_masks_and_positions_of_another_kind() -> None:
     refuses("mask of the whole batch", made, saap.StateError)
     refuses("hides or shows", cache(), attention_mask=torch.cat([left_padded(ids, [0, 10])["attention_mask"], one], 1))
     with torch.no_grad():
-        model(ids[:, :1], past_key_values=cache(), attention_mask=torch.cat([mask, one], 1))
+        model(ids[:, :1], **{CACHE: cache()}, attention_mask=torch.cat([mask, one], 1))
 
 
 def test_other_kinds_of_attention_as_they_arrive() -> None:

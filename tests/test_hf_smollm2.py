@@ -8,7 +8,7 @@ import inspect
 
 import pytest
 import torch
-from hf_models import greedy, sealed_tokens
+from hf_models import CACHE, greedy, sealed_tokens
 from transformers import DynamicCache
 
 import saap_index as saap
@@ -35,7 +35,7 @@ def test_text_is_continued_alike() -> None:
     ids = torch.tensor([demo_model.encode(tokenizer, inspect.getsource(inspect))[:TOKENS]])
     document, text = ids[:, :-LAST], ids[:, -LAST:]
     dense = DynamicCache(config=model.config)
-    model(document, past_key_values=dense, logits_to_keep=1)
+    model(document, **{CACHE: dense}, logits_to_keep=1)
     layers = {}
     for number, layer in enumerate(dense.layers):
         rope = saap.Rope.from_config(model.config, layer=number)
@@ -45,18 +45,18 @@ def test_text_is_continued_alike() -> None:
     routers = saap.Routers({"model": model_shape(model.config), "layout": {"sinks": 4, "window": 64}}, layers)
     saap.attach(model, routers, 0.2, max_sparse_tokens=LAST, break_even=256)
     with detached(model):
-        want = model(text, past_key_values=dense).logits[0]
+        want = model(text, **{CACHE: dense}).logits[0]
         dense.crop(-1)
-        tokens = greedy(model, ids, 12, past_key_values=dense)
+        tokens = greedy(model, ids, 12, **{CACHE: dense})
     cache = saap.SaapCache(model)
-    model(document, past_key_values=cache, logits_to_keep=1)
+    model(document, **{CACHE: cache}, logits_to_keep=1)
     found = {}
     for selectivity in (1.0, 0.2):
         cache.set_search(saap.SearchParametersIVF(selectivity=selectivity))
-        found[selectivity] = model(text, past_key_values=cache).logits[0]
+        found[selectivity] = model(text, **{CACHE: cache}).logits[0]
         if selectivity == 1.0:
             cache.crop(-1)
-            assert torch.equal(greedy(model, ids, 12, past_key_values=cache), tokens)
+            assert torch.equal(greedy(model, ids, 12, **{CACHE: cache}), tokens)
         cache.crop(document.shape[1])
     assert min(sealed_tokens(cache)) > 600
     torch.testing.assert_close(found[1.0], want, atol=2e-3, rtol=1e-3)
@@ -79,8 +79,8 @@ def test_routers_of_the_package_are_of_the_model() -> None:
     want = model(ids).logits[0, -LAST:]
     saap.attach(model, routers, 0.1, max_sparse_tokens=LAST, break_even=256)
     cache = saap.SaapCache(model)
-    model(document, past_key_values=cache, logits_to_keep=1)
-    found = model(text, past_key_values=cache).logits[0]
+    model(document, **{CACHE: cache}, logits_to_keep=1)
+    found = model(text, **{CACHE: cache}).logits[0]
     assert cache.tokens_read() < 0.3  # window, sinks and what is not sealed yet count too
     agree = int((want.argmax(-1) == found.argmax(-1)).sum())
     assert agree >= 0.85 * LAST, f"{agree} of {LAST}"

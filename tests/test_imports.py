@@ -14,31 +14,40 @@ import saap_index
 
 PACKAGE = Path(saap_index.__file__).parent
 
-ANY = {"errors"}  # knows nothing, may be known by all
-GPU = {f"bindings.gpu_{part}" for part in ("build", "combine", "route", "runtime", "scan", "seal", "select", "types")}
+ANY = {"errors", "precision"}  # know nothing, may be known by all
+GPU = {f"bindings.gpu_{part}" for part in "build route route_select runtime scan seal select types".split()}
 LAUNCHERS = [f"bindings.gpu_{part}" for part in ("combine", "route", "scan", "seal", "select")]
 ALLOWED = {
     # plain data and checks
+    "precision": set(),
     "errors": set(),
     "reference": set(),
     "checks": ANY,
     "params": ANY,
     "layout": ANY,
+    "files": ANY,
     # what executes
     "bindings": ANY,
     "bindings.native": ANY,
     "bindings.gpu_types": ANY,
     "bindings.gpu_source": ANY,
     "bindings.gpu_nvrtc": {"bindings", "bindings.gpu_source"} | ANY,
-    "bindings.gpu_runtime": {"bindings", "bindings.gpu_source", "bindings.gpu_types"} | ANY,
+    "bindings.gpu_driver": ANY,
+    "bindings.gpu_runtime": {"bindings", "bindings.gpu_driver", "bindings.gpu_source", "bindings.gpu_types"} | ANY,
+    "bindings.gpu_route_select": {
+        "backends.base", "bindings.gpu_route", "bindings.gpu_select", "bindings.gpu_types",
+    } | ANY,
     **{name: {"backends.base", "bindings.gpu_build", "bindings.gpu_types"} | ANY for name in LAUNCHERS},
     "bindings.gpu_build": {"backends.base", "bindings.gpu_types"} | ANY,
     "backends.base": ANY,
-    "backends.torch_backend": {"backends.base"},
+    "backends.torch_backend": {"backends.base"} | ANY,
     "backends.reference_backend": {"backends.base", "reference"},
     "backends.search": {"backends.base"},
     "backends.addresses": {"backends.base"} | ANY,
-    "backends.cpu": {"backends.addresses", "backends.base", "backends.search", "bindings", "bindings.native"} | ANY,
+    "backends.threads": set(),
+    "backends.cpu": {
+        "backends.addresses", "backends.base", "backends.search", "backends.threads", "bindings", "bindings.native",
+    } | ANY,
     "backends.resident": {"backends.base"} | ANY,
     "backends.cuda_state": {"backends.base", "backends.resident", "bindings", *GPU} | ANY,
     "backends.cuda": {
@@ -55,7 +64,9 @@ ALLOWED = {
     "rope_config": {"rope"} | ANY,
     "quantizer": {"checks"} | ANY,
     "router": {"backends", "checks"} | ANY,
-    "invlists": {"backends", "layout"} | ANY,
+    "gaps": set(),
+    "whole": set(),
+    "invlists": {"backends", "gaps", "layout"} | ANY,
     "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
     "calibration": {"checks", "layout", "quantizer", "reference", "rope", "router"} | ANY,
     "tower": {"backends", "quantizer", "router"} | ANY,
@@ -70,7 +81,7 @@ ALLOWED = {
     "_arguments": {"checks", "invlists", "layout"} | ANY,
     "_base": {
         "_arguments", "attend", "backends", "calibration", "checks", "invlists", "layout", "ops", "params", "quantizer", "rope",
-        "router", "tower",
+        "router", "tower", "whole",
     } | ANY,
     "_storage": {"_base", "backends", "checks", "invlists", "stats"} | ANY,
     "_decode": {
@@ -82,54 +93,63 @@ ALLOWED = {
         "_arguments", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop",
         "invlists", "params", "stats", "training", "training_config",
     } | ANY,
-    "io": {"backends", "calibration", "checks", "index", "quantizer", "rope", "router", "tower"} | ANY,
+    "io": {"backends", "calibration", "checks", "files", "gaps", "index", "quantizer", "rope", "router", "tower"} | ANY,
     "": {
         "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "routers", "stats",
         "tower", "training_config",
     } | ANY,
     # a whole model
     "budget_plan": ANY,
-    "routers": {"checks", "backends", "calibration", "index", "quantizer", "rope", "rope_config", "router", "tower"} | ANY,
+    "routers": ANY
+    | {"checks", "backends", "calibration", "files", "index", "quantizer", "rope", "rope_config", "router", "tower"},
     "pipeline": set(),
     "pipeline.texts": ANY,
     "pipeline.models": {"hf.support"} | ANY,
     "pipeline.capture": {"hf.support"} | ANY,
-    "pipeline.store": {"routers", "training"} | ANY,
+    "pipeline.store": {"files", "training"} | ANY,
     "pipeline.measure": {"backends", "layout", "router"} | ANY,
     "pipeline.layers": {
         "budget_plan", "calibration", "pipeline.measure", "pipeline.store", "rope", "routers", "tower", "training",
         "training_config",
     } | ANY,
     "pipeline.train": {
-        "", "budget_plan", "checks", "hf.support", "layout", "params", "pipeline.capture", "pipeline.layers", "pipeline.models",
-        "pipeline.store", "pipeline.texts", "rope", "routers", "training_config",
+        "", "budget_plan", "checks", "files", "hf.support", "layout", "params", "pipeline.capture", "pipeline.layers",
+        "quantizer", "pipeline.models", "pipeline.store", "pipeline.texts", "rope", "routers", "training_config",
     } | ANY,
-    "pipeline.command": {"checks", "pipeline.models", "pipeline.texts", "pipeline.train", "routers", "training_config"} | ANY,
+    "pipeline.command": ANY
+    | {"checks", "pipeline.models", "pipeline.texts", "pipeline.train", "quantizer", "routers", "training_config"},
     "cli": {""} | ANY,
     "__main__": {"cli"},
     # the index inside transformers
     "hf.support": ANY,
     "hf.masks": ANY,
     "hf.traced": ANY,
+    "crossover": {"files"} | ANY,
+    "hf.break_even": {"checks", "crossover"} | ANY,
+    "hf.audit": {"checks", "index", "params"} | ANY,
     "hf.plan": ANY
-    | {"backends", "calibration", "checks", "hf.support", "index", "quantizer", "rope", "router", "routers", "tower"},
+    | {
+        "backends", "calibration", "checks", "hf.audit", "hf.break_even", "hf.support", "index", "params", "quantizer", "rope",
+        "router", "routers", "tower",
+    },
     "hf.slots": {"hf.traced", "hf.masks", "hf.plan", "index", "layout", "params", "stats"} | ANY,
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
-    "hf.attention": {"hf.traced", "hf.layer", "hf.slots"} | ANY,
+    "hf.attention": {"hf.support", "hf.traced", "hf.layer", "hf.slots"} | ANY,
     "hf.cache": {"hf.layer", "hf.plan", "params", "routers", "stats"} | ANY,
-    "hf.saving": {"checks", "hf.layer", "hf.plan", "hf.slots", "index", "quantizer"} | ANY,
-    "hf.attach": {"hf.attention", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
-    "hf.generate": {"hf.attach", "hf.cache", "pipeline", "pipeline.models", "routers"} | ANY,
-    "hf": {"hf.attach", "hf.attention", "hf.cache", "hf.support"} | ANY,
+    "hf.saving": {"checks", "files", "gaps", "hf.layer", "hf.plan", "hf.slots", "index", "io", "quantizer"} | ANY,
+    "hf.attach": {"hf.attention", "hf.audit", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
+    "hf.generate": {"hf.attach", "hf.cache", "hf.support", "pipeline", "pipeline.models", "routers"} | ANY,
+    "hf": {"hf.attach", "hf.attention", "hf.audit", "hf.cache", "hf.support"} | ANY,
 }
 LATER = {  # inside a function
     "rope": {"rope_config"},  # Rope.from_config hands over to the module that reads models' files
     "": {"hf"},  # which needs transformers
     "hf.cache": {"hf.saving"},
+    "crossover": {""},  # the version
 }
 OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions", "faiss", "cupy"}  # faiss and cupy inside functions only
 EXTRAS = {"hf": {"transformers"}, "pipeline": {"datasets", "faiss", "tqdm", "transformers"}}
-LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "lab", "cuda"))
+LIBRARY = sorted(p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("demo", "doctor", "lab", "cuda"))
 
 
 def module_name(path: Path) -> str:
@@ -218,6 +238,6 @@ def test_cuda_is_no_package() -> None:
 def test_importing_is_light(use: str) -> None:
     code = f"import sys, saap_index\n{use}\nprint(*sys.modules)"
     where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=where, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=where, check=True)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert "saap_index" in loaded and not loaded & {"faiss", "transformers", "cupy", "matplotlib"}

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from saap_index import cli
 from saap_index.errors import ParameterError
 from saap_index.lab import compare, svg
 from saap_index.lab.evaluate import Settings
@@ -117,6 +118,17 @@ def test_a_second_run_measures_nothing_and_another_task_is_refused(task, folder,
         compare.compare(replace(task, training=3), folder)
     with pytest.raises(ParameterError, match="methods"):
         compare.compare(replace(task, methods=("best",)), folder / "new")
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--budgets", "5"], "budgets: expected shares in (0, 1], as 0.05 for 5 %, got 5.0"),
+    (["--methods", "saap,magic"], "methods: expected some of dense, "), (["--routers", "absent"], "absent"),
+])  # fmt: skip
+def test_what_cannot_be_is_said_before_anything_is_read(tmp_path, capsys, monkeypatch, more: list[str], message: str) -> None:
+    for name in ("read_texts", "models.load_model"):
+        monkeypatch.setattr(f"saap_index.lab.compare.{name}", lambda *args, **kwargs: pytest.fail("nothing is read"))
+    assert cli.main(["compare", "--model", "m", "--text", "t", "--out", str(tmp_path / "out"), *more]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_page_stands_alone(folder) -> None:

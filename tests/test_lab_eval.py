@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saap_index import Rope, Routers, cli, load_routers, save_routers
 from saap_index.errors import CompatibilityError, LengthError, ParameterError
-from saap_index.lab import eval_command, eval_report, evaluate, quality, replace
+from saap_index.lab import eval_command, eval_report, evaluate, flags, quality, replace
 from saap_index.lab.eval_command import EvalTask, evaluate_routers
 from saap_index.lab.method import Layer
 from saap_index.lab.steps import replay
@@ -267,8 +267,34 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
     out, err = capsys.readouterr()
     assert "late layers" in out and "passkey 300" in out and "min left]" in err
     assert cli.main([*given, "--layers", "one"]) == 1 and "layers: expected numbers" in capsys.readouterr().err
-    assert cli.main([*given, "--sequences", "9"]) == 1 and "texts: expected 9 sequences" in capsys.readouterr().err
+    assert cli.main([*given, "--sequences", "9"]) == 1 and "texts: expected 9 sequences" in (err := capsys.readouterr().err)
+    assert "ask for less with --sequences or --length" in err
     assert eval_command._checksum(tmp_path / "routers") != eval_command._checksum(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--budgets", "5"], "budgets: expected shares in (0, 1], as 0.05 for 5 %, got 5.0"), (["--budgets", "0"], "budgets: exp"),
+    (["--methods", "saap,magic"], "methods: expected some of saap, "), (["--tasks", "all"], "tasks: expected some of layers"),
+    (["--layers", "99"], "layers: expected some of"), (["--depths", "50"], "depths: expected places in [0, 1]"),
+    (["--target-mass", "90"], "target-mass: expected"),
+])  # fmt: skip
+def test_what_cannot_be_is_said_before_anything_is_read(
+    routers: Routers, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any, more: list[str], message: str
+) -> None:
+    save_routers(routers, tmp_path / "routers")
+    for name in ("read_texts", "demo_texts.unseen_texts", "demo_model.load", "models.load_model"):
+        monkeypatch.setattr(f"saap_index.lab.eval_command.{name}", lambda *args, **kwargs: pytest.fail("nothing is read"))
+    assert cli.main(["eval", "--routers", str(tmp_path / "routers"), "--out", str(tmp_path / "out"), *more]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_more_tokens_than_positions_are_refused(model: Any, routers: Routers, tmp_path: Path) -> None:
+    limit = model.config.max_position_embeddings
+    task = EvalTask(model, None, routers, [("x", [5] * (limit + 1))], filler="x")
+    with pytest.raises(LengthError, match=f"length: expected at most {limit} tokens, .* got {limit + 1}"):
+        evaluate_routers(task, tmp_path)
+    with pytest.raises(LengthError, match="needle-lengths: expected at most"):
+        evaluate_routers(dataclasses.replace(task, sequences=[("x", [5] * 2000)], lengths=(limit + 1,)), tmp_path)
 
 
 def test_the_documented_commands_can_be_given() -> None:
@@ -279,7 +305,7 @@ def test_the_documented_commands_can_be_given() -> None:
     eval_command.add_arguments(parser)
     for line in lines:
         given = parser.parse_args(line)
-        assert set(eval_command._names(given.tasks)) <= set(eval_command.TASKS)
+        assert set(flags.names(given.tasks)) <= set(eval_command.TASKS)
     section = text[text.index("## Judging routers") : text.index("## When it will not help")]
     options = {option for action in parser._actions for option in action.option_strings}
     assert set(re.findall(r"--[a-z][a-z-]+", section)) - {"--router"} <= options

@@ -60,12 +60,11 @@ def check_append() -> None:
     values[0, 1, 3, 60] = torch.inf
     arena = [torch.zeros((b, h, capacity, d), dtype=BF16) for _ in range(2)]
     meta = build.ints([[9, 0, 0, 0, 100, 0, 0, 0], [10, 0, 0, 0, 100, 0, 0, 0]])
-    tickets = torch.zeros(b, dtype=torch.int32)
-    with run.allow(keys, values, *arena, meta, tickets):
-        build.append_to_meta(run, keys, values, *arena, meta, tickets)
+    with run.allow(keys, values, *arena, meta):
+        build.append_to_meta(run, keys, values, *arena, meta)
     for x, to in zip((keys, values), arena, strict=True):
         assert build.same_bits(to[0, :, 9:], x[0]) and not to[0, :, :9].any() and not to[1].any()
-    assert meta.tolist() == [[16, 0, 0, 0, 107, 0, 0, 1], [10, 0, 0, 0, 100, 0, 0, 2]] and not tickets.any()
+    assert meta.tolist() == [[16, 0, 0, 0, 107, 0, 0, 1], [10, 0, 0, 0, 100, 0, 0, 2]]
 
 
 def inner(test: Callable[..., None], *arguments: object) -> None:
@@ -133,7 +132,7 @@ def mutants(table: dict[tuple[str, Check], dict[str, tuple[str, str]]]) -> list[
 VALUES = mutants({
     ("scan_body.cuh", check_scan): {
         "a copy is used before it is there": ("wait<kStages - 1>", "wait<kStages>"),
-        "nothing to read, nothing written": ("finish_empty_pairs(p, pass);", ""),
+        "nothing to read, nothing written": ("if (work.empty) finish_empty_pairs(p, pass);", ""),
     },
     ("scan.cu", check_scan): {
         "causal ignored": ("if (masked && index", "if (false && index"),
@@ -143,17 +142,17 @@ VALUES = mutants({
     },
     ("scan_walk.cuh", check_scan): {
         "entries of the tail are tokens": ("log2_fast(", "0.f * log2_fast("),
-        "one row too many": ("else if (i < span.rows)", "else if (i <= span.rows)"),
-        "rows outside the arena": ("static_cast<u32>(tokens.number) < static_cast<u32>(limit)", "true"),
+        "one row too many": ("else if (i < place.span.rows)", "else if (i <= place.span.rows)"),
+        "rows outside the arena": ("static_cast<u32>(number) >= static_cast<u32>(limit)", "false"),
     },
     ("scan_merge.cuh", check_scan): {
         "slots shared by pairs": ("slot = slots + blockIdx.x + at.pair", "slot = slots + blockIdx.x"),
-        "tickets not given back": ("if (last) atomicAdd(ticket, -parts);", ""),
+        "tickets not given back": ("inc_acq_rel(ticket, most)", "inc_acq_rel(ticket, most + 1)"),
     },
     ("scan_params.cuh", check_scan_banks): {"no swizzle": ("(chunk ^ (row / (8 / kGroup) & (kGroup - 1)))", "chunk")},
     ("append.cu", check_append): {
         "the last row is never filled": ("wanted <= p.capacity - start", "wanted < p.capacity - start"),
-        "length read before it is there": ("  __syncthreads();\n", ""),
+        "the lengths of a sequence without room": ("if (meta && fits)", "if (meta)"),
     },
     ("seal.cu", check_seal): {
         "order reversed in a list": ("__popc(peers & ((1u << lane) - 1))", "__popc(peers >> lane) - 1"),
@@ -181,13 +180,13 @@ RACES = mutants({
     ("scan_body.cuh", check_scan): {
         "lanes do not wait for each other's copies": ("wait<kStages - 1>();\n      __syncwarp();", "wait<kStages - 1>();"),
         "a stage is filled while it is read": ("__syncwarp();  // all lanes have read the stage before", "//"),
+        "the work is read before it is there": ("plan(p, work);\n  __syncthreads();", "plan(p, work);"),
     },
     ("scan_merge.cuh", check_scan): {
-        "states not fenced by their writer": ("__threadfence();  // what the barrier", "//"),
-        "states not fenced by their reader": ("__threadfence();\n    if (last)", "if (last)"),
+        "states not fenced": ("atomic_inc_acq_rel(ticket", "atomicInc(ticket"),
         "the area is used again early": ("__syncthreads();  // the area is free again", "//"),
     },
-    ("append.cu", check_append): {"length written while it is read": ("    __threadfence();\n    const u32", "const u32")},
+    ("append.cu", check_append): {"length read before it is there": ("      __syncthreads();\n", "")},
     ("seal.cu", check_seal_with_few_warps): {
         "counters not handed on": ("mine[list] += __popc(peers);\n    __syncwarp(~0u);", "mine[list] += __popc(peers);"),
     },

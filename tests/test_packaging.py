@@ -27,20 +27,20 @@ assert "backend='torch'" in repr(index)
 
 
 def test_without_the_module_torch_takes_over_and_says_so_once() -> None:
-    subprocess.run([sys.executable, "-c", WITHOUT_MODULE], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", WITHOUT_MODULE], cwd=ROOT, check=True)
 
 
 def test_without_a_compiler_the_build_succeeds(tmp_path: Path) -> None:
     env = {**os.environ, "CC": "no-such-compiler", "CXX": "no-such-compiler"}
     env.pop("SAAP_REQUIRE_NATIVE", None)
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "o")]
-    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     assert not list(tmp_path.glob("**/*.so"))
 
 
 def test_source_distribution_is_complete(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}

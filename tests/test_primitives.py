@@ -9,7 +9,7 @@ from emu.runtime import EmulatedRuntime, available
 from numpy.typing import NDArray
 
 from saap_index.bindings import gpu_selftest
-from saap_index.bindings.gpu_types import Runtime
+from saap_index.bindings.gpu_types import CLUSTERS, Runtime
 
 Words = NDArray[np.uint32]
 EPS = 2.0**-23
@@ -34,7 +34,8 @@ def words_for(family: str, rng: np.random.Generator) -> Words:
     if family == "mma":  # the 16-bit halves are valid numbers as bf16 and as fp16
         halves = normal(32, 12).astype(np.float16).view(np.uint16).astype(np.uint32)
         return np.concatenate([halves[:, ::2] | halves[:, 1::2] << 16, normal(32, 4).view(np.uint32)], 1).ravel()
-    return bits(rng, {"copy": 4 * 64 * 7, "matrix": 128, "warp": 64, "order": 64 * 5 - 9}[family])
+    sizes = {"copy": 4 * 64 * 7, "matrix": 128, "warp": 64, "order": 64 * 5 - 9, "cluster": 64 * 8, "relay": 64 * 6}
+    return bits(rng, sizes[family])
 
 
 def bits(rng: np.random.Generator, n: int) -> Words:
@@ -186,9 +187,23 @@ def check_order(words: Words, out: Words) -> None:
     assert out[:3].tolist() == [int(words.sum(dtype=np.uint32)), -(-len(words) // 64), int(words.max())]
 
 
+def check_cluster(words: Words, out: Words, size: int = gpu_selftest.CLUSTER) -> None:
+    got, clusters = out.reshape(-1, 4).T, words.reshape(-1, size, 64)
+    np.testing.assert_array_equal(got[0], np.roll(clusters, -1, 1).ravel())
+    np.testing.assert_array_equal(got[1], np.roll(clusters, -2, 1).ravel())
+    np.testing.assert_array_equal(got[2], clusters.sum((1, 2), dtype=np.uint32).repeat(size * 64))
+    np.testing.assert_array_equal(got[3], np.tile(np.arange(size).repeat(64) + 256 * size, len(clusters)))
+
+
+def check_relay(words: Words, out: Words) -> None:
+    for got in out.reshape(gpu_selftest.RELAYS, -1):
+        words = words[::-1] * np.uint32(2654435761) + np.uint32(1)
+        np.testing.assert_array_equal(got, words)
+
+
 CHECKS = {
     "convert": check_convert, "math": check_math, "copy": check_copy, "matrix": check_matrix, "mma": check_mma,
-    "warp": check_warp, "order": check_order,
+    "warp": check_warp, "order": check_order, "cluster": check_cluster, "relay": check_relay,
 }  # fmt: skip
 assert tuple(CHECKS) == gpu_selftest.FAMILIES
 
@@ -200,6 +215,14 @@ def test_cpu_bodies(family: str) -> None:
     for seed, order in enumerate(("fifo", "lifo", "random", "random")):
         words = words_for(family, rng)
         check(family, words, run(EmulatedRuntime(order, seed), family, words))
+
+
+@pytest.mark.skipif(not available(), reason="no C++ compiler")
+def test_without_clusters() -> None:
+    older, rng = EmulatedRuntime("random", capability=(8, 0)), np.random.default_rng(0)
+    words = words_for("cluster", rng)
+    check_cluster(words, run(older, "cluster", words), 1)
+    check_relay(words, run(older, "relay", words))
 
 
 @pytest.mark.skipif(not available(), reason="no C++ compiler")
@@ -218,6 +241,35 @@ def test_instructions(family: str) -> None:
     for _ in range(20):
         words = words_for(family, rng)
         out = run(device, family, words, "cuda")
-        check(family, words, out)
-        if family in ("copy", "matrix", "warp", "order") and available():
-            np.testing.assert_array_equal(out, run(EmulatedRuntime(), family, words))
+        if family == "cluster" and device.capability < CLUSTERS:
+            check_cluster(words, out, 1)
+        else:
+            check(family, words, out)
+        if family in ("copy", "matrix", "warp", "order", "cluster", "relay") and available():
+            np.testing.assert_array_equal(out, run(EmulatedRuntime(capability=device.capability), family, words))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("family", ["cluster", "relay"])
+def test_launches_in_a_graph(family: str) -> None:
+    """Clusters and dependent launches, captured: what a replay makes of other words."""
+    from saap_index.bindings import gpu_runtime
+
+    device, rng = gpu_runtime.runtime(torch.device("cuda")), np.random.default_rng(2)
+    n = 64 * 4 * 4 * device.multiprocessors  # several waves of blocks
+    words = torch.zeros(n, dtype=torch.int32, device="cuda")
+    out = torch.zeros(gpu_selftest.words_out(family, n), dtype=torch.int32, device="cuda")
+    flags = torch.zeros(n // 64 + 2, dtype=torch.int32, device="cuda")
+    gpu_selftest.run(device, family, words, out, flags)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gpu_selftest.run(device, family, words, out, flags)
+    size = gpu_selftest.CLUSTER if device.capability >= CLUSTERS else 1
+    for _ in range(20):
+        given = bits(rng, n)
+        words.copy_(torch.from_numpy(given.view(np.int32)))
+        graph.replay()
+        got = out.cpu().numpy().view(np.uint32)
+        check_cluster(given, got, size) if family == "cluster" else check_relay(given, got)

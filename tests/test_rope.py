@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hf_models import CACHE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -292,7 +293,7 @@ def test_cached_keys_of_one_token_repeated_are_equal_once_undone(family: str) ->
     torch.manual_seed(0)
     make: Any = AutoModel
     with torch.no_grad():
-        cache = make.from_config(config).eval()(torch.full((1, 40), 7), use_cache=True).past_key_values
+        cache = make.from_config(config).eval()(torch.full((1, 40), 7), use_cache=True)[CACHE]
     rotating = 0
     for layer in range(1 if family == "gpt_oss" else 4):  # its attention sinks make later layers depend on the position
         rope, keys = Rope.from_config(config, layer=layer), cache.layers[layer].keys

@@ -31,13 +31,13 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def build(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        subprocess.run(["g++", "-c", *FLAGS, *MACROS, *include, str(source), "-o", target], check=True, timeout=900)
+        subprocess.run(["g++", "-c", *FLAGS, *MACROS, *include, str(source), "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the largest file first
         objects = list(pool.map(build, sorted((ROOT / "bindings").glob("*.cpp"), key=lambda p: p.stem != "kernels")))
     found = folder / "_cpu.abi3.so"
-    subprocess.run(["g++", "-shared", *SANITIZE, *objects, "-o", str(found)], check=True, timeout=300)
+    subprocess.run(["g++", "-shared", *SANITIZE, *objects, "-o", str(found)], check=True)
     return found
 
 
@@ -57,7 +57,7 @@ def test_no_memory_error_and_no_undefined_behaviour(module: Path, isa: str) -> N
     run = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "sanitized", "-p", "no:cacheprovider", *TESTS]
     result = subprocess.run(
         [*run, "-k", "not torch and not reference and not fork"], cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True, text=True, timeout=900,
+        capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from helpers import random_router, small_index, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saap_index import AsymmetricIndex, LengthError, Rope, SearchParametersIVF, ShapeError
+from saap_index import AsymmetricIndex, LengthError, Rope, SearchParametersIVF, ShapeError, StateError
 from saap_index.attend import _plan, _search
 from saap_index.backends import Budget, Search
 from saap_index.backends.cpu import CpuBackend
@@ -121,6 +122,37 @@ def test_it_follows_the_index() -> None:
     index.reset()
     index.add(tokens(1, 2, 90, 32), tokens(1, 2, 90, 40))
     assert_same(index, queries, params)
+
+
+CHANGES: dict[str, Callable[[AsymmetricIndex, torch.Tensor, torch.Tensor], object]] = {
+    "others in their place": lambda x, k, v: (x.remove_ids(range(20, 60)), x.add(k[:, :, :40], v[:, :, :40])),
+    "one sequence": lambda x, k, v: (x.remove_ids([range(20, 60), []]), x.add(k[:, :, :40], v[:, :, :40], lengths=[40, 0])),
+    "padding": lambda x, k, v: (x.remove_ids(range(20, 60), close_gaps=True), x.add(k[:, :, :40], v[:, :, :40])),
+    "swapped": lambda x, k, v: (x.remove_ids([range(20, 60), range(5)]), x.reorder([1, 0])),
+    "anew": lambda x, k, v: (x.remove_ids(range(20, 60)), x.reset(), x.add(k[:, :, :110], v[:, :, :110])),
+    "back and forth": lambda x, k, v: (x.remove_ids([145]), x.truncate(100), x.add(k[:, :, :49], v[:, :, :49])),
+    "moved": lambda x, k, v: (x.remove_ids(range(30)), x.reserve_memory(900), x.reclaim_memory()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_equal_lengths_are_no_sign_of_equal_tokens(change: Callable[..., object]) -> None:
+    """Searched before and after, by a router of distance: positions that changed count, and a selection of before is refused."""
+    index, params = filled([150, 150]), SearchParametersIVF(selectivity=0.2)
+    index.query_router = random_router(2, 4, 32, 5, seed=3)
+    queries = tokens(2, 6, 1, 32, seed=5)
+    assert_same(index, queries, params)
+    before = index.select(queries, params=params)
+    change(index, tokens(2, 2, 150, 32, seed=8), tokens(2, 2, 150, 40, seed=9))
+    assert_same(index, queries, params)
+    with pytest.raises(StateError, match="selection"):
+        index.attend_selected(queries, before)
+    with pytest.raises(StateError, match="selection"):
+        index.read_ids(before)
+    fork = index.fork()
+    assert torch.equal(index.search_attend(queries, params=params), fork.search_attend(queries, params=params))
+    assert [index.invlists.centres(i).tolist() for i in range(2)] == [fork.invlists.centres(i).tolist() for i in range(2)]
+    assert_same(fork, queries, params)
 
 
 def test_memory_that_moved_is_given_back() -> None:

@@ -130,6 +130,19 @@ class Walk(RuleBasedStateMachine):
             self.model[i] = [(p - sum(g < p for g in gone), k, v) for p, k, v in self.model[i] if p not in x]
             self.next[i] -= len(gone)
 
+    @precondition(lambda self: self.index.lengths and min(self.index.lengths) > 8)
+    @rule(n=st.integers(1, 8), first=st.integers(0, 9))
+    def replace(self, n, first) -> None:
+        """As many in as out: all lengths are what they were, and what was made from them need not be."""
+        ids = [[p for p, _, _ in m][-first - n : len(m) - first] for m in self.model]
+        n = min(map(len, ids))
+        ids = [np.array(x[:n], np.int64) for x in ids]
+        self.index.remove_ids(ids)
+        self.model = [[t for t in m if t[0] not in x] for m, x in zip(self.model, ids, strict=True)]
+        keys, values = self.fresh(self.h, n, self.d), self.fresh(self.h, n, self.e)
+        self.index.add(keys, values)
+        self.remember(keys, values, [n] * self.b)
+
     @rule()
     def reset(self) -> None:
         self.index.reset()
@@ -314,6 +327,21 @@ class Walk(RuleBasedStateMachine):
                 assert rows <= budget
 
     @invariant()
+    def a_search_reads_what_is_selected_now(self) -> None:
+        """After every change, and so before the next: nothing that a search was prepared from may be of before."""
+        if not hasattr(self, "index") or not self.index.lengths or self.refusal(None):
+            return
+        queries = tokens(self.b, self.hq, 1, self.d, torch.float32, 77)
+        out, last = self.index.search_attend(queries), self.index._last
+        chosen = self.index.select(queries)
+        assert last.rows is chosen.rows is None or torch.equal(last.rows, chosen.rows)
+        assert torch.equal(out, self.index.attend_selected(queries, chosen))
+        for i, model in enumerate(self.model):
+            at = [p for p, _, _ in model]
+            middles = [(at[start] + at[stop - 1]) / 2 for start, stop in self.index.invlists.segments[i]]
+            assert self.index.invlists.centres(i).tolist() == middles
+
+    @invariant()
     def means_are_those_of_the_runs(self) -> None:
         if not hasattr(self, "index") or not self.index.lengths:
             return
@@ -360,7 +388,7 @@ def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
         parts = len(x.segments[i])
         assert torch.equal(x.keys[i, :, :n], y.keys[i, :, :n]) and torch.equal(x.values[i, :, :n], y.values[i, :, :n])
         assert torch.equal(x.row_ids(i), y.row_ids(i)) and torch.equal(x.tables[i, :, :parts], y.tables[i, :, :parts])
-        assert np.array_equal(x.removed[i], y.removed[i])
+        assert np.array_equal(x.gaps[i].array(), y.gaps[i].array())
         count = x.num_means(i)
         assert count == y.num_means(i) and torch.equal(x.mean_keys[i, :, :count], y.mean_keys[i, :, :count])
         assert torch.equal(x.mean_values[i, :, :count], y.mean_values[i, :, :count])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_models import VOCABULARY, greedy, tiny
+from hf_models import CACHE, VOCABULARY, greedy, tiny
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -113,7 +113,7 @@ def test_the_model_generates_through_them(whole: Path, loaded: LoadedModel, tmp_
     want = greedy(model, ids, 6)
     model = attach(model, load_routers(whole), selectivity=1.0, break_even=256)
     cache = SaapCache(model)
-    assert torch.equal(greedy(model, ids, 6, past_key_values=cache), want)
+    assert torch.equal(greedy(model, ids, 6, **{CACHE: cache}), want)
     index = cache.layers[0].index
     assert not torch.equal(index.key_quantizer.centroids, load_routers(whole).layers[0].key_quantizer.centroids)
     cache.save(tmp_path / "prompt")
@@ -213,6 +213,106 @@ def test_resuming_something_else_is_refused_by_name(
     }.items():
         with pytest.raises(CompatibilityError, match=name):
             train_model(*given, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("router", ["two-tower", "kmeans"])
+def test_without_faiss_nothing_is_begun(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], router: str,
+    loaded: LoadedModel, sequences: list[texts.TokenSequence],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(capture, "run", lambda *args: pytest.fail("no pass of the model without FAISS"))
+    with pytest.raises(MissingDependencyError, match="FAISS"):
+        train_model(loaded, sequences, replace(SETTINGS, router=router), tmp_path / "out")
+    monkeypatch.setattr("saap_index.pipeline.models.load_model", lambda *args: pytest.fail("nor is one loaded"))
+    assert command(checkpoint, tmp_path / "out", "--router", router) == 1
+    assert "pip install faiss-cpu" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_another_faiss_keeps_what_was_captured(
+    whole: Path, loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Captures are the model's; layers are trained anew, so that all are of one version."""
+    import faiss
+
+    def step(what: str, done: int, total: int) -> None:
+        if (what, done) == ("layer", 1):
+            raise Interruption
+
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        patch.setattr(faiss, "__version__", "0.1")
+        train_model(loaded, sequences, SETTINGS, tmp_path / "out", step=step)
+    passes, trained = [], []
+    monkeypatch.setattr(capture, "run", lambda *args, run=capture.run: (passes.append(len(args[1])), run(*args)))
+    monkeypatch.setattr(train, "train_one", lambda *args, one=train.train_one: (trained.append(args[1]), one(*args))[1])
+    train_model(loaded, sequences, SETTINGS, tmp_path / "out", resume=True)
+    assert passes == [2] and trained == [0, 1]
+    assert content(tmp_path / "out") == content(whole)
+    monkeypatch.setattr(faiss, "__version__", "0.2")
+    train_model(loaded, sequences, SETTINGS, tmp_path / "out", resume=True)
+    assert trained == [0, 1], "what is finished is read"
+
+
+def test_captures_without_a_job_are_not_taken_over(
+    whole: Path, loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path
+) -> None:
+    """As a killed clean-up leaves them."""
+
+    def step(what: str, done: int, total: int) -> None:
+        if (what, done) == ("layer", 1):
+            raise Interruption
+
+    others = [(name, tokens[::-1]) for name, tokens in sequences]
+    with pytest.raises(Interruption):
+        train_model(loaded, others, SETTINGS, tmp_path, step=step)
+    (tmp_path / train.UNFINISHED / "job.json").unlink()
+    train_model(loaded, sequences, SETTINGS, tmp_path)
+    assert content(tmp_path) == content(whole)
+
+
+def test_every_refusal_to_go_on_says_how_to_begin_anew(
+    loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path
+) -> None:
+    def step(what: str, done: int, total: int) -> None:
+        if what == "layer":
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        train_model(loaded, sequences, SETTINGS, tmp_path, step=step)
+    work = tmp_path / train.UNFINISHED
+    anew = rf"to begin anew delete {work} or name another --out"
+    with pytest.raises(StateError, match=f"--resume continues it, and {anew}"):
+        train_model(loaded, sequences, SETTINGS, tmp_path)
+    with pytest.raises(CompatibilityError, match=f"go on with that, and {anew}"):
+        train_model(loaded, sequences, replace(SETTINGS, seed=3), tmp_path, resume=True)
+    for name, match in (("captures/captured.json", anew), ("job.json", anew), ("layer_000.safetensors", "delete the file")):
+        whole = (work / name).read_bytes()
+        for damaged in (b"[[", b"\xff", whole[: len(whole) // 2], b'{"0": 1e999}', b'{"99": {}}'):
+            (work / name).write_bytes(damaged)
+            with pytest.raises((FormatError, CompatibilityError), match=match):
+                train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
+        (work / name).write_bytes(whole)
+    train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
+    with pytest.raises(StateError, match=f"to train anew delete {tmp_path}"):
+        train_model(loaded, sequences, SETTINGS, tmp_path)
+    (tmp_path / FILES[1]).write_bytes(b"x")
+    with pytest.raises(FormatError, match=f"to begin anew delete {tmp_path}"):
+        train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
+
+
+def test_room_on_the_disk_is_looked_at_before_the_capture(
+    loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """2 layers of 5 sequences: 2 heads of 512 keys and 4 of 48 queries, and values of two sequences, 16 dims of 2 bytes."""
+    need = 2 * 16 * 2 * (5 * (2 * 512 + 4 * 48) + 2 * 2 * 512)
+    usage = type(train.shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage(10**12, 0, need))
+    monkeypatch.setattr(CaptureStore, "write", lambda *args: pytest.fail("nothing is written"))
+    with pytest.raises(OSError, match=r"expected room for 0\.0 GB .* --tokens or --layers"):
+        train_model(loaded, sequences, SETTINGS, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage(10**12, 0, int(1.1 * need)))
+    train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
 
 
 # -- routers and partitions -----------------------------------------------------------------------------------------------------
@@ -442,7 +542,8 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(("more", "message"), [
     (["--layers", "x"], "layers: expected numbers"), (["--layers", "7"], "layers: expected some of"),
-    (["--tokens", "100000"], "enough text for"), (["--router", "mlp", "--partition", "per-prompt"], "partition: expected"),
+    (["--tokens", "100000"], "enough text for"), (["--tokens", "90000", "--context", "16385"], "context: expected at most 16384"),
+    (["--router", "mlp", "--partition", "per-prompt"], "partition: expected"),
     (["--device", "nonsense"], "device: expected"), (["--text", "absent.txt"], "text: expected a file"),
 ])  # fmt: skip
 def test_errors_of_the_command(
@@ -450,6 +551,8 @@ def test_errors_of_the_command(
 ) -> None:
     assert command(checkpoint, tmp_path / "out", *more) == 1
     err = capsys.readouterr().err
+    if message == "enough text for":
+        assert "give more text, or ask for less with --tokens, --held-out or --context" in err
     assert f"saap train: error: {message}" in err.replace("texts: expected 196 sequences of 512 tokens, got ", "")
     assert "Traceback" not in err
 

@@ -102,10 +102,10 @@ class Places(NamedTuple):
 
     def memory(self, b: int, h: int) -> Taken:
         """Room for what may be taken."""
-        rows = torch.empty((b, h, self.bound), dtype=I32), torch.empty((b, h), dtype=I32)
+        rows = torch.empty((b, h, self.bound), dtype=I32, device="cpu"), torch.empty((b, h), dtype=I32, device="cpu")
         tail = None
         if self.entries_at:
-            tail = torch.empty((b, h, self.tail_bound), dtype=I32), torch.empty((b, h), dtype=I32)
+            tail = torch.empty((b, h, self.tail_bound), dtype=I32, device="cpu"), torch.empty((b, h), dtype=I32, device="cpu")
         return Taken(rows, tail)
 
 

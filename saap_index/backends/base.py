@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
+
 if TYPE_CHECKING:
     from .resident import Resident
     from .search import PreparedSearch, Search
@@ -86,6 +88,7 @@ class RouterWeights:
         """With every tensor changed."""
         return RouterWeights.of({name: change(x) for name, x in self.tensors().items()}, self.nlist)
 
+    @full_precision
     def composed(self) -> RouterWeights:
         """The same router with an output for each list in place of ``lists``: for a backend of one product."""
         if self.lists is None or self.list_scales is None:
@@ -263,6 +266,8 @@ class Backend(ABC):
         keys : storage dtype (h, N, d), values : (h, N, e), ids : int32 (h, N): one sequence of the arena.
         list_nos : int32 (h, n), in [0, l): of the row as it lies there now.
         table : int32 (h, l + 1) out, strided over h: table[i] = first row of list i, table[l] = start + n.
+
+        Raises before it moves a row, or not at all.
         """
 
     def seal_many(
@@ -283,8 +288,8 @@ class Backend(ABC):
         """Bring the segments of several sequences to what they shall be: assign, sort, write ids and tables, means.
 
         The tables have room for ``want``. What comes out is that of `assign`, `seal` and `means` one after the other. quantizer :
-        as from `prepare_quantizer`, or None where ``arena.given`` has every list. Does not wait for the device. Returns False,
-        having done nothing, if one after the other is how this backend does it.
+        as from `prepare_quantizer`, or None where ``arena.given`` has every list. Does not wait for the device. Raises before it
+        moves a row, or not at all. Returns False, having done nothing, if one after the other is how this backend does it.
         """
         return False
 

@@ -6,8 +6,8 @@ kernels check themselves. Every decode step calls here, hence the plain style: n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from .addresses import (
 )
 from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
 from .search import PreparedSearch, Search
+from .threads import available_cores
 
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
 
@@ -52,10 +53,22 @@ class CpuBackend(Backend):
             raise MissingDependencyError("backend 'cpu' needs saap_index._cpu: install saap-index with a C++20 compiler at hand")
         self._cpu: Any = module
 
+    _followed: ClassVar[int] = 0
+    """Threads of torch that the pool, one for all, was last told of."""
+
+    def _module(self) -> Any:
+        """The compiled module, for an operation of many items: its pool follows torch.set_num_threads and OMP_NUM_THREADS, up to
+        the cores that there are."""
+        threads = torch.get_num_threads()
+        if threads != CpuBackend._followed:
+            self._cpu.suggest_num_threads(min(threads, available_cores()))
+            CpuBackend._followed = threads
+        return self._cpu
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         count = int(np.prod(shape, dtype=np.int64))
         if not count:
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         raw = np.empty(count * dtype.itemsize + ALIGN_BYTES, np.uint8)  # NumPy asks for huge pages, torch does not
         skip = -raw.ctypes.data % ALIGN_BYTES
         return torch.from_numpy(raw[skip : skip + count * dtype.itemsize]).view(dtype).view(tuple(shape))
@@ -80,7 +93,7 @@ class CpuBackend(Backend):
         kb, kh, kn, _ = keys.stride()
         vb, vh, vn, _ = values.stride()
         return bool(
-            self._cpu.append(
+            self._module().append(
                 code, k_at, kb, kh, kn, v_at, vb, vh, vn, ak_at, av_at, b, h, capacity, d, e, list(starts), list(counts)
             )
         )
@@ -94,8 +107,8 @@ class CpuBackend(Backend):
         n = keys.shape[1]
         k_at = rows_of("keys", keys, keys.dtype, (heads, n, d))
         angles = angles_of(rotation, n, d)
-        out = torch.empty((heads, n), dtype=I32)
-        self._cpu.assign(quantizer, code_of("keys", keys), k_at, keys.stride(0), keys.stride(1), n, *angles, out.data_ptr())
+        out = torch.empty((heads, n), dtype=I32, device="cpu")
+        self._module().assign(quantizer, code_of("keys", keys), k_at, keys.stride(0), keys.stride(1), n, *angles, out.data_ptr())
         return out
 
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
@@ -103,7 +116,7 @@ class CpuBackend(Backend):
         e, n, lists = values.shape[-1], list_nos.shape[1], table.shape[1] - 1
         if not 0 <= start <= capacity - n:
             raise LengthError(f"start: expected {n} rows within {capacity}, got them from row {start}")
-        self._cpu.seal(
+        self._module().seal(
             code_of("keys", keys),
             plain("keys", keys, keys.dtype, (h, capacity, d)),
             plain("values", values, keys.dtype, (h, capacity, e)),
@@ -123,7 +136,7 @@ class CpuBackend(Backend):
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         h, capacity, d = keys.shape
         e, lists = values.shape[-1], table.shape[1] - 1
-        self._cpu.means(
+        self._module().means(
             code_of("keys", keys),
             plain("keys", keys, keys.dtype, (h, capacity, d)),
             plain("values", values, keys.dtype, (h, capacity, e)),
@@ -165,8 +178,8 @@ class CpuBackend(Backend):
         b, _, g, q, _ = queries.shape
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
         angles = angles_of(rotation, b * q, d)
-        z, a = torch.empty((b, h, g * q, lists)), torch.empty((b, h, g * q, m))
-        self._cpu.route(router, code_of("queries", queries), q_at, b, g, q, *angles, z.data_ptr(), a.data_ptr())
+        z, a = (torch.empty((b, h, g * q, n), dtype=F32, device="cpu") for n in (lists, m))
+        self._module().route(router, code_of("queries", queries), q_at, b, g, q, *angles, z.data_ptr(), a.data_ptr())
         return z, a
 
     def probe(
@@ -186,7 +199,7 @@ class CpuBackend(Backend):
         knots_at = plain("knots", knots, F32, (b, segments))
         places = places_of(self._cpu, tables, num_segments, budget, (b, h, lists))
         taken = places.memory(b, h)
-        widths = self._cpu.probe(
+        widths = self._module().probe(
             z_at,
             a_at,
             knots_at,
@@ -239,9 +252,9 @@ class CpuBackend(Backend):
         for first, middle, last in zip(sinks, sealed, lengths, strict=True):
             if not 0 <= first <= middle <= last <= capacity:
                 raise LengthError(f"expected 0 <= sinks <= sealed <= lengths <= {capacity}, got {first}, {middle}, {last}")
-        out = torch.empty((b, h, g, q, e), dtype=queries.dtype)
-        lse = torch.empty((b, h, g, q))
-        self._cpu.scan(
+        out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
+        lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
+        self._module().scan(
             q_at,
             code_of("queries", queries),
             k_at,
@@ -311,7 +324,7 @@ class CpuBackend(Backend):
             *means_at,
             most,
         )
-        return _Prepared(self._cpu, handle, search, places)
+        return _Prepared(self._module, handle, search, places)
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype = out_a.shape, out_a.dtype
@@ -320,14 +333,14 @@ class CpuBackend(Backend):
         a_at, b_at = plain("out_a", out_a, dtype, shape), plain("out_b", out_b, dtype, shape)
         la_at, lb_at = plain("lse_a", lse_a, F32, shape[:-1]), plain("lse_b", lse_b, F32, shape[:-1])
         out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-        self._cpu.combine(CODES[dtype], a_at, la_at, b_at, lb_at, lse.numel(), shape[-1], out.data_ptr(), lse.data_ptr())
+        self._module().combine(CODES[dtype], a_at, la_at, b_at, lb_at, lse.numel(), shape[-1], out.data_ptr(), lse.data_ptr())
         return out, lse
 
 
 class _Prepared(NamedTuple):
     """See `PreparedSearch`. Holds the tensors whose addresses the handle holds."""
 
-    module: Any
+    module: Callable[[], Any]
     handle: Any
     plan: Search
     places: Places
@@ -343,9 +356,10 @@ class _Prepared(NamedTuple):
         for middle, last in zip(self.plan.sealed, lengths, strict=True):
             if not middle <= last <= capacity:
                 raise LengthError(f"lengths: expected {middle} to {capacity}, got {last}")
-        out, lse = torch.empty((b, h, g, q, e), dtype=queries.dtype), torch.empty((b, h, g, q))
+        out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
+        lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
         taken = self.places.memory(b, h)
-        widths = self.module.search(
+        widths = self.module().search(
             self.handle,
             q_at,
             code_of("queries", queries),

@@ -18,7 +18,7 @@ from ..bindings import gpu_build, gpu_route, gpu_scan, gpu_seal, gpu_select
 from ..bindings.gpu_types import Runtime
 from ..errors import DTypeError
 from .base import Arena, Budget, Frequencies, Probed, Rotation, RouterWeights, SegmentChange, Tail
-from .cuda_state import META, CudaResident, Knobs, sent
+from .cuda_state import META, CudaResident, Knobs, padded, sent
 from .resident import LENGTH, MEANS, NEXT, SEALED, SEGMENTS, SINKS, Resident
 from .torch_backend import TorchBackend
 
@@ -27,6 +27,7 @@ MOST_SORTED_LISTS = 32768
 
 SEAL_BYTES = 256 << 20
 """Most scratch memory of a seal, where a segment needs it not at once."""
+
 
 class CudaBackend(TorchBackend):
     """See `Backend` for the contract of every method."""
@@ -98,11 +99,8 @@ class CudaBackend(TorchBackend):
         least, most = gpu_seal.workspace_bytes(rows, plan.jobs)
         lists = gpu_seal.aligned(heads * plan.fresh * 4) if quantizer is not None else 0
         workspace = torch.empty(lists + max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
-        gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.given, workspace)
-        if plan.means:
-            jobs = numbers[plan.means_at :]
-            means = arena.mean_keys, arena.mean_values
-            gpu_seal.means(self.runtime, arena.keys, arena.values, arena.tables, *means, jobs, plan.means)
+        means = arena.mean_keys, arena.mean_values
+        gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.given, workspace, means)
         return True
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
@@ -155,9 +153,9 @@ class CudaBackend(TorchBackend):
     def _meta(self, columns: dict[int, Sequence[int]]) -> Tensor:
         """meta : int32 (b, 8) with these columns, on the device."""
         b = len(next(iter(columns.values())))
-        meta = torch.zeros((b, META), dtype=torch.int32)
+        meta = torch.zeros((b, META), dtype=torch.int32, device="cpu")
         for column, values in columns.items():
-            meta[:, column] = torch.tensor(list(values), dtype=torch.int32)
+            meta[:, column] = torch.tensor(list(values), dtype=torch.int32, device="cpu")
         return meta.to(self.device)
 
     def scan(
@@ -177,7 +175,7 @@ class CudaBackend(TorchBackend):
         means = None if tail is None else gpu_scan.Means(tail.runs, tail.counts, tail.keys, tail.values, tail.tables)
         meta = self._meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
         launch = scan.bind(arena_keys, arena_values, meta, listed, means, scale, floats, tickets)
-        launch(queries=queries, out=out, lse=lse)
+        launch(queries=gpu_scan.aligned(queries), out=out, lse=lse)
         return out, lse
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +187,7 @@ class CudaBackend(TorchBackend):
         return out, lse
 
     def _ints(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.device)
+        return torch.tensor(values, dtype=torch.int32, device="cpu").to(self.device)
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -198,6 +196,6 @@ def _largest(x: Tensor) -> Tensor:
 
 
 def _trimmed(lists: Tensor, counts: Tensor) -> Tensor:
-    """The columns in use."""
+    """The columns in use, -1 behind the last of each list."""
     width = int(counts.max()) if counts.numel() else 0
-    return lists[:, :, :width].contiguous()
+    return padded(lists[:, :, :width], counts)

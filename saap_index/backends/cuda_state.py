@@ -1,4 +1,4 @@
-"""The resident state of a batch on a CUDA device: at most three launches a search, one an append, and no memory but the output.
+"""The resident state of a batch on a CUDA device: two or three launches a search, one an append, and no memory but the output.
 
 Everything a launch needs lies ready: what the host publishes, a workspace for each shape of queries, budgets and row lists for
 each set of search parameters, and the parameters of the kernels themselves, in which a step only changes the addresses of its
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bindings import gpu_build, gpu_seal
+from ..bindings import gpu_build, gpu_route_select, gpu_seal
 from ..bindings.gpu_route import Route, Unturn
-from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape
+from ..bindings.gpu_route_select import RouteSelect, RouteSelectShape
+from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape, aligned
 from ..bindings.gpu_select import Select, SelectShape
 from ..bindings.gpu_types import Launch, Runtime
 from .base import Budget, Probed, Rotation
@@ -51,16 +52,38 @@ class CudaLimits:
 
 
 @dataclass(frozen=True, eq=False)
-class _Selecting:
-    """Route and select for queries of one shape, dtype and router: launchers, what they write, and launches, with what the ids
-    in their keys stand for."""
+class _TwoLaunches:
+    """Route, then select, and what one hands to the other."""
 
     route: Route
     select: Select
     z: Tensor
     a: Tensor
     floats: Tensor
-    bound: dict[Any, tuple[Launch, Launch, Any]] = field(default_factory=dict)
+
+    def memory(self) -> Iterator[Tensor]:
+        router = self.route.router
+        yield from (self.z, self.a, self.floats, router.hidden, router.bias_hidden, router.out, router.bias_out)
+
+
+@dataclass(frozen=True, eq=False)
+class _OneLaunch:
+    """Both in one, where the device has clusters and the search is of the usual kind."""
+
+    launcher: RouteSelect
+
+    def memory(self) -> Iterator[Tensor]:
+        router = self.launcher.router
+        yield from (router.hidden, router.bias_hidden, router.out, router.bias_out)
+
+
+@dataclass(frozen=True, eq=False)
+class _Selecting:
+    """How queries of one shape, dtype and router are routed and selected: launchers; and launches, the first of which takes the
+    queries, with what the ids in their keys stand for."""
+
+    by: _TwoLaunches | _OneLaunch
+    bound: dict[Any, tuple[tuple[Launch, ...], Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +106,15 @@ class CudaResident(Resident):
         b = shape[0]
         self._meta = torch.zeros((b, META), dtype=torch.int32, device=device)
         self._counts = torch.zeros((b,), dtype=torch.int32, device=device)
-        self._tickets = torch.zeros((b,), dtype=torch.int32, device=device)
-        self._centres = torch.zeros((b, 0), device=device)
+        self._centres = torch.zeros((b, 0), dtype=torch.float32, device=device)
         self._at: Placement | None = None
         self._selecting: dict[Any, _Selecting] = {}
         self._scanning: dict[Any, _Scanning] = {}
         self._appending: dict[Any, Launch] = {}
         gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
+        # Whether tables, centres and budgets were written by what is last on the stream; a launch then waits before it reads.
+        self._just_published = True
         self._limits: weakref.WeakSet[CudaLimits] = weakref.WeakSet()
         self._stream: Any = None
         self._watching: tuple[Tensor, Any] | None = None
@@ -114,13 +138,12 @@ class CudaResident(Resident):
 
     def _memory(self) -> Iterator[Tensor]:
         """All that launches read or write but for what a call brings."""
-        found: list[Tensor | None] = [self._meta, self._counts, self._tickets, self._centres]
+        found: list[Tensor | None] = [self._meta, self._counts, self._centres]
         if self._at is not None:
             found += [getattr(self._at, name) for name in _MEMORY]
         for s in self._selecting.values():
-            router = s.route.router
-            found += [s.z, s.a, s.floats, router.hidden, router.bias_hidden, router.out, router.bias_out]
-            found += [routing.frequencies for _, _, (routing, _) in s.bound.values()]
+            found += s.by.memory()
+            found += [routing.frequencies for _, (routing, _) in s.bound.values()]
         for scanning in self._scanning.values():
             found += [scanning.floats, scanning.tickets]
         for x in self._limits:
@@ -137,7 +160,7 @@ class CudaResident(Resident):
         if before is None or any(getattr(before, name) is not getattr(placement, name) for name in _MEMORY):
             self._unbind()
         if self._centres.shape != placement.centres.shape:
-            self._centres = torch.zeros(placement.centres.shape, device=self._device)
+            self._centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
             self._unbind()
         writes = [(self._centres.data_ptr(), placement.centres)] if placement.centres.size else []
         for i, row in enumerate(placement.meta):
@@ -147,6 +170,7 @@ class CudaResident(Resident):
         for limits, budget in budgets:
             writes += _numbers(limits, budget)
         numbers = sent(gpu_seal.pieces_of(writes), self._device)
+        self._just_published = True
         gpu_seal.publish(self._runtime, len(writes), numbers)
 
     def limits(self, budget: Budget, most_rows: int, most_entries: int) -> CudaLimits:
@@ -158,6 +182,7 @@ class CudaResident(Resident):
         found = Probed(ints(b, h, most_rows), ints(b, h))
         if most_entries:
             found = Probed(found.rows, found.counts, ints(b, h, most_entries), ints(b, h))
+        self._just_published = True
         entries = None
         if most_entries:
             entries = ints(b, h) if budget.entries is None else sent(budget.entries.numpy().copy(), self._device)
@@ -191,44 +216,47 @@ class CudaResident(Resident):
         assert keys.shape[2] <= MAX_STEP_TOKENS
         with self._lock:
             if counts is not None:
-                given = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+                given = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda", device="cpu")
                 self._counts.copy_(given, non_blocking=True)
             key = (counts is None, *gpu_build.append_layout(keys, values))
             launch = self._appending.get(key)
             if launch is None:
                 at, by = self._placement(), None if counts is None else self._counts
-                memory = at.keys, at.values, self._meta, self._tickets, by
+                memory = at.keys, at.values, self._meta, by
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
                 _forget(self._appending, _BOUND)
             if self.capturing:
                 self._held.append(launch)
             launch(keys=keys, values=values)
+            self._just_published = False  # whoever comes behind it comes when all before it is complete
 
     def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
         key = _key(queries)
         if (key, routing is None) not in self._scanning:
             return False
-        return routing is None or (key, limits.nprobe, id(routing.router)) in self._selecting
+        return routing is None or _selecting_key(queries, routing, limits) in self._selecting
 
     def prepare(self, queries: Tensor, routing: Routing | None, limits: Any) -> None:
         with self._lock:
             self._scanning_of(queries, routing is None)
             if routing is not None:
-                self._selecting_of(queries, routing, limits.nprobe)
+                self._selecting_of(queries, routing, limits)
 
     def select(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> Probed:
         with self._lock:
             self._select(queries, routing, limits)
             found = limits.found
-            lists = (found.rows, found.counts, found.tail, found.tail_counts)
-            rows, row_counts, tail, tail_counts = (None if x is None else x.clone() for x in lists)
-        assert rows is not None and row_counts is not None
-        return Probed(rows, row_counts, tail, tail_counts)
+            counts = found.counts.clone()
+            rows = padded(found.rows, counts, in_order=isinstance(self._selecting_of(queries, routing, limits).by, _TwoLaunches))
+            if found.tail is None or found.tail_counts is None:
+                return Probed(rows, counts)
+            tail_counts = found.tail_counts.clone()
+            return Probed(rows, counts, padded(found.tail, tail_counts), tail_counts)
 
     def step(
         self, queries: Tensor, routing: Routing | None, limits: CudaLimits, scale: float
     ) -> tuple[Tensor, Tensor, Probed | None]:
-        shape = queries.shape[:-1]
+        queries, shape = aligned(queries), queries.shape[:-1]
         out = torch.empty((*shape, self._shape[3]), dtype=queries.dtype, device=self._device)
         lse = torch.empty(shape, dtype=torch.float32, device=self._device)
         with self._lock:
@@ -238,28 +266,42 @@ class CudaResident(Resident):
         return out, lse, None if routing is None else limits.found
 
     def _select(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> None:
-        """Launch route and select, which write to ``limits.found``."""
-        s = self._selecting_of(queries, routing, limits.nprobe)
+        """Launch what routes and selects; it writes to ``limits.found``."""
+        s = self._selecting_of(queries, routing, limits)
         key = id(routing), id(limits)
         bound = s.bound.get(key)
         if bound is None:
-            turn: Rotation | Unturn | None = routing.rotation
-            if routing.frequencies is not None:
-                turn = Unturn(routing.frequencies, routing.interleaved, routing.scale)
-            found = limits.found
-            route = s.route.bind(turn, self._meta, s.z, s.a)
-            select = s.select.bind(
-                s.z, s.a, self._placement().tables, self._centres, self._meta, limits.budgets, found.rows, found.counts,
-                limits.miss, limits.entries, found.tail, found.tail_counts, s.floats,
-            )  # fmt: skip
-            bound = route, select, (routing, limits)
+            bound = self._bind_selecting(s.by, queries, routing, limits), (routing, limits)
             if routing.rotation is None:  # else it is of this step alone
                 s.bound[key] = bound
                 _forget(s.bound, _BOUND)
         if self.capturing:
             self._held.append(bound)
-        bound[0](queries=queries)
-        bound[1]()
+        first, *others = bound[0]
+        if isinstance(s.by, _OneLaunch):
+            first.params["early"] = self.capturing or not self._just_published
+        first(queries=queries)
+        for launch in others:
+            launch()
+        self._just_published = False
+
+    def _bind_selecting(
+        self, by: _TwoLaunches | _OneLaunch, queries: Tensor, routing: Routing, limits: CudaLimits
+    ) -> tuple[Launch, ...]:
+        turn: Rotation | Unturn | None = routing.rotation
+        if routing.frequencies is not None:
+            turn = Unturn(routing.frequencies, routing.interleaved, routing.scale)
+        found, tables = limits.found, self._placement().tables
+        if isinstance(by, _OneLaunch):
+            tickets = self._scanning_of(queries, False).tickets
+            memory = self._meta, tables, self._centres, limits.budgets, found.rows, found.counts, limits.miss, tickets
+            return (by.launcher.bind(turn, *memory, dependent=True),)
+        route = by.route.bind(turn, self._meta, by.z, by.a)
+        select = by.select.bind(
+            by.z, by.a, tables, self._centres, self._meta, limits.budgets, found.rows, found.counts, limits.miss, limits.entries,
+            found.tail, found.tail_counts, by.floats,
+        )  # fmt: skip
+        return route, select
 
     def _scan_of(self, queries: Tensor, limits: CudaLimits | None, scale: float) -> Launch:
         """The scan of what a selection within ``limits`` found, or of every row."""
@@ -294,22 +336,31 @@ class CudaResident(Resident):
         assert self._at is not None, "publish comes first"
         return self._at
 
-    def _selecting_of(self, queries: Tensor, routing: Routing, nprobe: int) -> _Selecting:
-        key = (_key(queries), nprobe, id(routing.router))
+    def _selecting_of(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> _Selecting:
+        key = _selecting_key(queries, routing, limits)
         made = self._selecting.get(key)
         if made is None:
-            b, h, g, q, _ = queries.shape
-            router = routing.router
-            route = Route(self._runtime, router, b, g * q, q, queries.dtype, self._knobs.get("route"))
-            knots, segments = router.outputs - router.nlist - 1, self._placement().tables.shape[2]
-            settings = routing.first_knot, nprobe, routing.count_lists
-            of = SelectShape(b, h, g * q, router.nlist, segments, knots, *settings)
-            select = Select(self._runtime, of, self._knobs.get("select"))
-            floats = torch.empty(select.num_floats, device=self._device)
-            z, a = (torch.empty((b, h, g * q, n), device=self._device) for n in (router.nlist, knots + 1))
-            made = self._selecting[key] = _Selecting(route, select, z, a, floats)
+            made = self._selecting[key] = _Selecting(self._launchers(queries, routing, limits))
             _forget(self._selecting, _KEPT)
         return made
+
+    def _launchers(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> _TwoLaunches | _OneLaunch:
+        b, h, g, q, _ = queries.shape
+        router, segments = routing.router, self._placement().tables.shape[2]
+        shape = RouteSelectShape(b, h, g * q, q, segments, routing.first_knot, queries.dtype)
+        usual = routing.count_lists and not limits.nprobe and limits.entries is None
+        if usual and gpu_route_select.covers(self._runtime, router, shape):
+            return _OneLaunch(RouteSelect(self._runtime, router, shape, self._knobs.get("route_select")))
+        route = Route(self._runtime, router, b, g * q, q, queries.dtype, self._knobs.get("route"))
+        knots = router.outputs - router.nlist - 1
+        settings = routing.first_knot, limits.nprobe, routing.count_lists
+        of = SelectShape(b, h, g * q, router.nlist, segments, knots, *settings)
+        select = Select(self._runtime, of, self._knobs.get("select"))
+        floats = torch.empty(select.num_floats, dtype=torch.float32, device=self._device)
+        z, a = (
+            torch.empty((b, h, g * q, n), dtype=torch.float32, device=self._device) for n in (router.nlist, knots + 1)
+        )
+        return _TwoLaunches(route, select, z, a, floats)
 
     def _scanning_of(self, queries: Tensor, dense: bool) -> _Scanning:
         key = (_key(queries), dense)
@@ -346,6 +397,18 @@ def _numbers(limits: CudaLimits, budget: Budget) -> list[tuple[int, np.ndarray[A
 
 def _key(queries: Tensor) -> tuple[Any, ...]:
     return (*queries.shape[2:4], queries.dtype)
+
+
+def padded(lists: Tensor, counts: Tensor, in_order: bool = True) -> Tensor:
+    """A copy of lists : int32 (b, h, t), of which counts : int32 (b, h) numbers are written: ascending, then -1."""
+    behind = torch.arange(lists.shape[2], dtype=torch.int32, device=lists.device) >= counts[..., None]
+    if in_order:
+        return lists.masked_fill(behind, -1)
+    return lists.masked_fill(behind, torch.iinfo(torch.int32).max).sort(2).values.masked_fill(behind, -1)
+
+
+def _selecting_key(queries: Tensor, routing: Routing, limits: CudaLimits) -> tuple[Any, ...]:
+    return _key(queries), limits.nprobe, limits.entries is None, id(routing.router)
 
 
 def _forget(kept: dict[Any, Any], most: int) -> None:

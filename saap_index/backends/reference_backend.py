@@ -23,7 +23,7 @@ class ReferenceBackend(Backend):
     name = "reference"
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
     def append(
         self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
@@ -48,10 +48,13 @@ class ReferenceBackend(Backend):
 
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
         n = list_nos.shape[1]
-        for head in range(keys.shape[0]):
-            order, offsets = reference.sort_segment(list_nos[head].numpy().astype(np.int64), table.shape[1] - 1)
-            for rows in (keys[head], values[head], ids[head]):
-                rows[start : start + n] = rows[start + torch.from_numpy(order)]
+        lists = table.shape[1] - 1
+        found = [reference.sort_segment(nos.numpy().astype(np.int64), lists) for nos in list_nos]
+        arrays = keys, values, ids
+        moved = [[x[head, start + torch.from_numpy(order)] for x in arrays] for head, (order, _) in enumerate(found)]
+        for head, (_, offsets) in enumerate(found):
+            for x, rows in zip(arrays, moved[head], strict=True):
+                x[head, start : start + n] = rows
             table[head] = torch.from_numpy(start + offsets)
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
@@ -150,7 +153,7 @@ class ReferenceBackend(Backend):
 
 def _padded(found: list[reference.Ints], b: int, h: int) -> tuple[Tensor, Tensor]:
     """b * h lists of numbers as int32 (b, h, t), padded with -1, and how many there are, int32 (b, h)."""
-    rows = torch.full((b * h, max(map(len, found))), -1, dtype=torch.int32)
+    rows = torch.full((b * h, max(map(len, found))), -1, dtype=torch.int32, device="cpu")
     for numbers, row in zip(found, rows, strict=True):
         row[: len(numbers)] = torch.from_numpy(numbers)
-    return rows.view(b, h, -1), torch.tensor([len(x) for x in found], dtype=torch.int32).view(b, h)
+    return rows.view(b, h, -1), torch.tensor([len(x) for x in found], dtype=torch.int32, device="cpu").view(b, h)

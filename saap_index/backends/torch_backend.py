@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..precision import full_precision
 from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
 
 ASSIGN_TOKENS = 4096  # bounds the score matrix of `assign`: tokens at a time
@@ -25,6 +26,8 @@ class TorchBackend(Backend):
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None and torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())  # "cuda" alone would accept tensors of any
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -46,6 +49,7 @@ class TorchBackend(Backend):
     def prepare_quantizer(self, centroids: Tensor) -> Any:
         return centroids.transpose(1, 2).contiguous(), -0.5 * centroids.square().sum(-1)
 
+    @full_precision
     def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
         centroids, bias = quantizer
         out = torch.empty(keys.shape[:2], dtype=torch.int32, device=keys.device)
@@ -60,14 +64,16 @@ class TorchBackend(Backend):
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
         heads, n = list_nos.shape
         order = torch.argsort(list_nos, dim=1, stable=True)
-        for rows in (keys, values, ids):
-            part = rows[:, start : start + n]
-            index = order if part.ndim == 2 else order[:, :, None].expand_as(part)
-            part.copy_(part.gather(1, index))
         sizes = torch.zeros((heads, table.shape[1] - 1), dtype=torch.int64, device=table.device)
         sizes.scatter_add_(1, list_nos.long(), torch.ones_like(list_nos, dtype=torch.int64))
+        ends = start + sizes.cumsum(1)
+        parts = [rows[:, start : start + n] for rows in (keys, values, ids)]
+        indices = [order if part.ndim == 2 else order[:, :, None].expand_as(part) for part in parts]
+        sorted_ = [part.gather(1, index) for part, index in zip(parts, indices, strict=True)]
         table[:, 0] = start
-        table[:, 1:] = start + sizes.cumsum(1)
+        table[:, 1:] = ends
+        for part, rows in zip(parts, sorted_, strict=True):  # all that may lack memory is done
+            part.copy_(rows)
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         for head, offsets in enumerate(table.long()):
@@ -80,6 +86,7 @@ class TorchBackend(Backend):
     def prepare_router(self, weights: RouterWeights) -> Any:
         return weights
 
+    @full_precision
     def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         x = queries.float()
@@ -107,16 +114,16 @@ class TorchBackend(Backend):
         b, h, j, nlist = z.shape
         top = max(num_segments, default=0)
         tables = tables[:, :, :top]
-        valid = torch.arange(top, device=z.device) < torch.tensor(list(num_segments), device=z.device)[:, None]  # (b, s)
+        valid = _arange(0, top, z) < _integers(num_segments, z)[:, None]  # (b, s)
         sizes = (tables[..., 1:] - tables[..., :-1]) * valid[:, None, :, None]
         starts = tables[..., :-1]
-        newest = torch.arange(top - 1, -1, -1, device=z.device)  # newest first, so that a stable sort breaks ties our way
+        newest = _arange(0, top, z).flip(0)  # newest first, so that a stable sort breaks ties our way
         sizes, starts = sizes[:, :, newest], starts[:, :, newest]
         if budget.nprobe:
             weights = _list_weights(z, _log_shares(a, count_lists), sizes.sum(2), count_lists)
             rank = torch.argsort(torch.argsort(-weights, dim=-1, stable=True), dim=-1)
             keep = rank < budget.nprobe
-            order_key = rank[:, :, None, :] * top + torch.arange(top, device=z.device)[:, None]
+            order_key = rank[:, :, None, :] * top + _arange(0, top, z)[:, None]
             open_ = sizes * keep[:, :, None]
         else:
             bend = _bend(a, knots[:, :top], count_lists)[..., newest]
@@ -135,12 +142,13 @@ class TorchBackend(Backend):
         rows, counts = _rows(starts + open_ - taken, taken)
         if budget.entries is None:
             return Probed(rows, counts)
-        known = newest < torch.tensor(list(budget.means), device=z.device)[:, None]  # (b, s)
+        known = newest < _integers(budget.means, z)[:, None]  # (b, s)
         unread = (taken.view_as(sizes) == 0) & (sizes > 0) & known[:, None, :, None]
         mass = torch.where(unread, sizes * weights, -1.0)
-        numbers = newest[:, None] * nlist + torch.arange(nlist, device=z.device)
+        numbers = newest[:, None] * nlist + _arange(0, nlist, z)
         return Probed(rows, counts, *_best(mass.reshape(b, h, -1), numbers.flatten(), budget.entries))
 
+    @full_precision
     def scan(
         self,
         queries: Tensor,
@@ -162,7 +170,7 @@ class TorchBackend(Backend):
             dense = torch.cat([_arange(0, sinks[i], queries), _arange(sealed[i], lengths[i], queries)]).expand(h, -1)
             picked = dense if rows is None else torch.cat([rows[i].long(), dense], 1)  # -1 rows are masked below
             width = picked.shape[1]
-            limit = lengths[i] - q + 1 + _arange(0, q, queries) if causal else torch.full((q,), lengths[i], device=queries.device)
+            limit = lengths[i] - q + 1 + _arange(0, q, queries) if causal else _integers([lengths[i]] * q, queries)
             recent = picked >= sealed[i]
             seen = (picked[:, None] >= 0) & (~recent[:, None] | (picked[:, None] < limit[None, :, None]))  # (h, q, t)
             index = picked.clamp(min=0)[:, :, None]
@@ -174,17 +182,28 @@ class TorchBackend(Backend):
                 entry_logits, entry_values = _entries(tail, i, queries[i].float() * scale)
                 logits, v = torch.cat([logits, entry_logits], -1), torch.cat([v, entry_values], 1)
                 width += entry_values.shape[1]
-            part = torch.logsumexp(logits, -1) if width else torch.full((h, g, q), float("-inf"), device=queries.device)
-            weights = torch.exp(logits - torch.where(part.isfinite(), part, 0.0)[..., None])
-            out[i] = torch.einsum("hgqt,hte->hgqe", weights, v).to(queries.dtype)
-            lse[i] = part
+            if not width:
+                out[i], lse[i] = 0.0, float("-inf")
+                continue
+            # less the largest, and divided by the sum: the logarithm of a large sum has no digits left for the weights
+            top = logits.amax(-1)
+            weights = torch.exp(logits - torch.where(top == float("-inf"), 0.0, top)[..., None])
+            total = weights.sum(-1)
+            sums = torch.einsum("hgqt,hte->hgqe", weights, v)
+            out[i] = (sums / torch.where(total == 0, 1.0, total)[..., None]).to(queries.dtype)
+            lse[i] = torch.where(top == float("-inf"), top, top + torch.log(total))
         return out, lse
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        lse = torch.logaddexp(lse_a, lse_b)
-        safe = torch.where(lse.isfinite(), lse, 0.0)
-        out = torch.exp(lse_a - safe)[..., None] * out_a.float() + torch.exp(lse_b - safe)[..., None] * out_b.float()
-        return out.to(out_a.dtype), lse
+        top = torch.maximum(lse_a, lse_b)
+        safe = torch.where(top == float("-inf"), 0.0, top)
+        keep, take = torch.exp(lse_a - safe), torch.exp(lse_b - safe)
+        total = keep + take
+        whole = torch.where(total == 0, 1.0, total)
+        # a side of weight zero is left out, not multiplied: it may hold anything
+        pairs = (keep[..., None], out_a), (take[..., None], out_b)
+        parts = [torch.where(w == 0, 0.0, w / whole[..., None] * x.float()) for w, x in pairs]
+        return (parts[0] + parts[1]).to(out_a.dtype), top + torch.log(whole)
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
@@ -203,7 +222,7 @@ def _entries(tail: Tail, i: int, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (h, g, q, x) and values (h, x, e) of the entries of sequence i; -inf where there is none. queries : scaled."""
     h, d, e = tail.keys.shape[1], tail.keys.shape[4], tail.values.shape[4]
     runs = tail.runs[i].long().clamp(min=0)
-    present = torch.arange(runs.shape[1], device=runs.device) < tail.counts[i][:, None]
+    present = _arange(0, runs.shape[1], runs) < tail.counts[i][:, None]
     sizes = tail.tables[i].diff(dim=-1).flatten(1).gather(1, runs)
     keys = tail.keys[i].reshape(h, -1, d).gather(1, runs[:, :, None].expand(-1, -1, d)).float()
     values = tail.values[i].reshape(h, -1, e).gather(1, runs[:, :, None].expand(-1, -1, e)).float()
@@ -212,7 +231,11 @@ def _entries(tail: Tail, i: int, queries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _arange(start: int, stop: int, like: Tensor) -> Tensor:
-    return torch.arange(start, max(start, stop), device=like.device)
+    return torch.arange(start, max(start, stop), dtype=torch.int64, device=like.device)
+
+
+def _integers(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64, device=like.device)
 
 
 def _bend(a: Tensor, knots: Tensor, count_lists: bool) -> Tensor:
@@ -261,7 +284,7 @@ def _rows(firsts: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
     counts = taken.sum(1)
     width = int(counts.max()) if counts.numel() else 0
     ends = taken.cumsum(1)
-    slots = torch.arange(width, device=taken.device).expand(b * h, -1).contiguous()
+    slots = _arange(0, width, taken).expand(b * h, -1).contiguous()
     run = torch.searchsorted(ends, slots, right=True).clamp(max=max(0, runs - 1))
     if not runs:
         return taken.new_empty((b, h, 0), dtype=torch.int32), counts.view(b, h).int()
@@ -278,5 +301,5 @@ def _best(mass: Tensor, numbers: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     counts = chosen.sum(-1)
     width = int(counts.max()) if counts.numel() else 0
     found = torch.where(chosen, numbers, torch.iinfo(torch.int64).max).sort(-1).values[..., :width]
-    present = torch.arange(width, device=mass.device) < counts[:, :, None]
+    present = _arange(0, width, mass) < counts[:, :, None]
     return torch.where(present, found, -1).int(), counts.int()

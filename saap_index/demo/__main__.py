@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import torch
 
+from .. import files
 from ..errors import SaapError
 from ..index import AsymmetricIndex
 from ..rope import Rope
@@ -75,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SaapError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "table.txt").write_text("\n".join([*lines, *timing]) + "\n")
+    files.make_folder(options.output)
+    files.write_text(options.output / "table.txt", "\n".join([*lines, *timing]) + "\n")
     plot.mass_against_bytes(table, layers, NAMES, options.output / "mass_against_bytes.png")
     took = time.perf_counter() - began
     print(f"\nwrote {options.output}/table.txt and {options.output}/mass_against_bytes.png; {took / 60:.1f} minutes in all")
@@ -90,7 +91,8 @@ def _texts(options: argparse.Namespace, encode: Callable[[str], list[int]]) -> t
     """Training and unseen sequences: name and token numbers."""
     known = texts.texts_from_files(options.text) if options.text else texts.training_texts()
     other = texts.texts_from_files(options.unseen_text) if options.unseen_text else texts.unseen_texts()
-    return texts.take(known, encode, options.training), texts.take(other, encode, options.unseen)
+    found = texts.take(known, encode, options.training, flags="--training")
+    return found, texts.take(other, encode, options.unseen, flags="--unseen")
 
 
 def _captures(loaded: Any, known: Texts, other: Texts, layers: Sequence[int]) -> tuple[list[Capture], list[Capture]]:
@@ -126,7 +128,8 @@ def _report(table: Table, layers: Sequence[int], training: int, unseen: int) -> 
     """Every method and layer at one budget, then pooled over the late and over all layers."""
     lines = [
         "",
-        f"SmolLM2-135M, 8192 tokens of text, {training} training and {unseen} unseen sequences; one selection per KV head.",
+        f"{model.TITLE}, 8192 tokens of text, {training} training and {unseen} unseen sequences;",
+        "one selection per KV head. Rows late and all: mass pooled by mass over layers, error the mean of layers.",
         f"Budget {SHOWN:.0%} of the tokens outside 4 sinks and the newest 128. mass: attention captured of what lies outside;",
         "error: of the output, relative; tables: offsets, row lists, centroids; router: weights, once a step (batch 1).",
         "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from .. import files
 from ..errors import FormatError
 from ..pipeline.capture import Capture, LayerCapture, capture, training_positions
 
@@ -44,7 +44,7 @@ def unseen_positions(length: int) -> Tensor:
     Tensor
         int64 (q,), ascending.
     """
-    return torch.arange(max(length - UNSEEN_SPAN, 0), length, UNSEEN_STEP)
+    return torch.arange(max(length - UNSEEN_SPAN, 0), length, UNSEEN_STEP, dtype=torch.int64, device="cpu")
 
 
 def capture_to(
@@ -79,7 +79,7 @@ def capture_to(
     list of Path
         One file per sequence, in order.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     wanted = sorted(set(layers))
     paths = []
     for number, (name, tokens) in enumerate(sequences, start=first):
@@ -95,17 +95,10 @@ def capture_to(
 
 def save(path: Path, captured: Capture) -> None:
     """Write a capture; the file appears only when it is complete."""
-    from safetensors.torch import save_file
-
     arrays = {"tokens": captured.tokens, "positions": captured.positions}
     for layer, row in captured.layers.items():
         arrays |= {f"keys.{layer}": row.keys, f"values.{layer}": row.values, f"queries.{layer}": row.queries}
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file(arrays, scratch, metadata={"name": captured.name})
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    files.write_tensors(path, arrays, {"name": captured.name})
 
 
 def load(path: Path, layers: Iterable[int] | None = None) -> Capture:

@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import torch
 
-from ..lab import compare
+from ..lab import compare, flags, roster
 from ..lab.evaluate import Settings
 from ..pipeline import command
 from ..routers import load_routers
@@ -35,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder (default compare_results, or compare_full)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(os.cpu_count() or 1)
+    methods = flags.names(options.methods)
     out = options.out or Path("compare_full" if options.full else "compare_results")
 
     def work() -> None:
+        flags.check_names("methods", methods, roster.KINDS)
         command.say(f"loading {model.NAME}")
         smollm2, tokenizer = model.load()
         encode = partial(model.encode, tokenizer)
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quick = Settings((0.05, 0.1), QUICK_LAYERS, decoded=24, replaced=QUICK_LAYERS)
         settings = Settings(decoded=64, decode_shares=(0.05,)) if options.full else quick
         task = compare.Task(
-            smollm2, tokenizer, model.NAME, sequences, training, compare.names_of(options.methods), settings,
+            smollm2, tokenizer, model.TITLE, sequences, training, methods, settings,
             routers=load_routers(options.routers),
             profile_tokens=compare.PROFILE_TOKENS if options.full else 1024,
         )  # fmt: skip

@@ -7,6 +7,7 @@ window counts against its budget. Axes as in lab/measures.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -99,7 +100,7 @@ def _index(
 ) -> None:
     found = sequence.layers[layer]
     heads, n = found.keys.shape[1:3]
-    chosen = torch.zeros((len(shares), heads, len(sequence.positions), n), dtype=torch.bool)
+    chosen = torch.zeros((len(shares), heads, len(sequence.positions), n), dtype=torch.bool, device="cpu")
     outputs: list[list[Tensor]] = [[] for _ in shares]
     sums = [[0.0] * 4 for _ in shares]
     index.reset()
@@ -138,9 +139,14 @@ def _record(row: Row, captured: Tensor, outside: Tensor, error: Tensor) -> None:
 
 
 def pooled(table: Table, method: str, share: float, layers: Sequence[int]) -> tuple[float, float, float]:
-    """Over some layers: mass in percent weighted by mass, its standard deviation over the sequences, mean output error."""
+    """Over some layers: mass in percent weighted by mass, its standard deviation over the sequences (NaN for one), mean output
+    error."""
     rows = [table[method, layer, share] for layer in layers]
     count = len(rows[0].captured)
-    per_sequence = torch.tensor([100 * sum(r.captured[i] for r in rows) / sum(r.outside[i] for r in rows) for i in range(count)])
+    per_sequence = torch.tensor(
+        [100 * sum(r.captured[i] for r in rows) / sum(r.outside[i] for r in rows) for i in range(count)],
+        dtype=torch.float32,
+        device="cpu",
+    )
     mass = 100 * sum(sum(r.captured) for r in rows) / sum(sum(r.outside) for r in rows)
-    return mass, float(per_sequence.std()) if count > 1 else 0.0, sum(r.error for r in rows) / len(rows)
+    return mass, float(per_sequence.std()) if count > 1 else math.nan, sum(r.error for r in rows) / len(rows)

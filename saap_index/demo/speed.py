@@ -32,12 +32,12 @@ def report(sequence: Capture, layer: int, rope: Rope, long_tokens: int) -> list[
     heads, kv_heads, d = LONG_SHAPE
     long = AsymmetricIndex(d, 256, heads, kv_heads, dtype=torch.bfloat16, rope=Rope(head_dim=d, theta=500000.0))
     generator = torch.Generator().manual_seed(0)
-    long.train(torch.randn((1, kv_heads, 16384, d), generator=generator))
+    long.train(torch.randn((1, kv_heads, 16384, d), generator=generator, dtype=torch.float32, device="cpu"))
     long.reserve_memory(long_tokens)
     for start in range(0, long_tokens, 16384):
         shape = (1, kv_heads, min(16384, long_tokens - start), d)
-        long.add(*(torch.randn(shape, generator=generator).bfloat16() for _ in range(2)))
-    queries = torch.randn((1, heads, 1, d), generator=generator).bfloat16()
+        long.add(*(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").bfloat16() for _ in range(2)))
+    queries = torch.randn((1, heads, 1, d), generator=generator, dtype=torch.float32, device="cpu").bfloat16()
     title = f"synthetic, {heads} query and {kv_heads} KV heads, d = {d}, {long_tokens} tokens, bfloat16"
     return lines + _race(title, long, queries)
 

@@ -10,10 +10,11 @@ from .support import check_version
 
 check_version()
 
-from .attach import attach, detach, detached  # noqa: E402 - after the version is known to be one that has what these import
+from .attach import attach, audit_stats, detach, detached  # noqa: E402 - after the version is known to be one that has what these import
 from .attention import register  # noqa: E402
+from .audit import AuditStats, AuditWarning, LayerAudit  # noqa: E402
 from .cache import SaapCache  # noqa: E402
 
 register()
 
-__all__ = ["SaapCache", "attach", "detach", "detached"]
+__all__ = ["AuditStats", "AuditWarning", "LayerAudit", "SaapCache", "attach", "audit_stats", "detach", "detached"]

@@ -1,21 +1,25 @@
 """`attach` and `detach`: a model of transformers decodes through its indexes, and becomes again what it was.
 
 Nothing of the model is replaced. Attaching chooses the attention function, by transformers' own setting, and registers one
-forward pre-hook on the decoder, through which the cache that `generate` makes becomes a `SaapCache`.
+forward pre-hook on the decoder, through which the cache that `generate` makes becomes a `SaapCache`. The attention modules of
+indexed layers are marked, so that keys of a cache that went past the hook are refused and not attended to densely.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache, DynamicCache
 
-from ..errors import StateError
+from ..errors import ParameterError, StateError
 from ..routers import Routers
 from . import support
-from .attention import NAME
+from .attention import INDEXED, NAME
+from .audit import AuditStats
 from .cache import ATTACHED, SaapCache, adopt, plan_of
 from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
 
@@ -27,25 +31,50 @@ class Attachment:
         assert plan is not None
         self.plan = plan
         decoder = support.decoder_of(model)
+        self._name = support.cache_argument(decoder)
+        self._place = list(inspect.signature(decoder.forward).parameters).index(self._name)
         self._before = decoder.config._attn_implementation
         decoder.set_attn_implementation(NAME)
         self._hook = decoder.register_forward_pre_hook(self._prepare, with_kwargs=True)
+        for attention in self._indexed(decoder):
+            setattr(attention, INDEXED, True)
 
     def _prepare(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        cache = kwargs.get("past_key_values")
-        if cache is None or (type(cache) is SaapCache and cache.plan is self.plan):
+        """Put a `SaapCache` in place of the cache that a forward brings, whatever it is called.
+
+        One that asks for a cache and brings none gets it here, where the decoder would make a `DynamicCache` of its own.
+        """
+        for name, value in kwargs.items():
+            if value is not None and (name in support.CACHE_NAMES or isinstance(value, Cache)):
+                return args, {**kwargs, name: self._adopt(value)}
+        cache = args[self._place] if len(args) > self._place else None
+        if cache is None and (not kwargs.get("use_cache") or torch.is_grad_enabled()):
             return None
-        return args, {**kwargs, "past_key_values": self._adopt(cache)}
+        cache = self._adopt(cache)
+        if len(args) > self._place:
+            return (*args[: self._place], cache, *args[self._place + 1 :]), kwargs
+        return args, {**kwargs, self._name: cache}
+
+    def _adopt(self, cache: Any) -> SaapCache:
+        return cache if type(cache) is SaapCache and cache.plan is self.plan else self._wrap(cache)
 
     @torch.compiler.disable
-    def _adopt(self, cache: Any) -> SaapCache:
-        return adopt(cache, self.plan)
+    def _wrap(self, cache: Any) -> SaapCache:
+        return adopt(DynamicCache(config=self.plan.config) if cache is None else cache, self.plan)
+
+    def _indexed(self, decoder: Any) -> Iterator[Any]:
+        """The attention modules whose layers are indexed."""
+        layers = support.attention_layers(decoder)
+        return (layers[number].self_attn for number in self.plan.layers)
 
     def undo(self, model: Any) -> None:
+        decoder = support.decoder_of(model)
         self._hook.remove()
-        support.decoder_of(model).set_attn_implementation(self._before)
+        for attention in self._indexed(decoder):
+            delattr(attention, INDEXED)
+        decoder.set_attn_implementation(self._before)
 
 
 def attach(
@@ -55,12 +84,16 @@ def attach(
     *,
     dense_layers: Sequence[int] = (),
     max_sparse_tokens: int = MAX_SPARSE_TOKENS,
+    audit_every: int = 0,
+    audit_bound: float | None = None,
     **options: Any,
 ) -> Any:
     """Let a model of transformers decode through indexes over its keys; `generate` and everything around it stay as they are.
 
     Prompts are attended to densely, by SDPA, and indexed on the way; each step of decoding then reads ``selectivity`` of what is
-    indexed. A context shorter than ``break_even`` stays dense, bit for bit what SDPA gives.
+    indexed. A context shorter than ``break_even`` stays dense, bit for bit what SDPA gives. If it is not given, it is the length
+    from which a step of these layers and this budget is faster sparse than dense on this machine, 1024 at least: measured once,
+    which takes seconds, and kept in the cache folder (``SAAP_CACHE``, or ``~/.cache/saap_index``).
 
     Parameters
     ----------
@@ -70,6 +103,11 @@ def attach(
     dense_layers : numbers of layers to leave dense, -1 is the last.
     max_sparse_tokens : a call that brings at most so many tokens behind an indexed context searches it, as decoding does; one
         that brings more is a chunk of a prompt, and dense. A larger number makes questions on a long document cheap.
+    audit_every : compare one step in so many with dense attention over the same index, one layer in turn; 0: none. `audit_stats`
+        tells the attention captured, the output error and their drift over the text. An audited layer takes about as long as two
+        dense passes over it, and returns what it returns otherwise.
+    audit_bound : least share of the attention outside sinks and window that the newest audits may capture; below it comes an
+        `AuditWarning`. None: 0.1 less than ``saap train`` measured for these layers and this budget, of the routers that know it.
     options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend; nlist, if lists are made
         for each prompt: more for contexts far longer than those of the training.
 
@@ -80,8 +118,21 @@ def attach(
     """
     if getattr(model, ATTACHED, None) is not None:
         raise StateError("model: expected one without routers attached; call detach first")
-    setattr(model, ATTACHED, Attachment(model, make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options)))
+    plan = make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options)
+    if audit_bound is not None and not audit_every:
+        raise ParameterError("audit_bound: expected audit_every beside it, got none")
+    if audit_every:
+        plan = plan.audited(audit_every, audit_bound)
+    setattr(model, ATTACHED, Attachment(model, plan))
     return model
+
+
+def audit_stats(model: Any) -> AuditStats:
+    """What the audits of an attached model say so far; StateError for one that was not attached with ``audit_every``."""
+    plan = plan_of(model)
+    if plan is None or plan.audit is None:
+        raise StateError("model: expected one that attach was called on with audit_every, got another")
+    return plan.audit.stats()
 
 
 @contextmanager

@@ -11,11 +11,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import CompatibilityError, StateError
-from . import traced
+from . import support, traced
 from .layer import IndexedLayer
 from .slots import LAYER
 
 NAME = "saap"
+
+INDEXED = "_saap_indexed"
+"""Attribute of the attention modules that `attach` gave an index: keys of another cache are refused there."""
 
 _UNSERVED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change what a softmax is taken of
 
@@ -27,13 +30,19 @@ def attention(
     """What transformers calls in every layer: query (b, hq, q, d), key (b, h, n, d), value (b, h, n, e) -> (b, q, hq, e).
 
     Keys from a layer of a `SaapCache` lead to its index. Any other keys, those of a layer left dense or of a call without a
-    cache, are attended to by transformers' SDPA, with the same arguments.
+    cache, are attended to by transformers' SDPA, with the same arguments. A layer that routers are attached to gets none but its
+    index's, or StateError: what brought them past `attach` may be named as it will.
     """
     is_traced = torch.compiler.is_compiling()
     layer: IndexedLayer | None = traced.take() if is_traced else getattr(key, LAYER, None)
     if kwargs.get("cache") is not None:
         raise CompatibilityError("generate_batch: expected generate, got continuous batching, whose paged cache has no index")
     if layer is None:
+        if key.shape[2] != query.shape[2] and getattr(module, INDEXED, False):
+            raise StateError(
+                f"cache: expected a SaapCache in a model that routers are attached to, got {key.shape[2]} keys of another for "
+                f"{query.shape[2]} queries ({support.version()}); call the model itself, with its own argument for a cache"
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     for name in _UNSERVED:
         if kwargs.get(name) is not None:

@@ -20,8 +20,9 @@ from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
 class SaapCache(DynamicCache):
     """A `DynamicCache` in which the layers that attend to the whole context keep their keys and values in an index.
 
-    For a model that `attach` was called on, `generate` makes one by itself; pass your own as ``past_key_values`` to keep it: for
-    a chat, for a prompt that is asked many times, to save it. For a model loaded with attn_implementation="saap", pass it always.
+    For a model that `attach` was called on, `generate` makes one by itself; pass your own as ``cache``, which is
+    ``past_key_values`` before transformers 5.24, to keep it: for a chat, for a prompt that is asked many times, to save it. For a
+    model loaded with attn_implementation="saap", pass it always.
 
     model : a model of transformers; routers, selectivity, options : as in `attach`, and not given if that was called.
     max_tokens : room to make at once, in tokens per sequence; a cache grows without it, but copies itself when it does.
@@ -63,7 +64,7 @@ class SaapCache(DynamicCache):
             old = layers[number]
             if isinstance(old, IndexedLayer):
                 if old.plan is not layer_plan:
-                    raise CompatibilityError("past_key_values: expected a cache of this model and these routers, got another's")
+                    raise CompatibilityError("cache: expected a cache of this model and these routers, got another's")
                 continue
             layers[number] = IndexedLayer(layer_plan, plan.max_sparse_tokens, max_tokens)
             if old.is_initialized and old.get_seq_length():
@@ -102,7 +103,8 @@ class SaapCache(DynamicCache):
         tokens : int64 (b, n), the token ids that were cached, to be kept beside it.
 
         The folder appears whole or not at all, in place of a saved prompt of that name. Under tensor parallelism every process
-        writes a folder of its own inside. Raises OSError; FileExistsError if something else has that name.
+        writes a folder of its own inside. Raises OSError; FileExistsError if something else has that name; DTypeError or
+        ShapeError for other tokens.
         """
         from .saving import save
 
@@ -115,7 +117,8 @@ class SaapCache(DynamicCache):
         Takes no longer for a long prompt than for a short one: the disk is read when attention asks for a token. The folder must
         not change while the cache is in use. ``tokens`` of the result are those that were saved, or None.
 
-        verify : read everything now and compare checksums.
+        verify : read everything now and compare checksums. Without it everything is checked that says how much there is and where
+        it lies; damage to the keys, values and ids themselves is not seen.
 
         Raises FormatError for damaged files, CompatibilityError for those of another model, other routers or another share of
         the heads, OSError.
@@ -138,21 +141,23 @@ def adopt(cache: Any, plan: Plan) -> SaapCache:
     """
     if isinstance(cache, SaapCache):
         if cache.plan is not plan:
-            raise CompatibilityError("past_key_values: expected a cache of this model and these routers, got another's")
+            raise CompatibilityError("cache: expected a cache of this model and these routers, got another's")
         return cache
     kinds = [type(layer) for layer in getattr(cache, "layers", [])]
     if not isinstance(cache, DynamicCache) or any(
         kinds[number] not in (DynamicLayer, IndexedLayer) for number in plan.layers if number < len(kinds)
     ):
         raise CompatibilityError(
-            f"past_key_values: expected a DynamicCache or SaapCache, got {type(cache).__name__}; with an index attached, leave "
+            f"cache: expected a DynamicCache or SaapCache, got {type(cache).__name__}; with an index attached, leave "
             "cache_implementation at its default"
         )
     if cache.offloading:
-        raise CompatibilityError("past_key_values: expected a cache that stays where it is, got offloading=True")
-    missing = len(cache.layers) - plan.num_layers
-    if missing < 0:
-        cache.layers.extend(DynamicCache(config=plan.config).layers[missing:])
+        raise CompatibilityError("cache: expected a cache that stays where it is, got offloading=True")
+    missing = plan.num_layers - len(cache.layers)
+    if missing > 0:  # layers of the kind that the cache itself would add: without a config, it keeps all tokens in all of them
+        kind = cache.layer_class_to_replicate
+        new_layers = [kind() for _ in range(missing)] if kind else DynamicCache(config=plan.config).layers[-missing:]
+        cache.layers.extend(new_layers)
     new = SaapCache.__new__(SaapCache)
     new._start(plan, cache.layers)
     return new

@@ -27,6 +27,7 @@ from transformers.generation.streamers import TextStreamer
 from ..errors import ParameterError
 from ..pipeline import models
 from ..routers import load_routers
+from . import support
 from .attach import attach, detached
 from .cache import SaapCache
 
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save what was read, to --load it later")
     parser.add_argument("--new", type=int, default=200, metavar="TOKENS", help="most tokens to generate; default 200")
     parser.add_argument("--selectivity", type=float, help="share of the indexed tokens that a step reads; default 0.05")
+    parser.add_argument("--dense-layers", help="layers to leave dense, as 0,1; none if nothing is said")
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, takes the likeliest token")
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help="read the prompt so many tokens at a time")
     parser.add_argument("--dtype", choices=("auto", *models.DTYPES), default="auto", help="of the model (default %(default)s)")
@@ -57,7 +59,12 @@ def run(args: argparse.Namespace) -> int:
         raise ParameterError("--compare: expected neither --load, --save nor --temperature beside it")
     torch.set_num_threads(max(1, args.threads))
     loaded = models.load_model(args.model, args.device, args.dtype)
-    tokenizer, model = loaded.tokenizer, attach(loaded.model, load_routers(args.routers), args.selectivity)
+    routers = load_routers(args.routers)
+    dense = _layers(args.dense_layers)
+    advised = ",".join(str(layer) for layer in routers.dense_layers if layer not in dense)
+    if advised and args.dense_layers is None:
+        note(f"the routers advise to leave layers {advised} dense: --dense-layers {advised}")
+    tokenizer, model = loaded.tokenizer, attach(loaded.model, routers, args.selectivity, dense_layers=dense)
     cache = SaapCache.load(args.load, model) if args.load else SaapCache(model)
     if args.load and cache.tokens is None:
         raise ParameterError(f"--load: expected a prompt that was saved with its tokens, got {args.load} without")
@@ -65,16 +72,34 @@ def run(args: argparse.Namespace) -> int:
     document, question = encode(tokenizer, text, args.question, chat=not (args.load or args.save))
     document = document if cache.tokens is None else cache.tokens
     ids = torch.cat([document, question], 1).to(model.device)
+    new = _new_tokens(model.config, ids.shape[1], args.new)
     note(f"{model.config.model_type}, {ids.shape[1]} tokens, {len(cache.indexed)} of {len(cache.layers)} layers indexed")
     if args.save:
         seconds = read(model, document.to(model.device), cache, args.chunk)
         cache.save(args.save, tokens=document)
         note(f"read in {seconds:.1f} s, saved to {args.save}")
     if args.compare:
-        compare(model, tokenizer, ids, args.new, args.chunk)
-    elif args.new and ids.shape[1] > cache.get_seq_length():
-        answer(model, tokenizer, ids, cache, args)
+        compare(model, tokenizer, ids, new, args.chunk)
+    elif new and ids.shape[1] > cache.get_seq_length():
+        answer(model, tokenizer, ids, cache, new, args)
     return 0
+
+
+def _layers(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ParameterError(f"--dense-layers: expected numbers as in 0,1, got {text!r}") from None
+
+
+def _new_tokens(config: Any, tokens: int, new: int) -> int:
+    """As many of ``new`` tokens as the model has positions for; LengthError for a prompt that has none left behind it."""
+    limit = models.position_limit(config)
+    if limit is None or tokens + new <= limit:
+        return new
+    models.check_positions("--prompt, --question", config, tokens + (new > 0))
+    note(f"--new: {limit - tokens} tokens instead of {new}, for the model has {limit} positions")
+    return limit - tokens
 
 
 def encode(tokenizer: Any, text: str, question: str, chat: bool) -> tuple[Tensor, Tensor]:
@@ -87,7 +112,7 @@ def encode(tokenizer: Any, text: str, question: str, chat: bool) -> tuple[Tensor
 
     def tokens(part: str) -> Tensor:
         found = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if part else []
-        return torch.tensor([found], dtype=torch.int64)
+        return torch.tensor([found], dtype=torch.int64, device="cpu")
 
     return tokens(text), tokens(question)
 
@@ -99,9 +124,10 @@ def note(line: str) -> None:
 @torch.inference_mode()
 def read(model: Any, ids: Tensor, cache: Any, chunk: int | None) -> float:
     """Prefill, in chunks if asked; returns seconds."""
+    kept = {support.cache_argument(model): cache}
     began = time.perf_counter()
     for part in ids.split(chunk or ids.shape[1], 1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, **kept, logits_to_keep=1)
     return time.perf_counter() - began
 
 
@@ -124,12 +150,13 @@ class Stopwatch(TextStreamer):
         return f"first token {self.first - self.began:.2f} s, then {speed:.1f} tokens/s"
 
 
-def answer(model: Any, tokenizer: Any, ids: Tensor, cache: SaapCache, args: argparse.Namespace) -> None:
+def answer(model: Any, tokenizer: Any, ids: Tensor, cache: SaapCache, new: int, args: argparse.Namespace) -> None:
     """Generate behind what the cache holds of ``ids``, streaming."""
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     watch = Stopwatch(tokenizer)
+    kept = {support.cache_argument(model): cache}
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=args.new, streamer=watch,
+        ids, attention_mask=torch.ones_like(ids), **kept, max_new_tokens=new, streamer=watch,
         prefill_chunk_size=args.chunk, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling,
     )  # fmt: skip
     note(f"{watch.report()}, {cache.tokens_read():.1%} of {cache.get_seq_length()} tokens read")
@@ -154,6 +181,7 @@ def decode(
     mark: Callable[[], None],
 ) -> Decoded:  # fmt: skip
     """Greedy decoding by hand, with a word after the prompt is read: ``mark``, and after each token: ``show``."""
+    kept = {support.cache_argument(model): cache}
     began = time.perf_counter()
     step = ids
     if chunk and ids.shape[1] > chunk:
@@ -162,7 +190,7 @@ def decode(
     tokens: list[int] = []
     first = began
     for number in range(new):
-        logits = model(step, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(step, **kept, logits_to_keep=1).logits
         step = logits[:, -1:].argmax(-1)
         tokens.append(int(step))
         show(tokens[-1])
@@ -178,9 +206,10 @@ def decode(
 @torch.inference_mode()
 def agreement(model: Any, cache: Any, tokens: list[int], device: Any) -> int:
     """In how many places the model, shown the tokens before, would take the next of ``tokens`` too; the first is given."""
+    kept = {support.cache_argument(model): cache}
     same = 0
     for token, following in itertools.pairwise(tokens):
-        logits = model(torch.tensor([[token]], device=device), past_key_values=cache).logits
+        logits = model(torch.tensor([[token]], dtype=torch.int64, device=device), **kept).logits
         same += int(logits[0, -1].argmax()) == following
     return same
 
@@ -237,7 +266,7 @@ def compare(model: Any, tokenizer: Any, ids: Tensor, new: int, chunk: int | None
             end_of(texts)
             print(f"--- {side}", flush=True)
             texts[side] = TextStreamer(tokenizer, skip_special_tokens=True)
-        texts[side].put(torch.tensor([token]))
+        texts[side].put(torch.tensor([token], dtype=torch.int64, device="cpu"))
 
     found = both(model, ids, new, chunk, stop, show)
     end_of(texts)

@@ -92,7 +92,11 @@ class IndexedLayer(SlotLayer):
 
     def _search(self, query: Tensor) -> Tensor:
         assert self.index is not None
-        out: Tensor = self.index.search_attend(query, params=self.params)
+        audit = self.plan.audit
+        if audit is not None and audit.due(self.plan.number, self, self.slots):
+            out: Tensor = audit.search(self.plan.number, self, self.index, query, self.params, self.slots)
+        else:
+            out = self.index.search_attend(query, params=self.params)
         return out.transpose(1, 2).contiguous()
 
     def _search_in_pieces(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

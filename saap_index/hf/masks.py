@@ -68,7 +68,9 @@ def check_causal(mask: Tensor | None) -> None:
     if mask is None or mask.shape[2] == 1 or getattr(mask, "_saap_causal", False):
         return
     q, slots = mask.shape[2:]
-    ages = torch.arange(slots, device=mask.device)[None] - (slots - q + torch.arange(q, device=mask.device)[:, None])
+    ages = torch.arange(slots, dtype=torch.int64, device=mask.device)[None] - (
+        slots - q + torch.arange(q, dtype=torch.int64, device=mask.device)[:, None]
+    )
     if not torch.equal(mask, mask[:, :, -1:] & (ages <= 0)):
         raise CompatibilityError("attention_mask: expected causal attention among the new tokens, got a mask of another pattern")
     mask._saap_causal = True  # type: ignore[attr-defined]

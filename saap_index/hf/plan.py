@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import checks
@@ -13,12 +14,15 @@ from ..backends import RouterWeights
 from ..calibration import Calibration
 from ..errors import CompatibilityError, ParameterError
 from ..index import AsymmetricIndex
+from ..params import SELECTIVITY
 from ..quantizer import KeyQuantizer
 from ..rope import Rope
 from ..router import QueryRouter
 from ..routers import Routers
 from ..tower import TwoTower
 from . import support
+from .audit import Audit, promised_shares
+from .break_even import break_evens
 
 MAX_SPARSE_TOKENS = 8
 """Tokens that one forward call may bring and still be attended to as decoding does: those that assisted decoding verifies."""
@@ -30,6 +34,7 @@ class LayerPlan:
 
     num_heads, num_kv_heads : of the whole model; shard : (rank, ranks), the share of them in this process.
     rope : what the index undoes to route; tower : makes lists of each prompt's own, or None. options : of `AsymmetricIndex`.
+    audit : compares some searches with dense attention, or None.
     """
 
     number: int
@@ -42,6 +47,7 @@ class LayerPlan:
     calibration: Calibration | None
     options: Mapping[str, Any]
     shard: tuple[int, int]
+    audit: Audit | None = field(default=None, repr=False, compare=False)
     _empty: dict[Any, AsymmetricIndex] = field(default_factory=dict, repr=False, compare=False)
 
     def new_index(self, kv_heads: int, d: int, d_v: int, dtype: torch.dtype, device: torch.device) -> AsymmetricIndex:
@@ -78,13 +84,31 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model: the layers that are indexed, and what a saved prompt must agree with."""
+    """One model: the layers that are indexed, and what a saved prompt must agree with.
+
+    evaluation : what training measured of the routers, by layer, see `audit.promised_shares`; audit : that of the layers.
+    """
 
     layers: Mapping[int, LayerPlan]
     num_layers: int
     max_sparse_tokens: int
     config: Any
     identity: Mapping[str, Any]
+    evaluation: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    audit: Audit | None = field(default=None, repr=False, compare=False)
+
+    def audited(self, every: int, bound: float | None = None, in_turn: bool = True) -> Plan:
+        """The same plan, with an `Audit` of every layer's searches. ParameterError for a value outside its range."""
+        shares, targets = {}, set()
+        for number, layer in self.layers.items():
+            by_head = layer.options.get("budget_shares")
+            share = layer.options.get("selectivity") or SELECTIVITY
+            if layer.options.get("nprobe") is None and layer.options.get("target_mass") is None:
+                shares[number] = min(1.0, share * (1.0 if by_head is None or share == 1 else float(np.mean(by_head))))
+            targets.add(layer.options.get("target_mass"))
+        promised = promised_shares(self.evaluation, shares)
+        audit = Audit(every, list(self.layers), promised, targets.pop(), bound, in_turn)
+        return replace(self, layers={n: replace(layer, audit=audit) for n, layer in self.layers.items()}, audit=audit)
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self  # nothing of it changes, and a copied cache is to fit the model as the first one does
@@ -123,13 +147,17 @@ def make_plan(
         )
     modules = support.attention_layers(decoder)
     layers = {number: _layer_plan(config, number, modules[number].self_attn, routers, selectivity, options) for number in chosen}
+    if "break_even" not in options:
+        for number, length in break_evens(layers, modules, decoder.dtype).items():
+            layers[number] = replace(layers[number], options={**layers[number].options, "break_even": length}, _empty={})
     rank, ranks = next(iter(layers.values())).shard
     identity = {
         "model_type": config.model_type, "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads, "hidden": config.hidden_size, "vocab": config.vocab_size, "rank": rank,
         "ranks": ranks, "weights": support.fingerprint(decoder),
     }  # fmt: skip
-    return Plan(layers, config.num_hidden_layers, max_sparse_tokens, config, identity)
+    evaluation = routers.config.get("evaluation") or {}
+    return Plan(layers, config.num_hidden_layers, max_sparse_tokens, config, identity, evaluation)
 
 
 def _layer_plan(
@@ -152,7 +180,8 @@ def _layer_plan(
     shard = support.head_shard(attention)
     if kv_heads % shard[1]:
         raise CompatibilityError(f"model: expected KV heads that divide among {shard[1]} processes, got {kv_heads}")
-    mine = {name: routers.config["layout"][name] for name in ("sinks", "window")}  # what they were trained outside of
+    layout = routers.config.get("layout", {})
+    mine = {name: layout[name] for name in ("sinks", "window") if name in layout}  # what they were trained outside of
     mine |= {**({} if selectivity is None else {"selectivity": selectivity}), **options}
     mine.pop("nlist", None)
     if found.budget_shares is not None and "budget_shares" not in mine:

@@ -12,28 +12,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .. import checks
+from .. import checks, files
 from ..errors import CompatibilityError, FormatError
+from ..gaps import Gaps
 from ..index import AsymmetricIndex
+from ..io import check_gaps, check_ids, check_tables
 from ..quantizer import KeyQuantizer
 from .layer import IndexedLayer
 from .plan import LayerPlan, Plan
 from .slots import NEVER
 
-FORMAT, VERSION = "saap_cache", 1
+FORMAT, VERSION = "saap_cache", 2
+CONFIG = "cache.json"
 ROOM_TOKENS = 1024
 """Slots of room in a file, so that tokens may follow a prompt without copying it."""
 
@@ -43,10 +44,10 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 def save(cache: Any, path: str | os.PathLike[str], tokens: Tensor | None) -> None:
     """See `SaapCache.save`."""
     plan: Plan = cache.plan
-    target = _folder(path, plan)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    draft.mkdir(parents=True)
-    try:
+    if tokens is not None:
+        checks.array(tokens, "tokens", "b n", (None, None), [torch.int64], tokens.device)
+
+    def write(draft: Path) -> None:
         shared: dict[str, Tensor] = {} if tokens is None else {"tokens": tokens}
         layers = []
         for number, layer in enumerate(cache.layers):
@@ -58,36 +59,53 @@ def save(cache: Any, path: str | os.PathLike[str], tokens: Tensor | None) -> Non
             "format": FORMAT, "version": VERSION, "model": dict(plan.identity), "routers": _routers(plan), "layers": layers,
             "shared": _write(shared, draft / "shared.safetensors"),
         }  # fmt: skip
-        (draft / "cache.json").write_text(json.dumps(about, indent=1) + "\n")
-        _replace(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        (draft / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    files.write_folder(_folder(path, plan), write, replaces=lambda target: (target / CONFIG).is_file())
 
 
 def load(cls: Any, path: str | os.PathLike[str], model: Any, plan: Plan, max_tokens: int, verify: bool) -> Any:
     """See `SaapCache.load`."""
-    folder = _folder(path, plan)
+    folder, cache = _folder(path, plan), cls(model, max_tokens=max_tokens)
+    files.recover(folder)
+    about = files.read_json(folder / CONFIG, "a prompt written by SaapCache.save")
     try:
-        about = json.loads((folder / "cache.json").read_text())
-        if about["format"] != FORMAT or about["version"] != VERSION:
-            raise FormatError(f"{path}: expected version {VERSION} of a saved prompt, got {about['format']} {about['version']}")
-        _compare("model", about["model"], dict(plan.identity))
-        _compare("routers", about["routers"], _routers(plan))
-        shared = _read(folder / "shared.safetensors", about["shared"] if verify else None)
-        cache = cls(model, max_tokens=max_tokens)
-        if len(cache.layers) != len(about["layers"]):
-            raise FormatError(f"{path}: expected {len(cache.layers)} layers, got {len(about['layers'])}")
-        devices = [next(layer.parameters()).device for layer in model.get_decoder().layers]
-        for number, (layer, saved) in enumerate(zip(cache.layers, about["layers"], strict=True)):
-            tensors = _read(folder / _file(number), saved["checksum"] if verify else None)
-            restore = _restore_indexed if isinstance(layer, IndexedLayer) else _restore_plain
-            restore(layer, saved, {name: x.to(_device(devices[number])) for name, x in tensors.items()}, shared)
-    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, CompatibilityError | FormatError):
+        _fill(cache, about, folder, model, plan, verify)
+    except files.DAMAGE as error:
+        if isinstance(error, CompatibilityError | FormatError | torch.OutOfMemoryError):
             raise
         raise FormatError(f"{path}: expected a prompt written by SaapCache.save, got {type(error).__name__}: {error}") from error
-    cache.tokens = shared.get("tokens")
     return cache
+
+
+def _fill(cache: Any, about: dict[str, Any], folder: Path, model: Any, plan: Plan, verify: bool) -> None:
+    """Layers and tokens of an empty cache. Everything that is counted or indexed by is checked, keys and values are not read."""
+    if about["format"] != FORMAT or about["version"] != VERSION:
+        raise FormatError(f"{folder}: expected version {VERSION} of a saved prompt, got {about['format']} {about['version']}")
+    _compare("model", about["model"], dict(plan.identity))
+    _compare("routers", about["routers"], _routers(plan))
+    shared = _read(folder / "shared.safetensors", about["shared"] if verify else None)
+    _check_shared(shared)
+    if len(cache.layers) != len(about["layers"]):
+        raise FormatError(f"{folder}: expected {len(cache.layers)} layers, got {len(about['layers'])}")
+    devices = [next(layer.parameters()).device for layer in model.get_decoder().layers]
+    for number, (layer, saved) in enumerate(zip(cache.layers, about["layers"], strict=True)):
+        tensors = _read(folder / _file(number), saved["checksum"] if verify else None)
+        if isinstance(layer, IndexedLayer):
+            _restore_indexed(layer, saved, tensors, shared, _device(devices[number]), verify)
+        else:
+            _restore_plain(layer, number, saved, tensors, _device(devices[number]))
+    counts = {layer.get_seq_length() for layer in cache.layers}
+    if len(counts) > 1:
+        raise FormatError(f"{folder}: expected as many tokens in every layer, got {sorted(counts)}")
+    cache.tokens = shared.get("tokens")
+
+
+def _check_shared(shared: dict[str, Tensor]) -> None:
+    forms = {"tokens": torch.int64, "visible": torch.bool}
+    for name, x in shared.items():
+        if x.dtype != forms.get(name) or x.ndim != 2:
+            raise FormatError(f"{name}: expected tokens, int64 (b, n), and visible, bool (b, n), got {x.dtype} {tuple(x.shape)}")
 
 
 def _device(device: torch.device) -> torch.device:
@@ -103,17 +121,6 @@ def _file(number: int) -> str:
     return f"layer_{number:03d}.safetensors"
 
 
-def _replace(draft: Path, target: Path) -> None:
-    """Put the folder in its place; one that was there gives way whole."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        if not (target / "cache.json").is_file():
-            raise FileExistsError(f"{target}: expected a new name or a saved prompt, got something else")
-        os.replace(target, old)
-    os.replace(draft, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 # -- one layer -------------------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +132,7 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     index.seal()
     lists = index.invlists
     rows = max(lists.lengths)
-    tensors = {"removed": torch.from_numpy(np.concatenate(lists.removed))}
+    tensors = {"gaps": torch.from_numpy(np.concatenate([x.array() for x in lists.gaps]))}
     names = ("keys", "values", "ids") + (() if lists.pending is None else ("pending",))
     for name in names:
         x = getattr(lists, name)[:, :, :rows].cpu()
@@ -140,13 +147,13 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         assert index.key_quantizer is not None
         tensors["centroids"] = index.key_quantizer.centroids.cpu()
     return tensors, {
-        **about, "lengths": lists.lengths, "removed": [len(r) for r in lists.removed], "index": _form(index),
-        "held": index.break_even == NEVER,
+        **about, "lengths": lists.lengths, "gaps": [len(x.starts) for x in lists.gaps], "index": _form(index),
+        "held": index.break_even == NEVER, "break_even": index.break_even,
     }  # fmt: skip
 
 
 def _form(index: AsymmetricIndex) -> dict[str, Any]:
-    """What an index must have in common with one whose arena it takes over; break_even is that of the plan."""
+    """What an index must have in common with one whose arena it takes over; break_even goes with the arena."""
     layout = index.layout
     return {
         "d": index.d, "d_v": index.d_v, "nlist": index.nlist, "heads": index.num_kv_heads, "dtype": _NAMES[index.dtype],
@@ -155,74 +162,131 @@ def _form(index: AsymmetricIndex) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _restore_indexed(layer: IndexedLayer, about: dict[str, Any], tensors: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
-    if about["kind"] != "indexed":
-        raise CompatibilityError(f"layer {layer.plan.number}: expected one that was indexed when it was saved, got a dense one")
+def _restore_indexed(
+    layer: IndexedLayer, about: dict[str, Any], tensors: dict[str, Tensor], shared: dict[str, Tensor], device: torch.device,
+    verify: bool,
+) -> None:  # fmt: skip
+    """Make the mapped arrays the arena of the layer's index. Numbers in them that are followed are checked first."""
+    name, kind = f"layer {layer.plan.number}", about["kind"]
+    if kind != "indexed":
+        raise CompatibilityError(f"{name}: expected one that was indexed when it was saved, got a dense one ({kind})")
     lengths = checks.counts(about["lengths"], len(about["lengths"]), 2**31 - 1)
+    slots, ragged = checks.integer(about["slots"], "slots", 0), about["ragged"]
     if not lengths:
+        if tensors or slots:
+            raise FormatError(f"{name}: expected neither slots nor tensors without sequences, got {slots} and {sorted(tensors)}")
         return
-    keys, values, form = tensors["keys"], tensors["values"], about["index"]
-    layer.lazy_initialization(keys, values)
+    visible = shared.get("visible")
+    _check_slots(name, lengths, slots, ragged, visible)
+    keys, values = tensors["keys"], tensors["values"]
+    _check_arena(name, layer.plan, keys, values, lengths)
+    centroids = tensors.pop("centroids", None)
+    tensors = {key: x.to(device) for key, x in tensors.items()}
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
     index = layer.index
     assert index is not None
-    if about["held"]:
-        index.break_even = NEVER
-    centroids = tensors.pop("centroids", None)
+    held = _boolean(about["held"], "held")
+    if held or "break_even" in about:
+        # what was sealed stays so, on a machine of another break-even too
+        index.break_even = NEVER if held else checks.integer(about["break_even"], "break_even", 0)
     if (centroids is None) != (index.tower is None):
-        raise CompatibilityError(
-            f"layer {layer.plan.number}: expected routers of the kind this prompt was saved with, got others"
-        )
+        raise CompatibilityError(f"{name}: expected routers of the kind this prompt was saved with, got others")
+    _compare(name, about["index"], _form(index))
     if centroids is not None:
         calibration = index.calibration
-        index.key_quantizer = KeyQuantizer(centroids)
+        shape = index.num_kv_heads, index.nlist, index.d
+        if tuple(centroids.shape) != shape:
+            raise FormatError(f"{name}: expected centroids {shape}, got {tuple(centroids.shape)}")
+        index.key_quantizer = KeyQuantizer(centroids.to(device))
         index.tower = index.tower  # which makes the router for these lists
         index.calibration = calibration  # as where lists are made: it holds for those of this kind
-    _compare(f"layer {layer.plan.number}", form, _form(index))
     b, h, rows = keys.shape[:3]
     index.reserve_memory(0, batch=b)
     lists = index.invlists
     segments = [index.layout.segments(n) for n in lengths]
+    counts = checks.counts(about["gaps"], b, 2**31 - 1, "gaps")
     want = {
-        "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows),
-        "removed": (sum(about["removed"]),),
+        "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows), "gaps": (sum(counts), 2),
         "tables": (b, h, max(map(len, segments)), index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }  # fmt: skip
-    found = {name: tuple(x.shape) for name, x in tensors.items()}
-    if found != want or len(lengths) != b or max(lengths) > rows or keys.dtype != index.dtype or values.dtype != index.dtype:
-        raise FormatError(f"layer {layer.plan.number}: expected tensors {want} of {index.dtype}, got {found} of {keys.dtype}")
-    for name in ("ids", "tables", "pending"):
-        if name in tensors and tensors[name].dtype != torch.int32:
-            raise FormatError(f"layer {layer.plan.number}: expected {name} of torch.int32, got {tensors[name].dtype}")
-    layer.slots, layer.ragged = checks.integer(about["slots"], "slots", 0), bool(about["ragged"])
-    layer.visible = shared.get("visible")
-    if layer.visible is not None and tuple(layer.visible.shape) != (b, layer.slots):
-        raise FormatError(f"expected visible slots {(b, layer.slots)}, got {tuple(layer.visible.shape)}")
-    lists.lengths, lists.segments, lists.capacity = lengths, segments, rows
-    lists.removed = [np.array(part) for part in np.split(tensors["removed"].cpu().numpy(), np.cumsum(about["removed"])[:-1])]
-    for name in ("keys", "values", "ids", "tables", *(("pending",) if "pending" in tensors else ())):
-        setattr(lists, name, tensors[name])
-    lists._allocate_means(rows)
-    for i in range(b):
-        lists.update_means(i)
+    found = {key: tuple(x.shape) for key, x in tensors.items()}
+    if found != want:
+        raise FormatError(f"{name}: expected tensors {want}, got {found}")
+    for key, dtype in {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "gaps": torch.int64}.items():
+        if key in tensors and tensors[key].dtype != dtype:
+            raise FormatError(f"{name}: expected {key} of {dtype}, got {tensors[key].dtype}")
+    gaps = [Gaps.of_array(part) for part in np.split(tensors.pop("gaps").cpu().numpy(), np.cumsum(counts)[:-1])]
+    for i, (n, parts, of) in enumerate(zip(lengths, segments, gaps, strict=True)):
+        check_gaps(of, n)
+        check_tables(tensors["tables"][i, :, : len(parts)], parts)
+        if "pending" in tensors:
+            for low, high in ((0, parts[0][0] if parts else 0), (parts[-1][1] if parts else 0, n)):
+                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
+        if verify:
+            check_ids(tensors["ids"][i], torch.from_numpy(of.positions(np.arange(n))).to(device), parts)
+    layer.slots, layer.ragged, layer.visible = slots, ragged, None if visible is None else visible.to(device)
+    lists.adopt(lengths, gaps, tensors)
     if layer.room_tokens:
         index.reserve_memory(layer.room_tokens)
+
+
+def _check_slots(name: str, lengths: list[int], slots: int, ragged: Any, visible: Tensor | None) -> None:
+    """FormatError unless tokens and padding of the sequences add up to the slots."""
+    shape = (len(lengths), slots)
+    if visible is not None and tuple(visible.shape) != shape:
+        raise FormatError(f"{name}: expected visible slots {shape}, got {tuple(visible.shape)}")
+    _boolean(ragged, "ragged")
+    if ragged and visible is None:
+        raise FormatError(f"{name}: expected visible slots of sequences without their padding, got none")
+    want = visible.sum(1).tolist() if ragged and visible is not None else [slots] * len(lengths)
+    if lengths != want:
+        raise FormatError(f"{name}: expected lengths {want} of {slots} slots, got {lengths}")
+
+
+def _check_arena(name: str, plan: LayerPlan, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
+    """FormatError unless keys and values are an arena of this layer with room for the lengths."""
+    h, d = plan.num_kv_heads // plan.shard[1], int(plan.key_quantizer.centroids.shape[2])
+    least = len(lengths), h, max(1, *lengths), d
+    fits = keys.ndim == values.ndim == 4 and keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype
+    if not fits or (*keys.shape[:2], keys.shape[3]) != (least[0], h, d) or keys.shape[2] < least[2] or keys.dtype not in _NAMES:
+        raise FormatError(
+            f"{name}: expected tensors keys and values of at least {least} and one dtype of {', '.join(_NAMES.values())}, got "
+            f"{tuple(keys.shape)} of {keys.dtype} and {tuple(values.shape)} of {values.dtype}"
+        )
+
+
+def _boolean(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise FormatError(f"{name}: expected a boolean, got {value!r}")
+    return value
 
 
 def _plain(layer: Any, number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise CompatibilityError(f"layer {number}: expected an attention layer to save, got {type(layer).__name__}")
-    about = {"kind": type(layer).__name__, "slots": layer.get_seq_length()}
-    return {name: getattr(layer, name) for name in ("keys", "values") if layer.is_initialized}, about
+    tensors = {name: getattr(layer, name) for name in ("keys", "values") if layer.is_initialized}
+    shapes = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+    return tensors, {"kind": type(layer).__name__, "slots": layer.get_seq_length(), "shapes": shapes}
 
 
-def _restore_plain(layer: Any, about: dict[str, Any], tensors: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
+def _restore_plain(layer: Any, number: int, about: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
     if about["kind"] != type(layer).__name__:
         raise CompatibilityError(f"expected a {type(layer).__name__}, got a layer that was saved as {about['kind']}")
-    if tensors:
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
-        layer.keys, layer.values = tensors["keys"], tensors["values"]
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = checks.integer(about["slots"], "slots", 0)
+    slots = checks.integer(about["slots"], "slots", 0)
+    found = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+    if found != about.get("shapes", found) or (tensors and sorted(tensors) != ["keys", "values"]) or bool(slots) > bool(tensors):
+        raise FormatError(f"layer {number}: expected keys and values {about.get('shapes', '')}, got {found}")
+    if not tensors:
+        return
+    keys, values = tensors["keys"].to(device), tensors["values"].to(device)
+    is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
+    n = keys.shape[2] if keys.ndim == 4 else -1
+    if values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not (n == slots or (is_sliding and 0 <= n < slots)):
+        raise FormatError(f"layer {number}: expected keys and values of {slots} slots, got {found}")
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    if is_sliding:
+        layer.cumulative_length = slots
 
 
 # -- files -----------------------------------------------------------------------------------------------------------------
@@ -231,12 +295,7 @@ def _restore_plain(layer: Any, about: dict[str, Any], tensors: dict[str, Tensor]
 def _write(tensors: dict[str, Tensor], path: Path) -> str:
     """Write one file; returns its checksum."""
     ready = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    try:
-        save_file(ready, path)
-    except SafetensorError as error:  # safetensors hides what the system said
-        raise OSError(f"{path}: expected a path that can be written, got {error}") from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    files.save_tensors(path, ready)
     return _checksum(ready)
 
 

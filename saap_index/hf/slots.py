@@ -85,9 +85,7 @@ class SlotLayer(CacheLayerMixin):
     def adopt(self, keys: Tensor, values: Tensor) -> None:
         """Take over the slots of a layer of another cache; the mask of the next call tells which of them are padding."""
         if keys.requires_grad or values.requires_grad:
-            raise StateError(
-                "past_key_values: expected no gradients, which do not pass an index; call the model under torch.no_grad()"
-            )
+            raise StateError("cache: expected no gradients, which do not pass an index; call the model under torch.no_grad()")
         self.lazy_initialization(keys, values)
         self.slots = keys.shape[2]
         self._append(keys, values)
@@ -118,8 +116,12 @@ class SlotLayer(CacheLayerMixin):
             self.index.break_even = self._break_even
         self.slots, self.ragged, self.visible, self._new = 0, False, None, None
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget that many of the newest slots, a number below zero; one above zero is the number to keep, as it once was."""
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Forget that many of the newest slots, a number below zero; one above zero is the number to keep, as it once was.
+
+        transformers 5.14 to 5.17 bring it as a tensor.
+        """
+        tokens_to_remove = int(tokens_to_remove)
         remove = self.slots - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         remove = max(0, min(remove, self.slots))
         if not remove or self.index is None:
@@ -142,7 +144,9 @@ class SlotLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.index is not None:
-            self.batch_select_indices(torch.arange(len(self.index.lengths)).repeat_interleave(repeats))
+            self.batch_select_indices(
+                torch.arange(len(self.index.lengths), dtype=torch.int64, device="cpu").repeat_interleave(repeats)
+            )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.index is not None and self.index.lengths:

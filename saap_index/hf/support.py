@@ -5,6 +5,7 @@ Looks at configs and modules; knows no tokens, caches or attention.
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -13,8 +14,11 @@ import torch
 
 from ..errors import CompatibilityError, MissingDependencyError, ParameterError
 
-OLDEST = (5, 0)
-"""The first version of transformers that is supported and tested; the other end is the newest 5.x."""
+OLDEST, NEWEST = (5, 0), (5, 24)
+"""The first version of transformers that is supported, and the last that was tested; a later 5.x is served as long as it fits."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What decoders call the argument that brings a cache: since transformers 5.24, and before."""
 
 _MAX_DIM, _DIM_STEP = 256, 8  # head dims that the kernels take
 
@@ -30,6 +34,28 @@ def check_version() -> None:
         raise MissingDependencyError(
             f"transformers: expected {OLDEST[0]}.{OLDEST[1]} or later, below 6, got {transformers.__version__}"
         )
+
+
+def version() -> str:
+    """The installed transformers, as messages name it."""
+    import transformers
+
+    return f"transformers {transformers.__version__}"
+
+
+def cache_argument(module: Any) -> str:
+    """By which keyword the forward of ``module`` takes a cache: of `CACHE_NAMES`, what its signature has.
+
+    Raises CompatibilityError, naming the installed version, if it has neither.
+    """
+    names = inspect.signature(module.forward).parameters
+    for name in CACHE_NAMES:
+        if name in names:
+            return name
+    raise CompatibilityError(
+        f"model: expected a forward that takes a cache as one of {CACHE_NAMES}, got {type(module).__name__} of {version()}, "
+        f"which takes {tuple(names)}"
+    )
 
 
 def decoder_of(model: Any) -> Any:

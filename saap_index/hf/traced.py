@@ -35,7 +35,7 @@ def name_of(layer: Any) -> Tensor:
     """A tensor of one number that names ``layer`` to the operator, as long as it lives."""
     number = next(_NUMBERS)
     _LAYERS[number] = layer
-    return torch.tensor(number, device="cpu")
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def update(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

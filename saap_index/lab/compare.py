@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .. import files
 from ..errors import ParameterError, SaapError
 from ..pipeline import models
 from ..pipeline.texts import read_texts, take
@@ -24,6 +25,7 @@ from ..rope import Rope
 from ..routers import Routers, load_routers
 from . import evaluate, linear, moa_profile, needles, page, report
 from .evaluate import Records, Settings
+from .flags import check_names, check_shares, names, numbers
 from .measures import exact_attention
 from .replace import Prompt, read_prompt
 from .roster import BATCH, KINDS, Build, Roster
@@ -62,13 +64,15 @@ def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line
     """Measure what the records in ``out`` lack, and write the reports. ParameterError for a task that cannot be measured."""
     if not 0 < task.training < len(task.sequences):
         raise ParameterError(f"training: expected 1 to {len(task.sequences) - 1} of the sequences, got {task.training}")
-    if not task.settings.shares or not task.methods:
-        raise ParameterError("methods, budgets: expected at least one of each, got none")
+    check_names("methods", task.methods, (*KINDS, *(task.own or {})))
+    check_shares("budgets", task.settings.shares)
+    for _, tokens in task.sequences:
+        models.check_positions("length", task.model.config, len(tokens))
     if task.batch < 1:
         raise ParameterError(f"batch: expected at least 1, got {task.batch}")
     if task.routers is not None:
         task.routers.check(task.model.config)
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     records = Records(out / "records.json")
     _check_same(task, records)
     rope = Rope.from_config(task.model.config)
@@ -88,9 +92,9 @@ def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line
     records.once("cost", lambda: [vars(line) for line in linear.cost_lines(layer, length)])
     records.flush()
     depth = task.model.config.num_hidden_layers
-    (out / "table.txt").write_text(report.as_text(records.rows, depth))
+    files.write_text(out / "table.txt", report.as_text(records.rows, depth))
     kinds = {**KINDS, **{name: roster.at(s)[i].kind for s in task.settings.shares for i, name in _own(roster, s)}}
-    (out / "report.html").write_text(page.html(records.rows, task.title, kinds, depth, _facts(task), task.batch))
+    files.write_text(out / "report.html", page.html(records.rows, task.title, kinds, depth, _facts(task), task.batch))
     return records
 
 
@@ -117,7 +121,12 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
     prompts: list[Prompt] = []
     for number, (_, tokens) in enumerate(task.sequences[: task.training]):
         n = len(tokens)
-        some = torch.randperm(n - n // 8, generator=torch.Generator().manual_seed(number))[:TRAINING_QUERIES] + n // 8
+        some = (
+            torch.randperm(n - n // 8, generator=torch.Generator().manual_seed(number), dtype=torch.int64, device="cpu")[
+                :TRAINING_QUERIES
+            ]
+            + n // 8
+        )
         prompts.append(
             read_prompt(
                 task.model, tokens, rope, some.sort().values, recent=task.settings.window + n - int(some.sort().values[-8:].min())
@@ -136,7 +145,9 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
         row = records.once("profile", measure)
         found = [(float(a), float(b)) for a, b in row["rules"]]
         longest = max(len(tokens) for _, tokens in task.sequences)
-        profile = moa_profile.Profile(tuple(found), (longest,), torch.tensor(row["losses"]), row["group"])
+        profile = moa_profile.Profile(
+            tuple(found), (longest,), torch.tensor(row["losses"], dtype=torch.float32, device="cpu"), row["group"]
+        )
     depth = task.model.config.num_hidden_layers
     s = task.settings
     every = s.layers is None or (s.replaced is None and (s.decoded or task.needles))
@@ -168,13 +179,13 @@ def _looks(task: Task, rope: Rope | None, tokens: Sequence[int], roster: Roster,
     if all(f"looks/{number}/{m.name}/{share}" in records.rows for m in methods):
         return
     recent = max(m.observed for m in methods) + 1
-    prompt = read_prompt(task.model, tokens, rope, torch.tensor([last]), recent=recent)
+    prompt = read_prompt(task.model, tokens, rope, torch.tensor([last], dtype=torch.int64, device="cpu"), recent=recent)
     at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
-    bins = torch.arange(len(tokens)) * LOOK_BINS // len(tokens)
+    bins = torch.arange(len(tokens), dtype=torch.int64, device="cpu") * LOOK_BINS // len(tokens)
     exact = exact_attention(
         prompt.keys[at], prompt.values[at], prompt.queries[at].flatten(0, 1), prompt.positions, s.sinks, s.window
     )
-    mass = torch.zeros(LOOK_BINS, dtype=torch.float64).index_add(0, bins, exact.probabilities[:, :, 0].mean((0, 1)))
+    mass = torch.zeros(LOOK_BINS, dtype=torch.float64, device="cpu").index_add(0, bins, exact.probabilities[:, :, 0].mean((0, 1)))
     for method in methods:
         state = method.start(prompt.layers[at], len(tokens))
         state.append(prompt.keys[at], prompt.values[at])
@@ -182,7 +193,7 @@ def _looks(task: Task, rope: Rope | None, tokens: Sequence[int], roster: Roster,
         chosen = state.attend(prompt.queries[at][:, :, 0]).chosen
         if chosen is not None:
             read = (chosen.any(1) if chosen.ndim == 3 else chosen).double().mean(0)
-            part = torch.zeros(LOOK_BINS, dtype=torch.float64).index_add(0, bins, read) / torch.bincount(
+            part = torch.zeros(LOOK_BINS, dtype=torch.float64, device="cpu").index_add(0, bins, read) / torch.bincount(
                 bins, minlength=LOOK_BINS
             )
             row = {"read": [round(x, 4) for x in part.tolist()], "mass": mass.tolist(), "tokens": len(tokens)}
@@ -239,20 +250,25 @@ def run(options: argparse.Namespace) -> int:
     """The command; returns the exit status."""
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     try:
-        layers = None if options.layers is None else _numbers("layers", options.layers, int)
-        shares = _numbers("budgets", options.budgets, float)
+        layers = None if options.layers is None else numbers("layers", options.layers, int)
+        shares = numbers("budgets", options.budgets, float)
+        check_shares("budgets", shares)
+        check_names("methods", names(options.methods), KINDS)
+        routers = None if options.routers is None else load_routers(options.routers)
         settings = Settings(shares, layers, decoded=options.decoded, replaced=layers)
         settings = replace(
             settings, span=min(settings.span, options.length // 4), window=min(settings.window, options.length // 8)
         )
         loaded = models.load_model(options.model, dtype="float32")
+        models.check_positions("length", loaded.model.config, options.length)
         given = list(read_texts(options.text))
         encode = partial(models.encode, loaded.tokenizer)
-        sequences = take(given, encode, options.training + options.sequences, options.length)
+        flags = "--training, --sequences or --length"
+        sequences = take(given, encode, options.training + options.sequences, options.length, flags)
         task = Task(
-            loaded.model, loaded.tokenizer, loaded.name, sequences, options.training, names_of(options.methods), settings,
+            loaded.model, loaded.tokenizer, loaded.name, sequences, options.training, names(options.methods), settings,
             options.needles, filler_of(given, options.length), batch=options.batch,
-            routers=None if options.routers is None else load_routers(options.routers),
+            routers=routers,
         )  # fmt: skip
         compare(task, options.out, say)
     except (SaapError, OSError) as error:
@@ -261,17 +277,6 @@ def run(options: argparse.Namespace) -> int:
     print((options.out / "table.txt").read_text())
     print(f"wrote records.json, table.txt and report.html to {options.out}")
     return 0
-
-
-def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(x) for x in text.split(","))
-    except ValueError:
-        raise ParameterError(f"{name}: expected numbers separated by commas, got {text!r}") from None
-
-
-def names_of(methods: str) -> list[str]:
-    return [name.strip() for name in methods.split(",") if name.strip()]
 
 
 def filler_of(documents: Sequence[tuple[str, str]], length: int) -> str:

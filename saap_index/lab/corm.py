@@ -45,12 +45,12 @@ class CormState(State):
     def __init__(self, method: Corm, cache: Cache) -> None:
         self.method, self.cache = method, cache
         self.steps = 0
-        self.last_important = torch.zeros((cache.layer.heads, 0), dtype=torch.int64)
-        self.live = torch.zeros((cache.layer.heads, 0), dtype=torch.bool)
+        self.last_important = torch.zeros((cache.layer.heads, 0), dtype=torch.int64, device="cpu")
+        self.live = torch.zeros((cache.layer.heads, 0), dtype=torch.bool, device="cpu")
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.cache.append(keys, values)
-        came = torch.full(keys.shape[:2], self.steps, dtype=torch.int64)
+        came = torch.full(keys.shape[:2], self.steps, dtype=torch.int64, device="cpu")
         self.last_important = torch.cat([self.last_important, came], 1)
         self.live = torch.cat([self.live, torch.ones_like(came, dtype=torch.bool)], 1)
 
@@ -60,9 +60,9 @@ class CormState(State):
             return
         if int(positions.max()) >= self.cache.length:
             raise LengthError(f"positions: expected below {self.cache.length}, got {int(positions.max())}")
-        for at in torch.arange(len(positions)).split(_CHUNK):
+        for at in torch.arange(len(positions), dtype=torch.int64, device="cpu").split(_CHUNK):
             important = self._important(queries[:, :, at], positions[at] + 1)
-            step = torch.arange(1, len(at) + 1)[:, None] * important  # (h, q, n), 0 for minor
+            step = torch.arange(1, len(at) + 1, dtype=torch.int64, device="cpu")[:, None] * important  # (h, q, n), 0 for minor
             newest = step.amax(1)
             self.last_important = torch.where(newest > 0, self.steps + newest, self.last_important)
             self.steps += len(at)
@@ -70,7 +70,7 @@ class CormState(State):
 
     def attend(self, queries: Tensor) -> Attended:
         cache, layer = self.cache, self.cache.layer
-        important = self._important(queries[:, :, None], torch.tensor([cache.length]))[:, 0]
+        important = self._important(queries[:, :, None], torch.tensor([cache.length], dtype=torch.int64, device="cpu"))[:, 0]
         self.steps += 1
         self.last_important = torch.where(important, self.steps, self.last_important)
         chosen = self.live.clone()
@@ -83,7 +83,7 @@ class CormState(State):
         """Live tokens with a probability of at least 1 / t for a head of the group: queries (h, g, q, d), t (q,) -> (h, q, n)."""
         cache = self.cache
         logits = queries @ cache.keys[:, None].transpose(2, 3) * cache.layer.scale
-        seen = self.live[:, None] & (torch.arange(cache.length) < lengths[:, None])
+        seen = self.live[:, None] & (torch.arange(cache.length, dtype=torch.int64, device="cpu") < lengths[:, None])
         probabilities = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
         important: Tensor = (probabilities >= 1 / lengths[:, None]).any(1) & seen
         return important

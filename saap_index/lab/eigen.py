@@ -46,8 +46,8 @@ class _EigenState(State):
 
     def __init__(self, layer: Layer, basis_k: Tensor, basis_v: Tensor) -> None:
         self.layer, self.basis_k, self.basis_v = layer, basis_k, basis_v
-        self.keys = torch.zeros((layer.heads, 0, basis_k.shape[1]))
-        self.values = torch.zeros((layer.heads, 0, basis_v.shape[2]))
+        self.keys = torch.zeros((layer.heads, 0, basis_k.shape[1]), dtype=torch.float32, device="cpu")
+        self.values = torch.zeros((layer.heads, 0, basis_v.shape[2]), dtype=torch.float32, device="cpu")
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         rope, done = self.layer.rope, self.keys.shape[1]

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 
+from .. import files
 from ..demo import model as demo_model
 from ..demo import routers as demo_routers
 from ..demo import texts as demo_texts
@@ -36,8 +36,9 @@ from ..pipeline import models
 from ..pipeline.texts import TokenSequence, digest, read_texts, take
 from ..rope import Rope
 from ..routers import Routers, load_routers
-from . import eval_report, evaluate, needles, trained
+from . import eval_report, evaluate, flags, needles, trained
 from .evaluate import Records, Settings
+from .flags import check_names, check_shares
 from .needles import Needle
 from .trained import TrainedMethods
 
@@ -78,7 +79,7 @@ def evaluate_routers(task: EvalTask, out: Path, say: Say = lambda line: None) ->
     """Measure what the records in ``out`` lack, and write the reports. CompatibilityError for routers of another model,
     ParameterError and LengthError for what cannot be measured, or a folder with records of another task."""
     settings, methods = _checked(task)
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     records = Records(out / "records.json")
     same = {"identity": task.identity, "continuation": task.decoded, "step": settings.step}
     _same(records, "task", same)
@@ -101,8 +102,8 @@ def evaluate_routers(task: EvalTask, out: Path, say: Say = lambda line: None) ->
     finally:
         records.flush()
     depth = task.model.config.num_hidden_layers
-    (out / "table.txt").write_text(eval_report.as_text(records.rows, depth))
-    (out / "summary.json").write_text(json.dumps(eval_report.summary(records.rows, depth), indent=1) + "\n")
+    files.write_text(out / "table.txt", eval_report.as_text(records.rows, depth))
+    files.write_json(out / "summary.json", eval_report.summary(records.rows, depth))
     try:
         eval_report.plot(records.rows, depth, out)
     except ImportError:
@@ -112,19 +113,13 @@ def evaluate_routers(task: EvalTask, out: Path, say: Say = lambda line: None) ->
 
 def _checked(task: EvalTask) -> tuple[Settings, TrainedMethods]:
     task.routers.check(task.model.config)
-    unknown = [name for name in task.tasks if name not in TASKS]
-    if unknown or not task.tasks:
-        raise ParameterError(f"tasks: expected some of {', '.join(TASKS)}, got {', '.join(unknown) or 'none'}")
-    if not task.budgets or not all(0 < share <= 1 for share in task.budgets):
-        raise ParameterError(f"budgets: expected shares in (0, 1], got {task.budgets}")
+    methods = check_flags(task.routers, task.tasks, task.budgets, task.methods, task.masses, task.layers, task.depths)
     known = sorted(task.routers.layers)
     layers = tuple(known) if task.layers is None else task.layers
-    if not set(layers) <= set(known):
-        raise ParameterError(f"layers: expected some of {known}, got {list(layers)}")
-    layout = task.routers.config["layout"]
-    methods = TrainedMethods(task.routers, task.methods, task.masses)
+    layout = {"sinks": methods.layout.sinks, "window": methods.layout.window}
     least = layout["sinks"] + layout["window"] + 2 * max(2, task.decoded)
     for name, length in [("length", len(tokens)) for _, tokens in task.sequences] + [("needle-lengths", x) for x in task.lengths]:
+        models.check_positions(name, task.model.config, length)
         if length < least:
             raise LengthError(f"{name}: expected at least {least} tokens with this continuation and window, got {length}")
     if task.decoded < 2 or task.queries < 1:
@@ -136,6 +131,20 @@ def _checked(task: EvalTask) -> tuple[Settings, TrainedMethods]:
         step=max(1, task.decoded // task.queries), decoded=task.decoded if "end" in task.tasks else 0,
         sinks=layout["sinks"], window=layout["window"], replaced=tuple(known), together=True,
     ), methods  # fmt: skip
+
+
+def check_flags(
+    routers: Routers, tasks: Sequence[str], budgets: Sequence[float], methods: Sequence[str], masses: Sequence[float],
+    layers: Sequence[int] | None, depths: Sequence[float],
+) -> TrainedMethods:  # fmt: skip
+    """ParameterError for what cannot be measured with these routers, before a model or a text is read; the methods."""
+    check_names("tasks", tasks, TASKS)
+    check_shares("budgets", budgets)
+    if not set(layers or ()) <= set(routers.layers):
+        raise ParameterError(f"layers: expected some of {sorted(routers.layers)}, got {list(layers or ())}")
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise ParameterError(f"depths: expected places in [0, 1], 0 first, got {', '.join(map(str, depths))}")
+    return TrainedMethods(routers, methods, masses)
 
 
 def _same(records: Records, key: str, what: Any) -> None:
@@ -221,27 +230,34 @@ def run(options: argparse.Namespace) -> int:
     routers = load_routers(folder)
     if options.nlist is not None:
         routers = replace(routers, layers={n: layer.with_lists(options.nlist) for n, layer in routers.layers.items()})
+    tasks, names = flags.names(options.tasks), flags.names(options.methods or trained.DEFAULT)
+    if options.methods is None and not trained.publishable(routers):
+        names = tuple(name for name in names if name != "published")
+    budgets, depths = flags.numbers("budgets", options.budgets, float), flags.numbers("depths", options.depths, float)
+    masses = flags.numbers("target-mass", options.target_mass, float) if options.target_mass else ()
+    layers = None if options.layers is None else flags.numbers("layers", options.layers, int)
+    lengths = tuple(options.length // part for part in (4, 2, 1))
+    if options.needle_lengths:
+        lengths = flags.numbers("needle-lengths", options.needle_lengths, int)
+    check_flags(routers, tasks, budgets, names, masses, layers, depths)
+    if routers.dense_layers:
+        advised = ", ".join(map(str, routers.dense_layers))
+        say(f"the routers advise to leave layers {advised} dense; here they are replaced like the others")
     if options.model is None:
         model, tokenizer = demo_model.load()
     else:
         loaded = models.load_model(options.model, dtype="float32")
         model, tokenizer = loaded.model, loaded.tokenizer
+    for name, tokens in (("length", options.length), ("needle-lengths", max(lengths))):
+        models.check_positions(name, model.config, tokens)
     given = list(read_texts(options.text) if options.text else demo_texts.unseen_texts())
-    tasks = _names(options.tasks)
-    sequences = take(given, partial(models.encode, tokenizer), options.sequences, options.length)
-    lengths = (options.length // 4, options.length // 2, options.length)
-    names = _names(options.methods or trained.DEFAULT)
-    if options.methods is None and not trained.publishable(routers):
-        names = tuple(name for name in names if name != "published")
+    sequences = take(given, partial(models.encode, tokenizer), options.sequences, options.length, "--sequences or --length")
     task = EvalTask(
-        model, tokenizer, routers, sequences, _numbers("budgets", options.budgets, float), names,
-        _numbers("target-mass", options.target_mass, float) if options.target_mass else (), tasks,
-        None if options.layers is None else _numbers("layers", options.layers, int), options.continuation, options.queries,
-        _numbers("needle-lengths", options.needle_lengths, int) if options.needle_lengths else lengths,
-        _numbers("depths", options.depths, float), _filler(given, 6 * options.length),
+        model, tokenizer, routers, sequences, budgets, names, masses, tasks, layers, options.continuation, options.queries,
+        lengths, depths, _filler(given, 6 * options.length),
         f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}" + (f" {options.nlist}" if options.nlist else ""),
     )  # fmt: skip
-    evaluate_routers(task, options.out, lambda line: print(line, file=sys.stderr, flush=True))
+    evaluate_routers(task, options.out, say)
     print((options.out / "table.txt").read_text())
     print(f"wrote records.json, table.txt, summary.json and plots to {options.out}")
     return 0
@@ -261,12 +277,5 @@ def _checksum(folder: Path) -> str:
     return value.hexdigest()[:16]
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(x) for x in text.split(","))
-    except ValueError:
-        raise ParameterError(f"{name}: expected numbers separated by commas, got {text!r}") from None
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

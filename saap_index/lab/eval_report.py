@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from . import report
 from .quality import spread
 from .report import LayerRow
@@ -26,7 +28,8 @@ _FIRST = ("saap", "published", "topk", "topk_group", "ivf", "quest", "recent", "
 def as_text(records: Records, depth: int) -> str:
     """Every table that the records have figures for."""
     sequences = {key.split("/")[1] for key in records if key.startswith(("layer/", "text/"))}
-    head = [f"{len(sequences)} sequences; spread: standard deviation over sequences"] if sequences else []
+    spreads = "spread: standard deviation over sequences" if len(sequences) > 1 else "one has no spread: (-)"
+    head = [f"{len(sequences)} sequence{'s' * (len(sequences) > 1)}; {spreads}"] if sequences else []
     tables = [*_layer_tables(records), *_mass_table(records), *_needle_table(records)]
     parts = [*head, report.as_text(records, depth).rstrip(), *tables]
     return "\n".join(parts) + "\n"
@@ -160,7 +163,7 @@ def plot(records: Records, depth: int, folder: Path) -> list[Path]:
 
     def save(figure: Any, name: str) -> None:
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=120, bbox_inches="tight")
+        files.write_file(written[-1], partial(figure.savefig, dpi=120, bbox_inches="tight"))
         pyplot.close(figure)
 
     pooled = [row for row in report.layer_rows(records) if row.method != "dense"]

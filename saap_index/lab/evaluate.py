@@ -6,9 +6,7 @@ needles with the question processed sparsely too. Records are JSON; `report` tur
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ParameterError
+from .. import files
+from ..errors import FormatError, ParameterError
 from ..rope import Rope
 from . import quality
 from .method import Method
@@ -63,7 +62,9 @@ class Records:
 
     def __post_init__(self) -> None:
         if self.path is not None and self.path.is_file():
-            self.rows = json.loads(self.path.read_text())
+            self.rows = files.read_json(self.path, "records of a comparison or evaluation", finite=False)
+            if not isinstance(self.rows, dict):
+                raise FormatError(f"{self.path}: expected records, got {type(self.rows).__name__}")
 
     def once(self, key: str, measure: Callable[[], Any]) -> Any:
         if key not in self.rows:
@@ -75,9 +76,7 @@ class Records:
     def flush(self) -> None:
         """Write what there is; the file is whole at any time."""
         if self.path is not None:
-            scratch = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-            scratch.write_text(json.dumps(self.rows, indent=1))
-            scratch.replace(self.path)
+            files.write_json(self.path, self.rows)
         self.written = time.monotonic()
 
 
@@ -96,7 +95,14 @@ def evaluate_text(
         return
     observed = max(m.observed for s in {*settings.shares, *shares} for m in methods_at(s))
     recent = observed and observed + max(settings.span, last)
-    prompt = read_prompt(model, tokens, rope, torch.arange(max(n - settings.span, 0), n, settings.step), last, recent)
+    prompt = read_prompt(
+        model,
+        tokens,
+        rope,
+        torch.arange(max(n - settings.span, 0), n, settings.step, dtype=torch.int64, device="cpu"),
+        last,
+        recent,
+    )
     progress(f"{name}: {n} tokens read")
     for number in wanted:
         _layer(prompt, name, number, methods_at, settings, records)

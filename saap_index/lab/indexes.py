@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..files import make_folder
 from ..index import AsymmetricIndex
 from ..io import read_index, write_index
 from ..quantizer import KeyQuantizer
@@ -74,7 +75,7 @@ class Indexes:
         index = AsymmetricIndex(layer.d, nlist, layer.heads * layer.group, layer.heads, **options)
         index.train(keys, queries.flatten(1, 2), positions=positions, config=replace(CONFIGS[name], seed=1234))
         if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_index(index, path)
         return index
 

@@ -30,7 +30,7 @@ STATE_BYTES = 4
 
 def lightning_decays(heads: int, number: int, layers: int) -> Tensor:
     """lambda of each head in layer ``number`` of ``layers``, as in TransNormerLLM: ALiBi's slopes, weaker in later layers."""
-    slopes = torch.tensor([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=torch.float64)
+    slopes = torch.tensor([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=torch.float64, device="cpu")
     return torch.exp(-slopes * (1 - number / max(1, layers - 1) + 1e-5))
 
 
@@ -57,7 +57,7 @@ def decayed_prefill(queries: Tensor, keys: Tensor, values: Tensor, decays: Tenso
     outs = []
     for first in range(0, n, chunk):
         q, k, v = (x[:, first : first + chunk] for x in (queries, keys, values))
-        at = torch.arange(q.shape[1])
+        at = torch.arange(q.shape[1], dtype=torch.int64, device="cpu")
         age = at[:, None] - at
         within = decays[:, None, None] ** age.clamp(min=0) * (age >= 0)
         since = decays[:, None] ** (at + 1)  # of the state, at each token
@@ -127,9 +127,12 @@ def cost_lines(layer: Layer, tokens: int, repeats: int = 20, seed: int = 0) -> l
         raise ParameterError(f"tokens, repeats: expected at least 1, got {tokens} and {repeats}")
     generator = torch.Generator().manual_seed(seed)
     heads, d, e = layer.heads * layer.group, layer.d, layer.e
-    query, key = torch.randn((2, heads, d), generator=generator)
-    value, state = torch.randn((heads, e), generator=generator), torch.randn((heads, d, e), generator=generator)
-    keys, values = (torch.randn((layer.heads, tokens, x), generator=generator) for x in (d, e))
+    query, key = torch.randn((2, heads, d), generator=generator, dtype=torch.float32, device="cpu")
+    value, state = (
+        torch.randn((heads, e), generator=generator, dtype=torch.float32, device="cpu"),
+        torch.randn((heads, d, e), generator=generator, dtype=torch.float32, device="cpu"),
+    )
+    keys, values = (torch.randn((layer.heads, tokens, x), generator=generator, dtype=torch.float32, device="cpu") for x in (d, e))
     grouped = query.view(layer.heads, layer.group, d)
     rows = next(r for r in range(int(tokens**0.5), 0, -1) if tokens % r == 0)
     k, v = grid_means(keys, rows), grid_means(values, rows)
@@ -142,7 +145,13 @@ def cost_lines(layer: Layer, tokens: int, repeats: int = 20, seed: int = 0) -> l
     return [
         CostLine("dense", layer.heads * tokens * layer.token_bytes, _median(lambda: dense(keys, values), repeats), "yardstick"),
         CostLine("lightning", both, _median(lambda: decayed_step(state, query, key, value, decays), repeats)),
-        CostLine("simpletron", both, _median(lambda: decayed_step(state, query, key, value, torch.ones(heads)), repeats)),
+        CostLine(
+            "simpletron",
+            both,
+            _median(
+                lambda: decayed_step(state, query, key, value, torch.ones(heads, dtype=torch.float32, device="cpu")), repeats
+            ),
+        ),
         CostLine("kronecker", layer.heads * k.shape[1] * (d + e) * ITEM_BYTES, _median(lambda: dense(k, v), repeats)),
     ]
 

@@ -104,8 +104,8 @@ class Cache:
 
     def __init__(self, layer: Layer, tokens: int) -> None:
         self.layer, self.length = layer, 0
-        self._keys = torch.empty((layer.heads, tokens, layer.d))
-        self._values = torch.empty((layer.heads, tokens, layer.e))
+        self._keys = torch.empty((layer.heads, tokens, layer.d), dtype=torch.float32, device="cpu")
+        self._values = torch.empty((layer.heads, tokens, layer.e), dtype=torch.float32, device="cpu")
 
     @property
     def keys(self) -> Tensor:

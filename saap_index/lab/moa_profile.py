@@ -54,7 +54,7 @@ def gradients(model: Any, tokens: Sequence[int], first: int = 0) -> Iterator[Sav
     """
     if not 0 <= first < len(tokens) - 1:
         raise LengthError(f"first: expected 0 <= first < {len(tokens) - 1}, got {first}")
-    calls, top, hidden = _forward(model, torch.tensor([list(tokens)], device=model.device))
+    calls, top, hidden = _forward(model, torch.tensor([list(tokens)], dtype=torch.int64, device=model.device))
     return _backward(model, calls, _loss_gradient(model, top, hidden, tokens, first))
 
 
@@ -99,8 +99,8 @@ def _forward(model: Any, ids: Tensor) -> tuple[list[_Call], Tensor, Tensor]:
 def _loss_gradient(model: Any, top: Tensor, hidden: Tensor, tokens: Sequence[int], first: int) -> Tensor:
     """dL / d top, the logits a few rows at a time: a vocabulary is wide."""
     above = torch.zeros_like(hidden)
-    targets = torch.tensor(list(tokens[first + 1 :]), device=hidden.device)
-    for rows in torch.arange(len(targets)).split(_ROWS):
+    targets = torch.tensor(list(tokens[first + 1 :]), dtype=torch.int64, device=hidden.device)
+    for rows in torch.arange(len(targets), dtype=torch.int64, device="cpu").split(_ROWS):
         part = hidden[0, rows + first].detach().requires_grad_()
         with torch.enable_grad():
             loss = functional.cross_entropy(model.lm_head(part), targets[rows], reduction="sum") / len(targets)
@@ -142,8 +142,8 @@ def entry_influence(saved: Saved, first: int, stop: int) -> Tensor:
 
     A row with a single entry has nothing to renormalise over: its output becomes 0.
     """
-    lengths = torch.arange(first, stop)[:, None]
-    seen = torch.arange(stop) <= lengths
+    lengths = torch.arange(first, stop, dtype=torch.int64, device="cpu")[:, None]
+    seen = torch.arange(stop, dtype=torch.int64, device="cpu") <= lengths
     logits = saved.queries[:, :, first:stop] @ saved.keys[:, None, :stop].mT * saved.layer.scale
     a = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
     g = saved.grad[:, :, first:stop] @ saved.values[:, None, :stop].mT
@@ -171,7 +171,7 @@ def rule_losses(importance: Tensor, rules: Sequence[Rule], length: int, block: i
 
     A row of blocks keeps the first block and the newest ones, its own among them, as the published prefill does.
     """
-    at = torch.arange(importance.shape[1])
+    at = torch.arange(importance.shape[1], dtype=torch.int64, device="cpu")
     age = at[:, None] - at
     losses = []
     for rule in rules:
@@ -255,7 +255,9 @@ class Profile:
         groups): without it a group reads the longest of its spans and more than ``density``.
         """
         one = [SpanPlan(((a,),), ((b,),)) for a, b in self.rules]
-        densities = torch.tensor([max(min(1.0, p.span(0, 0, n) / n) for n in self.lengths) for p in one])
+        densities = torch.tensor(
+            [max(min(1.0, p.span(0, 0, n) / n) for n in self.lengths) for p in one], dtype=torch.float32, device="cpu"
+        )
         losses = self.losses
         if per_group:
             losses = losses.unflatten(1, (-1, self.group)).sum(2)

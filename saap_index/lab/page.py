@@ -11,7 +11,7 @@ from typing import Any
 from . import page_style, page_tables, svg
 from .page_tables import OURS, charged, percent, section
 from .quality import spread
-from .report import LayerRow, late_layers, layer_rows, text_rows
+from .report import LayerRow, late_layers, layer_rows, layers_replaced, text_rows
 
 ORACLE, WINDOW = "topk_group", "recent"
 """ORACLE : a token is read for all heads of a group, so their summed probability is the most that so many bytes can capture."""
@@ -48,7 +48,7 @@ def html(records: Mapping[str, Any], title: str, kinds: Mapping[str, str], depth
         _curves("Attention captured", rows, style, False, f"all {layers} layers measured"),
         _curves("Attention captured in late layers", late_rows, style, False, f"layers {late.start} to {depth - 1}"),
         _curves("Error of the output", rows, style, True, f"all {layers} layers measured"),
-        _text_curves(records, style),
+        _text_curves(records, style, depth),
         page_tables.budgets(records, rows, texts, methods, kinds, colours, batch),
         page_tables.paired(records, methods),
         _heat(records, methods),
@@ -86,15 +86,16 @@ def _curves(title: str, rows: Sequence[LayerRow], style: _Style, error: bool, wh
         y = r.error[0] if error else r.captured[0]
         points.setdefault(r.method, []).append((charged(r, style.batch) / 1e3, y))
     note = (
-        f"Mean over {where} and sequences. "
-        + ("Lower is better. " if error else "Mass outside sinks and window. Higher is better. ")
+        f"Mean over {where} and sequences. Lower is better. "
+        if error
+        else f"Mass outside sinks and window, pooled by mass over {where}, mean over sequences. Higher is better. "
     ) + "The shaded band lies between the best tokens per KV head, the most so many bytes can capture, and a longer window."
     label = "relative error" if error else "% of the attention"
     drawn = svg.curves(style.lines(points), "kB read per layer and step", label, error, (ORACLE, WINDOW))
     return section(title, note, drawn and style.legend(points) + drawn)
 
 
-def _text_curves(records: Mapping[str, Any], style: _Style) -> str:
+def _text_curves(records: Mapping[str, Any], style: _Style, depth: int) -> str:
     read: dict[tuple[str, float], list[float]] = {}
     for key, row in records.items():
         if key.startswith("text/"):
@@ -104,7 +105,8 @@ def _text_curves(records: Mapping[str, Any], style: _Style) -> str:
     points: dict[str, list[tuple[float, float]]] = {}
     for t in text_rows(records):
         points.setdefault(t.method, []).append((spread(read[t.method, t.share])[0], t.kl[0]))
-    note = "KL divergence of the next token's distribution from the dense model's, these layers replaced. Lower is better."
+    where = layers_replaced(records, depth)
+    note = f"KL divergence of the next token's distribution from the dense model's, {where}. Lower is better."
     drawn = svg.curves(style.lines(points), "MB read per token, these layers", "KL, nats", True, (ORACLE, WINDOW))
     return section("The model's answers", note, drawn and style.legend(points) + drawn)
 

@@ -55,7 +55,8 @@ def budgets(
     by, text, needles = {(r.method, r.share): r for r in rows}, {(t.method, t.share): t for t in texts}, needle_rows(records)
     times, tables = _times(records), []
     note = (
-        "Mean ± standard deviation over sequences. In all: keys, values, tables that decide what to read, and weights by the "
+        "Mean ± standard deviation over sequences; one sequence has none. Captured is pooled by mass over layers. "
+        "In all: keys, values, tables that decide what to read, and weights by the "
         f"sequence if {batch} are decoded at once, per layer and step. Alone: of dense, if one sequence is decoded and reads the "
         "weights for itself. ppl: perplexity of the text by the dense model's. ms: per token in this reference implementation."
     )
@@ -108,6 +109,8 @@ def table(head: Sequence[str], lines: Sequence[str]) -> str:
 def plus_minus(value: tuple[float, float], digits: int) -> str:
     if math.isnan(value[0]):
         return "–"
+    if math.isnan(value[1]):  # of one sequence
+        return f"{value[0]:.{digits}f}"
     return f'{value[0]:.{digits}f} <span class="pm">±{value[1]:.{digits}f}</span>'
 
 
@@ -169,8 +172,8 @@ def paired(records: Mapping[str, Any], methods: Sequence[str]) -> str:
 
 
 def verdict(records: Mapping[str, Any], kinds: Mapping[str, str], late: Collection[int]) -> str:
-    """A sentence per budget, for all layers and for the late ones: whom this library's better index is ahead of, and whom not, of
-    the methods that can be deployed."""
+    """A sentence per budget and index of this library, for all layers and for the late ones: whom it is ahead of, and whom not,
+    of the methods that can be deployed. Each index has its own: to name the better one is to choose after measuring."""
     lines = [*_verdict(_captured(records), kinds, ""), *_verdict(_captured(records, late), kinds, ", late layers")]
     return f'<ul class="verdict">{"".join(lines)}</ul>' if lines else ""
 
@@ -178,25 +181,29 @@ def verdict(records: Mapping[str, Any], kinds: Mapping[str, str], late: Collecti
 def _verdict(mass: Mapping[Key, Mapping[str, float]], kinds: Mapping[str, str], where: str) -> list[str]:
     lines = []
     for share in sorted({s for _, s in mass}):
-        present = [ours for ours in OURS if (ours, share) in mass]
-        if not present:
-            lines.append(f"<li>{percent(share)}{where}: this library's index cannot read so little, see below.</li>")
-            continue
-        best = max(present, key=lambda ours: spread(mass[ours, share])[0])
-        against = {
-            m: _difference(mass[best, share], mass[m, share])
-            for m in kinds if m not in (*OURS, *ORACLES) and (m, share) in mass
-        }  # fmt: skip
-        behind = [f"{escape(m)} ({-d[0]:.1f} ± {d[1]:.1f} points)" for m, d in against.items() if d[0] <= 0]
-        ahead = len(against) - len(behind)
-        said = f"{percent(share)}{where}: {best} captures more than {ahead} of the {len(against)} methods that can be deployed"
-        if behind:
-            said += f", not more than {', '.join(behind)}"
-        elif against:
-            near = min(against, key=lambda m: against[m][0])
-            said += f"; the nearest, {escape(near)}, by {against[near][0]:.1f} ± {against[near][1]:.1f} points"
-        lines.append(f"<li>{said}.</li>")
+        for ours in (x for x in OURS if x in kinds):
+            if (ours, share) not in mass:
+                lines.append(f"<li>{percent(share)}{where}: {ours} was not measured, or cannot read so little, see below.</li>")
+                continue
+            against = {
+                m: _difference(mass[ours, share], mass[m, share])
+                for m in kinds if m not in (*OURS, *ORACLES) and (m, share) in mass
+            }  # fmt: skip
+            behind = [f"{escape(m)} ({_points((-d[0], d[1]))})" for m, d in against.items() if d[0] <= 0]
+            ahead = len(against) - len(behind)
+            of = f"{ahead} of the {len(against)} methods that can be deployed"
+            said = f"{percent(share)}{where}: {ours} captures more than {of}"
+            if behind:
+                said += f", not more than {', '.join(behind)}"
+            elif against:
+                near = min(against, key=lambda m: against[m][0])
+                said += f"; the nearest, {escape(near)}, by {_points(against[near])}"
+            lines.append(f"<li>{said}.</li>")
     return lines
+
+
+def _points(value: tuple[float, float]) -> str:
+    return f"{value[0]:.1f} points" if math.isnan(value[1]) else f"{value[0]:.1f} ± {value[1]:.1f} points"
 
 
 def missing(records: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def layer_quality(
     keys, values = prompt.keys[at][:, first:stop], prompt.values[at][:, first:stop]
     steps = replay(state, keys, values, prompt.queries[at], prompt.positions - first, together, show if method.observed else None)
     captured = outside = 0.0
-    total = torch.zeros(layer.heads, dtype=torch.float64)
+    total = torch.zeros(layer.heads, dtype=torch.float64, device="cpu")
     for j, (step, done) in enumerate(zip(steps, (prompt.positions + 1).tolist(), strict=True)):
         mass, far = exact.probabilities[:, :, j, :done], exact.outside[j, :done]
         outside += float(mass[:, :, far].sum())
@@ -75,7 +76,9 @@ def layer_quality(
             total += read.sum(-1).mean(1)
     out, want = torch.stack([step.out for step in steps], 2), exact.output
     error = ((out - want).norm(dim=-1) / want.norm(dim=-1)).mean()
-    reads = torch.tensor([[step.tokens, step.kv_bytes, step.other_bytes, step.shared_bytes] for step in steps]).double()
+    reads = torch.tensor(
+        [[step.tokens, step.kv_bytes, step.other_bytes, step.shared_bytes] for step in steps], dtype=torch.float64, device="cpu"
+    )
     return LayerQuality(captured, outside, float(error), total / len(steps), *reads.mean(0).tolist())
 
 
@@ -104,6 +107,6 @@ def agreement(dense: Tensor, found: Tensor, targets: Tensor) -> Agreement:
 
 
 def spread(values: Mapping[str, float] | list[float]) -> tuple[float, float]:
-    """Mean and standard deviation (0 for a single value)."""
-    x = torch.tensor(list(values.values()) if isinstance(values, Mapping) else values, dtype=torch.float64)
-    return float(x.mean()), float(x.std()) if len(x) > 1 else 0.0
+    """Mean and standard deviation; a single value has none, NaN."""
+    x = torch.tensor(list(values.values()) if isinstance(values, Mapping) else values, dtype=torch.float64, device="cpu")
+    return float(x.mean()), float(x.std()) if len(x) > 1 else math.nan

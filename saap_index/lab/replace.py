@@ -51,7 +51,9 @@ class Prompt:
         start = len(self.tokens) - self.recent[at].shape[2]
         first = max(first, start)
         if first < stop:
-            state.observe(self.recent[at][:, :, first - start : stop - start], torch.arange(first, stop))
+            state.observe(
+                self.recent[at][:, :, first - start : stop - start], torch.arange(first, stop, dtype=torch.int64, device="cpu")
+            )
 
 
 @dataclass
@@ -92,7 +94,7 @@ def read_prompt(
     Raises LengthError for an empty sequence or positions outside it.
     """
     n = len(tokens)
-    positions = torch.empty(0, dtype=torch.int64) if positions is None else positions
+    positions = torch.empty(0, dtype=torch.int64, device="cpu") if positions is None else positions
     if not n or (len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < n):
         raise LengthError(f"tokens, positions: expected positions in [0, {n}), got {positions.tolist()}")
     rows: list[tuple[Layer, Tensor, Tensor, Tensor, Tensor]] = []
@@ -108,10 +110,10 @@ def read_prompt(
         out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
         return out
 
-    ids = torch.tensor([list(tokens)])
+    ids = torch.tensor([list(tokens)], dtype=torch.int64, device="cpu")
     with torch.no_grad(), _serving(model, attend):
         hidden = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, n - logits :]
-        scores = model.lm_head(hidden)[0].float().cpu() if logits else torch.empty((0, 0))
+        scores = model.lm_head(hidden)[0].float().cpu() if logits else torch.empty((0, 0), dtype=torch.float32, device="cpu")
     layers, keys, values, queries, last = zip(*rows, strict=True)
     return Prompt(ids[0], positions, scores, layers, keys, values, queries, last)
 
@@ -128,7 +130,7 @@ class Untouched:
     def attend(self, queries: Tensor, window: int | None) -> Tensor:
         """The newest q tokens' queries (h, g, q, d) -> (h, g, q, e); window : of the layer, None for the whole context."""
         n, q = self.cache.length, queries.shape[2]
-        age = torch.arange(n - q, n)[:, None] - torch.arange(n)
+        age = torch.arange(n - q, n, dtype=torch.int64, device="cpu")[:, None] - torch.arange(n, dtype=torch.int64, device="cpu")
         seen = (age >= 0) & (age < (n if window is None else window))
         logits = queries @ self.cache.keys[:, None].transpose(2, 3) * self.cache.layer.scale
         return logits.masked_fill(~seen, -torch.inf).softmax(-1) @ self.cache.values[:, None]
@@ -176,7 +178,7 @@ def decode(
             out = state.attend(asked, options.get("sliding_window"))
         else:
             began = time.perf_counter()
-            steps = replay(state, new, known, asked, torch.arange(count), together, chosen=False)
+            steps = replay(state, new, known, asked, torch.arange(count, dtype=torch.int64, device="cpu"), together, chosen=False)
             traffic.seconds += time.perf_counter() - began
             for step in steps:
                 traffic.add(layer, step)
@@ -184,9 +186,9 @@ def decode(
         return out.flatten(0, 1).transpose(0, 1)[None].to(query)
 
     with torch.no_grad(), _serving(model, attend):
-        where = torch.arange(position, position + count, device=model.device)[None]
+        where = torch.arange(position, position + count, dtype=torch.int64, device=model.device)[None]
         hidden = model.base_model(
-            torch.tensor([list(tokens)], device=model.device), position_ids=where, use_cache=False
+            torch.tensor([list(tokens)], dtype=torch.int64, device=model.device), position_ids=where, use_cache=False
         ).last_hidden_state
         found: Tensor = model.lm_head(hidden)[0].float().cpu()
     return found, traffic.mean()

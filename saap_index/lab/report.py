@@ -7,9 +7,11 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from .quality import spread
 
 LATE = 0.45
@@ -94,6 +96,22 @@ def needle_rows(records: Mapping[str, Any]) -> dict[tuple[str, float], tuple[int
     return found
 
 
+def layers_replaced(records: Mapping[str, Any], depth: int) -> str:
+    """How many layers of the model had another attention when its answers were measured, in words; '' if they were not."""
+    counts = {len(row["per_layer"]) for key, row in records.items() if key.startswith("text/") and "per_layer" in row}
+    if not counts:
+        return ""
+    low, high = min(counts), max(counts)
+    if low == high == depth:
+        return f"every layer replaced ({depth})"
+    return f"{high if low == high else f'{low} to {high}'} of {depth} layers replaced, the others as the model has them"
+
+
+def deviation(value: float, digits: int) -> str:
+    """A standard deviation in brackets; a single sequence has none."""
+    return "(-)" if math.isnan(value) else f"({value:.{digits}f})"
+
+
 def late_layers(depth: int) -> range:
     return range(math.ceil(LATE * depth), depth)
 
@@ -104,19 +122,24 @@ def print_report(records: Mapping[str, Any], depth: int) -> None:
     for title, layers in (("all layers measured", None), ("late layers", late), ("early layers", range(late.start))):
         rows = layer_rows(records, layers)
         if rows:
-            print(f"\n{title}: attention mass captured outside sinks and window, output error (mean, spread over sequences)")
+            print(
+                f"\n{title}: attention mass captured outside sinks and window, pooled by mass over layers, and output error, the "
+                "mean of layers (mean, spread over sequences)"
+            )
             print(_line("share", "method", "mass %", "", "error", "", "tokens", "kB K, V", "kB other", "kB weights"))
         for r in rows:
-            figures = (f"{r.captured[0]:.1f}", f"({r.captured[1]:.1f})", f"{r.error[0]:.4f}", f"({r.error[1]:.4f})")
+            spreads = deviation(r.captured[1], 1), deviation(r.error[1], 4)
+            figures = (f"{r.captured[0]:.1f}", spreads[0], f"{r.error[0]:.4f}", spreads[1])
             kilobytes = (f"{x / 1e3:.1f}" for x in (r.kv_bytes, r.other_bytes, r.shared_bytes))
             print(_line(f"{r.share:.1%}", r.method, *figures, f"{r.tokens:.0f}", *kilobytes))
     texts = text_rows(records)
     if texts:
-        print(f"\nevery layer replaced, {texts[0].sequences} sequences: against the dense model (mean, spread over sequences)")
+        where = layers_replaced(records, depth) or "layers replaced"
+        print(f"\n{where}, {texts[0].sequences} sequences: against the dense model (mean, spread over sequences)")
         print(_line("share", "method", "KL", "", "same 1st %", "", "perplex. x", "", "tokens", "MB a token"))
     for t in texts:
-        figures = (f"{t.kl[0]:.4f}", f"({t.kl[1]:.4f})", f"{t.top1[0]:.1f}", f"({t.top1[1]:.1f})")
-        ratio = (f"{t.perplexity_ratio[0]:.4f}", f"({t.perplexity_ratio[1]:.4f})")
+        figures = (f"{t.kl[0]:.4f}", deviation(t.kl[1], 4), f"{t.top1[0]:.1f}", deviation(t.top1[1], 1))
+        ratio = (f"{t.perplexity_ratio[0]:.4f}", deviation(t.perplexity_ratio[1], 4))
         print(_line(f"{t.share:.1%}", t.method, *figures, *ratio, f"{t.tokens:.0f}", f"{(t.kv_bytes + t.other_bytes) / 1e6:.2f}"))
     needles = needle_rows(records)
     if needles:
@@ -167,6 +190,6 @@ def plot(records: Mapping[str, Any], depth: int, folder: Path) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend()
         written.append(folder / f"{title}.png")
-        figure.savefig(written[-1], dpi=120, bbox_inches="tight")
+        files.write_file(written[-1], partial(figure.savefig, dpi=120, bbox_inches="tight"))
         pyplot.close(figure)
     return written

@@ -18,6 +18,7 @@ from ..routers import Routers
 from .corm import Corm
 from .eigen import Eigen
 from .evaluate import Settings
+from .flags import check_names
 from .indexes import CONFIGS, Indexes
 from .loki import Loki
 from .method import ITEM_BYTES, Method
@@ -91,9 +92,7 @@ class Roster:
     progress: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.names if name not in KINDS and name not in (self.own or {})]
-        if unknown:
-            raise ParameterError(f"methods: expected some of {', '.join([*KINDS, *(self.own or {})])}, got {', '.join(unknown)}")
+        check_names("methods", self.names, (*KINDS, *(self.own or {})))
         self.missing: dict[tuple[str, float], str] = {}
         self._at: dict[float, list[Method]] = {}
         self._donors: dict[object, Method] = {}

@@ -78,7 +78,7 @@ class _SaapState(State):
         out = index.attend_selected(flat, selection)[0, :, 0].view(layer.heads, layer.group, layer.e)
         chosen = None
         if which:
-            chosen = torch.zeros((layer.heads, index.ntotal), dtype=torch.bool)
+            chosen = torch.zeros((layer.heads, index.ntotal), dtype=torch.bool, device="cpu")
             for head, ids in enumerate(index.read_ids(selection)[0]):
                 chosen[head, ids] = True
         last = search_stats(index.invlists, selection, index.query_router)

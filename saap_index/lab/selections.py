@@ -56,7 +56,7 @@ def recent(keys: Tensor, queries: Tensor, position: int, budget: int, *, sinks: 
         bool (h, n), True for the tokens chosen.
     """
     first, last = _checked(keys, queries, position, budget, sinks, window)
-    scores = torch.zeros(keys.shape[0], last - first)
+    scores = torch.zeros(keys.shape[0], last - first, dtype=torch.float32, device="cpu")
     return _newest_first(scores, first, keys.shape[1], budget)
 
 
@@ -73,7 +73,7 @@ def uniform(
     """Random candidates, other ones for every KV head and position. Parameters and result as for :func:`recent`."""
     first, last = _checked(keys, queries, position, budget, sinks, window)
     generator = torch.Generator().manual_seed(seed * keys.shape[1] + position)
-    scores = torch.rand(keys.shape[0], last - first, generator=generator)
+    scores = torch.rand(keys.shape[0], last - first, generator=generator, dtype=torch.float32, device="cpu")
     return _newest_first(scores, first, keys.shape[1], budget)
 
 
@@ -109,10 +109,10 @@ def quest(
     first, last = _checked(keys, queries, position, budget, sinks, window)
     heads, tokens, dims = keys.shape
     if first == last:
-        return torch.zeros(heads, tokens, dtype=torch.bool)
+        return torch.zeros(heads, tokens, dtype=torch.bool, device="cpu")
     pages = -(-(last - first) // page_tokens)
     # Repeating the last key fills the last page without moving its bounds.
-    rows = torch.arange(first, first + pages * page_tokens).clamp(max=last - 1)
+    rows = torch.arange(first, first + pages * page_tokens, dtype=torch.int64, device="cpu").clamp(max=last - 1)
     paged = keys[:, rows].view(heads, pages, page_tokens, dims)
     low, high = paged.amin(2), paged.amax(2)
     grouped = _grouped(keys, queries)
@@ -145,7 +145,9 @@ def ivf(
     wanted = torch.einsum("hd,hld->hl", _grouped(keys, queries).mean(1), centroids)
     # Ranks rather than scores: two lists of one score are still read one after the other.
     order = wanted.argsort(dim=1, descending=True, stable=True)
-    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    ranks = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], dtype=torch.int64, device="cpu").expand_as(order)
+    )
     return _newest_first(-ranks.gather(1, assignment[:, first:last]), first, keys.shape[1], budget)
 
 
@@ -236,7 +238,9 @@ def _unit_ranks(scores: Tensor, unit: int) -> Tensor:
     """Replace the scores of candidates in units of consecutive tokens by the negated rank of their unit, so none are equal."""
     heads, count = scores.shape
     order = scores[:, ::unit].argsort(dim=1, descending=True, stable=True)
-    ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    ranks = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], dtype=torch.int64, device="cpu").expand_as(order)
+    )
     return -ranks.repeat_interleave(unit, dim=1)[:, :count].view(heads, count)
 
 
@@ -247,6 +251,6 @@ def _newest_first(scores: Tensor, first: int, tokens: int, budget: int) -> Tenso
     Returns bool (h, tokens).
     """
     heads, count = scores.shape
-    chosen = torch.zeros(heads, tokens, dtype=torch.bool)
+    chosen = torch.zeros(heads, tokens, dtype=torch.bool, device="cpu")
     order = scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :budget]
     return chosen.scatter_(1, first + count - 1 - order, True)

@@ -7,7 +7,6 @@ once.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import files
 from ..errors import FormatError, ParameterError
 from .method import Attended, Cache, Layer, Method, State, attend_over
 
@@ -40,17 +40,17 @@ class SpanPlan:
     @classmethod
     def read(cls, path: Path) -> SpanPlan:
         """A plan from ``{"alphas": [[...]], "betas": [[...]]}``. Raises FormatError for anything else."""
+        found = files.read_json(path, "a JSON object with alphas and betas")
         try:
-            found = json.loads(path.read_text())
             alphas, betas = (tuple(tuple(map(float, row)) for row in found[x]) for x in ("alphas", "betas"))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise FormatError(
                 f"{path.name}: expected a JSON object with alphas and betas, rows of numbers, got {error!r}"
             ) from error
         return cls(alphas, betas)
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps({"alphas": self.alphas, "betas": self.betas}))
+        files.write_json(path, {"alphas": self.alphas, "betas": self.betas}, indent=None)
 
     def span(self, layer: int, head: int, length: int, block: int = 64, least: int = 128) -> int:
         """S of one query head for a request of ``length`` tokens, whole blocks, as the published code rounds it."""
@@ -74,7 +74,7 @@ class Moa(Method):
     def start(self, layer: Layer, tokens: int) -> State:
         length = self.length or tokens
         heads = layer.heads * layer.group
-        spans = torch.tensor([self.plan.span(layer.number, i, length) for i in range(heads)])
+        spans = torch.tensor([self.plan.span(layer.number, i, length) for i in range(heads)], dtype=torch.int64, device="cpu")
         return _SpanState(Cache(layer, tokens), spans.view(layer.heads, layer.group), self.sinks)
 
 
@@ -87,7 +87,7 @@ class _SpanState(State):
 
     def attend(self, queries: Tensor) -> Attended:
         cache, layer = self.cache, self.cache.layer
-        at = torch.arange(cache.length)
+        at = torch.arange(cache.length, dtype=torch.int64, device="cpu")
         chosen = (at < self.sinks) | (at >= cache.length - (self.spans[:, :, None] - self.sinks))
         read = float(chosen.any(1).sum()) / layer.heads  # spans are nested: the union is the longest
         return Attended(attend_over(cache, queries, chosen), read, read * layer.heads * layer.token_bytes, chosen=chosen)

@@ -85,7 +85,9 @@ class SparseK(Method):
         products = torch.stack([(x - mean).mT @ (x - mean) for x in features]).sum(0) / count
         with_target = torch.stack([((x - mean) * (y - aim)[:, :, None]).sum(1) for x, y in zip(features, targets, strict=True)])
         deviation = products.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-6)
-        scaled = products / deviation[:, :, None] / deviation[:, None] + self.ridge * torch.eye(deviation.shape[1])
+        scaled = products / deviation[:, :, None] / deviation[:, None] + self.ridge * torch.eye(
+            deviation.shape[1], dtype=torch.float32, device="cpu"
+        )
         weights = torch.linalg.solve(scaled, with_target.sum(0) / count / deviation)
         self.scorers[layer.number] = weights.float(), mean.float(), deviation[:, None].float()
 
@@ -101,7 +103,10 @@ class SparseKState(State):
     def __init__(self, method: SparseK, cache: Cache) -> None:
         self.method, self.cache = method, cache
         heads = cache.layer.heads
-        self.scores, self.kept = torch.zeros((heads, 0)), torch.zeros((heads, 0), dtype=torch.bool)
+        self.scores, self.kept = (
+            torch.zeros((heads, 0), dtype=torch.float32, device="cpu"),
+            torch.zeros((heads, 0), dtype=torch.bool, device="cpu"),
+        )
         self.k: int | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -122,7 +127,7 @@ class SparseKState(State):
         self.kept[:] = False
         best = candidates.topk(min(self.k, last - first), dim=-1).indices
         self.kept.scatter_(1, best + first, True)
-        gates = torch.ones((layer.heads, n))
+        gates = torch.ones((layer.heads, n), dtype=torch.float32, device="cpu")
         if m.gate and self.k < last - first:
             gates[:, first:last] = project(candidates, self.k)
         chosen = self.kept.clone()

@@ -63,9 +63,7 @@ def _choice(state: _DenseState) -> _Choose | None:
     return _SEVERAL[kind]
 
 
-def _several(
-    state: _DenseState, choose: _Choose, keys: Tensor, values: Tensor, queries: Tensor, at: Tensor
-) -> list[Attended]:
+def _several(state: _DenseState, choose: _Choose, keys: Tensor, values: Tensor, queries: Tensor, at: Tensor) -> list[Attended]:
     cache, before = state.cache, state.cache.length
     state.append(keys, values)
     lengths = before + at + 1
@@ -73,7 +71,7 @@ def _several(
     for part in range(0, len(at), _CHUNK):
         upto = lengths[part : part + _CHUNK]
         n = int(upto.max())
-        seen = torch.arange(n) < upto[:, None]  # (q, n)
+        seen = torch.arange(n, dtype=torch.int64, device="cpu") < upto[:, None]  # (q, n)
         logits = queries[:, :, part : part + _CHUNK] @ cache.keys[:, None, :n].transpose(2, 3) * cache.layer.scale
         logits.masked_fill_(~seen, -torch.inf)
         chosen = choose(state, queries[:, :, part : part + _CHUNK], logits, upto)  # (h, g or 1, q, n)
@@ -93,7 +91,7 @@ def _other(state: _DenseState) -> float:
 
 
 def _all(state: _DenseState, queries: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
-    return (torch.arange(logits.shape[3]) < lengths[:, None]).expand(logits.shape[0], 1, -1, -1)
+    return (torch.arange(logits.shape[3], dtype=torch.int64, device="cpu") < lengths[:, None]).expand(logits.shape[0], 1, -1, -1)
 
 
 def _best(state: _TopKState, queries: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
@@ -107,14 +105,16 @@ def _selected(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: T
 
 def _largest(method: TopK | Selected, scores: Tensor, lengths: Tensor) -> Tensor:
     """Sinks, window, and each query's budget of the tokens between of largest score (h, x, q, n): bool of that shape."""
-    place, until = torch.arange(scores.shape[3]), lengths[:, None]
-    first = torch.minimum((until - method.window).clamp(min=0), torch.tensor(method.sinks))
+    place, until = torch.arange(scores.shape[3], dtype=torch.int64, device="cpu"), lengths[:, None]
+    first = torch.minimum((until - method.window).clamp(min=0), torch.tensor(method.sinks, dtype=torch.int64, device="cpu"))
     between = (place >= first) & (place < until - method.window)
-    budgets = torch.tensor([budget_tokens(method.share, x, method.sinks, method.window) for x in lengths.tolist()])
+    budgets = torch.tensor(
+        [budget_tokens(method.share, x, method.sinks, method.window) for x in lengths.tolist()], dtype=torch.int64, device="cpu"
+    )
     most = min(int(budgets.max()), scores.shape[3])
     best = scores.masked_fill(~between, -torch.inf).topk(most, dim=-1).indices
-    taken = (torch.arange(most) < budgets[:, None]).expand_as(best)
-    chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(3, best, taken)
+    taken = (torch.arange(most, dtype=torch.int64, device="cpu") < budgets[:, None]).expand_as(best)
+    chosen = torch.zeros(scores.shape, dtype=torch.bool, device="cpu").scatter_(3, best, taken)
     return (chosen & between) | ((place < until) & ~between)
 
 
@@ -123,17 +123,19 @@ def _by_mass(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: Te
 
 
 def _by_age(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
-    return torch.arange(logits.shape[3], dtype=torch.float32).expand(1, len(lengths), -1)
+    return torch.arange(logits.shape[3], dtype=torch.float32, device="cpu").expand(1, len(lengths), -1)
 
 
 def _by_chance(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
     """The draws of `selections.uniform`."""
-    scores = torch.zeros(logits.shape[0], *logits.shape[2:])
+    scores = torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.float32, device="cpu")
     for j, length in enumerate(lengths.tolist()):
         last = max(length - state.method.window, 0)
         first = min(state.method.sinks, last)
         generator = torch.Generator().manual_seed(length - 1)
-        scores[:, j, first:last] = torch.rand(logits.shape[0], last - first, generator=generator)
+        scores[:, j, first:last] = torch.rand(
+            logits.shape[0], last - first, generator=generator, dtype=torch.float32, device="cpu"
+        )
     return scores
 
 
@@ -143,9 +145,11 @@ def _by_list(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: Te
     centroids, assigned = state.lists
     n = logits.shape[3]
     order = (queries.mean(1) @ centroids.transpose(1, 2)).argsort(dim=-1, descending=True, stable=True)  # (h, q, l)
-    ranks = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2]).expand_as(order))
+    ranks = torch.empty_like(order).scatter_(
+        2, order, torch.arange(order.shape[2], dtype=torch.int64, device="cpu").expand_as(order)
+    )
     of_token = ranks.gather(2, assigned[:, None, :n].expand(-1, len(lengths), -1))
-    return (torch.arange(n) - of_token * n).double()
+    return (torch.arange(n, dtype=torch.int64, device="cpu") - of_token * n).double()
 
 
 _SCORES: dict[str, Callable[[_SelectedState, Tensor, Tensor, Tensor], Tensor]] = {

@@ -14,6 +14,7 @@ from ..errors import ParameterError
 from ..layout import Layout
 from ..params import TARGET_CAP, SearchParametersIVF
 from ..routers import Routers
+from .flags import check_names
 from .method import ITEM_BYTES, Method
 from .saap import Prefilled, Saap
 from .yardsticks import Clusters, Dense, Selected, TopK
@@ -35,9 +36,9 @@ class TrainedMethods:
     """
 
     def __init__(self, routers: Routers, names: Sequence[str], masses: Sequence[float] = ()) -> None:
-        unknown = [name for name in names if name not in METHODS]
-        if unknown or not names:
-            raise ParameterError(f"methods: expected some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}")
+        check_names("methods", names, METHODS)
+        if not all(0 < x < 1 for x in masses):
+            raise ParameterError(f"target-mass: expected targets in (0, 1), as 0.9, got {', '.join(map(str, masses))}")
         if "published" in names and not publishable(routers):
             raise ParameterError(
                 f"methods: expected routers trained with --router mlp for published, got {routers.config.get('router')!r}"

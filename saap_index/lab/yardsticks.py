@@ -30,7 +30,7 @@ class _DenseState(State):
 
     def attend(self, queries: Tensor) -> Attended:
         n, layer = self.cache.length, self.cache.layer
-        chosen = torch.ones((layer.heads, n), dtype=torch.bool)
+        chosen = torch.ones((layer.heads, n), dtype=torch.bool, device="cpu")
         return Attended(attend_over(self.cache, queries, None), n, layer.heads * n * layer.token_bytes, chosen=chosen)
 
 
@@ -58,7 +58,7 @@ class _TopKState(_DenseState):
         cache, layer, m = self.cache, self.cache.layer, self.method
         first, last = _between(cache.length, m.sinks, m.window)
         logits = queries @ cache.keys.transpose(1, 2)
-        chosen = torch.ones((layer.heads, layer.group, cache.length), dtype=torch.bool)
+        chosen = torch.ones((layer.heads, layer.group, cache.length), dtype=torch.bool, device="cpu")
         chosen[:, :, first:last] = False
         best = logits[:, :, first:last].topk(budget_tokens(m.share, cache.length, m.sinks, m.window), dim=-1).indices
         chosen.scatter_(2, best + first, True)

@@ -59,13 +59,13 @@ def training_positions(length: int, seed: int, count: int = TRAINING_QUERIES) ->
     Of a sequence shorter than 8192 tokens, the first eighth is left out.
     """
     first = min(TRAINING_FIRST, length // 8)
-    shuffled = torch.randperm(length - first, generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.randperm(length - first, generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")
     return shuffled[:count].sort().values + first
 
 
 def run(model: Any, tokens: Sequence[int], keep: Keep) -> None:
     """One pass over a sequence, every layer's attention given to ``keep``. The model is left as it was, also after an error."""
-    ids = torch.tensor([list(tokens)], dtype=torch.int64)
+    ids = torch.tensor([list(tokens)], dtype=torch.int64, device="cpu")
     with torch.inference_mode(), _recording(model, keep), suppress(Finished):
         model.base_model(ids.to(model.device), use_cache=False)
 
@@ -123,7 +123,7 @@ def capture(model: Any, tokens: Sequence[int], layers: Iterable[int], positions:
     run(model, tokens, keep)
     # Tensors made in inference mode could not be trained on.
     kept = {layer: LayerCapture(row.keys.clone(), row.values.clone(), row.queries.clone()) for layer, row in found.items()}
-    return Capture(name, torch.tensor(list(tokens), dtype=torch.int64), positions.clone(), kept)
+    return Capture(name, torch.tensor(list(tokens), dtype=torch.int64, device="cpu"), positions.clone(), kept)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import torch
 
 from ..checks import device as checked_device
 from ..errors import ParameterError, SaapError
+from ..quantizer import require_faiss
 from ..routers import Routers
 from ..training_config import ROUTERS
 from . import models, texts
@@ -51,12 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `read_texts` and `train_model` raise."""
     settings = settings_of(args)
+    models.require("tqdm")
+    require_faiss()  # now, not after an hour
     checked_device(args.device)
     torch.set_num_threads(max(1, args.threads))
     documents = list(texts.read_texts(args.text))
     say(f"loading {args.model}")
     loaded = models.load_model(args.model, args.device, args.dtype)
-    sequences = texts.take(documents, partial(models.encode, loaded.tokenizer), settings.sequences, settings.context)
+    models.check_positions("context", loaded.model.config, settings.context)
+    encode, flags = partial(models.encode, loaded.tokenizer), "--tokens, --held-out or --context"
+    sequences = texts.take(documents, encode, settings.sequences, settings.context, flags)
     with progress() as step:
         routers = train_model(loaded, sequences, settings, args.out, args.resume, step)
     print("\n".join(report(routers)))
@@ -94,10 +99,12 @@ def report(routers: Routers, share: float = 0.05) -> list[str]:
         at = row["shares"].index(share)
         planned = " ".join(f"{100 * average * x:5.1f}" for x in (layer.budget_shares if layer.budget_shares is not None else []))
         outside = sum(row["outside"]) / len(row["outside"])
-        captured = f"{row['captured'][at]:.1f} ({row['spread'][at]:.1f})"
+        spread = f"{row['spread'][at]:.1f}" if row["sequences"] > 1 else "-"
+        captured = f"{row['captured'][at]:.1f} ({spread})"
         lines.append(f"{number:6} {captured:>16} {row['best'][at]:8.1f} {row['error'][at]:7.3f} {outside:8.2f}   {planned}")
-    dense = routers.config["budget"]["dense_layers"]
-    return [*lines, *([f"better left dense: layers {', '.join(map(str, dense))}"] if dense else [])]
+    dense = ",".join(map(str, routers.dense_layers))
+    advice = f"better left dense: layers {dense}; attach(..., dense_layers=routers.dense_layers), or --dense-layers {dense}"
+    return [*lines, *([advice] if dense else [])]
 
 
 def say(line: str) -> None:

@@ -100,8 +100,8 @@ def _spread(count: int) -> np.ndarray:
 
 
 def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
-    """Attention captured outside sinks and window in percent and its spread over sequences, the same for the exact best, relative
-    output error, per share; share of attention outside; weight of the layer; and by KV head at the share of 5 %."""
+    """Attention captured outside sinks and window in percent and its spread over sequences (None for one), the same for the
+    exact best, relative output error, per share; share of attention outside; weight of the layer; by KV head at 5 %."""
     total = sum(measured[1:], measured[0])
     at = SHARES.index(0.05)
 
@@ -113,7 +113,7 @@ def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
     return {
         "shares": list(SHARES), "grid": list(GRID), "sequences": len(measured), "queries": heads,
         "captured": percent(total.captured.sum(0), total.outside.sum()),
-        "spread": [round(float(x), 3) for x in np.std(each, axis=0, ddof=1 if len(each) > 1 else 0)],
+        "spread": [round(float(x), 3) for x in np.std(each, axis=0, ddof=1)] if len(each) > 1 else [None] * len(SHARES),
         "best": percent(total.best.sum(0), total.outside.sum()),
         "error": [round(float(x), 6) for x in total.error.sum(0) / max(1, heads) / len(total.outside)],
         "captured_by_head": percent(total.captured[:, at], total.outside),

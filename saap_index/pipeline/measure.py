@@ -121,10 +121,13 @@ def run_weights(
     middle = np.array([(start + stop - 1) / 2 for start, stop in segments])
     place = torch.from_numpy(router.knots(position - middle)).to(z.device)
     of_segment = torch.repeat_interleave(
-        torch.arange(len(segments), device=z.device), torch.tensor([b - a for a, b in segments], device=z.device)
+        torch.arange(len(segments), dtype=torch.int64, device=z.device),
+        torch.tensor([b - a for a, b in segments], dtype=torch.int64, device=z.device),
     )
     runs = of_segment * nlist + lists.long()
-    sizes = torch.zeros((h, len(segments) * nlist), device=z.device).scatter_add_(1, runs, torch.ones_like(runs, dtype=z.dtype))
+    sizes = torch.zeros((h, len(segments) * nlist), dtype=torch.float32, device=z.device).scatter_add_(
+        1, runs, torch.ones_like(runs, dtype=z.dtype)
+    )
     scores = z[:, :, None, :].expand(h, g, len(segments), nlist)
     if not router.count_lists:
         return torch.softmax(z, -1).sum(1).gather(1, lists.long())

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import FormatError, MissingDependencyError, ParameterError
+from ..errors import FormatError, LengthError, MissingDependencyError, ParameterError
 from ..hf import support
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,6 +74,23 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Token numbers of a text without special tokens; a text longer than the context is no warning."""
     tokens: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return tokens
+
+
+def position_limit(config: Any) -> int | None:
+    """Tokens that a model of this transformers config has positions for; None if it stretches its angles to any length."""
+    config = config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if "dynamic" in (parameters.get("rope_type"), parameters.get("type")):
+        return None
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def check_positions(name: str, config: Any, tokens: int) -> None:
+    """LengthError, with the name of what asks for so many tokens, if a model has fewer positions."""
+    limit = position_limit(config)
+    if limit is not None and tokens > limit:
+        raise LengthError(f"{name}: expected at most {limit} tokens, the positions that this model has, got {tokens}")
 
 
 def require(*modules: str) -> None:

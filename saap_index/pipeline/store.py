@@ -6,7 +6,8 @@ captured once it is in the list of those that are; one that was being written wh
 
 from __future__ import annotations
 
-import json
+import errno
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import files
 from ..errors import FormatError, NotFiniteError
-from ..routers import write_whole
 from ..training import TrainingSequence
 
 _DONE = "captured.json"
@@ -45,13 +46,18 @@ class CaptureStore:
 
     def __init__(self, folder: Path, shape: StoreShape) -> None:
         self.folder, self.shape = folder, shape
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         done = folder / _DONE
+        said = files.read_json(done, "the sequences captured so far") if done.exists() else {}
         try:
-            said = json.loads(done.read_text()) if done.exists() else {}
-            self.done: dict[int, dict[str, float]] = {int(number): dict(weights) for number, weights in said.items()}
-        except (ValueError, AttributeError, TypeError) as error:
+            self.done: dict[int, dict[str, float]] = {int(number): _weights(weights) for number, weights in said.items()}
+        except (ValueError, AttributeError, TypeError, OverflowError) as error:
             raise FormatError(f"{done.name}: expected the sequences captured so far, got {error}") from error
+        for number, weights in self.done.items():
+            layers = set(map(str, shape.layers)) if number in shape.held_out else set()
+            if not 0 <= number < shape.sequences or set(weights) != layers:
+                raise FormatError(f"{done.name}: expected weights of the layers of sequence {number}, got {weights}")
+        self._written: set[Path] = set()
 
     def write(self, number: int, layer: int, key: Tensor, value: Tensor, query: Tensor) -> None:
         """One layer of one sequence. key : (h, n, d), value : (h, n, e), query : (hq, q, d), float, on any device.
@@ -67,15 +73,31 @@ class CaptureStore:
                 raise NotFiniteError(f"layer {layer}, {what}: expected finite numbers in {self.shape.dtype}; try dtype bfloat16")
             raw = narrow.view(torch.int16).numpy()
             path = self._file(layer, what)
-            path.touch()
-            with path.open("r+b") as file:  # sequences may come in any order, each at its place
-                file.seek(place * raw.nbytes)
-                file.write(raw.data)
+            files.write_at(path, place * raw.nbytes, raw.tobytes())  # sequences may come in any order
+            self._written.add(path)
+
+    def check_space(self) -> None:
+        """OSError unless the disk has room for what is not captured yet, and a tenth more."""
+        s = self.shape
+        keys, queries, values = s.kv_heads * s.tokens * s.d, s.heads * s.queries * s.d, s.kv_heads * s.tokens * s.e
+        total = 2 * len(s.layers) * (s.sequences * (keys + queries) + len(s.held_out) * values)
+        there = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        need, free = int(1.1 * max(0, total - there)), shutil.disk_usage(self.folder).free
+        if need > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"expected room for {need / 1e9:.1f} GB of keys and queries in 16 bits, got {free / 1e9:.1f} GB free; train on "
+                "fewer --tokens or --layers, or name an --out on another disk",
+                str(self.folder),
+            )
 
     def finish(self, number: int, weights: Mapping[int, float]) -> None:
         """Every layer of a sequence is written. weights : of layers, see `capture.weighing`, for one that is held out."""
-        self.done[number] = {str(layer): weight for layer, weight in weights.items()}
-        write_whole(self.folder / _DONE, lambda draft: draft.write_text(json.dumps(self.done, sort_keys=True)))
+        files.sync(self._written)  # what is said to be captured is on the disk
+        self._written.clear()
+        done = {**self.done, number: {str(layer): weight for layer, weight in weights.items()}}
+        files.write_json(self.folder / _DONE, done, sort_keys=True, indent=None)
+        self.done = done
 
     def weight(self, layer: int) -> float:
         """Mean weight of a layer over the sequences held out."""
@@ -112,6 +134,10 @@ class CaptureStore:
 
     def _file(self, layer: int, what: str) -> Path:
         return self.folder / f"layer_{layer:03d}.{what}"
+
+
+def _weights(said: Mapping[str, float]) -> dict[str, float]:
+    return {str(int(layer)): float(weight) for layer, weight in said.items()}
 
 
 class LayerSequences(Sequence[TrainingSequence]):

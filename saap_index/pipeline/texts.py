@@ -81,12 +81,16 @@ def pack(documents: Iterable[Document], encode: Callable[[str], list[int]], leng
 
 
 def take(
-    documents: Iterable[Document], encode: Callable[[str], list[int]], count: int, length: int = 8192
+    documents: Iterable[Document], encode: Callable[[str], list[int]], count: int, length: int = 8192, flags: str = ""
 ) -> list[TokenSequence]:
-    """The first ``count`` sequences of `pack`. Raises LengthError if the texts are too short for so many."""
+    """The first ``count`` sequences of `pack`. Raises LengthError if the texts are too short for so many.
+
+    flags : of the command line, that say how much text is asked for; named in the error.
+    """
     sequences = list(islice(pack(documents, encode, length), count))
     if len(sequences) < count:
-        raise LengthError(f"texts: expected {count} sequences of {length} tokens, got enough text for {len(sequences)}")
+        advice = f"; give more text, or ask for less with {flags}" if flags else ""
+        raise LengthError(f"texts: expected {count} sequences of {length} tokens, got enough text for {len(sequences)}{advice}")
     return sequences
 
 

@@ -21,21 +21,21 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import __version__, checks
+from .. import __version__, checks, files
 from ..budget_plan import plan_budget
 from ..errors import CompatibilityError, FormatError, LengthError, ParameterError, StateError
 from ..hf import support
 from ..layout import Layout
 from ..params import SELECTIVITY
+from ..quantizer import require_faiss
 from ..rope import Rope
-from ..routers import CONFIG, LayerRouters, Routers, model_shape, pack_layer, save_routers, unpack_layer, write_whole
+from ..routers import CONFIG, LayerRouters, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
 from ..training_config import ROUTERS
 from . import capture
 from .layers import LayerResult, merge_budget, train_one
-from .models import LoadedModel
+from .models import LoadedModel, check_positions
 from .store import CaptureStore, StoreShape
 from .texts import TokenSequence, digest
 
@@ -43,6 +43,7 @@ PARTITIONS = ("per-prompt", "pre-rope", "post-rope")
 """Where lists come from: k-means over each prompt, or once over the training texts, of keys with RoPE undone or as they are."""
 
 UNFINISHED = "unfinished"
+_JOB, _CAPTURES = "job.json", "captures"
 BREAK_EVEN = Layout().break_even
 """Shorter sequences are never sealed, so a shorter context has nothing to measure on."""
 
@@ -107,15 +108,22 @@ def train_model(
     sequences : ``settings.sequences`` of ``settings.context`` tokens. resume : continue what is unfinished in ``out``; if all is
     there already, read it. keep_captures : leave what was captured on disk.
 
-    Raises StateError for a folder in use without ``resume``, CompatibilityError if what is there is of another model, text or
-    settings, LengthError for other sequences, and what training raises. Ctrl-C leaves what is finished for `resume`.
+    Raises MissingDependencyError without FAISS before anything else, StateError for a folder in use without ``resume``,
+    CompatibilityError if what is there is of another model, text or settings, FormatError if it is damaged, LengthError for other
+    sequences, OSError if the disk has no room for what is captured, and what training raises. Ctrl-C leaves what is finished for
+    `resume`.
     """
+    require_faiss()  # of everything that takes long, the last part needs it
     _check_sequences(sequences, settings)
+    check_positions("context", loaded.model.config, settings.context)
     job = _Job.of(loaded, sequences, settings)
     if (out / CONFIG).exists():
         if not resume:
-            raise StateError(f"out: expected a folder without routers, got {out} with; name another, or --resume to keep them")
-        return _finished(out, job)
+            raise StateError(
+                f"out: expected a folder without routers, got {out} with; --resume keeps them, --out names another folder, and "
+                f"to train anew delete {out}"
+            )
+        return _finished(out, job, keep_captures)
     work = out / UNFINISHED
     _claim(work, job, resume)
     store = _captured(loaded, sequences, settings, job, work, step)
@@ -138,6 +146,10 @@ class _Job:
     scales: dict[int, float]
     ropes: dict[int, Rope | None]
     dtype: torch.dtype
+
+    @property
+    def faiss(self) -> str:
+        return str(self.identity["versions"]["faiss"])
 
     @classmethod
     def of(cls, loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings) -> _Job:
@@ -177,13 +189,8 @@ class _Job:
 def _versions() -> dict[str, str]:
     import transformers
 
-    try:
-        import faiss
-
-        found = str(faiss.__version__)
-    except ImportError:  # training will say so
-        found = ""
-    return {"saap_index": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "faiss": found}
+    faiss = str(require_faiss().__version__)
+    return {"saap_index": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "faiss": faiss}
 
 
 def _check_sequences(sequences: Sequence[TokenSequence], settings: TrainSettings) -> None:
@@ -196,32 +203,50 @@ def _check_sequences(sequences: Sequence[TokenSequence], settings: TrainSettings
 
 def _claim(work: Path, job: _Job, resume: bool) -> None:
     """Make the folder for work in progress, or check that what lies there is of this job."""
-    path = work / "job.json"
+    path = work / _JOB
     if path.exists():
         if not resume:
             raise StateError(
-                f"out: expected a folder without an unfinished training, got one in {work}; continue it with --resume"
+                f"out: expected a folder without an unfinished training, got one in {work}; --resume continues it, {_anew(work)}"
             )
-        _agree(json.loads(path.read_text()), job, work)
+        try:
+            said = files.read_json(path, "the settings of an unfinished training")
+        except FormatError as error:
+            raise FormatError(f"{error}; {_anew(work)}") from error
+        _agree(said, job, work)
         return
-    work.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda draft: draft.write_text(json.dumps(job.identity, indent=1)))
+    files.make_folder(work)
+    shutil.rmtree(work / _CAPTURES, ignore_errors=True)  # what lies there without a job.json is of nobody knows which job
+    for layer in work.glob("layer_*.safetensors"):
+        layer.unlink()
+    files.write_json(path, job.identity)
 
 
-def _agree(found: Mapping[str, Any], job: _Job, where: Path) -> None:
-    """CompatibilityError naming the first thing in which two jobs differ."""
+def _anew(where: Path) -> str:
+    return f"and to begin anew delete {where} or name another --out"
+
+
+def _agree(found: Any, job: _Job, where: Path) -> None:
+    """CompatibilityError naming the first thing in which two jobs differ. What is captured does not depend on FAISS's version."""
     for part, values in job.identity.items():
+        said = found.get(part) if isinstance(found, dict) else None
         for name, value in values.items():
-            got = found.get(part, {}).get(name)
-            if json.loads(json.dumps(value)) != got:
-                raise CompatibilityError(f"resume: expected {part} with {name} = {value!r}, got {got!r} in {where}")
+            got = said.get(name) if isinstance(said, dict) else None
+            if (part, name) != ("versions", "faiss") and json.loads(json.dumps(value)) != got:
+                raise CompatibilityError(
+                    f"resume: expected {part} with {name} = {value!r}, as asked for now, got {got!r} in {where}; go on with "
+                    f"that, {_anew(where)}"
+                )
 
 
-def _finished(out: Path, job: _Job) -> Routers:
-    from ..routers import load_routers
-
-    routers = load_routers(out)
-    _agree(routers.config, job, out)
+def _finished(out: Path, job: _Job, keep_captures: bool) -> Routers:
+    try:
+        routers = load_routers(out)
+    except FormatError as error:
+        raise FormatError(f"{error}; {_anew(out)}") from error
+    _agree(dict(routers.config), job, out)
+    if not keep_captures:  # what a process that was killed after writing the routers left
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     return routers
 
 
@@ -234,7 +259,11 @@ def _captured(
     shape = StoreShape(
         len(sequences), settings.held_out_numbers, job.layers, heads, kv_heads, d, e, settings.context, queries, job.dtype
     )
-    store = CaptureStore(work / "captures", shape)
+    try:
+        store = CaptureStore(work / _CAPTURES, shape)
+    except FormatError as error:
+        raise FormatError(f"{error}; {_anew(work)}") from error
+    store.check_space()
     for number, (_, tokens) in enumerate(sequences):
         if number not in store.done:
             positions = torch.from_numpy(query_positions(settings, number))
@@ -262,7 +291,7 @@ def query_positions(settings: TrainSettings, number: int) -> np.ndarray:
     found = capture.training_positions(settings.context, settings.seed * 1_000_003 + number, settings.queries)
     if number in settings.held_out_numbers:
         first = settings.context - settings.context // 8
-        found = torch.linspace(first, settings.context - 1, len(found)).long()
+        found = torch.linspace(first, settings.context - 1, len(found), dtype=torch.float32, device="cpu").long()
     return found.numpy()
 
 
@@ -272,24 +301,29 @@ def _layers(
     results = {}
     for at, layer in enumerate(job.layers):
         path = work / f"layer_{layer:03d}.safetensors"
-        if not path.exists():
+        if not path.exists() or _read_layer(path)[1] != job.faiss:  # all layers are of one FAISS
             result = train_one(store, layer, settings, job.ropes[layer], job.scales[layer], device, query_positions)
             facts, arrays = pack_layer(result.routers)
-            said = json.dumps({"facts": facts, "figures": result.figures})
-            write_whole(path, lambda draft: save_file(arrays, draft, {"layer": said}))  # noqa: B023
-        results[layer] = _read_layer(path)  # also of one just made, so that a resumed run has the same numbers
+            said = json.dumps({"facts": facts, "figures": result.figures, "faiss": job.faiss})
+            files.write_tensors(path, arrays, {"layer": said})
+        results[layer] = _read_layer(path)[0]  # also of one just made, so that a resumed run has the same numbers
         if step is not None:
             step("layer", at + 1, len(job.layers))
     return results
 
 
-def _read_layer(path: Path) -> LayerResult:
-    with safe_open(path, framework="pt") as file:
-        said = json.loads((file.metadata() or {}).get("layer", "null"))
-        arrays = {name: file.get_tensor(name) for name in file.keys()}
-    if said is None:
-        raise FormatError(f"{path.name}: expected a layer of an unfinished training, got something else")
-    return LayerResult(unpack_layer(said["facts"], arrays), said["figures"])
+def _read_layer(path: Path) -> tuple[LayerResult, str]:
+    """A layer that was trained, and the version of FAISS that made its lists."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            said = files.json_of((file.metadata() or {})["layer"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        return LayerResult(unpack_layer(said["facts"], arrays), said["figures"]), str(said.get("faiss"))
+    except files.DAMAGE as error:
+        raise FormatError(
+            f"{path}: expected a layer of an unfinished training, got {type(error).__name__}: {error}; delete the file, and "
+            "--resume trains that layer again"
+        ) from error
 
 
 def _assembled(results: Mapping[int, LayerResult], settings: TrainSettings, job: _Job) -> Routers:

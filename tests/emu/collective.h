@@ -19,6 +19,26 @@ inline void __syncwarp(unsigned mask = ~0u, EMU_HERE) {
   emu::gather(emu::kSyncwarp, mask, nullptr, [](void* const*, unsigned) {}, at);
 }
 
+// ---- as in prims.cuh
+
+namespace emu {
+inline constexpr Kind kClusterBarrier{"cluster_barrier", true, true};
+}
+
+inline int cluster_rank() { return emu::cluster_rank(); }
+inline int cluster_size() { return emu::cluster_size(); }
+inline void cluster_barrier(EMU_HERE) { emu::cluster_barrier(emu::kClusterBarrier, at); }
+
+template <class T>
+T* of_block(T* shared, int rank, EMU_HERE) {
+  return reinterpret_cast<T*>(emu::of_block(shared, rank, at));
+}
+
+inline void grid_dependency_wait(EMU_HERE) { emu::grid_dependency_wait(at); }
+inline void grid_dependency_launch() {}
+
+// ---- as in CUDA
+
 namespace emu {
 
 template <class V>

@@ -94,11 +94,16 @@ static void publish(const void*) {}
 
 void before_atomic(const void* p, int bytes, Site at) {
   Quiet quiet;
-  auto offset = static_cast<const char*>(p) - running.shared;
-  if (offset >= 0 && offset < running.shared_bytes)
-    check_shared(p, bytes, "atomic", at);
-  else
+  if (Block* b = owner(p)) {
+    if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes))
+      fail(at, "atomic: byte %td of the shared memory is not aligned to %d bytes", static_cast<const char*>(p) - b->memory, bytes);
+    if (static_cast<const char*>(p) - b->memory + bytes > running.shared_bytes)
+      fail(at, "atomic: out of bounds: byte %td of %d of the dynamic shared memory", static_cast<const char*>(p) - b->memory,
+           running.shared_bytes);
+    if (!b->started || !b->alive) fail(at, "atomic: %s", closed(*b).c_str());
+  } else {
     check_global(p, bytes, "atomic", at);
+  }
   waver();
   if (machine.current->fenced) publish(p);
 }

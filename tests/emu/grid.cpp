@@ -19,7 +19,9 @@ namespace emu {
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
   acquire(&machine.start);
+  arrive(me);
   machine.invoke(machine.params);
+  leave(me);
   release(&machine.end);
   Fiber* next = nullptr;
   {
@@ -31,17 +33,19 @@ namespace emu {
   __builtin_unreachable();
 }
 
-static void start(Block& b, dim3 index) {
+static void start(Block& b, Cluster& cluster, int rank, dim3 index) {
   const Launch& l = machine.launch;
-  b.index = index;
+  b.index = index, b.cluster = &cluster, b.rank = rank;
+  b.started = b.waited = false;
   b.alive = l.block;
   b.fibers.resize(static_cast<size_t>(l.block));
   b.warps.resize(static_cast<size_t>(l.block + 31) / 32);
-  b.at_barrier.clear();
+  b.at_barrier.clear(), b.at_cluster_barrier = nullptr;
   b.votes = 0;
   // The end of the shared memory lies at the end of a page, as near as its alignment allows.
   auto bytes = static_cast<size_t>(l.shared_bytes), rounded = (bytes + 127) / 128 * 128;
   if (EMU_TSAN || b.shared.bytes() < rounded || !b.memory) b.shared = Mapping(rounded + !rounded);
+  if (!b.open) reach(b, true);
   b.memory = b.shared.end() - rounded;
 #if EMU_ASAN
   __asan_unpoison_memory_region(b.shared.begin(), b.shared.bytes());
@@ -51,6 +55,7 @@ static void start(Block& b, dim3 index) {
   __asan_poison_memory_region(b.shared.begin(), static_cast<size_t>(b.memory - b.shared.begin()));
   __asan_poison_memory_region(b.memory + bytes, rounded - bytes);
 #endif
+  if (cluster.several()) reach(b, false);
   for (Warp& w : b.warps) w.alive = 0, w.open.clear();
   for (size_t i = 0; i < b.fibers.size(); i++) {
     Fiber& f = b.fibers[i];
@@ -70,19 +75,36 @@ static void start(Block& b, dim3 index) {
   }
 }
 
-static void take_down([[maybe_unused]] Block& b) {
+// The blocks of cluster (x, y, z); its rank in x is that of its blocks divided by their number.
+static void start(Cluster& c, dim3 at) {
+  auto size = static_cast<size_t>(machine.launch.cluster);
+  c.at_barrier.clear();
+  c.blocks.resize(size);
+  for (auto& b : c.blocks)
+    if (!b) b = std::make_unique<Block>();
+  for (size_t i = 0; i < size; i++) start(*c.blocks[i], c, static_cast<int>(i), {static_cast<unsigned>(at.x * size + i), at.y, at.z});
+}
+
+// Keeps the memory of a cluster that has ended for the next one.
+static bool land(std::unique_ptr<Cluster>& c) {
 #if EMU_TSAN
   // Where a grid failed, threads stand inside a Quiet, and to destroy such a one is an error.
-  for (Fiber& f : b.fibers)
-    if (f.done) __tsan_destroy_fiber(f.tsan);
+  for (auto& b : c->blocks)
+    for (Fiber& f : b->fibers)
+      if (f.done) __tsan_destroy_fiber(f.tsan);
 #endif
+  machine.idle.push_back(std::move(c));
+  return true;
 }
 
 // Who waits where, threads of the same place together.
 static std::string deadlock() {
   std::string text = "deadlock:";
   int lines = 0;
-  for (auto& b : machine.flying) {
+  std::vector<Block*> blocks;
+  for (auto& c : machine.flying)
+    for (auto& b : c->blocks) blocks.push_back(b.get());
+  for (Block* b : blocks) {
     std::map<std::string, std::vector<int>> places;
     for (Fiber& f : b->fibers)
       if (!f.done) places[f.waits ? std::string(f.waits->name) + " at " + place(f.at) : "nothing"].push_back(f.thread);
@@ -105,6 +127,13 @@ static std::string deadlock() {
 // ---- faults
 
 #if !EMU_ASAN && !EMU_TSAN
+// The block of the running thread's cluster whose shared memory, closed or with the pages around it, p lies in.
+static Block* near(const char* p) {
+  for (auto& b : machine.current->block->cluster->blocks)
+    if (b->shared.guards(p) || (p >= b->shared.begin() && p < b->shared.end() && !(b->started && b->alive))) return b.get();
+  return nullptr;
+}
+
 static void on_fault(int signal, siginfo_t* info, [[maybe_unused]] void* context) {
   Fiber* me = machine.current;
   if (!me) {
@@ -116,16 +145,17 @@ static void on_fault(int signal, siginfo_t* info, [[maybe_unused]] void* context
 #endif
   char buffer[200];
   auto* p = static_cast<const char*>(info->si_addr);
-  auto end = me->block->memory + machine.launch.shared_bytes;
   if (signal == SIGILL)
     snprintf(buffer, sizeof buffer, "undefined behaviour: misaligned access, index of an array, shift or division");
   else if (signal == SIGFPE)
     snprintf(buffer, sizeof buffer, "integer division by zero");
   else if (me->stack.guards(p))
     snprintf(buffer, sizeof buffer, "the emulator's stack of a thread is too small");
-  else if (me->block->shared.guards(p))
-    snprintf(buffer, sizeof buffer, "out of bounds: byte %td of %d of the dynamic shared memory", p - end + machine.launch.shared_bytes,
-             machine.launch.shared_bytes);
+  else if (Block* b = near(p); b && b->shared.guards(p))
+    snprintf(buffer, sizeof buffer, "out of bounds: byte %td of %d of the dynamic shared memory%s", p - b->memory,
+             machine.launch.shared_bytes, b == me->block ? "" : (" of " + name(*b)).c_str());
+  else if (b)
+    snprintf(buffer, sizeof buffer, "%s", closed(*b).c_str());
   else
     snprintf(buffer, sizeof buffer, "out of bounds: no access to address %p", static_cast<const void*>(p));
   machine.error = std::string(buffer) + ", " + name(*me->block) + " thread " + std::to_string(me->thread);
@@ -176,20 +206,17 @@ static void schedule() {
   Machine& m = machine;
   auto [wide, high, deep] = running.grid;
   auto total = static_cast<uint64_t>(wide) * high * deep;
-  std::vector<uint64_t> blocks(total);
+  auto size = static_cast<unsigned>(m.launch.cluster);
+  wide /= size, total /= size;
+  std::vector<uint64_t> blocks(total);  // or clusters of them
   for (uint64_t i = 0; i < total; i++) blocks[i] = m.order() == Order::lifo ? total - 1 - i : i;
   if (m.order() == Order::random)
     for (uint64_t i = total; i > 1; i--) std::swap(blocks[i - 1], blocks[m.random() % i]);
   uint64_t next = 0;
   while (true) {
-    std::erase_if(m.flying, [&m](std::unique_ptr<Block>& b) {
-      if (b->alive) return false;
-      take_down(*b);
-      m.idle.push_back(std::move(b));
-      return true;
-    });
-    while (next < total && static_cast<int>(m.flying.size()) < m.launch.inflight) {
-      if (m.idle.empty()) m.idle.push_back(std::make_unique<Block>());
+    std::erase_if(m.flying, [](std::unique_ptr<Cluster>& c) { return !c->alive() && land(c); });
+    while (next < total && m.flying.size() * size < static_cast<size_t>(m.launch.inflight)) {
+      if (m.idle.empty()) m.idle.push_back(std::make_unique<Cluster>());
       m.flying.push_back(std::move(m.idle.back()));
       m.idle.pop_back();
       uint64_t i = blocks[next++];
@@ -237,10 +264,7 @@ static const char* run(const Launch& launch, void (*invoke)(const void*), const 
     schedule();
   }
   acquire(&m.end);
-  for (auto& b : m.flying) {
-    take_down(*b);
-    m.idle.push_back(std::move(b));
-  }
+  for (auto& c : m.flying) land(c);
   m.flying.clear();
   return m.failed ? m.error.c_str() : nullptr;
 }

@@ -22,6 +22,11 @@ std::string name(const Block& b) {
   return "block (" + n(b.index.x) + ", " + n(b.index.y) + ", " + n(b.index.z) + ")";
 }
 
+std::string closed(const Block& b) {
+  return b.alive ? "the shared memory of " + name(b) + ", which may not have started: a cluster_barrier comes first"
+                 : "the shared memory of " + name(b) + ", which has returned";
+}
+
 void fail(Site at, const char* text, ...) {
   Quiet quiet;
   char message[512];
@@ -33,6 +38,14 @@ void fail(Site at, const char* text, ...) {
   machine.error = place(at) + ": " + message + ", " + name(*me->block) + " thread " + std::to_string(me->thread);
   machine.failed = true;
   change(me, nullptr);
+  __builtin_unreachable();
+}
+
+void fail(const std::string& text) {
+  Quiet quiet;
+  machine.error = text;
+  machine.failed = true;
+  change(machine.current, nullptr);
   __builtin_unreachable();
 }
 
@@ -187,20 +200,24 @@ static void open_barrier(Block& b, Fiber* last) {
   b.phase++;
 }
 
-static const void* meet(const Kind& kind, bool vote, Site at) {
-  Quiet quiet;
-  Fiber* me = machine.current;
+// Threads of a block come to one and the same barrier; a barrier of the cluster may stand elsewhere in the code of another block.
+static void check_divergence(Fiber* me, const Kind& kind, Site at) {
   Block& b = *me->block;
-  if (!b.at_barrier.empty()) {
-    Fiber* other = b.at_barrier.front();
-    if (other->kind != &kind || other->at.line() != at.line() || strcmp(other->at.file_name(), at.file_name()))
-      fail(at, "divergence: thread %d is in %s, thread %d waits in %s at %s", me->thread, kind.name, other->thread, other->kind->name,
-           place(other->at).c_str());
-  }
+  Fiber* other = b.at_barrier.empty() ? b.at_cluster_barrier : b.at_barrier.front();
+  if (other && (other->kind != &kind || other->at.line() != at.line() || strcmp(other->at.file_name(), at.file_name())))
+    fail(at, "divergence: thread %d is in %s, thread %d waits in %s at %s", me->thread, kind.name, other->thread, other->kind->name,
+         place(other->at).c_str());
   for (Gathering& g : warp_of(me).open)
     if (g.mask >> me->lane() & 1)
       fail(at, "divergence: lane %d is in %s, lanes %08x wait for it in %s at %s", me->lane(), kind.name, g.have, g.kind->name,
            place(g.at).c_str());
+}
+
+static const void* meet(const Kind& kind, bool vote, Site at) {
+  Quiet quiet;
+  Fiber* me = machine.current;
+  Block& b = *me->block;
+  check_divergence(me, kind, at);
   // Threads still on their way out of the last phase must not see what this one publishes: two tokens take turns.
   const void* token = &b.tokens[b.phase % 2];
   release(token);
@@ -223,8 +240,129 @@ int barrier(const Kind& kind, bool vote, Site at) {
   return machine.current->result;
 }
 
+// ---- clusters
+
+int cluster_rank() {
+  Quiet quiet;
+  return machine.current->block->rank;
+}
+
+int cluster_size() {
+  Quiet quiet;
+  return static_cast<int>(machine.current->block->cluster->blocks.size());
+}
+
+static void open_barrier(Cluster& c, Fiber* last) {
+  machine.counters.barriers++;
+  for (Fiber* f : c.at_barrier)
+    if (f != last) wake(f);
+  c.at_barrier.clear();
+  for (auto& b : c.blocks) b->at_cluster_barrier = nullptr;
+  c.phase++;
+}
+
+static const void* meet_cluster(const Kind& kind, Site at) {
+  Quiet quiet;
+  Fiber* me = machine.current;
+  Cluster& c = *me->block->cluster;
+  check_divergence(me, kind, at);
+  const void* token = &c.tokens[c.phase % 2];
+  release(token);
+  me->kind = &kind, me->at = at;
+  c.at_barrier.push_back(me);
+  me->block->at_cluster_barrier = me;
+  if (static_cast<int>(c.at_barrier.size()) == c.alive()) {
+    open_barrier(c, me);
+    waver();
+  } else {
+    me->waits = &kind;
+    park();
+  }
+  return token;
+}
+
+void cluster_barrier(const Kind& kind, Site at) { acquire(meet_cluster(kind, at)); }
+
+char* of_block(const void* shared, int rank, Site at) {
+  Quiet quiet;
+  Block& mine = *machine.current->block;
+  auto offset = static_cast<const char*>(shared) - mine.memory;
+  if (offset < 0 || offset >= running.shared_bytes)
+    fail(at, "of_block: out of bounds: byte %td of %d of the block's own dynamic shared memory", offset, running.shared_bytes);
+  int size = static_cast<int>(mine.cluster->blocks.size());
+  if (rank < 0 || rank >= size) fail(at, "of_block: rank %d of a cluster of %d", rank, size);
+  Block& other = *mine.cluster->blocks[static_cast<size_t>(rank)];
+  if (!other.alive) fail(at, "of_block: %s has returned, and its shared memory is gone", name(other).c_str());
+  return other.memory + offset;
+}
+
+void reach(Block& b, bool open) {
+  b.open = open;
+#if EMU_ASAN
+  auto bytes = static_cast<size_t>(running.shared_bytes);
+  open ? __asan_unpoison_memory_region(b.memory, bytes) : __asan_poison_memory_region(b.memory, bytes);
+#elif !EMU_TSAN
+  b.shared.protect(!open);
+#endif
+}
+
+Block* owner(const void* p) {
+  for (auto& b : machine.current->block->cluster->blocks) {
+    auto offset = static_cast<const char*>(p) - b->memory;
+    if (offset >= 0 && offset < running.shared_bytes) return b.get();
+  }
+  return nullptr;
+}
+
+void grid_dependency_wait(Site) {
+  Quiet quiet;
+  machine.current->block->waited = true;
+}
+
+// ---- a thread's first and last step
+
+// What others do in the shared memory of a block of a cluster comes after its first thread's beginning and before its last one's
+// end, or races with the writes declared here.
+struct Step {
+  bool several, edge;  // of a cluster of several blocks; the first beginning or the last end
+  char *memory, *token;
+};
+
+static Step beginning(Fiber* me) {
+  Quiet quiet;
+  Block& b = *me->block;
+  bool first = !b.started;
+  b.started = true;
+  if (first && b.cluster->several()) reach(b, true);
+  return {b.cluster->several(), first, b.memory, &b.start};
+}
+
+static Step ending(Fiber* me) {
+  Quiet quiet;
+  Block& b = *me->block;
+  return {b.cluster->several(), b.alive == 1, b.memory, &b.end};
+}
+
+void arrive(Fiber* me) {
+  Step step = beginning(me);
+  if (!step.several) return;
+  if (!step.edge) return acquire(step.token);
+  declare_write(step.memory, static_cast<size_t>(running.shared_bytes));
+  release(step.token);
+}
+
+void leave(Fiber* me) {
+  Step step = ending(me);
+  if (!step.several) return;
+  release(step.token);
+  if (!step.edge) return;
+  acquire(step.token);
+  declare_write(step.memory, static_cast<size_t>(running.shared_bytes));
+}
+
 void depart(Fiber* me) {
   Block& b = *me->block;
+  Cluster& c = *b.cluster;
   Warp& warp = warp_of(me);
   unsigned bit = 1u << me->lane();
   warp.alive &= ~bit;
@@ -241,6 +379,10 @@ void depart(Fiber* me) {
       i++;
   }
   if (b.alive && static_cast<int>(b.at_barrier.size()) == b.alive) open_barrier(b, me);
+  if (!b.alive && c.several()) reach(b, false);
+  if (!b.alive && machine.launch.dependent && !b.waited)
+    fail(name(b) + " returned without grid_dependency_wait, and the launch depends on the one before");
+  if (c.alive() && static_cast<int>(c.at_barrier.size()) == c.alive()) open_barrier(c, me);
 }
 
 }  // namespace emu

@@ -17,6 +17,7 @@
 namespace emu {
 
 struct Block;
+struct Cluster;
 
 struct Copy {
   void* to;
@@ -69,7 +70,12 @@ struct Warp {
 
 struct Block {
   dim3 index;
+  Cluster* cluster = nullptr;
+  int rank = 0;  // in it
   int alive = 0;
+  bool started = false;  // a thread of it has run
+  bool waited = false;   // a thread of it has waited for the launch before
+  bool open = true;      // its shared memory is within reach
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Mapping shared;
@@ -79,13 +85,31 @@ struct Block {
   int votes = 0;
   unsigned phase = 0;
   char tokens[2];
+  Fiber* at_cluster_barrier = nullptr;  // one that waits there
+  char start = 0, end = 0;              // tokens of its first thread's beginning and of its threads' ends
+};
+
+// Blocks that start together. Their shared memory stays where it is until all have ended, out of reach before the first thread of
+// a block has run and after its last.
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Fiber*> at_barrier;
+  unsigned phase = 0;
+  char tokens[2];
+
+  int alive() const {
+    int sum = 0;
+    for (auto& b : blocks) sum += b->alive;
+    return sum;
+  }
+  bool several() const { return blocks.size() > 1; }
 };
 
 enum class Order : int { fifo, lifo, random };
 
 // Filled by runtime.py.
 struct Launch {
-  int grid[3], block, shared_bytes, order, inflight, extents;
+  int grid[3], block, shared_bytes, cluster, dependent, order, inflight, extents;
   uint64_t seed;
   const uint64_t* extent;  // pairs of first byte and byte past the last that async copies may read
 };
@@ -107,7 +131,7 @@ struct Machine {
   Fiber* current = nullptr;  // null in the scheduler
   std::vector<Fiber*> ready;
   size_t head = 0;
-  std::vector<std::unique_ptr<Block>> flying, idle;
+  std::vector<std::unique_ptr<Cluster>> flying, idle;
   Context scheduler;
   void* scheduler_tsan = nullptr;
   void* scheduler_asan = nullptr;
@@ -136,6 +160,8 @@ constexpr size_t kStackBytes = EMU_ASAN ? 256 << 10 : 128 << 10;
 
 std::string place(Site at);
 std::string name(const Block& b);
+// Why the shared memory of a block is out of reach.
+std::string closed(const Block& b);
 
 // Leaves `from` (a fiber, or null: the scheduler) for `to`; returns when somebody comes back.
 void change(Fiber* from, Fiber* to);
@@ -143,7 +169,17 @@ void change(Fiber* from, Fiber* to);
 Fiber* pick();
 // Makes f ready.
 void wake(Fiber* f);
+// The thread is about to run the kernel, or has run it.
+void arrive(Fiber* me);
+void leave(Fiber* me);
 // The thread has returned from the kernel: those who waited only for it go on.
 void depart(Fiber* me);
+// Fails without a place.
+[[noreturn]] void fail(const std::string& text);
+
+// The block of the running thread's cluster in whose shared memory p lies, or null.
+Block* owner(const void* p);
+// Opens or closes the shared memory of a block.
+void reach(Block& b, bool open);
 
 }  // namespace emu

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <utility>
 
+#include "sanitizers.h"
+
 namespace emu {
 
 class Mapping {
@@ -19,6 +21,11 @@ class Mapping {
     if (p == MAP_FAILED) abort();
     base_ = static_cast<char*>(p), page_ = page;
     if (mprotect(base_ + page, bytes_, PROT_READ | PROT_WRITE)) abort();
+#if EMU_ASAN
+    // Reported by the sanitizer, with a line, before it becomes a fault.
+    __asan_poison_memory_region(base_, page);
+    __asan_poison_memory_region(end(), page);
+#endif
   }
   Mapping(Mapping&& other) noexcept { *this = std::move(other); }
   Mapping& operator=(Mapping&& other) noexcept {
@@ -26,7 +33,15 @@ class Mapping {
     return *this;
   }
   ~Mapping() {
-    if (base_) munmap(base_, bytes_ + 2 * page_);
+    if (!base_) return;
+#if EMU_ASAN
+    __asan_unpoison_memory_region(base_, bytes_ + 2 * page_);
+#endif
+    munmap(base_, bytes_ + 2 * page_);
+  }
+
+  void protect(bool closed) {
+    if (mprotect(begin(), bytes_, closed ? PROT_NONE : PROT_READ | PROT_WRITE)) abort();
   }
 
   char* begin() const { return base_ + page_; }

@@ -102,3 +102,12 @@ template <class V>
 void __stcg(V* p, std::type_identity_t<V> v) { *p = v; }
 template <class V>
 void __stcs(V* p, std::type_identity_t<V> v) { *p = v; }
+
+// ---- as in prims.cuh
+
+inline unsigned atomic_inc_acq_rel(unsigned* p, unsigned most, EMU_HERE) {
+  emu::fence();
+  const unsigned before = atomicInc(p, most, at);
+  emu::fence();
+  return before;
+}

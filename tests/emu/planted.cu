@@ -39,6 +39,37 @@ SAAP_PRIM void tickets(const PlantedParams& p, int* shared, bool before, bool af
   }
 }
 
+SAAP_PRIM int bin_of(const PlantedParams& p) { return p.global[kThreads * blockIdx.x + threadIdx.x] / 32 % 16; }
+
+// Each block counts its words, then sums some of the 16 bins over the blocks of its cluster.
+SAAP_PRIM void histogram(const PlantedParams& p, int* bins, bool counted, bool used) {
+  const int thread = threadIdx.x, size = cluster_size();
+  if (thread < 16) bins[thread] = 0;
+  __syncthreads();
+  atomicAdd(bins + bin_of(p), 1);  // 108
+  if (counted)
+    cluster_barrier();
+  else
+    __syncthreads();
+  if (thread < 16 && thread % size == cluster_rank()) {
+    int sum = 0;
+    for (int other = 0; other < size; other++) sum += of_block(bins, other)[thread];  // 108 109
+    p.out[blockIdx.x / size * 16 + thread] = static_cast<float>(sum);
+  }
+  if (used) cluster_barrier();
+}
+
+// The same, counted where the first block of the cluster has its bins.
+SAAP_PRIM void count_together(const PlantedParams& p, int* bins, bool summed) {
+  if (threadIdx.x < 16) bins[threadIdx.x] = 0;
+  cluster_barrier();
+  atomicAdd(of_block(bins, 0) + bin_of(p), 1);  // 111
+  if (summed) cluster_barrier();
+  __syncthreads();
+  if (cluster_rank() == 0 && threadIdx.x < 16)
+    p.out[blockIdx.x / cluster_size() * 16 + threadIdx.x] = static_cast<float>(bins[threadIdx.x]);  // 111
+}
+
 extern "C" __global__ void planted(const __grid_constant__ PlantedParams p) {
   SAAP_SHARED(int, shared);
   const int thread = threadIdx.x, lane = thread % 32;
@@ -66,6 +97,21 @@ extern "C" __global__ void planted(const __grid_constant__ PlantedParams p) {
         while (ld_acquire(p.flags) == 0) {}
         p.out[1] = p.out[0];
       }
+      break;
+    case 5: histogram(p, shared, true, true); break;
+    case 6: count_together(p, shared, true); break;
+    case 7:  // the barrier of a cluster in two places, and a block that returns before the others
+      if (cluster_rank() == 1) cluster_barrier();
+      else cluster_barrier();
+      if (cluster_rank() == cluster_size() - 1) return;
+      cluster_barrier();
+      p.out[blockIdx.x * kThreads + thread] = 1.f;
+      break;
+    case 8:  // of a launch that depends on the one before
+      if (thread == 0) grid_dependency_wait();
+      __syncthreads();
+      p.out[blockIdx.x * kThreads + thread] = static_cast<float>(p.flags[0]);
+      grid_dependency_launch();
       break;
     // values
     case 10: fetch(p, halves, 0); break;  // not waited for
@@ -102,6 +148,13 @@ extern "C" __global__ void planted(const __grid_constant__ PlantedParams p) {
       if (thread == 0) atomicAdd(p.flags, 1);
       if (thread == 63) p.out[0] = static_cast<float>(p.flags[0]);  // 107
       break;
+    case 108: histogram(p, shared, false, true); break;
+    case 109: histogram(p, shared, true, false); break;
+    case 110:
+      if (thread == 0) of_block(shared, (cluster_rank() + 1) % cluster_size())[0] = 1;  // 110
+      cluster_barrier();
+      break;
+    case 111: count_together(p, shared, false); break;
     // meeting
     case 200:
       if (thread < 32) __syncthreads();  // 200
@@ -135,7 +188,19 @@ extern "C" __global__ void planted(const __grid_constant__ PlantedParams p) {
       if (lane == 31) __syncthreads();  // 209
       if (lane < 31) __syncwarp();      // 209
       break;
-    // addresses
+    case 210:
+      if (thread < 32) cluster_barrier();  // 210
+      else __syncthreads();                // 210
+      break;
+    case 211:
+      if (lane < 16) __syncwarp();  // 211
+      else cluster_barrier();       // 211
+      break;
+    case 212:
+      if (cluster_rank() == 1 && thread == 63) __syncwarp();  // 212
+      cluster_barrier();                                      // 212
+      break;
+    // addresses; those from 320 on of a cluster of two
     case 300: cp_async16(halves + 8 * thread + 8, p.global, true); break;                    // 300
     case 301: cp_async16(halves + 8 * thread + 4, p.global, true); break;                    // 301
     case 302: cp_async16(halves + 8 * thread, p.global + 8 * thread + 4, true); break;       // 302
@@ -150,6 +215,44 @@ extern "C" __global__ void planted(const __grid_constant__ PlantedParams p) {
     case 311: atomicAdd(reinterpret_cast<float*>(p.flags) + thread, 1.f); break;             // 311
     case 312: p.out[thread] = static_cast<float>(1 << (p.flags[0] + 32 + thread)); break;    // 312
     case 313: p.out[thread] = static_cast<float>(thread / p.flags[0]); break;                // 313
+    case 320: p.out[thread] = static_cast<float>(of_block(shared, 2)[thread]); break;  // 320
+    case 321: p.out[thread] = *of_block(p.out, 1); break;                              // 321
+    case 322:
+      cluster_barrier();
+      if (cluster_rank() == 0) of_block(shared, 1)[thread * 4 + 4] = 1;  // 322
+      cluster_barrier();
+      break;
+    case 323:
+      if (cluster_rank() == 1) return;
+      cluster_barrier();
+      of_block(shared, 1)[thread] = 1;  // 323
+      break;
+    case 324:
+    case 325: {
+      int* other = of_block(shared, 1);
+      cluster_barrier();
+      if (cluster_rank() == 1) return;
+      cluster_barrier();
+      if (p.plant == 324) p.flags[0] = other[thread];  // 324
+      else atomicAdd(other + thread, 1);               // 325
+      break;
+    }
+    case 326:
+      of_block(shared, 1 - cluster_rank())[thread] = 1;  // 326
+      cluster_barrier();
+      break;
+    case 327: {
+      if (thread < 16) shared[thread] = 0;
+      cluster_barrier();
+      atomicAdd(reinterpret_cast<float*>(reinterpret_cast<char*>(of_block(shared, 1)) + 2), 1.f);  // 327
+      cluster_barrier();
+      break;
+    }
+    // launches that depend on the one before: no thread waits, one block does
+    case 400: p.out[thread] = 1.f; break;
+    case 401:
+      if (blockIdx.x == 0) grid_dependency_wait();
+      break;
     case 314: p.out[thread] = static_cast<float>(p.global[8 * thread + 8]); break;           // 314
   }
 }

@@ -16,9 +16,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ SANITIZE = {
 ORDERS = ("fifo", "lifo", "random")
 MACHINE = ("machine.cpp", "copies.cpp", "matrix.cpp", "grid.cpp")
 KEPT_DAYS = 7
+MOST_CLUSTER = 8
+CLUSTERS = (9, 0)
 
 
 class EmulationError(RuntimeError):
@@ -51,6 +53,8 @@ class _Launch(ctypes.Structure):
         ("grid", ctypes.c_int * 3),
         ("block", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
+        ("cluster", ctypes.c_int),
+        ("dependent", ctypes.c_int),
         ("order", ctypes.c_int),
         ("inflight", ctypes.c_int),
         ("extents", ctypes.c_int),
@@ -62,7 +66,8 @@ class _Launch(ctypes.Structure):
 class EmulatedRuntime:
     """Runs kernels under one schedule. ``cuda`` : the folder of the sources, for a test that changes them.
 
-    order: which ready thread goes on, and in which order blocks start; inflight: blocks that run at once.
+    order: which ready thread goes on, and in which order blocks start; inflight: blocks that run at once, though clusters always
+    start as a whole. capability: below (9, 0) clusters and dependent launches are refused.
     sanitizer: None, "address" or "thread"; the last two need a process started by `sanitize.run`, which sets the default.
     """
 
@@ -71,9 +76,11 @@ class EmulatedRuntime:
     max_shared_bytes = 227 * 1024
 
     def __init__(
-        self, order: str = "fifo", seed: int = 0, inflight: int = 2, sanitizer: str | None = None, cuda: Path = CUDA
-    ) -> None:
+        self, order: str = "fifo", seed: int = 0, inflight: int = 2, sanitizer: str | None = None, cuda: Path = CUDA,
+        capability: tuple[int, int] = (9, 0),
+    ) -> None:  # fmt: skip
         self.order, self.seed, self.inflight, self.cuda = ORDERS.index(order), seed, inflight, cuda
+        self.capability = capability
         self.sanitizer = sanitizer or os.environ.get("SAAP_EMU_SANITIZER") or None
         self.launches = 0
         self.extents: list[tuple[int, int]] = []
@@ -113,7 +120,16 @@ class EmulatedKernel:
         self.counters: Counter[str] = Counter()
         self.conflicts: dict[str, tuple[int, int]] = {}
 
-    def launch(self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any]) -> None:
+    def prepare(
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
+        dependent: bool = False,
+    ) -> Callable[[], None]:  # fmt: skip
+        return partial(self.launch, grid, block, shared_bytes, params, cluster, dependent)
+
+    def launch(
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
+        dependent: bool = False,
+    ) -> None:  # fmt: skip
         """Runs to the end. Each launch of a random runtime has another schedule; the first repeats under the same seed."""
         runtime, native = self.runtime, self.library.native
         data = params.tobytes()
@@ -123,10 +139,14 @@ class EmulatedKernel:
             raise EmulationError(f"{self.title}: the device refuses grid {grid}, block {block}")
         if not 0 <= shared_bytes <= runtime.max_shared_bytes:
             raise EmulationError(f"{self.title}: {shared_bytes} bytes of shared memory, at most {runtime.max_shared_bytes}")
+        if not 1 <= cluster <= MOST_CLUSTER or grid[0] % cluster:
+            raise EmulationError(f"{self.title}: the device refuses clusters of {cluster} in grid {grid}")
+        if (cluster > 1 or dependent) and runtime.capability < CLUSTERS:
+            raise EmulationError(f"{self.title}: no clusters or dependent launches on a device of {runtime.capability}")
         seed = (runtime.seed << 32) + runtime.launches
         runtime.launches += 1
         extents = np.array(runtime.extents, np.uint64).reshape(-1, 2)
-        args = (block, shared_bytes, runtime.order, runtime.inflight, len(extents), seed, extents.ctypes.data)
+        args = (block, shared_bytes, cluster, dependent, runtime.order, runtime.inflight, len(extents), seed, extents.ctypes.data)
         with _one_at_a_time:
             error = native.emu_run(
                 ctypes.byref(_Launch(grid, *args)), native.emu_invoke, ctypes.create_string_buffer(data, len(data))

@@ -50,6 +50,16 @@ int barrier(const Kind& kind, bool vote, Site at);
 void check_global(const void* p, int bytes, const char* what, Site at);
 void check_shared(const void* p, int bytes, const char* what, Site at);
 
+// Clusters of blocks: the rank of the thread's, their number, the meeting of all their threads, and the address of the same
+// byte in the shared memory of another.
+int cluster_rank();
+int cluster_size();
+void cluster_barrier(const Kind& kind, Site at);
+char* of_block(const void* shared, int rank, Site at);
+
+// The launch before is over, for this thread.
+void grid_dependency_wait(Site at);
+
 // Asynchronous copies of 16 bytes.
 void start_copy(void* shared, const void* global, bool valid, Site at);
 void close_group();

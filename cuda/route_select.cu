@@ -1,0 +1,728 @@
+// From queries to the rows to read, in one launch: a cluster of blocks per (sequence, KV head) evaluates the router and selects.
+//
+// Does what route.cu and select.cu do one after the other, for at most SAAP_COLUMNS query vectors of a KV head, a router that
+// counts lists, and budgets in rows. A block has some of the lists: it computes their scores, weighs their runs, and writes what is
+// read of them. Blocks meet through each other's shared memory: the sums of the softmax, a histogram of the weights whose bins
+// they share out, the last few candidates, the numbers of rows.
+#include "route_units.cuh"
+#include "select_params.cuh"
+
+#ifndef SAAP_DTYPE
+#define SAAP_DTYPE kBF16  // of the queries
+#endif
+#ifndef SAAP_D32
+#define SAAP_D32 4  // d, rounded up to units of 32
+#endif
+#ifndef SAAP_U32
+#define SAAP_U32 2  // u, likewise; 0: a linear router
+#endif
+#ifndef SAAP_CLUSTER
+#define SAAP_CLUSTER 8  // blocks of a cluster, a power of two
+#endif
+#ifndef SAAP_CLOCK
+#define SAAP_CLOCK 0  // 1: the first thread of each block notes the time at each stage
+#endif
+
+struct RouteSelectParams {
+  const void* queries;       // dtype SAAP_DTYPE (b, h, j, d)
+  const u16* hidden;         // the weights as in route.cu, aligned to 16 bytes
+  const float* bias_hidden;  // (h, 32 U)
+  const u16* out;            // (h, out_tiles, D + U, 2, 32, 8)
+  const float* bias_out;     // (h, 16 out_tiles)
+  const float* inv_freq;     // (pairs), or null
+  const float* cosine;       // (b * q, pairs), where inv_freq is null and pairs > 0
+  const float* sine;         // (b * q, pairs), likewise
+  const int* meta;           // (b, 8)
+  const int* tables;         // (b, h, S, l + 1)
+  const float* centres;      // (b, S)
+  const int* budgets;        // (b, h) most rows
+  const float* miss;         // (h) attention per query vector that may stay unread, or null
+  int* rows;                 // out (b, h, t_cap): counts rows of every pair; what is behind them is left as it is
+  int* counts;               // out (b, h)
+  int* tickets;              // out (num_tickets): zeros, for the launch that follows; null for none
+  i64* clocks;               // out (blocks, 16) cycles since the start, if SAAP_CLOCK
+  float scale;               // of rotated dims, see Rotation in backends/base.py
+  int b, h, j, q, d;         // j = g * q <= SAAP_COLUMNS
+  int pairs, interleaved;    // rotated pairs: r / 2 <= d / 2
+  int l, outputs, out_tiles;
+  int segments, first_knot;  // S
+  int t_cap, num_tickets;
+  int early;                 // whether weights, tables, centres and budgets were complete before the launch in front of this one
+};
+
+namespace {
+
+constexpr int kD = SAAP_D32, kU = SAAP_U32, kK = kD + kU, kHiddenTiles = 2 * kU, kCluster = SAAP_CLUSTER;
+constexpr int kRow = 16 * (4 * kK + 1);          // bytes of a query vector and its hidden units; the odd piece spreads rows over banks
+constexpr int kParts = kD > 1 ? 2 : 1;           // parts of a sum of products over the dims of the query, and over hidden units
+constexpr int kSlice = kBins / kCluster, kPerThread = (kSlice + kThreads - 1) / kThreads;
+constexpr int kKeyShift = 17;                    // of the first histogram: bins of 1.6 %
+constexpr int kFirstBin = (130 << 6) + 63 - (kBins - 1);  // of weights from 2^-28 to 2^4; smaller ones are in the lowest bin
+constexpr int kNumSegments = 3, kNextPosition = 4, kMetaWords = 8;
+static_assert(kColumns <= 8 && kThreads >= 8 * kCluster && kSlice >= 1 && !SAAP_LISTS && !SAAP_FAR, "no such configuration");
+
+// What blocks write into each other's shared memory, and what all threads of a block share.
+struct Shared {
+  Mass mass[kCluster][kColumns];   // of the lists of every block
+  Mass partial[kWarps][kColumns];  // of the warps of this one
+  float top[kColumns], factor[kColumns], share[kColumns];
+  int far;                         // whether runs are so far apart that each needs an exponential of its own
+  Measure totals[kCluster];        // of the slices of the histogram
+  Measure written[kCluster];       // rows and runs that blocks write
+  Measure before, scan[kWarps];    // before: the measure of all bins above the one that holds the end
+  Cut cut;
+  int bin;
+  u32 found;
+  float most_share;
+  Candidate few[kFew];             // of the first block
+  Measure bins[kSlice];            // of the histogram, from rank * kSlice
+};
+
+// Where things lie behind `Shared`, in bytes; the host computes the same.
+struct Sizes {
+  int tiles;         // of outputs that a block has for its lists
+  int more_tiles;    // of the distance term and c, which every block computes
+  int lists;         // 16 * tiles
+  __device__ __forceinline__ explicit Sizes(const RouteSelectParams& p)
+      : tiles(((p.l + 15) / 16 + kCluster - 1) / kCluster), more_tiles((p.outputs - 1) / 16 - p.l / 16 + 1), lists(16 * tiles) {}
+};
+
+// An item is a run of one of the block's lists. Larger is better: the weight, then newer segments, then lower lists.
+__device__ __forceinline__ u64 order_of(u32 key, u32 place) { return static_cast<u64>(key) << 32 | (0xffffffffu - place); }
+
+__device__ __forceinline__ int bin_of(u32 key) { return clamp(static_cast<int>(key >> kKeyShift) - kFirstBin, 0, kBins - 1); }
+
+// The products of a tile of weights with the vectors over `units` units from `unit`, as 16 x 8 floats at `to`.
+__device__ __forceinline__ void multiply(const char* weights, const char* rows, int unit, int units, int column, float* to) {
+  const int lane = threadIdx.x % 32;
+  float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
+  const char* from = weights + unit * kUnit + lane * 16;
+  const char* mine = rows + lane % 8 * kRow + (4 * (column + unit) + lane / 8) * 16;
+#pragma unroll 2
+  for (int k = 0; k < units; k++) {
+    const uint4 a = *reinterpret_cast<const uint4*>(from + k * kUnit), c = *reinterpret_cast<const uint4*>(from + k * kUnit + kUnit / 2);
+    const u32 low[4] = {a.x, a.y, a.z, a.w}, high[4] = {c.x, c.y, c.z, c.w};
+    u32 x[4];
+    ldmatrix4(x, mine + k * 64);
+    mma_16816<kF16>(even, low, x[0], x[1]);
+    mma_16816<kF16>(odd, high, x[2], x[3]);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) to[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = even[i] + odd[i];
+}
+
+// The j query vectors with RoPE undone in fp16, one a row; zeros behind them and behind d.
+__device__ __forceinline__ void fill_rows(
+    const RouteSelectParams& p, const float* inv_freq, char* rows, int head, int sequence) {
+  const i64 base = (static_cast<i64>(sequence) * p.h + head) * p.j * p.d;
+  auto put = [&](int vector, int dim, float x) {
+    *reinterpret_cast<u16*>(rows + vector * kRow + dim * 2) = narrow<kF16>(clamp_f16(x));
+  };
+  const int next = ld_acquire(p.meta + sequence * kMetaWords + kNextPosition);
+#pragma unroll 1
+  for (int item = threadIdx.x; item < p.j * p.pairs; item += kThreads) {
+    const int vector = static_cast<int>(static_cast<u32>(item) / static_cast<u32>(p.pairs)), pair = item - vector * p.pairs;
+    const int query = p.q == 1 ? 0 : vector % p.q;
+    const int x_dim = p.interleaved ? 2 * pair : pair, y_dim = p.interleaved ? 2 * pair + 1 : pair + p.pairs;
+    const float x = load<SAAP_DTYPE>(p.queries, base + vector * p.d + x_dim);
+    const float y = load<SAAP_DTYPE>(p.queries, base + vector * p.d + y_dim);
+    float sine, cosine;
+    if (p.inv_freq) {
+      // The product is rounded to float32, as models do; from there on the angle is exact.
+      const float angle = static_cast<float>(next - p.q + query) * inv_freq[pair];
+      sinpi_cospi(static_cast<double>(angle) * 0.31830988618379067154, &sine, &cosine);
+    } else {
+      const i64 at = static_cast<i64>(sequence * p.q + query) * p.pairs + pair;
+      sine = p.sine[at], cosine = p.cosine[at];
+    }
+    put(vector, x_dim, (x * cosine + y * sine) * p.scale);
+    put(vector, y_dim, (y * cosine - x * sine) * p.scale);
+  }
+  const int plain = 32 * kD - 2 * p.pairs;  // dims that are not rotated, and zeros up to a whole unit
+#pragma unroll 1
+  for (int item = threadIdx.x; item < p.j * plain; item += kThreads) {
+    const int vector = item / plain, dim = 2 * p.pairs + item - vector * plain;
+    put(vector, dim, dim < p.d ? load<SAAP_DTYPE>(p.queries, base + vector * p.d + dim) : 0.f);
+  }
+#pragma unroll 1
+  for (int item = threadIdx.x; item < (8 - p.j) * 16 * kD; item += kThreads)
+    *reinterpret_cast<u32*>(rows + (p.j + item / (16 * kD)) * kRow + item % (16 * kD) * 4) = 0;
+}
+
+// Starts to copy bytes, a multiple of 16.
+__device__ __forceinline__ void fetch(void* to, const void* from, int bytes) {
+#pragma unroll 2
+  for (int i = threadIdx.x * 16; i < bytes; i += kThreads * 16)
+    cp_async16(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, true);
+}
+
+// One cluster's selection: where it reads, where its shared memory is.
+struct Block {
+  static constexpr int kMostKnots = 32;
+  const RouteSelectParams& p;
+  const Sizes size;
+  Shared* shared;
+  int head, sequence, rank;
+  int first, lists;  // the block's lists: [first, first + lists)
+  int segments, knots;
+  i64 began = 0;     // the clock, if SAAP_CLOCK
+  char* weights;     // hidden (kHiddenTiles, kD, kUnit), out (tiles + more_tiles, kK, kUnit); later the stretches to write
+  char* rows;        // (8, kRow)
+  float* products;   // (tiles of weights, kParts, 16, 8), then (tiles of outputs, kParts, 16, 8)
+  float* z;          // (lists, kColumns), times log2 e
+  float* a;          // (knots + 1, kColumns)
+  float* bend;       // (S, kColumns) exp of the distance terms, relative to the largest; wide: themselves, times log2 e
+  int* table;        // (S, lists + 1) where runs start
+  u32* keys;         // (S, lists) bits of the weights
+  float* centres;    // (S)
+  float* inv_freq;   // (pairs), if there are any
+  float* biases;     // of hidden units (32 U), of outputs (tiles + more_tiles, 16)
+
+  __device__ __forceinline__ Block(const RouteSelectParams& p, char* memory)
+      : p(p), size(p), shared(reinterpret_cast<Shared*>(memory)), head(static_cast<int>(blockIdx.x) / kCluster),
+        sequence(static_cast<int>(blockIdx.y)), rank(cluster_rank()), first(rank * size.lists),
+        lists(clamp(p.l - first, 0, size.lists)), segments(clamp(ld_acquire(p.meta + sequence * kMetaWords + kNumSegments), 0, p.segments)),
+        knots(p.outputs - p.l - 1) {
+#if SAAP_CLOCK
+    began = clock64();
+#endif
+    const int tiles = size.tiles + size.more_tiles;
+    char* at = memory + (sizeof(Shared) + 127) / 128 * 128;
+    const int weight_bytes = (kHiddenTiles * kD + tiles * kK) * kUnit, stretch_bytes = p.segments * size.lists * 8;
+    weights = at, at += weight_bytes > stretch_bytes ? weight_bytes : (stretch_bytes + 15) / 16 * 16;
+    rows = at, at += 8 * kRow;
+    products = reinterpret_cast<float*>(at), at += (kHiddenTiles + 2 * tiles) * kParts * 512;
+    z = reinterpret_cast<float*>(at), at += size.lists * kColumns * 4;
+    a = reinterpret_cast<float*>(at), at += (kMostKnots + 1) * kColumns * 4;
+    bend = reinterpret_cast<float*>(at), at += p.segments * kColumns * 4;
+    table = reinterpret_cast<int*>(at), at += p.segments * (size.lists + 1) * 4;
+    keys = reinterpret_cast<u32*>(at), at += p.segments * size.lists * 4;
+    centres = reinterpret_cast<float*>(at), at += p.segments * 4;
+    inv_freq = reinterpret_cast<float*>(at), at += 16 * kD * 4;
+    biases = reinterpret_cast<float*>(memory + (at - memory + 15) / 16 * 16);
+  }
+  __device__ __forceinline__ void note(int stage) const {
+#if SAAP_CLOCK
+    if (threadIdx.x == 0) p.clocks[(static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x) * 16 + stage] = clock64() - began;
+#endif
+  }
+
+  __device__ __forceinline__ char* out_weights() const { return weights + kHiddenTiles * kD * kUnit; }
+
+  // What no other launch of a step writes: it may be read before they are done.
+  __device__ __forceinline__ void prefetch() const {
+    const char* hidden = reinterpret_cast<const char*>(p.hidden) + static_cast<i64>(head) * kHiddenTiles * kD * kUnit;
+    const char* out = reinterpret_cast<const char*>(p.out) + static_cast<i64>(head) * p.out_tiles * kK * kUnit;
+    const int tile = rank * size.tiles, tiles = clamp(p.out_tiles - tile, 0, size.tiles), more = p.l / 16;
+    fetch(weights, hidden, kHiddenTiles * kD * kUnit);
+    fetch(out_weights(), out + static_cast<i64>(tile) * kK * kUnit, tiles * kK * kUnit);
+    fetch(out_weights() + size.tiles * kK * kUnit, out + static_cast<i64>(more) * kK * kUnit, size.more_tiles * kK * kUnit);
+    const float* bias = p.bias_out + static_cast<i64>(head) * p.out_tiles * 16;
+    fetch(biases, p.bias_hidden + head * 32 * kU, 32 * kU * 4);
+    fetch(biases + 32 * kU, bias + tile * 16, tiles * 64);
+    fetch(biases + 32 * kU + size.tiles * 16, bias + more * 16, size.more_tiles * 64);
+    cp_async_commit();
+    if (p.inv_freq)
+      for (int i = threadIdx.x; i < p.pairs; i += kThreads) inv_freq[i] = p.inv_freq[i];
+    const float* centre = p.centres + static_cast<i64>(sequence) * p.segments;
+    for (int i = threadIdx.x; i < segments; i += kThreads) centres[i] = centre[i];
+    const int* from = p.tables + (static_cast<i64>(sequence) * p.h + head) * p.segments * (p.l + 1) + first;
+    const int width = lists + 1;
+    if (lists)
+#pragma unroll 4
+      for (int i = threadIdx.x; i < segments * width; i += kThreads) {
+        const int s = static_cast<int>(static_cast<u32>(i) / static_cast<u32>(width)), list = i - s * width;
+        table[s * (size.lists + 1) + list] = from[s * (p.l + 1) + list];
+      }
+    for (int i = threadIdx.x; i < kSlice; i += kThreads) shared->bins[i] = {0, 0};
+    if (threadIdx.x == 0) shared->found = 0, shared->far = 0;
+  }
+
+  // Fills z and a.
+  __device__ __forceinline__ void route() const {
+    const int warp = threadIdx.x / 32, tiles = size.tiles + size.more_tiles;
+    fill_rows(p, inv_freq, rows, head, sequence);
+    cp_async_wait<0>();
+    __syncthreads();
+    note(2);
+    // Hidden units, and what outputs have of the query itself.
+#pragma unroll 1
+    for (int item = warp; item < (kHiddenTiles + tiles) * kParts; item += kWarps) {
+      const int tile = item / kParts, part = item % kParts, from = part * kD / kParts, to = (part + 1) * kD / kParts;
+      const char* of = tile < kHiddenTiles ? weights + tile * kD * kUnit : out_weights() + (tile - kHiddenTiles) * kK * kUnit;
+      multiply(of, rows, from, to - from, 0, products + item * 128);
+    }
+    __syncthreads();
+    float* more = products + (kHiddenTiles + tiles) * kParts * 128;
+    if (kU > 0) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < 32 * kU * kColumns; i += kThreads) {
+        const int unit = i / kColumns, vector = i % kColumns;
+        const float* from = products + unit / 16 * kParts * 128 + unit % 16 * 8 + vector;
+        float sum = from[0];
+        if (kParts > 1) sum += from[128];
+        *reinterpret_cast<u16*>(rows + vector * kRow + (32 * kD + unit) * 2) = narrow<kF16>(clamp_f16(silu(sum + biases[unit])));
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int item = warp; item < tiles * kParts; item += kWarps) {
+        const int tile = item / kParts, part = item % kParts, from = part * kU / kParts, to = (part + 1) * kU / kParts;
+        multiply(out_weights() + (tile * kK + kD) * kUnit, rows, from, to - from, kD, more + item * 128);
+      }
+      __syncthreads();
+    }
+    const float* bias = biases + 32 * kU;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (lists + knots + 1) * kColumns; i += kThreads) {
+      const int output = i / kColumns, vector = i % kColumns, k = output - lists + p.l % 16;  // k: past the first of more_tiles
+      const int row = output < lists ? output : size.lists + k, tile = row / 16;
+      const float* from = products + (kHiddenTiles + tile) * kParts * 128 + row % 16 * 8 + vector;
+      float sum = from[0];
+      if (kParts > 1) sum += from[128];
+      if (kU > 0) {
+        from = more + tile * kParts * 128 + row % 16 * 8 + vector;
+        sum += from[0];
+        if (kParts > 1) sum += from[128];
+      }
+      sum += bias[row];
+      if (output < lists) z[i] = kLog2E * sum;
+      else a[i - lists * kColumns] = sum;
+    }
+    __syncthreads();
+    note(3);
+  }
+
+  // What each vector counts (the sigmoid of c, relative to the largest) and the distance terms; a warp has a vector at a time.
+  __device__ __forceinline__ void find_bends(bool wide) const {
+    const int lane = threadIdx.x % 32, next = ld_acquire(p.meta + sequence * kMetaWords + kNextPosition);
+#pragma unroll 1
+    for (int vector = threadIdx.x / 32; vector < kColumns; vector += kWarps) {
+      const bool present = vector < p.j;
+      const float c = lane < p.j ? a[knots * kColumns + lane] : -INFINITY;
+      float best = c;
+#pragma unroll
+      for (int step = 1; step < 8; step *= 2) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, step));
+      // sigmoid(c) = exp(min(c, 0)) / (1 + exp(-|c|)): the ratio of two of them is safe however small both are
+      best = __shfl_sync(kAllLanes, best, 0);
+      const float mine = __shfl_sync(kAllLanes, c, vector);
+      const float base = fminf(best, 0.f), one = 1.f + weigh(-fabsf(best));
+      const float relative = weigh(fminf(mine, 0.f) - base) * (one / (1.f + weigh(-fabsf(mine))));
+      const float knot = present && lane < knots ? a[lane * kColumns + vector] : 0.f;
+      bool odd = false;
+      float top = -INFINITY;
+#pragma unroll 1
+      for (int from = 0; from < segments; from += 32) {
+        const int s = from + lane;
+        const float distance =
+            static_cast<float>(static_cast<double>(next) - 1.0 - static_cast<double>(s < segments ? centres[s] : 0.f));
+        const u32 bits = __float_as_uint(distance > 1.f ? distance : 1.f);
+        // The exponent apart, so that powers of two are whole and what is rounded is the fraction.
+        const float octaves = static_cast<float>(static_cast<int>(bits >> 23) - 127 - p.first_knot);
+        const float place = octaves + log2f(__uint_as_float((bits & 0x007fffff) | 0x3f800000));
+        const float at = fminf(fmaxf(place, 0.f), static_cast<float>(knots > 0 ? knots - 1 : 0));
+        const int low = static_cast<int>(at);
+        const float y0 = __shfl_sync(kAllLanes, knot, low), y1 = __shfl_sync(kAllLanes, knot, low + 1 < knots ? low + 1 : low);
+        const float y = kLog2E * (y0 + (at - static_cast<float>(low)) * (y1 - y0));
+        if (s >= segments) continue;
+        bend[s * kColumns + vector] = y;
+        odd |= !(y < INFINITY);
+        top = fmaxf(top, y);
+      }
+      if (!wide) {
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+#pragma unroll 1
+        for (int s = lane; s < segments; s += 32) {
+          const float y = bend[s * kColumns + vector];
+          bend[s * kColumns + vector] = y < INFINITY && top > -INFINITY ? exp2_fast(y - top) : 0.f;
+        }
+      }
+      odd = __any_sync(kAllLanes, odd);
+      if (lane == 0) shared->share[vector] = present && !odd && mine == mine && relative > 0.f ? relative : 0.f;
+      if (lane == 0 && vector == 0) shared->most_share = weigh(base) / one;
+    }
+    __syncthreads();
+  }
+
+  // Vectors of a list or of a segment.
+  struct Columns {
+    float of[kColumns];
+    __device__ __forceinline__ explicit Columns(const float* from) {
+#pragma unroll
+      for (int k = 0; k < kColumns / 4; k++) {
+        const float4 four = reinterpret_cast<const float4*>(from)[k];
+        of[4 * k] = four.x, of[4 * k + 1] = four.y, of[4 * k + 2] = four.z, of[4 * k + 3] = four.w;
+      }
+    }
+  };
+
+  __device__ __forceinline__ static int length(const int* x) {
+    const int n = static_cast<int>(static_cast<u32>(x[1]) - static_cast<u32>(x[0]));
+    return n > 0 ? n : 0;
+  }
+  __device__ __forceinline__ int length(int s, int list) const { return length(table + s * (size.lists + 1) + list); }
+
+  // Runs as threads share them: lanes have lists, warps have segments. f(s, list).
+  template <class F>
+  __device__ __forceinline__ void each_run(F f) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 1
+    for (int list = lane; list < lists; list += 32)
+#pragma unroll 1
+      for (int s = warp; s < segments; s += kWarps) f(s, list);
+  }
+
+  // The sums of the softmax over all runs of the cluster: shared->top and shared->factor. False if they are too small to be of
+  // use, because the best lists lie in segments of no weight: then again, wide.
+  __device__ __forceinline__ bool find_sums(bool wide) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Mass mass[kColumns];
+#pragma unroll
+    for (int k = 0; k < kColumns; k++) mass[k] = {-INFINITY, 0.f};
+    if (wide) {
+      each_run([&](int s, int list) {
+        const float n = static_cast<float>(length(s, list));
+        if (n > 0.f)
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) mass[k] = join(mass[k], {z[list * kColumns + k] + bend[s * kColumns + k], n});
+      });
+    } else {
+#pragma unroll 1
+      for (int list = lane; list < lists; list += 32) {
+        float density[kColumns];
+        int tokens = 0;
+#pragma unroll
+        for (int k = 0; k < kColumns; k++) density[k] = 0.f;
+#pragma unroll 2
+        for (int s = warp; s < segments; s += kWarps) {
+          const Columns x(bend + s * kColumns);
+          const int n = length(s, list);
+          tokens |= n;
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) density[k] += static_cast<float>(n) * x.of[k];
+        }
+        const Columns score(z + list * kColumns);
+        if (tokens)
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) mass[k] = join(mass[k], {score.of[k], density[k]});
+      }
+    }
+    if (warp == 0)
+#pragma unroll 1
+      for (int list = lane; list < lists; list += 32)
+#pragma unroll
+        for (int k = 0; k < kColumns; k++)
+          if (!(z[list * kColumns + k] < INFINITY)) mass[k].sum = NAN;  // a score that is no number silences its vector
+#pragma unroll
+    for (int k = 0; k < kColumns; k++) {
+      float top = mass[k].top;
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, step));
+      float sum = mass[k].sum * scaled(mass[k].top, top);
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+      if (lane == 0) shared->partial[warp][k] = {top, sum};
+    }
+    __syncthreads();
+    if (threadIdx.x < kCluster * kColumns) {
+      const int k = threadIdx.x % kColumns, to = threadIdx.x / kColumns;
+      of_block(shared, to)->mass[rank][k] = joined(shared->partial, k);
+    }
+    cluster_barrier();
+    if (threadIdx.x < kColumns) {
+      const int k = threadIdx.x;
+      const Mass all = joined(shared->mass, k);
+      const float share = shared->share[k];
+      shared->top[k] = all.top > -INFINITY ? all.top : 0.f;
+      shared->factor[k] = all.sum > 0.f ? share / all.sum : 0.f;
+      if (!wide && knots > 0 && share > 0.f && all.sum < kLeastSum) shared->far = 1;
+    }
+    __syncthreads();
+    return wide || !shared->far;
+  }
+  // In the order of the rows.
+  template <int n>
+  __device__ __forceinline__ static Mass joined(const Mass (&parts)[n][kColumns], int k) {
+    float top = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < n; i++) top = fmaxf(top, parts[i][k].top);
+#pragma unroll
+    for (int i = 0; i < n; i++) sum += parts[i][k].sum * scaled(parts[i][k].top, top);
+    return {top, sum};
+  }
+  __device__ __forceinline__ static float scaled(float top, float most) {
+    return exp2_fast(top - (most > -INFINITY ? most : 0.f));
+  }
+  __device__ __forceinline__ static Mass join(Mass x, Mass y) {
+    const float top = fmaxf(x.top, y.top);
+    return {top, x.sum * scaled(x.top, top) + y.sum * scaled(y.top, top)};
+  }
+
+  __device__ __forceinline__ u32 place_of(int s, int list) const {
+    return static_cast<u32>((segments - 1 - s) * p.l + first + list);
+  }
+  // A run of n tokens of weight w; units: of mass, of a weight of one.
+  __device__ __forceinline__ Measure measure(int n, u32 key, float units) const {
+    const float mass = static_cast<float>(n) * __uint_as_float(key);
+    if (!p.miss || !(mass > 0.f)) return {static_cast<u32>(n), 0};
+    return {static_cast<u32>(n), static_cast<u32>(fminf(fmaxf(mass * units + 0.5f, 1.f), kMassUnits))};
+  }
+  __device__ __forceinline__ void tally(int bin, Measure x) const {
+    Measure* to = &of_block(shared, bin / kSlice)->bins[bin % kSlice];
+    if (x.rows) atomicAdd(&to->rows, x.rows);
+    if (x.mass) atomicAdd(&to->mass, x.mass);
+  }
+
+  // Keys of all runs, tallied by their leading bits. Returns the sum of the shares; units: by what mass is multiplied.
+  __device__ __forceinline__ float weigh_runs(bool wide, float& units) const {
+    float total = 0.f;
+#pragma unroll
+    for (int k = 0; k < kColumns; k++) total += shared->factor[k] > 0.f ? shared->share[k] : 0.f;
+    units = p.miss && total > 0.f ? kMassUnits / total : 0.f;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 1
+    for (int list = lane; list < lists; list += 32) {
+      const Columns score(z + list * kColumns);
+      float relative[kColumns];
+#pragma unroll
+      for (int k = 0; k < kColumns; k++) {
+        const float factor = shared->factor[k];
+        relative[k] = wide ? factor : factor > 0.f ? factor * exp2_fast(score.of[k] - shared->top[k]) : 0.f;
+      }
+#pragma unroll 2
+      for (int s = warp; s < segments; s += kWarps) {
+        const int n = length(s, list);
+        const Columns x(bend + s * kColumns);
+        float w = 0.f;
+        if (wide) {
+#pragma unroll
+          for (int k = 0; k < kColumns; k++)
+            if (relative[k] > 0.f) w += relative[k] * exp2_fast(score.of[k] + x.of[k] - shared->top[k]);
+        } else {
+#pragma unroll
+          for (int k = 0; k < kColumns; k++) w += relative[k] * x.of[k];
+        }
+        const u32 key = n > 0 ? __float_as_uint(fminf(fmaxf(w, 0.f), kMost)) : kNoItem;
+        keys[s * size.lists + list] = key;
+        if (n > 0) tally(bin_of(key), measure(n, key, units));
+      }
+    }
+    return total;
+  }
+
+  // The bin of the histogram in which the selection ends, and the measure of the bins above it; false if it does not end: then
+  // everything is read, or nothing if shared->cut says so. All blocks learn the same. limits: less what lies above, afterwards.
+  __device__ __forceinline__ bool find_bin(Limits& limits, bool first_round, int& bin) const {
+    cluster_barrier();  // all has been tallied
+    note(7);
+    Measure mine{0, 0}, total;
+    const int highest = kSlice - 1 - static_cast<int>(threadIdx.x) * kPerThread;
+#pragma unroll
+    for (int i = 0; i < kPerThread; i++)
+      if (highest - i >= 0) mine = mine + shared->bins[highest - i];
+    Measure sum = exclusive_scan(mine, total, shared->scan);
+    if (threadIdx.x < kCluster) of_block(shared, static_cast<int>(threadIdx.x))->totals[rank] = total;
+    cluster_barrier();
+    Measure above{0, 0}, all{0, 0};
+#pragma unroll
+    for (int i = 0; i < kCluster; i++) {
+      all = all + shared->totals[i];
+      if (i > rank) above = above + shared->totals[i];
+    }
+    if (first_round && limits.spare >= 0) {
+      const double spare = limits.spare * all.mass;
+      const u32 kept = spare < all.mass ? static_cast<u32>(spare) : all.mass;
+      limits.mass = all.mass - kept;
+    }
+    if (limits.mass == 0) {  // it holds before the first item
+      if (threadIdx.x == 0) shared->cut = take_nothing();
+      __syncthreads();
+      return false;
+    }
+    if (!limits.reached(all)) {
+      if (threadIdx.x == 0) shared->cut = take_all();
+      __syncthreads();
+      return false;
+    }
+    sum = sum + above;
+#pragma unroll
+    for (int i = 0; i < kPerThread; i++) {
+      if (highest - i < 0) continue;
+      const Measure before = sum;
+      sum = sum + shared->bins[highest - i];
+      if (!limits.reached(before) && limits.reached(sum))
+        for (int to = 0; to < kCluster; to++) {
+          Shared* other = of_block(shared, to);
+          other->bin = rank * kSlice + highest - i, other->before = before;
+        }
+    }
+    cluster_barrier();
+    bin = shared->bin;
+    if (limits.rows != kNoLimit) limits.rows -= shared->before.rows;
+    if (limits.mass != kNoLimit) limits.mass -= shared->before.mass;
+    return true;
+  }
+
+  // Finds shared->cut, the same in all blocks. Before: keys are tallied. limits.rows > 0.
+  __device__ __forceinline__ void find_cut(Limits limits, float units) const {
+    int bin = 0;
+    if (!find_bin(limits, true, bin)) return;
+    note(8);
+    u64 low = bin ? static_cast<u64>(bin + kFirstBin) << kKeyShift << 32 : 0;  // the range is [low, high)
+    u64 high = bin < kBins - 1 ? static_cast<u64>(bin + 1 + kFirstBin) << kKeyShift << 32 : ~0ull;
+    Shared* keeper = of_block(shared, 0);
+#pragma unroll 1
+    for (;;) {
+      const u32 lowest = static_cast<u32>(low >> 32), highest = static_cast<u32>(high >> 32);
+      auto in_range = [&](int s, int list, u64& offset) {
+        const u32 key = keys[s * size.lists + list];
+        if (key < lowest || key > highest || key == kNoItem) return false;
+        const u64 order = order_of(key, place_of(s, list));
+        offset = order - low;
+        return order >= low && order < high;
+      };
+      each_run([&](int s, int list) {
+        u64 offset;
+        if (!in_range(s, list, offset)) return;
+        const u32 key = keys[s * size.lists + list], slot = atomicAdd(&keeper->found, 1u);
+        if (slot < kFew) keeper->few[slot] = {key, static_cast<int>(place_of(s, list)), measure(length(s, list), key, units)};
+      });
+      cluster_barrier();
+      note(9);
+      const u32 found = keeper->found;
+      if (found <= kFew) {
+        if (rank == 0)
+          rank_candidates(shared->few, static_cast<int>(found), limits, [&](Cut cut) {
+            for (int to = 0; to < kCluster; to++) of_block(shared, to)->cut = cut;
+          });
+        cluster_barrier();
+        return;
+      }
+      // Too many to compare each with each: the same again, with finer bins.
+      for (int i = threadIdx.x; i < kSlice; i += kThreads) shared->bins[i] = {0, 0};
+      cluster_barrier();
+      if (threadIdx.x == 0) shared->found = 0;
+      const int bits = 64 - __clzll(static_cast<i64>(high - low - 1)), shift = bits > kBinBits ? bits - kBinBits : 0;
+      each_run([&](int s, int list) {
+        u64 offset;
+        if (in_range(s, list, offset))
+          tally(static_cast<int>(offset >> shift), measure(length(s, list), keys[s * size.lists + list], units));
+      });
+      if (!find_bin(limits, false, bin)) return;
+      low += static_cast<u64>(bin) << shift;
+      const u64 end = low + (1ull << shift);
+      high = end > low && end < high ? end : high;
+    }
+  }
+
+  // Writes the rows of the block's runs that are read, behind those of the blocks before it.
+  __device__ __forceinline__ void write_rows() const {
+    const Cut cut = shared->cut;
+    auto read_of = [&](int s, int list) {  // rows at the end of the run
+      const u32 key = keys[s * size.lists + list];
+      if (key < cut.key || key == kNoItem) return 0;
+      const int n = length(s, list);
+      const int place = static_cast<int>(place_of(s, list));
+      if (cut.whole(key, place)) return n;
+      if (key != cut.key || place != cut.place) return 0;
+      return cut.rows < static_cast<u32>(n) ? static_cast<int>(cut.rows) : n;
+    };
+    Measure mine{0, 0}, total;
+    each_run([&](int s, int list) {
+      const int n = read_of(s, list);
+      mine = mine + Measure{static_cast<u32>(n), n > 0};
+    });
+    Measure at = exclusive_scan(mine, total, shared->scan);
+    if (threadIdx.x < kCluster) of_block(shared, static_cast<int>(threadIdx.x))->written[rank] = total;
+    // In order: the first row of each stretch, and where it begins among those of the block.
+    int* stretch = reinterpret_cast<int*>(weights);
+    each_run([&](int s, int list) {
+      const int n = read_of(s, list);
+      if (!n) return;
+      stretch[2 * at.mass] = table[s * (size.lists + 1) + list + 1] - n, stretch[2 * at.mass + 1] = static_cast<int>(at.rows);
+      at = at + Measure{static_cast<u32>(n), 1};
+    });
+    note(11);
+    cluster_barrier();  // the last: from here on nobody looks into another's memory
+    u32 before = 0, all = 0;
+#pragma unroll
+    for (int i = 0; i < kCluster; i++) {
+      all += shared->written[i].rows;
+      if (i < rank) before += shared->written[i].rows;
+    }
+    const i64 pair = static_cast<i64>(sequence) * p.h + head;
+    const u32 most = static_cast<u32>(p.t_cap);
+    int* to = p.rows + pair * p.t_cap;
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (u32 i = threadIdx.x / 32; i < total.mass; i += kWarps) {
+      const u32 start = static_cast<u32>(stretch[2 * i + 1]);
+      const u32 end = i + 1 < total.mass ? static_cast<u32>(stretch[2 * i + 3]) : total.rows;
+      const int row = stretch[2 * i];
+      for (u32 k = lane; k < end - start && before + start + k < most; k += 32) to[before + start + k] = row + static_cast<int>(k);
+    }
+    if (rank == 0 && threadIdx.x == 0) p.counts[pair] = static_cast<int>(all < most ? all : most);
+  }
+};
+
+}  // namespace
+
+// Backend.route and then Backend.probe of backends/base.py, without nprobe and tail, with budgets of their own for every (sequence,
+// KV head). The positions of queries: see saap_route. Weights are float32, equal if their bits are; among equal ones newer segments
+// come first, then lower lists. Rows are written in the order of (list's block, thread, run), within a run ascending.
+//
+// Grid (SAAP_CLUSTER * h, b), clusters of SAAP_CLUSTER blocks in x; block SAAP_THREADS, a power of two.
+// Shared memory: Shared, rounded up to 128, and what Block lays out behind it.
+// Preconditions: 1 <= j <= SAAP_COLUMNS; outputs - l from 1 to 33; S * l < 2^31. Lengths that a table gives as negative count as none.
+// May be launched as dependent. Then, with early, it starts on what the launch in front of it does not write.
+// Deterministic: sums of floats have a fixed order, and what atomics add are integers.
+extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(const __grid_constant__ RouteSelectParams p) {
+  SAAP_SHARED(char, memory);
+  if (!p.early) grid_dependency_wait();
+  const Block block(p, memory);
+  block.prefetch();
+  const i64 pair = static_cast<i64>(block.sequence) * p.h + block.head;
+  const int budget = clamp(p.budgets[pair], 0, p.t_cap);
+  const float miss = p.miss ? p.miss[block.head] : -1.f;
+  cluster_barrier();  // all blocks are there
+  grid_dependency_wait();
+  grid_dependency_launch();
+  if (p.tickets)
+    for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x; i < p.num_tickets;
+         i += gridDim.x * gridDim.y * kThreads)
+      p.tickets[i] = 0;
+  block.note(1);
+  block.route();
+  bool wide = false;
+  block.find_bends(wide);
+  block.note(4);
+  if (!block.find_sums(wide)) {
+    wide = true;
+    cluster_barrier();  // all have read what they are about to overwrite
+    block.find_bends(wide);
+    block.find_sums(wide);
+  }
+  block.note(5);
+  float units;
+  const float total = block.weigh_runs(wide, units);
+  block.note(6);
+  Limits limits{static_cast<u32>(budget), kNoLimit, -1.0};
+  if (miss >= 0.f) {
+    const double whole = static_cast<double>(total) * block.shared->most_share;
+    limits.spare = whole > 0 ? static_cast<double>(miss) * p.j / whole : 1.0;
+  }
+  if (budget > 0) {
+    block.find_cut(limits, units);
+  } else {
+    if (threadIdx.x == 0) block.shared->cut = take_nothing();
+    __syncthreads();
+  }
+  block.note(10);
+  block.write_rows();
+  block.note(12);
+}
+
+#ifdef SAAP_EMU
+extern "C" int saap_sizeof_route_select() { return sizeof(RouteSelectParams); }
+extern "C" int saap_sizeof_route_select_shared() { return (sizeof(Shared) + 127) / 128 * 128; }
+#endif

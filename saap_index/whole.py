@@ -1,0 +1,52 @@
+"""Signals wait while something changes, so that a change is whole when one is answered. Knows nothing of what changes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+try:  # the functions beneath those of `signal`, which spend a hundred times as long on looking for an enum
+    from _signal import getsignal  # type: ignore[import-not-found]
+    from _signal import signal as set_handler
+except ImportError:
+    from signal import getsignal
+    from signal import signal as set_handler
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_SIGNALS = [int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name)]
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """Handlers written in Python, that of Ctrl-C for one, run after the block, once for each signal that came in it.
+
+    They run in the main thread only, so in another there is nothing to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers: dict[int, Any] = {}
+    came: list[int] = []
+    try:
+        for number in _SIGNALS:
+            handler = getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                set_handler(number, lambda n, frame: came.append(n))
+        yield
+    finally:
+        _restore(list(handlers.items()))
+        for number in came:
+            signal.raise_signal(number)
+
+
+def _restore(handlers: list[tuple[int, Any]]) -> None:
+    """All of them, though one that is back may raise at once."""
+    if handlers:
+        try:
+            set_handler(*handlers[0])
+        finally:
+            _restore(handlers[1:])

@@ -1,0 +1,118 @@
+"""Reports say what was measured: how many layers were replaced, no spread of one sequence, and no choice after measuring."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saap_index.demo import model as demo_model
+from saap_index.demo.evaluate import Row, pooled
+from saap_index.lab import eval_report, page, page_tables, quality, report
+
+ROOT = Path(__file__).parent.parent
+KINDS = {"saap": "query-adaptive index", "saap-own": "query-adaptive index", "ivf": "yardstick", "recent": "yardstick"}
+CAPTURED = {"saap": (0.7, 0.9), "saap-own": (0.8, 0.85), "ivf": (0.75, 0.8), "recent": (0.2, 0.3)}
+"""Of each sequence, the first half of it in each of two layers; saap-own is ahead by one point and a half on the whole."""
+
+
+def records(sequences: int = 2, replaced: int = 2, methods: tuple[str, ...] = tuple(CAPTURED)) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    reads = {"tokens": 9.0, "kv_bytes": 1e3, "other_bytes": 10.0, "shared_bytes": 100.0}
+    for i in range(sequences):
+        for method in methods:
+            for layer in (0, 3):
+                found[f"layer/{i}/{layer}/{method}/0.05"] = {
+                    "captured": CAPTURED[method][i], "outside": 1.0, "error": 0.1, "total_per_head": [0.9], **reads,
+                }  # fmt: skip
+            found[f"text/{i}/{method}/0.05"] = {
+                "kl": 0.1 + i, "top1": 0.9, "log_perplexity_ratio": 0.0, "seconds_per_token": 0.1,
+                "per_layer": {str(n): 9.0 for n in range(replaced)}, **reads,
+            }  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(("replaced", "said"), [
+    (2, "2 of 4 layers replaced, the others as the model has them"), (4, "every layer replaced (4)"),
+])  # fmt: skip
+def test_how_many_layers_were_replaced(replaced: int, said: str) -> None:
+    rows = records(replaced=replaced)
+    text, html = report.as_text(rows, 4), page.html(rows, "t", KINDS, 4, [], 16)
+    assert said in text and said in html
+    assert ("every layer" in text + html) == (replaced == 4)
+    assert "pooled by mass over layers" in text and "Captured is pooled by mass over layers" in html
+
+
+def test_one_sequence_has_no_spread() -> None:
+    assert math.isnan(quality.spread([3.0])[1]) and quality.spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
+    rows = records(1)
+    text, html = eval_report.as_text(rows, 4), page.html(rows, "t", KINDS, 4, [], 16)
+    assert "1 sequence; one has no spread: (-)" in text and "(0.0" not in text and "(-)" in text
+    assert "±0.0" not in html and "± 0.0" not in html and "nan" not in text + html
+    assert '<span class="pm">' not in html
+    assert eval_report.summary(rows, 4)["layers"]["all"][0]["captured"][1] is None
+    assert "(0." in report.as_text(records(2), 4) and '<span class="pm">' in page.html(records(2), "t", KINDS, 4, [], 16)
+    one = {("x", 0, 0.05): Row([0.5], [1.0], [0.1])}
+    assert math.isnan(pooled(one, "x", 0.05, [0])[1])
+
+
+def test_each_index_has_a_verdict_of_its_own() -> None:
+    """The better one of two is known only after measuring."""
+    lines = re.findall("<li>(.*?)</li>", page_tables.verdict(records(), KINDS, [3]))
+    assert lines == [
+        f"5 %{where}: {said}" for where in ("", ", late layers") for said in (
+            "saap captures more than 2 of the 2 methods that can be deployed; the nearest, ivf, by 2.5 ± 10.6 points.",
+            "saap-own captures more than 2 of the 2 methods that can be deployed; the nearest, ivf, by 5.0 ± 0.0 points.",
+        )
+    ]  # fmt: skip
+    alone = page_tables.verdict(records(1), KINDS, [3])
+    assert "saap captures more than 1 of the 2 methods that can be deployed, not more than ivf (5.0 points)." in alone
+    assert "saap-own captures more than 2" in alone and "±" not in alone
+    only = {name: kind for name, kind in KINDS.items() if name != "saap-own"}
+    assert "saap-own" not in page_tables.verdict(records(methods=("saap", "ivf")), only, [3])
+    assert "saap-own was not measured" in page_tables.verdict(records(methods=("saap", "ivf")), KINDS, [3])
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    """Which are pooled by mass, and which are means of layers."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+
+    def result(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+        return found
+
+    groups = {"": (3, 8, 14, 20, 26), "late": (14, 20, 26)}
+    table, means = [], []
+    for name in ("cpu_accuracy_smollm2", "cpu_accuracy_smollm2_other_text"):
+        found = result(name)["groups"]
+        for group, layers in groups.items():
+            cell = found[group or "all"]["saap_index"]["0.05"]
+            table.append(f"{cell[0]:.1f} / {cell[2]:.3f}")
+            means.append(sum(found[f"layer {x}"]["saap_index"]["0.05"][0] for x in layers) / len(layers))
+    assert f"| **this index** | {' | '.join(table)} |" in text
+    assert f"{means[0]:.1f} ({means[1]:.1f}) % on unseen text and {means[2]:.1f} ({means[3]:.1f}) % on text of another" in text
+
+    def rows(found: dict[str, Any], where: Any) -> dict[str, Any]:
+        row: dict[str, Any] = next(r for r in where if (r["method"], r["share"]) == ("saap-even", 0.05))
+        return row
+
+    unseen, other = result("cpu_eval_unseen"), result("cpu_eval_other_text")
+    layered = [
+        sum(rows(found, found["each_layer"][str(x)])["captured"][0] for x in layers) / len(layers)
+        for found in (unseen, other)
+        for layers in groups.values()
+    ]
+    both = rows(unseen, unseen["layers"]["all"]), rows(unseen, unseen["layers"]["late"])
+    assert f"{both[0]['captured'][0]:.1f} % pooled by mass over these layers and {both[1]['captured'][0]:.1f} %" in text
+    assert f"or {layered[0]:.1f} and {layered[1]:.1f} % as means of layers, error {both[0]['error'][0]:.3f}" in text
+    assert f"on text of other kinds {layered[2]:.1f} and {layered[3]:.1f} %, means of layers" in text
+
+
+def test_whose_weights_were_measured() -> None:
+    assert "dequantised from Q4_1" in demo_model.TITLE
+    for name in ("README.md", "docs/training.md"):
+        assert re.search(r"SmolLM2-135M-Instruct.{0,200}dequantised from Q4_1", (ROOT / name).read_text(), re.DOTALL), name
