@@ -96,8 +96,8 @@ def shared_bytes(router: PackedRouter, segments: int, macros: dict[str, int]) ->
 def fixed_bytes(macros: dict[str, int]) -> int:
     """sizeof(Shared) of route_select.cu, rounded up to 128."""
     cluster, columns, warps = macros["SAAP_CLUSTER"], macros["SAAP_COLUMNS"], macros["SAAP_THREADS"] // 32
-    size = 8 * (cluster + warps) * columns + 12 * columns + 8 * (2 * cluster + 1 + warps) + 12 + 4 + 4 + 4 + 4
-    return -(-(size + 16 * CANDIDATES + 8 * BINS // cluster) // 128) * 128
+    size = 8 * (cluster + warps) * columns + 12 * columns + 8 * (cluster + 1 + warps) + 4 + 12 + 4 * 4
+    return -(-(size + 2 * 16 * CANDIDATES + 8 * (BINS + BINS // 32)) // 128) * 128
 
 
 class RouteSelect:

@@ -2,8 +2,8 @@
 //
 // Does what route.cu and select.cu do one after the other, for at most SAAP_COLUMNS query vectors of a KV head, a router that
 // counts lists, and budgets in rows. A block has some of the lists: it computes their scores, weighs their runs, and writes what is
-// read of them. Blocks meet through each other's shared memory: the sums of the softmax, a histogram of the weights whose bins
-// they share out, the last few candidates, the numbers of rows.
+// read of them. Blocks meet through each other's shared memory: the sums of the softmax, histograms of the weights, the last few
+// candidates, the numbers of rows. What all of them need each works out for itself: that takes no further meeting.
 #include "route_units.cuh"
 #include "select_params.cuh"
 
@@ -55,27 +55,27 @@ namespace {
 constexpr int kD = SAAP_D32, kU = SAAP_U32, kK = kD + kU, kHiddenTiles = 2 * kU, kCluster = SAAP_CLUSTER;
 constexpr int kRow = 16 * (4 * kK + 1);          // bytes of a query vector and its hidden units; the odd piece spreads rows over banks
 constexpr int kParts = kD > 1 ? 2 : 1;           // parts of a sum of products over the dims of the query, and over hidden units
-constexpr int kSlice = kBins / kCluster, kPerThread = (kSlice + kThreads - 1) / kThreads;
+constexpr int kCoarse = kBins / 32;              // bins of 32 bins
 constexpr int kKeyShift = 17;                    // of the first histogram: bins of 1.6 %
 constexpr int kFirstBin = (130 << 6) + 63 - (kBins - 1);  // of weights from 2^-28 to 2^4; smaller ones are in the lowest bin
 constexpr int kNumSegments = 3, kNextPosition = 4, kMetaWords = 8;
-static_assert(kColumns <= 8 && kThreads >= 8 * kCluster && kSlice >= 1 && !SAAP_LISTS && !SAAP_FAR, "no such configuration");
+static_assert(kColumns <= 8 && kThreads >= 8 * kCluster && kCoarse == 64 && !SAAP_LISTS && !SAAP_FAR, "no such configuration");
 
-// What blocks write into each other's shared memory, and what all threads of a block share.
+// What blocks read of each other's shared memory, and write to it, and what all threads of a block share.
 struct Shared {
   Mass mass[kCluster][kColumns];   // of the lists of every block
   Mass partial[kWarps][kColumns];  // of the warps of this one
   float top[kColumns], factor[kColumns], share[kColumns];
   int far;                         // whether runs are so far apart that each needs an exponential of its own
-  Measure totals[kCluster];        // of the slices of the histogram
   Measure written[kCluster];       // rows and runs that blocks write
   Measure before, scan[kWarps];    // before: the measure of all bins above the one that holds the end
   Cut cut;
   int bin;
+  u32 limit;                       // of mass
   u32 found;
   float most_share;
-  Candidate few[kFew];             // of the first block
-  Measure bins[kSlice];            // of the histogram, from rank * kSlice
+  Candidate mine[kFew], few[kFew];          // of this block, and of all
+  Measure bins[kBins], coarse[kCoarse];     // of this block's runs
 };
 
 // Where things lie behind `Shared`, in bytes; the host computes the same.
@@ -174,7 +174,7 @@ struct Block {
   float* bend;       // (S, kColumns) exp of the distance terms, relative to the largest; wide: themselves, times log2 e
   int* table;        // (S, lists + 1) where runs start
   u32* keys;         // (S, lists) bits of the weights
-  float* centres;    // (S)
+  float* centres;    // (S); later places on the knots
   float* inv_freq;   // (pairs), if there are any
   float* biases;     // of hidden units (32 U), of outputs (tiles + more_tiles, 16)
 
@@ -234,14 +234,20 @@ struct Block {
         const int s = static_cast<int>(static_cast<u32>(i) / static_cast<u32>(width)), list = i - s * width;
         table[s * (size.lists + 1) + list] = from[s * (p.l + 1) + list];
       }
-    for (int i = threadIdx.x; i < kSlice; i += kThreads) shared->bins[i] = {0, 0};
+    clear_bins();
     if (threadIdx.x == 0) shared->found = 0, shared->far = 0;
+  }
+
+  __device__ __forceinline__ void clear_bins() const {
+    for (int i = threadIdx.x; i < kBins; i += kThreads) shared->bins[i] = {0, 0};
+    for (int i = threadIdx.x; i < kCoarse; i += kThreads) shared->coarse[i] = {0, 0};
   }
 
   // Fills z and a.
   __device__ __forceinline__ void route() const {
     const int warp = threadIdx.x / 32, tiles = size.tiles + size.more_tiles;
     fill_rows(p, inv_freq, rows, head, sequence);
+    find_places();
     cp_async_wait<0>();
     __syncthreads();
     note(2);
@@ -292,9 +298,23 @@ struct Block {
     note(3);
   }
 
+  // Where each segment lies on the knots, as QueryRouter.knots has it, in place of its centre. The last threads are idle here.
+  __device__ __forceinline__ void find_places() const {
+    const int next = ld_acquire(p.meta + sequence * kMetaWords + kNextPosition);
+#pragma unroll 1
+    for (int s = kThreads - 1 - static_cast<int>(threadIdx.x); s < segments; s += kThreads) {
+      const float distance = static_cast<float>(static_cast<double>(next) - 1.0 - static_cast<double>(centres[s]));
+      const u32 bits = __float_as_uint(distance > 1.f ? distance : 1.f);
+      // The exponent apart, so that powers of two are whole and what is rounded is the fraction.
+      const float octaves = static_cast<float>(static_cast<int>(bits >> 23) - 127 - p.first_knot);
+      const float place = octaves + log2f(__uint_as_float((bits & 0x007fffff) | 0x3f800000));
+      centres[s] = fminf(fmaxf(place, 0.f), static_cast<float>(knots > 0 ? knots - 1 : 0));
+    }
+  }
+
   // What each vector counts (the sigmoid of c, relative to the largest) and the distance terms; a warp has a vector at a time.
   __device__ __forceinline__ void find_bends(bool wide) const {
-    const int lane = threadIdx.x % 32, next = ld_acquire(p.meta + sequence * kMetaWords + kNextPosition);
+    const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int vector = threadIdx.x / 32; vector < kColumns; vector += kWarps) {
       const bool present = vector < p.j;
@@ -313,13 +333,7 @@ struct Block {
 #pragma unroll 1
       for (int from = 0; from < segments; from += 32) {
         const int s = from + lane;
-        const float distance =
-            static_cast<float>(static_cast<double>(next) - 1.0 - static_cast<double>(s < segments ? centres[s] : 0.f));
-        const u32 bits = __float_as_uint(distance > 1.f ? distance : 1.f);
-        // The exponent apart, so that powers of two are whole and what is rounded is the fraction.
-        const float octaves = static_cast<float>(static_cast<int>(bits >> 23) - 127 - p.first_knot);
-        const float place = octaves + log2f(__uint_as_float((bits & 0x007fffff) | 0x3f800000));
-        const float at = fminf(fmaxf(place, 0.f), static_cast<float>(knots > 0 ? knots - 1 : 0));
+        const float at = s < segments ? centres[s] : 0.f;
         const int low = static_cast<int>(at);
         const float y0 = __shfl_sync(kAllLanes, knot, low), y1 = __shfl_sync(kAllLanes, knot, low + 1 < knots ? low + 1 : low);
         const float y = kLog2E * (y0 + (at - static_cast<float>(low)) * (y1 - y0));
@@ -468,9 +482,12 @@ struct Block {
     return {static_cast<u32>(n), static_cast<u32>(fminf(fmaxf(mass * units + 0.5f, 1.f), kMassUnits))};
   }
   __device__ __forceinline__ void tally(int bin, Measure x) const {
-    Measure* to = &of_block(shared, bin / kSlice)->bins[bin % kSlice];
-    if (x.rows) atomicAdd(&to->rows, x.rows);
-    if (x.mass) atomicAdd(&to->mass, x.mass);
+    atomicAdd(&shared->bins[bin].rows, x.rows);
+    atomicAdd(&shared->coarse[bin / 32].rows, x.rows);
+    if (x.mass) {
+      atomicAdd(&shared->bins[bin].mass, x.mass);
+      atomicAdd(&shared->coarse[bin / 32].mass, x.mass);
+    }
   }
 
   // Keys of all runs, tallied by their leading bits. Returns the sum of the shares; units: by what mass is multiplied.
@@ -510,54 +527,55 @@ struct Block {
     return total;
   }
 
-  // The bin of the histogram in which the selection ends, and the measure of the bins above it; false if it does not end: then
-  // everything is read, or nothing if shared->cut says so. All blocks learn the same. limits: less what lies above, afterwards.
+  // Over the blocks. bins: an array in each of them.
+  template <int n>
+  __device__ __forceinline__ Measure of_all(Measure (Shared::*bins)[n], int bin) const {
+    Measure x[kCluster], sum{0, 0};
+#pragma unroll
+    for (int i = 0; i < kCluster; i++) x[i] = (of_block(shared, i)->*bins)[bin];
+#pragma unroll
+    for (int i = 0; i < kCluster; i++) sum = sum + x[i];
+    return sum;
+  }
+
+  // The bin of the histograms in which the selection ends, and the measure of the bins above it; false if it does not end: then
+  // everything is read, or nothing, as shared->cut says. Every block finds the same. limits: less what lies above, afterwards.
   __device__ __forceinline__ bool find_bin(Limits& limits, bool first_round, int& bin) const {
     cluster_barrier();  // all has been tallied
     note(7);
-    Measure mine{0, 0}, total;
-    const int highest = kSlice - 1 - static_cast<int>(threadIdx.x) * kPerThread;
-#pragma unroll
-    for (int i = 0; i < kPerThread; i++)
-      if (highest - i >= 0) mine = mine + shared->bins[highest - i];
-    Measure sum = exclusive_scan(mine, total, shared->scan);
-    if (threadIdx.x < kCluster) of_block(shared, static_cast<int>(threadIdx.x))->totals[rank] = total;
-    cluster_barrier();
-    Measure above{0, 0}, all{0, 0};
-#pragma unroll
-    for (int i = 0; i < kCluster; i++) {
-      all = all + shared->totals[i];
-      if (i > rank) above = above + shared->totals[i];
+    if (threadIdx.x < 32) {
+      const int lane = threadIdx.x;
+      // From the highest bin down; a lane has two of the coarse ones.
+      const int high = kCoarse - 1 - 2 * lane;
+      const Measure one = of_all(&Shared::coarse, high), two = of_all(&Shared::coarse, high - 1);
+      const Measure to = inclusive_scan_warp(one + two), all = from_lane(to, 31), middle = to - two, from = middle - one;
+      Limits ends = limits;
+      if (first_round && ends.spare >= 0) {
+        const double spare = ends.spare * all.mass;
+        const u32 kept = spare < all.mass ? static_cast<u32>(spare) : all.mass;
+        ends.mass = all.mass - kept;
+      }
+      if (lane == 0) shared->bin = -1;
+      __syncwarp();
+      if (ends.mass == 0) {  // it holds before the first item
+        if (lane == 0) shared->cut = take_nothing();
+      } else if (!ends.reached(all)) {
+        if (lane == 0) shared->cut = take_all();
+      } else {
+        const int owner = __ffs(__ballot_sync(kAllLanes, ends.reached(to))) - 1;
+        const bool second = !ends.reached(from_lane(middle, owner));
+        const int coarse = kCoarse - 1 - 2 * owner - second;
+        const Measure above = from_lane(second ? middle : from, owner);
+        const Measure fine = of_all(&Shared::bins, coarse * 32 + 31 - lane), below = above + inclusive_scan_warp(fine);
+        const int last = __ffs(__ballot_sync(kAllLanes, ends.reached(below))) - 1;
+        if (lane == last) shared->bin = coarse * 32 + 31 - lane, shared->before = below - fine;
+      }
+      if (lane == 0) shared->limit = ends.mass;
     }
-    if (first_round && limits.spare >= 0) {
-      const double spare = limits.spare * all.mass;
-      const u32 kept = spare < all.mass ? static_cast<u32>(spare) : all.mass;
-      limits.mass = all.mass - kept;
-    }
-    if (limits.mass == 0) {  // it holds before the first item
-      if (threadIdx.x == 0) shared->cut = take_nothing();
-      __syncthreads();
-      return false;
-    }
-    if (!limits.reached(all)) {
-      if (threadIdx.x == 0) shared->cut = take_all();
-      __syncthreads();
-      return false;
-    }
-    sum = sum + above;
-#pragma unroll
-    for (int i = 0; i < kPerThread; i++) {
-      if (highest - i < 0) continue;
-      const Measure before = sum;
-      sum = sum + shared->bins[highest - i];
-      if (!limits.reached(before) && limits.reached(sum))
-        for (int to = 0; to < kCluster; to++) {
-          Shared* other = of_block(shared, to);
-          other->bin = rank * kSlice + highest - i, other->before = before;
-        }
-    }
-    cluster_barrier();
+    __syncthreads();
     bin = shared->bin;
+    if (bin < 0) return false;
+    limits.mass = shared->limit;
     if (limits.rows != kNoLimit) limits.rows -= shared->before.rows;
     if (limits.mass != kNoLimit) limits.mass -= shared->before.mass;
     return true;
@@ -570,7 +588,6 @@ struct Block {
     note(8);
     u64 low = bin ? static_cast<u64>(bin + kFirstBin) << kKeyShift << 32 : 0;  // the range is [low, high)
     u64 high = bin < kBins - 1 ? static_cast<u64>(bin + 1 + kFirstBin) << kKeyShift << 32 : ~0ull;
-    Shared* keeper = of_block(shared, 0);
 #pragma unroll 1
     for (;;) {
       const u32 lowest = static_cast<u32>(low >> 32), highest = static_cast<u32>(high >> 32);
@@ -584,24 +601,39 @@ struct Block {
       each_run([&](int s, int list) {
         u64 offset;
         if (!in_range(s, list, offset)) return;
-        const u32 key = keys[s * size.lists + list], slot = atomicAdd(&keeper->found, 1u);
-        if (slot < kFew) keeper->few[slot] = {key, static_cast<int>(place_of(s, list)), measure(length(s, list), key, units)};
+        const u32 key = keys[s * size.lists + list], slot = atomicAdd(&shared->found, 1u);
+        if (slot < kFew) shared->mine[slot] = {key, static_cast<int>(place_of(s, list)), measure(length(s, list), key, units)};
       });
       cluster_barrier();
       note(9);
-      const u32 found = keeper->found;
-      if (found <= kFew) {
-        if (rank == 0)
-          rank_candidates(shared->few, static_cast<int>(found), limits, [&](Cut cut) {
-            for (int to = 0; to < kCluster; to++) of_block(shared, to)->cut = cut;
-          });
-        cluster_barrier();
+      u32 found[kCluster], all = 0;
+#pragma unroll
+      for (int i = 0; i < kCluster; i++) found[i] = of_block(shared, i)->found;
+      const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+      for (int i = 0; i < kCluster; i++) all += found[i];
+      if (all <= kFew) {
+#pragma unroll 1
+        for (int block = warp; block < kCluster; block += kWarps) {
+          const Shared* other = of_block(shared, block);
+          u32 at = 0, count = 0;
+#pragma unroll
+          for (int i = 0; i < kCluster; i++) {
+            if (i < block) at += found[i];
+            if (i == block) count = found[i];
+          }
+          for (u32 i = lane; i < count; i += 32) shared->few[at + i] = other->mine[i];
+        }
+        __syncthreads();
+        rank_candidates(shared->few, static_cast<int>(all), limits, [&](Cut cut) { shared->cut = cut; });
+        __syncthreads();
         return;
       }
       // Too many to compare each with each: the same again, with finer bins.
-      for (int i = threadIdx.x; i < kSlice; i += kThreads) shared->bins[i] = {0, 0};
-      cluster_barrier();
+      cluster_barrier();  // the others have read what is cleared now
+      clear_bins();
       if (threadIdx.x == 0) shared->found = 0;
+      __syncthreads();
       const int bits = 64 - __clzll(static_cast<i64>(high - low - 1)), shift = bits > kBinBits ? bits - kBinBits : 0;
       each_run([&](int s, int list) {
         u64 offset;

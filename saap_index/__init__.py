@@ -55,6 +55,10 @@ def __getattr__(name: str) -> Any:
     return getattr(hf, name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRANSFORMERS})
+
+
 __all__ = [
     "AsymmetricIndex",
     "Calibration",

@@ -113,9 +113,10 @@ class IndexBase(IndexArguments):
         self._defaults = self._checked(asked.over(SearchParametersIVF(selectivity=SELECTIVITY)))
         self._budget_shares: np.ndarray | None = None
         self.budget_shares = budget_shares
-        self.dtype, self.device, self.rope = dtype, checks.device(device), rope
-        self._backend = get_backend(self.device, backend)
-        self.device = getattr(self._backend, "device", self.device)  # with its number: "cuda" alone would accept tensors of any
+        self.dtype, self.rope = dtype, rope
+        named = checks.named_device(device)
+        self._backend = get_backend(named, backend)  # which has the better words where its device cannot serve
+        self.device = checks.device(getattr(self._backend, "device", named))
         self.backend_name = backend
         self._key_quantizer: KeyQuantizer | None = None
         self._query_router: QueryRouter | None = None
@@ -134,11 +135,6 @@ class IndexBase(IndexArguments):
         """A number and a token of its own, see ops.py."""
         self._number = ops.register(self)
         self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
-
-    def __setstate__(self, state: Any) -> None:
-        for name, value in state[1].items():
-            setattr(self, name, value)
-        self._name_for_compiler()  # a copy is another index
 
     def __repr__(self) -> str:
         names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
@@ -377,11 +373,17 @@ class IndexBase(IndexArguments):
         lists = self.invlists
         rotation = None
         if self.rope is not None:
-            rotation = self.rope.rotation(lists.positions(i, np.arange(start, stop)), device=self.device)
+            lengths = lists.rotated.at(i, start, stop) if self.rope.is_dynamic else None
+            rotation = self.rope.rotation(lists.positions(i, np.arange(start, stop)), lengths, device=self.device)
         return self._backend.assign(self._prepared_quantizer, lists.keys[i, :, start:stop], rotation)
 
-    def _repartition(self, lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int]) -> None:
-        """If adding counts[i] of keys : storage dtype (b, h, n, d) seals the first tokens: lists of these very sequences."""
+    def _repartition(
+        self, lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int], rotated: Sequence[int] | None = None
+    ) -> None:
+        """If adding counts[i] of keys : storage dtype (b, h, n, d) seals the first tokens: lists of these very sequences.
+
+        rotated : the length at which the new keys of each sequence were rotated, where the angles depend on it.
+        """
         totals = [n + count for n, count in zip(lists.lengths, counts, strict=True)]
         if any(lists.segments) or not any(map(self._layout.num_blocks, totals)):
             return
@@ -394,7 +396,11 @@ class IndexBase(IndexArguments):
             x = x[:, step // 2 :: step].float()
             gone = lists.gaps[i].count
             places = np.where(ranks < n, lists.positions(i, np.minimum(ranks, max(0, n - 1))), ranks + gone)
-            parts.append(x if self.rope is None else self.rope.unrotate(x, places, total + gone))
+            lengths = None
+            if self.rope is not None and self.rope.is_dynamic:
+                each = np.append(lists.rotated.at(i, 0, n), [0 if rotated is None else rotated[i]])
+                lengths = each[np.minimum(ranks, n)]
+            parts.append(x if self.rope is None else self.rope.unrotate(x, places, lengths))
 
         def assign(centroids: Tensor, keys: Tensor) -> Tensor:
             return self._backend.assign(self._backend.prepare_quantizer(centroids), keys, None)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -140,12 +141,14 @@ class IndexDecode(IndexStorage):
         with self._changing():
             super()._relayout(**changes)
 
-    def _repartition(self, lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int]) -> None:
+    def _repartition(
+        self, lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int], rotated: Sequence[int] | None = None
+    ) -> None:
         if lists.decode is not None and lists.decode.captured and not any(lists.segments):
             totals = [n + count for n, count in zip(lists.lengths, counts, strict=True)]
             if any(map(self._layout.num_blocks, totals)):
                 raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
-        super()._repartition(lists, keys, counts)
+        super()._repartition(lists, keys, counts, rotated)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -233,10 +236,17 @@ class IndexDecode(IndexStorage):
     def _query_rotation(self, q: int) -> Rotation:
         """Angles of the last q positions of every sequence, (b * q, r / 2)."""
         assert self.rope is not None
-        ends = [self.invlists.next_position(i) for i in range(self.invlists.batch)]
-        if len(ends) == 1:
-            return self.rope.rotation(range(max(0, ends[0] - q), max(q, ends[0])), ends[0], device=self.device)
-        parts = [self.rope.rotation(range(max(0, end - q), max(q, end)), end, device=self.device) for end in ends]
+        lists = self.invlists
+        ends = [lists.next_position(i) for i in range(lists.batch)]
+        lengths: list[Any] = [None] * lists.batch
+        if self.rope.is_dynamic:  # a query was rotated in the call that brought its token
+            for i, n in enumerate(lists.lengths):
+                each = lists.rotated.at(i, max(0, n - q), n) if n else np.zeros(1, np.int64)
+                lengths[i] = int(each[0]) if (each == each[0]).all() else np.pad(each, (q - len(each), 0), mode="edge")
+        turns = [(range(max(0, end - q), max(q, end)), length) for end, length in zip(ends, lengths, strict=True)]
+        parts = [self.rope.rotation(*turn, device=self.device) for turn in turns]
+        if len(parts) == 1:
+            return parts[0]
         cos, sin = torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts])
         return Rotation(cos, sin, parts[0].interleaved, parts[0].scale)
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from . import checks
 from ._base import IndexBase
 from .backends import get_backend
-from .errors import LengthError, ParameterError, ShapeError
+from .errors import LengthError, ParameterError, ShapeError, StateError
 from .invlists import SegmentedInvertedLists
 from .stats import IndexStats, gather
 
@@ -103,6 +103,16 @@ class IndexStorage(IndexBase):
                 checks.integer(s, "sequences", 0, self._lists.batch - 1)
             new._lists = self._lists.fork(chosen)
         return new
+
+    def __copy__(self) -> Self:
+        """A copy is a `fork`: tokens of its own, the training shared."""
+        return self.fork()
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError("pickle: expected write_index and read_index, which keep an index in a file, got an index to pickle")
 
     def reorder(self, sequences: Sequence[int]) -> None:
         """Sequence i becomes what sequences[i] was, in place (a step of beam search): `fork`, but sequences that stem from one

@@ -22,17 +22,23 @@ def integer(value: object, name: str, least: int, most: int = 2**31 - 1) -> int:
     return int(value)
 
 
-def device(value: torch.device | str) -> torch.device:
-    """``value`` as a torch device; DeviceError for one that torch does not know, or that is not there."""
+def named_device(value: torch.device | str) -> torch.device:
+    """``value`` as a torch device, there or not; DeviceError for one that torch does not know."""
     try:
-        found = torch.device(value)
+        return torch.device(value)
     except (RuntimeError, TypeError) as error:
         raise DeviceError(f"device: expected a torch device, got {value!r}") from error
+
+
+def device(value: torch.device | str) -> torch.device:
+    """``value`` as a torch device, with the number of the current one if it has none ("cuda" alone would accept tensors of any).
+    DeviceError for one that torch does not know, or that is not there."""
+    found = named_device(value)
     try:
-        torch.empty(1, dtype=torch.uint8, device=found)
+        there = torch.empty(1, dtype=torch.uint8, device=found).device
     except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device in its own words
         raise DeviceError(f"device: expected one that is there, got {str(found)!r}: {str(error).splitlines()[0]}") from error
-    return found
+    return there if found.index is None else found
 
 
 def tensor(value: Any, name: str) -> Tensor:

@@ -130,8 +130,9 @@ class AsymmetricIndex(IndexDecode):
     # -- adding --------------------------------------------------------------------------------------------------------
 
     def add(
-        self, keys: Any, values: Any, *, lengths: Sequence[int] | None = None, coarse_keys: Any = None, seal: bool = True
-    ) -> None:
+        self, keys: Any, values: Any, *, lengths: Sequence[int] | None = None, coarse_keys: Any = None, seal: bool = True,
+        seq_len: int | Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         """Append tokens: a prompt, or one per sequence while decoding. Their ids are their positions.
 
         Parameters
@@ -141,12 +142,15 @@ class AsymmetricIndex(IndexDecode):
         coarse_keys : float (b, h, n, d), what to assign in place of the keys with RoPE undone.
         seal : False leaves the new tokens in arrival order behind the others, for the caller to attend to densely, until
             `seal`, or the next change of the index, brings them where their number asks for.
+        seq_len : for a rope whose angles depend on the length (`Rope.is_dynamic`), the length at which the model rotated these
+            tokens, for all sequences or for each; default each sequence's own, the new tokens included. transformers rotates
+            a batch by the length of its longest sequence.
 
         Raises NotTrainedError, ShapeError, DTypeError, DeviceError, LayoutError, NotFiniteError, LengthError; the index is
         unchanged then. On a CUDA device up to 8 tokens are stored unseen; NotFiniteError comes from a later call (docs/gpu.md).
         """
         if torch.compiler.is_compiling():
-            return self._traced_add(keys, values, lengths is None and coarse_keys is None, seal)
+            return self._traced_add(keys, values, lengths is None and coarse_keys is None and seq_len is None, seal)
         if self._prepared_quantizer is None:
             raise NotTrainedError("add: expected a trained index, got one without key_quantizer; call train or set it")
         capturing = self._capturing()
@@ -155,19 +159,32 @@ class AsymmetricIndex(IndexDecode):
         keys, values, counts = self._new_tokens(keys, values, lengths)
         list_nos = None
         if coarse_keys is not None:
+            if self._tower is not None and (self._lists is None or not any(self._lists.segments)):
+                raise StateError("coarse_keys: expected lists to assign them to, got a tower, which is yet to make them")
             coarse = self._input(coarse_keys, "coarse_keys", "b h n d", tuple(keys.shape), checks.STORAGE_DTYPES)
             checks.finite(coarse, "coarse_keys")
             list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
-        elif self.rope is not None and self.rope.is_dynamic:
-            # the angles depend on the length at the time of rotation, which is now: assign now, not when the token is sealed
-            list_nos = self._assign_now(keys, counts)
-        self._append(keys, values, counts, list_nos, seal)
+        self._append(keys, values, counts, list_nos, seal, self._rotated_at(counts, seq_len))
 
-    def add_preassigned(self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None) -> None:
+    def add_preassigned(
+        self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None,
+        seq_len: int | Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         """`add` with the list numbers given: int32 or int64 (b, h, n), in [0, nlist). Needs no trained quantizer."""
         self._refuse_capture("add_preassigned")
         keys, values, counts = self._new_tokens(keys, values, lengths)
-        self._append(keys, values, counts, self._list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0))
+        nos = self._list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0)
+        self._append(keys, values, counts, nos, rotated=self._rotated_at(counts, seq_len))
+
+    def note_rotation(self, n: int, seq_len: int) -> None:
+        """Correct the ``seq_len`` of `add` for the n newest tokens of every sequence, which are not sealed yet."""
+        lists = self.invlists
+        for i, length in enumerate(lists.lengths):
+            if not 0 <= n <= length - lists.sealed(i):
+                raise LengthError(f"n: expected at most {length - lists.sealed(i)} tokens that are not sealed, got {n}")
+        if n and self.rope is not None:
+            for i, length in enumerate(lists.lengths):
+                lists.rotated.append(i, length - n, self.rope.effective_length(seq_len))
 
     def seal(self) -> None:
         """Bring tokens that were added with ``seal=False`` to where a plain `add` would have put them."""
@@ -189,34 +206,38 @@ class AsymmetricIndex(IndexDecode):
             raise LengthError(f"add: expected fewer than 2**31 tokens per sequence, got {max(self.lengths) + max(counts)}")
         return keys, values, counts
 
-    def _append(self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None, seal: bool = True) -> None:
+    def _append(
+        self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None, seal: bool = True,
+        rotated: list[int] | None = None,
+    ) -> None:  # fmt: skip
         lists = self._lists
         same_batch = lists is not None and lists.batch == keys.shape[0]
         if lists is not None and same_batch and seal and list_nos is None and lists.only_grows(counts):
-            lists.append(keys, values, counts, None, None)  # nearly every step: nothing that could be left half done
+            lists.append(keys, values, counts, None, None, rotated)  # nearly every step: nothing that could be left half done
             return
         with self._whole():
             if lists is None or (not same_batch and not self.ntotal):
                 lists = self._new_lists(keys.shape[0])
             if self._tower is not None and list_nos is None and seal:
-                self._repartition(lists, keys, counts)
+                self._repartition(lists, keys, counts, rotated)
             self._lists = lists  # assigning reads it
             state = self._decode_state()
             if state is not None and (list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS):
                 state.settle()
-            lists.append(keys, values, counts, list_nos, self._assign_rows if seal else None)
+            lists.append(keys, values, counts, list_nos, self._assign_rows if seal else None, rotated)
         if state is not None:
             state.follow()
 
-    def _assign_now(self, keys: Tensor, counts: list[int]) -> Tensor:
-        assert self.rope is not None
-        nos = torch.zeros(keys.shape[:3], dtype=torch.int32, device=self.device)
-        for i, count in enumerate(counts):
-            start = self.invlists.next_position(i) if self.ntotal else 0
-            if count:
-                rotation = self.rope.rotation(np.arange(start, start + count), start + count, device=self.device)
-                nos[i, :, :count] = self._backend.assign(self._prepared_quantizer, keys[i, :, :count], rotation)
-        return nos
+    def _rotated_at(self, counts: list[int], seq_len: int | Sequence[int] | None) -> list[int] | None:
+        """The length that the angles of counts[i] new tokens of each sequence belong to; None if they depend on none."""
+        if seq_len is not None:
+            lengths = checks.counts(seq_len, len(counts), 2**31 - 1, "seq_len")
+        if self.rope is None or not self.rope.is_dynamic:
+            return None
+        if seq_len is None:
+            before = [self.invlists.next_position(i) for i in range(len(counts))] if self.ntotal else [0] * len(counts)
+            lengths = [start + count for start, count in zip(before, counts, strict=True)]
+        return [self.rope.effective_length(n) for n in lengths]
 
     # -- searching -----------------------------------------------------------------------------------------------------
 

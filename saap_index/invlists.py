@@ -22,6 +22,7 @@ from .backends import Arena, Backend, Frequencies, SegmentChange
 from .errors import NotFiniteError, StateError
 from .gaps import Gaps
 from .layout import Layout, Segment
+from .rotated import RotationLengths
 
 
 class Assign(Protocol):
@@ -44,7 +45,8 @@ class SegmentedInvertedLists:
     Attributes (read them, do not write): keys : storage dtype (b, h, N, d); values : (b, h, N, e); ids : int32 (b, h, N), the
     position of the token in each sealed row; tables : int32 (b, h, S, l + 1); mean_keys : storage dtype (b, h, M, l, d),
     mean_values : (b, h, M, l, e), means of the runs of the first `num_means` segments; lengths : tokens of each sequence;
-    segments : [start, stop) of each sequence; gaps : positions of tokens taken out of each sequence.
+    segments : [start, stop) of each sequence; gaps : positions of tokens taken out of each sequence; rotated : at which length
+    each token was rotated, where that matters.
 
     version : changes with everything that a search depends on besides lengths: segments and what lies in them, positions, layout
     and memory. What was made from these lists holds as long as the number is the same. moved : the version since which keys,
@@ -52,8 +54,8 @@ class SegmentedInvertedLists:
     """
 
     _STATE = (
-        "_same", "capacity", "gaps", "ids", "keys", "layout", "lengths", "mean_keys", "mean_values", "pending", "segments",
-        "tables", "values",
+        "_same", "capacity", "gaps", "ids", "keys", "layout", "lengths", "mean_keys", "mean_values", "pending", "rotated",
+        "segments", "tables", "values",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +66,7 @@ class SegmentedInvertedLists:
         self.lengths = [0] * batch
         self.segments: list[tuple[Segment, ...]] = [()] * batch
         self.gaps = [Gaps.none()] * batch
+        self.rotated = RotationLengths(batch)
         self.version = self.moved = next(_VERSIONS)
         self._undo: list[Callable[[], None]] | None = None  # what takes back the steps of the change under way, newest last
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
@@ -258,6 +261,7 @@ class SegmentedInvertedLists:
         self._changed()
         self.lengths, self.segments = [0] * self.batch, [()] * self.batch
         self.gaps, self.pending = [Gaps.none()] * self.batch, None
+        self.rotated = RotationLengths(self.batch)
         self._same = np.zeros((self.batch, self.batch), np.int64)
 
     # -- positions ---------------------------------------------------------------------------------------------------
@@ -306,11 +310,15 @@ class SegmentedInvertedLists:
 
     # -- growing -----------------------------------------------------------------------------------------------------
 
-    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None) -> None:
+    def append(
+        self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None,
+        rotated: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         """Add counts[i] tokens to sequence i; seal and merge what the new length asks for, unless ``assign`` is None.
 
-        list_nos : int32 (b, h, n) or None, where ``assign`` decides when a token is sealed. Raises NotFiniteError, having
-        changed nothing, if a key or value is NaN or infinite. What else may fail is for the caller to wrap in `whole`.
+        list_nos : int32 (b, h, n) or None, where ``assign`` decides when a token is sealed. rotated : the length at which
+        those of each sequence were rotated, 0 or None where the angles do not depend on it. Raises NotFiniteError, having changed
+        nothing, if a key or value is NaN or infinite. What else may fail is for the caller to wrap in `whole`.
         """
         need = max(map(sum, zip(self.lengths, counts, strict=True)), default=0)
         if need > self.capacity:
@@ -325,6 +333,9 @@ class SegmentedInvertedLists:
         if self.pending is not None:
             for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
                 self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
+        for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            if count:
+                self.rotated.append(i, start, 0 if rotated is None else rotated[i])
         self.lengths = [start + count for start, count in zip(self.lengths, counts, strict=True)]  # at once
         if assign is not None:
             self.seal(assign)
@@ -441,6 +452,7 @@ class SegmentedInvertedLists:
         if gaps is not self.gaps[i]:
             self._changed()
             self.gaps[i] = gaps
+        self.rotated = self.rotated.truncated(i, length)
         self.lengths[i] = length
         self._seal(i, assign)
 
@@ -454,6 +466,7 @@ class SegmentedInvertedLists:
         self._unseal(i, first, length - len(ranks))
         self._compact(i, ranks)
         self._changed()
+        self.rotated = self.rotated.without(i, ranks)
         self._differs(i, first)
         self.gaps[i], self.lengths[i] = gaps, length - len(ranks)
         self._seal(i, assign)
@@ -528,6 +541,7 @@ class SegmentedInvertedLists:
         new.lengths = [self.lengths[i] for i in sequences]
         new.segments = [self.segments[i] for i in sequences]
         new.gaps = [self.gaps[i] for i in sequences]
+        new.rotated = self.rotated.pick(sequences)
         new._same = self._common_tokens(sequences)
         used = max(new.lengths, default=0)
         if self.pending is not None:
@@ -570,6 +584,7 @@ class SegmentedInvertedLists:
             for name, part in runs.items():
                 getattr(self, name)[i, :, kept : kept + part.shape[1]] = part
         self._same = together
+        self.rotated = self.rotated.pick(sequences)
         for name in ("lengths", "segments", "gaps"):
             values = getattr(self, name)
             setattr(self, name, [values[source] for source in sequences])

@@ -24,6 +24,7 @@ from .gaps import Gaps
 from .index import AsymmetricIndex
 from .quantizer import KeyQuantizer
 from .rope import Rope
+from .rotated import RotationLengths
 from .router import QueryRouter
 from .tower import TwoTower
 
@@ -90,6 +91,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "calibrated": index.calibration is not None,
         "lengths": index.lengths,
         "gaps": [] if lists is None else [len(x.starts) for x in lists.gaps],
+        "rotated": [] if lists is None else [len(r) for r in lists.rotated.runs],
         "pending": lists is not None and lists.pending is not None,
     }  # fmt: skip
     tensors: dict[str, Tensor] = {}
@@ -124,6 +126,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for i, segments in enumerate(lists.segments):
             tensors["tables"][i, :, len(segments) :] = 0
         tensors["gaps"] = torch.from_numpy(np.concatenate([x.array() for x in lists.gaps]))
+        tensors["rotated"] = lists.rotated.tensor()
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config
 
 
@@ -180,6 +183,8 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
             want["gaps"] = ((sum(config["gaps"]), 2), torch.int64)
         else:  # a file of before: every position, not stretches of them
             want["removed"] = ((sum(config["removed"]),), torch.int64)
+        if "rotated" in config:
+            want["rotated"] = ((sum(config["rotated"]), 2), torch.int64)
         if config["pending"]:
             want["pending"] = ((b, h, rows), torch.int32)
     return want
@@ -253,6 +258,11 @@ def _restore(
     if name == "removed" and any((np.diff(x, prepend=-1) <= 0).any() for x in parts_of):
         raise FormatError("removed: expected rising positions, got others")
     lists.gaps = [Gaps.of_array(x) if name == "gaps" else Gaps.of(x) for x in parts_of]
+    if "rotated" in config:
+        counts = checks.counts(config["rotated"], len(lengths), 2**31 - 1, "rotated")
+        lists.rotated = RotationLengths.of(tensors["rotated"], counts, lengths)
+    elif index.rope is not None and index.rope.is_dynamic:
+        raise FormatError("expected the lengths at which tokens were rotated, got a file of before they were kept")
     for i, parts in enumerate(segments):
         check_gaps(lists.gaps[i], lengths[i])
         positions = torch.from_numpy(lists.positions(i, np.arange(lengths[i])))

@@ -39,6 +39,12 @@ def content(positions: Positions) -> tuple[int, ...] | range | None:
     return None
 
 
+def count(positions: Positions) -> int | None:
+    """How many there are, if they are a vector."""
+    vector = getattr(positions, "ndim", 1) == 1 and hasattr(positions, "__len__")
+    return len(positions) if vector else None
+
+
 def integers(positions: Positions, device: torch.device) -> Tensor:
     """Positions as an integer tensor of any shape on ``device``."""
     if isinstance(positions, range):

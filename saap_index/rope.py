@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ _PARAMETERS = (
     "factor", "original_max_position", "attention_factor", "beta_fast", "beta_slow", "truncate", "low_freq_factor",
     "high_freq_factor", "short_factor", "long_factor",
 )  # fmt: skip
+SeqLen: TypeAlias = "int | Sequence[int] | np.ndarray | None"
+Length: TypeAlias = "int | tuple[int | None, ...] | None"
 _POSITIVE = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
 
 
@@ -238,21 +240,40 @@ class Rope:
         result: Tensor = held[1]
         return result
 
-    def _angles(self, positions: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
+    def _angles(self, positions: Tensor, length: Length) -> tuple[Tensor, Tensor]:
         """cos, sin : float32 (..., r / 2) of int positions (...)."""
-        angles = positions.to(torch.float32)[..., None] * self._frequencies(length, positions.device)
+        if isinstance(length, tuple):
+            kinds = {one: number for number, one in enumerate(dict.fromkeys(length))}
+            each = torch.tensor([kinds[one] for one in length], dtype=torch.int64, device=positions.device)
+            frequencies = torch.stack([self._inv_freq(one) for one in kinds]).to(positions.device)[each]
+        else:
+            frequencies = self._frequencies(length, positions.device)
+        angles = positions.to(torch.float32)[..., None] * frequencies
         return angles.cos(), angles.sin_()
 
-    def _length_of_rotation(self, seq_len: int | None) -> int | None:
+    def _length_of_rotation(self, seq_len: SeqLen, count: int | None = None) -> Length:
+        """What of ``seq_len`` the frequencies depend on, one for all tokens or a tuple of ``count``, one for each."""
         if seq_len is None and self.is_dynamic:
             raise ParameterError(f"seq_len: expected the sequence length at the time of rotation for {self.scaling!r}, got None")
-        return self._effective_length(seq_len)
+        if not isinstance(seq_len, Sequence | np.ndarray) or isinstance(seq_len, str):
+            return self._effective_length(seq_len)  # type: ignore[arg-type]
+        if len(seq_len) != count:
+            raise ShapeError(f"seq_len: expected one for each of {count} positions, got {len(seq_len)}")
+        each = tuple(map(self.effective_length, seq_len)) if self.is_dynamic else ()
+        if len(set(each)) > 1:
+            return tuple(one or None for one in each)
+        return (each[0] or None) if each else None
 
-    def rotation(self, positions: Positions, seq_len: int | None = None, *, device: torch.device | str | None = None) -> Rotation:
+    def effective_length(self, seq_len: int) -> int:
+        """A length whose frequencies are those of ``seq_len``, the same for all that share them; 0 for the unscaled ones."""
+        return self._effective_length(seq_len) or 0
+
+    def rotation(self, positions: Positions, seq_len: SeqLen = None, *, device: torch.device | str | None = None) -> Rotation:
         """The angles that undo this embedding for n tokens, as a backend takes them.
 
         positions : integers (n,), a torch tensor, NumPy array, sequence or range. seq_len : as in `inv_freq`, but needed if
-        `is_dynamic`. device : of the result; None: the positions' own if they are a tensor, else the CPU.
+        `is_dynamic`; for all, or n of them, one for each. device : of the result; None: the positions' own if they are a tensor,
+        else the CPU.
 
         Returns cos, sin : float32 (n, r / 2) and scale = 1 / attention_scale. Do not write to them: the result of the last call
         is kept for the layers that ask the same (for up to 256 positions that are not on an accelerator).
@@ -263,11 +284,11 @@ class Rope:
             >>> rope.rotation(range(2, 4)).cos.shape
             torch.Size([2, 2])
         """
-        asked = (positions, seq_len, device) if isinstance(positions, range) else None
+        asked = (positions, seq_len, device) if isinstance(positions, range) and isinstance(seq_len, int | None) else None
         last = self._memo.get("asked")
         if asked is not None and last is not None and last[0] == asked:  # the other layers of a decode step
             return last[1]
-        length = self._length_of_rotation(seq_len)
+        length = self._length_of_rotation(seq_len, _positions.count(positions))
         place = _positions.place(positions, device)
         content = _positions.content(positions)
         key = None if content is None else (content, length, place)
@@ -275,7 +296,8 @@ class Rope:
         if key is not None and held is not None and held[0] == key:
             result: Rotation = held[1]
             return result
-        if content is not None and len(content) == 1 and place.type == "cpu":  # a decode step: NumPy multiplies in half the time
+        if content is not None and len(content) == 1 and place.type == "cpu" and not isinstance(length, tuple):
+            # a decode step: NumPy multiplies in half the time
             angles = torch.from_numpy(self._frequencies(length, place).numpy()[None] * np.float32(content[0]))
             cos, sin = angles.cos(), angles.sin_()
         else:
@@ -297,7 +319,7 @@ class Rope:
 
     # -- applying ------------------------------------------------------------------------------------------------------
 
-    def rotate(self, x: Tensor, positions: Positions, seq_len: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+    def rotate(self, x: Tensor, positions: Positions, seq_len: SeqLen = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """What the model does to queries and keys: (x, y) -> attention_scale * (x cos - y sin, y cos + x sin) for each pair.
 
         x : any float dtype (..., n, d), left as it is. positions : integers (n,), or (b, n) for x (b, ..., n, d); 1 broadcasts.
@@ -308,13 +330,13 @@ class Rope:
         return self._turn(x, positions, seq_len, dtype, 1.0, self.attention_scale)
 
     def unrotate(
-        self, x: Tensor, positions: Positions, seq_len: int | None = None, *, dtype: torch.dtype | None = None
+        self, x: Tensor, positions: Positions, seq_len: SeqLen = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:
         """The inverse of `rotate`, with the same arguments: (x, y) -> (x cos + y sin, y cos - x sin) / attention_scale."""
         return self._turn(x, positions, seq_len, dtype, -1.0, 1.0 / self.attention_scale)
 
     def _turn(
-        self, x: Tensor, positions: Positions, seq_len: int | None, dtype: torch.dtype | None, sign: float, scale: float
+        self, x: Tensor, positions: Positions, seq_len: SeqLen, dtype: torch.dtype | None, sign: float, scale: float
     ) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise DTypeError(f"x: expected a torch tensor of a float dtype, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -324,7 +346,7 @@ class Rope:
         fits = 1 <= vector.ndim <= min(2, x.ndim - 1) and vector.shape[-1] in (1, x.shape[-2])
         if not fits or (vector.ndim == 2 and vector.shape[0] not in (1, x.shape[0])):
             raise ShapeError(f"positions: expected shape (n,) or (b, n) for x {tuple(x.shape)}, got {tuple(vector.shape)}")
-        cos, sin = self._angles(vector, self._length_of_rotation(seq_len))
+        cos, sin = self._angles(vector, self._length_of_rotation(seq_len, vector.shape[-1]))
         if vector.ndim == 2:
             between = (1,) * (x.ndim - 3)
             cos, sin = (part.reshape(part.shape[0], *between, *part.shape[1:]) for part in (cos, sin))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import SMALL, greedy, make_routers, prompt, sealed_tokens, tiny
+from hf_models import CACHE, SMALL, greedy, make_routers, prompt, sealed_tokens, tiny
 
 import saap_index as saap
 from saap_index import crossover as module
@@ -111,12 +111,12 @@ def test_attach_takes_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     saap.attach(model, make_routers(model), 0.1, **WITHOUT)
     assert len(keys) == 1 and keys[0]["selectivity"] == 0.1
     cache = saap.SaapCache(model)
-    assert torch.equal(greedy(model, ids, 9, past_key_values=cache), want)
+    assert torch.equal(greedy(model, ids, 9, **{CACHE: cache}), want)
     assert cache.get_seq_length() == 88 and sealed_tokens(cache) == [0, 0, 0] and cache.tokens_read() == 1
-    greedy(model, torch.cat([ids, want], 1), 5, past_key_values=cache)
+    greedy(model, torch.cat([ids, want], 1), 5, **{CACHE: cache})
     assert min(sealed_tokens(cache)) > 0 and cache.tokens_read() < 1
     cache.reset()
-    greedy(model, ids, 5, past_key_values=cache)
+    greedy(model, ids, 5, **{CACHE: cache})
     assert sealed_tokens(cache) == [0, 0, 0]
 
 
@@ -152,14 +152,14 @@ def test_a_saved_prompt_keeps_its_own(tmp_path: Path, monkeypatch: pytest.Monkey
     saap.attach(model, routers, 0.1, **WITHOUT)
     cache = saap.SaapCache(model)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     cache.save(tmp_path / "read", tokens=ids)
     longer = torch.cat([ids, prompt(1, 3, seed=9)], 1)
-    want = greedy(model, longer, 8, past_key_values=cache)
+    want = greedy(model, longer, 8, **{CACHE: cache})
     measures(monkeypatch, 500)
     saap.attach(saap.detach(model), routers, 0.1, **WITHOUT)
     loaded = saap.SaapCache.load(tmp_path / "read", model)
-    assert torch.equal(greedy(model, longer, 8, past_key_values=loaded), want) and min(sealed_tokens(loaded)) > 0
+    assert torch.equal(greedy(model, longer, 8, **{CACHE: loaded}), want) and min(sealed_tokens(loaded)) > 0
 
 
 @pytest.mark.parametrize("own_lists", [False, True])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from saap_index import AsymmetricIndex, DeviceError, MissingDependencyError, ParameterError, register_backend
+from saap_index import AsymmetricIndex, DeviceError, MissingDependencyError, ParameterError, checks, register_backend
 from saap_index.backends import get_backend
 from saap_index.backends.torch_backend import TorchBackend
 from saap_index.bindings import gpu_driver, gpu_nvrtc, gpu_runtime, gpu_source
@@ -325,6 +325,12 @@ def test_a_device_without_number_is_the_current_one(with_cuda: Any, monkeypatch:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert get_backend(torch.device("cuda"), name).device == torch.device("cuda", 1)  # type: ignore[attr-defined]
     assert get_backend(torch.device("cuda", 0), name).device == CUDA  # type: ignore[attr-defined]
+
+
+def test_checks_give_a_device_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = torch.device("cuda", 1)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: SimpleNamespace(device=there))
+    assert checks.device("cuda") == there and checks.device("cuda:0") == CUDA
 
 
 def test_an_index_is_on_its_backends_device() -> None:

@@ -54,6 +54,10 @@ def test_other_kinds_of_models() -> None:
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=64))
     refused(gpt2, saap.CompatibilityError, "decoder layers", routers=NONE)
     refused(torch.nn.Linear(2, 2), saap.ParameterError, "PreTrainedModel", routers=NONE)
+    wrapped = torch.compile(tiny("llama"), backend="eager")
+    refused(wrapped, saap.ParameterError, r"OptimizedModule; attach to what it wraps, model\._orig_mod", routers=NONE)
+    peft = SimpleNamespace(get_base_model=lambda: None, config=None)
+    refused(peft, saap.ParameterError, r"attach to what it wraps, model\.get_base_model\(\)", routers=NONE)
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64))
     refused(mamba, saap.CompatibilityError, "decoder layers", routers=NONE)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import saap_index as saap
+from saap_index.hf import support
 
 CASES = {
     "one": ("llama", [0], {}),
@@ -136,7 +139,13 @@ def test_an_interrupted_write_leaves_the_old_one(tmp_path: Path, monkeypatch: py
 
 
 def test_other_models_and_routers_are_refused(tmp_path: Path) -> None:
-    read(attached(tiny("llama")), [0])[0].save(tmp_path / "prompt")
+    kept = attached(tiny("llama"))
+    cache, _ = read(kept, [0])
+    cache.save(tmp_path / "prompt")
+    del kept
+    gc.collect()
+    with pytest.raises(saap.StateError, match="one that is gone"):
+        cache.save(tmp_path / "prompt")
     with pytest.raises(saap.StateError, match="attach first"):
         saap.SaapCache.load(tmp_path / "prompt", tiny("llama"))
     for model, match in (
@@ -145,12 +154,96 @@ def test_other_models_and_routers_are_refused(tmp_path: Path) -> None:
         (attached(tiny("llama", num_hidden_layers=2)), "model: .* layers 3, got 2"),
         (saap.attach(tiny("llama"), make_routers(tiny("llama"), nlist=4), **SMALL), "routers: "),
         (attached(tiny("llama"), dense_layers=[1]), "routers: .* 1 '.*', got None"),
-        (attached(tiny("llama"), own_lists=True), "kind it was saved with|kind"),
+        (attached(tiny("llama"), own_lists=True), "routers: "),
         (attached(tiny("llama"), window=16), "layer 0: .* window 8, got 16"),
         (attached(tiny("llama").to(torch.bfloat16)), "weights|dtype"),
     ):
         with pytest.raises(saap.CompatibilityError, match=match):
             saap.SaapCache.load(tmp_path / "prompt", model)
+
+
+def test_the_weights_of_now(tmp_path: Path) -> None:
+    """Weights that change under attached routers: a prompt read with those of before is refused, one with the new ones fits."""
+    model, other = attached(tiny("llama")), tiny("llama", seed=7)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    cache, inputs = read(model, [0])
+    cache.save(tmp_path / "before")
+    want = ask(model, cache, inputs)
+
+    def replaced() -> None:
+        model.load_state_dict(other.state_dict())
+
+    def merged() -> None:
+        """As an adapter of low rank is merged: without a word to torch."""
+        weight = model.model.layers[1].self_attn.v_proj.weight
+        weight.data += 0.01 * torch.randn(len(weight), 1) @ torch.randn(1, weight.shape[1])
+
+    for change in (replaced, merged):
+        change()
+        with pytest.raises(saap.CompatibilityError, match=r"model: .* weights"):
+            saap.SaapCache.load(tmp_path / "before", model)
+        read(model, [0])[0].save(tmp_path / "after")
+        saap.SaapCache.load(tmp_path / "after", model)
+        model.load_state_dict(before)
+        with pytest.raises(saap.CompatibilityError, match=r"model: .* weights"):
+            saap.SaapCache.load(tmp_path / "after", model)
+    assert torch.equal(ask(model, saap.SaapCache.load(tmp_path / "before", model), inputs), want)
+
+
+def test_routers_of_one_shape_are_told_apart(tmp_path: Path) -> None:
+    """Those whose lists are made for each prompt have zeros for lists; what differs is the network, or what it undoes."""
+    model = tiny("llama")
+    routers = make_routers(model, own_lists=True)
+    first = routers.layers[0]
+    unmade = replace(first, key_quantizer=saap.KeyQuantizer(torch.zeros_like(first.key_quantizer.centroids)))
+    assert first.tower is not None
+    other = saap.TwoTower(first.tower.weights.map(lambda x: x * 1.01), first.tower.first_knot)
+
+    def attach(layer: saap.LayerRouters) -> Any:
+        return saap.attach(model, saap.Routers(routers.config, dict.fromkeys(range(3), layer)), 0.3, **SMALL)
+
+    read(attach(unmade), [0])[0].save(tmp_path / "prompt")
+    for layer in (replace(unmade, tower=other), replace(unmade, rope=None)):
+        saap.detach(model)
+        with pytest.raises(saap.CompatibilityError, match="routers: "):
+            saap.SaapCache.load(tmp_path / "prompt", attach(layer))
+    saap.detach(model)
+    saap.SaapCache.load(tmp_path / "prompt", attach(unmade))
+
+
+class Packed(torch.Tensor):
+    """A weight in two parts that can do nothing but be taken apart, like a quantised one of torchao."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, scales: torch.Tensor) -> Packed:
+        self = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+        self.codes, self.scales = codes, scales
+        return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["codes", "scales"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scales)
+        raise NotImplementedError(str(function))
+
+
+def test_quantised_weights_have_a_checksum() -> None:
+    def checksum(codes: torch.Tensor, scales: torch.Tensor) -> str:
+        module = torch.nn.Module()
+        module.weight = torch.nn.Parameter(Packed(codes, scales), requires_grad=False)
+        module.bits = torch.nn.Parameter(codes, requires_grad=False)
+        return support.fingerprint(module)
+
+    codes, scales = torch.arange(12, dtype=torch.int8).view(3, 4), torch.ones(3)
+    found = checksum(codes, scales)
+    assert found == checksum(codes.clone(), scales.clone())
+    assert len({found, checksum(codes + 1, scales), checksum(codes, scales * 2)}) == 3
 
 
 def test_damage_is_refused(tmp_path: Path) -> None:
@@ -181,7 +274,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     refuses("values")
     layer.write_bytes(whole)
     for change in (
-        {"version": 1}, {"format": "other"}, {"layers": about["layers"][:2]}, {"layers": None},
+        {"version": 2}, {"version": 4}, {"format": "other"}, {"layers": about["layers"][:2]}, {"layers": None},
         {"layers": [{**about["layers"][0], "lengths": [10**6, 5]}, *about["layers"][1:]]},
         {"layers": [{**about["layers"][0], "lengths": [-1, 5]}, *about["layers"][1:]]},
     ):  # fmt: skip
@@ -221,7 +314,7 @@ def loads_or_refuses(model: Any, folder: Path) -> None:
     positions = (mask.cumsum(1) - 1)[:, -2:]
     for copied in (cache, copy.deepcopy(cache)):
         with torch.no_grad(), contextlib.suppress(saap.NotFiniteError):  # keys that are NaN now are not looked at before
-            model(ids, attention_mask=mask, position_ids=positions, past_key_values=copied)
+            model(ids, attention_mask=mask, position_ids=positions, **{CACHE: copied})
         for layer in copied.indexed.values():
             layer.crop(-10)
 

@@ -60,13 +60,14 @@ ALLOWED = {
     } | ANY,
     # the parts of an index
     "positions": ANY,
+    "rotated": ANY,
     "rope": {"backends.base", "positions"} | ANY,
     "rope_config": {"rope"} | ANY,
     "quantizer": {"checks"} | ANY,
     "router": {"backends", "checks"} | ANY,
     "gaps": set(),
     "whole": set(),
-    "invlists": {"backends", "gaps", "layout"} | ANY,
+    "invlists": {"backends", "gaps", "layout", "rotated"} | ANY,
     "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
     "calibration": {"checks", "layout", "quantizer", "reference", "rope", "router"} | ANY,
     "tower": {"backends", "quantizer", "router"} | ANY,
@@ -93,7 +94,8 @@ ALLOWED = {
         "_arguments", "_decode", "_storage", "attend", "backends", "backends.resident", "calibration", "checks", "interop",
         "invlists", "params", "stats", "training", "training_config",
     } | ANY,
-    "io": {"backends", "calibration", "checks", "files", "gaps", "index", "quantizer", "rope", "router", "tower"} | ANY,
+    "io": ANY
+    | {"backends", "calibration", "checks", "files", "gaps", "index", "quantizer", "rope", "rotated", "router", "tower"},
     "": {
         "attend", "backends", "calibration", "index", "io", "layout", "params", "quantizer", "rope", "router", "routers", "stats",
         "tower", "training_config",
@@ -113,7 +115,7 @@ ALLOWED = {
         "training_config",
     } | ANY,
     "pipeline.train": {
-        "", "budget_plan", "checks", "files", "hf.support", "layout", "params", "pipeline.capture", "pipeline.layers",
+        "", "budget_plan", "checks", "files", "hf.probe", "hf.support", "layout", "params", "pipeline.capture", "pipeline.layers",
         "quantizer", "pipeline.models", "pipeline.store", "pipeline.texts", "rope", "routers", "training_config",
     } | ANY,
     "pipeline.command": ANY
@@ -124,19 +126,25 @@ ALLOWED = {
     "hf.support": ANY,
     "hf.masks": ANY,
     "hf.traced": ANY,
+    "hf.calls": ANY,
+    "hf.rotation": {"rope"},
+    "hf.probe": {"hf.rotation", "hf.support", "rope"} | ANY,
     "crossover": {"files"} | ANY,
     "hf.break_even": {"checks", "crossover"} | ANY,
     "hf.audit": {"checks", "index", "params"} | ANY,
     "hf.plan": ANY
     | {
-        "backends", "calibration", "checks", "hf.audit", "hf.break_even", "hf.support", "index", "params", "quantizer", "rope",
-        "router", "routers", "tower",
+        "backends", "calibration", "checks", "hf.audit", "hf.break_even", "hf.probe", "hf.support", "index", "params",
+        "quantizer", "rope", "router", "routers", "tower",
     },
-    "hf.slots": {"hf.traced", "hf.masks", "hf.plan", "index", "layout", "params", "stats"} | ANY,
+    "hf.slots": {"hf.calls", "hf.traced", "hf.masks", "hf.plan", "hf.rotation", "index", "layout", "params", "stats"} | ANY,
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
-    "hf.attention": {"hf.support", "hf.traced", "hf.layer", "hf.slots"} | ANY,
-    "hf.cache": {"hf.layer", "hf.plan", "params", "routers", "stats"} | ANY,
-    "hf.saving": {"checks", "files", "gaps", "hf.layer", "hf.plan", "hf.slots", "index", "io", "quantizer"} | ANY,
+    "hf.attention": {"hf.probe", "hf.support", "hf.traced", "hf.layer", "hf.slots"} | ANY,
+    "hf.cache": {"hf.calls", "hf.layer", "hf.plan", "hf.rotation", "hf.support", "params", "routers", "stats"} | ANY,
+    "hf.saving": ANY
+    | {
+        "checks", "files", "gaps", "hf.layer", "hf.plan", "hf.slots", "hf.support", "index", "io", "quantizer", "rotated",
+    },
     "hf.attach": {"hf.attention", "hf.audit", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
     "hf.generate": {"hf.attach", "hf.cache", "hf.support", "pipeline", "pipeline.models", "routers"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.audit", "hf.cache", "hf.support"} | ANY,

@@ -642,3 +642,32 @@ def test_frequencies_are_finite_and_fall_within_bounds(rope: Rope, length: int) 
     frequencies = rope.inv_freq(length)
     assert frequencies.shape == (rope.rotary_dim // 2,) and frequencies.dtype == torch.float32
     assert bool(torch.isfinite(frequencies).all()) and bool((frequencies > 0).all()) and float(frequencies.max()) <= 1.0
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "longrope", "linear"])
+def test_a_length_for_each_position(scaling: str) -> None:
+    """The same bits as for each position by itself."""
+    ropes = {
+        "dynamic": Rope(16, scaling="dynamic", factor=4.0, original_max_position=10),
+        "longrope": Rope(
+            16, scaling="longrope", original_max_position=10, attention_factor=1.1, short_factor=(1.0,) * 8,
+            long_factor=(3.0,) * 8,
+        ),
+        "linear": Rope(16, scaling="linear", factor=2.0),
+    }  # fmt: skip
+    rope, lengths = ropes[scaling], [5, 5, 12, 30, 12, 0]
+    positions, x = list(range(20, 26)), torch.randn(2, 6, 16)
+    found, turned = rope.rotation(positions, lengths), rope.rotate(x, positions, lengths)
+    for j, (position, length) in enumerate(zip(positions, lengths, strict=True)):
+        alone = rope.rotation([position], length)
+        torch.testing.assert_close(found.cos[j], alone.cos[0], atol=1e-6, rtol=0)
+        assert torch.equal(turned[:, j : j + 1], rope.rotate(x[:, j : j + 1], [position], length))
+    assert [rope.effective_length(n) for n in (0, 10, 11, 30)] == {"dynamic": [0, 0, 11, 30], "longrope": [0, 0, 11, 11]}.get(
+        scaling, [0, 0, 0, 0]
+    )
+    torch.testing.assert_close(rope.unrotate(turned, positions, np.array(lengths)), x, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ShapeError, match="seq_len"):
+        rope.rotation(positions, [5, 6])
+    if rope.is_dynamic:
+        with pytest.raises(ParameterError, match="seq_len"):
+            rope.rotation(positions, 1.5)  # type: ignore[arg-type]

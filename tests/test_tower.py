@@ -238,3 +238,76 @@ def test_a_file_keeps_the_tower_and_the_lists_of_the_prompt(tmp_path: Path) -> N
         x.add(*sequence(1, 200))
     assert again.key_quantizer is not None and index.key_quantizer is not None
     assert torch.equal(again.key_quantizer.centroids, index.key_quantizer.centroids)
+
+
+LENGTH_DEPENDENT = {
+    "dynamic": Rope(head_dim=8, scaling="dynamic", factor=4.0, original_max_position=90),
+    "longrope": Rope(
+        head_dim=8, scaling="longrope", original_max_position=90, attention_factor=1.2, short_factor=(1.0,) * 4,
+        long_factor=(2.0, 3.0, 4.0, 5.0),
+    ),
+}  # fmt: skip
+
+
+def sealed_lists(index: AsymmetricIndex, i: int) -> tuple[Tensor, Tensor]:
+    """Positions of the sealed tokens of a sequence, per head, and their lists: (h, n) each."""
+    lists = index.invlists
+    numbers = [lists._run_lists(i, s) for s in range(len(lists.segments[i]))]
+    return lists.ids[i, :, lists.sinks(i) : lists.sealed(i)].long(), torch.cat(numbers, 1).long()
+
+
+def check_lists(index: AsymmetricIndex, raw: Tensor) -> None:
+    """Every sealed token is in the list nearest to its key before RoPE, raw : (b, h, n, d), and no list has them all."""
+    for i in range(len(raw)):
+        positions, numbers = sealed_lists(index, i)
+        want = index.key_quantizer.assign(raw[i]).long().gather(1, positions)
+        assert float((want == numbers).float().mean()) > 0.985
+        assert all(len(row.unique()) > 1 for row in numbers)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["lists of the prompt", "lists of the training"])
+@pytest.mark.parametrize(
+    "how", ["at once", "sealed later", "in parts", "one length for the batch", "padding taken out", "read again"]
+)
+@pytest.mark.parametrize("name", LENGTH_DEPENDENT)
+def test_keys_are_unrotated_by_the_length_of_their_rotation(name: str, how: str, own: bool, tmp_path: Path) -> None:
+    rope, n = LENGTH_DEPENDENT[name], 200
+    raw, values = sequence(7, n, batch=2)
+    index = adaptive(rope)
+    if not own:
+        index.tower = None
+    if how in ("at once", "sealed later"):
+        keys = rope.rotate(raw, range(n), n)
+        index.add(keys, values, seal=how == "at once")
+    elif how == "one length for the batch":
+        index.add(rope.rotate(raw, range(n), 300), values, seq_len=300)
+    elif how == "padding taken out":
+        keys = torch.cat([torch.randn(2, 2, 50, 8), rope.rotate(raw, range(n), n)], 2)
+        index.add(keys, torch.cat([values[:, :, :50], values], 2), seal=False, seq_len=n)
+        index.remove_ids(range(50), close_gaps=True)
+    else:
+        for begin, end in ((0, 40), (40, 80), (80, 88), *((j, j + 1) for j in range(88, 110)), (110, 150), (150, n)):
+            index.add(rope.rotate(raw[:, :, begin:end], range(begin, end), end), values[:, :, begin:end])
+            if how == "read again" and end in (80, 100):
+                write_index(index, tmp_path / "index")
+                index = read_index(tmp_path / "index")
+    index.seal()
+    check_lists(index, raw)
+    index.truncate(120)
+    index = index.fork([1, 0])
+    index.remove_ids(range(60, 70))
+    index.window = 8  # all is sorted anew
+    kept = torch.cat([raw[:, :, :60], torch.zeros(2, 2, 10, 8), raw[:, :, 70:120]], 2)
+    check_lists(index, kept[[1, 0]])
+
+
+def test_coarse_keys_before_there_are_lists() -> None:
+    """Lists of a prompt's own are made of stored keys; others cannot be assigned to those that are yet to come."""
+    keys, values = sequence(0, 200)
+    index = adaptive()
+    with pytest.raises(StateError, match="coarse_keys"):
+        index.add(keys, values, coarse_keys=keys)
+    assert index.lengths == []
+    index.add(keys, values)
+    index.add(keys[:, :, :3], values[:, :, :3], coarse_keys=keys[:, :, :3])
+    assert index.lengths == [203]

@@ -86,3 +86,11 @@ def test_one_release_of_each_minor_version_is_listed() -> None:
     minors = [tuple(int(part) for part in release.split(".")[:2]) for release in versions.RELEASES]
     assert minors == [(5, minor) for minor in range(support.NEWEST[1] + 1)] and minors[0] == support.OLDEST
     assert versions.RELEASES[-1] == pin("transformers")
+
+
+def test_no_call_names_the_cache_by_one_version_s_keyword() -> None:
+    """`support.cache_argument` says what it is called; CACHE in tests."""
+    files = [path for folder in ("saap_index", "tests", "bench", "examples") for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 150
+    name = support.CACHE_NAMES[1]
+    assert not [str(path) for path in files if re.search(rf"\b{name}\s*=|\.{name}\b", path.read_text())]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import crossover
-from ..errors import LengthError
+from ..errors import CompatibilityError, LengthError
 from ..hf import support
 from ..hf.attach import Attachment, detach
 from ..hf.audit import AuditWarning
@@ -81,12 +81,14 @@ def examine(
         plan = make_plan(model, routers or plain_routers(model), selectivity, (), QUESTION, {"break_even": 0})
     except Exception as error:
         rows = ("dense parity", *of_routers, "crossover", "model memory")
+        if found[0].verdict == FAIL and isinstance(error, CompatibilityError):
+            return [*found, *(Finding(row, SKIPPED, "routers cannot be attached to a model that rotates so") for row in rows)]
         found.append(Finding("text", FAIL, f"{type(error).__name__}: {error}", "give a text and a model that fit"))
         return [*found, *(Finding(row, SKIPPED, "no text was read") for row in rows)]
     setattr(model, ATTACHED, Attachment(model, plan.audited(1, in_turn=False)))
     try:
         say("sparse against dense")
-        cache = indexed(seen.cache, getattr(model, ATTACHED).plan)
+        cache = indexed(seen.cache, getattr(model, ATTACHED).plan, support.decoder_of(model))
         want = dense_logits(model, seen)
         found.append(check("dense parity", lambda: check_parity(model, cache, seen, want)))
         if routers is None:
@@ -190,18 +192,19 @@ def read_text(loaded: LoadedModel, text: str, tokens: int) -> Text:
     return Text(document, last, needles, cache, seconds)
 
 
-def indexed(dense: Any, plan: Plan) -> SaapCache:
+def indexed(dense: Any, plan: Plan, decoder: Any) -> SaapCache:
     """The same tokens in indexes; ``dense`` stays what it is."""
     other = copy.copy(dense)
     other.layers = [layer if n in plan.layers else copy.deepcopy(layer) for n, layer in enumerate(dense.layers)]
     with torch.inference_mode():
-        return adopt(other, plan)
+        return adopt(other, plan, decoder)
 
 
 @torch.inference_mode()
 def _logits(model: Any, ids: Tensor, cache: Any, step: int) -> Tensor:
     """Next-token logits (n, vocabulary) behind each of ``ids`` (1, n), shown ``step`` at a time."""
-    return torch.cat([model(part, past_key_values=cache).logits[0].float() for part in ids.split(step, 1)])
+    kept = {support.cache_argument(model): cache}
+    return torch.cat([model(part, **kept).logits[0].float() for part in ids.split(step, 1)])
 
 
 class _Detached:

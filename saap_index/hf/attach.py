@@ -36,6 +36,7 @@ class Attachment:
         self._before = decoder.config._attn_implementation
         decoder.set_attn_implementation(NAME)
         self._hook = decoder.register_forward_pre_hook(self._prepare, with_kwargs=True)
+        self._after = decoder.register_forward_hook(self._finish, with_kwargs=True, always_call=True)
         for attention in self._indexed(decoder):
             setattr(attention, INDEXED, True)
 
@@ -48,21 +49,32 @@ class Attachment:
         """
         for name, value in kwargs.items():
             if value is not None and (name in support.CACHE_NAMES or isinstance(value, Cache)):
-                return args, {**kwargs, name: self._adopt(value)}
+                return args, {**kwargs, name: self._adopt(value, module)}
         cache = args[self._place] if len(args) > self._place else None
         if cache is None and (not kwargs.get("use_cache") or torch.is_grad_enabled()):
             return None
-        cache = self._adopt(cache)
+        cache = self._adopt(cache, module)
         if len(args) > self._place:
             return (*args[: self._place], cache, *args[self._place + 1 :]), kwargs
         return args, {**kwargs, self._name: cache}
 
-    def _adopt(self, cache: Any) -> SaapCache:
-        return cache if type(cache) is SaapCache and cache.plan is self.plan else self._wrap(cache)
+    def _finish(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After a forward that is through, or that failed and has no output."""
+        if not torch.compiler.is_compiling():
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, SaapCache):
+                    value.call.finish() if output is not None else value.call.fail()
+
+    def _adopt(self, cache: Any, decoder: Any) -> SaapCache:
+        if type(cache) is not SaapCache or cache.plan is not self.plan:
+            return self._wrap(cache, decoder)
+        if not torch.compiler.is_compiling():
+            cache.begin(decoder)
+        return cache
 
     @torch.compiler.disable
-    def _wrap(self, cache: Any) -> SaapCache:
-        return adopt(DynamicCache(config=self.plan.config) if cache is None else cache, self.plan)
+    def _wrap(self, cache: Any, decoder: Any) -> SaapCache:
+        return adopt(DynamicCache(config=self.plan.config) if cache is None else cache, self.plan, decoder)
 
     def _indexed(self, decoder: Any) -> Iterator[Any]:
         """The attention modules whose layers are indexed."""
@@ -72,6 +84,7 @@ class Attachment:
     def undo(self, model: Any) -> None:
         decoder = support.decoder_of(model)
         self._hook.remove()
+        self._after.remove()
         for attention in self._indexed(decoder):
             delattr(attention, INDEXED)
         decoder.set_attn_implementation(self._before)

@@ -13,14 +13,13 @@ from transformers.masking_utils import sdpa_mask
 from ..errors import CompatibilityError, StateError
 from . import support, traced
 from .layer import IndexedLayer
+from .probe import UNSERVED
 from .slots import LAYER
 
 NAME = "saap"
 
 INDEXED = "_saap_indexed"
 """Attribute of the attention modules that `attach` gave an index: keys of another cache are refused there."""
-
-_UNSERVED = ("softcap", "s_aux", "position_bias")  # arguments of attention functions that change what a softmax is taken of
 
 
 def attention(
@@ -33,8 +32,7 @@ def attention(
     cache, are attended to by transformers' SDPA, with the same arguments. A layer that routers are attached to gets none but its
     index's, or StateError: what brought them past `attach` may be named as it will.
     """
-    is_traced = torch.compiler.is_compiling()
-    layer: IndexedLayer | None = traced.take() if is_traced else getattr(key, LAYER, None)
+    layer: IndexedLayer | None = traced.take() if torch.compiler.is_compiling() else getattr(key, LAYER, None)
     if kwargs.get("cache") is not None:
         raise CompatibilityError("generate_batch: expected generate, got continuous batching, whose paged cache has no index")
     if layer is None:
@@ -44,14 +42,26 @@ def attention(
                 f"{query.shape[2]} queries ({support.version()}); call the model itself, with its own argument for a cache"
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    for name in _UNSERVED:
+    try:
+        return _indexed(layer, module, query, key, value, attention_mask, dropout, scaling, kwargs), None
+    except BaseException:
+        layer.call.fail()
+        raise
+
+
+def _indexed(
+    layer: IndexedLayer, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float,
+    scaling: float | None, kwargs: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """`attention` of an indexed layer."""
+    for name in UNSERVED:
         if kwargs.get(name) is not None:
             raise CompatibilityError(f"layer {layer.plan.number}: expected plain softmax attention, got {name}")
     if dropout:
         raise StateError(f"SaapCache: expected a model in evaluation mode, got dropout={dropout}; call model.eval()")
-    if is_traced:
-        return traced.attend(layer, query, key, value, attention_mask, scaling, kwargs.get("position_ids")), None
-    return layer.attend(module, query, attention_mask, scaling, **{"position_ids": None, **kwargs}), None
+    if torch.compiler.is_compiling():
+        return traced.attend(layer, query, key, value, attention_mask, scaling, kwargs.get("position_ids"))
+    return layer.attend(module, query, attention_mask, scaling, **{"position_ids": None, **kwargs})
 
 
 def register() -> None:

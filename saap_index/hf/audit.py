@@ -158,8 +158,8 @@ def _before_window(index: AsymmetricIndex, query: Tensor, dense_lse: Tensor) -> 
         first = max(lists.sealed(i), min(layout.sinks, n))
         keys = lists.keys[i, :, first : max(first, n - min(layout.window, n))].float()
         logits = (query[i].float().view(keys.shape[0], -1, q, d) @ keys[:, None].transpose(2, 3) * index.scale).view(hq, q, -1)
-        ends = n - q + 1 + torch.arange(q, device=query.device)  # query j belongs to token n - q + j
-        seen = torch.arange(first, first + keys.shape[1], device=query.device) < ends[:, None]
+        ends = n - q + 1 + torch.arange(q, dtype=torch.int64, device=query.device)  # query j belongs to token n - q + j
+        seen = torch.arange(first, first + keys.shape[1], dtype=torch.int64, device=query.device) < ends[:, None]
         found[i] = (logits.double() - dense_lse[i, ..., None].double()).exp().mul(seen).sum(-1)
     return found
 

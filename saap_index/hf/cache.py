@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -13,8 +16,11 @@ from ..errors import CompatibilityError, ParameterError, StateError
 from ..params import SearchParametersIVF
 from ..routers import Routers
 from ..stats import IndexStats
+from .calls import Call, undo_of
 from .layer import IndexedLayer
 from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
+from .rotation import rotary_of
+from .support import decoder_of
 
 
 class SaapCache(DynamicCache):
@@ -54,21 +60,46 @@ class SaapCache(DynamicCache):
             raise StateError(
                 f"model: expected attn_implementation='saap', got {plan.config._attn_implementation!r}; load it so or attach"
             )
-        self._start(plan, DynamicCache(config=plan.config).layers, max_tokens)
+        self._start(plan, DynamicCache(config=plan.config).layers, decoder_of(model), max_tokens)
 
-    def _start(self, plan: Plan, layers: list[Any], max_tokens: int = 0) -> None:
+    def _start(self, plan: Plan, layers: list[Any], decoder: Any, max_tokens: int = 0) -> None:
         """Take ``layers``, the list itself, and put an index in place of those that the plan says."""
         Cache.__init__(self, layers=layers)
-        self.plan = plan
+        self.plan, self.call, self._decoder = plan, Call(), weakref.ref(decoder)
+        made = {}
         for number, layer_plan in plan.layers.items():
             old = layers[number]
             if isinstance(old, IndexedLayer):
                 if old.plan is not layer_plan:
                     raise CompatibilityError("cache: expected a cache of this model and these routers, got another's")
                 continue
-            layers[number] = IndexedLayer(layer_plan, plan.max_sparse_tokens, max_tokens)
+            made[number] = IndexedLayer(layer_plan, plan.max_sparse_tokens, max_tokens)
+            made[number].rotary = rotary_of(decoder)
             if old.is_initialized and old.get_seq_length():
-                layers[number].adopt(old.keys, old.values)
+                made[number].adopt(old.keys, old.values)
+        for number, layer in made.items():
+            layers[number] = layer
+        for layer in self.indexed.values():
+            layer.call = self.call
+            layer.rotary = rotary_of(decoder)
+
+    def begin(self, decoder: Any) -> None:
+        """A call of this decoder, perhaps a copy of the one the cache was made for. One that was interrupted is taken back."""
+        self.call.fail()
+        self._decoder = weakref.ref(decoder)
+        if self.plan.rotates_by_length:
+            for layer in self.indexed.values():
+                layer.rotary = rotary_of(decoder)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What transformers calls in every layer, see `IndexedLayer.update`."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if isinstance(layer, DynamicLayer) and not torch.compiler.is_compiling():
+            self.call.enter(layer, undo_of(layer))
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
 
     # -- what it holds -------------------------------------------------------------------------------------------------
 
@@ -103,12 +134,17 @@ class SaapCache(DynamicCache):
         tokens : int64 (b, n), the token ids that were cached, to be kept beside it.
 
         The folder appears whole or not at all, in place of a saved prompt of that name. Under tensor parallelism every process
-        writes a folder of its own inside. Raises OSError; FileExistsError if something else has that name; DTypeError or
-        ShapeError for other tokens.
+        writes a folder of its own inside. With it goes a checksum of the weights that the model has now: save before they change.
+
+        Raises OSError; FileExistsError if something else has that name; StateError if the model is gone; DTypeError or ShapeError
+        for other tokens.
         """
         from .saving import save
 
-        save(self, path, tokens)
+        decoder = self._decoder()
+        if decoder is None:
+            raise StateError("save: expected the model of this cache, whose weights go with what is saved, got one that is gone")
+        save(self, path, tokens, decoder)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any, *, max_tokens: int = 0, verify: bool = False) -> SaapCache:
@@ -133,8 +169,17 @@ class SaapCache(DynamicCache):
 
     tokens: Tensor | None = None
 
+    def __deepcopy__(self, memo: Any) -> SaapCache:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return new
 
-def adopt(cache: Any, plan: Plan) -> SaapCache:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError("pickle: expected save and load, which write a SaapCache to a folder, got a cache to pickle")
+
+
+def adopt(cache: Any, plan: Plan, decoder: Any) -> SaapCache:
     """A `SaapCache` over the layers of a cache that transformers or a user made, which keeps sharing them.
 
     What the cache holds already is indexed. Raises CompatibilityError for a kind of cache that an index cannot take the place of.
@@ -159,7 +204,7 @@ def adopt(cache: Any, plan: Plan) -> SaapCache:
         new_layers = [kind() for _ in range(missing)] if kind else DynamicCache(config=plan.config).layers[-missing:]
         cache.layers.extend(new_layers)
     new = SaapCache.__new__(SaapCache)
-    new._start(plan, cache.layers)
+    new._start(plan, cache.layers, decoder)
     return new
 
 

@@ -39,10 +39,15 @@ class IndexedLayer(SlotLayer):
         assert self.index is not None and self._new is not None
         (keys, values), self._new = self._new, None
         b, q = query.shape[0], query.shape[2]
+        self._seq_len = self._length_of_rotation(position_ids)
+        if not self.ragged:
+            self._note_rotation(q, self._seq_len)
         self.index.scale = query.shape[3] ** -0.5 if scaling is None else scaling
         seen = read_mask(mask, b, q, self.slots)
         if self.ragged or seen is not None:
             return self._attend_padded(module, query, keys, values, mask, seen, position_ids, kwargs)
+        if q > self.max_sparse_tokens or query.is_cpu:  # reading one position of an accelerator costs a step much
+            self._check_positions([self.slots] * b, position_ids)
         if self._seals(self.slots) and 0 < q <= self.max_sparse_tokens and q < self.slots:
             check_causal(mask)
             if q <= MAX_QUERY_TOKENS:
@@ -50,8 +55,6 @@ class IndexedLayer(SlotLayer):
                 return self._search(query)
             self.index.truncate(self.slots - q)
             return self._search_in_pieces(query, keys, values)
-        if q > self.max_sparse_tokens:
-            self._check_positions([self.slots] * b, position_ids)
         out = self._dense(module, query, *self._rows(), mask, **kwargs)
         self._seal()
         return out
@@ -84,11 +87,18 @@ class IndexedLayer(SlotLayer):
             self.index.truncate([n - q for n in self.index.lengths])
         if few:
             check_causal(mask)
+            if query.is_cpu:
+                self._check_positions([n + q for n in self._ends()], position_ids)
             return self._search_in_pieces(query, keys, values)
         out = self._dense_ragged(module, query, keys, values, seen, kwargs)
-        self._check_positions(self.index.lengths, position_ids)
+        self._check_positions(self._ends(), position_ids)
         self.index.seal()
         return out
+
+    def _ends(self) -> list[int]:
+        """Position past the newest token of every sequence."""
+        assert self.index is not None
+        return [self.index.invlists.next_position(i) for i in range(self.index.invlists.batch)]
 
     def _search(self, query: Tensor) -> Tensor:
         assert self.index is not None
@@ -105,7 +115,7 @@ class IndexedLayer(SlotLayer):
         parts = []
         for start in range(0, query.shape[2], MAX_QUERY_TOKENS):
             piece = slice(start, start + MAX_QUERY_TOKENS)
-            self.index.add(keys[:, :, piece], values[:, :, piece])
+            self.index.add(keys[:, :, piece], values[:, :, piece], seq_len=self._seq_len)
             parts.append(self._search(query[:, :, piece]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -124,7 +134,7 @@ class IndexedLayer(SlotLayer):
         order = (~fresh).int().argsort(dim=1, stable=True)[:, None, :, None]  # tokens first, padding behind them
         counts = fresh.sum(1).tolist()
         packed = [x.gather(2, order.expand_as(x)) for x in (keys, values)]
-        self.index.add(*packed, lengths=counts, seal=False)
+        self.index.add(*packed, lengths=counts, seal=False, seq_len=self._seq_len)
         lists = self.index.invlists
         out = query.new_zeros((b, q, hq, values.shape[-1]))
         for i, (count, length) in enumerate(zip(counts, lists.lengths, strict=True)):

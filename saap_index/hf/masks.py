@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import CompatibilityError
 
-_NOTE = "_saap_read"  # an attribute of the tensors themselves: it lives as long as they do
+_NOTE, _NEWEST = "_saap_read", "_saap_newest"  # attributes of the tensors themselves: they live as long as they do
 
 
 @dataclass
@@ -74,6 +74,17 @@ def check_causal(mask: Tensor | None) -> None:
     if not torch.equal(mask, mask[:, :, -1:] & (ages <= 0)):
         raise CompatibilityError("attention_mask: expected causal attention among the new tokens, got a mask of another pattern")
     mask._saap_causal = True  # type: ignore[attr-defined]
+
+
+def newest_position(position_ids: Tensor | None) -> int | None:
+    """The largest position of a call, whatever the sequence; None if it was not told."""
+    if position_ids is None or not position_ids.numel():
+        return None
+    note: int | None = getattr(position_ids, _NEWEST, None)
+    if note is None:
+        note = int(position_ids.max())
+        setattr(position_ids, _NEWEST, note)
+    return note
 
 
 def last_positions(position_ids: Tensor | None, batch: int) -> list[int] | None:

@@ -23,6 +23,7 @@ from ..tower import TwoTower
 from . import support
 from .audit import Audit, promised_shares
 from .break_even import break_evens
+from .probe import check_rotation
 
 MAX_SPARSE_TOKENS = 8
 """Tokens that one forward call may bring and still be attended to as decoding does: those that assisted decoding verifies."""
@@ -34,7 +35,7 @@ class LayerPlan:
 
     num_heads, num_kv_heads : of the whole model; shard : (rank, ranks), the share of them in this process.
     rope : what the index undoes to route; tower : makes lists of each prompt's own, or None. options : of `AsymmetricIndex`.
-    audit : compares some searches with dense attention, or None.
+    layer_type : what the config calls it, if it tells layers apart. audit : compares some searches with dense attention, or None.
     """
 
     number: int
@@ -47,8 +48,12 @@ class LayerPlan:
     calibration: Calibration | None
     options: Mapping[str, Any]
     shard: tuple[int, int]
+    layer_type: str | None = None
     audit: Audit | None = field(default=None, repr=False, compare=False)
     _empty: dict[Any, AsymmetricIndex] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_empty": {}}  # made again where the model is loaded
 
     def new_index(self, kv_heads: int, d: int, d_v: int, dtype: torch.dtype, device: torch.device) -> AsymmetricIndex:
         """An empty index for keys of this shape; the packed router and quantizer are shared by all of one kind.
@@ -84,7 +89,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """One model: the layers that are indexed, and what a saved prompt must agree with.
+    """One model: the layers that are indexed, and what of its shape a saved prompt must agree with.
 
     evaluation : what training measured of the routers, by layer, see `audit.promised_shares`; audit : that of the layers.
     """
@@ -112,6 +117,11 @@ class Plan:
 
     def __deepcopy__(self, memo: Any) -> Plan:
         return self  # nothing of it changes, and a copied cache is to fit the model as the first one does
+
+    @property
+    def rotates_by_length(self) -> bool:
+        """Whether the angles of a layer depend on the length of the text."""
+        return any(layer.rope is not None and layer.rope.is_dynamic for layer in self.layers.values())
 
     @property
     def dense_layers(self) -> list[int]:
@@ -147,14 +157,15 @@ def make_plan(
         )
     modules = support.attention_layers(decoder)
     layers = {number: _layer_plan(config, number, modules[number].self_attn, routers, selectivity, options) for number in chosen}
+    check_rotation(decoder, {n: plan.rope for n, plan in layers.items() if plan.rope == routers.layers[n].model_rope})
     if "break_even" not in options:
         for number, length in break_evens(layers, modules, decoder.dtype).items():
             layers[number] = replace(layers[number], options={**layers[number].options, "break_even": length}, _empty={})
     rank, ranks = next(iter(layers.values())).shard
     identity = {
         "model_type": config.model_type, "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads, "hidden": config.hidden_size, "vocab": config.vocab_size, "rank": rank,
-        "ranks": ranks, "weights": support.fingerprint(decoder),
+        "kv_heads": support.kv_heads_of(config), "hidden": config.hidden_size, "vocab": config.vocab_size, "rank": rank,
+        "ranks": ranks,
     }  # fmt: skip
     evaluation = routers.config.get("evaluation") or {}
     return Plan(layers, config.num_hidden_layers, max_sparse_tokens, config, identity, evaluation)
@@ -167,7 +178,7 @@ def _layer_plan(
     if "nlist" in options:
         found = found.with_lists(options["nlist"])
     quantizer, router = found.key_quantizer, found.query_router
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = config.num_attention_heads, support.kv_heads_of(config)
     h, nlist, d = quantizer.centroids.shape
     support.check_head_dim(d, number)
     model_rope = Rope.from_config(config, layer=number)
@@ -187,7 +198,8 @@ def _layer_plan(
     if found.budget_shares is not None and "budget_shares" not in mine:
         mine["budget_shares"] = checks.shares(found.budget_shares, "budget_shares", kv_heads)
     parts = found.rope, quantizer, router, found.tower, found.calibration
-    plan = LayerPlan(number, heads, kv_heads, *parts, mine, shard)
+    types = getattr(config, "layer_types", None)
+    plan = LayerPlan(number, heads, kv_heads, *parts, mine, shard, types[number] if types else None)
     try:
         AsymmetricIndex(d, nlist, heads, kv_heads, rope=found.rope, **mine)  # what is wrong with an option is said now
     except TypeError as error:

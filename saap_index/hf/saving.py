@@ -29,11 +29,13 @@ from ..gaps import Gaps
 from ..index import AsymmetricIndex
 from ..io import check_gaps, check_ids, check_tables
 from ..quantizer import KeyQuantizer
+from ..rotated import RotationLengths
+from . import support
 from .layer import IndexedLayer
 from .plan import LayerPlan, Plan
 from .slots import NEVER
 
-FORMAT, VERSION = "saap_cache", 2
+FORMAT, VERSION = "saap_cache", 3
 CONFIG = "cache.json"
 ROOM_TOKENS = 1024
 """Slots of room in a file, so that tokens may follow a prompt without copying it."""
@@ -41,7 +43,7 @@ ROOM_TOKENS = 1024
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def save(cache: Any, path: str | os.PathLike[str], tokens: Tensor | None) -> None:
+def save(cache: Any, path: str | os.PathLike[str], tokens: Tensor | None, decoder: Any) -> None:
     """See `SaapCache.save`."""
     plan: Plan = cache.plan
     if tokens is not None:
@@ -56,7 +58,7 @@ def save(cache: Any, path: str | os.PathLike[str], tokens: Tensor | None) -> Non
                 shared["visible"] = layer.visible
             layers.append({**about, "checksum": _write(tensors, draft / _file(number))})
         about = {
-            "format": FORMAT, "version": VERSION, "model": dict(plan.identity), "routers": _routers(plan), "layers": layers,
+            "format": FORMAT, "version": VERSION, "model": _model(plan, decoder), "routers": _routers(plan), "layers": layers,
             "shared": _write(shared, draft / "shared.safetensors"),
         }  # fmt: skip
         (draft / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -82,7 +84,7 @@ def _fill(cache: Any, about: dict[str, Any], folder: Path, model: Any, plan: Pla
     """Layers and tokens of an empty cache. Everything that is counted or indexed by is checked, keys and values are not read."""
     if about["format"] != FORMAT or about["version"] != VERSION:
         raise FormatError(f"{folder}: expected version {VERSION} of a saved prompt, got {about['format']} {about['version']}")
-    _compare("model", about["model"], dict(plan.identity))
+    _compare("model", about["model"], _model(plan, support.decoder_of(model)))
     _compare("routers", about["routers"], _routers(plan))
     shared = _read(folder / "shared.safetensors", about["shared"] if verify else None)
     _check_shared(shared)
@@ -132,7 +134,7 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     index.seal()
     lists = index.invlists
     rows = max(lists.lengths)
-    tensors = {"gaps": torch.from_numpy(np.concatenate([x.array() for x in lists.gaps]))}
+    tensors = {"gaps": torch.from_numpy(np.concatenate([x.array() for x in lists.gaps])), "rotated": lists.rotated.tensor()}
     names = ("keys", "values", "ids") + (() if lists.pending is None else ("pending",))
     for name in names:
         x = getattr(lists, name)[:, :, :rows].cpu()
@@ -147,8 +149,9 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         assert index.key_quantizer is not None
         tensors["centroids"] = index.key_quantizer.centroids.cpu()
     return tensors, {
-        **about, "lengths": lists.lengths, "gaps": [len(x.starts) for x in lists.gaps], "index": _form(index),
-        "held": index.break_even == NEVER, "break_even": index.break_even,
+        **about, "lengths": lists.lengths, "gaps": [len(x.starts) for x in lists.gaps],
+        "rotated": [len(r) for r in lists.rotated.runs], "index": _form(index), "held": index.break_even == NEVER,
+        "break_even": index.break_even,
     }  # fmt: skip
 
 
@@ -205,14 +208,17 @@ def _restore_indexed(
     lists = index.invlists
     segments = [index.layout.segments(n) for n in lengths]
     counts = checks.counts(about["gaps"], b, 2**31 - 1, "gaps")
+    turns = checks.counts(about["rotated"], b, 2**31 - 1, "rotated")
     want = {
         "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows), "gaps": (sum(counts), 2),
+        "rotated": (sum(turns), 2),
         "tables": (b, h, max(map(len, segments)), index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }  # fmt: skip
     found = {key: tuple(x.shape) for key, x in tensors.items()}
     if found != want:
         raise FormatError(f"{name}: expected tensors {want}, got {found}")
-    for key, dtype in {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "gaps": torch.int64}.items():
+    dtypes = {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "gaps": torch.int64, "rotated": torch.int64}
+    for key, dtype in dtypes.items():
         if key in tensors and tensors[key].dtype != dtype:
             raise FormatError(f"{name}: expected {key} of {dtype}, got {tensors[key].dtype}")
     gaps = [Gaps.of_array(part) for part in np.split(tensors.pop("gaps").cpu().numpy(), np.cumsum(counts)[:-1])]
@@ -225,7 +231,9 @@ def _restore_indexed(
         if verify:
             check_ids(tensors["ids"][i], torch.from_numpy(of.positions(np.arange(n))).to(device), parts)
     layer.slots, layer.ragged, layer.visible = slots, ragged, None if visible is None else visible.to(device)
+    rotated = RotationLengths.of(tensors.pop("rotated").cpu(), turns, lengths)
     lists.adopt(lengths, gaps, tensors)
+    lists.rotated = rotated
     if layer.room_tokens:
         index.reserve_memory(layer.room_tokens)
 
@@ -308,13 +316,17 @@ def _read(path: Path, checksum: str | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    value = 0
+def _checksum(tensors: dict[str, Tensor], value: int = 0) -> str:
     for name in sorted(tensors):
         value = zlib.crc32(name.encode(), value)
         if tensors[name].numel():
             value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
+
+
+def _model(plan: Plan, decoder: Any) -> dict[str, Any]:
+    """What a saved prompt must agree with: the shape of the model, and the weights it has at this moment."""
+    return {**plan.identity, "weights": support.fingerprint(decoder)}
 
 
 def _routers(plan: Plan) -> dict[str, str]:
@@ -323,7 +335,10 @@ def _routers(plan: Plan) -> dict[str, str]:
 
 
 def _router(plan: LayerPlan) -> str:
-    return _checksum({"centroids": plan.key_quantizer.centroids.cpu()})
+    network = plan.query_router if plan.tower is None else plan.tower
+    tensors = {"centroids": plan.key_quantizer.centroids, **{f"router.{name}": x for name, x in network.tensors().items()}}
+    rope = "" if plan.rope is None else json.dumps(plan.rope.to_dict(), sort_keys=True)
+    return _checksum({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, zlib.crc32(rope.encode()))
 
 
 def _compare(what: str, saved: dict[str, Any], have: dict[str, Any]) -> None:

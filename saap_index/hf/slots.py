@@ -7,6 +7,8 @@ taken out; from then on the sequences have different lengths (``ragged``).
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,10 @@ from ..layout import Layout
 from ..params import SearchParametersIVF
 from ..stats import SearchStats
 from . import traced
-from .masks import Seen, last_positions
+from .calls import Call
+from .masks import Seen, last_positions, newest_position
 from .plan import LayerPlan
+from .rotation import length_of_rotation
 
 LAYER = "saap_layer"
 """Attribute of the keys that `update` returns: by it the attention function finds the layer."""
@@ -47,7 +51,10 @@ class SlotLayer(CacheLayerMixin):
         self.ragged = False
         self.visible: Tensor | None = None
         self.params: SearchParametersIVF | None = None  # in place of the index's own
+        self.call = Call()  # shared by the layers of a cache
+        self.rotary: Any = None  # what made the angles, asked for the length they belong to
         self._new: tuple[Tensor, Tensor] | None = None  # what `update` brought and `attend` has not seen
+        self._seq_len: int | None = None  # the length by which the tokens of this call were rotated, where it matters
         self._due = False  # whether the index has tokens to seal
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -61,10 +68,19 @@ class SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append tokens: keys (b, h, q, d), after RoPE, and values (b, h, q, e). Returns those of all slots, views of the index.
 
-        Raises StateError if the attention function "saap" has not seen what came before, or if gradients are asked for.
+        Raises StateError if the attention function "saap" has not seen what came before, or if gradients are asked for. A call
+        that fails, here or later, leaves all layers of the cache as they were.
         """
         if torch.compiler.is_compiling():
             return traced.update(self, key_states, value_states)
+        self.call.enter(self, self._undo())
+        try:
+            return self._update(key_states, value_states)
+        except BaseException:
+            self.call.fail()
+            raise
+
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if self._new is not None:
             raise StateError(
                 f"layer {self.plan.number}: expected the attention function 'saap', which searches this cache, got another; load "
@@ -72,6 +88,7 @@ class SlotLayer(CacheLayerMixin):
             )
         if key_states.requires_grad or value_states.requires_grad:
             raise StateError("SaapCache: expected no gradients, which do not pass an index; call the model under torch.no_grad()")
+        key_states, value_states = self._one_dtype(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._new = key_states, value_states
@@ -82,6 +99,48 @@ class SlotLayer(CacheLayerMixin):
         setattr(key_states, LAYER, self)
         return key_states, value_states
 
+    def _one_dtype(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Under autocast keys leave RoPE in float32, and values come in the dtype attention casts all to: keys get it too."""
+        kind = keys.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            keys, values = keys.to(dtype), values.to(dtype)
+        if keys.dtype != values.dtype:
+            raise CompatibilityError(
+                f"layer {self.plan.number}: expected keys and values of one dtype, got {keys.dtype} and {values.dtype}"
+            )
+        if self.index is not None and keys.dtype != self.index.dtype:
+            raise CompatibilityError(
+                f"layer {self.plan.number}: expected {self.index.dtype}, as this cache holds, got {keys.dtype}; call it under "
+                "the autocast under which it was filled, or none"
+            )
+        return keys, values
+
+    def _undo(self) -> Callable[[], None]:
+        """What makes this layer what it is now, after tokens were appended, padding was taken out, and any part of both."""
+        before, index = dict(self.__dict__), self.index
+        lengths, break_even = ([], 0) if index is None else (index.lengths, index.break_even)
+
+        def undo() -> None:
+            ragged, visible = self.ragged, self.visible
+            self.__dict__.update(before)
+            if index is None or not sum(lengths):
+                if index is not None:
+                    index.reset()
+                    index.break_even = self._break_even
+                return
+            keep = lengths
+            if ragged and not self.ragged:  # the padding of before is gone for good, and no query is to see it
+                assert visible is not None
+                self.ragged, self.visible = True, visible[:, : self.slots]
+                keep = self.visible.sum(1).tolist()
+                index.break_even = self._break_even
+            elif index.break_even != break_even:
+                index.break_even = break_even
+            index.truncate([min(n, have) for n, have in zip(keep, index.lengths, strict=True)])
+
+        return undo
+
     def adopt(self, keys: Tensor, values: Tensor) -> None:
         """Take over the slots of a layer of another cache; the mask of the next call tells which of them are padding."""
         if keys.requires_grad or values.requires_grad:
@@ -89,6 +148,7 @@ class SlotLayer(CacheLayerMixin):
         self.lazy_initialization(keys, values)
         self.slots = keys.shape[2]
         self._append(keys, values)
+        self._note_rotation(self.slots, self._length_of_rotation(None))
 
     def last_search(self) -> SearchStats | None:
         """What the last step read; None before the first one that searched."""
@@ -111,6 +171,7 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
+        self.call.finish()
         if self.index is not None:
             self.index.reset()
             self.index.break_even = self._break_even
@@ -121,6 +182,7 @@ class SlotLayer(CacheLayerMixin):
 
         transformers 5.14 to 5.17 bring it as a tensor.
         """
+        self.call.finish()
         tokens_to_remove = int(tokens_to_remove)
         remove = self.slots - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         remove = max(0, min(remove, self.slots))
@@ -138,6 +200,7 @@ class SlotLayer(CacheLayerMixin):
             self.visible = self.visible[:, : self.slots]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.call.finish()
         if self.index is not None:
             self.index.reorder(beam_idx.tolist())
             self._pick(beam_idx)
@@ -150,6 +213,7 @@ class SlotLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.index is not None and self.index.lengths:
+            self.call.finish()
             chosen = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
             self.index = self.index.fork(chosen.tolist())
             self._pick(chosen)
@@ -166,6 +230,7 @@ class SlotLayer(CacheLayerMixin):
         new = type(self)(self.plan, self.max_sparse_tokens, self.room_tokens)
         new.__dict__.update({name: value for name, value in self.__dict__.items() if name != "name"})
         new.index = None if self.index is None else self.index.fork()
+        new.call = copy.deepcopy(self.call, memo)
         return new
 
     # -- tokens --------------------------------------------------------------------------------------------------------
@@ -190,6 +255,19 @@ class SlotLayer(CacheLayerMixin):
         if self.slots == n and self.room_tokens < n + ROOM_TOKENS:
             self.index.reserve_memory(n + max(ROOM_TOKENS, n // 8), batch=keys.shape[0])
         self.index.add(keys, values, seal=False)
+
+    def _length_of_rotation(self, position_ids: Tensor | None) -> int | None:
+        """The length that the angles of the newest tokens belong to; None if they depend on none."""
+        rope, newest = self.plan.rope, newest_position(position_ids)
+        if rope is None or not rope.is_dynamic:
+            return None
+        return length_of_rotation(rope, self.rotary, self.plan.layer_type, self.slots - 1 if newest is None else newest)
+
+    def _note_rotation(self, n: int, length: int | None) -> None:
+        """The n newest tokens in the index, not sealed yet, were rotated at this length."""
+        assert self.index is not None
+        if length is not None:
+            self.index.note_rotation(n, length)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Keys (b, h, slots, d) and values (b, h, slots, e), views of the arena."""
@@ -218,20 +296,19 @@ class SlotLayer(CacheLayerMixin):
         last = last_positions(position_ids, len(hidden))
         # positions count tokens, as generate has them, or slots, where a model was called with a mask alone
         by_token = last is None or any(p < self.slots - 1 for p, row in zip(last, hidden, strict=True) if row.any())
+        self._check_positions(seen.counts if by_token else [self.slots] * len(hidden), position_ids)
         self.index.remove_ids([np.flatnonzero(row) for row in hidden], close_gaps=by_token)
         self.ragged = True
-        self._check_positions(self.index.lengths, position_ids)
         self.index.break_even = self._break_even
 
-    def _check_positions(self, lengths: list[int], position_ids: Tensor | None) -> None:
-        """CompatibilityError unless the newest token of every sequence was rotated by its place: routing undoes RoPE by that."""
-        assert self.index is not None
-        last = last_positions(position_ids, len(lengths))
-        lists = self.index.invlists
-        for i, n in enumerate(lengths):
+    def _check_positions(self, ends: list[int], position_ids: Tensor | None) -> None:
+        """CompatibilityError unless the newest token of every sequence was rotated by its place, ``ends`` less one: routing
+        undoes RoPE by that."""
+        last = last_positions(position_ids, len(ends))
+        for i, end in enumerate(ends):
             at_end = self.visible is None or bool(self.visible[i, -1])
-            if last is not None and n and at_end and last[i] != lists.next_position(i) - 1:
+            if last is not None and end and at_end and last[i] != end - 1:
                 raise CompatibilityError(
-                    f"position_ids: expected the newest token of sequence {i} at {lists.next_position(i) - 1}, counting its "
-                    f"tokens or its slots from 0, got {last[i]}"
+                    f"position_ids: expected the newest token of sequence {i} at {end - 1}, counting its tokens or its slots "
+                    f"from 0, got {last[i]}"
                 )

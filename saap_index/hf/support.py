@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,7 +63,9 @@ def decoder_of(model: Any) -> Any:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        raise ParameterError(f"model: expected a PreTrainedModel of transformers, got {type(model).__name__}")
+        inside = {"get_base_model": "model.get_base_model()", "_orig_mod": "model._orig_mod", "module": "model.module"}
+        hint = next((f"; attach to what it wraps, {way}" for name, way in inside.items() if hasattr(model, name)), "")
+        raise ParameterError(f"model: expected a PreTrainedModel of transformers, got {type(model).__name__}{hint}")
     if model.config.is_encoder_decoder:
         raise CompatibilityError(f"model: expected a decoder, got the encoder-decoder {type(model).__name__}")
     decoder = model.get_decoder()
@@ -82,7 +84,15 @@ def attention_layers(decoder: Any) -> list[Any]:
 
 def check_decoder(decoder: Any) -> None:
     """CompatibilityError for what no layer of a decoder may have, indexed or not: it would change what attention computes."""
+    from transformers.cache_utils import DynamicLayer
+
     config, name = decoder.config, type(decoder).__name__
+    others = sorted({type(layer).__name__ for layer in _cache_layers(config) if not isinstance(layer, DynamicLayer)})
+    if others:
+        raise CompatibilityError(
+            f"model: expected layers with softmax attention alone, got {name}, a hybrid whose other layers keep a state of their "
+            f"own ({', '.join(others)})"
+        )
     if getattr(config, "kv_sharing_modes", None) or getattr(config, "num_kv_shared_layers", 0):
         raise CompatibilityError(f"model: expected keys and values of its own in each layer, got {name}, whose layers share them")
     if not getattr(config, "is_causal", True):
@@ -103,10 +113,22 @@ def check_decoder(decoder: Any) -> None:
 
 def global_layers(decoder: Any) -> list[int]:
     """Layers with full attention over the whole context: those there is something to index in."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicLayer
 
-    layers = DynamicCache(config=decoder.config).layers
-    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    return [number for number, layer in enumerate(_cache_layers(decoder.config)) if type(layer) is DynamicLayer]
+
+
+def _cache_layers(config: Any) -> list[Any]:
+    """The layers of the cache that transformers makes for a decoder of this config."""
+    from transformers.cache_utils import DynamicCache
+
+    found: list[Any] = DynamicCache(config=config).layers
+    return found
+
+
+def kv_heads_of(config: Any) -> int:
+    """KV heads of a decoder; as many as query heads in a family that does not group them."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def check_dense_layers(dense_layers: Iterable[int], count: int) -> frozenset[int]:
@@ -144,14 +166,30 @@ def head_shard(attention: Any) -> tuple[int, int]:
 
 
 def fingerprint(decoder: Any) -> str:
-    """A checksum of a few numbers of every parameter in this process: tells two checkpoints of one architecture apart."""
-    from torch.distributed.tensor import DTensor
+    """A checksum of a few numbers of every parameter in this process: tells two checkpoints of one architecture apart.
 
+    Of quantised weights (torchao, bitsandbytes) it is that of what they are packed into.
+    """
     value = 0
     for name, parameter in decoder.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if local.device.type == "meta" or not local.is_floating_point():  # on disk, or packed: its values are not here
-            continue
-        some = local.detach().reshape(-1)[:256].to("cpu", torch.float32)
-        value = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), value))
+        for part in _plain_tensors(parameter.detach()):
+            if part.device.type == "meta":  # on disk: its values are not here
+                continue
+            some = part.reshape(-1)[:256].cpu()
+            some = some.float() if some.is_floating_point() else some.contiguous().view(torch.uint8)
+            value = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), value))
     return f"{value:08x}"
+
+
+def _plain_tensors(x: Any) -> Iterator[Any]:
+    """The tensors that hold the numbers of ``x``: itself, the share of this process, or what a packed weight is made of."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(x, DTensor):
+        yield from _plain_tensors(x.to_local())
+    elif hasattr(x, "__tensor_flatten__"):
+        names, _ = x.__tensor_flatten__()
+        for name in names:
+            yield from _plain_tensors(getattr(x, name))
+    else:
+        yield x

@@ -70,9 +70,12 @@ def _attend_layer(
         raise StateError("compiled step: expected the cache it was called with, got one that is gone")
     slots = layer.slots
     layer.update(keys, values)
-    try:
+    try:  # a call that fails is taken back in every layer
         module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
         return layer.attend(module, query, mask, scaling, position_ids)
+    except BaseException:
+        layer.call.fail()
+        raise
     finally:
         layer.slots = slots  # the traced program counts them, once it is through
 

@@ -27,6 +27,7 @@ from .. import __version__, checks, files
 from ..budget_plan import plan_budget
 from ..errors import CompatibilityError, FormatError, LengthError, ParameterError, StateError
 from ..hf import support
+from ..hf.probe import check_rotation
 from ..layout import Layout
 from ..params import SELECTIVITY
 from ..quantizer import require_faiss
@@ -183,6 +184,7 @@ class _Job:
             "versions": _versions(),
         }  # fmt: skip
         ropes = {layer: Rope.from_config(loaded.model.config, layer=layer) for layer in layers}
+        check_rotation(decoder, ropes)
         return cls(identity, layers, shapes[layers[0]], scales, ropes, narrow)
 
 

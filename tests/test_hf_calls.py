@@ -1,0 +1,208 @@
+"""A call that is refused, or fails, leaves a kept cache as it was, in every layer: the next one answers as if it had not been."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hf_models import attached, left_padded, prompt, tiny
+from torch import Tensor
+from transformers import DynamicCache
+
+import saap_index as saap
+from saap_index.hf import detached
+
+ONE = torch.ones(2, 1, dtype=torch.long)
+
+
+def given(mask: Tensor | None, q: int) -> dict[str, Tensor]:
+    """Arguments of a call of q tokens with the mask of the whole batch."""
+    if mask is None:
+        return {}
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -q:]}
+
+
+def skipping(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+    n = cache.get_seq_length()
+    model(ids, past_key_values=cache, **{**given(mask, 20), "position_ids": torch.arange(n + 7, n + 27)[None].expand(2, 20)})
+
+
+def tree(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+    n = cache.get_seq_length()
+    shown = torch.ones(2, n + 4, dtype=torch.bool) if mask is None else mask[:, : n + 4].bool()
+    shown = shown[:, None, None].expand(2, 1, 4, -1)
+    model(ids[:, :4], past_key_values=cache, attention_mask=shown)
+
+
+def numbers(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+    n = cache.get_seq_length()
+    model(ids, past_key_values=cache, attention_mask=torch.zeros(2, 1, 20, n + 20))
+
+
+def other_batch(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+    model(ids[:1], past_key_values=cache)
+
+
+def nan_in_layer(number: int) -> Callable[..., None]:
+    def call(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+        handle = model.model.layers[number].self_attn.v_proj.register_forward_hook(lambda *args: args[-1] * float("nan"))
+        try:
+            model(ids, past_key_values=cache, **given(mask, 20))
+        finally:
+            handle.remove()
+
+    return call
+
+
+def dropout_in_layer_1(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+    attention = model.model.layers[1].self_attn
+    attention.attention_dropout = 0.1
+    attention.train()
+    try:
+        model(ids, past_key_values=cache, **given(mask, 20))
+    finally:
+        attention.eval()
+
+
+def interrupted(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
+    """Memory runs out between two layers; that is no refusal, and `attach` sees it all the same."""
+
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    handle = model.model.layers[2].mlp.register_forward_hook(full)
+    try:
+        model(ids, past_key_values=cache, **given(mask, 20))
+    finally:
+        handle.remove()
+
+
+CALLS = {
+    "positions that skip": skipping, "a mask of numbers": numbers, "a tree": tree, "another batch size": other_batch,
+    "NaN in the first layer": nan_in_layer(0), "NaN in a later layer": nan_in_layer(1), "dropout": dropout_in_layer_1,
+    "no memory": interrupted,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, list[int], int, dict[str, Any]]] = {
+    "one length": ("llama", [0, 0], 100, {}),
+    "lengths differ": ("llama", [0, 30], 100, {}),
+    "padding is still there": ("llama", [0, 30], 55, {}),
+    "windows come first": ("gemma3", [0, 30], 100, {}),
+    "nothing sealed": ("gemma3", [0, 0], 50, {}),
+    "lists of its own": ("llama", [0, 0], 55, {"own_lists": True}),
+    "dense layers": ("llama", [0, 0], 100, {"dense_layers": [0, 2]}),
+    "angles depend on the length": ("llama_dynamic", [0, 30], 55, {}),
+}
+
+
+def contents(cache: Any) -> list[Any]:
+    """Everything a call can change, layer by layer."""
+    found = []
+    for layer in cache.layers:
+        if hasattr(layer, "slots"):
+            index = layer.index
+            tokens = [index.reconstruct(range(n), i) for i, n in enumerate(index.lengths)] if not layer.ragged else []
+            found.append((layer.slots, index.lengths, index.invlists.segments, [x for pair in tokens for x in pair]))
+        else:
+            found.append((layer.get_seq_length(), layer.keys, layer.values))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_fails_leaves_the_cache_as_it_was(call: str, kind: str) -> None:
+    case, padding, length, options = MODELS[kind]
+    if call == "a tree" and length < 60:
+        length = 65  # masks among the tokens of a dense call are whatever they are
+    model, ids = attached(tiny(case), 1.0, **options), prompt(2, length + 40)
+    mask = None if padding == [0, 0] else left_padded(ids, padding)["attention_mask"]
+    cache = saap.SaapCache(model)
+    model(ids[:, :length], past_key_values=cache, **given(None if mask is None else mask[:, :length], length))
+    before = copy.deepcopy(cache)
+    new = ids[:, length : length + 20]
+    with pytest.raises((saap.SaapError, torch.OutOfMemoryError, RuntimeError)):
+        CALLS[call](model, cache, new, None if mask is None else mask[:, : length + 20])
+    assert cache.get_seq_length() == length and {layer.get_seq_length() for layer in cache.layers} == {length}
+    if case != "llama_dynamic":  # that model itself remembers the longest text
+        for part in (slice(length, length + 1), slice(length + 1, length + 21), slice(length + 21, length + 22)):
+            seen = None if mask is None else mask[:, : part.stop]
+            a, b = (model(ids[:, part], past_key_values=x, **given(seen, part.stop - part.start)).logits for x in (cache, before))
+            real = torch.ones_like(ids[:, part], dtype=torch.bool) if mask is None else mask[:, part].bool()
+            torch.testing.assert_close(a[real], b[real], atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_of_it_is_left(call: str) -> None:
+    """Bit for bit, and whatever had been in the cache."""
+    model, ids = attached(tiny("gemma3"), 0.3), prompt(2, 120)
+    cache = saap.SaapCache(model)
+    model(ids[:, :100], past_key_values=cache)
+    before = contents(copy.deepcopy(cache))
+    with pytest.raises((saap.SaapError, torch.OutOfMemoryError, RuntimeError)):
+        CALLS[call](model, cache, ids[:, 100:], None)
+    for a, b in zip(contents(cache), before, strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("own", [True, False])
+def test_the_first_call_may_fail(own: bool) -> None:
+    model, ids = attached(tiny("gemma3"), own_lists=own), prompt(2, 90)
+    cache = saap.SaapCache(model)
+    with detached(model):
+        want = model(ids).logits
+    for wrong in (skipping, nan_in_layer(0), nan_in_layer(3), interrupted):
+        with pytest.raises((saap.SaapError, torch.OutOfMemoryError)):
+            wrong(model, cache, ids[:, :20], None)
+        assert cache.get_seq_length() == 0 and all(layer.get_seq_length() == 0 for layer in cache.layers)
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, want, atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_cache_that_cannot_be_taken_over_stays_what_it_is() -> None:
+    model, ids = tiny("llama"), prompt(2, 90)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    cache.layers[2].values = cache.layers[2].values * float("nan")
+    layers = list(cache.layers)
+    attached(model)
+    with pytest.raises(saap.NotFiniteError):
+        model(ids[:, :1], past_key_values=cache)
+    assert all(a is b for a, b in zip(cache.layers, layers, strict=True))
+
+
+@torch.no_grad()
+def test_interrupted_by_hand() -> None:
+    """The next call finds the cache as it was before the one that Ctrl-C ended; tokens may be taken back in between, too."""
+    model, ids = attached(tiny("llama")), prompt(1, 130)
+    cache = saap.SaapCache(model)
+    model(ids[:, :100], past_key_values=cache)
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].mlp.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, 100:120], past_key_values=cache)
+    handle.remove()
+    got = model(ids[:, 100:], past_key_values=cache).logits
+    with detached(model):
+        torch.testing.assert_close(got, model(ids).logits[:, 100:], atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [[0, 0], [0, 30]])
+def test_positions_of_a_step_that_skip(padding: list[int]) -> None:
+    model, ids = attached(tiny("llama")), prompt(2, 101)
+    mask = None if padding == [0, 0] else left_padded(ids, padding)["attention_mask"]
+    cache = saap.SaapCache(model)
+    model(ids[:, :100], past_key_values=cache, **given(None if mask is None else mask[:, :100], 100))
+    wrong = {**given(mask, 1), "position_ids": torch.tensor([[107], [107]])}
+    with pytest.raises(saap.CompatibilityError, match="position_ids"):
+        model(ids[:, 100:], past_key_values=cache, **wrong)
+    assert cache.get_seq_length() == 100
+    model(ids[:, 100:], past_key_values=cache, **given(mask, 1))
