@@ -73,8 +73,8 @@ def pack_params(layout: np.dtype[Any], **fields: int | float) -> np.ndarray[Any,
 @functools.cache
 def _format(layout: np.dtype[Any]) -> struct.Struct:
     """How C lays out ``layout``: as NumPy does, made with ``align=True``."""
-    made = struct.Struct("@" + "".join({"u8": "Q", "i8": "q", "u4": "I", "i4": "i", "f4": "f"}[layout[i].str[1:]] for i in
-                                       range(len(layout))) + "0q")
+    codes = {"u8": "Q", "i8": "q", "u4": "I", "i4": "i", "f4": "f"}
+    made = struct.Struct("@" + "".join(codes[layout[name].str[1:]] for name in layout.names or ()) + "0q")
     assert made.size == layout.itemsize
     return made
 

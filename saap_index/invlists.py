@@ -121,25 +121,8 @@ class SegmentedInvertedLists:
     def _about_to_move(self, i: int, first: int, start: int, stop: int) -> None:
         """Rows [start, stop) of sequence i, with those of its segments from ``first`` on, go elsewhere: note where they are."""
         if self._undo is not None:
-            tables = self.tables[i, :, first : len(self.segments[i])].clone()
-            self._undo.append(self._take_back(i, first, start, self.ids[i, :, start:stop].clone(), tables))
-
-    def _take_back(self, i: int, first: int, start: int, before: Tensor, tables: Tensor) -> Callable[[], None]:
-        """What puts the tokens of sequence i back into the rows from ``start`` on, and its tables from ``first`` on.
-
-        before : int32 (h, n), their ids in that order; the rows now have the same ids in another. tables : int32 (h, s, l + 1).
-        """
-        keys, stop = self.keys, start + before.shape[1]
-
-        def take_back() -> None:
-            now = self.ids[i, :, start:stop]
-            if self.keys is keys and not torch.equal(now, before):  # other memory was not there yet, and is gone
-                places = before.argsort(dim=1).gather(1, now.argsort(dim=1).argsort(dim=1))  # where the token of each row was
-                scratch = self._empty((self.heads, stop - start + 1), torch.int32)
-                self.backend.seal(self.keys[i], self.values[i], self.ids[i], start, places.int(), scratch)
-            self.tables[i, :, first : first + tables.shape[1]] = tables
-
-        return take_back
+            ids, tables = self.ids[i, :, start:stop].clone(), self.tables[i, :, first : len(self.segments[i])].clone()
+            self._undo.append(partial(self._take_back, self.keys, i, first, start, ids, tables))
 
     def _about_to_change(self, changes: Sequence[SegmentChange]) -> list[Callable[[], None]]:
         """What takes these changes back once they are done; the ids of rows that were not sealed before are theirs to write.
@@ -150,17 +133,32 @@ class SegmentedInvertedLists:
             return []
         starts = [c.want[c.first][0] for c in changes]
         ends = [c.want[-1][1] - len(c.positions) for c in changes]  # of the rows that were sealed
-        low, first = min(starts), min(c.first for c in changes)
+        low, first, keys = min(starts), min(c.first for c in changes), self.keys
         ids = self.ids[:, :, low : max(ends)].clone() if any(map(operator.lt, starts, ends)) else self.ids[:, :, :0]
         tables = self.tables[:, :, first : max(len(c.have) for c in changes)]
         tables = tables.clone() if any(c.first < len(c.have) for c in changes) else tables[:, :, :0]
 
-        def undo(c: SegmentChange, start: int, end: int) -> None:
+        def take_back(c: SegmentChange, start: int, end: int) -> None:
             fresh = torch.from_numpy(c.positions).to(ids).expand(self.heads, -1)
             before = torch.cat([ids[c.sequence, :, start - low : end - low], fresh], 1)
-            self._take_back(c.sequence, c.first, start, before, tables[c.sequence, :, c.first - first : len(c.have) - first])()
+            replaced = tables[c.sequence, :, c.first - first : len(c.have) - first]
+            self._take_back(keys, c.sequence, c.first, start, before, replaced)
 
-        return [partial(undo, *what) for what in zip(changes, starts, ends, strict=True)]
+        return [partial(take_back, *what) for what in zip(changes, starts, ends, strict=True)]
+
+    def _take_back(self, keys: Tensor, i: int, first: int, start: int, ids: Tensor, tables: Tensor) -> None:
+        """Put the tokens of sequence i back into the rows from ``start`` on, and its tables from ``first`` on.
+
+        keys : the memory where they changed places. ids : int32 (h, n), of the tokens as they were; the same are there now, in
+        another order. tables : int32 (h, s, l + 1).
+        """
+        stop = start + ids.shape[1]
+        now = self.ids[i, :, start:stop]
+        if self.keys is keys and not torch.equal(now, ids):  # other memory was not there yet, and is gone
+            places = ids.argsort(dim=1).gather(1, now.argsort(dim=1).argsort(dim=1))  # where the token of each row was
+            scratch = self._empty((self.heads, stop - start + 1), torch.int32)
+            self.backend.seal(self.keys[i], self.values[i], self.ids[i], start, places.int(), scratch)
+        self.tables[i, :, first : first + tables.shape[1]] = tables
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

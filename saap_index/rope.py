@@ -315,6 +315,7 @@ class Rope:
     def frequencies(self, device: torch.device | str) -> Frequencies:
         """What undoes this embedding wherever a token is. ParameterError if `is_dynamic`. Do not write to it."""
         length = self._length_of_rotation(None)
+        assert not isinstance(length, tuple), "one for all tokens"
         return Frequencies(self._frequencies(length, torch.device(device)), self.interleaved, 1.0 / self.attention_scale)
 
     # -- applying ------------------------------------------------------------------------------------------------------

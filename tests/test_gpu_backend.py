@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_backends
 import test_tail
+import test_whole
 import torch
 from gpu_places import BF16, F16, F32, PLACES, RUNTIME, Place, check, emulated_place, emulation, gpu
 from helpers import assert_close, small_index, tokens
@@ -85,15 +86,16 @@ def test_launches_of_a_step(emu: Place) -> None:
     index.reserve_memory(70, batch=2)
     index.add(emu.tokens(2, 2, 60, 64, BF16), emu.tokens(2, 2, 60, 64, BF16))
     new, queries = emu.tokens(2, 2, 1, 64, BF16), emu.tokens(2, 4, 1, 64, BF16)
-    full = SearchParametersIVF(selectivity=1.0)
+    full, few = SearchParametersIVF(selectivity=1.0), SearchParametersIVF(nprobe=2)
     for _ in range(2):
         index.add(new, new)
-        index.search_attend(queries)
-        index.search_attend(queries, params=full)
+        for params in (None, full, few):
+            index.search_attend(queries, params=params)
     before = len(index.invlists.segments[0])
     steps: dict[str, tuple[Callable[[], Any], list[str]]] = {
         "add": (lambda: index.add(new, new), ["saap_append"]),
-        "search": (lambda: index.search_attend(queries), ["saap_route", "saap_select", "saap_scan"]),
+        "search": (lambda: index.search_attend(queries), ["saap_route_select", "saap_scan"]),
+        "nprobe": (lambda: index.search_attend(queries, params=few), ["saap_route", "saap_select", "saap_scan"]),
         "dense": (lambda: index.search_attend(queries, params=full), ["saap_scan"]),
     }
     for name, (step, launches) in steps.items():
@@ -105,8 +107,9 @@ def test_launches_of_a_step(emu: Place) -> None:
     assert len(index.invlists.segments[0]) == before, "nothing was sealed meanwhile"
 
 
-SEALING = {**dict.fromkeys(("lift_fresh", "slice"), 9), "copy_": 1}
-"""How often at most a step that seals does what a plain one does not; copy_ is what `advance` and its like look at later."""
+SEALING = {"lift_fresh": 9, "slice": 11, "clone": 2, "copy_": 1}
+"""How often at most a step that seals does what a plain one does not; clone is to take it back with, copy_ what `advance` and its
+like look at later."""
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -142,9 +145,69 @@ def test_launches_of_a_step_that_seals(emu: Place, batch: int) -> None:
         ] and launched.count("saap_means") <= 1  # fmt: skip
         more = [x for x in seen.names if x not in FREE]
         assert all(more.count(x) <= SEALING.get(x, 0) for x in set(more)), more
-        assert seen.names.count("empty") == 2 and len(seen.names) <= 20
+        assert seen.names.count("empty") == 2 and len(seen.names) <= 24
     same_state(index, plain)
     assert merged and (together or batch == 1) and len(kinds) <= 2
+
+
+TAKEN_BACK = (
+    "a step that seals", "sealed later", "more than there is room for", "after list numbers", "truncate", "remove",
+    "truncate, some wait", "remove, some wait", "window",
+)  # fmt: skip
+"""Of `test_whole.CHANGES`."""
+
+
+@emulation
+@pytest.mark.parametrize("name", TAKEN_BACK)
+def test_without_memory(name: str) -> None:
+    test_whole.check_without_memory(name, "cuda-emu", 23)
+
+
+@emulation
+@pytest.mark.parametrize("name", TAKEN_BACK)
+def test_taken_back_when_all_is_done(name: str) -> None:
+    make, change = test_whole.CHANGES[name]
+    index = make("cuda-emu")
+    before = test_whole.state(index)
+    change(index)
+    after = test_whole.state(index)
+    index = make("cuda-emu")
+    with pytest.raises(RuntimeError, match="after it"):
+        with index._whole():
+            change(index)
+            raise RuntimeError("after it")
+    assert test_whole.same(test_whole.state(index), before)
+    test_whole.usable(index, change, before, after)
+
+
+@emulation
+@pytest.mark.parametrize("name", TAKEN_BACK)
+def test_without_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that one is asked for once, it cannot be had: at the first, second, ... time."""
+    make, change = test_whole.CHANGES[name]
+    index = make("cuda-emu")
+    before = test_whole.state(index)
+    RUNTIME.clear()
+    change(index)
+    count = len(RUNTIME.looked_up)
+    after = test_whole.state(index)
+    assert {"saap_rank", "saap_permute", "saap_means"} <= set(RUNTIME.looked_up)
+    original = RUNTIME.kernel
+    for at in range(count):
+        index = make("cuda-emu")
+        RUNTIME.clear()
+
+        def kernel(file: str, name: str, macros: Any, at: int = at) -> Any:
+            if len(RUNTIME.looked_up) == at:
+                RUNTIME.looked_up.append(name)
+                raise RuntimeError("none")
+            return original(file, name, macros)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RUNTIME, "kernel", kernel)
+            with pytest.raises(RuntimeError, match="none"):
+                change(index)
+        test_whole.usable(index, change, before, after)
 
 
 STEPS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -179,13 +242,21 @@ def test_a_step_makes_nothing_anew(emu: Place, name: str) -> None:
     assert len(first) == 2 and sealed and sealed[0] < 30, "the same steps before a seal and after it"
 
 
-OF_THE_CALLER = {"saap_append": {"keys", "values"}, "saap_route": {"queries"}, "saap_scan": {"queries", "out", "lse"}}
+OF_THE_CALLER = {
+    "saap_append": {"keys", "values"}, "saap_route": {"queries"}, "saap_route_select": {"queries"},
+    "saap_scan": {"queries", "out", "lse"},
+}  # fmt: skip
 """Pointers to what a call brings, and takes."""
 
 
-def test_memory_waits_for_the_streams_that_use_it(emu: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("options", "selecting"), [
+    ({"mean_run_tokens": 2, "tail": 0.4}, ["saap_route", "saap_select"]), ({}, ["saap_route_select"])
+])  # fmt: skip
+def test_memory_waits_for_the_streams_that_use_it(
+    emu: Place, options: dict[str, Any], selecting: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On another stream: what was started comes first, and torch learns that this one uses all the memory of a step, too."""
-    options: dict[str, Any] = {"mean_run_tokens": 2, "tail": 0.4, "target_mass": 0.8, "rope": Rope(head_dim=64, theta=9.0)}
+    options = {"target_mass": 0.8, "rope": Rope(head_dim=64, theta=9.0), **options}
     index = emu.index(64, 64, 4, 4, 2, dtype=BF16, **options)
     index.add(emu.tokens(2, 2, 60, 64, BF16), emu.tokens(2, 2, 60, 64, BF16))
     for _ in range(2):
@@ -193,14 +264,15 @@ def test_memory_waits_for_the_streams_that_use_it(emu: Place, monkeypatch: pytes
         index.add(emu.tokens(2, 2, 1, 64, BF16), emu.tokens(2, 2, 1, 64, BF16), seal=False)
         index.search_attend(emu.tokens(2, 4, 1, 64, BF16))
     state, waited, known = index._decode_state(), [], []
-    assert state is not None and RUNTIME.launched == ["saap_append", "saap_route", "saap_select", "saap_scan"]
+    assert state is not None and RUNTIME.launched == ["saap_append", *selecting, "saap_scan"]
 
     class Stream(str):
         def wait_stream(self, other: str) -> None:
             waited.append((str(self), str(other)))
 
     def record(x: Tensor, stream: str) -> None:
-        known.append((stream, x.data_ptr(), x.untyped_storage().nbytes()))
+        if x.numel():
+            known.append((stream, x.data_ptr(), x.untyped_storage().nbytes()))
 
     monkeypatch.setattr(state.resident, "_device", torch.device("cuda", 0))
     monkeypatch.setattr(Tensor, "record_stream", record)
