@@ -15,7 +15,7 @@ OUT=${OUT:-bench/results/gpu-$(date +%F)}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 WORK=$(mktemp -d)
-trap 'pack' EXIT
+trap pack EXIT
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   if [ -x .venv/bin/python ] && [ -n "${DRY:-}" ]; then PYTHON=.venv/bin/python; fi

@@ -174,11 +174,11 @@ def _cupy(device: torch.device) -> Any:
         raise DeviceError(
             f"device: expected compute capability {_dotted(LEAST_CAPABILITY)} or more (Ampere), got {_dotted(capability)}"
         )
-    extra = f"saap-index[cuda{(torch.version.cuda or '13').split('.')[0]}]"
+    package = f"cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x"
     try:
         import cupy
     except ImportError as error:
-        raise MissingDependencyError(f"device 'cuda' needs CuPy: pip install '{extra}' ({error})") from error
+        raise MissingDependencyError(f"device 'cuda' needs CuPy: pip install {package} ({error})") from error
     try:
         driver, built = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
         cupy.cuda.runtime.getDeviceCount()
@@ -193,7 +193,7 @@ def _cupy(device: torch.device) -> Any:
 
 
 def _advice() -> str:
-    return "update the driver, or install CuPy for the CUDA it supports: saap-index[cuda12] or saap-index[cuda13]"
+    return "update the driver, or install CuPy for the CUDA it supports: cupy-cuda12x or cupy-cuda13x"
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -449,7 +449,7 @@ struct Block {
       const float share = shared->share[k];
       shared->top[k] = all.top > -INFINITY ? all.top : 0.f;
       shared->factor[k] = all.sum > 0.f ? share / all.sum : 0.f;
-      if (!wide && knots > 0 && share > 0.f && all.sum < kLeastSum) shared->far = 1;
+      if (!wide && knots > 0 && share > 0.f && all.sum < kLeastSum) atomicOr(&shared->far, 1);
     }
     __syncthreads();
     return wide || !shared->far;

@@ -57,7 +57,7 @@ SAAP_PRIM void finish_empty_pairs(const ScanParams& p, int pass) {
 // The last block of a pair: the states in slots [slot, slot + parts) become out and lse. A thread has four dims of a vector, and
 // every other part; its neighbour has the rest.
 SAAP_PRIM void merge_parts(const ScanParams& p, int pair, int pass, i64 slot, int parts) {
-  constexpr int kAtOnce = 9, kColumns = kE / 4;
+  constexpr int kAtOnce = kGroups > 1 ? 4 : 9, kColumns = kE / 4;  // more do not fit beside the state of two groups
   const int first = pass * kVectors, lane = threadIdx.x % 32, half = lane % 2;
   const int vectors = p.vectors - first < kVectors ? p.vectors - first : kVectors;
 #pragma unroll 1

@@ -354,8 +354,8 @@ def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[T
         keep[:, :low] = True
         keep[:, high:] = True
         for head in range(lists.heads):
-            if selection.rows is not None:
-                rows = selection.rows[i, head]
+            if selection.rows is not None and selection.counts is not None:  # of a step, anything lies behind
+                rows = selection.rows[i, head, : int(selection.counts[i, head])]
                 keep[head, rows[rows >= 0].long()] = True
         found.append([row_ids[head][keep[head]].long().sort().values for head in range(lists.heads)])
     return found

@@ -20,7 +20,7 @@ def _faiss() -> Any:
         import faiss
     except ImportError as error:
         raise MissingDependencyError(
-            "to_faiss and from_faiss need FAISS: pip install 'saap-index[cpu]' (or faiss-cpu)"
+            "to_faiss and from_faiss need FAISS: pip install faiss-cpu"
         ) from error
     return faiss
 

@@ -22,7 +22,7 @@ import pytest
 from saap_index.bindings import gpu_nvrtc, gpu_source
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
-LAUNCHERS = ("gpu_build", "gpu_route", "gpu_scan", "gpu_seal", "gpu_select", "gpu_selftest")
+LAUNCHERS = ("gpu_build", "gpu_route", "gpu_route_select", "gpu_scan", "gpu_seal", "gpu_select", "gpu_selftest")
 RECORD = Path(__file__).parent / "registers.json"
 SAMPLE = 1
 """The test compiles one in so many, and checks of all that the record is of their present text."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import attached, greedy, prompt, tiny
+from hf_models import CACHE, attached, greedy, prompt, tiny
 
 import saap_index as saap
 
@@ -41,7 +41,7 @@ def test_what_is_not_pickled() -> None:
     for filled in (False, True):
         if filled:
             with torch.no_grad():
-                model(prompt(1, 100), past_key_values=cache)
+                model(prompt(1, 100), **{CACHE: cache})
         with pytest.raises(saap.StateError, match="save and load"):
             pickle.dumps(cache)
 

@@ -24,6 +24,7 @@ from saap_index.hf import detach
 from saap_index.hf.attach import Attachment
 from saap_index.hf.cache import ATTACHED
 from saap_index.hf.plan import make_plan
+from saap_index.hf.support import decoder_of
 from saap_index.pipeline.models import LoadedModel, load_model
 
 LINES = ["numpy", "torch>=2.5,<2.14", 'transformers>=5.0,<5.25; extra == "train"', 'transformers!=5.3; extra == "transformers"',
@@ -223,7 +224,7 @@ def test_the_routers_of_the_package_and_wrong_ones() -> None:
     for name, some in (("right", routers), ("wrong", saap.Routers(routers.config, mixed))):
         plan = make_plan(model, some, 0.05, (), inside.QUESTION, {"break_even": 0}).audited(1, in_turn=False)
         setattr(model, ATTACHED, Attachment(model, plan))
-        cache = inside.indexed(seen.cache, plan)
+        cache = inside.indexed(seen.cache, plan, decoder_of(model))
         want = inside.dense_logits(model, seen) if want is None else want
         found[name] = inside.check_captured(model, cache, seen, want, 0.05)
         detach(model)

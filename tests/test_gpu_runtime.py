@@ -175,14 +175,14 @@ def test_no_such_device(with_cuda: Any) -> None:
 
 def test_without_cupy(with_cuda: Any) -> None:
     with_cuda(None)
-    with pytest.raises(MissingDependencyError, match=r"needs CuPy: pip install 'saap-index\[cuda13\]'"):
+    with pytest.raises(MissingDependencyError, match=r"needs CuPy: pip install cupy-cuda13x"):
         AsymmetricIndex(d=64, device="cuda")
 
 
 @pytest.mark.parametrize("cupy", [FakeCupy(driver=12040), FakeCupy(broken=True)], ids=["older", "insufficient"])
 def test_old_driver(with_cuda: Any, cupy: FakeCupy) -> None:
     with_cuda(cupy)
-    with pytest.raises(DeviceError, match=r"driver.*update the driver, or install .*\[cuda12\] or saap-index\[cuda13\]"):
+    with pytest.raises(DeviceError, match=r"driver.*update the driver, or install .*cupy-cuda12x or cupy-cuda13x"):
         AsymmetricIndex(d=64, device="cuda")
 
 

@@ -17,7 +17,7 @@ from hypothesis.stateful import initialize, precondition, rule, run_state_machin
 from test_stateful import Walk
 from torch import Tensor
 
-from saap_index import AsymmetricIndex, read_index, write_index
+from saap_index import AsymmetricIndex, CompatibilityError, SaapError, read_index, write_index
 from saap_index.invlists import SegmentedInvertedLists
 
 
@@ -53,6 +53,7 @@ class DeviceWalk(Walk):
     """`Walk` in few configurations, for each is a build; and steps in a graph."""
 
     backend = "torch"
+    stored: str | None = None  # the backend of an index that was read back
     place: Place
 
     @initialize(
@@ -73,9 +74,23 @@ class DeviceWalk(Walk):
             return
         with tempfile.TemporaryDirectory() as folder:
             write_index(self.index.inner, Path(folder) / "index")
-            self.index = Ferry(read_index(Path(folder) / "index", self.place.device))
+            self.index = Ferry(read_index(Path(folder) / "index", self.place.device, backend=self.stored))
 
-    @precondition(lambda self: self.index.lengths and not (self.index.rope is not None and self.index.rope.is_dynamic))
+    def a_search_reads_what_is_selected_now(self) -> None:
+        """Not after every rule: each thread of two more launches would be executed. `decode` and `replay` search too."""
+
+    def refusal(self, params: Any) -> type[SaapError] | None:
+        """A device makes room for what a search may read at once: a tail that the router does not fit is refused then."""
+        asked = params.over(self.index._defaults) if params else self.index._defaults
+        router: Any = self.index.query_router
+        early = asked.tail and not asked.nprobe and not router.count_lists
+        return Walk.refusal(self, params) or (CompatibilityError if early else None)
+
+    @precondition(
+        lambda self: self.index.lengths
+        and self.refusal(None) is None
+        and not (self.index.rope is not None and self.index.rope.is_dynamic)
+    )
     @rule(steps=st.integers(1, 6), n=st.integers(1, 2), every=st.integers(1, 4))
     def replay(self, steps: int, n: int, every: int) -> None:
         """A step captured once; replayed, with `advance` now and then."""
@@ -100,7 +115,7 @@ class DeviceWalk(Walk):
             if t % every == every - 1:
                 index.advance(n * every)
         index.advance()
-        index.reserve_memory(2 * most + 64)  # the graph is done with, and memory may move again
+        index.reserve_memory(2 * max(most, index.invlists.capacity) + 64)  # the graph is done with, and memory may move again
 
 
 class EmulatedWalk(DeviceWalk):
@@ -110,7 +125,7 @@ class EmulatedWalk(DeviceWalk):
 class FerriedWalk(EmulatedWalk):
     """What the walk on a real device has more, tried without one."""
 
-    place = Place("cuda-emu")
+    place, stored = Place("cuda-emu"), "cuda-emu"
     place.real = True
 
     def __init__(self) -> None:

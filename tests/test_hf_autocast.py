@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_models import attached, left_padded, prompt, tiny
+from hf_models import CACHE, attached, left_padded, prompt, tiny
 from transformers import DynamicCache
 
 import saap_index as saap
@@ -25,7 +25,7 @@ def test_as_the_model_alone(case: str, padding: list[int]) -> None:
             for step in steps:
                 positions = (mask[:, : step.stop].cumsum(1) - 1).clamp(min=0)[:, step]
                 given = {"attention_mask": mask[:, : step.stop], "position_ids": positions}
-                found.append(model(ids[:, step], past_key_values=cache, **given).logits.float())
+                found.append(model(ids[:, step], **{CACHE: cache}, **given).logits.float())
     real = mask.bool()
     for step, want, got in zip(steps, found[:4], found[4:], strict=True):
         error = (got - want)[real[:, step]].norm() / want[real[:, step]].norm()
@@ -38,8 +38,8 @@ def test_as_the_model_alone(case: str, padding: list[int]) -> None:
 def test_a_cache_keeps_its_dtype() -> None:
     model = attached(tiny("llama"))
     cache = saap.SaapCache(model)
-    model(prompt(1, 100), past_key_values=cache)
+    model(prompt(1, 100), **{CACHE: cache})
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(saap.CompatibilityError, match="float32, as this cache"):
-        model(prompt(1, 1), past_key_values=cache)
-    model(prompt(1, 1), past_key_values=cache)
+        model(prompt(1, 1), **{CACHE: cache})
+    model(prompt(1, 1), **{CACHE: cache})
     assert cache.get_seq_length() == 101

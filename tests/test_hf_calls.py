@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import attached, left_padded, prompt, tiny
+from hf_models import CACHE, attached, left_padded, prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -27,30 +27,30 @@ def given(mask: Tensor | None, q: int) -> dict[str, Tensor]:
 
 def skipping(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
     n = cache.get_seq_length()
-    model(ids, past_key_values=cache, **{**given(mask, 20), "position_ids": torch.arange(n + 7, n + 27)[None].expand(2, 20)})
+    model(ids, **{CACHE: cache}, **{**given(mask, 20), "position_ids": torch.arange(n + 7, n + 27)[None].expand(2, 20)})
 
 
 def tree(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
     n = cache.get_seq_length()
     shown = torch.ones(2, n + 4, dtype=torch.bool) if mask is None else mask[:, : n + 4].bool()
     shown = shown[:, None, None].expand(2, 1, 4, -1)
-    model(ids[:, :4], past_key_values=cache, attention_mask=shown)
+    model(ids[:, :4], **{CACHE: cache}, attention_mask=shown)
 
 
 def numbers(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
     n = cache.get_seq_length()
-    model(ids, past_key_values=cache, attention_mask=torch.zeros(2, 1, 20, n + 20))
+    model(ids, **{CACHE: cache}, attention_mask=torch.zeros(2, 1, 20, n + 20))
 
 
 def other_batch(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
-    model(ids[:1], past_key_values=cache)
+    model(ids[:1], **{CACHE: cache})
 
 
 def nan_in_layer(number: int) -> Callable[..., None]:
     def call(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> None:
         handle = model.model.layers[number].self_attn.v_proj.register_forward_hook(lambda *args: args[-1] * float("nan"))
         try:
-            model(ids, past_key_values=cache, **given(mask, 20))
+            model(ids, **{CACHE: cache}, **given(mask, 20))
         finally:
             handle.remove()
 
@@ -62,7 +62,7 @@ def dropout_in_layer_1(model: Any, cache: Any, ids: Tensor, mask: Tensor | None)
     attention.attention_dropout = 0.1
     attention.train()
     try:
-        model(ids, past_key_values=cache, **given(mask, 20))
+        model(ids, **{CACHE: cache}, **given(mask, 20))
     finally:
         attention.eval()
 
@@ -75,7 +75,7 @@ def interrupted(model: Any, cache: Any, ids: Tensor, mask: Tensor | None) -> Non
 
     handle = model.model.layers[2].mlp.register_forward_hook(full)
     try:
-        model(ids, past_key_values=cache, **given(mask, 20))
+        model(ids, **{CACHE: cache}, **given(mask, 20))
     finally:
         handle.remove()
 
@@ -120,7 +120,7 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(call: str, kind: str) -> N
     model, ids = attached(tiny(case), 1.0, **options), prompt(2, length + 40)
     mask = None if padding == [0, 0] else left_padded(ids, padding)["attention_mask"]
     cache = saap.SaapCache(model)
-    model(ids[:, :length], past_key_values=cache, **given(None if mask is None else mask[:, :length], length))
+    model(ids[:, :length], **{CACHE: cache}, **given(None if mask is None else mask[:, :length], length))
     before = copy.deepcopy(cache)
     new = ids[:, length : length + 20]
     with pytest.raises((saap.SaapError, torch.OutOfMemoryError, RuntimeError)):
@@ -129,7 +129,7 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(call: str, kind: str) -> N
     if case != "llama_dynamic":  # that model itself remembers the longest text
         for part in (slice(length, length + 1), slice(length + 1, length + 21), slice(length + 21, length + 22)):
             seen = None if mask is None else mask[:, : part.stop]
-            a, b = (model(ids[:, part], past_key_values=x, **given(seen, part.stop - part.start)).logits for x in (cache, before))
+            a, b = (model(ids[:, part], **{CACHE: x}, **given(seen, part.stop - part.start)).logits for x in (cache, before))
             real = torch.ones_like(ids[:, part], dtype=torch.bool) if mask is None else mask[:, part].bool()
             torch.testing.assert_close(a[real], b[real], atol=2e-3, rtol=1e-3)
 
@@ -140,7 +140,7 @@ def test_nothing_of_it_is_left(call: str) -> None:
     """Bit for bit, and whatever had been in the cache."""
     model, ids = attached(tiny("gemma3"), 0.3), prompt(2, 120)
     cache = saap.SaapCache(model)
-    model(ids[:, :100], past_key_values=cache)
+    model(ids[:, :100], **{CACHE: cache})
     before = contents(copy.deepcopy(cache))
     with pytest.raises((saap.SaapError, torch.OutOfMemoryError, RuntimeError)):
         CALLS[call](model, cache, ids[:, 100:], None)
@@ -159,19 +159,19 @@ def test_the_first_call_may_fail(own: bool) -> None:
         with pytest.raises((saap.SaapError, torch.OutOfMemoryError)):
             wrong(model, cache, ids[:, :20], None)
         assert cache.get_seq_length() == 0 and all(layer.get_seq_length() == 0 for layer in cache.layers)
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, want, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(model(ids, **{CACHE: cache}).logits, want, atol=2e-3, rtol=1e-3)
 
 
 @torch.no_grad()
 def test_a_cache_that_cannot_be_taken_over_stays_what_it_is() -> None:
     model, ids = tiny("llama"), prompt(2, 90)
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
+    model(ids, **{CACHE: cache})
     cache.layers[2].values = cache.layers[2].values * float("nan")
     layers = list(cache.layers)
     attached(model)
     with pytest.raises(saap.NotFiniteError):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{CACHE: cache})
     assert all(a is b for a, b in zip(cache.layers, layers, strict=True))
 
 
@@ -180,16 +180,16 @@ def test_interrupted_by_hand() -> None:
     """The next call finds the cache as it was before the one that Ctrl-C ended; tokens may be taken back in between, too."""
     model, ids = attached(tiny("llama")), prompt(1, 130)
     cache = saap.SaapCache(model)
-    model(ids[:, :100], past_key_values=cache)
+    model(ids[:, :100], **{CACHE: cache})
 
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
     handle = model.model.layers[1].mlp.register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        model(ids[:, 100:120], past_key_values=cache)
+        model(ids[:, 100:120], **{CACHE: cache})
     handle.remove()
-    got = model(ids[:, 100:], past_key_values=cache).logits
+    got = model(ids[:, 100:], **{CACHE: cache}).logits
     with detached(model):
         torch.testing.assert_close(got, model(ids).logits[:, 100:], atol=2e-3, rtol=1e-3)
 
@@ -200,9 +200,9 @@ def test_positions_of_a_step_that_skip(padding: list[int]) -> None:
     model, ids = attached(tiny("llama")), prompt(2, 101)
     mask = None if padding == [0, 0] else left_padded(ids, padding)["attention_mask"]
     cache = saap.SaapCache(model)
-    model(ids[:, :100], past_key_values=cache, **given(None if mask is None else mask[:, :100], 100))
+    model(ids[:, :100], **{CACHE: cache}, **given(None if mask is None else mask[:, :100], 100))
     wrong = {**given(mask, 1), "position_ids": torch.tensor([[107], [107]])}
     with pytest.raises(saap.CompatibilityError, match="position_ids"):
-        model(ids[:, 100:], past_key_values=cache, **wrong)
+        model(ids[:, 100:], **{CACHE: cache}, **wrong)
     assert cache.get_seq_length() == 100
-    model(ids[:, 100:], past_key_values=cache, **given(mask, 1))
+    model(ids[:, 100:], **{CACHE: cache}, **given(mask, 1))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import DYNAMIC, SMALL, left_padded, make_routers, prompt, tiny
+from hf_models import CACHE, DYNAMIC, SMALL, left_padded, make_routers, prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -50,7 +50,7 @@ class Watched:
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             given = {"attention_mask": mask, "position_ids": positions}
-        self.model(ids, past_key_values=cache, **given)
+        self.model(ids, **{CACHE: cache}, **given)
         x = torch.cat(self.seen, -1)
         heads = x.view(*x.shape[:2], -1, 16).transpose(1, 2)
         return heads[:, :4], heads[:, 4:6]

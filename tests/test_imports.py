@@ -146,7 +146,7 @@ ALLOWED = {
         "checks", "files", "gaps", "hf.layer", "hf.plan", "hf.slots", "hf.support", "index", "io", "quantizer", "rotated",
     },
     "hf.attach": {"hf.attention", "hf.audit", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
-    "hf.generate": {"hf.attach", "hf.cache", "hf.support", "pipeline", "pipeline.models", "routers"} | ANY,
+    "hf.generate": {"checks", "hf.attach", "hf.cache", "hf.support", "pipeline", "pipeline.models", "routers"} | ANY,
     "hf": {"hf.attach", "hf.attention", "hf.audit", "hf.cache", "hf.support"} | ANY,
 }
 LATER = {  # inside a function

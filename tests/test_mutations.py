@@ -170,7 +170,9 @@ VALUES = mutants({
         "a run's oldest rows": ("of.runs.end(segment, list) - taken,", "of.runs.end(segment, list) - n,"),
         "the last run whole": ("taken = left < n ? left > 0 ? static_cast<int>(left) : 0 : n;", "taken = n;"),
     },
-    ("select_block.cuh", check_select): {"no padding": ("out[i] = -1;", ";")},
+    ("select_block.cuh", check_select): {
+        "rows of another stretch": ("writing.first[i] - static_cast<int>", "writing.first[0] - static_cast<int>"),
+    },
     ("route.cu", check_route): {
         "rotated the other way": ("y[i] * cosine - x[i] * sine", "y[i] * cosine + x[i] * sine"),
         "hidden units not waited for": ("if (kU > 0) __syncthreads();", ""),

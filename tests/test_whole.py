@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,14 @@ from saap_index.backends import Backend
 from saap_index.whole import signals_wait
 
 KEYS, VALUES = tokens(2, 2, 120, 32, seed=1), tokens(2, 2, 120, 32, seed=2)
+
+
+@pytest.fixture(autouse=True)
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where the suite was started by a shell that ignores it for its jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def plain(backend: str) -> AsymmetricIndex:

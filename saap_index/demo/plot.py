@@ -24,7 +24,7 @@ def mass_against_bytes(table: Table, layers: Sequence[int], names: Mapping[str, 
     try:
         import matplotlib
     except ImportError as error:
-        raise MissingDependencyError("the plot needs matplotlib: pip install 'saap-index[demo]'") from error
+        raise MissingDependencyError("the plot needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .. import crossover
+from .. import crossover, files
 from ..backends import get_backend
 from ..bindings import native
 from ..index import AsymmetricIndex
@@ -77,7 +77,7 @@ def check_cache_folder() -> Finding:
     """Whether what is made once can be kept: measurements, converted models."""
     folder = crossover.cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"saap")
         free = shutil.disk_usage(folder).free

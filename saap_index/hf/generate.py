@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import TextStreamer
 
+from .. import checks
 from ..errors import ParameterError
 from ..pipeline import models
 from ..routers import load_routers
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise ParameterError("--prompt, --load: expected one of them")
     if args.compare and (args.load or args.save or args.temperature):
         raise ParameterError("--compare: expected neither --load, --save nor --temperature beside it")
+    checks.device(args.device)
     torch.set_num_threads(max(1, args.threads))
     loaded = models.load_model(args.model, args.device, args.dtype)
     routers = load_routers(args.routers)

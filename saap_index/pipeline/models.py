@@ -18,7 +18,7 @@ from ..errors import FormatError, LengthError, MissingDependencyError, Parameter
 from ..hf import support
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INSTALL = "pip install 'saap-index[train]'"
+INSTALL = "pip install transformers accelerate gguf tqdm faiss-cpu"
 
 
 @dataclass(frozen=True)
