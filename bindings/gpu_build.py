@@ -47,11 +47,11 @@ CONFIGURATIONS: tuple[tuple[str, str, dict[str, int]], ...] = (
 )
 
 APPEND_PARAMS = np.dtype(
-    [(x, "u8") for x in ("keys", "values", "arena_keys", "arena_values", "meta", "starts", "counts", "flags")]
+    [(x, "u8") for x in ("keys", "values", "arena_keys", "arena_values", "meta", "starts", "counts", "flags", "tickets")]
     + [(x, "i8") for x in ("key_b", "key_h", "key_n", "value_b", "value_h", "value_n")]
     + [(x, "i4") for x in ("n", "capacity", "heads", "key_vectors", "value_vectors")]
     + [(x, "u4") for x in ("high_exponent", "low_exponent")]
-    + [("aligned", "i4")],
+    + [(x, "i4") for x in ("aligned", "num_tickets")],
     align=True,
 )
 
@@ -126,13 +126,14 @@ def bind_append_to_meta(
     arena_values: Tensor,
     meta: Tensor,
     counts: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> Launch:
     """The same behind the rows in use, as meta : int32 (b, 8) has them; lengths and next positions grow, errors go to word 7.
 
     A start takes keys and values of `append_layout` as given here, of at least one token. One block takes all of a sequence: made
-    for the few tokens of a step.
+    for the few tokens of a step. tickets : int32 (m,) of the scan that comes after it, which become zeros.
     """
-    where = {"meta": meta, "counts": counts}
+    where = {"meta": meta, "counts": counts, "tickets": tickets}
     return _bind_append(runtime, keys, values, arena_keys, arena_values, where)
 
 
@@ -161,7 +162,7 @@ def _bind_append(
     if total + 4 * block * across >= 2**31:
         raise ValueError(f"append: {n} tokens are too many for one call")
     high, low = _EXPONENTS[dtype]
-    size = dtype.itemsize
+    size, tickets = dtype.itemsize, where.get("tickets")
     strides = {
         f"{name}_{axis}": x.stride(i) * size
         for name, x in (("key", keys), ("value", values))
@@ -173,7 +174,7 @@ def _bind_append(
         values=0,
         arena_keys=address(arena_keys),
         arena_values=address(arena_values),
-        **{name: address(where.get(name)) for name in ("meta", "starts", "counts", "flags")},
+        **{name: address(where.get(name)) for name in ("meta", "starts", "counts", "flags", "tickets")},
         **strides,
         n=n,
         capacity=arena_keys.shape[2],
@@ -183,6 +184,7 @@ def _bind_append(
         high_exponent=high,
         low_exponent=low,
         aligned=_in_vectors(keys) and _in_vectors(values),
+        num_tickets=0 if tickets is None else tickets.numel(),
     )
     kept = arena_keys, arena_values, *where.values()
     return Launch(append_kernel(runtime), (across, y, b), block, 8, params, *kept, dependent=runtime.capability >= CLUSTERS)

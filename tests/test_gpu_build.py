@@ -136,9 +136,11 @@ def test_append(
         flags.zero_()
         meta[:, gpu_build.META_ERRORS] = 0
         starts = ints(lengths)
-        with run.allow(given_keys, given_values, flags, meta):
+        tickets = torch.full((data.draw(st.sampled_from([1, 70, 3000])),), 5 + step, dtype=torch.int32)
+        with run.allow(given_keys, given_values, flags, meta, tickets):
             if by_meta:
-                append_to_meta(run, given_keys, given_values, *arena, meta, device_counts)
+                append_to_meta(run, given_keys, given_values, *arena, meta, device_counts, tickets)
+                assert not (n and tickets.any())
             else:
                 gpu_build.append(run, given_keys, given_values, *arena, starts, device_counts, flags)
         assert all(same_bits(a, w) for a, w in zip(arena, want, strict=True))
@@ -609,7 +611,7 @@ def all_kernels_once() -> None:
     keys, values = random_rows((1, h, n, d), dtype, 0), random_rows((1, h, n, d), dtype, 1)
     arena = [torch.zeros((1, h, n + 5, d), dtype=dtype) for _ in range(2)]
     meta = torch.zeros((1, 8), dtype=torch.int32)
-    append_to_meta(run, keys, values, *arena, meta)
+    append_to_meta(run, keys, values, *arena, meta, None, ints([3] * 5))
     assert meta.tolist() == [[n, 0, 0, 0, n, 0, 0, 0]]
     gpu_build.append(run, keys[:, :, :5], values[:, :, :5], *arena, ints([n]), ints([4]), torch.zeros(1, dtype=torch.int32))
     list_nos = torch.empty((h, n), dtype=torch.int32)

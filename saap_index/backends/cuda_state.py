@@ -92,7 +92,6 @@ class _Scanning:
 
     scan: Scan
     floats: Tensor
-    tickets: Tensor
     bound: dict[Any, tuple[Launch, Any]] = field(default_factory=dict)
 
 
@@ -110,6 +109,8 @@ class CudaResident(Resident):
         self._at: Placement | None = None
         self._selecting: dict[Any, _Selecting] = {}
         self._scanning: dict[Any, _Scanning] = {}
+        # Of every scan: each appended token makes them zeros again, so that what a misuse left in them is gone a step later.
+        self._tickets = torch.zeros((0,), dtype=torch.int32, device=device)
         self._appending: dict[Any, Launch] = {}
         gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
@@ -138,14 +139,13 @@ class CudaResident(Resident):
 
     def _memory(self) -> Iterator[Tensor]:
         """All that launches read or write but for what a call brings."""
-        found: list[Tensor | None] = [self._meta, self._counts, self._centres]
+        found: list[Tensor | None] = [self._meta, self._counts, self._centres, self._tickets]
         if self._at is not None:
             found += [getattr(self._at, name) for name in _MEMORY]
         for s in self._selecting.values():
             found += s.by.memory()
             found += [routing.frequencies for _, (routing, _) in s.bound.values()]
-        for scanning in self._scanning.values():
-            found += [scanning.floats, scanning.tickets]
+        found += [scanning.floats for scanning in self._scanning.values()]
         for x in self._limits:
             found += [x.budgets, x.entries, x.miss, x.found.rows, x.found.counts, x.found.tail, x.found.tail_counts]
         yield from (x for x in found if x is not None)
@@ -162,7 +162,9 @@ class CudaResident(Resident):
         if self._centres.shape != placement.centres.shape:
             self._centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
             self._unbind()
-        writes = [(self._centres.data_ptr(), placement.centres)] if placement.centres.size else []
+        writes: list[tuple[int, np.ndarray[Any, Any]]] = []
+        for to, x in ((self._centres, placement.centres), (self._tickets, np.zeros(self._tickets.shape, np.int32))):
+            writes += [(to.data_ptr(), x)] if x.size else []
         for i, row in enumerate(placement.meta):
             at = self._meta.data_ptr() + i * META * 4
             spans = ((LENGTH + 1, NEXT), (NEXT + 1, FLAGS)) if counted else ((0, FLAGS),)
@@ -222,7 +224,7 @@ class CudaResident(Resident):
             launch = self._appending.get(key)
             if launch is None:
                 at, by = self._placement(), None if counts is None else self._counts
-                memory = at.keys, at.values, self._meta, by
+                memory = at.keys, at.values, self._meta, by, self._tickets if self._tickets.numel() else None
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
                 _forget(self._appending, _BOUND)
             if self.capturing:
@@ -293,8 +295,8 @@ class CudaResident(Resident):
             turn = Unturn(routing.frequencies, routing.interleaved, routing.scale)
         found, tables = limits.found, self._placement().tables
         if isinstance(by, _OneLaunch):
-            tickets = self._scanning_of(queries, False).tickets
-            memory = self._meta, tables, self._centres, limits.budgets, found.rows, found.counts, limits.miss, tickets
+            self._scanning_of(queries, False)  # its tickets are there
+            memory = self._meta, tables, self._centres, limits.budgets, found.rows, found.counts, limits.miss, self._tickets
             return (by.launcher.bind(turn, *memory, dependent=True),)
         route = by.route.bind(turn, self._meta, by.z, by.a)
         select = by.select.bind(
@@ -315,7 +317,7 @@ class CudaResident(Resident):
                 listed = Listed(found.rows, found.counts)
                 if found.tail is not None and found.tail_counts is not None:
                     means = Means(found.tail, found.tail_counts, at.mean_keys, at.mean_values, at.tables)
-            launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, s.tickets)
+            launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, self._tickets)
             bound = s.bound[key] = launch, limits
             _forget(s.bound, _BOUND)
         if self.capturing:
@@ -371,8 +373,10 @@ class CudaResident(Resident):
             shape = ScanShape(b, h, g * q, q, d, e, self._dtype, queries.dtype, at.keys.shape[2], causal=True, dense=dense)
             scan = Scan(self._runtime, shape, self._knobs.get("scan"))
             floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self._device)
-            made = _Scanning(scan, floats, torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device))
-            self._scanning[key] = made
+            if scan.num_tickets > self._tickets.numel():
+                self._tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device)
+                self._unbind()
+            made = self._scanning[key] = _Scanning(scan, floats)
             _forget(self._scanning, _KEPT)
         return made
 
