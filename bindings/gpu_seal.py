@@ -5,6 +5,7 @@ As in gpu_build.py, nothing is allocated here; functions say how large a workspa
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -318,14 +319,16 @@ def planned(changes: Sequence[SegmentChange]) -> Plan:
             stretches.append((i, begin, count, fresh_at, position, 0, 0, 0))
         means += [(i, s) for s in range(c.first, c.means)]
         fresh_at, longest = fresh_at + count, max(longest, count)
-    parts = [np.array(x, np.int32).ravel() for x in (jobs, stretches, means)]
+    flat = [x for part in (jobs, stretches, means) for numbers in part for x in numbers]
+    # NumPy takes ten times as long over tuples
+    numbers: np.ndarray[Any, Any] = np.frombuffer(bytearray(struct.pack(f"{len(flat)}i", *flat)), np.int32)
     if gaps:
-        parts += [c.positions.astype(np.int32) for c in changes]
+        numbers = np.concatenate([numbers, *(c.positions.astype(np.int32) for c in changes)])
     stretches_at = len(jobs) * JOB
     means_at = stretches_at + len(stretches) * ASSIGN_JOB
     positions_at = means_at + 2 * len(means) if gaps else -1
     sizes = len(stretches), stretches_at, len(means), means_at, positions_at, fresh_at, longest
-    return Plan(jobs, np.concatenate(parts), *sizes)
+    return Plan(jobs, numbers, *sizes)
 
 
 def seal_batch(
@@ -376,11 +379,12 @@ def publish(runtime: Runtime, pieces: int, numbers: Tensor) -> None:
 
 def pieces_of(writes: Sequence[tuple[int, np.ndarray[Any, Any]]]) -> np.ndarray[Any, Any]:
     """What `publish` takes: int32 (n), from addresses and int32 or float32 numbers to write from there on."""
-    head, at = [], 4 * len(writes)
+    head: list[int] = []
+    at = 4 * len(writes)
     for where, x in writes:
-        head += [where, at | x.size << 32]
+        head += (where, at, x.size)
         at += x.size
-    packed = np.array(head, np.uint64).tobytes() + b"".join([x.tobytes() for _, x in writes])
+    packed = struct.pack("<" + "Qii" * len(writes), *head) + b"".join([x.tobytes() for _, x in writes])
     return np.frombuffer(bytearray(packed), np.int32)
 
 

@@ -69,6 +69,7 @@ class SegmentedInvertedLists:
         self.rotated = RotationLengths(batch)
         self.version = self.moved = next(_VERSIONS)
         self._undo: list[Callable[[], None]] | None = None  # what takes back the steps of the change under way, newest last
+        self._changes = 0  # under way, one within the other
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
         self.capacity = 0
         self.decode: Any = None  # the state on the device that follows this batch (decode.py), or None
@@ -95,11 +96,15 @@ class SegmentedInvertedLists:
         put rows back where they were: every token is forgotten then.
         """
         if self._undo is not None:
-            yield
+            self._changes += 1
+            try:
+                yield
+            finally:
+                self._changes -= 1
             return
         before = {name: getattr(self, name) for name in self._STATE}
         before |= {name: list(before[name]) for name in ("lengths", "segments", "gaps")} | {"_same": self._same.copy()}
-        moved, self._undo = self.moved, []
+        moved, self._undo, self._changes = self.moved, [], 1
         try:
             yield
         except BaseException as error:
@@ -116,7 +121,7 @@ class SegmentedInvertedLists:
                 raise StateError(f"expected memory to take back a failed change, got {another!r}: tokens are gone") from error
             raise
         finally:
-            self._undo = None
+            self._undo, self._changes = None, 0
 
     def _about_to_move(self, i: int, first: int, start: int, stop: int) -> None:
         """Rows [start, stop) of sequence i, with those of its segments from ``first`` on, go elsewhere: note where they are."""
@@ -336,7 +341,7 @@ class SegmentedInvertedLists:
                 self.rotated.append(i, start, 0 if rotated is None else rotated[i])
         self.lengths = [start + count for start, count in zip(self.lengths, counts, strict=True)]  # at once
         if assign is not None:
-            self.seal(assign)
+            self.seal(assign, last=True)
 
     def only_grows(self, counts: Sequence[int]) -> bool:
         """Whether `append` of so many tokens, to be sealed, writes behind the others and does nothing else."""
@@ -347,10 +352,11 @@ class SegmentedInvertedLists:
                 return False
         return True
 
-    def seal(self, assign: Assign) -> None:
-        """Bring every sequence to the layout of its length."""
+    def seal(self, assign: Assign, last: bool = False) -> None:
+        """Bring every sequence to the layout of its length. last: nothing comes after it in this change, unless that is part of
+        another, so it need not be taken back."""
         due = [i for i in range(self.batch) if self.layout.segments(self.lengths[i]) != self.segments[i]]
-        if due and not self._seal_together(due, assign):
+        if due and not self._seal_together(due, assign, last and self._changes <= 1):
             for i in due:
                 self._seal_alone(i, assign)
 
@@ -370,8 +376,9 @@ class SegmentedInvertedLists:
         if self.layout.segments(self.lengths[i]) != self.segments[i] and not self._seal_together([i], assign):
             self._seal_alone(i, assign)
 
-    def _seal_together(self, due: Sequence[int], assign: Assign) -> bool:
-        """`_seal_alone` of all these sequences in one go, where the backend can; False if nothing was done."""
+    def _seal_together(self, due: Sequence[int], assign: Assign, final: bool = False) -> bool:
+        """`_seal_alone` of all these sequences in one go, where the backend can; False if nothing was done. final: it will not be
+        taken back."""
         known = assign.by_position() if self.backend.seals_batches else None
         if known is None:
             return False
@@ -384,7 +391,7 @@ class SegmentedInvertedLists:
             changes.append(SegmentChange(i, first, have, want, positions, self.layout.num_means(want, self.nlist)))
         self._reserve_tables(max(len(c.want) for c in changes))
         arena = Arena(self.keys, self.values, self.ids, self.tables, self.mean_keys, self.mean_values, self.pending)
-        undo = self._about_to_change(changes)
+        undo = [] if final else self._about_to_change(changes)
         self._changed()
         if not self.backend.seal_batch(arena, changes, *known):
             return False
