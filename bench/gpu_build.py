@@ -191,6 +191,45 @@ def _queued(device: harness.Device, call: Any) -> tuple[float, float, bool]:
     return start.elapsed_time(stop) / 1e3, spent, waited
 
 
+def layers(device: harness.Device, shape: Shape, n: int, batch: int, count: int) -> Figures:
+    """A token of ``count`` layers in one graph, the host waiting for each as it does that chooses the next, with the seals that
+    are due: of all layers at the same token, and of one layer after the other, spread over the tokens of a block."""
+    indexes = build(device, shape, n, batch, count)
+    block, rounds = indexes[0].layout.block, 1 if device.dry else 3
+    tokens = torch.randn((batch, shape.kv_heads, 1, shape.d), device=device.device, dtype=torch.float32).to(shape.dtype)
+    queries = torch.randn((batch, shape.heads, 1, shape.d), device=device.device, dtype=torch.float32).to(shape.dtype)
+    for index in indexes:
+        index.reserve_memory(n + (2 * rounds + 2) * block)
+
+    def step() -> None:
+        for index in indexes:
+            index.add(tokens, tokens)
+            index.search_attend(queries)
+
+    step()
+    replay, figures = device.graph(step), []
+    for name, apart in (("at once", 0), ("staggered", block // count)):
+        waiting, times = [0] * count, []
+        for token in range(block - 2 if device.dry else 0, rounds * block):
+            began = time.perf_counter()
+            replay()
+            for i, index in enumerate(indexes):
+                waiting[i] += 1
+                if (token + i * apart) % block == block - 1:
+                    index.advance(waiting[i])
+                    waiting[i] = 0
+            if not device.dry:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        for index, more in zip(indexes, waiting, strict=True):
+            index.advance(more)
+        mean, median = sum(times) / len(times), sorted(times)[len(times) // 2]
+        found = {"median": median, "longest": max(times), "more than the median, a token and layer": (mean - median) / count}
+        for what, seconds in found.items():
+            figures.append({"name": f"{count} layers x {batch}, sealed {name}, {what}", "us": 1e6 * seconds, "bytes": 0})
+    return figures
+
+
 def bulk(device: harness.Device, shape: Shape, n: int) -> Figures:
     """A prompt at once, sealed into its final segments."""
     index = build(device, shape, n, 1, 1)[0]
@@ -238,6 +277,7 @@ def main() -> int:
         "one token": partial(one_token, device, shape, n, 1, options.seconds),
         "bulk": partial(bulk, device, shape, n),
         "sealing": partial(sealing, device, shape, n, 1),
+        "layers": partial(layers, device, shape, n // 4, 1, 2 if device.dry else 8),
         "sealing, batch": partial(sealing, device, shape, n // 2, 2 if device.dry else 8),
         "one token, batch": partial(one_token, device, shape, n // 4, 2 if device.dry else 8, options.seconds),
         "training": partial(training, device, shape),
