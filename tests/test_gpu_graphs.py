@@ -268,7 +268,7 @@ def test_wrong_tickets_last_until_the_next_token(place: Place, name: str, in_gra
     replay, k, v, queries, out = captured_step(place, index, params=params)
     state = index.invlists.decode.resident
     assert state._tickets.numel(), "one for each KV head and pass"
-    for t in range(12):
+    for t in range(6):
         new = [place.tokens(1, heads, 1, 32, BF16, seed=10 * t + i) for i, heads in enumerate((1, 1, 4))]
         for held, x in zip((k, v, queries), new, strict=True):
             held.copy_(x)
