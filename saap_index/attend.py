@@ -122,7 +122,6 @@ def _repeated(values: Sequence[int], times: int) -> list[int]:
     return [value for value in values for _ in range(times)]
 
 
-@full_precision
 def best_of(
     backend: Backend, lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, k: int
 ) -> tuple[Tensor, Tensor]:
@@ -142,6 +141,7 @@ def best_of(
     return scores, ids
 
 
+@full_precision
 def _best_rows(lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, k: int) -> tuple[Tensor, Tensor]:
     """What `Backend.best` returns."""
     b, h, g, q, d = queries.shape
