@@ -132,21 +132,26 @@ class Limited:
     """A runtime as it is on the device that launches are made for. capability : less than its own, to record what others do."""
 
     name = "recorded"
-    multiprocessors, max_shared_bytes = MULTIPROCESSORS, SHARED_BYTES
+    max_shared_bytes = SHARED_BYTES
 
-    def __init__(self, inner: Runtime, capability: tuple[int, int]) -> None:
-        self.kernel, self.capability = inner.kernel, capability
+    def __init__(self, inner: Runtime, capability: tuple[int, int], multiprocessors: int) -> None:
+        self.kernel, self.capability, self.multiprocessors = inner.kernel, capability, multiprocessors
 
 
-def record(path: Path, clusters: bool = True) -> list[str]:
-    """Records a step as devices with clusters do it, one as others do, and a seal. Returns the kernels in order."""
+def record(path: Path, brief: bool = False) -> list[str]:
+    """Records a step as devices with clusters do it, one as others do, and a seal. Returns the kernels in order.
+
+    brief : the first alone, for a device of two multiprocessors.
+    """
     from emu.runtime import EmulatedRuntime
 
     made, recorder = EmulatedRuntime(), Recorder()
-    for capability in (CLUSTERS, (8, 0)) if clusters else ((8, 0),):
-        scene = Scene(Watched(Limited(made, capability), recorder.around), STEP, drawn=True)
+    count = 2 if brief else MULTIPROCESSORS
+    for capability in (CLUSTERS,) if brief else (CLUSTERS, (8, 0)):
+        scene = Scene(Watched(Limited(made, capability, count), recorder.around), STEP, drawn=True)
         scene.step()
-    _seal(CudaBackend(torch.device("cpu"), Watched(Limited(made, CLUSTERS), recorder.around)))
+    if not brief:
+        _seal(CudaBackend(torch.device("cpu"), Watched(Limited(made, CLUSTERS, count), recorder.around)))
     recorder.save(path)
     return [x["kernel"] for x in recorder.launches]
 
@@ -270,10 +275,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("record", "replay"))
     parser.add_argument("file", type=Path)
-    parser.add_argument("--dry", action="store_true", help="replay on the emulated device")
+    parser.add_argument("--dry", action="store_true", help="replay on the emulated device; record little")
     options = parser.parse_args()
     if options.what == "record":
-        names = record(options.file)
+        names = record(options.file, options.dry)
         print(f"{len(names)} launches, {options.file.stat().st_size / 1e6:.1f} MB: {', '.join(names)}")
         return 0
     if options.dry:

@@ -126,7 +126,7 @@ tests() {
 # run; it needs the processor only.
 if [[ " $STAGES " == *" bisect "* ]] && [ -z "${RECORDING:-}" ]; then
   RECORDING=${WORK%/}.npz
-  timeout --kill-after=10 200 "$PYTHON" bench/gpu_replay.py record "$RECORDING" >"$WORK/record.log" 2>&1 &
+  timeout --kill-after=10 200 "$PYTHON" bench/gpu_replay.py record "$RECORDING" $dry >"$WORK/record.log" 2>&1 &
   RECORDER=$!
 fi
 
