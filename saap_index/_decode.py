@@ -46,7 +46,7 @@ class IndexDecode(IndexStorage):
         with self._whole():
             if self._tower is not None:
                 self._repartition(state.lists, state.lists.keys[:, :, :0], [0] * state.lists.batch)
-            state.lists.seal(self._assign_rows)
+            state.lists.seal(self._assign_rows, last=True)
         state.follow()
         if problem is not None:
             raise problem

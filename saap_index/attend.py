@@ -255,10 +255,12 @@ def everything_fits(
 
 
 def spend(
-    lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, budgets: np.ndarray, miss: Tensor | None
-) -> Budget:
-    """Tokens to read, int32 (b, h), as rows and as entries of the tail: an entry costs the bytes of a row."""
-    device, nprobe = lists.keys.device, min(params.nprobe or 0, router.nlist)
+    lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, budgets: np.ndarray, miss: Tensor | None,
+    device: torch.device | None = None,
+) -> Budget:  # fmt: skip
+    """Tokens to read, int32 (b, h), as rows and as entries of the tail: an entry costs the bytes of a row. On the device of the
+    lists, or on ``device``."""
+    device, nprobe = device or lists.keys.device, min(params.nprobe or 0, router.nlist)
     if not params.tail or nprobe:
         return Budget(torch.from_numpy(budgets).to(device), nprobe, miss)
     if not router.count_lists:

@@ -192,7 +192,7 @@ class AsymmetricIndex(IndexDecode):
             with self._changing():
                 if self._tower is not None:
                     self._repartition(self._lists, self._lists.keys[:, :, :0], [0] * self._lists.batch)
-                self._lists.seal(self._assign_rows)
+                self._lists.seal(self._assign_rows, last=True)
 
     def _new_tokens(self, keys: Any, values: Any, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor, list[int]]:
         batch = self._lists.batch if self._lists is not None and self.ntotal else None

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,6 +133,46 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class Frequencies:
+    """RoPE whose angles follow from the position alone. inv_freq : float32 (r / 2), radians per position, on the backend's
+    device; interleaved, scale : as in `Rotation`."""
+
+    inv_freq: Tensor
+    interleaved: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class SegmentChange:
+    """What becomes of the segments of one sequence: ``have``, [start, stop) each, from number ``first`` on become ``want``.
+
+    Every segment of the one lies within one of the other. positions : int64 (n,), of the rows that are sealed now for the first
+    time, up to the last of ``want``. means : how many leading segments keep the means of their runs afterwards.
+    """
+
+    sequence: int
+    first: int
+    have: Sequence[tuple[int, int]]
+    want: Sequence[tuple[int, int]]
+    positions: np.ndarray[Any, Any]
+    means: int
+
+
+@dataclass(frozen=True)
+class Arena:
+    """The memory of a batch. keys, values, ids, tables : as a backend's operations name them; mean_keys, mean_values : as in
+    `Tail`; given : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere."""
+
+    keys: Tensor
+    values: Tensor
+    ids: Tensor
+    tables: Tensor
+    mean_keys: Tensor
+    mean_values: Tensor
+    given: Tensor | None
+
+
+@dataclass(frozen=True)
 class Budget:
     """What `Backend.probe` may take of each (sequence, KV head).
 
@@ -239,6 +280,18 @@ class Backend(ABC):
         for (start, stop), table in zip(segments, tables.unbind(1), strict=True):
             part = slice(start - segments[0][0], stop - segments[0][0])
             self.seal(keys, values, ids, start, list_nos[:, part].contiguous(), table)
+
+    seals_batches: ClassVar[bool] = False
+    """Whether `seal_batch` may be of use."""
+
+    def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
+        """Bring the segments of several sequences to what they shall be: assign, sort, write ids and tables, means.
+
+        The tables have room for ``want``. What comes out is that of `assign`, `seal` and `means` one after the other. quantizer :
+        as from `prepare_quantizer`, or None where ``arena.given`` has every list. Does not wait for the device. Raises before it
+        moves a row, or not at all. Returns False, having done nothing, if one after the other is how this backend does it.
+        """
+        return False
 
     @abstractmethod
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
