@@ -47,12 +47,13 @@ class Start:
 
 
 class Watched:
-    """A runtime whose starts go through ``around(start, go)``, which calls ``go``."""
+    """A runtime whose starts go through ``around(start, go)``, which calls ``go``, while it is ``watching``."""
 
     def __init__(self, inner: Runtime, around: Callable[[Start, Callable[[], None]], None]) -> None:
         self.inner, self.around = inner, around
         self.name, self.capability = inner.name, inner.capability
         self.multiprocessors, self.max_shared_bytes = inner.multiprocessors, inner.max_shared_bytes
+        self.watching = True
 
     def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
         return _WatchedKernel(self, file, name, dict(macros), self.inner.kernel(file, name, macros))
@@ -72,7 +73,10 @@ class _WatchedKernel:
     ) -> None:
         start = Start(self.file, self.name, self.macros, grid, block, shared_bytes, params.copy(), cluster, dependent)
         go = partial(self.inner.launch, grid, block, shared_bytes, params, cluster, dependent)
-        self.runtime.around(start, go)
+        if self.runtime.watching:
+            self.runtime.around(start, go)
+        else:
+            go()
 
 
 SHIPPED = Layout()
@@ -109,13 +113,16 @@ def untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 class Scene:
-    """A batch at one size, ready for steps. drawn : whether keys and values are random, else zeros that take no memory.
+    """A batch at one size, ready for steps; the runtime sees these alone.
+
+    drawn : whether keys and values are random, else zeros that take no memory.
 
     Lists have random lengths around the mean, the router random weights; the same for the same ``seed``. Its tensors are on the
     CPU, where the emulated device has them.
     """
 
-    def __init__(self, runtime: Runtime, size: Size, drawn: bool, seed: int = 0) -> None:
+    def __init__(self, runtime: Watched, size: Size, drawn: bool, seed: int = 0) -> None:
+        self.runtime, runtime.watching = runtime, False
         self.size, self.device = size, torch.device("cpu")
         self._random = np.random.default_rng(seed)
         b, h, d = size.batch, size.kv_heads, size.d
@@ -132,7 +139,7 @@ class Scene:
         ids = torch.arange(capacity, dtype=torch.int32, device=self.device).expand(b, h, capacity).contiguous()
         place = Placement(keys, values, ids, self._tables(segments, most), no_means, no_means, meta, centres)
         self.state = CudaResident(runtime, self.device, (b, h, d, d, size.nlist), size.dtype, {})
-        self.state.publish(place)
+        self.state.publish(place, False, ())
         rows = int(size.share * (sealed - size.layout.sinks))
         budgets = torch.full((b, h), rows, dtype=torch.int32, device=self.device)
         self.limits = self.state.limits(Budget(budgets), rows, 0)
@@ -143,6 +150,7 @@ class Scene:
 
     def step(self) -> tuple[Tensor, Tensor]:
         """`add` of a token and `search_attend`: out, lse."""
+        self.runtime.watching = True
         self.state.append(self.new, self.new, None)
         out, lse, _ = self.state.step(self.queries, self.routing, self.limits, self.size.d**-0.5)
         return out, lse
