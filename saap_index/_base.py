@@ -124,6 +124,7 @@ class IndexBase(IndexArguments):
         self._miss: tuple[float, Tensor] | None = None
         self._asked: tuple[Any, dict[Any, Any]] = (None, {})  # the defaults, and what the parameters of calls came to over them
         self._accepted: tuple[Any, ...] = ()  # what the last queries that passed the checks were
+        self._accepted_new: tuple[Any, ...] = ()  # and the last keys and values
         self._tower: TwoTower | None = None
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None

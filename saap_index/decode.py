@@ -8,6 +8,7 @@ CUDA graph was replayed, of which the host learns by `AsymmetricIndex.advance`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,8 @@ class DecodeState:
         self._sinks: list[int] = []
         self._sealed: list[int] = []
         self.routing: Routing | None = None  # kept for the next step
+        self._recorded: Selection | None = None  # of the newest capture
+        self._replayed = False  # since the last step outside a graph
 
     # -- in step -----------------------------------------------------------------------------------------------------
 
@@ -153,10 +156,14 @@ class DecodeState:
 
     # -- appending ---------------------------------------------------------------------------------------------------
 
+    def takes(self, n: int) -> bool:
+        """Whether so many tokens per sequence are appended in one launch."""
+        return 0 < n <= device.MAX_STEP_TOKENS
+
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> bool:
         """Append by one launch what a step brings; False for what has to come in bulk."""
         n = keys.shape[2]
-        if n > device.MAX_STEP_TOKENS or not n:
+        if not self.takes(n):
             return False
         self.follow()
         self.resident.append(keys, values, None if all(c == n for c in counts) else counts)
@@ -167,7 +174,7 @@ class DecodeState:
     def record_append(self, keys: Tensor, values: Tensor) -> None:
         """`append` inside a capture: nothing is appended now, and the host's lengths stay."""
         lists, n = self.lists, keys.shape[2]
-        if not 0 < n <= device.MAX_STEP_TOKENS:
+        if not self.takes(n):
             raise StateError(f"capture: expected 1 to {device.MAX_STEP_TOKENS} tokens per sequence, got {n}")
         self.follow()
         tables = lists.layout.most_segments(lists.capacity)
@@ -198,8 +205,36 @@ class DecodeState:
         if min(counts) < 0:
             raise StateError(f"advance: expected at least {self._lengths} tokens on the device, got {list(counts)} more")
         self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+        self._replayed = True
         lists.advance(counts)
         return problem
+
+    def count(self, n: int) -> None:
+        """`advance` by n tokens of every sequence, of which nothing is asked but that there was room."""
+        lists = self.lists
+        lengths = [length + n for length in lists.lengths]
+        if self._lengths != lists.lengths or max(lengths) > lists.capacity:
+            self.advance([n] * lists.batch)
+            return
+        self._lengths, self._replayed = lengths, True
+        lists.advance([n] * lists.batch)
+
+    def release(self) -> None:
+        """No graph is replayed any more."""
+        self.captured = False
+        for limits in self._limits.values():
+            limits.kept = None
+        self.resident.release()
+
+    def newest(self, last: Selection | None) -> Selection | None:
+        """What the last search read: ``last``, or what the replays since then did."""
+        recorded = self._recorded
+        if not self._replayed or recorded is None:
+            return last
+        if recorded.rows is None:
+            return everything(self.lists)
+        lengths, version = list(self.lists.lengths), self.lists.version
+        return replace(recorded, sinks=self._sinks, sealed=self._sealed, lengths=lengths, version=version)
 
     # -- searching ---------------------------------------------------------------------------------------------------
 
@@ -221,10 +256,14 @@ class DecodeState:
                 self.resident.prepare(queries, routing, limits.on_device)  # a graph of this step will not be dense for ever
         out, lse, found = self.resident.step(queries, routing_of, limits.on_device, scale)
         if found is None:
-            return out, lse, everything(self.lists)
-        lengths = list(self.lists.lengths)
-        spans = self._sinks, self._sealed, lengths
-        return out, lse, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, self.lists.version)
+            selection = everything(self.lists)
+        else:
+            spans = self._sinks, self._sealed, list(self.lists.lengths)
+            selection = Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, self.lists.version)
+        self._replayed = False
+        if self.resident.capturing:
+            self._recorded = selection
+        return out, lse, selection
 
     def select(
         self, queries: Tensor, params: SearchParametersIVF, router: QueryRouter, routing: Routing, given: tuple[Any, Any]

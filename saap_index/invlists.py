@@ -343,12 +343,12 @@ class SegmentedInvertedLists:
         if assign is not None:
             self.seal(assign, last=True)
 
-    def only_grows(self, counts: Sequence[int]) -> bool:
-        """Whether `append` of so many tokens, to be sealed, writes behind the others and does nothing else."""
-        if self.pending is not None or self.decode is not None:
+    def only_grows(self, counts: Sequence[int], seal: bool = True) -> bool:
+        """Whether `append` of so many tokens, to be sealed or not, writes behind the others and does nothing else."""
+        if self.pending is not None or (self.decode is not None and not self.decode.takes(max(counts))):
             return False
         for length, count, have in zip(self.lengths, counts, self.segments, strict=True):
-            if length + count > self.capacity or self.layout.segments(length + count) != have:
+            if length + count > self.capacity or (seal and self.layout.segments(length + count) != have):
                 return False
         return True
 
@@ -359,6 +359,18 @@ class SegmentedInvertedLists:
         if due and not self._seal_together(due, assign, last and self._changes <= 1):
             for i in due:
                 self._seal_alone(i, assign)
+
+    def seal_ahead(self, n: int, assign: Assign) -> None:
+        """Bring every sequence to the layout that it has with n tokens more, which are among its recent ones, and yet to come.
+
+        A step to wrap in `whole`.
+        """
+        lengths = self.lengths
+        self.lengths = [length + n for length in lengths]
+        try:
+            self.seal(assign)
+        finally:
+            self.lengths = lengths
 
     def advance(self, counts: Sequence[int]) -> None:
         """Take note of ``counts[i]`` tokens that were written behind those of sequence i without `append`."""

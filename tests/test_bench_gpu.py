@@ -76,3 +76,15 @@ def test_what_fails_first_runs_again_under_memcheck(tmp_path: Path) -> None:
         said = log.read().decode()
     assert said.startswith("1 --kernel-name") and "--tool memcheck" in said
     assert said.strip().endswith("tests/test_gpu_graphs.py::test_x[1]")
+
+
+@pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+def test_generate(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "bench/gpu_generate.py", "--dry", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu_generate.json").read_text())
+    assert [x["name"] for x in found["figures"]][:3] == ["dense, DynamicCache", "ours 5 %, eager", "ours 5 %, graphs"]
+    assert len(found["figures"]) + len(found["skipped"]) == 6 and not found["wrong"]
+    assert all(x["same"] == x["of"] and x["error"] < 1e-4 for x in found["checks"]) and found["checks"]

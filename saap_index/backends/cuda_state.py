@@ -137,6 +137,9 @@ class CudaResident(Resident):
                 x.record_stream(stream)
         self._stream = stream
 
+    def release(self) -> None:
+        self._held.clear()
+
     def _memory(self) -> Iterator[Tensor]:
         """All that launches read or write but for what a call brings."""
         found: list[Tensor | None] = [self._meta, self._counts, self._centres, self._tickets]

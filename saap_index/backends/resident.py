@@ -80,6 +80,10 @@ class Resident(ABC):
         """What follows, on the current stream, waits for what was started before on another; not inside a capture."""
 
     @abstractmethod
+    def release(self) -> None:
+        """No graph that was captured is replayed any more: what is kept for them may go."""
+
+    @abstractmethod
     def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
         """Whether a `step` with such queries finds its memory and kernels in place, as it does from the second time on."""
 

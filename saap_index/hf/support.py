@@ -20,7 +20,7 @@ OLDEST, NEWEST = (5, 0), (5, 24)
 CACHE_NAMES = ("cache", "past_key_values")
 """What decoders call the argument that brings a cache: since transformers 5.24, and before."""
 
-_MAX_DIM, _DIM_STEP = 256, 8  # head dims that the kernels take
+MAX_DIM, DIM_STEP = 256, 8  # head dims that the kernels take
 
 
 def check_version() -> None:
@@ -142,9 +142,9 @@ def check_dense_layers(dense_layers: Iterable[int], count: int) -> frozenset[int
 
 
 def check_head_dim(dim: int, number: int) -> None:
-    if dim % _DIM_STEP or dim > _MAX_DIM:
+    if dim % DIM_STEP or dim > MAX_DIM:
         raise CompatibilityError(
-            f"layer {number}: expected a head dim that is a multiple of {_DIM_STEP} up to {_MAX_DIM}, got {dim}; name it in "
+            f"layer {number}: expected a head dim that is a multiple of {DIM_STEP} up to {MAX_DIM}, got {dim}; name it in "
             "dense_layers"
         )
 
