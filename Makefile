@@ -75,6 +75,7 @@ bench: setup ## minutes | the speed claims of docs/results.md, checked and timed
 	$(BIN)/python bench/search_attend.py --shape mha --tokens 131072
 	$(BIN)/python bench/search_attend.py --shape smollm2 --tokens 8192
 	$(BIN)/python bench/add.py
+	$(BIN)/python bench/search.py
 	$(BIN)/python bench/peers.py --json bench_results/peers.json --plot bench_results/peers.png
 
 bench-gpu: ## < 9 min | everything that needs a CUDA device: tests, sanitizers, benchmarks; in the Python at hand

@@ -174,6 +174,28 @@ def scan(
     arg30: int,
     /,
 ) -> None: ...
+def best(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: Sequence[int],
+    arg14: Sequence[int],
+    arg15: Sequence[int],
+    arg16: int,
+    arg17: int,
+    arg18: int,
+    /,
+) -> None: ...
 
 class SearchPlan:
     pass

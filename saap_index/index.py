@@ -309,7 +309,7 @@ class AsymmetricIndex(IndexDecode):
             ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=self.device)
         else:
             self._last = self._select_each(x, params)
-            scores, ids = best_of(self._lists, x, self._last, k)
+            scores, ids = best_of(self._backend, self._lists, x, self._last, k)
         return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
 
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:

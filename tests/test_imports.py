@@ -71,7 +71,7 @@ ALLOWED = {
     "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
     "calibration": {"checks", "layout", "quantizer", "reference", "rope", "router"} | ANY,
     "tower": {"backends", "quantizer", "router"} | ANY,
-    "targets": set(),
+    "targets": {"precision"},
     "training_config": ANY,
     "fitting": {"backends", "router", "targets", "tower", "training_config"} | ANY,
     "training": {"fitting", "layout", "quantizer", "rope", "router", "targets", "tower", "training_config"} | ANY,
@@ -107,7 +107,7 @@ ALLOWED = {
     "pipeline": set(),
     "pipeline.texts": ANY,
     "pipeline.models": {"hf.support"} | ANY,
-    "pipeline.capture": {"hf.support"} | ANY,
+    "pipeline.capture": {"hf.rotation", "hf.support"} | ANY,
     "pipeline.store": {"files", "training"} | ANY,
     "pipeline.measure": {"backends", "layout", "router"} | ANY,
     "pipeline.layers": {

@@ -380,6 +380,21 @@ class Backend(ABC):
         backend without."""
         return None
 
+    def best(
+        self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
+        sealed: Sequence[int], lengths: Sequence[int], k: int,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """The k largest inner products of every query with the keys of its own rows, in float32, and these rows; None for a
+        backend without, in whose place `attend.best_of` multiplies with torch.
+
+        queries : (b, h, g, q, d) float32, bfloat16 or float16; arena_keys : storage dtype (b, h, N, d). Query j of sequence i
+        reads what entry i * q + j says: rows : int32 (b * q, h, t), counts : int32 (b * q, h), or None for none, and besides
+        rows [0, sinks) and [sealed, lengths), b * q numbers each.
+
+        Returns float32 (b, h, g, q, k), descending, and int64 of the same shape; -inf and -1 where there are fewer.
+        """
+        return None
+
     @abstractmethod
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         """Merge two attention states over disjoint tokens. out : (..., e) any float dtype, lse : float32 (...).

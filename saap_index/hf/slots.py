@@ -307,7 +307,13 @@ class SlotLayer(CacheLayerMixin):
         for i, end in enumerate(ends):
             at_end = self.visible is None or bool(self.visible[i, -1])
             if last is not None and end and at_end and last[i] != end - 1:
+                n, hint = last[i] + 1, ""
+                if 0 < n < end:  # generate reads a prompt once more, behind itself, where the cache leaves nothing of it to read
+                    hint = (
+                        f"; if the cache holds the prompt of {n} tokens already, generate needs one of them to read: call "
+                        f"cache.crop({n - 1}) first, or bring what comes after it"
+                    )
                 raise CompatibilityError(
                     f"position_ids: expected the newest token of sequence {i} at {end - 1}, counting its tokens or its slots "
-                    f"from 0, got {last[i]}"
+                    f"from 0, got {last[i]}{hint}"
                 )

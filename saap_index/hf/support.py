@@ -168,7 +168,8 @@ def head_shard(attention: Any) -> tuple[int, int]:
 def fingerprint(decoder: Any) -> str:
     """A checksum of a few numbers of every parameter in this process: tells two checkpoints of one architecture apart.
 
-    Of quantised weights (torchao, bitsandbytes) it is that of what they are packed into.
+    Of quantised weights (torchao, bitsandbytes) it is that of what they are packed into. Of adapters (PEFT) it says too which of
+    them are at work, and by how much.
     """
     value = 0
     for name, parameter in decoder.named_parameters():
@@ -178,6 +179,11 @@ def fingerprint(decoder: Any) -> str:
             some = part.reshape(-1)[:256].cpu()
             some = some.float() if some.is_floating_point() else some.contiguous().view(torch.uint8)
             value = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), value))
+    for name, module in decoder.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+            names, scaling = () if module.disable_adapters else module.active_adapters, getattr(module, "scaling", {})
+            active = [(adapter, scaling.get(adapter)) for adapter in names]
+            value = zlib.crc32(f"{name} {active}".encode(), value)
     return f"{value:08x}"
 
 
