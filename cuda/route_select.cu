@@ -1,9 +1,9 @@
-// From queries to the rows to read, in one launch: a cluster of blocks per (sequence, KV head) evaluates the router and selects.
+// From queries to the runs to read, in one launch: a cluster of blocks per (sequence, KV head) evaluates the router and selects.
 //
 // Does what route.cu and select.cu do one after the other, for at most SAAP_COLUMNS query vectors of a KV head, a router that
-// counts lists, and budgets in rows. A block has some of the lists: it computes their scores, weighs their runs, and writes what is
-// read of them. Blocks meet through each other's shared memory: the sums of the softmax, histograms of the weights, the last few
-// candidates, the numbers of rows. What all of them need each works out for itself: that takes no further meeting.
+// counts lists, and budgets in rows. A block has some of the lists: it computes their scores, weighs their runs, and writes those
+// that are read. Blocks meet through each other's shared memory: the sums of the softmax, histograms of the weights, the last few
+// candidates, the numbers of rows and runs. What all of them need each works out for itself: that takes no further meeting.
 #include "route_units.cuh"
 #include "select_params.cuh"
 
@@ -37,8 +37,9 @@ struct RouteSelectParams {
   const float* centres;      // (b, S)
   const int* budgets;        // (b, h) most rows
   const float* miss;         // (h) attention per query vector that may stay unread, or null
-  int* rows;                 // out (b, h, t_cap): counts rows of every pair; what is behind them is left as it is
-  int* counts;               // out (b, h)
+  int2* runs;                // out (b, h, most_runs, 2): the row behind a run, and the rows in it and in those before it
+  int* run_counts;           // out (b, h) runs of every pair; what is behind them is left as it is
+  int* counts;               // out (b, h) rows in them
   int* tickets;              // out (num_tickets): zeros, for the launch that follows; null for none
   i64* clocks;               // out (blocks, 16) cycles since the start, if SAAP_CLOCK
   float scale;               // of rotated dims, see Rotation in backends/base.py
@@ -46,7 +47,8 @@ struct RouteSelectParams {
   int pairs, interleaved;    // rotated pairs: r / 2 <= d / 2
   int l, outputs, out_tiles;
   int segments, first_knot;  // S
-  int t_cap, num_tickets;
+  int t_cap, most_runs;      // most_runs: S * l
+  int num_tickets;
   int early;                 // whether weights, tables, centres and budgets were complete before the launch in front of this one
 };
 
@@ -166,7 +168,7 @@ struct Block {
   int first, lists;  // the block's lists: [first, first + lists)
   int segments, knots;
   i64 began = 0;     // the clock, if SAAP_CLOCK
-  char* weights;     // hidden (kHiddenTiles, kD, kUnit), out (tiles + more_tiles, kK, kUnit); later the stretches to write
+  char* weights;     // hidden (kHiddenTiles, kD, kUnit), out (tiles + more_tiles, kK, kUnit)
   char* rows;        // (8, kRow)
   float* products;   // (tiles of weights, kParts, 16, 8), then (tiles of outputs, kParts, 16, 8)
   float* z;          // (lists, kColumns), times log2 e
@@ -188,8 +190,7 @@ struct Block {
 #endif
     const int tiles = size.tiles + size.more_tiles;
     char* at = memory + (sizeof(Shared) + 127) / 128 * 128;
-    const int weight_bytes = (kHiddenTiles * kD + tiles * kK) * kUnit, stretch_bytes = p.segments * size.lists * 8;
-    weights = at, at += weight_bytes > stretch_bytes ? weight_bytes : (stretch_bytes + 15) / 16 * 16;
+    weights = at, at += (kHiddenTiles * kD + tiles * kK) * kUnit;
     rows = at, at += 8 * kRow;
     products = reinterpret_cast<float*>(at), at += (kHiddenTiles + 2 * tiles) * kParts * 512;
     z = reinterpret_cast<float*>(at), at += size.lists * kColumns * 4;
@@ -647,53 +648,46 @@ struct Block {
     }
   }
 
-  // Writes the rows of the block's runs that are read, behind those of the blocks before it.
-  __device__ __forceinline__ void write_rows() const {
+  // Writes the block's runs that are read, behind those of the blocks before it.
+  __device__ __forceinline__ void write_runs() const {
     const Cut cut = shared->cut;
-    auto read_of = [&](int s, int list) {  // rows at the end of the run
-      const u32 key = keys[s * size.lists + list];
-      if (key < cut.key || key == kNoItem) return 0;
-      const int n = length(s, list);
-      const int place = static_cast<int>(place_of(s, list));
-      if (cut.whole(key, place)) return n;
-      if (key != cut.key || place != cut.place) return 0;
-      return cut.rows < static_cast<u32>(n) ? static_cast<int>(cut.rows) : n;
-    };
-    Measure mine{0, 0}, total;
-    each_run([&](int s, int list) {
-      const int n = read_of(s, list);
-      mine = mine + Measure{static_cast<u32>(n), n > 0};
-    });
-    Measure at = exclusive_scan(mine, total, shared->scan);
-    if (threadIdx.x < kCluster) of_block(shared, static_cast<int>(threadIdx.x))->written[rank] = total;
-    // In order: the first row of each stretch, and where it begins among those of the block.
-    int* stretch = reinterpret_cast<int*>(weights);
-    each_run([&](int s, int list) {
-      const int n = read_of(s, list);
-      if (!n) return;
-      stretch[2 * at.mass] = table[s * (size.lists + 1) + list + 1] - n, stretch[2 * at.mass + 1] = static_cast<int>(at.rows);
-      at = at + Measure{static_cast<u32>(n), 1};
-    });
-    note(11);
-    cluster_barrier();  // the last: from here on nobody looks into another's memory
-    u32 before = 0, all = 0;
-#pragma unroll
-    for (int i = 0; i < kCluster; i++) {
-      all += shared->written[i].rows;
-      if (i < rank) before += shared->written[i].rows;
-    }
     const i64 pair = static_cast<i64>(sequence) * p.h + head;
     const u32 most = static_cast<u32>(p.t_cap);
-    int* to = p.rows + pair * p.t_cap;
-    const int lane = threadIdx.x % 32;
+    int2* const to = p.runs + pair * p.most_runs;
+    Measure at{0, 0};  // rows and runs: first of the thread, then before the run at hand
 #pragma unroll 1
-    for (u32 i = threadIdx.x / 32; i < total.mass; i += kWarps) {
-      const u32 start = static_cast<u32>(stretch[2 * i + 1]);
-      const u32 end = i + 1 < total.mass ? static_cast<u32>(stretch[2 * i + 3]) : total.rows;
-      const int row = stretch[2 * i];
-      for (u32 k = lane; k < end - start && before + start + k < most; k += 32) to[before + start + k] = row + static_cast<int>(k);
+    for (bool write = false;; write = true) {
+      each_run([&](int s, int list) {
+        const u32 key = keys[s * size.lists + list];
+        if (key < cut.key || key == kNoItem) return;
+        const u32 n = static_cast<u32>(length(s, list));
+        const int place = static_cast<int>(place_of(s, list));
+        u32 read = 0;  // rows, at the end of the run
+        if (cut.whole(key, place)) read = n;
+        else if (key == cut.key && place == cut.place) read = cut.rows < n ? cut.rows : n;
+        if (!read) return;
+        at = at + Measure{read, 1};
+        if (write && at.mass <= static_cast<u32>(p.most_runs))
+          to[at.mass - 1] = make_int2(table[s * (size.lists + 1) + list + 1], static_cast<int>(at.rows < most ? at.rows : most));
+      });
+      if (write) break;
+      Measure total;
+      at = exclusive_scan(at, total, shared->scan);
+      if (threadIdx.x < kCluster) of_block(shared, static_cast<int>(threadIdx.x))->written[rank] = total;
+      note(11);
+      cluster_barrier();  // the last: from here on nobody looks into another's memory
+      Measure before{0, 0}, all{0, 0};
+#pragma unroll 1
+      for (int i = 0; i < kCluster; i++) {
+        if (i < rank) before = before + shared->written[i];
+        all = all + shared->written[i];
+      }
+      at = at + before;
+      if (rank == 0 && threadIdx.x == 0) {
+        p.counts[pair] = static_cast<int>(all.rows < most ? all.rows : most);
+        p.run_counts[pair] = static_cast<int>(min(all.mass, static_cast<u32>(p.most_runs)));
+      }
     }
-    if (rank == 0 && threadIdx.x == 0) p.counts[pair] = static_cast<int>(all < most ? all : most);
   }
 };
 
@@ -701,7 +695,7 @@ struct Block {
 
 // Backend.route and then Backend.probe of backends/base.py, without nprobe and tail, with budgets of their own for every (sequence,
 // KV head). The positions of queries: see saap_route. Weights are float32, equal if their bits are; among equal ones newer segments
-// come first, then lower lists. Rows are written in the order of (list's block, thread, run), within a run ascending.
+// come first, then lower lists. Runs are written in the order of (list's block, thread, run); of the last that is taken the newest rows.
 //
 // Grid (SAAP_CLUSTER * h, b), clusters of SAAP_CLUSTER blocks in x; block SAAP_THREADS, a power of two.
 // Shared memory: Shared, rounded up to 128, and what Block lays out behind it.
@@ -750,7 +744,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(cons
     __syncthreads();
   }
   block.note(10);
-  block.write_rows();
+  block.write_runs();
   block.note(12);
 }
 

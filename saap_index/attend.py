@@ -353,7 +353,10 @@ def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[T
         keep[:, high:] = True
         for head in range(lists.heads):
             if selection.rows is not None and selection.counts is not None:  # of a step, anything lies behind
-                rows = selection.rows[i, head, : int(selection.counts[i, head])]
+                count = int(selection.counts[i, head])
+                if count > selection.rows.shape[2]:
+                    raise StateError(f"selection: expected the rows that `select` gives, got runs of {count} rows, of a step")
+                rows = selection.rows[i, head, :count]
                 keep[head, rows[rows >= 0].long()] = True
         found.append([row_ids[head][keep[head]].long().sort().values for head in range(lists.heads)])
     return found
