@@ -20,7 +20,8 @@ from .gpu_select import MOST_KNOTS
 from .gpu_types import Launch, Runtime
 
 _POINTERS = (
-    "queries hidden bias_hidden out bias_out inv_freq cosine sine meta tables centres budgets miss runs run_counts counts tickets clocks"
+    "queries hidden bias_hidden out bias_out inv_freq cosine sine meta tables centres budgets miss runs run_counts "
+    "counts tickets clocks"
 )
 _INTS = "b h j q d pairs interleaved l outputs out_tiles segments first_knot t_cap most_runs num_tickets early"
 PARAMS = np.dtype(
@@ -37,7 +38,7 @@ CLUSTERS = 8, 4, 2
 
 
 STAGES = (
-    "-", "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted", "written",
+    "rehearsed", "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted", "written",
 )  # fmt: skip
 """What has been done when a stage is noted."""
 
@@ -137,7 +138,7 @@ class RouteSelect:
 
         found : out, with room for every run, S * l; most_rows bounds every budget. tickets : int32, out: zeros.
         dependent : whether blocks may start before the launch in front of this one has ended; the field ``early`` of the
-        parameters then says that weights, tables, centres, budgets and miss were complete before that launch started.
+        parameters then says that weights, tables, centres, budgets and miss are complete whatever launches have not ended yet.
         A start takes queries : query dtype (b, h, j, d).
         """
         p = self._params.copy()

@@ -19,7 +19,10 @@ from .gpu_types import CLUSTERS, Launch, Runtime
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
-_POINTERS = "queries keys values rows runs run_counts counts tail tail_counts mean_keys mean_values tables meta partials masses tickets out lse"
+_POINTERS = (
+    "queries keys values rows runs run_counts counts tail tail_counts mean_keys mean_values tables meta "
+    "partials masses tickets out lse"
+)
 _INTS = "sequences heads vectors num_queries capacity max_rows max_tail max_runs max_segments max_means lists causal dense"
 PARAMS = np.dtype(
     [(name, np.uint64) for name in _POINTERS.split()]
@@ -38,7 +41,7 @@ COMBINE_THREADS = 256
 H200_SHARED_BYTES = 227 * 1024
 MOST_WARPS, MOST_STAGES = 8, 4
 RUNS = 1024
-"""Runs that a block has in shared memory: of more it has every second, or third, ..., and looks for the others in device memory."""
+"""Runs that a block has in shared memory: of more it has every second, third, ..., and looks up the others in device memory."""
 
 
 def file_of(storage: torch.dtype) -> tuple[str, str]:

@@ -24,7 +24,8 @@ constexpr int kGroups = SAAP_GROUPS, kTile = SAAP_TILE, kStages = SAAP_STAGES, k
 constexpr int kVectors = 8 * kGroups;  // of one pass
 constexpr int kPlaces = 32, kRuns = SAAP_RUNS;  // pairs and runs that a block has at hand
 constexpr u32 kAll = 0xffffffffu;
-static_assert(kD % 8 == 0 && kE % 8 == 0 && (kTile == 16 || kTile == 32) && kStages >= 2 && kRuns >= kPlaces, "no such configuration");
+static_assert(kD % 8 == 0 && kE % 8 == 0 && (kTile == 16 || kTile == 32) && kStages >= 2 && kRuns >= kPlaces,
+              "no such configuration");
 
 // Pairs are (sequence, KV head), p = b * heads + h. Everything is C-contiguous. Rows, counts and their like are clamped.
 struct ScanParams {

@@ -6,8 +6,8 @@
 
 constexpr float kSlack = 2.f;  // tiles that a block may have more so that none ends two pairs
 
-// The list of one pair: entries [0, sinks) are the rows of that number, [sinks, listed) are rows[i - sinks], or the rows of `runs`
-// runs one after the other, [listed, rows) are rows i + shift; then, in tiles of their own, `tail` entries for the means of runs.
+// The list of one pair: entries [0, sinks) are the rows of that number, [sinks, listed) are rows[i - sinks], or those of `runs` runs
+// one after the other, [listed, rows) are rows i + shift; then, in tiles of their own, `tail` entries for the means of runs.
 struct Span {
   int sinks, listed, rows, shift, tail, runs;
   SAAP_PRIM int tiles() const { return ceil_div(rows, kTile) + ceil_div(tail, kTile); }
@@ -46,11 +46,11 @@ struct Split {
   }
 };
 
-// A pair in the row of tiles: its tiles are [begin, end). Of its runs every stride-th is in shared memory, from `first` on.
+// A pair in the row of tiles: its tiles are [begin, end). Of its runs every stride-th, `samples` in all, is in shared memory, from
+// `first` on.
 struct alignas(16) Place {
-  int pair, begin, end, first, stride;
+  int pair, begin, end, first, stride, samples;
   Span span;
-  SAAP_PRIM int samples() const { return ceil_div(span.runs, stride); }
 };
 
 // What a block has to do, in shared memory: tiles [begin, last) of the row. Those before `until` are of the pairs in `places`,
@@ -99,7 +99,9 @@ SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last,
     const bool mine = start < end && end > begin && start < last;
     const u32 chosen = __ballot_sync(kAll, mine);
     const int index = __popc(chosen & ((1u << lane) - 1)), room = kRuns / (chosen ? __popc(chosen) : 1);
-    if (mine) work.places[index] = Place{first + lane, start, end, index * room, span.runs > room ? ceil_div(span.runs, room) : 1, span};
+    const int stride = span.runs > room ? ceil_div(span.runs, room) : 1;
+    const int samples = stride > 1 ? ceil_div(span.runs, stride) : span.runs;
+    if (mine) work.places[index] = Place{first + lane, start, end, index * room, stride, samples, span};
     if (chosen || first + 32 >= pairs || before >= last) {
       __syncwarp();  // lanes may have taken their arguments out of the work
       if (lane == 0) {
@@ -161,7 +163,7 @@ SAAP_PRIM void load_runs(const ScanParams& p, Work& work) {
     const Place& at = work.places[i];
     const int2* runs = p.runs + static_cast<i64>(at.pair) * p.max_runs;
 #pragma unroll 1
-    for (int k = threadIdx.x; k < at.samples(); k += kThreads) {
+    for (int k = threadIdx.x; k < at.samples; k += kThreads) {
       const int last = (k + 1) * at.stride - 1;
       const int2 run = runs[last < at.span.runs ? last : at.span.runs - 1];
       work.ends[at.first + k] = run.y, work.shifts[at.first + k] = static_cast<u32>(run.x) - static_cast<u32>(run.y);
@@ -180,7 +182,7 @@ SAAP_PRIM int run_behind(const u32* ends, int step, int n, u32 entry) {
 
 // The row of an entry past the sinks.
 SAAP_PRIM int row_of(const ScanParams& p, const Work& work, const Place& at, u32 entry) {
-  const int sample = run_behind(work.ends + at.first, 1, at.samples(), entry);
+  const int sample = run_behind(work.ends + at.first, 1, at.samples, entry);
   u32 shift = work.shifts[at.first + sample];
   if (at.stride > 1) {
     const int first = sample * at.stride, left = at.span.runs - first;

@@ -203,7 +203,8 @@ class DecodeState:
             return out, lse, everything(self.lists)
         lengths = list(self.lists.lengths)
         spans = self._sinks, self._sealed, lengths
-        return out, lse, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, self.lists.version)
+        version = self.lists.version
+        return out, lse, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, version, found.in_runs)
 
     def select(
         self, queries: Tensor, params: SearchParametersIVF, router: QueryRouter, routing: Routing, given: tuple[Any, Any]

@@ -442,9 +442,10 @@ def test_runs_of_nonsense_stay_inside() -> None:
     lse = torch.empty((1, 2, 2))
     for run_counts in ([[77, 2**31 - 1]], [[1, 0]], [[-1, 33]]):
         found = Runs(runs, torch.tensor(run_counts, dtype=torch.int32), counts, 298)
-        with EmulatedRuntime().allow(data.queries, data.keys, data.values, data.meta, out, lse, floats, tickets, runs, counts,
-                                     found.run_counts):  # fmt: skip
-            scan.bind(data.keys, data.values, data.meta, found, None, 1.0, floats, tickets)(queries=data.queries, out=out, lse=lse)
+        tensors = data.queries, data.keys, data.values, data.meta, out, lse, floats, tickets, runs, counts, found.run_counts
+        with EmulatedRuntime().allow(*tensors):
+            launch = scan.bind(data.keys, data.values, data.meta, found, None, 1.0, floats, tickets)
+            launch(queries=data.queries, out=out, lse=lse)
         assert not tickets.any()
 
 

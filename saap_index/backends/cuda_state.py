@@ -42,17 +42,13 @@ _BOUND = 32
 
 @dataclass(frozen=True, eq=False)
 class CudaLimits:
-    """Budgets of one set of search parameters, and the lists that a selection within them is written to.
-
-    in_runs : ``found`` where rows are not listed: their counts.
-    """
+    """Budgets of one set of search parameters, and the lists that a selection within them is written to."""
 
     budgets: Tensor
     entries: Tensor | None
     miss: Tensor | None
     nprobe: int
     found: Probed
-    in_runs: Probed
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +95,7 @@ class _Scanning:
     scan: Scan
     floats: Tensor
     tickets: Tensor
-    bound: dict[Any, tuple[Launch, Any]] = field(default_factory=dict)
+    bound: dict[Any, tuple[Launch, Probed | None, Any]] = field(default_factory=dict)
 
 
 class CudaResident(Resident):
@@ -119,7 +115,8 @@ class CudaResident(Resident):
         self._appending: dict[Any, Launch] = {}
         gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
-        # Whether tables, centres and budgets were written by what is last on the stream; a launch then waits before it reads.
+        # Whether no selection has waited yet for tables, centres and budgets to be written; the next one then waits before it
+        # reads. That an append lies in between does not help: it starts its successor before it waits itself.
         self._just_published = True
         self._limits: weakref.WeakSet[CudaLimits] = weakref.WeakSet()
         self._stream: Any = None
@@ -180,8 +177,7 @@ class CudaResident(Resident):
         found = Probed(ints(b, h, most_rows), ints(b, h))
         if most_entries:
             found = Probed(found.rows, found.counts, ints(b, h, most_entries), ints(b, h))
-        in_runs = Probed(ints(b, h, 0), found.counts)
-        made = CudaLimits(ints(b, h), ints(b, h) if most_entries else None, budget.miss, budget.nprobe, found, in_runs)
+        made = CudaLimits(ints(b, h), ints(b, h) if most_entries else None, budget.miss, budget.nprobe, found)
         self.fill(made, budget)
         self._limits.add(made)
         return made
@@ -216,7 +212,6 @@ class CudaResident(Resident):
             if self.capturing:
                 self._held.append(launch)
             launch(keys=keys, values=values)
-            self._just_published = False  # whoever comes behind it comes when all before it is complete
 
     def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
         key = _key(queries)
@@ -251,10 +246,9 @@ class CudaResident(Resident):
         lse = torch.empty(shape, dtype=torch.float32, device=self._device)
         with self._lock:
             by = None if routing is None else self._select(queries, routing, limits)
-            self._scan_of(queries, by, limits, scale)(queries=queries, out=out, lse=lse)
-        if by is None:
-            return out, lse, None
-        return out, lse, limits.in_runs if isinstance(by, _OneLaunch) else limits.found
+            scan, found = self._scan_of(queries, by, limits, scale)
+            scan(queries=queries, out=out, lse=lse)
+        return out, lse, found
 
     def _select(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> _TwoLaunches | _OneLaunch:
         """Launch what routes and selects; it writes to ``limits.found``, or runs to what is returned and their rows' number."""
@@ -295,23 +289,26 @@ class CudaResident(Resident):
         )  # fmt: skip
         return route, select
 
-    def _scan_of(self, queries: Tensor, by: _TwoLaunches | _OneLaunch | None, limits: CudaLimits, scale: float) -> Launch:
-        """The scan of what a selection within ``limits`` found, or, without one, of every row."""
+    def _scan_of(
+        self, queries: Tensor, by: _TwoLaunches | _OneLaunch | None, limits: CudaLimits, scale: float
+    ) -> tuple[Launch, Probed | None]:
+        """The scan of what a selection within ``limits`` found, or, without one, of every row; and that."""
         s = self._scanning_of(queries, by is None)
         key = id(by), id(limits), scale
         bound = s.bound.get(key)
         if bound is None:
-            at, listed, means = self._placement(), None, None
+            at, listed, means, seen = self._placement(), None, None, None
             if by is not None:
                 found, listed = limits.found, _listed(by, limits)
+                seen = Probed(found.rows[..., :0], found.counts, in_runs=listed) if isinstance(listed, Runs) else found
                 if found.tail is not None and found.tail_counts is not None:
                     means = Means(found.tail, found.tail_counts, at.mean_keys, at.mean_values, at.tables)
             launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, s.tickets)
-            bound = s.bound[key] = launch, (by, limits)
+            bound = s.bound[key] = launch, seen, (by, limits)
             _forget(s.bound, _BOUND)
         if self.capturing:
             self._held.append(bound)
-        return bound[0]
+        return bound[:2]
 
     def _unbind(self) -> None:
         """Memory has moved: launches made for where it was are of no use."""

@@ -118,7 +118,7 @@ class Resident(ABC):
         """`select` and the causal `Backend.scan` over it, with nothing in between; without routing over every row.
 
         Returns out : dtype of queries (b, h, g, q, e), lse : float32 (b, h, g, q), newly allocated, and the selection: its
-        counts, and rows where they are listed, else rows : int32 (b, h, 0).
+        counts, and rows or ``in_runs``.
         """
 
     @abstractmethod
