@@ -14,6 +14,7 @@ from .. import crossover, files
 from ..backends import get_backend
 from ..bindings import native
 from ..index import AsymmetricIndex
+from ..precision import full_precision
 from ..quantizer import KeyQuantizer
 from ..router import QueryRouter
 from .findings import FAIL, OK, SKIPPED, WARN, Finding
@@ -40,6 +41,7 @@ def check_kernels() -> Finding:
     return Finding("kernels", OK, found, "", figures)
 
 
+@full_precision
 def search_error() -> float:
     """Largest relative error of a search that reads everything, against softmax in float64."""
     draw = torch.Generator().manual_seed(0)
