@@ -38,7 +38,8 @@ CLUSTERS = 8, 4, 2
 
 
 STAGES = (
-    "rehearsed", "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted", "written",
+    "rehearsed", "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted",
+    "written",
 )  # fmt: skip
 """What has been done when a stage is noted."""
 
