@@ -204,7 +204,7 @@ def environment(device: Device) -> dict[str, Any]:
     """GPU, driver, versions and commit."""
     found: dict[str, Any] = {"gpu": device.name, "torch": torch.__version__, "python": sys.version.split()[0]}
     found["date"] = time.strftime("%Y-%m-%d")
-    commands = {"commit": ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]}
+    commands = {"commit": ["git", "-C", str(ROOT), "log", "-1", "--format=%h %cs"]}
     if not device.dry:
         found["cuda"] = torch.version.cuda
         commands["driver"] = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader"]

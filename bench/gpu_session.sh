@@ -101,13 +101,14 @@ check() { # check TOOL: a small program under compute-sanitizer
 # Each file in a process of its own, all at once: an illegal access fails every later call of its process. Most of the time goes
 # into compiling. What failed first runs again alone, under memcheck.
 tests() {
-  local file names=() first
-  for file in tests/test_gpu_backend.py tests/test_gpu_graphs.py tests/test_gpu_walk.py $(ls tests/test_gpu_hardware*.py 2>/dev/null); do
+  local file names=() jobs=() first
+  for file in tests/test_gpu_backend.py tests/test_gpu_graphs.py tests/test_gpu_walk.py tests/test_hf_graphs.py $(ls tests/test_gpu_hardware*.py 2>/dev/null); do
     names+=("$(basename "$file" .py)")
     (timeout --kill-after=10 230 "${PYTEST[@]}" "$file" >"$WORK/$(basename "$file" .py).log" 2>&1; echo $? >"$WORK/$(basename "$file" .py).status") &
+    jobs+=($!)
   done
   echo "== tests: ${names[*]}"
-  wait
+  wait "${jobs[@]}" # these alone: who else runs in the background is waited for where it is needed
   for name in "${names[@]}"; do
     tail -n 6 "$WORK/$name.log"
     [ "$(cat "$WORK/$name.status")" = 0 ] && continue

@@ -165,7 +165,8 @@ class GraphedDecoder:
         except (SaapError, RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
             self.off = True
             self.close()
-            what = f"cuda_graphs: expected a model whose decode steps can be recorded, got {type(error).__name__}: {error}"
+            reason = next(iter(str(error).splitlines()), "")  # CUDA adds paragraphs of advice
+            what = f"cuda_graphs: expected a model whose decode steps can be recorded, got {type(error).__name__}: {reason}"
             if self.required:
                 raise StateError(what) from error
             warnings.warn(f"{what}; decoding stays eager, which cuda_graphs=False asks for", GraphWarning, stacklevel=2)
