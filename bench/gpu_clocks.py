@@ -2,9 +2,10 @@
 
     python bench/gpu_clocks.py                  # 128k tokens, batch 1 and 8, 5 %
     python bench/gpu_clocks.py --knobs scan:SAAP_WARPS=4,scan:SAAP_BLOCKS=2
+    python bench/gpu_clocks.py --rows           # row numbers instead of runs
     python bench/gpu_clocks.py --dry            # tiny shapes on the emulated device; its cycles mean nothing
 
-Llama-3.1-8B's layer: 8 KV heads of 4 query heads, 128 dims, bfloat16. Rows lie in runs, as a selection lists them. Before every
+Llama-3.1-8B's layer: 8 KV heads of 4 query heads, 128 dims, bfloat16. Rows come in runs, as a selection writes them. Before every
 launch the second cache is filled with something else.
 """
 
@@ -18,21 +19,27 @@ from typing import Any
 import torch
 
 import gpu_harness as harness
-from saap_index.bindings.gpu_scan import POINTS, Listed, Scan, ScanShape
+from saap_index.bindings.gpu_scan import POINTS, Listed, Runs, Scan, ScanShape
 
 HEADS, GROUP, RUN, SINKS, RECENT, LAUNCHES = 8, 4, 32, 4, 192, 5
 
 
-def listed_rows(b: int, n: int, share: float, device: torch.device) -> Listed:
+def listed_rows(b: int, n: int, share: float, device: torch.device, by_row: bool) -> Listed | Runs:
     """Runs of RUN rows, evenly many to each head, ascending."""
     runs = (n - SINKS - RECENT) // RUN
     chosen = torch.stack([torch.randperm(runs)[: max(1, int(share * runs))].sort()[0] for _ in range(b * HEADS)])
     rows = (SINKS + chosen[..., None] * RUN + torch.arange(RUN)).reshape(b, HEADS, -1)
     counts = torch.full((b, HEADS), rows.shape[2], dtype=torch.int32)
-    return Listed(rows.to(device, torch.int32), counts.to(device))
+    if by_row:
+        return Listed(rows.to(device, torch.int32), counts.to(device))
+    number = chosen.shape[1]
+    ends = (torch.arange(number) * RUN + RUN).expand(b, HEADS, number)
+    behind = (SINKS + chosen * RUN + RUN).view(b, HEADS, number)
+    runs, run_counts = torch.stack([behind, ends], 3).to(device, torch.int32), torch.full((b, HEADS), number, dtype=torch.int32)
+    return Runs(runs, run_counts.to(device), counts.to(device), rows.shape[2])
 
 
-def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs: dict[str, int]) -> dict[str, Any]:
+def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs: dict[str, int], by_row: bool) -> dict[str, Any]:
     """Median and largest cycles of each interval over the blocks, the median of some launches; and those of all together."""
     dtype = torch.bfloat16
     keys, values = (torch.randn((b, HEADS, n, d), dtype=dtype, device=device.device) for _ in range(2))
@@ -43,7 +50,7 @@ def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs:
     floats = torch.empty(scan.num_floats, device=device.device)
     tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=device.device)
     clocks = torch.zeros((scan.grid[0] * scan.grid[1], len(POINTS)), dtype=torch.int64, device=device.device)
-    rows = listed_rows(b, n, share, device.device)
+    rows = listed_rows(b, n, share, device.device, by_row)
     launch = scan.bind(keys, values, meta, rows, None, d**-0.5, floats, tickets, clocks)
     out, lse = torch.empty_like(queries), torch.empty((b, HEADS, GROUP), device=device.device)
     other = torch.empty(max(64, 4 * device.l2_bytes), dtype=torch.uint8, device=device.device)
@@ -69,6 +76,7 @@ def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs:
 def main() -> int:
     parser = harness.arguments(__doc__)
     parser.add_argument("--knobs", default="", help="macros of the scan, such as scan:SAAP_WARPS=4")
+    parser.add_argument("--rows", action="store_true", help="row numbers instead of runs")
     options = parser.parse_args()
     device: Any = harness.Dry() if options.dry else harness.Cuda()
     if options.dry:
@@ -81,7 +89,7 @@ def main() -> int:
     cases = [(1, 500, 32), (2, 400, 32)] if options.dry else [(1, 131072, 128), (8, 131072, 128)]
     results = []
     for b, n, d in cases:
-        results.append(measure(device, b, n, d, 0.05, knobs))
+        results.append(measure(device, b, n, d, 0.05, knobs, options.rows))
         print(f"batch {b}, {n} tokens, 5 %: cycles, median and largest of the blocks")
         for name, (median, largest) in results[-1]["cycles"].items():
             print(f"  {name:24} {median:9.0f} {largest:9.0f}")

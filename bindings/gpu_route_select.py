@@ -15,13 +15,15 @@ from torch import Tensor
 
 from ..backends.base import Rotation
 from .gpu_route import CODES, PackedRouter, Unturn
+from .gpu_scan import Runs
 from .gpu_select import MOST_KNOTS
 from .gpu_types import Launch, Runtime
 
 _POINTERS = (
-    "queries hidden bias_hidden out bias_out inv_freq cosine sine meta tables centres budgets miss rows counts tickets clocks"
+    "queries hidden bias_hidden out bias_out inv_freq cosine sine meta tables centres budgets miss runs run_counts "
+    "counts tickets clocks"
 )
-_INTS = "b h j q d pairs interleaved l outputs out_tiles segments first_knot t_cap num_tickets early"
+_INTS = "b h j q d pairs interleaved l outputs out_tiles segments first_knot t_cap most_runs num_tickets early"
 PARAMS = np.dtype(
     [(name, np.uint64) for name in _POINTERS.split()] + [("scale", np.float32)] + [(name, np.int32) for name in _INTS.split()],
     align=True,
@@ -36,7 +38,8 @@ CLUSTERS = 8, 4, 2
 
 
 STAGES = (
-    "-", "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted", "written",
+    "rehearsed", "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted",
+    "written",
 )  # fmt: skip
 """What has been done when a stage is noted."""
 
@@ -85,7 +88,7 @@ def shared_bytes(router: PackedRouter, segments: int, macros: dict[str, int]) ->
     cluster, columns, d32, u32 = (macros[f"SAAP_{name}"] for name in ("CLUSTER", "COLUMNS", "D32", "U32"))
     tiles = -(-router.nlist // (16 * cluster))
     lists, hidden, all_tiles = 16 * tiles, 2 * u32, tiles + (router.outputs - 1) // 16 - router.nlist // 16 + 1
-    weights = max(1024 * (hidden * d32 + all_tiles * (d32 + u32)), -(-segments * lists * 8 // 16) * 16)
+    weights = 1024 * (hidden * d32 + all_tiles * (d32 + u32))
     rows = 8 * 16 * (4 * (d32 + u32) + 1)
     products = 512 * (hidden + 2 * all_tiles) * (2 if d32 > 1 else 1)
     floats = lists * columns + (MOST_KNOTS + 1) * columns + segments * columns + segments * (lists + 1) + segments * lists
@@ -101,7 +104,7 @@ def fixed_bytes(macros: dict[str, int]) -> int:
 
 
 class RouteSelect:
-    """From queries to the rows to read, for one shape and router: the kernel, compiled, and its grid.
+    """From queries to the runs to read, for one shape and router: the kernel, compiled, and its grid.
 
     clocks : int64 (blocks, 16) cycles at each stage with the macro SAAP_CLOCK, else None; STAGES are their names.
     """
@@ -129,15 +132,14 @@ class RouteSelect:
         p["segments"], p["first_knot"] = shape.segments, shape.first_knot
 
     def bind(
-        self, rotation: Rotation | Unturn | None, meta: Tensor, tables: Tensor, centres: Tensor, budgets: Tensor, rows: Tensor,
-        counts: Tensor, miss: Tensor | None, tickets: Tensor | None, dependent: bool,
+        self, rotation: Rotation | Unturn | None, meta: Tensor, tables: Tensor, centres: Tensor, budgets: Tensor, found: Runs,
+        miss: Tensor | None, tickets: Tensor | None, dependent: bool,
     ) -> Launch:  # fmt: skip
         """One selection per (sequence, KV head), as `Route.bind` and `Select.bind` make it, but for the order of the rows.
 
-        rows : int32 (b, h, t) out, of which counts : int32 (b, h) out are written; t bounds every budget. tickets : int32, out:
-        zeros.
+        found : out, with room for every run, S * l; most_rows bounds every budget. tickets : int32, out: zeros.
         dependent : whether blocks may start before the launch in front of this one has ended; the field ``early`` of the
-        parameters then says that weights, tables, centres, budgets and miss were complete before that launch started.
+        parameters then says that weights, tables, centres, budgets and miss are complete whatever launches have not ended yet.
         A start takes queries : query dtype (b, h, j, d).
         """
         p = self._params.copy()
@@ -149,12 +151,13 @@ class RouteSelect:
         elif rotation is not None:
             p["inv_freq"], p["pairs"] = rotation.inv_freq.data_ptr(), rotation.inv_freq.shape[0]
         p["meta"], p["tables"], p["centres"] = meta.data_ptr(), tables.data_ptr(), centres.data_ptr()
-        p["budgets"], p["rows"], p["counts"], p["t_cap"] = budgets.data_ptr(), rows.data_ptr(), counts.data_ptr(), rows.shape[2]
+        p["budgets"], p["counts"], p["t_cap"] = budgets.data_ptr(), found.counts.data_ptr(), found.most_rows
+        p["runs"], p["run_counts"], p["most_runs"] = found.runs.data_ptr(), found.run_counts.data_ptr(), found.runs.shape[2]
         if miss is not None:
             p["miss"] = miss.data_ptr()
         if tickets is not None:
             p["tickets"], p["num_tickets"] = tickets.data_ptr(), tickets.numel()
-        kept = self.router, rotation, meta, tables, centres, budgets, rows, counts, miss, tickets
+        kept = self.router, rotation, meta, tables, centres, budgets, found, miss, tickets
         return Launch(
             self._kernel, self.grid, self.block, self.shared_bytes, p, *kept, cluster=self.cluster, dependent=dependent
         )

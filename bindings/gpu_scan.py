@@ -19,8 +19,11 @@ from .gpu_types import CLUSTERS, Launch, Runtime
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
-_POINTERS = "queries keys values rows counts tail tail_counts mean_keys mean_values tables meta partials masses tickets out lse"
-_INTS = "sequences heads vectors num_queries capacity max_rows max_tail max_segments max_means lists causal dense"
+_POINTERS = (
+    "queries keys values rows runs run_counts counts tail tail_counts mean_keys mean_values tables meta "
+    "partials masses tickets out lse"
+)
+_INTS = "sequences heads vectors num_queries capacity max_rows max_tail max_runs max_segments max_means lists causal dense"
 PARAMS = np.dtype(
     [(name, np.uint64) for name in _POINTERS.split()]
     + [(name, np.float32) for name in ("scale_log2", "inverse_heads", "inverse_queries")]
@@ -37,8 +40,8 @@ COMBINE_THREADS = 256
 
 H200_SHARED_BYTES = 227 * 1024
 MOST_WARPS, MOST_STAGES = 8, 4
-WORK_BYTES = 48 + 32 * 32
-"""Of shared memory, for where a block reads: scan_walk.cuh."""
+RUNS = 1024
+"""Runs that a block has in shared memory: of more it has every second, third, ..., and looks up the others in device memory."""
 
 
 def file_of(storage: torch.dtype) -> tuple[str, str]:
@@ -62,13 +65,13 @@ def configuration(d: int, e: int, storage: torch.dtype, query: torch.dtype, j: i
         "SAAP_GROUPS": groups,
         "SAAP_TILE": 32 if wide <= 128 and storage is not torch.float32 else 16,
         "SAAP_BLOCKS": 1,
+        "SAAP_RUNS": RUNS,
     }
     for warps in range(MOST_WARPS, 0, -1):
-        for stages in range(MOST_STAGES, 2, -1):
+        for stages in range(MOST_STAGES, 1, -1):
             macros |= {"SAAP_WARPS": warps, "SAAP_STAGES": stages}
             if shared_bytes(macros) <= max_shared_bytes:
                 return macros
-    macros["SAAP_STAGES"] = 2
     return macros
 
 
@@ -79,7 +82,7 @@ def shared_bytes(macros: dict[str, int]) -> int:
     stage = tile * (_padded(d, storage) + _padded(e, storage)) * storage.itemsize
     core = 8 * d * 4 + warps * 8 * tile * 4 if storage is torch.float32 else 0
     exchange = warps * 8 * (-(-e // 16) * 16 + 4)
-    return warps * macros["SAAP_STAGES"] * stage + WORK_BYTES + warps * 64 + core + exchange * 4
+    return warps * macros["SAAP_STAGES"] * stage + 48 + 48 * 32 + 8 * macros["SAAP_RUNS"] + warps * 64 + core + exchange * 4
 
 
 def _padded(dim: int, storage: torch.dtype) -> int:
@@ -110,6 +113,27 @@ class Listed:
 
     rows: Tensor
     counts: Tensor
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Rows to read, in runs: runs : int32 (b, h, R, 2), for each the row behind it, and the rows in it and in those before it;
+    run_counts : int32 (b, h) of them; counts : int32 (b, h) rows in them, at most ``most_rows``."""
+
+    runs: Tensor
+    run_counts: Tensor
+    counts: Tensor
+    most_rows: int
+
+    def rows(self) -> Tensor:
+        """int32 (b, h, most_rows): the rows, run by run; anything behind the last."""
+        entries = torch.arange(self.most_rows, dtype=torch.int32, device=self.runs.device)
+        behind, ends = (x.contiguous() for x in self.runs.unbind(-1))
+        number = torch.arange(ends.shape[2], dtype=torch.int32, device=ends.device)
+        ends = ends.masked_fill(number >= self.run_counts[..., None], torch.iinfo(torch.int32).max)
+        entries = entries.expand(*ends.shape[:2], -1).contiguous()
+        at = torch.searchsorted(ends, entries, right=True).clamp_(max=max(0, ends.shape[2] - 1))
+        return behind.gather(2, at) - (ends.gather(2, at) - entries)
 
 
 @dataclass(frozen=True)
@@ -161,7 +185,7 @@ class Scan:
         keys: Tensor,
         values: Tensor,
         meta: Tensor,
-        listed: Listed | None,
+        listed: Listed | Runs | None,
         means: Means | None,
         scale: float,
         floats: Tensor,
@@ -181,7 +205,10 @@ class Scan:
         p["partials"] = floats.data_ptr()
         p["masses"] = floats.data_ptr() + self._mass_offset
         p["tickets"] = tickets.data_ptr()
-        if listed is not None and listed.rows.shape[2]:
+        if isinstance(listed, Runs):
+            p["runs"], p["run_counts"], p["max_runs"] = listed.runs.data_ptr(), listed.run_counts.data_ptr(), listed.runs.shape[2]
+            p["counts"], p["max_rows"] = listed.counts.data_ptr(), listed.most_rows
+        elif listed is not None and listed.rows.shape[2]:
             p["rows"], p["counts"], p["max_rows"] = listed.rows.data_ptr(), listed.counts.data_ptr(), listed.rows.shape[2]
         if means is not None and means.runs.shape[2]:
             p["tail"], p["tail_counts"], p["max_tail"] = means.runs.data_ptr(), means.counts.data_ptr(), means.runs.shape[2]

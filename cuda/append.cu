@@ -57,8 +57,8 @@ extern "C" __global__ void __launch_bounds__(1024) saap_append(const __grid_cons
   const i64 arena = (static_cast<i64>(sequence) * p.heads + head) * p.capacity;
   int* meta = p.meta ? p.meta + sequence * kMetaWords : nullptr;
   int* errors = p.meta ? meta + kErrors : p.flags + sequence;
+  grid_dependency_launch();  // at once: what follows waits for the end of this kernel, and so for the end of those in front of it
   grid_dependency_wait();
-  grid_dependency_launch();
 
   bool bad = false, placed = false;
   u32 from = blockIdx.x * blockDim.x + threadIdx.x;

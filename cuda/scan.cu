@@ -1,7 +1,8 @@
 // Attention of a few queries per sequence over listed rows of the arena: 16-bit storage, tensor cores.
 //
-// For every pair (sequence b, KV head h) and its j query vectors, one softmax over rows [0, sinks), rows[:counts], [sealed,
-// length) and the tail entries, an entry being the mean of a run with logit scale <query, mean key> + ln(length of the run).
+// For every pair (sequence b, KV head h) and its j query vectors, one softmax over rows [0, sinks), rows[:counts] (or those of
+// runs, each given by the row behind it and by the number of rows in it and in those before it), [sealed, length) and the tail
+// entries, an entry being the mean of a run with logit scale <query, mean key> + ln(length of the run).
 // dense: over rows [0, length) instead. causal: query i of q sees recent row r only if r < length - q + 1 + i (dense: the same
 // of any row); everything else is seen by all. Row and run numbers outside the arena are left out. out = 0 and lse = -inf
 // where nothing is seen. Products are of 16-bit numbers, sums float32. Queries of another type than the storage, and the

@@ -23,6 +23,10 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
   note(p, kWaited);
   if (warp == 0) plan(p, work);
   __syncthreads();
+  if (p.runs) {
+    load_runs(p, work);
+    __syncthreads();
+  }
   note(p, kPlanned);
 
   Core core(shared + kStagesBytes + kCoreOffset);
@@ -68,8 +72,12 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
     }
     if (until >= work.last) break;
     __syncthreads();
-    if (warp == 0) fill_places(p, work, until, work.last, work.total, work.pair, work.before, false, Span{0, 0, 0, 0, 0}, 0);
+    if (warp == 0) fill_places(p, work, until, work.last, work.total, work.pair, work.before, false, Span{0, 0, 0, 0, 0, 0}, 0);
     __syncthreads();
+    if (p.runs) {
+      load_runs(p, work);
+      __syncthreads();
+    }
   }
   if (work.empty) finish_empty_pairs(p, pass);
   note(p, kEnded);

@@ -6,6 +6,7 @@
 //   SAAP_GROUPS      query vectors of a pass, in eights      SAAP_TILE         tokens a warp takes at once, 16 or 32
 //   SAAP_STAGES      tiles in flight per warp                SAAP_WARPS        warps of a block
 //   SAAP_BLOCKS      blocks of a multiprocessor
+//   SAAP_RUNS        runs that a block has in shared memory, at least 32
 //   SAAP_CLOCK       0, or 1: blocks note when they pass the points below
 #pragma once
 #include "prims.cuh"
@@ -13,13 +14,18 @@
 #ifndef SAAP_CLOCK
 #define SAAP_CLOCK 0
 #endif
+#ifndef SAAP_RUNS
+#define SAAP_RUNS 1024
+#endif
 #include "softmax_state.cuh"
 
 constexpr int kD = SAAP_D, kE = SAAP_E, kStorage = SAAP_T, kQuery = SAAP_TQ;
 constexpr int kGroups = SAAP_GROUPS, kTile = SAAP_TILE, kStages = SAAP_STAGES, kWarps = SAAP_WARPS, kThreads = 32 * kWarps;
 constexpr int kVectors = 8 * kGroups;  // of one pass
+constexpr int kPlaces = 32, kRuns = SAAP_RUNS;  // pairs and runs that a block has at hand
 constexpr u32 kAll = 0xffffffffu;
-static_assert(kD % 8 == 0 && kE % 8 == 0 && (kTile == 16 || kTile == 32) && kStages >= 2, "no such configuration");
+static_assert(kD % 8 == 0 && kE % 8 == 0 && (kTile == 16 || kTile == 32) && kStages >= 2 && kRuns >= kPlaces,
+              "no such configuration");
 
 // Pairs are (sequence, KV head), p = b * heads + h. Everything is C-contiguous. Rows, counts and their like are clamped.
 struct ScanParams {
@@ -27,7 +33,9 @@ struct ScanParams {
   const void* keys;         // dtype T (b, h, N, d), 16-byte aligned
   const void* values;       // dtype T (b, h, N, e), 16-byte aligned
   const int* rows;          // int32 (b, h, t), or null: none
-  const int* counts;        // int32 (b, h), read if rows is given
+  const int2* runs;         // int32 (b, h, R, 2), read if rows is null, or null: none
+  const int* run_counts;    // int32 (b, h), read if runs is
+  const int* counts;        // int32 (b, h) rows listed, or in runs
   const int* tail;          // int32 (b, h, x) run numbers, segment * l + list, or null: none
   const int* tail_counts;   // int32 (b, h), read if tail is given, as are the three that follow
   const void* mean_keys;    // dtype T (b, h, M, l, d), 16-byte aligned
@@ -45,6 +53,7 @@ struct ScanParams {
   int vectors, num_queries;  // j and q
   int capacity;              // N
   int max_rows, max_tail;    // t and x
+  int max_runs;              // R
   int max_segments, max_means, lists;  // S, M <= S, l
   int causal, dense;
 #if SAAP_CLOCK
@@ -83,7 +92,8 @@ constexpr int kStageBytes = KeyShape::kTileBytes + ValueShape::kTileBytes;
 
 // Dynamic shared memory: stages (kWarps, kStages, kStageBytes), the work of the block (scan_walk.cuh), masses, what the core
 // wants for itself, and kWarps * 8 * kStride floats of values.
-constexpr int kStagesBytes = kWarps * kStages * kStageBytes, kWorkBytes = 48 + 32 * 32, kCoreOffset = kWorkBytes + kWarps * 64;
+constexpr int kStagesBytes = kWarps * kStages * kStageBytes, kWorkBytes = 48 + 48 * kPlaces + 8 * kRuns;
+constexpr int kCoreOffset = kWorkBytes + kWarps * 64;
 constexpr int kCoreBytes = kStorage == kF32 ? 8 * kD * 4 + kWarps * 8 * kTile * 4 : 0;
 constexpr int kStride = (kE + 15) / 16 * 16 + 4;  // floats between value sums: the lanes of a fragment hit different banks
 

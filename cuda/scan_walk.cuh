@@ -6,23 +6,24 @@
 
 constexpr float kSlack = 2.f;  // tiles that a block may have more so that none ends two pairs
 
-// The list of one pair: entries [0, sinks) are the rows of that number, [sinks, listed) are rows[i - sinks], [listed, rows)
-// are rows i + shift; then, in tiles of their own, `tail` entries for the means of runs.
+// The list of one pair: entries [0, sinks) are the rows of that number, [sinks, listed) are rows[i - sinks], or those of `runs` runs
+// one after the other, [listed, rows) are rows i + shift; then, in tiles of their own, `tail` entries for the means of runs.
 struct Span {
-  int sinks, listed, rows, shift, tail;
+  int sinks, listed, rows, shift, tail, runs;
   SAAP_PRIM int tiles() const { return ceil_div(rows, kTile) + ceil_div(tail, kTile); }
 };
 
 SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
   // All loads before the first use of one.
   const int4 meta = *reinterpret_cast<const int4*>(p.meta + static_cast<i64>(divided(pair, p.inverse_heads)) * 8);
-  const int count = p.rows && !p.dense ? p.counts[pair] : 0, tail = p.tail && !p.dense ? p.tail_counts[pair] : 0;
+  const int runs = p.runs && !p.dense ? p.run_counts[pair] : 0;
+  const int count = (p.rows || p.runs) && !p.dense ? p.counts[pair] : 0, tail = p.tail && !p.dense ? p.tail_counts[pair] : 0;
   const int length = clamp(meta.x, 0, p.capacity);
-  if (p.dense) return {0, 0, length, 0, 0};
+  if (p.dense) return {0, 0, length, 0, 0, 0};
   int sinks = clamp(meta.y, 0, length), sealed = clamp(meta.z, 0, length);
   if (sealed < sinks) sinks = sealed = 0;  // nothing is sealed: every row is recent
-  const int listed = sinks + clamp(count, 0, p.max_rows);
-  return {sinks, listed, listed + length - sealed, sealed - listed, clamp(tail, 0, p.max_tail)};
+  const int num_runs = clamp(runs, 0, p.max_runs), listed = sinks + (p.runs && !num_runs ? 0 : clamp(count, 0, p.max_rows));
+  return {sinks, listed, listed + length - sealed, sealed - listed, clamp(tail, 0, p.max_tail), num_runs};
 }
 
 // How many leading entries of the rows of a list query vector `vector` sees.
@@ -45,9 +46,10 @@ struct Split {
   }
 };
 
-// A pair in the row of tiles: its tiles are [begin, end).
+// A pair in the row of tiles: its tiles are [begin, end). Of its runs every stride-th, `samples` in all, is in shared memory, from
+// `first` on.
 struct alignas(16) Place {
-  int pair, begin, end;
+  int pair, begin, end, first, stride, samples;
   Span span;
 };
 
@@ -58,7 +60,8 @@ struct alignas(16) Work {
   int pair, before, total;        // to go on: the next pair, the tiles before it, all tiles
   int empty;                      // whether one of this block's share of the pairs is
   Split split;
-  Place places[32];
+  Place places[kPlaces];
+  u32 ends[kRuns], shifts[kRuns];  // of runs: where they end in the list, past the sinks, and what makes rows of its entries
 };
 static_assert(sizeof(Work) == kWorkBytes, "as the launcher counts it");
 
@@ -84,7 +87,7 @@ SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last,
   const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads;
   for (;; first += 32) {
     if (!known) {
-      span = Span{0, 0, 0, 0, 0};
+      span = Span{0, 0, 0, 0, 0, 0};
       if (first + lane < pairs) span = span_of(p, first + lane);
       end = before + inclusive_sum(span.tiles());
     }
@@ -95,7 +98,10 @@ SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last,
     before = __shfl_sync(kAll, end, 31);
     const bool mine = start < end && end > begin && start < last;
     const u32 chosen = __ballot_sync(kAll, mine);
-    if (mine) work.places[__popc(chosen & ((1u << lane) - 1))] = Place{first + lane, start, end, span};
+    const int index = __popc(chosen & ((1u << lane) - 1)), room = kRuns / (chosen ? __popc(chosen) : 1);
+    const int stride = span.runs > room ? ceil_div(span.runs, room) : 1;
+    const int samples = stride > 1 ? ceil_div(span.runs, stride) : span.runs;
+    if (mine) work.places[index] = Place{first + lane, start, end, index * room, stride, samples, span};
     if (chosen || first + 32 >= pairs || before >= last) {
       __syncwarp();  // lanes may have taken their arguments out of the work
       if (lane == 0) {
@@ -111,7 +117,7 @@ SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last,
 SAAP_PRIM void plan(const ScanParams& p, Work& work) {
   const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads, block = blockIdx.x, grid = gridDim.x;
   const int each = (pairs + 31) / 32, share = empty_share(p);
-  Span span{0, 0, 0, 0, 0};
+  Span span{0, 0, 0, 0, 0, 0};
   int tiles = 0;
   bool empty = false;
 #pragma unroll 1
@@ -150,6 +156,43 @@ SAAP_PRIM void plan(const ScanParams& p, Work& work) {
   fill_places(p, work, begin, last, total, known ? 0 : owner * each, known ? 0 : before, known, span, end);
 }
 
+// All threads, after the places are filled and before a barrier: the runs of their pairs, of each the last in a stride.
+SAAP_PRIM void load_runs(const ScanParams& p, Work& work) {
+#pragma unroll 1
+  for (int i = 0; i < work.count; i++) {
+    const Place& at = work.places[i];
+    const int2* runs = p.runs + static_cast<i64>(at.pair) * p.max_runs;
+#pragma unroll 1
+    for (int k = threadIdx.x; k < at.samples; k += kThreads) {
+      const int last = (k + 1) * at.stride - 1;
+      const int2 run = runs[last < at.span.runs ? last : at.span.runs - 1];
+      work.ends[at.first + k] = run.y, work.shifts[at.first + k] = static_cast<u32>(run.x) - static_cast<u32>(run.y);
+    }
+  }
+}
+
+// The first of n runs that ends behind an entry, `ends` being `step` apart; n - 1 if none does.
+SAAP_PRIM int run_behind(const u32* ends, int step, int n, u32 entry) {
+  int low = 0;
+#pragma unroll 1
+  for (int jump = 1 << (31 - __clz(n)); jump; jump >>= 1)
+    if (low + jump < n && ends[(low + jump - 1) * step] <= entry) low += jump;
+  return low;
+}
+
+// The row of an entry past the sinks.
+SAAP_PRIM int row_of(const ScanParams& p, const Work& work, const Place& at, u32 entry) {
+  const int sample = run_behind(work.ends + at.first, 1, at.samples, entry);
+  u32 shift = work.shifts[at.first + sample];
+  if (at.stride > 1) {
+    const int first = sample * at.stride, left = at.span.runs - first;
+    const int2* runs = p.runs + static_cast<i64>(at.pair) * p.max_runs + first;
+    const int2 run = runs[run_behind(reinterpret_cast<const u32*>(&runs->y), 2, left < at.stride ? left : at.stride, entry)];
+    shift = static_cast<u32>(run.x) - static_cast<u32>(run.y);
+  }
+  return static_cast<int>(entry + shift);
+}
+
 // The tokens of tiles by their numbers, kTile lanes to a tile: a row of the arena or a run, -1: none. of: of which pair, times
 // two, and one more for runs; -1 where there is no such tile.
 struct Numbers {
@@ -171,8 +214,10 @@ SAAP_PRIM Numbers number_tile(const ScanParams& p, const Work& work, int& at, in
     if (past < place.span.tail) from = p.tail + static_cast<i64>(place.pair) * p.max_tail + past;
   } else if (i < place.span.rows) {
     number = i < place.span.sinks ? i : i + place.span.shift;
-    if (i >= place.span.sinks && i < place.span.listed)
-      from = p.rows + static_cast<i64>(place.pair) * p.max_rows + i - place.span.sinks;
+    if (i >= place.span.sinks && i < place.span.listed) {
+      if (p.runs) number = row_of(p, work, place, i - place.span.sinks);
+      else from = p.rows + static_cast<i64>(place.pair) * p.max_rows + i - place.span.sinks;
+    }
   }
   if (from) number = *from;
   return {number, place.pair * 2 + tail};

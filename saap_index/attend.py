@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from . import checks
 from .backends import Backend, Budget, Rotation, Search, Tail, get_backend
+from .backends.base import InRuns
 from .errors import CompatibilityError, ShapeError, StateError
 from .invlists import SegmentedInvertedLists
 from .params import SearchParametersIVF
@@ -29,7 +30,7 @@ class Selection:
     nothing sealed); counts : int32 (b, h) of them. Rows [0, sinks[i]) and [sealed[i], lengths[i]) are read besides; sealed and
     sinks are 0 where every row is read. tail : int32 (b, h, x), numbers segment * nlist + list of the runs that are read through
     their means, ascending, padded with -1, or None for none; tail_counts : int32 (b, h) of them. version : of the inverted lists
-    whose rows these are; None holds for any, at the caller's own risk.
+    whose rows these are; None holds for any, at the caller's own risk. in_runs : of a step, where ``rows`` is (b, h, 0).
     """
 
     rows: Tensor | None
@@ -40,6 +41,7 @@ class Selection:
     tail: Tensor | None = None
     tail_counts: Tensor | None = None
     version: int | None = None
+    in_runs: InRuns | None = None
 
     def check(self, lists: SegmentedInvertedLists) -> None:
         """StateError if rows were chosen before they changed."""
@@ -359,15 +361,15 @@ def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[T
     StateError for a selection of before a change.
     """
     selection.check(lists)
-    found = []
+    found, listed = [], selection.rows if selection.in_runs is None else selection.in_runs.rows()
     for i in range(lists.batch):
         row_ids, low, high, n = lists.row_ids(i), selection.sinks[i], selection.sealed[i], selection.lengths[i]
         keep = torch.zeros((lists.heads, n), dtype=torch.bool, device=row_ids.device)
         keep[:, :low] = True
         keep[:, high:] = True
         for head in range(lists.heads):
-            if selection.rows is not None and selection.counts is not None:  # of a step, anything lies behind
-                rows = selection.rows[i, head, : int(selection.counts[i, head])]
+            if listed is not None and selection.counts is not None:  # of a step, anything lies behind
+                rows = listed[i, head, : int(selection.counts[i, head])]
                 keep[head, rows[rows >= 0].long()] = True
         found.append([row_ids[head][keep[head]].long().sort().values for head in range(lists.heads)])
     return found

@@ -259,7 +259,8 @@ class DecodeState:
             selection = everything(self.lists)
         else:
             spans = self._sinks, self._sealed, list(self.lists.lengths)
-            selection = Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, self.lists.version)
+            tail = found.tail, found.tail_counts
+            selection = Selection(found.rows, found.counts, *spans, *tail, self.lists.version, found.in_runs)
         self._replayed = False
         if self.resident.capturing:
             self._recorded = selection

@@ -18,6 +18,7 @@ from torch import Tensor
 from saap_index.backends.base import Rotation, RouterWeights
 from saap_index.bindings import gpu_route, gpu_route_select, gpu_select
 from saap_index.bindings.gpu_route_select import RouteSelect, RouteSelectShape
+from saap_index.bindings.gpu_scan import Runs
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
 
@@ -100,7 +101,9 @@ def inputs(case: Case) -> Inputs:
     )  # fmt: skip
 
 
-def run(case: Case, of: Inputs, on: EmulatedRuntime, early: bool = False) -> tuple[list[Array], list[Array]]:
+def run(
+    case: Case, of: Inputs, on: EmulatedRuntime, early: bool = False, sound: bool = True
+) -> tuple[list[Array], list[Array]]:
     """Rows of every (sequence, KV head): by one launch, and by two. The first as written, the second ascending."""
     b, h, j = case.b, case.h, case.g * case.q
     router = gpu_route.pack_router(of.weights)
@@ -115,9 +118,10 @@ def run(case: Case, of: Inputs, on: EmulatedRuntime, early: bool = False) -> tup
     assert tables is not None and centres is not None and meta is not None and budgets is not None
     shape = RouteSelectShape(b, h, j, case.q, case.segments, FIRST_KNOT, case.dtype)
     assert gpu_route_select.covers(on, router, shape)
-    rows, counts, tickets = out(b, h, T_CAP), out(b, h), out(5)
+    most = case.segments * case.nlist
+    found, tickets = Runs(out(b, h, most, 2), out(b, h), out(b, h), T_CAP), out(5)
     one = RouteSelect(on, router, shape, case.knobs).bind(
-        of.rotation, meta, tables, centres, budgets, rows, counts, miss, tickets, dependent=True
+        of.rotation, meta, tables, centres, budgets, found, miss, tickets, dependent=True
     )
     one.params["early"] = early
     queries = guarded(of.queries)
@@ -125,9 +129,13 @@ def run(case: Case, of: Inputs, on: EmulatedRuntime, early: bool = False) -> tup
     with on.allow(*weights, meta):
         one(queries=queries)
     assert (tickets == 0).all()
+    rows, counts = found.rows(), found.counts
     for i in range(b):
         for k in range(h):
-            assert (rows[i, k, counts[i, k] :] == UNTOUCHED).all()
+            n = int(found.run_counts[i, k])
+            ends = found.runs[i, k, :n, 1]
+            assert (found.runs[i, k, n:] == UNTOUCHED).all() and int(ends[-1] if n else 0) == counts[i, k]
+            assert not sound or bool((ends.diff() > 0).all())  # no run is empty
     z, a = (torch.empty((b, h, j, n), dtype=torch.float32) for n in (case.nlist, case.knots + 1))
     with on.allow(*weights):
         gpu_route.Route(on, router, b, j, case.q, case.dtype).bind(of.rotation, meta, z, a)(queries=queries)
@@ -188,6 +196,10 @@ def test_the_shape_that_ships(schedule: tuple[str, int, int]) -> None:
         check(case, runtime(schedule), early=True)
 
 
+def test_without_a_rehearsal() -> None:
+    check(Case(7, rotation="frequencies", knobs={**SMALL, "SAAP_REHEARSE": 0}), runtime(), early=True)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_equal_weights_without_end(ties: bool) -> None:
     """More runs of one weight than are compared with each other: the histogram goes on with segments and lists."""
@@ -210,7 +222,7 @@ def test_lengths_that_a_table_gives_wrong_write_nothing_out_of_place() -> None:
     of.budgets[:] = 2**31 - 1
     run_one = inputs(case)
     run_one.tables, run_one.meta, run_one.budgets = of.tables, of.meta, of.budgets
-    got, _ = run(case, run_one, runtime())
+    got, _ = run(case, run_one, runtime(), sound=False)
     assert all(len(x) <= T_CAP for x in got)
 
 

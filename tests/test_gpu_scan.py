@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saap_index import reference
 from saap_index.bindings import gpu_scan
-from saap_index.bindings.gpu_scan import Listed, Means, Scan, ScanShape
+from saap_index.bindings.gpu_scan import Listed, Means, Runs, Scan, ScanShape
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs a C++ compiler")
 
@@ -28,8 +28,8 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NOISE = 2.0**-20
 LISTS, SEGMENTS, WITH_MEANS = 5, 4, 3
 
-# Small blocks: what is shipped has more warps of the same.
-SMALL = {"SAAP_WARPS": 2, "SAAP_STAGES": 3}
+# Small blocks: what is shipped has more warps of the same, and room for more runs.
+SMALL = {"SAAP_WARPS": 2, "SAAP_STAGES": 3, "SAAP_RUNS": 32}
 MODELS = [
     (128, 128, BF16, BF16, 8, {**SMALL, "SAAP_WARPS": 3}),
     (64, 64, BF16, BF16, 16, SMALL),
@@ -48,7 +48,7 @@ MODEL_IDS = [f"{d}-{e}-{str(s)[6:]}-{str(q)[6:]}-{j}" for d, e, s, q, j, _ in MO
 class Case:
     """sequences: (sinks, sealed, length) of each. share: of the sealed rows that is listed. entries: most runs by their means.
 
-    junk: numbers outside the arena in the lists, and counts beyond the capacity of a list.
+    junk: numbers outside the arena in the lists, and counts beyond the capacity of a list. runs: rows are given as runs.
     """
 
     sequences: tuple[tuple[int, int, int], ...]
@@ -60,6 +60,7 @@ class Case:
     causal: bool = False
     dense: bool = False
     junk: bool = False
+    runs: bool = False
     logit: float = 1.0
     seed: int = 0
 
@@ -76,6 +77,7 @@ cases = st.builds(
     causal=st.booleans(),
     dense=st.booleans(),
     junk=st.booleans(),
+    runs=st.booleans(),
     logit=st.sampled_from([0.1, 1.0, 8.0]),
     seed=st.integers(0, 2**31 - 1),
 )
@@ -147,6 +149,28 @@ def padded(lists: list[list[np.ndarray]], junk: tuple[int, ...], rng: np.random.
     return out, counts
 
 
+def as_runs(listed: Listed) -> Runs:
+    """The same rows in the same order, neighbours together; junk in front of, behind and between them is a run of its own."""
+    found: list[list[np.ndarray]] = []
+    for rows, counts in zip(listed.rows.numpy(), listed.counts.clamp(max=listed.rows.shape[2]).tolist(), strict=True):
+        found.append([])
+        for x, count in zip(rows, counts, strict=True):
+            x = x[: max(count, 0)].astype(np.int64)
+            last = np.flatnonzero(np.diff(x, append=2**40) != 1)
+            found[-1].append(np.stack([x[last] + 1, last + 1], 1) if len(x) else np.zeros((0, 2), np.int64))
+    most = max(len(x) for row in found for x in row) + 2
+    runs = np.full((*listed.counts.shape, most, 2), 2**30, np.int64)
+    for i, row in enumerate(found):
+        for head, x in enumerate(row):
+            runs[i, head, : len(x)] = x
+    run_counts = torch.tensor([[len(x) for x in row] for row in found], dtype=torch.int32)
+    made = Runs(torch.from_numpy(runs.astype(np.int32)), run_counts, listed.counts, listed.rows.shape[2])
+    for i, head in np.ndindex(*listed.counts.shape):
+        count = max(0, min(int(listed.counts[i, head]), listed.rows.shape[2]))
+        assert torch.equal(made.rows()[i, head, :count], listed.rows[i, head, :count])
+    return made
+
+
 def run(
     runtime: EmulatedRuntime, case: Case, data: Data, knobs: dict[str, int], launches: int = 1, healthy: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -161,7 +185,8 @@ def run(
     tensors += [listed.rows, listed.counts, means.runs, means.counts, means.keys, means.values, means.tables]
     with runtime.allow(*tensors):
         used = means if case.entries else None
-        launch = scan.bind(data.keys, data.values, data.meta, listed, used, d**-0.5, floats, tickets)
+        found = as_runs(listed) if case.runs else listed
+        launch = scan.bind(data.keys, data.values, data.meta, found, used, d**-0.5, floats, tickets)
         for _ in range(launches):
             launch(queries=data.queries, out=out, lse=lse)
     assert not (healthy and tickets.any())
@@ -263,6 +288,9 @@ CORNERS = {
     "fewer recent rows than queries": Case(((2, 60, 61),), q=4, share=0.5, entries=4, causal=True),
     "huge logits": Case(((2, 80, 100),), logit=2500.0, q=2, causal=True),
     "junk": Case(((1, 40, 60), (0, 0, 9)), junk=True, entries=12),
+    "runs": Case(((3, 900, 950), (0, 0, 9)), share=0.5, entries=3, runs=True),
+    "many pairs in runs": Case(((0, 0, 3), (1, 50, 59), (0, 0, 0)) * 30, heads=2, share=0.5, runs=True),
+    "junk in runs": Case(((1, 40, 60), (0, 0, 9)), junk=True, entries=12, runs=True),
 }
 
 
@@ -277,7 +305,10 @@ def test_as_shipped() -> None:
     """All the warps and stages of a device with 227 KB of shared memory a block."""
     case = Case(((4, 700, 760), (0, 0, 33), (4, 90, 120)), g=4, q=2, share=0.6, entries=9, causal=True)
     data = make(case, 128, 128, BF16, BF16)
-    check(case, data, *run(EmulatedRuntime("random", 2, 4), case, data, {}))
+    rows = run(EmulatedRuntime("random", 2, 4), case, data, {})
+    check(case, data, *rows)
+    runs = run(EmulatedRuntime("random", 3, 2), replace(case, runs=True), data, {})
+    assert torch.equal(rows[0], runs[0]) and torch.equal(rows[1], runs[1])
 
 
 KNOBS = [(16, 8, 2, 1), (16, 4, 4, 1), (16, 4, 3, 2), (32, 4, 3, 1), (32, 3, 2, 2)]
@@ -303,13 +334,13 @@ inline int fickle() {
 SAAP_PRIM Span span_of("""
 
 
-@pytest.mark.parametrize("name", ["junk", "more pairs than places", "one long"])
+@pytest.mark.parametrize("name", ["junk", "more pairs than places", "one long", "junk in runs", "runs"])
 def test_lengths_that_change_meanwhile(name: str, tmp_path: Path) -> None:
     """Every read of a length or a count gives another: whatever comes out, no block hangs and nothing outside is touched."""
     folder = Path(shutil.copytree(CUDA, tmp_path / "cuda"))
     text = (folder / "scan_walk.cuh").read_text()
     for old, new in (("SAAP_PRIM Span span_of(", FICKLE), ("clamp(meta.x,", "clamp(meta.x - fickle(),"),
-                     ("clamp(count,", "clamp(count - fickle(),")):  # fmt: skip
+                     ("clamp(count,", "clamp(count - fickle(),"), ("clamp(runs,", "clamp(runs - fickle(),")):  # fmt: skip
         assert old in text
         text = text.replace(old, new)
     (folder / "scan_walk.cuh").write_text(text)
@@ -398,6 +429,26 @@ def test_nonsense_from_the_device_stays_inside() -> None:
     assert torch.equal(out, same) and torch.equal(lse, same_lse)
 
 
+def test_runs_of_nonsense_stay_inside() -> None:
+    """Runs that no selection writes: whatever comes out, no block hangs and nothing outside is touched."""
+    d, e, storage, query, _, knobs = SMALLEST
+    data = make(Case(((2, 300, 350),), share=1.0), d, e, storage, query)
+    data.keys.nan_to_num_(), data.values.nan_to_num_()
+    shape = ScanShape(1, 2, 2, 1, d, e, storage, query, data.keys.shape[2])
+    scan = Scan(EmulatedRuntime(), shape, {**knobs, "SAAP_GROUPS": 1, "SAAP_TILE": 16})
+    floats, tickets = torch.empty(scan.num_floats), torch.zeros(scan.num_tickets, dtype=torch.int32)
+    runs = torch.randint(-(2**31), 2**31 - 1, (1, 2, 77, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    counts, out = torch.tensor([[298, 2**31 - 1]], dtype=torch.int32), torch.empty((1, 2, 2, e), dtype=query)
+    lse = torch.empty((1, 2, 2))
+    for run_counts in ([[77, 2**31 - 1]], [[1, 0]], [[-1, 33]]):
+        found = Runs(runs, torch.tensor(run_counts, dtype=torch.int32), counts, 298)
+        tensors = data.queries, data.keys, data.values, data.meta, out, lse, floats, tickets, runs, counts, found.run_counts
+        with EmulatedRuntime().allow(*tensors):
+            launch = scan.bind(data.keys, data.values, data.meta, found, None, 1.0, floats, tickets)
+            launch(queries=data.queries, out=out, lse=lse)
+        assert not tickets.any()
+
+
 def test_replayed() -> None:
     """A launch leaves the tickets as it found them, and its result does not depend on what the workspace held."""
     case = Case(((3, 300, 340), (0, 0, 30)), share=1.0)
@@ -432,7 +483,7 @@ def test_sanitized(sanitizer: str) -> None:
 
 def sanitized() -> None:
     small = {"order": "random", "seed": 1, "inflight": 3}
-    for name in ("nothing but sequences", "junk", "tail alone", "one long", "more pairs than places"):
+    for name in ("nothing but sequences", "junk", "tail alone", "one long", "more pairs than places", "runs"):
         smallest(CORNERS[name], **small)
     smallest(Case(((2, 150, 190), (0, 0, 25)), share=0.6, q=2, causal=True), **small)
     print("sanitized")

@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -191,10 +191,18 @@ class Budget:
     means: Sequence[int] = ()
 
 
+class InRuns(Protocol):
+    """Rows where a step left them, until the next one."""
+
+    def rows(self) -> Tensor:
+        """int32 (b, h, t), in any order; anything behind the last."""
+
+
 @dataclass(frozen=True)
 class Probed:
     """What `Backend.probe` took. rows : int32 (b, h, t), ascending, padded with -1, t = the largest count; counts : int32 (b, h).
 
+    in_runs : of a step that lists no rows; they are then (b, h, 0).
     tail : int32 (b, h, x), numbers s * l + list of runs that enter through their means, ascending, padded with -1, x = the
     largest count; tail_counts : int32 (b, h). Both None where ``entries`` was.
     """
@@ -203,6 +211,7 @@ class Probed:
     counts: Tensor
     tail: Tensor | None = None
     tail_counts: Tensor | None = None
+    in_runs: InRuns | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..bindings import gpu_build, gpu_route_select, gpu_seal
 from ..bindings.gpu_route import Route, Unturn
 from ..bindings.gpu_route_select import RouteSelect, RouteSelectShape
-from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape, aligned
+from ..bindings.gpu_scan import Listed, Means, Runs, Scan, ScanShape, aligned
 from ..bindings.gpu_select import Select, SelectShape
 from ..bindings.gpu_types import Launch, Runtime
 from .base import Budget, Probed, Rotation
@@ -68,13 +68,15 @@ class _TwoLaunches:
 
 @dataclass(frozen=True, eq=False)
 class _OneLaunch:
-    """Both in one, where the device has clusters and the search is of the usual kind."""
+    """Both in one, where the device has clusters and the search is of the usual kind; and the runs that it finds."""
 
     launcher: RouteSelect
+    runs: Tensor
+    run_counts: Tensor
 
     def memory(self) -> Iterator[Tensor]:
         router = self.launcher.router
-        yield from (router.hidden, router.bias_hidden, router.out, router.bias_out)
+        yield from (self.runs, self.run_counts, router.hidden, router.bias_hidden, router.out, router.bias_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,7 @@ class _Scanning:
 
     scan: Scan
     floats: Tensor
-    bound: dict[Any, tuple[Launch, Any]] = field(default_factory=dict)
+    bound: dict[Any, tuple[Launch, Probed | None, Any]] = field(default_factory=dict)
 
 
 class CudaResident(Resident):
@@ -114,7 +116,8 @@ class CudaResident(Resident):
         self._appending: dict[Any, Launch] = {}
         gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
-        # Whether tables, centres and budgets were written by what is last on the stream; a launch then waits before it reads.
+        # Whether no selection has waited yet for tables, centres and budgets to be written; the next one then waits before it
+        # reads. That an append lies in between does not help: it starts its successor before it waits itself.
         self._just_published = True
         self._limits: weakref.WeakSet[CudaLimits] = weakref.WeakSet()
         self._stream: Any = None
@@ -233,7 +236,6 @@ class CudaResident(Resident):
             if self.capturing:
                 self._held.append(launch)
             launch(keys=keys, values=values)
-            self._just_published = False  # whoever comes behind it comes when all before it is complete
 
     def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
         key = _key(queries)
@@ -252,7 +254,9 @@ class CudaResident(Resident):
             self._select(queries, routing, limits)
             found = limits.found
             counts = found.counts.clone()
-            rows = padded(found.rows, counts, in_order=isinstance(self._selecting_of(queries, routing, limits).by, _TwoLaunches))
+            by = self._selecting_of(queries, routing, limits).by
+            listed = _listed(by, limits)
+            rows = padded(listed.rows() if isinstance(listed, Runs) else listed.rows, counts, isinstance(by, _TwoLaunches))
             if found.tail is None or found.tail_counts is None:
                 return Probed(rows, counts)
             tail_counts = found.tail_counts.clone()
@@ -265,13 +269,13 @@ class CudaResident(Resident):
         out = torch.empty((*shape, self._shape[3]), dtype=queries.dtype, device=self._device)
         lse = torch.empty(shape, dtype=torch.float32, device=self._device)
         with self._lock:
-            if routing is not None:
-                self._select(queries, routing, limits)
-            self._scan_of(queries, None if routing is None else limits, scale)(queries=queries, out=out, lse=lse)
-        return out, lse, None if routing is None else limits.found
+            by = None if routing is None else self._select(queries, routing, limits)
+            scan, found = self._scan_of(queries, by, limits, scale)
+            scan(queries=queries, out=out, lse=lse)
+        return out, lse, found
 
-    def _select(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> None:
-        """Launch what routes and selects; it writes to ``limits.found``."""
+    def _select(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> _TwoLaunches | _OneLaunch:
+        """Launch what routes and selects; it writes to ``limits.found``, or runs to what is returned and their rows' number."""
         s = self._selecting_of(queries, routing, limits)
         key = id(routing), id(limits)
         bound = s.bound.get(key)
@@ -289,6 +293,7 @@ class CudaResident(Resident):
         for launch in others:
             launch()
         self._just_published = False
+        return s.by
 
     def _bind_selecting(
         self, by: _TwoLaunches | _OneLaunch, queries: Tensor, routing: Routing, limits: CudaLimits
@@ -299,7 +304,7 @@ class CudaResident(Resident):
         found, tables = limits.found, self._placement().tables
         if isinstance(by, _OneLaunch):
             self._scanning_of(queries, False)  # its tickets are there
-            memory = self._meta, tables, self._centres, limits.budgets, found.rows, found.counts, limits.miss, self._tickets
+            memory = self._meta, tables, self._centres, limits.budgets, _runs(by, limits), limits.miss, self._tickets
             return (by.launcher.bind(turn, *memory, dependent=True),)
         route = by.route.bind(turn, self._meta, by.z, by.a)
         select = by.select.bind(
@@ -308,24 +313,26 @@ class CudaResident(Resident):
         )  # fmt: skip
         return route, select
 
-    def _scan_of(self, queries: Tensor, limits: CudaLimits | None, scale: float) -> Launch:
-        """The scan of what a selection within ``limits`` found, or of every row."""
-        s = self._scanning_of(queries, limits is None)
-        key = id(limits), scale
+    def _scan_of(
+        self, queries: Tensor, by: _TwoLaunches | _OneLaunch | None, limits: CudaLimits, scale: float
+    ) -> tuple[Launch, Probed | None]:
+        """The scan of what a selection within ``limits`` found, or, without one, of every row; and that."""
+        s = self._scanning_of(queries, by is None)
+        key = id(by), id(limits), scale
         bound = s.bound.get(key)
         if bound is None:
-            at, listed, means = self._placement(), None, None
-            if limits is not None:
-                found = limits.found
-                listed = Listed(found.rows, found.counts)
+            at, listed, means, seen = self._placement(), None, None, None
+            if by is not None:
+                found, listed = limits.found, _listed(by, limits)
+                seen = Probed(found.rows[..., :0], found.counts, in_runs=listed) if isinstance(listed, Runs) else found
                 if found.tail is not None and found.tail_counts is not None:
                     means = Means(found.tail, found.tail_counts, at.mean_keys, at.mean_values, at.tables)
             launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, self._tickets)
-            bound = s.bound[key] = launch, limits
+            bound = s.bound[key] = launch, seen, (by, limits)
             _forget(s.bound, _BOUND)
         if self.capturing:
             self._held.append(bound)
-        return bound[0]
+        return bound[:2]
 
     def _unbind(self) -> None:
         """Memory has moved: launches made for where it was are of no use."""
@@ -355,7 +362,9 @@ class CudaResident(Resident):
         shape = RouteSelectShape(b, h, g * q, q, segments, routing.first_knot, queries.dtype)
         usual = routing.count_lists and not limits.nprobe and limits.entries is None
         if usual and gpu_route_select.covers(self._runtime, router, shape):
-            return _OneLaunch(RouteSelect(self._runtime, router, shape, self._knobs.get("route_select")))
+            sizes = (b, h, segments * router.nlist, 2), (b, h)
+            runs, run_counts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in sizes)
+            return _OneLaunch(RouteSelect(self._runtime, router, shape, self._knobs.get("route_select")), runs, run_counts)
         route = Route(self._runtime, router, b, g * q, q, queries.dtype, self._knobs.get("route"))
         knots = router.outputs - router.nlist - 1
         settings = routing.first_knot, limits.nprobe, routing.count_lists
@@ -382,6 +391,15 @@ class CudaResident(Resident):
             made = self._scanning[key] = _Scanning(scan, floats)
             _forget(self._scanning, _KEPT)
         return made
+
+
+def _runs(by: _OneLaunch, limits: CudaLimits) -> Runs:
+    return Runs(by.runs, by.run_counts, limits.found.counts, limits.found.rows.shape[2])
+
+
+def _listed(by: _TwoLaunches | _OneLaunch, limits: CudaLimits) -> Listed | Runs:
+    """Where that puts what it selects within ``limits``."""
+    return _runs(by, limits) if isinstance(by, _OneLaunch) else Listed(limits.found.rows, limits.found.counts)
 
 
 def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:

@@ -132,7 +132,8 @@ class Resident(ABC):
     ) -> tuple[Tensor, Tensor, Probed | None]:
         """`select` and the causal `Backend.scan` over it, with nothing in between; without routing over every row.
 
-        Returns out : dtype of queries (b, h, g, q, e), lse : float32 (b, h, g, q), newly allocated, and the selection.
+        Returns out : dtype of queries (b, h, g, q, e), lse : float32 (b, h, g, q), newly allocated, and the selection: its
+        counts, and rows or ``in_runs``.
         """
 
     @abstractmethod
