@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saap_index import cli
 from saap_index.errors import ParameterError
-from saap_lab import compare, svg
+from saap_lab import compare, needles, svg
 from saap_lab.evaluate import Settings
 from saap_lab.method import Attended, Cache, Layer, Method, State, attend_over
 from saap_lab.roster import KINDS, TOLERANCE, fit
@@ -74,7 +74,8 @@ def task():
     sequences = [(f"t{i}", torch.randint(0, VOCABULARY, (N,), generator=g).tolist()) for i in range(3)]
     model = LlamaForCausalLM(config).eval()
     names = [*KINDS, "strided"]
-    return compare.Task(model, Letters(), "tiny", sequences, 1, names, SETTINGS, 1, "word and " * 60, {"strided": Strided})
+    asked = needles.haystacks("word and " * 60, 1)
+    return compare.Task(model, Letters(), "tiny", sequences, 1, names, SETTINGS, asked, {"strided": Strided})
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,16 @@ def test_a_second_run_measures_nothing_and_another_task_is_refused(task, folder,
         compare.compare(replace(task, training=3), folder)
     with pytest.raises(ParameterError, match="methods"):
         compare.compare(replace(task, methods=("best",)), folder / "new")
+
+
+def test_needles_are_asked_with_the_layers_compared_replaced_alone(task, tmp_path) -> None:
+    """Nothing is calibrated for the others."""
+    some = Settings(shares=(0.3,), layers=(1,), span=64, step=16, decoded=0, window=32, replaced=(1,))
+    rows = compare.compare(replace(task, methods=("loki",), settings=some), tmp_path).rows
+    assert "needle/passkey.0/loki/0.3" in rows and "layer/0/1/loki/0.3" in rows
+    with pytest.raises(ParameterError, match="out"):
+        other = needles.haystacks("others and " * 60, 1)
+        compare.compare(replace(task, methods=("loki",), settings=some, needles=other), tmp_path)
 
 
 @pytest.mark.parametrize(("more", "message"), [

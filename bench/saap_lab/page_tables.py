@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .palette import OURS
 from .quality import spread
 from .report import LayerRow, TextRow, needle_rows
 
-OURS = ("saap", "saap-own")
 ORACLES = ("dense", "topk", "topk_group")
 """What cannot be deployed: these read everything to know what they choose."""
 
