@@ -191,6 +191,12 @@ def test_drawings_are_well_formed_and_skip_what_is_not_there() -> None:
     assert svg.curves([], "x", "y") == "" and svg.curves([svg.Curve("a", [(0.0, 1.0)], "#111")], "x", "y") == ""
 
 
+def test_no_label_is_cut_off_where_many_curves_end_at_the_top() -> None:
+    drawn = svg.curves([svg.Curve(f"m{i}", [(1.0, 50.0), (2.0, 100.0)], "#111") for i in range(12)], "x", "y")
+    heights = sorted(float(y) for y in re.findall(r'<text x="[^"]*" y="([^"]*)" fill=', drawn))
+    assert len(heights) == 12 and heights[0] >= 14 and all(b - a >= 13.9 for a, b in itertools.pairwise(heights))
+
+
 @settings(max_examples=50, deadline=None)
 @given(wanted=st.lists(st.floats(0, 400), max_size=12))
 def test_labels_keep_apart(wanted: list[float]) -> None:

@@ -43,11 +43,11 @@ class Haystack:
 
 def haystacks(filler: str, count: int) -> list[Haystack]:
     """``count`` pass keys at depths from first to last and as many keys among four, each in a document of its own."""
-    characters, made = len(filler) * 3 // 4, []
+    characters, stacks = len(filler) * 3 // 4, []
     for i in range(count):
-        made.append(Haystack({f"passkey.{i}": passkey(filler, characters, (i + 0.5) / count, seed=i)}))
-        made.append(Haystack({f"multi.{i}": multi_key(filler, characters, 4, seed=i)}))
-    return made
+        stacks.append(Haystack({f"passkey.{i}": passkey(filler, characters, (i + 0.5) / count, seed=i)}))
+        stacks.append(Haystack({f"multi.{i}": multi_key(filler, characters, 4, seed=i)}))
+    return stacks
 
 
 def passkey(filler: str, characters: int, depth: float, seed: int = 0) -> Needle:

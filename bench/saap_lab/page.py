@@ -110,17 +110,17 @@ def _heat(records: Mapping[str, Any], methods: Sequence[str]) -> str:
         if float(p[-1]) == share and p[-2] in sums and not math.isnan(row["captured"]):
             pair = sums[p[-2]].setdefault(int(p[-3]), [0.0, 0.0])
             pair[0], pair[1] = pair[0] + row["captured"], pair[1] + row["outside"]
-    rows = {m: {x: 100 * a / b for x, (a, b) in found.items() if b} for m, found in sums.items() if found}
+    rows = {m: {x: 100 * a / b for x, (a, b) in layers.items() if b} for m, layers in sums.items() if layers}
     note = f"Attention mass captured outside sinks and window at {percent(share)}, percent; columns are layers."
     return section("Layer by layer", note, svg.heat_map(rows, sorted({int(p[-3]) for p in parts}), "%"))
 
 
 def _looks(records: Mapping[str, Any], methods: Sequence[str], colours: Mapping[str, str]) -> str:
-    found = {key.split("/")[2]: (key.split("/"), row) for key, row in records.items() if key.startswith("looks/")}
-    if not found:
+    looks = {key.split("/")[2]: (key.split("/"), row) for key, row in records.items() if key.startswith("looks/")}
+    if not looks:
         return ""
-    (_, layer, _, share), row = next(iter(found.values()))
-    lanes = {m: found[m][1]["read"] for m in methods if m in found and m != "dense"}
+    (_, layer, _, share), row = next(iter(looks.values()))
+    lanes = {m: looks[m][1]["read"] for m in methods if m in looks and m != "dense"}
     note = (
         f"The newest query of the first sequence in layer {layer} at {percent(float(share))}. Above: where its attention is, "
         "mean over the heads, on a square-root scale. Below: the share of each stretch that a method reads, mean over the KV "
