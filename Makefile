@@ -64,6 +64,7 @@ bench: setup ## the speed claims of the README, checked and timed on this machin
 	$(BIN)/python bench/search_attend.py --shape mha --tokens 131072
 	$(BIN)/python bench/search_attend.py --shape smollm2 --tokens 8192
 	$(BIN)/python bench/add.py
+	$(BIN)/python bench/search.py
 	$(BIN)/python bench/peers.py --json bench_results/peers.json --plot bench_results/peers.png
 
 bench-gpu: ## everything that needs a CUDA device, under nine minutes: tests, sanitizers, benchmarks; in the Python at hand

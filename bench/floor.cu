@@ -66,3 +66,22 @@ extern "C" __global__ void cluster_clocks(const __grid_constant__ Clocks p) {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+
+struct Chase {
+  i64* cycles;  // (2): of a dependent load from device memory, of 128 bytes of code at their first run
+  const u32* zeros;  // 64 steps
+  i64 step;     // between loads, in words: more of them than the second cache holds
+};
+
+// Grid (1), block 32.
+extern "C" __global__ void chase(const __grid_constant__ Chase p) {
+  u32 x = 0, a[4] = {threadIdx.x, 1, 2, 3};
+  const i64 began = clock64();
+  for (int i = 0; i < 64; i++) asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(x) : "l"(p.zeros + i * p.step + x) : "memory");
+  const i64 loaded = clock64();
+#pragma unroll
+  for (int i = 0; i < 4096; i++) asm volatile("mad.lo.u32 %0, %0, %1, %1;" : "+r"(a[i % 4]) : "r"(x + 3));
+  const i64 ended = clock64();
+  if (threadIdx.x == 0) p.cycles[0] = (loaded - began) / 64, p.cycles[1] = (ended - loaded) / (4096 * 16 / 128);
+  if (a[0] + a[1] + a[2] + a[3] == 0x12345678u) p.cycles[0] = 0;
+}

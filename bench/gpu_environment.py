@@ -70,6 +70,18 @@ class Floor:
         found: Tensor = zeros[:4].cpu()
         return dict(zip(("cluster_barrier", "shared_of_another_block", "l2", "block_barrier"), found.tolist(), strict=True))
 
+    def chased(self) -> dict[str, int]:
+        """Cycles of a load from device memory, and of a line of code the first time."""
+        step = 1 << 20
+        zeros = torch.zeros(64 * step, dtype=torch.int32, device=self.device.device)
+        cycles = torch.zeros(2, dtype=torch.int64, device=self.device.device)
+        torch.zeros(max(64, 4 * self.device.l2_bytes), dtype=torch.uint8, device=self.device.device)  # takes the second cache
+        fields = [("cycles", np.uint64), ("zeros", np.uint64), ("step", np.int64)]
+        params = np.array([(cycles.data_ptr(), zeros.data_ptr(), step)], fields)
+        self.launch("chase", 1, 32, params)()  # once: its code is not there yet
+        found: Tensor = cycles.cpu()
+        return dict(zip(("dram", "cold_line"), found.tolist(), strict=True))
+
     def _multiprocessors(self) -> int:
         return torch.cuda.get_device_properties(self.device.device).multi_processor_count
 
@@ -86,7 +98,7 @@ def main() -> int:
             "l2_mib": round(device.l2_bytes / 2**20, 1), "capability": f"{properties.major}.{properties.minor}",
         }  # fmt: skip
         floor = Floor(device)
-        found |= {"read_gb_per_s": round(floor.read_bandwidth(4 << 30) / 1e9, 1), "cycles": floor.cycles()}
+        found |= {"read_gb_per_s": round(floor.read_bandwidth(4 << 30) / 1e9, 1), "cycles": floor.cycles() | floor.chased()}
         found["launch_us"] = {"graph": round(floor.launch_us(False), 2), "graph, dependent": round(floor.launch_us(True), 2)}
     harness.save(options.out, "environment", found, json.dumps(found, indent=1))
     return 0

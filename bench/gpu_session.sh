@@ -6,6 +6,7 @@
 #   STAGES="environment step"            these stages alone, in this order
 #   PYTHON=... WHEELS=folder             another interpreter; wheels to install beforehand, without a network
 #   SIZES=131072x1,131072x8              tokens and batch sizes of the stage `step`, LIMIT=520 seconds for everything
+#   RECORDING=file                       of `bench/gpu_replay.py record`, for the stage `bisect`; else it is made here, by g++
 #   DRY=1                                the same stages on the emulated device, tiny
 #
 # All logs and figures are in session.tgz; beside it lie failures.txt and the tables of the stages, six files at most.
@@ -24,7 +25,7 @@ export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 
 export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-$(mktemp -d)} # the home folder may not be writable
 BEGAN=$(date +%s)
 LIMIT=${LIMIT:-520} # seconds for everything
-STAGES=${STAGES:-environment primitives memcheck step build tests racecheck}
+STAGES=${STAGES:-environment primitives bisect memcheck step model build tests racecheck}
 FAILED=()
 dry=${DRY:+--dry}
 
@@ -34,7 +35,7 @@ pack() {
   for name in failures.txt environment.json gpu_step.txt gpu_step.json gpu_build.txt gpu_build.json; do
     [ -f "$WORK/$name" ] && cp "$WORK/$name" "$OUT/$name"
   done
-  rm -rf "$WORK"
+  rm -rf "$WORK" "${WORK%/}.npz"
 }
 
 # stage NAME SECONDS COMMAND...: its output goes to NAME.log and, shortened, to the terminal.
@@ -62,7 +63,21 @@ if [ -n "${WHEELS:-}" ]; then
   SITE=$(mktemp -d)
   stage wheels 60 "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
   export PYTHONPATH="$PYTHONPATH:$SITE"
+  if ls "$WHEELS"/flashinfer*.whl >/dev/null 2>&1; then # compiles its kernels at first use, for a minute or more
+    export FLASHINFER_WORKSPACE_BASE=${FLASHINFER_WORKSPACE_BASE:-$(mktemp -d)}
+    timeout --kill-after=10 200 "$PYTHON" bench/gpu_baselines.py $dry >"$WORK/flashinfer.log" 2>&1 &
+    FLASHINFER=$!
+  fi
 fi
+
+# A baseline that does not compile is left out, and is no failure of ours.
+ready() {
+  if [ -n "${FLASHINFER:-}" ] && ! wait "$FLASHINFER"; then
+    echo "== FlashInfer is left out: $(tail -n 1 "$WORK/flashinfer.log")"
+    export SAAP_LEAVE_OUT=flashinfer
+  fi
+  FLASHINFER=
+}
 
 SANITIZER=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -W default -m gpu --durations=8 ${DRY:+--collect-only})
@@ -97,19 +112,43 @@ tests() {
     tail -n 6 "$WORK/$name.log"
     [ "$(cat "$WORK/$name.status")" = 0 ] && continue
     FAILED+=("$name: exit status $(cat "$WORK/$name.status"), see $name.log")
-    first=$(grep -m1 -oE '^FAILED [^ ]+' "$WORK/$name.log" | cut -d' ' -f2)
-    if [ -n "$first" ] && [ -n "$SANITIZER" ]; then
-      stage "again-$name" 100 bash -c "CUDA_LAUNCH_BLOCKING=1 sanitized --tool memcheck ${PYTEST[*]} '$first'"
+    # where the process itself ended there is no such line: the file, up to its first failure
+    first=$(grep -m1 -oE '^(FAILED|ERROR) [^ ]+::[^ ]+' "$WORK/$name.log" | cut -d' ' -f2)
+    first=${first:-tests/$name.py -x}
+    if [ -n "$SANITIZER" ]; then
+      stage "again-$name" 100 bash -c "CUDA_LAUNCH_BLOCKING=1 sanitized --tool memcheck ${PYTEST[*]} $first"
     fi
   done
   echo "   $(($(date +%s) - BEGAN)) s so far"
+}
+
+# Every launch of a step alone, from recorded memory: names the kernel that is wrong. A recording is made while the first stages
+# run; it needs the processor only.
+if [[ " $STAGES " == *" bisect "* ]] && [ -z "${RECORDING:-}" ]; then
+  RECORDING=${WORK%/}.npz
+  timeout --kill-after=10 200 "$PYTHON" bench/gpu_replay.py record "$RECORDING" $dry >"$WORK/record.log" 2>&1 &
+  RECORDER=$!
+fi
+
+bisect() {
+  if [ -n "${RECORDER:-}" ] && ! wait "$RECORDER"; then
+    FAILED+=("record: exit status not 0, see record.log; or bring one: RECORDING=file")
+    tail -n 3 "$WORK/record.log"
+    return
+  fi
+  stage bisect 90 "$PYTHON" bench/gpu_replay.py replay "$RECORDING" $dry
 }
 
 for name in $STAGES; do
   case $name in
   environment) LINES_SHOWN=30 stage environment 60 "$PYTHON" bench/gpu_environment.py $dry --out "$WORK" ;;
   primitives) stage primitives 60 "${PYTEST[@]}" tests/test_primitives.py ;;
-  step) LINES_SHOWN=110 stage step 200 "$PYTHON" bench/gpu_step.py $dry --out "$WORK" --budget 150 ${SIZES:+--sizes "$SIZES"} ;;
+  bisect) bisect ;;
+  model) LINES_SHOWN=40 stage model 30 "$PYTHON" bench/gpu_model.py --recorded --measured "$WORK" ;;
+  step)
+    ready
+    LINES_SHOWN=110 stage step 200 "$PYTHON" bench/gpu_step.py $dry --out "$WORK" --budget 150 ${SIZES:+--sizes "$SIZES"}
+    ;;
   build) LINES_SHOWN=40 stage build 60 "$PYTHON" bench/gpu_build.py $dry --out "$WORK" --budget 45 ;;
   tests) tests ;;
   memcheck | racecheck) check "$name" ;;

@@ -107,6 +107,15 @@ NB_MODULE(_cpu, m) {
     scan(p, sinks, sealed, lengths);
   });
 
+  m.def("best", [](Address q, int q_type, Address k, int type, int b, int h, int g, int n_queries, int d, int64_t N, Address rows,
+                   Address counts, int64_t t, const Ints& sinks, const Ints& sealed, const Ints& lengths, int64_t number, Address scores,
+                   Address found) {
+    BestArgs p{at<const void>(q), at<const void>(k), static_cast<DType>(q_type), static_cast<DType>(type), b, h, g, n_queries, d, N,
+               at<const int32_t>(rows), at<const int32_t>(counts), t, number, at<float>(scores), at<int64_t>(found)};
+    Free free;
+    best(p, sinks, sealed, lengths);
+  });
+
   nb::class_<SearchPlan>(m, "SearchPlan");
   m.def("make_search", [](std::shared_ptr<Router> router, int first_knot, bool count_lists, Address centres, int b, int h, int S, int nprobe,
                           Address tables, const Ints& num_segments, Address budgets, Address miss, Address entries, const Ints& means,

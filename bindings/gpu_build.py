@@ -6,6 +6,8 @@ shapes and dtypes are the backend's business. Axes as in backends/base.py; tenso
 
 from __future__ import annotations
 
+import functools
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,17 +47,17 @@ CONFIGURATIONS: tuple[tuple[str, str, dict[str, int]], ...] = (
 )
 
 APPEND_PARAMS = np.dtype(
-    [(x, "u8") for x in ("keys", "values", "arena_keys", "arena_values", "meta", "starts", "counts", "flags")]
+    [(x, "u8") for x in ("keys", "values", "arena_keys", "arena_values", "meta", "starts", "counts", "flags", "tickets")]
     + [(x, "i8") for x in ("key_b", "key_h", "key_n", "value_b", "value_h", "value_n")]
     + [(x, "i4") for x in ("n", "capacity", "heads", "key_vectors", "value_vectors")]
     + [(x, "u4") for x in ("high_exponent", "low_exponent")]
-    + [("aligned", "i4")],
+    + [(x, "i4") for x in ("aligned", "num_tickets")],
     align=True,
 )
 
 ASSIGN_PARAMS = np.dtype(
-    [(x, "u8") for x in ("keys", "panels", "panel_scales", "cos", "sin", "inv_freq", "positions", "list_nos")]
-    + [(x, "i8") for x in ("key_head", "key_row", "list_head")]
+    [(x, "u8") for x in ("keys", "panels", "panel_scales", "cos", "sin", "inv_freq", "positions", "list_nos", "jobs")]
+    + [(x, "i8") for x in ("key_sequence", "key_head", "key_row", "list_head")]
     + [("scale", "f4")]
     + [(x, "i4") for x in ("type", "n", "d", "rotated", "interleaved", "first_position", "tiles", "chunks", "vectors")],
     align=True,
@@ -63,8 +65,18 @@ ASSIGN_PARAMS = np.dtype(
 
 
 def pack_params(layout: np.dtype[Any], **fields: int | float) -> np.ndarray[Any, Any]:
-    """One element of ``layout``; every field must be given."""
-    return np.array(tuple(fields.pop(name) for name in layout.names or ()), layout)
+    """One element of ``layout``, a struct of numbers; every field must be given."""
+    packed = bytearray(_format(layout).pack(*[fields[name] for name in layout.names or ()]))  # NumPy's own way takes 10 us
+    return np.frombuffer(packed, layout).reshape(())
+
+
+@functools.cache
+def _format(layout: np.dtype[Any]) -> struct.Struct:
+    """How C lays out ``layout``: as NumPy does, made with ``align=True``."""
+    codes = {"u8": "Q", "i8": "q", "u4": "I", "i4": "i", "f4": "f"}
+    made = struct.Struct("@" + "".join(codes[layout[name].str[1:]] for name in layout.names or ()) + "0q")
+    assert made.size == layout.itemsize
+    return made
 
 
 def address(x: Tensor | None) -> int:
@@ -114,13 +126,14 @@ def bind_append_to_meta(
     arena_values: Tensor,
     meta: Tensor,
     counts: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> Launch:
     """The same behind the rows in use, as meta : int32 (b, 8) has them; lengths and next positions grow, errors go to word 7.
 
     A start takes keys and values of `append_layout` as given here, of at least one token. One block takes all of a sequence: made
-    for the few tokens of a step.
+    for the few tokens of a step. tickets : int32 (m,) of the scan that comes after it, which become zeros.
     """
-    where = {"meta": meta, "counts": counts}
+    where = {"meta": meta, "counts": counts, "tickets": tickets}
     return _bind_append(runtime, keys, values, arena_keys, arena_values, where)
 
 
@@ -149,7 +162,7 @@ def _bind_append(
     if total + 4 * block * across >= 2**31:
         raise ValueError(f"append: {n} tokens are too many for one call")
     high, low = _EXPONENTS[dtype]
-    size = dtype.itemsize
+    size, tickets = dtype.itemsize, where.get("tickets")
     strides = {
         f"{name}_{axis}": x.stride(i) * size
         for name, x in (("key", keys), ("value", values))
@@ -161,7 +174,7 @@ def _bind_append(
         values=0,
         arena_keys=address(arena_keys),
         arena_values=address(arena_values),
-        **{name: address(where.get(name)) for name in ("meta", "starts", "counts", "flags")},
+        **{name: address(where.get(name)) for name in ("meta", "starts", "counts", "flags", "tickets")},
         **strides,
         n=n,
         capacity=arena_keys.shape[2],
@@ -171,6 +184,7 @@ def _bind_append(
         high_exponent=high,
         low_exponent=low,
         aligned=_in_vectors(keys) and _in_vectors(values),
+        num_tickets=0 if tickets is None else tickets.numel(),
     )
     kept = arena_keys, arena_values, *where.values()
     return Launch(append_kernel(runtime), (across, y, b), block, 8, params, *kept, dependent=runtime.capability >= CLUSTERS)
@@ -242,6 +256,19 @@ def keys_per_block(runtime: Runtime, d: int, h: int, n: int) -> int:
     return KEYS_PER_BLOCK[-1]
 
 
+ASSIGN_JOB = 8
+"""Numbers of a job of `assign_jobs`: sequence, first row, rows, place of the first in list_nos and positions, its position."""
+
+
+@dataclass(frozen=True)
+class AssignJobs:
+    """Stretches of rows of several sequences. numbers : int32 (z, ASSIGN_JOB) on the device; longest : rows of the longest."""
+
+    numbers: Tensor
+    count: int
+    longest: int
+
+
 def assign(
     runtime: Runtime,
     centroids: PackedCentroids,
@@ -255,12 +282,31 @@ def assign(
     keys : storage dtype (h, n, d), strided freely over h and n; list_nos : int32 out (h, n), strided over h. d <= 256, a
     multiple of 8. rows : keys of a block, of KEYS_PER_BLOCK; None chooses. Ties go to the lower list.
     """
-    h, n, d = keys.shape
-    if not h * n:
-        return
+    if keys.shape[0] * keys.shape[1]:
+        _assign(runtime, centroids, keys[None], list_nos, rotation, rows, None)
+
+
+def assign_jobs(
+    runtime: Runtime, centroids: PackedCentroids, keys: Tensor, jobs: AssignJobs, list_nos: Tensor, turns: Turns | None
+) -> None:
+    """`assign` of stretches of keys : storage dtype (b, h, N, d), in one launch; positions of ``turns``: as list_nos (h, f)."""
+    _assign(runtime, centroids, keys, list_nos, turns, None, jobs)
+
+
+def _assign(
+    runtime: Runtime,
+    centroids: PackedCentroids,
+    keys: Tensor,
+    list_nos: Tensor,
+    rotation: Rotation | Turns | None,
+    rows: int | None,
+    jobs: AssignJobs | None,
+) -> None:
+    _, h, n, d = keys.shape
+    n, count = (n, 1) if jobs is None else (jobs.longest, jobs.count)
     if d > MAX_DIM or d % 8:
         raise ValueError(f"assign: expected a multiple of 8 up to {MAX_DIM} dims, got {d}")
-    rows = rows or keys_per_block(runtime, d, h, n)
+    rows = rows or keys_per_block(runtime, d, h * count, n)
     cos, sin, inv_freq, positions, first, rotated = None, None, None, None, 0, 0
     if isinstance(rotation, Rotation):
         cos, sin, rotated = rotation.cos, rotation.sin, 2 * rotation.cos.shape[1]
@@ -278,8 +324,10 @@ def assign(
         inv_freq=address(inv_freq),
         positions=address(positions),
         list_nos=address(list_nos),
-        key_head=keys.stride(0) * keys.element_size(),
-        key_row=keys.stride(1) * keys.element_size(),
+        jobs=0 if jobs is None else address(jobs.numbers),
+        key_sequence=keys.stride(0) * keys.element_size(),
+        key_head=keys.stride(1) * keys.element_size(),
+        key_row=keys.stride(2) * keys.element_size(),
         list_head=list_nos.stride(0),
         scale=1.0 if rotation is None else rotation.scale,
         type=DTYPES[keys.dtype],
@@ -293,4 +341,4 @@ def assign(
         vectors=_in_vectors(keys) and d % 16 == 0 and (interleaved or rotated % 16 == 0),
     )
     kernel = runtime.kernel("assign.cu", "saap_assign", {"SAAP_ROWS": rows})
-    kernel.launch((-(-n // rows), h, 1), 2 * rows, assign_shared_bytes(rows, d), params)
+    kernel.launch((-(-n // rows), h, count), 2 * rows, assign_shared_bytes(rows, d), params)

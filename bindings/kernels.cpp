@@ -23,7 +23,8 @@ constexpr bool kWideFile = false;
 #endif
 
 #define TABLE(title)                                                                                                              \
-  const Kernels table = {title, W, 2 * W, scan, pack_queries, unpack_values, nearest, dense, load_row, run_weights, list_weights};
+  const Kernels table = {title,   W,     2 * W,    scan,        scores,      pack_queries, unpack_values,                           \
+                         nearest, dense, load_row, run_weights, list_weights};
 
 namespace baseline {
 #define W 4

@@ -63,6 +63,9 @@ struct Kernels {
   int round;  // head dims are padded to a multiple of this in packed queries and accumulators
 
   void (*scan)(DType, const ScanItem&);
+  // s (chunks, n rounded up to a multiple of 16, group): inner products of packed queries and rows, no bias and no limits; nothing
+  // of the values is read or written.
+  void (*scores)(DType, const ScanItem&, float* s);
   // Packed queries: row c of q times `scale`, in the order in which scan widens the storage type; the rest of dp is zero.
   void (*pack_queries)(DType, const float* row, int d, int dp, float scale, float* packed);
   // The inverse for one accumulated row: packed (ep) to plain (e).

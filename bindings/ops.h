@@ -103,6 +103,22 @@ struct ScanArgs {
 };
 void scan(const ScanArgs&, const Ints& sinks, const Ints& sealed, const Ints& lengths);
 
+// The `best` largest inner products of each query with the rows that it reads, best first, and these rows; of equal ones the row
+// that is read first; -inf and -1 where there are fewer. NaN is larger than any number. A (sequence, query) is on its own: rows
+// (b * n_queries, h, t) and counts (b * n_queries, h), sinks, sealed and lengths b * n_queries.
+struct BestArgs {
+  const void *q, *k;    // (b, h, g, n_queries, d), (b, h, N, d)
+  DType q_type, type;
+  int b, h, g, n_queries, d;
+  int64_t N;
+  const int32_t *rows, *counts;  // null: none
+  int64_t t;
+  int64_t best;
+  float* scores;        // (b, h, g, n_queries, best)
+  int64_t* found;       // likewise
+};
+void best(const BestArgs&, const Ints& sinks, const Ints& sealed, const Ints& lengths);
+
 // What is the same in every search of a batch until tokens are sealed. Unset in `probe`: z, a, knots, j; in `scan`: queries, rows,
 // out and the runs of the tail.
 struct SearchPlan {

@@ -13,36 +13,13 @@
 #include "kernels.h"
 #include "ops.h"
 #include "pool.h"
+#include "rows.h"
 #include "scratch.h"
 
 namespace saap {
 namespace {
 
 constexpr int64_t kMostRows = 2048, kLeastRows = 256;  // of an item: small enough to share out, large beside its merge
-
-// The rows of one (sequence, KV head) in reading order: sinks, listed, recent.
-struct Source {
-  int64_t sinks, listed, recent_from, recent;
-  const int32_t* list;
-  int64_t total() const { return sinks + listed + recent; }
-
-  // Row numbers of places [from, from + n), then kScanPad repeats of the last. False if one lies outside [0, N).
-  bool read(int64_t from, int n, int64_t N, int32_t* rows) const {
-    int64_t at = from, end = from + n;
-    int32_t* out = rows;
-    for (; at < end && at < sinks; at++) *out++ = static_cast<int32_t>(at);
-    int64_t stop = std::min(end, sinks + listed);
-    bool fine = true;
-    for (; at < stop; at++) {
-      int32_t r = list[at - sinks];
-      fine &= static_cast<uint32_t>(r) < static_cast<uint64_t>(N);
-      *out++ = r;
-    }
-    for (int64_t r = recent_from + at - sinks - listed; at < end; at++, r++) *out++ = static_cast<int32_t>(r);
-    for (int i = 0; i < kScanPad; i++) rows[n + i] = rows[n - 1];
-    return fine;
-  }
-};
 
 // The runs of one head that are read through their means, and where in the means of that head they lie.
 struct Entries {
@@ -83,8 +60,6 @@ struct Plan {
   std::vector<std::atomic<int64_t>> left;
   Scratch floats, ints;
 };
-
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Floats that the partial result of one item takes.
 int64_t part_size(int64_t columns, int64_t ep) { return round_up(columns * (ep + 2), 16); }

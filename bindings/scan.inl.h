@@ -192,6 +192,34 @@ template <class T, int D> void scan_group(const ScanItem& it) {
   }
 }
 
+template <class T, int D, int G>
+void score_item(const ScanItem& it, float* s) {
+  const int dp = D ? D : it.dp, padded = (it.n + kBlock - 1) / kBlock * kBlock;
+  for (int t = 0; t < it.n; t += kBlock) {
+    const int n = it.n - t < kBlock ? it.n - t : kBlock;
+    for (int i = 0; i < kBlock; i++) prefetch((const char*)((const T*)it.k + (int64_t)it.rows[kBlock + t + i] * it.d), it.d * (int)sizeof(T));
+    for (int c = 0; c < it.chunks; c++) score_block<T, D, G>(it, it.q + c * G * dp, it.rows + t, n, false, s + (c * padded + t) * G);
+  }
+}
+
+template <class T, int D> void score_group(const ScanItem& it, float* s) {
+  switch (it.group) {
+    case 1: return score_item<T, D, 1>(it, s);
+    case 2: return score_item<T, D, 2>(it, s);
+    case 4: return score_item<T, D, 4>(it, s);
+#if W >= 8
+    case 8: return score_item<T, D, 8>(it, s);
+#endif
+#if W >= 16
+    case 16: return score_item<T, D, 16>(it, s);
+#endif
+  }
+}
+
+void scores(DType t, const ScanItem& it, float* s) {
+  with_type(t, [&](auto x) { score_group<decltype(x), 0>(it, s); });
+}
+
 // Head dims of 64 and 128 in 16 bits are worth code of their own; in 32 bits memory is the limit before arithmetic is.
 template <class T> void scan_dims(const ScanItem& it) {
 #if W >= 8

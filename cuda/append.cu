@@ -8,12 +8,14 @@ struct AppendParams {
   const int* starts;                 // (b), where meta is null: first row of each sequence
   const int* counts;                 // (b), or null: all n tokens of each sequence
   int* flags;                        // (b), where meta is null: error bits, set but never cleared
+  int* tickets;                      // out (num_tickets): zeros, for the scan of the same step; null for none
   i64 key_b, key_h, key_n;           // strides in bytes
   i64 value_b, value_h, value_n;
   int n, capacity, heads;            // tokens in keys and values; N; h
   int key_vectors, value_vectors;    // row lengths in units of 16 bytes
   u32 high_exponent, low_exponent;   // see not_finite
   int aligned;                       // keys, values and all strides are multiples of 16 bytes
+  int num_tickets;
 };
 
 namespace {
@@ -39,7 +41,7 @@ __device__ __forceinline__ uint4 read_vector(const char* from, bool aligned) {
 
 // Copies counts[i] leading tokens (or all n) of sequence i to its rows from starts[i], or from its length if meta is given;
 // then length and next_position grow by as many. A sequence with no room for them keeps its rows and its length, and gets error
-// bit 1; one of whose tokens holds NaN or infinity gets bit 0, and the rows all the same.
+// bit 1; one of whose tokens holds NaN or infinity gets bit 0, and the rows all the same. Tickets become zeros.
 //
 // Grid (x, y, b), y a divisor of h, whose heads the blocks share in order; x = y = 1 if meta is given, for one block alone reads
 // and writes the length of a sequence. Block: a multiple of 32, at most 1024; shared memory 8 bytes.
@@ -98,6 +100,11 @@ extern "C" __global__ void __launch_bounds__(1024) saap_append(const __grid_cons
     from += kAhead * step;
   } while (from < total);
   if (bad) atomicOr(errors, kNotFinite);
+  // A scan leaves zeros; what came of two at once, against the rules, ends here.
+  if (p.tickets)
+    for (int i = (blockIdx.z * gridDim.y + blockIdx.y) * step + blockIdx.x * blockDim.x + threadIdx.x; i < p.num_tickets;
+         i += gridDim.z * gridDim.y * step)
+      p.tickets[i] = 0;
 }
 
 #ifdef SAAP_EMU

@@ -15,6 +15,8 @@ struct AssignParams {
   const float* inv_freq;     // (r / 2) radians per position
   const int* positions;      // (n) position of each key; or null: first_position, first_position + 1, ...
   int* list_nos;             // out (h, n)
+  const int* jobs;           // (z, kJobInts), keys of several sequences, see AssignJob; or null: the n of `keys`
+  i64 key_sequence;          // stride in bytes over sequences, with jobs
   i64 key_head, key_row;     // strides in bytes
   i64 list_head;             // stride of list_nos over h, in elements
   float scale;               // of the rotated dims, once turned back
@@ -25,6 +27,8 @@ struct AssignParams {
   int tiles, chunks;         // ceil(l / 128), ceil(d / 64)
   int vectors;               // whether rows can be read and written 16 bytes at a time, see read_unit
 };
+
+constexpr int kJobInts = 8;
 
 namespace {
 
@@ -155,16 +159,27 @@ __device__ __forceinline__ void write_unit(const AssignParams& p, char* keys, in
   }
 }
 
-__device__ __forceinline__ void unrotate(const AssignParams& p, int key, int unit, Unit& u) {
-  const int half = p.rotated / 2, position = p.positions ? p.positions[key] : p.first_position + key;
+// The keys of a block: rows [first, first + n) of a sequence, and where their numbers are in list_nos, positions and angles.
+struct AssignJob {
+  int sequence, first, n, at;
+  int position;  // of the first, if there are no positions
+};
+__device__ __forceinline__ AssignJob read_job(const AssignParams& p, int i) {
+  if (!p.jobs) return {0, 0, p.n, 0, p.first_position};
+  const int* from = p.jobs + i * kJobInts;
+  return {from[0], from[1], from[2], from[3], from[4]};
+}
+
+__device__ __forceinline__ void unrotate(const AssignParams& p, const AssignJob& job, int key, int unit, Unit& u) {
+  const int half = p.rotated / 2, position = p.positions ? p.positions[job.at + key] : job.position + key;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const int pair = unit * 8 + i;
     if (pair >= half) continue;
     float cosine, sine;
     if (p.cos) {
-      cosine = p.cos[static_cast<i64>(key) * half + pair];
-      sine = p.sin[static_cast<i64>(key) * half + pair];
+      cosine = p.cos[static_cast<i64>(job.at + key) * half + pair];
+      sine = p.sin[static_cast<i64>(job.at + key) * half + pair];
     } else {
       // The model rounds the angle to float32 before it takes its cosine.
       const float angle = static_cast<float>(position) * p.inv_freq[pair];
@@ -178,14 +193,15 @@ __device__ __forceinline__ void unrotate(const AssignParams& p, int key, int uni
 
 // Writes keys from `first` on to shared memory: unrotated, scaled, split; zeros for keys past the last. scales (kRows) takes
 // what a product with the key is to be multiplied by. A key is the work of `team` threads next to each other.
-__device__ __forceinline__ void prepare_keys(const AssignParams& p, int head, int first, char* keys, float* scales) {
+__device__ __forceinline__ void prepare_keys(
+    const AssignParams& p, const AssignJob& job, int head, int first, char* keys, float* scales) {
   const int units = (p.d + 15) / 16;
   const int team = units <= 1 ? 1 : units <= 2 ? 2 : units <= 4 ? 4 : units <= 8 ? 8 : 16;
   const int unit = threadIdx.x % team;
-  const char* from = p.keys + head * p.key_head;
+  const char* from = p.keys + job.sequence * p.key_sequence + head * p.key_head + job.first * p.key_row;
   for (int row = threadIdx.x / team; row < kRows; row += kThreads / team) {
     const int key = first + row;
-    const bool there = key < p.n && unit < units;
+    const bool there = key < job.n && unit < units;
     Unit u = {};
     if (there) read_unit(p, from + key * p.key_row, unit, u);
     // A power of two brings a bound of the key's elements below 2^14: far from infinity, also when 256 products are summed.
@@ -197,7 +213,7 @@ __device__ __forceinline__ void prepare_keys(const AssignParams& p, int head, in
     const int exponent = max(static_cast<int>(__float_as_uint(bound) >> 23), 14);  // biased by 127, as are those below
     const float shrink = __uint_as_float(static_cast<u32>(267 - exponent) << 23);
     if (there) {
-      unrotate(p, key, unit, u);
+      unrotate(p, job, key, unit, u);
 #pragma unroll
       for (int i = 0; i < 8; i++) u.x[i] *= shrink, u.y[i] *= shrink;
     }
@@ -225,21 +241,23 @@ struct Best {
 // list_nos of every key: argmax over lists of <k', c> - |c|^2 / 2, k' the key with its rotation undone; ties go to the lower
 // list; a key that holds NaN or infinity goes to some list.
 //
-// Grid (ceil(n / SAAP_ROWS), h, 1), block 2 SAAP_ROWS threads; shared memory 2 panels of 33,280 bytes + (chunks * 256 + 4) *
-// SAAP_ROWS. Warps stand 2 lists-wise and SAAP_ROWS / 32 keys-wise, each with 32 keys by 64 lists of a tile of 128 lists; the
-// next panel is on its way while the tensor cores work on one.
+// Grid (ceil(n / SAAP_ROWS), h, 1), with z jobs (of the largest n, h, z); block 2 SAAP_ROWS threads; shared memory 2 panels of
+// 33,280 bytes + (chunks * 256 + 4) * SAAP_ROWS. Warps stand 2 lists-wise and SAAP_ROWS / 32 keys-wise, each with 32 keys by 64
+// lists of a tile of 128 lists; the next panel is on its way while the tensor cores work on one.
 // Preconditions: d <= 256 a multiple of 8; panels 16-byte aligned. Deterministic.
 extern "C" __global__ void __launch_bounds__(kThreads) saap_assign(const __grid_constant__ AssignParams p) {
   SAAP_SHARED(char, shared);
   char* keys = shared + 2 * kPanelBytes;
   float* scales = reinterpret_cast<float*>(keys + p.chunks * 2 * kHalfKeys);
   const int head = blockIdx.y, first = blockIdx.x * kRows;
+  const AssignJob job = read_job(p, blockIdx.z);
+  if (first >= job.n) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / 2 * 32, column = warp % 2 * 64;
   const int total = p.tiles * p.chunks, steps = (p.d + 15) / 16;
   const char* panels = p.panels + static_cast<i64>(head) * total * kPanelBytes;
 
   fetch_panel(shared, panels);
-  prepare_keys(p, head, first, keys, scales);
+  prepare_keys(p, job, head, first, keys, scales);
 
   float sums[2][8][4];  // keys 16 i + lane / 4 (+ 8), lists 8 j + 2 (lane % 4) (+ 1)
   Best best[4];         // keys 8 i + lane / 4
@@ -324,7 +342,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) saap_assign(const __grid_
   for (int i = 0; i < 4; i++) {
     const int at = row + 8 * i + lane / 4;
     best[i].offer(others[at].score, others[at].list);
-    if (first + at < p.n) p.list_nos[head * p.list_head + first + at] = best[i].list;
+    if (first + at < job.n) p.list_nos[head * p.list_head + job.at + first + at] = best[i].list;
   }
 }
 

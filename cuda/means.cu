@@ -2,12 +2,14 @@
 #include "prims.cuh"
 
 struct MeansParams {
-  const char *keys, *values;       // (h, N, d), (h, N, e): one sequence of the arena, rows contiguous, 16-byte aligned
-  const int* tables;               // (h, s, l + 1), strides below: rows where runs start
-  char *mean_keys, *mean_values;   // out (h, s, l, d), (h, s, l, e), strides below, rows 16-byte aligned; dtype of the arena
-  i64 key_head, value_head;                                                                // bytes
-  i64 table_head, table_segment;                                                           // elements
-  i64 mean_key_head, mean_key_segment, mean_value_head, mean_value_segment;                // bytes
+  const int* jobs;                 // (z, 2): sequence and segment of each; or null: segments 0, 1, ... of the first sequence
+  const char *keys, *values;       // (b, h, N, d), (b, h, N, e), rows contiguous, 16-byte aligned
+  const int* tables;               // (b, h, s, l + 1), strides below: rows where runs start
+  char *mean_keys, *mean_values;   // out (b, h, s, l, d), (b, h, s, l, e), strides below, rows 16-byte aligned; of `type`
+  i64 key_sequence, key_head, value_sequence, value_head;                                  // bytes
+  i64 table_sequence, table_head, table_segment;                                           // elements
+  i64 mean_key_sequence, mean_key_head, mean_key_segment;                                  // bytes
+  i64 mean_value_sequence, mean_value_head, mean_value_segment;                            // bytes
   int capacity;                    // N
   int key_vectors, value_vectors;  // row lengths in units of 16 bytes
   int type;                        // dtype of the arena
@@ -40,9 +42,11 @@ struct Lane {
 template <int T>
 __device__ __forceinline__ void run_mean(const MeansParams& p, float* partial) {
   constexpr int kElements = Lane<T>::kElements;
-  const int list = blockIdx.x, head = blockIdx.y, segment = blockIdx.z;
+  const int list = blockIdx.x, head = blockIdx.y;
+  const int sequence = p.jobs ? p.jobs[2 * blockIdx.z] : 0, segment = p.jobs ? p.jobs[2 * blockIdx.z + 1] : blockIdx.z;
+  const char *keys = p.keys + sequence * p.key_sequence, *values = p.values + sequence * p.value_sequence;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int* table = p.tables + head * p.table_head + segment * p.table_segment;
+  const int* table = p.tables + sequence * p.table_sequence + head * p.table_head + segment * p.table_segment;
   const int first = min(max(table[list], 0), p.capacity), past = min(max(table[list + 1], first), p.capacity);
   const int vectors = p.key_vectors + p.value_vectors;
 
@@ -52,7 +56,7 @@ __device__ __forceinline__ void run_mean(const MeansParams& p, float* partial) {
     const int row_bytes = (is_key ? p.key_vectors : p.value_vectors) * 16, at = (is_key ? v : v - p.key_vectors) * 16;
     float sums[kElements] = {};
     if (v < vectors) {
-      const char* from = (is_key ? p.keys + head * p.key_head : p.values + head * p.value_head) + at;
+      const char* from = (is_key ? keys + head * p.key_head : values + head * p.value_head) + at;
       // Warp w takes rows 8 w to 8 w + 7 of every 64. Counting what is left cannot overflow, as a row number could.
       for (int left = past - first - warp * kAhead; left > 0; left -= kWarps * kAhead) {
         const char* row = from + static_cast<i64>(past - left) * row_bytes;
@@ -77,8 +81,9 @@ __device__ __forceinline__ void run_mean(const MeansParams& p, float* partial) {
         for (int w = 1; w < kWarps; w++) sum += partial[(w * kElements + i) * kWarp + lane];
         mean[i] = sum / count;
       }
-      char* to = is_key ? p.mean_keys + head * p.mean_key_head + segment * p.mean_key_segment
-                        : p.mean_values + head * p.mean_value_head + segment * p.mean_value_segment;
+      const i64 mean_key = sequence * p.mean_key_sequence + head * p.mean_key_head + segment * p.mean_key_segment;
+      const i64 mean_value = sequence * p.mean_value_sequence + head * p.mean_value_head + segment * p.mean_value_segment;
+      char* to = is_key ? p.mean_keys + mean_key : p.mean_values + mean_value;
       *reinterpret_cast<uint4*>(to + static_cast<i64>(list) * row_bytes + at) = Lane<T>::pack(mean);
     }
     __syncthreads();
@@ -87,9 +92,9 @@ __device__ __forceinline__ void run_mean(const MeansParams& p, float* partial) {
 
 }  // namespace
 
-// Means of every run of the segments of `tables`; an empty run has mean 0.
+// Means of every run of some segments; an empty run has mean 0.
 //
-// Grid (l, h, s): a block of 256 threads per run, its warps taking stretches of 8 rows in turn; shared memory 8 KiB.
+// Grid (l, h, z), z segments: a block of 256 threads per run, its warps taking stretches of 8 rows in turn; shared memory 8 KiB.
 // Sums in float32, in an order that depends on the length of the run alone: the same bits each time. Offsets are clamped to
 // the arena.
 extern "C" __global__ void __launch_bounds__(kWarp* kWarps) saap_means(const __grid_constant__ MeansParams p) {

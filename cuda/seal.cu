@@ -1,39 +1,54 @@
-// Sealing: the rows of segments are sorted by list number, stably and per KV head. Three steps: saap_rank says where every row
-// goes and writes the offsets, saap_permute moves the rows to scratch in that order, saap_permute moves them back. Beside them
-// saap_run_lists, which reads list numbers off the offsets of segments that are about to be merged.
+// Sealing: the rows of segments are sorted by list number, stably and per KV head; any number of segments of any sequences at
+// once. saap_rank says where every row goes and writes the offsets, saap_permute moves the rows to scratch in that order, then
+// back. saap_publish writes numbers that the host decides to where they belong.
 //
-// "Covered rows" are those of all segments of a call, which follow one another: rows [base, base + rows) of the arena.
+// A job is one segment. Its leading rows may lie in segments that it takes the place of ("old"), sorted there: the tables of
+// those name their lists. The others are fresh, in arrival order: their lists are given, or were just assigned.
 #include "prims.cuh"
 
+constexpr int kJobInts = 12;
+struct Job {
+  int sequence;
+  int first, rows;    // rows [first, first + rows) of the arena
+  int at;             // place of its first row in `order` and in scratch, a multiple of kTileRows
+  int slot;           // its table in `tables`
+  int old, olds;      // tables of the old segments that it takes the place of, one after the other; their number
+  int fresh;          // first fresh row; rows before it lie in old segments
+  int fresh_at;       // place of that row in `list_nos` and in `positions`
+  int position;       // of the token in that row, and so on; or negative: ids are there already, for every row
+  int unused[2];
+};
+
 struct RankParams {
-  const int* list_nos;    // (h, rows), any stride over h: list of every covered row, clamped to [0, l)
-  const int* segments;    // (s, 2): first row and number of rows of each segment; or null: one segment, all covered rows
-  int* order;             // out (h, rows): the row that comes to each covered row
-  int* tables;            // out (h, s, l + 1), any strides over h and s: first row of every run, then the row past the segment
-  i64 list_head, order_head, table_head, table_segment;  // strides in elements
-  int base, rows, lists;
+  const int* jobs;      // (jobs, kJobInts)
+  const int* list_nos;  // (h, f), any stride over h: lists of the fresh rows; or null: all are in `given`
+  const int* given;     // (b, h, N), any strides: list of each row of the arena, or negative: see list_nos; or null
+  const int* tables;    // (b, h, S, l + 1), any strides but the last: of old segments
+  int* order;           // out (h, t): the row of the arena that comes to each place
+  int* new_tables;      // out (jobs, h, l + 1): first row of every run, then the row past the segment
+  i64 list_head, given_sequence, given_head, table_sequence, table_head, table_segment, order_head;  // strides in elements
+  int lists;
 };
 
 struct PermuteParams {
-  const char *keys, *values;   // source, rows as in `order`; strides below
-  const int* ids;              // source, or null: no ids are moved
-  char *to_keys, *to_values;   // (h, rows, d), (h, rows, e), rows contiguous; not overlapping the source
-  int* to_ids;                 // (h, rows)
-  const int* order;            // (h, rows): source row of each row, plus base; or null: the same row
-  i64 key_head, value_head, id_head;           // strides of the source over h: bytes, bytes, elements
-  i64 key_row, value_row;                      // strides of the source over rows, in bytes
-  i64 to_key_head, to_value_head, to_id_head;  // of the destination over h: bytes, bytes, elements
-  i64 order_head;                              // elements
-  int base, rows;
-  int key_vectors, value_vectors;  // row lengths in units of 16 bytes
+  const int* jobs;         // (jobs, kJobInts): those of this launch
+  char *keys, *values;     // (b, h, N, d), (b, h, N, e), strides below, rows contiguous
+  int* ids;                // (b, h, N)
+  const int* positions;    // (f): position of the token in each fresh row; or null: they follow one another from Job::position
+  const int* order;        // (h, t): as from saap_rank; or null: back from scratch
+  const int* new_tables;   // (jobs, h, l + 1); back from scratch only
+  int* tables;             // out (b, h, S, l + 1); back from scratch only
+  char *scratch_keys, *scratch_values;  // (heads, places, d), (heads, places, e), contiguous, places = 32 * gridDim.x
+  int* scratch_ids;                     // (heads, places)
+  i64 key_sequence, key_head, value_sequence, value_head;                        // bytes
+  i64 id_sequence, id_head, table_sequence, table_head, table_segment, order_head;  // elements
+  int num_jobs, first_head, heads, lists;  // heads: of all, in new_tables
+  int key_vectors, value_vectors;          // row lengths in units of 16 bytes
 };
 
-struct RunListsParams {
-  const int* segments;  // (s, 2): first row and number of rows of each segment
-  const int* tables;    // (h, s, l + 1), any strides over h and s
-  int* list_nos;        // out (h, rows)
-  i64 table_head, table_segment, list_head;
-  int base, rows, lists;
+struct PublishParams {
+  const int4* pieces;  // (m): low and high half of an address, first word, number of words
+  const int* words;    // what is written, 4 bytes each
 };
 
 namespace {
@@ -42,14 +57,9 @@ constexpr int kWarp = 32;
 constexpr int kTileRows = 32;  // rows that a block of saap_permute moves
 constexpr int kAhead = 4;      // vectors of a thread in flight
 
-// Rows [first, past) of segment s, within the covered ones whatever the array holds.
-struct Range {
-  int first, past;
-};
-__device__ __forceinline__ Range segment_rows(const int* segments, int s, int base, int rows) {
-  if (!segments) return {base, base + rows};
-  const int first = min(max(segments[2 * s], base), base + rows);
-  return {first, first + min(max(segments[2 * s + 1], 0), base + rows - first)};
+__device__ __forceinline__ Job read_job(const int* jobs, int i) {
+  const int* from = jobs + i * kJobInts;
+  return {from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8], from[9], {0, 0}};
 }
 
 __device__ __forceinline__ int inclusive_sum(int x, int lane) {
@@ -61,23 +71,42 @@ __device__ __forceinline__ int inclusive_sum(int x, int lane) {
   return x;
 }
 
+// The list of a row of the job, in [0, l) whatever the arrays hold.
+__device__ __forceinline__ int list_of(const RankParams& p, const Job& job, int head, int row) {
+  if (row < job.fresh) {
+    const int* table = p.tables + job.sequence * p.table_sequence + head * p.table_head + job.old * p.table_segment;
+    for (int i = 1; i < job.olds && row >= table[p.lists]; i++) table += p.table_segment;
+    int low = 0, high = p.lists - 1;  // how many of the lists 1, 2, ... begin at the row or before it
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (table[middle] <= row) low = middle;
+      else high = middle - 1;
+    }
+    return low;
+  }
+  int list = p.given ? p.given[job.sequence * p.given_sequence + head * p.given_head + row] : -1;
+  if (list < 0 && p.list_nos) list = p.list_nos[head * p.list_head + job.fresh_at + row - job.fresh];
+  return min(max(list, 0), p.lists - 1);
+}
+
 }  // namespace
 
 // order and tables of every segment: a stable counting sort of its rows by list number.
 //
-// Grid (s, h, 1): a block sorts one segment of one head. Block: 32 W threads, W <= 32; shared memory (W * l + 32) * 4 bytes.
+// Grid (jobs, h, 1): a block sorts one segment of one head. Block: 32 W threads, W <= 32; shared memory (W * l + 32) * 4 bytes.
 // Each warp counts and then ranks a contiguous share of the rows, 32 at a time: lanes with equal lists find each other by
 // match_any, so counters are written by one lane only. Deterministic: no atomics.
-extern "C" __global__ void __launch_bounds__(1024) saap_rank(const __grid_constant__ RankParams p) {
+// Preconditions: jobs within the arrays; `order` has places for all of them.
+extern "C" __global__ void __launch_bounds__(1024, 1) saap_rank(const __grid_constant__ RankParams p) {
   SAAP_SHARED(int, shared);
-  const int segment = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int head = blockIdx.y, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
-  const Range range = segment_rows(p.segments, segment, p.base, p.rows);
-  const int share = ((range.past - range.first + warps - 1) / warps + kWarp - 1) / kWarp * kWarp;
-  const int used = share ? (range.past - range.first + share - 1) / share : 0;  // warps that have rows
-  const int* list_nos = p.list_nos + head * p.list_head - p.base;
-  int* order = p.order + head * p.order_head - p.base;
-  int* table = p.tables + head * p.table_head + segment * p.table_segment;
+  const Job job = read_job(p.jobs, blockIdx.x);
+  const int end = job.first + job.rows;
+  const int share = ((job.rows + warps - 1) / warps + kWarp - 1) / kWarp * kWarp;
+  const int used = share ? (job.rows + share - 1) / share : 0;  // warps that have rows
+  int* order = p.order + head * p.order_head + job.at - job.first;
+  int* table = p.new_tables + (static_cast<i64>(blockIdx.x) * gridDim.y + head) * (p.lists + 1);
   int* sums = shared;                      // (W), of the scan over lists
   int* counts = shared + kWarp;            // (W, l): rows of each warp in each list; later where its next row goes
   int* mine = counts + warp * p.lists;
@@ -85,18 +114,18 @@ extern "C" __global__ void __launch_bounds__(1024) saap_rank(const __grid_consta
   for (int i = threadIdx.x; i < used * p.lists; i += blockDim.x) counts[i] = 0;
   __syncthreads();
 
-  const i64 begin = range.first + static_cast<i64>(warp) * share;
-  const int first = begin < range.past ? static_cast<int>(begin) : range.past;
-  const int past = share < range.past - first ? first + share : range.past;
+  const i64 begin = job.first + static_cast<i64>(warp) * share;
+  const int first = begin < end ? static_cast<int>(begin) : end;
+  const int past = share < end - first ? first + share : end;
   // Calls f(row, list, lanes with the same list) for each 32 rows; lanes past the end have list l.
   auto each = [&](auto&& f) {
     int row = first + lane;
-    int next = row < past ? list_nos[row] : 0;
+    int next = row < past ? list_of(p, job, head, row) : 0;
     for (int from = first; from < past; from += kWarp) {
-      const int list = row < past ? min(max(next, 0), p.lists - 1) : p.lists;
+      const int list = row < past ? next : p.lists;
       const int here = row;
       row += kWarp;
-      if (row < past) next = list_nos[row];
+      if (row < past) next = list_of(p, job, head, row);
       f(here, list, __match_any_sync(~0u, list));
     }
   };
@@ -107,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(1024) saap_rank(const __grid_consta
   __syncthreads();
 
   // Exclusive sums over (list, warp), lists first.
-  int before = range.first;
+  int before = job.first;
   for (int group = 0; group < p.lists; group += blockDim.x) {
     const int list = group + threadIdx.x;
     int total = 0;
@@ -133,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(1024) saap_rank(const __grid_consta
     before += sums[warps - 1];
     __syncthreads();
   }
-  if (threadIdx.x == 0) table[p.lists] = range.past;
+  if (threadIdx.x == 0) table[p.lists] = end;
 
   each([&](int row, int list, u32 peers) {
     int at = 0;
@@ -147,64 +176,82 @@ extern "C" __global__ void __launch_bounds__(1024) saap_rank(const __grid_consta
   });
 }
 
-// Row i of the destination = row order[i] - base of the source: keys, values and ids of every head.
+// Rows of the arena to scratch in the order of saap_rank, ids of fresh rows made on the way; or, without an order, from scratch
+// to the arena, and the tables to where they belong.
 //
-// Grid (ceil(rows / 32), h, 1), block 256, no shared memory. All pointers and byte strides are multiples of 16 (ids: 4).
-// Deterministic. Entries of order outside the covered rows are clamped.
+// Grid (places / 32, heads, 1): heads [first_head, first_head + heads) and places from that of the first job on; block 256, no
+// shared memory. All pointers and byte strides are multiples of 16 (ids and numbers: 4). Deterministic. Entries of order outside
+// their segment are clamped.
 extern "C" __global__ void __launch_bounds__(256) saap_permute(const __grid_constant__ PermuteParams p) {
-  const int head = blockIdx.y, first = blockIdx.x * kTileRows;
-  const int rows = min(kTileRows, p.rows - first), vectors = p.key_vectors + p.value_vectors, total = rows * vectors;
-  const int* order = p.order ? p.order + head * p.order_head + first : nullptr;
-  auto source = [&](int row) { return order ? min(max(order[row] - p.base, 0), p.rows - 1) : first + row; };
-  const char *keys = p.keys + head * p.key_head, *values = p.values + head * p.value_head;
-  char* to_keys = p.to_keys + head * p.to_key_head + static_cast<i64>(first) * p.key_vectors * 16;
-  char* to_values = p.to_values + head * p.to_value_head + static_cast<i64>(first) * p.value_vectors * 16;
+  const int head = p.first_head + blockIdx.y, base = p.jobs[3], place = base + blockIdx.x * kTileRows;
+  int low = 0, high = p.num_jobs - 1;  // the last job that begins at the place or before it
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (p.jobs[middle * kJobInts + 3] <= place) low = middle;
+    else high = middle - 1;
+  }
+  const Job job = read_job(p.jobs, low);
+  const int offset = place - job.at, rows = min(kTileRows, job.rows - offset);
+  const int vectors = p.key_vectors + p.value_vectors, total = rows * vectors;
+  const i64 in_scratch = static_cast<i64>(blockIdx.y) * gridDim.x * kTileRows + blockIdx.x * kTileRows;
+  char* keys = p.keys + job.sequence * p.key_sequence + head * p.key_head;
+  char* values = p.values + job.sequence * p.value_sequence + head * p.value_head;
+  int* ids = p.ids + job.sequence * p.id_sequence + head * p.id_head;
+  char* scratch_keys = p.scratch_keys + in_scratch * p.key_vectors * 16;
+  char* scratch_values = p.scratch_values + in_scratch * p.value_vectors * 16;
+  const int* order = p.order ? p.order + head * p.order_head + place : nullptr;
+  auto in_arena = [&](int row) {
+    return order ? min(max(order[row], job.first), job.first + job.rows - 1) : job.first + offset + row;
+  };
 
-  if (p.ids && static_cast<int>(threadIdx.x) < rows)
-    p.to_ids[head * p.to_id_head + first + threadIdx.x] = p.ids[head * p.id_head + source(threadIdx.x)];
+  if (static_cast<int>(threadIdx.x) < rows) {
+    const int row = in_arena(threadIdx.x);
+    int* scratch_id = p.scratch_ids + in_scratch + threadIdx.x;
+    if (!order) ids[row] = *scratch_id;
+    else if (job.position < 0 || row < job.fresh) *scratch_id = ids[row];
+    else *scratch_id = p.positions ? p.positions[job.fresh_at + row - job.fresh] : job.position + row - job.fresh;
+  }
+  if (!order && offset == 0) {
+    const int* from = p.new_tables + (static_cast<i64>(low) * p.heads + head) * (p.lists + 1);
+    int* table = p.tables + job.sequence * p.table_sequence + head * p.table_head + job.slot * p.table_segment;
+    for (int i = threadIdx.x; i <= p.lists; i += blockDim.x) table[i] = from[i];
+  }
   for (int from = threadIdx.x; from < total; from += kAhead * blockDim.x) {
     uint4 data[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; i++) {
       const int v = from + i * blockDim.x, row = v / vectors, at = v - row * vectors;
       if (v >= total) continue;
-      const int x = source(row);
-      data[i] = ld_stream16(at < p.key_vectors ? keys + x * p.key_row + at * 16
-                                               : values + x * p.value_row + (at - p.key_vectors) * 16);
+      const bool is_key = at < p.key_vectors;
+      const int width = is_key ? p.key_vectors : p.value_vectors, within = is_key ? at : at - p.key_vectors;
+      const i64 x = order ? in_arena(row) : row;
+      const char* source = order ? (is_key ? keys : values) : is_key ? scratch_keys : scratch_values;
+      data[i] = ld_stream16(source + (x * width + within) * 16);
     }
 #pragma unroll
     for (int i = 0; i < kAhead; i++) {
       const int v = from + i * blockDim.x, row = v / vectors, at = v - row * vectors;
       if (v >= total) continue;
-      char* to = at < p.key_vectors ? to_keys + (row * p.key_vectors + at) * 16
-                                    : to_values + (row * p.value_vectors + at - p.key_vectors) * 16;
-      *reinterpret_cast<uint4*>(to) = data[i];
+      const bool is_key = at < p.key_vectors;
+      const int width = is_key ? p.key_vectors : p.value_vectors, within = is_key ? at : at - p.key_vectors;
+      const i64 x = order ? row : in_arena(row);
+      char* to = order ? (is_key ? scratch_keys : scratch_values) : is_key ? keys : values;
+      *reinterpret_cast<uint4*>(to + (x * width + within) * 16) = data[i];
     }
   }
 }
 
-// list_nos of every covered row, from the offsets of its segment: how many of the lists 1, 2, ... begin at it or before it.
+// Every piece of `words` to its address.
 //
-// Grid (x, h, s), any x >= 1; block: at most 256 threads; no shared memory. Deterministic.
-extern "C" __global__ void __launch_bounds__(256) saap_run_lists(const __grid_constant__ RunListsParams p) {
-  const int segment = blockIdx.z, head = blockIdx.y;
-  const Range range = segment_rows(p.segments, segment, p.base, p.rows);
-  const int* table = p.tables + head * p.table_head + segment * p.table_segment;
-  int* list_nos = p.list_nos + head * p.list_head - p.base;
-  for (i64 row = range.first + static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; row < range.past;
-       row += static_cast<i64>(gridDim.x) * blockDim.x) {
-    int low = 0, high = p.lists - 1;  // the list is in [low, high]
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (table[middle] <= row) low = middle;
-      else high = middle - 1;
-    }
-    list_nos[row] = low;
-  }
+// Grid (m, 1, 1), block: any; no shared memory. Preconditions: pieces do not overlap, addresses are multiples of 4.
+extern "C" __global__ void __launch_bounds__(128) saap_publish(const __grid_constant__ PublishParams p) {
+  const int4 piece = p.pieces[blockIdx.x];
+  int* to = reinterpret_cast<int*>(static_cast<u64>(static_cast<u32>(piece.y)) << 32 | static_cast<u32>(piece.x));
+  for (int i = threadIdx.x; i < piece.w; i += blockDim.x) to[i] = p.words[piece.z + i];
 }
 
 #ifdef SAAP_EMU
 extern "C" int saap_sizeof_rank() { return sizeof(RankParams); }
 extern "C" int saap_sizeof_permute() { return sizeof(PermuteParams); }
-extern "C" int saap_sizeof_run_lists() { return sizeof(RunListsParams); }
+extern "C" int saap_sizeof_publish() { return sizeof(PublishParams); }
 #endif

@@ -34,7 +34,7 @@ _PLAIN = Form(False, False)
 class IndexArguments:
     """The checks of `AsymmetricIndex`; see there."""
 
-    __slots__ = ("_accepted",)
+    __slots__ = ("_accepted", "_accepted_new")
 
     # of the index
     d: int
@@ -44,6 +44,7 @@ class IndexArguments:
     device: torch.device
     _lists: SegmentedInvertedLists | None
     _accepted: tuple[Any, ...]
+    _accepted_new: tuple[Any, ...]
 
     def _input(self, value: Any, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> Tensor:
         """A checked tensor of 4 axes; (n, d) becomes (1, 1, n, d)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks, ops
 from ._arguments import IndexArguments
 from .attend import Selection
-from .backends import get_backend
+from .backends import Frequencies, get_backend
 from .calibration import Calibration
 from .errors import CompatibilityError, ParameterError, StateError
 from .invlists import SegmentedInvertedLists
@@ -33,6 +33,24 @@ _STATE = (
     "_query_router", "_tower",
 )  # fmt: skip
 """What a change may set."""
+
+
+class AssignRows:
+    """`Assign` of an index."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, index: IndexBase) -> None:
+        self._index = index
+
+    def __call__(self, i: int, start: int, stop: int) -> Tensor:
+        return self._index._lists_of_rows(i, start, stop)
+
+    def by_position(self) -> tuple[Any, Frequencies | None] | None:
+        index, rope = self._index, self._index.rope
+        if rope is None:
+            return index._prepared_quantizer, None
+        return None if rope.is_dynamic else (index._prepared_quantizer, rope.frequencies(index.device))
 
 
 class IndexBase(IndexArguments):
@@ -106,6 +124,7 @@ class IndexBase(IndexArguments):
         self._miss: tuple[float, Tensor] | None = None
         self._asked: tuple[Any, dict[Any, Any]] = (None, {})  # the defaults, and what the parameters of calls came to over them
         self._accepted: tuple[Any, ...] = ()  # what the last queries that passed the checks were
+        self._accepted_new: tuple[Any, ...] = ()  # and the last keys and values
         self._tower: TwoTower | None = None
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
@@ -345,8 +364,13 @@ class IndexBase(IndexArguments):
             raise ParameterError(f"tail: expected an index with mean_run_tokens of 1 or more, got tail={params.tail} and 0")
         return params
 
-    def _assign_rows(self, i: int, start: int, stop: int) -> Tensor:
-        """List numbers of recent rows of sequence i: what the inverted lists call when they seal."""
+    @property
+    def _assign_rows(self) -> AssignRows:
+        """What the inverted lists ask when they seal."""
+        return AssignRows(self)
+
+    def _lists_of_rows(self, i: int, start: int, stop: int) -> Tensor:
+        """List numbers of recent rows of sequence i."""
         lists = self.invlists
         rotation = None
         if self.rope is not None:

@@ -15,7 +15,7 @@ from . import checks, ops
 from ._storage import IndexStorage
 from .attend import Selection, search
 from .backends import Rotation
-from .backends.resident import Routing
+from .backends.resident import MAX_STEP_TOKENS, Routing
 from .calibration import Calibration
 from .decode import DecodeState
 from .errors import StateError
@@ -29,11 +29,12 @@ class IndexDecode(IndexStorage):
 
     __slots__ = ()
 
-    def advance(self, n: int | Sequence[int] | None = None) -> None:
+    def advance(self, n: int | Sequence[int] | None = None, *, seal: bool = True) -> None:
         """Take note of tokens that replays of a CUDA graph appended, and seal what is due (docs/gpu.md).
 
         n : tokens per sequence since the last call; None asks the device, and waits for it. May be called late, for what is
         not sealed yet is read in full, but before any other method. Not needed where `add` was called without a graph.
+        seal : False only takes note; a later call, or `seal_ahead`, seals.
 
         Raises StateError for a backend without graphs, and if a replay found no room (what it brought is lost) or the device
         holds another number of tokens; NotFiniteError if a step brought NaN or infinity. The index can be used further.
@@ -41,15 +42,57 @@ class IndexDecode(IndexStorage):
         state = self._decode_state()
         if state is None:
             raise StateError(f"advance: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        if not seal and type(n) is int and n >= 0:  # after every replay, in every layer of a model
+            return state.count(n)
         counts = None if n is None else checks.counts(n, state.lists.batch, 2**31 - 1, "n")
         problem = state.advance(counts)
+        if not seal:
+            if problem is not None:
+                raise problem
+            return
         with self._whole():
             if self._tower is not None:
                 self._repartition(state.lists, state.lists.keys[:, :, :0], [0] * state.lists.batch)
-            state.lists.seal(self._assign_rows)
+            state.lists.seal(self._assign_rows, last=True)
         state.follow()
         if problem is not None:
             raise problem
+
+    def seal_ahead(self, n: int = 1) -> None:
+        """Seal what the next n tokens of every sequence make due, 1 <= n <= 8, before a replay brings them: it then reads what a
+        step without a graph would read. They have to come next.
+
+        Raises StateError for a backend without graphs, inside a capture, or if the device holds another number of tokens than the
+        index; NotFiniteError if a step brought NaN or infinity.
+        """
+        state = self._decode_state()
+        if state is None:
+            raise StateError(f"seal_ahead: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        checks.integer(n, "n", 1, MAX_STEP_TOKENS)
+        if any(map(self._layout.num_blocks, (x + n for x in self.lengths))):
+            with self._changing():
+                state.lists.seal_ahead(n, self._assign_rows)
+
+    def release_graphs(self) -> None:
+        """Say that no CUDA graph captured over this index is replayed any more: its memory may move again, as `add` asks for."""
+        state = self._decode_state()
+        if state is not None:
+            state.refuse_capture("release_graphs")
+            state.release()
+
+    def graph_key(self, params: SearchParametersIVF | None = None) -> tuple[Any, ...]:
+        """What a graph of `add` and of `search_attend` with these parameters was made for, beside the shapes of their arguments.
+
+        It may be replayed as long as `same_graph` says so.
+        """
+        lists = self._lists
+        moved = None if lists is None else lists.moved
+        return moved, self.scale, params, self._defaults, self._query_router, self._budget_shares, self._calibration
+
+    def same_graph(self, key: tuple[Any, ...], params: SearchParametersIVF | None = None) -> bool:
+        """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
+        now = self.graph_key(params)
+        return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(key, now, strict=True))
 
     # -- the device in step --------------------------------------------------------------------------------------------
 
@@ -135,6 +178,9 @@ class IndexDecode(IndexStorage):
 
     def stats(self) -> IndexStats:
         with self._in_step():
+            state = self._decode_state()
+            if state is not None:
+                self._last = state.newest(self._last)
             return super().stats()
 
     def _relayout(self, **changes: int) -> None:

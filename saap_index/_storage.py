@@ -143,7 +143,7 @@ class IndexStorage(IndexBase):
             if name != "__weakref__":
                 setattr(new, name, getattr(self, name))
         new._lists = new._last = None
-        new._accepted, new._asked = (), (None, {})
+        new._accepted, new._accepted_new, new._asked = (), (), (None, {})
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
             if self._key_quantizer is not None:

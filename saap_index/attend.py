@@ -122,18 +122,32 @@ def _repeated(values: Sequence[int], times: int) -> list[int]:
     return [value for value in values for _ in range(times)]
 
 
-@full_precision
 def best_of(
-    lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, k: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    backend: Backend, lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, k: int
+) -> tuple[Tensor, Tensor]:
     """The k largest inner products of queries (b, h, g, q, d) with the keys that each would read, and the ids of these tokens.
 
     selection : of `select_each`. Returns float32 (b, h, g, q, k), descending, and int64 of the same shape; -inf and -1 for none.
     """
+    b, h = queries.shape[:2]
+    counts = None if selection.rows is None else selection.counts
+    spans = selection.sinks, selection.sealed, selection.lengths
+    best = backend.best(queries, lists.keys, selection.rows, counts, *spans, k)
+    scores, rows = _best_rows(lists, queries, selection, k) if best is None else best
+    ids = torch.full_like(rows, -1)
+    for i, head in np.ndindex(b, h) if any(selection.lengths) else ():
+        at = rows[i, head]  # a row of no token has no score; one whose score is -inf is still a token's
+        ids[i, head] = torch.where(at < 0, -1, lists.ids_of(i, head, at.clamp(min=0)))
+    return scores, ids
+
+
+@full_precision
+def _best_rows(lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, k: int) -> tuple[Tensor, Tensor]:
+    """What `Backend.best` returns."""
     b, h, g, q, d = queries.shape
     device = queries.device
     scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=device)
-    ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=device)
+    best = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=device)
     width = 0 if selection.rows is None else selection.rows.shape[2]
     rows_in_use = max(selection.sealed, default=0)
     at_once = q * width >= rows_in_use  # to multiply all sealed keys reads less than to gather those of each query
@@ -158,12 +172,10 @@ def best_of(
                 sealed = sealed.masked_fill(chosen < 0, float("-inf"))
                 inner, rows = torch.cat([inner, sealed], 2), torch.cat([rows, chosen], 1)
             top = inner.topk(min(k, inner.shape[2]), dim=2)
-            at = rows.expand(g, -1, -1).gather(2, top.indices)
-            n = at.shape[2]
+            n = top.values.shape[2]
             scores[i, head, :, part, :n] = top.values
-            # a row of no token has no score; one whose score is -inf is still a token's
-            ids[i, head, :, part, :n] = torch.where(at < 0, -1, lists.ids_of(i, head, at.clamp(min=0)))
-    return scores, ids
+            best[i, head, :, part, :n] = rows.expand(g, -1, -1).gather(2, top.indices)
+    return scores, best
 
 
 def search(
@@ -255,10 +267,12 @@ def everything_fits(
 
 
 def spend(
-    lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, budgets: np.ndarray, miss: Tensor | None
-) -> Budget:
-    """Tokens to read, int32 (b, h), as rows and as entries of the tail: an entry costs the bytes of a row."""
-    device, nprobe = lists.keys.device, min(params.nprobe or 0, router.nlist)
+    lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, budgets: np.ndarray, miss: Tensor | None,
+    device: torch.device | None = None,
+) -> Budget:  # fmt: skip
+    """Tokens to read, int32 (b, h), as rows and as entries of the tail: an entry costs the bytes of a row. On the device of the
+    lists, or on ``device``."""
+    device, nprobe = device or lists.keys.device, min(params.nprobe or 0, router.nlist)
     if not params.tail or nprobe:
         return Budget(torch.from_numpy(budgets).to(device), nprobe, miss)
     if not router.count_lists:

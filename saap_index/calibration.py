@@ -108,6 +108,7 @@ def replay(
     return np.stack(kept) if kept else np.empty((0, h, len(MISSES)))
 
 
+@full_precision
 def _captured(
     keys: Tensor, queries: Tensor, routed: Tensor, position: int, lists: np.ndarray, router: QueryRouter, layout: Layout,
     scale: float,

@@ -157,6 +157,21 @@ def sync(paths: Iterable[Path]) -> None:
         _sync_folder(folder)
 
 
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[bool]:
+    """Make a folder and keep its lock while it lasts, unless it is held elsewhere: whether it is ours.
+
+    A holder that was killed holds nothing. On a file system without locks a folder is everybody's.
+    """
+    make_folder(folder)
+    lock = _lock(folder, create=True)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
 def recover(path: str | os.PathLike[str]) -> None:
     """Put a folder back that a killed `write_folder` had moved aside, on a system that cannot exchange two folders at once."""
     target = _target(path)

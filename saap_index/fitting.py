@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backends import RouterWeights
+from .precision import full_precision
 from .router import QueryRouter
 from .targets import RouterTargets
 from .tower import TwoTower
@@ -23,6 +24,7 @@ RIDGE = 1e-3  # of the number of queries, on standardised inputs
 LEAST_DENSITY = 1e-3  # of the mean: what a list holds that got no attention at all
 
 
+@full_precision
 def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_knot: int, num_knots: int) -> QueryRouter:
     """Fit the MLPs of all KV heads, an output per list. Deterministic for a seed and thread count; on the data's device.
 
@@ -39,6 +41,7 @@ def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_
     return QueryRouter(network.weights(None), first_knot, config.count_lists)
 
 
+@full_precision
 def train_tower(
     data: RouterTargets, centroids: Tensor, sequence: Tensor, config: TrainingConfig, first_knot: int, num_knots: int
 ) -> TwoTower:
@@ -94,6 +97,7 @@ class _Network:
         self.bias_out = torch.zeros((h, outputs), dtype=torch.float32, device=device).requires_grad_()
         self.mean, self.deviation, self.x = standardised(data.x)
 
+    @full_precision
     def fit(self, batches: Callable[[], list[Tensor]], scores: Callable[[Tensor, Tensor], Tensor], first_knot: int) -> None:
         """scores : the outputs (h, p, g, o) and the positions of a batch -> z (h, p, g, l)."""
         data, config = self.data, self.config
@@ -125,6 +129,7 @@ class _Network:
                 config.progress(epoch + 1, config.epochs, total / max(1, positions))
 
     @torch.no_grad()
+    @full_precision
     def weights(self, divisor: Tensor | None) -> RouterWeights:
         """What was fitted, with the standardisation of the input as part of it; leading outputs divided by (h, leading).
 
@@ -144,6 +149,7 @@ def _rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
+@full_precision
 def fit_linear(data: RouterTargets, nlist: int, first_knot: int, num_knots: int) -> QueryRouter:
     """A linear router in closed form: ridge regression of the log density of attention in each list and at each distance.
 
@@ -184,6 +190,7 @@ def standardised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, deviation, (x - mean[:, None, None]) / deviation[:, None, None]
 
 
+@full_precision
 def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Tensor, count_lists: bool) -> Tensor:
     """Mean cross-entropy, in nats, of z (h, p, g, l) and a (h, p, g, B) to the true mass of the positions in ``batch``."""
     fit = (data.list_mass[:, batch] * z).sum(-1) + (data.bin_mass[:, batch] * a).sum(-1)

@@ -192,10 +192,16 @@ class AsymmetricIndex(IndexDecode):
             with self._changing():
                 if self._tower is not None:
                     self._repartition(self._lists, self._lists.keys[:, :, :0], [0] * self._lists.batch)
-                self._lists.seal(self._assign_rows)
+                self._lists.seal(self._assign_rows, last=True)
 
     def _new_tokens(self, keys: Any, values: Any, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor, list[int]]:
         batch = self._lists.batch if self._lists is not None and self.ntotal else None
+        kind: tuple[Any, ...] = ()
+        if batch and lengths is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
+            kind = batch, *((x.shape, x.stride(), x.dtype, x.device) for x in (keys, values))
+            if kind == self._accepted_new and max(self.lengths) + keys.shape[2] < 2**31:  # a decode step is like the last
+                return keys.detach(), values.detach(), [keys.shape[2]] * batch
+        plain = kind if kind and keys.ndim == 4 == values.ndim else ()
         keys = self._input(keys, "keys", "b h n d", (batch, self.num_kv_heads, None, self.d), (self.dtype,))
         b, h, n, _ = keys.shape
         if not b:
@@ -204,6 +210,7 @@ class AsymmetricIndex(IndexDecode):
         counts = [n] * b if lengths is None else checks.counts(lengths, b, n)
         if batch and max(self.lengths) + max(counts) >= 2**31:
             raise LengthError(f"add: expected fewer than 2**31 tokens per sequence, got {max(self.lengths) + max(counts)}")
+        self._accepted_new = plain
         return keys, values, counts
 
     def _append(
@@ -212,7 +219,7 @@ class AsymmetricIndex(IndexDecode):
     ) -> None:  # fmt: skip
         lists = self._lists
         same_batch = lists is not None and lists.batch == keys.shape[0]
-        if lists is not None and same_batch and seal and list_nos is None and lists.only_grows(counts):
+        if lists is not None and same_batch and list_nos is None and keys.shape[2] and lists.only_grows(counts, seal):
             lists.append(keys, values, counts, None, None, rotated)  # nearly every step: nothing that could be left half done
             return
         with self._whole():
@@ -302,7 +309,7 @@ class AsymmetricIndex(IndexDecode):
             ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=self.device)
         else:
             self._last = self._select_each(x, params)
-            scores, ids = best_of(self._lists, x, self._last, k)
+            scores, ids = best_of(self._backend, self._lists, x, self._last, k)
         return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
 
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:

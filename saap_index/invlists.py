@@ -8,22 +8,33 @@ and merge with their neighbours as they age (layout.py). Axes as in backends/bas
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import Backend
+from .backends import Arena, Backend, Frequencies, SegmentChange
 from .errors import NotFiniteError, StateError
 from .gaps import Gaps
 from .layout import Layout, Segment
 from .rotated import RotationLengths
 
-Assign = Callable[[int, int, int], Tensor]
-"""(sequence, first row, past row) of rows in arrival order -> list numbers, int32 (h, n)."""
+
+class Assign(Protocol):
+    """What says which lists rows in arrival order belong to."""
+
+    def __call__(self, i: int, start: int, stop: int) -> Tensor:
+        """List numbers of rows [start, stop) of sequence i: int32 (h, n)."""
+
+    def by_position(self) -> tuple[Any, Frequencies | None] | None:
+        """What a backend needs to find them itself: its quantizer, or None without one, and RoPE, if there is one; None if the
+        angles depend on more than the position."""
+
 
 _VERSIONS = itertools.count(1)  # one for all, so that no two batches share a number
 
@@ -58,6 +69,7 @@ class SegmentedInvertedLists:
         self.rotated = RotationLengths(batch)
         self.version = self.moved = next(_VERSIONS)
         self._undo: list[Callable[[], None]] | None = None  # what takes back the steps of the change under way, newest last
+        self._changes = 0  # under way, one within the other
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
         self.capacity = 0
         self.decode: Any = None  # the state on the device that follows this batch (decode.py), or None
@@ -84,11 +96,15 @@ class SegmentedInvertedLists:
         put rows back where they were: every token is forgotten then.
         """
         if self._undo is not None:
-            yield
+            self._changes += 1
+            try:
+                yield
+            finally:
+                self._changes -= 1
             return
         before = {name: getattr(self, name) for name in self._STATE}
         before |= {name: list(before[name]) for name in ("lengths", "segments", "gaps")} | {"_same": self._same.copy()}
-        moved, self._undo = self.moved, []
+        moved, self._undo, self._changes = self.moved, [], 1
         try:
             yield
         except BaseException as error:
@@ -105,24 +121,49 @@ class SegmentedInvertedLists:
                 raise StateError(f"expected memory to take back a failed change, got {another!r}: tokens are gone") from error
             raise
         finally:
-            self._undo = None
+            self._undo, self._changes = None, 0
 
     def _about_to_move(self, i: int, first: int, start: int, stop: int) -> None:
         """Rows [start, stop) of sequence i, with those of its segments from ``first`` on, go elsewhere: note where they are."""
+        if self._undo is not None:
+            ids, tables = self.ids[i, :, start:stop].clone(), self.tables[i, :, first : len(self.segments[i])].clone()
+            self._undo.append(partial(self._take_back, self.keys, i, first, start, ids, tables))
+
+    def _about_to_change(self, changes: Sequence[SegmentChange]) -> list[Callable[[], None]]:
+        """What takes these changes back once they are done; the ids of rows that were not sealed before are theirs to write.
+
+        As many operations on the device whatever the number of changes.
+        """
         if self._undo is None:
-            return
-        before, keys, have = self.ids[i, :, start:stop].clone(), self.keys, len(self.segments[i])
-        tables = self.tables[i, :, first:have].clone()
+            return []
+        starts = [c.want[c.first][0] for c in changes]
+        ends = [c.want[-1][1] - len(c.positions) for c in changes]  # of the rows that were sealed
+        low, first, keys = min(starts), min(c.first for c in changes), self.keys
+        ids = self.ids[:, :, low : max(ends)].clone() if any(map(operator.lt, starts, ends)) else self.ids[:, :, :0]
+        tables = self.tables[:, :, first : max(len(c.have) for c in changes)]
+        tables = tables.clone() if any(c.first < len(c.have) for c in changes) else tables[:, :, :0]
 
-        def take_back() -> None:
-            now = self.ids[i, :, start:stop]
-            if self.keys is keys and not torch.equal(now, before):  # other memory was not there yet, and is gone
-                places = before.argsort(dim=1).gather(1, now.argsort(dim=1).argsort(dim=1))  # where the token of each row was
-                scratch = self._empty((self.heads, stop - start + 1), torch.int32)
-                self.backend.seal(self.keys[i], self.values[i], self.ids[i], start, places.int(), scratch)
-            self.tables[i, :, first:have] = tables
+        def take_back(c: SegmentChange, start: int, end: int) -> None:
+            fresh = torch.from_numpy(c.positions).to(ids).expand(self.heads, -1)
+            before = torch.cat([ids[c.sequence, :, start - low : end - low], fresh], 1)
+            replaced = tables[c.sequence, :, c.first - first : len(c.have) - first]
+            self._take_back(keys, c.sequence, c.first, start, before, replaced)
 
-        self._undo.append(take_back)
+        return [partial(take_back, *what) for what in zip(changes, starts, ends, strict=True)]
+
+    def _take_back(self, keys: Tensor, i: int, first: int, start: int, ids: Tensor, tables: Tensor) -> None:
+        """Put the tokens of sequence i back into the rows from ``start`` on, and its tables from ``first`` on.
+
+        keys : the memory where they changed places. ids : int32 (h, n), of the tokens as they were; the same are there now, in
+        another order. tables : int32 (h, s, l + 1).
+        """
+        stop = start + ids.shape[1]
+        now = self.ids[i, :, start:stop]
+        if self.keys is keys and not torch.equal(now, ids):  # other memory was not there yet, and is gone
+            places = ids.argsort(dim=1).gather(1, now.argsort(dim=1).argsort(dim=1))  # where the token of each row was
+            scratch = self._empty((self.heads, stop - start + 1), torch.int32)
+            self.backend.seal(self.keys[i], self.values[i], self.ids[i], start, places.int(), scratch)
+        self.tables[i, :, first : first + tables.shape[1]] = tables
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -300,21 +341,36 @@ class SegmentedInvertedLists:
                 self.rotated.append(i, start, 0 if rotated is None else rotated[i])
         self.lengths = [start + count for start, count in zip(self.lengths, counts, strict=True)]  # at once
         if assign is not None:
-            self.seal(assign)
+            self.seal(assign, last=True)
 
-    def only_grows(self, counts: Sequence[int]) -> bool:
-        """Whether `append` of so many tokens, to be sealed, writes behind the others and does nothing else."""
-        if self.pending is not None or self.decode is not None:
+    def only_grows(self, counts: Sequence[int], seal: bool = True) -> bool:
+        """Whether `append` of so many tokens, to be sealed or not, writes behind the others and does nothing else."""
+        if self.pending is not None or (self.decode is not None and not self.decode.takes(max(counts))):
             return False
         for length, count, have in zip(self.lengths, counts, self.segments, strict=True):
-            if length + count > self.capacity or self.layout.segments(length + count) != have:
+            if length + count > self.capacity or (seal and self.layout.segments(length + count) != have):
                 return False
         return True
 
-    def seal(self, assign: Assign) -> None:
-        """Bring every sequence to the layout of its length."""
-        for i in range(self.batch):
-            self._seal(i, assign)
+    def seal(self, assign: Assign, last: bool = False) -> None:
+        """Bring every sequence to the layout of its length. last: nothing comes after it in this change, unless that is part of
+        another, so it need not be taken back."""
+        due = [i for i in range(self.batch) if self.layout.segments(self.lengths[i]) != self.segments[i]]
+        if due and not self._seal_together(due, assign, last and self._changes <= 1):
+            for i in due:
+                self._seal_alone(i, assign)
+
+    def seal_ahead(self, n: int, assign: Assign) -> None:
+        """Bring every sequence to the layout that it has with n tokens more, which are among its recent ones, and yet to come.
+
+        A step to wrap in `whole`.
+        """
+        lengths = self.lengths
+        self.lengths = [length + n for length in lengths]
+        try:
+            self.seal(assign)
+        finally:
+            self.lengths = lengths
 
     def advance(self, counts: Sequence[int]) -> None:
         """Take note of ``counts[i]`` tokens that were written behind those of sequence i without `append`."""
@@ -329,10 +385,38 @@ class SegmentedInvertedLists:
 
     def _seal(self, i: int, assign: Assign) -> None:
         """Bring the segments of sequence i to the layout of its length; the rows past the last segment are in arrival order."""
+        if self.layout.segments(self.lengths[i]) != self.segments[i] and not self._seal_together([i], assign):
+            self._seal_alone(i, assign)
+
+    def _seal_together(self, due: Sequence[int], assign: Assign, final: bool = False) -> bool:
+        """`_seal_alone` of all these sequences in one go, where the backend can; False if nothing was done. final: it will not be
+        taken back."""
+        known = assign.by_position() if self.backend.seals_batches else None
+        if known is None:
+            return False
+        changes = []
+        for i in due:
+            have, want = self.segments[i], self.layout.segments(self.lengths[i])
+            first = _common(have, want)
+            fresh = np.arange(max(self.sealed(i), want[first][0]), want[-1][1])
+            positions = self.positions(i, fresh)
+            changes.append(SegmentChange(i, first, have, want, positions, self.layout.num_means(want, self.nlist)))
+        self._reserve_tables(max(len(c.want) for c in changes))
+        arena = Arena(self.keys, self.values, self.ids, self.tables, self.mean_keys, self.mean_values, self.pending)
+        undo = [] if final else self._about_to_change(changes)
+        self._changed()
+        if not self.backend.seal_batch(arena, changes, *known):
+            return False
+        if self._undo is not None:  # not before: it says that it moves nothing if it fails
+            self._undo += undo
+        for c in changes:
+            self.segments[c.sequence] = self.layout.segments(self.lengths[c.sequence])
+        return True
+
+    def _seal_alone(self, i: int, assign: Assign) -> None:
+        """`_seal` where it is due, by the backend's single operations."""
         target = self.layout.segments(self.lengths[i])
         have = self.segments[i]
-        if target == have:
-            return
         first = _common(have, target)
         self._reserve_tables(len(target))
         tables = self.tables.new_empty((self.heads, len(target) - first, self.nlist + 1))

@@ -17,6 +17,9 @@ from .errors import ParameterError
 MAX_QUERY_TOKENS = 8
 """Queries per call of `search_attend`; as many tokens always stay in arrival order, so a causal tail never meets a segment."""
 
+NEVER = 2**31 - 1
+"""``break_even`` of an index that must not seal."""
+
 FANOUT = 4
 MIN_SEAL_TOKENS, MAX_SEAL_TOKENS = 64, 256
 

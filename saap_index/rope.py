@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import positions as _positions
-from .backends.base import Rotation
+from .backends.base import Frequencies, Rotation
 from .errors import DTypeError, FormatError, ParameterError, ShapeError
 from .positions import Positions
 
@@ -311,6 +311,12 @@ class Rope:
             if asked is not None:
                 self._memo["asked"] = asked, result
         return result
+
+    def frequencies(self, device: torch.device | str) -> Frequencies:
+        """What undoes this embedding wherever a token is. ParameterError if `is_dynamic`. Do not write to it."""
+        length = self._length_of_rotation(None)
+        assert not isinstance(length, tuple), "one for all tokens"
+        return Frequencies(self._frequencies(length, torch.device(device)), self.interleaved, 1.0 / self.attention_scale)
 
     # -- applying ------------------------------------------------------------------------------------------------------
 

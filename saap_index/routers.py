@@ -86,7 +86,7 @@ class Routers:
 
     def check(self, config: Any) -> None:
         """CompatibilityError, by name, unless a transformers config (or its dict) is of the shape and RoPE trained for."""
-        want, got = self.config["model"], model_shape(config)
+        want, got = self.config.get("model") or {}, model_shape(config)
         for name, value in got.items():
             if want.get(name) != value:
                 raise CompatibilityError(f"routers: expected a model with {name} = {want.get(name)!r}, got {value!r}")
@@ -124,6 +124,8 @@ class Routers:
 def model_shape(config: Any) -> dict[str, Any]:
     """What routers must agree with, from a transformers config or its dict; CompatibilityError if it lacks one of them."""
     config = _text_config(config)
+    if _read(config, "per_layer_config" if isinstance(config, Mapping) else "is_heterogeneous"):
+        raise CompatibilityError(f"config: expected layers of one shape, got a {_read(config, 'model_type')} model of several")
     names = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
     found = {name: _read(config, name) for name in names}
     found["num_key_value_heads"] = _read(config, "num_key_value_heads", found["num_attention_heads"])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .precision import full_precision
+
 BINS_PER_OCTAVE = 2
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at a time: what a CPU cache holds, what keeps a GPU busy
 
@@ -48,6 +50,7 @@ def bin_edges(nearest: int, farthest: int, distance: bool) -> Tensor:
     return max(1, nearest) * 2.0 ** (torch.arange(count + 1, dtype=torch.float64, device="cpu") / BINS_PER_OCTAVE)
 
 
+@full_precision
 def targets(
     keys: Tensor, queries: Tensor, router_queries: Tensor, positions: Tensor, lists: Tensor, nlist: int,
     sinks: int, window: int, scale: float, edges: Tensor,

@@ -48,6 +48,37 @@ class Graph(TorchDispatchMode):
             launch()
 
 
+class WholeGraph(Graph):
+    """A graph of torch's operators too, as a real one holds their kernels: replayed, each writes to the memory of its first run.
+
+    What asks the host for a number is refused, as a real capture refuses it.
+    """
+
+    _ASKING = "_local_scalar_dense", "is_nonzero", "equal", "nonzero"
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        if name in self._ASKING:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        found = function(*args, **kwargs)
+        self.memory.append(found)
+        returns = function._schema.returns
+        outputs = found if isinstance(found, tuple | list) else (found,)
+        fresh = [x for x, kind in zip(outputs, returns, strict=False) if isinstance(x, torch.Tensor) and kind.alias_info is None]
+        changes = any(x.alias_info is not None and x.alias_info.is_write for x in function._schema.arguments)
+
+        def again() -> None:
+            new = function(*args, **kwargs)
+            made = new if isinstance(new, tuple | list) else (new,)
+            for x, y in zip(outputs, made, strict=True):
+                if any(x is z for z in fresh):
+                    x.copy_(y)
+
+        if (fresh or changes) and not name.startswith("empty"):
+            self.launches.append((name, again))
+        return found
+
+
 class RecordingKernel:
     def __init__(self, runtime: RecordingRuntime, name: str, kernel: Kernel) -> None:
         self.runtime, self.name, self.kernel = runtime, name, kernel
@@ -98,8 +129,9 @@ class RecordingRuntime:
             record.clear()
 
     @contextmanager
-    def capture(self) -> Iterator[Graph]:
-        self.graph = graph = Graph()
+    def capture(self, whole: bool = False) -> Iterator[Graph]:
+        """whole : with torch's operators."""
+        self.graph = graph = WholeGraph() if whole else Graph()
         try:
             with graph:
                 yield graph

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -577,3 +578,25 @@ def test_files(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_each_error_is_also_a_built_in(built_in: type[Exception], errors: list[type[SaapError]]) -> None:
     assert all(issubclass(error, built_in) and issubclass(error, SaapError) for error in errors)
+
+
+@pytest.mark.parametrize("seal", [True, False])
+def test_tokens_unlike_the_last_are_checked(seal: bool) -> None:
+    """A step like the one before is not checked again; any other is, and nothing of it is stored."""
+    index = small_index()
+    good = torch.zeros((2, index.num_kv_heads, 1, index.d))
+    for _ in range(3):
+        index.add(good, good, seal=seal)
+    wrong: list[tuple[type[Exception], Any, Any]] = [
+        (DTypeError, good, good.half()), (ShapeError, good[:1], good[:1]), (ShapeError, good, good[:, :, :, :-8]),
+        (ShapeError, good, good.expand(2, -1, 2, -1)), (LayoutError, good, good.transpose(0, 3).contiguous().transpose(0, 3)),
+        (NotFiniteError, good, good / 0), (DTypeError, good, None),
+    ]  # fmt: skip
+    for error, keys, values in wrong:
+        with pytest.raises(error):
+            index.add(keys, values, seal=seal)
+        assert index.lengths == [3, 3]
+    index.add(good, good, seal=seal)
+    other = index.fork()
+    other.add(good.numpy(), good.numpy(), seal=seal)
+    assert index.lengths == [4, 4] and other.lengths == [5, 5]

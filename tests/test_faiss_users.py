@@ -7,17 +7,24 @@ import numpy as np
 import pytest
 import torch
 from helpers import random_router, small_index, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from saap_index import (
     AsymmetricIndex,
     CompatibilityError,
     DeviceError,
     DTypeError,
+    LengthError,
     ParameterError,
     Rope,
     SearchParametersIVF,
     ShapeError,
 )
+from saap_index.backends import get_backend
+from saap_index.bindings import native
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def filled(**options: object) -> AsymmetricIndex:
@@ -123,6 +130,66 @@ def test_many_queries_are_as_many_searches(params: dict[str, float], backend: st
     again = index.search(queries, 6, params=asked)
     assert torch.equal(again[1], ids) and torch.allclose(again[0], scores, rtol=1e-5)
     assert stats.dense_tokens > 0 and stats.kv_bytes > 0 and (stats.read_sealed > 0 or params == {"selectivity": 1.0})
+
+
+@pytest.mark.parametrize("isa", native.load().isas())
+@settings(max_examples=25)
+@given(
+    b=st.integers(1, 2), h=st.integers(1, 2), g=st.integers(1, 67), q=st.integers(1, 3), d=st.sampled_from([8, 24, 64, 72]),
+    n=st.integers(1, 60), k=st.integers(1, 70), stored=st.sampled_from(DTYPES), asked=st.sampled_from(DTYPES),
+    whole=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_best_rows_of_the_kernels(
+    isa: str, b: int, h: int, g: int, q: int, d: int, n: int, k: int, stored: torch.dtype, asked: torch.dtype, whole: bool,
+    seed: int,
+) -> None:  # fmt: skip
+    """Whole numbers, so that sums are exact and ties happen: of equal products the row that is read first."""
+    r = np.random.default_rng(seed)
+    keys = torch.from_numpy(r.integers(-2, 3, (b, h, n, d))).to(stored)
+    queries = torch.from_numpy(r.integers(-2, 3, (b, h, g, q, d))).to(asked)
+    queries[0, 0, 0, 0, 0] = [1.0, float("nan")][seed % 2]
+    spans = np.sort(r.integers(0, n + 1, (b * q, 3)), 1)
+    listed = [[np.sort(r.permutation(np.arange(low, mid))[: r.integers(0, 9)]) for _ in range(h)] for low, mid, _ in spans]
+    rows = torch.full((b * q, h, 9), -1, dtype=torch.int32)
+    for one, head in np.ndindex(b * q, h):
+        rows[one, head, : len(listed[one][head])] = torch.from_numpy(listed[one][head])
+    counts = torch.tensor([[len(x) for x in heads] for heads in listed], dtype=torch.int32)
+    cpu, module, before = get_backend(torch.device("cpu"), "cpu"), native.load(), native.load().isa()
+    module.set_isa(isa)
+    try:
+        selected = (None, None) if whole else (rows, counts)
+        scores, found = cpu.best(queries, keys, *selected, *spans.T.tolist(), k)  # type: ignore[misc]
+    finally:
+        module.set_isa(before)
+    for i, head, j in np.ndindex(b, h, q):
+        low, mid, high = spans[i * q + j]
+        read = np.concatenate([np.arange(low), [] if whole else listed[i * q + j][head], np.arange(mid, high)]).astype(int)
+        inner = queries[i, head, :, j].double().numpy() @ keys[i, head, read].double().numpy().T
+        order = np.argsort(-np.where(np.isnan(inner), np.inf, inner), axis=1, kind="stable")[:, :k]
+        m = order.shape[1]
+        assert (found[i, head, :, j, :m].numpy() == read[order]).all() and (found[i, head, :, j, m:] == -1).all()
+        np.testing.assert_array_equal(scores[i, head, :, j, :m].numpy(), np.take_along_axis(inner, order, 1))
+        assert np.isneginf(scores[i, head, :, j, m:].numpy()).all()
+
+
+def test_best_rows_refuse_what_is_not_there() -> None:
+    cpu, keys, queries = get_backend(torch.device("cpu"), "cpu"), torch.ones((1, 1, 5, 8)), torch.ones((1, 1, 1, 1, 8))
+    rows, counts = torch.tensor([[[1, 5]]], dtype=torch.int32), torch.tensor([[2]], dtype=torch.int32)
+    with pytest.raises(IndexError, match=r"outside \[0, 5\)"):
+        cpu.best(queries, keys, rows, counts, [0], [5], [5], 1)
+    with pytest.raises(IndexError, match="count"):
+        cpu.best(queries, keys, rows, counts + 1, [0], [5], [5], 1)
+    with pytest.raises(LengthError, match="<= 5"):
+        cpu.best(queries, keys, None, None, [0], [5], [6], 1)
+    with pytest.raises(ShapeError, match="both or neither"):
+        cpu.best(queries, keys, rows, None, [0], [5], [5], 1)
+
+
+def test_many_queries_go_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAISS's search is twice as fast (bench/search.py); products by torch over gathered keys were six times slower than that."""
+    monkeypatch.setattr("saap_index.attend._best_rows", None)
+    index = filled()
+    assert index.search(tokens(1, 4, 50, 32), 3)[1].shape == (1, 4, 50, 3)
 
 
 def test_statistics_of_a_search() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_backends
 import test_tail
+import test_whole
 import torch
 from gpu_places import BF16, F16, F32, PLACES, RUNTIME, Place, check, emulated_place, emulation, gpu
 from helpers import assert_close, small_index, tokens
@@ -104,6 +105,108 @@ def test_launches_of_a_step(emu: Place) -> None:
         assert RUNTIME.launched == launches and not RUNTIME.looked_up, name
         assert set(seen.names) <= FREE and seen.names.count("empty") == (0 if name == "add" else 2), (name, seen.names)
     assert len(index.invlists.segments[0]) == before, "nothing was sealed meanwhile"
+
+
+SEALING = {"lift_fresh": 9, "slice": 5, "copy_": 1}
+"""How often at most a step that seals does what a plain one does not; copy_ is of what `advance` and its like look at later."""
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_launches_of_a_step_that_seals(emu: Place, batch: int) -> None:
+    """As many whatever the batch, also where sequences seal other segments at other times; nothing is read back."""
+    h, d, means = 2, 64, 2
+    rope = Rope(head_dim=d, theta=100.0)
+    index = emu.index(d, d, 4, 4, h, dtype=BF16, rope=rope, mean_run_tokens=means)
+    plain = small_index(d, d, 4, 4, h, dtype=BF16, rope=rope, mean_run_tokens=means, backend="torch")
+    index.reserve_memory(140, batch=batch)
+    prompt = emu.tokens(batch, h, 70, d, BF16)
+    lengths = [70, 41, 58][:batch]
+    for x in (index, plain):
+        x.add(prompt, prompt, lengths=lengths)
+    index.search_attend(emu.tokens(batch, 4, 1, d, BF16))
+    merged, together, kinds = 0, 0, set()
+    for t in range(40):
+        new, before = emu.tokens(batch, h, 1, d, BF16, seed=t), list(index.invlists.segments)
+        RUNTIME.clear()
+        with Operations() as seen:
+            index.add(new, new)
+        launched = list(RUNTIME.launched)
+        plain.add(new, new)
+        changed = [i for i, (a, b) in enumerate(zip(before, index.invlists.segments, strict=True)) if a != b]
+        if not changed:
+            assert launched == ["saap_append"]
+            continue
+        merged += any(len(index.invlists.segments[i]) <= len(before[i]) for i in changed)
+        together += len(changed) > 1
+        kinds.add(tuple(launched))
+        assert [x for x in launched if x != "saap_means"] == [
+            "saap_append", "saap_assign", "saap_rank", "saap_permute", "saap_permute", "saap_publish"
+        ] and launched.count("saap_means") <= 1  # fmt: skip
+        more = [x for x in seen.names if x not in FREE]
+        assert all(more.count(x) <= SEALING.get(x, 0) for x in set(more)), more
+        assert seen.names.count("empty") == 2 and len(seen.names) <= 19
+    same_state(index, plain)
+    assert merged and (together or batch == 1) and len(kinds) <= 2
+
+
+TAKEN_BACK = (
+    "a step that seals", "sealed later", "more than there is room for", "after list numbers", "truncate", "remove",
+    "truncate, some wait", "remove, some wait", "window",
+)  # fmt: skip
+"""Of `test_whole.CHANGES`."""
+
+
+@emulation
+@pytest.mark.parametrize("name", TAKEN_BACK)
+def test_without_memory(name: str) -> None:
+    test_whole.check_without_memory(name, "cuda-emu", 23)
+
+
+@emulation
+@pytest.mark.parametrize("name", TAKEN_BACK)
+def test_taken_back_when_all_is_done(name: str) -> None:
+    make, change = test_whole.CHANGES[name]
+    index = make("cuda-emu")
+    before = test_whole.state(index)
+    change(index)
+    after = test_whole.state(index)
+    index = make("cuda-emu")
+    with pytest.raises(RuntimeError, match="after it"):
+        with index._whole():
+            change(index)
+            raise RuntimeError("after it")
+    assert test_whole.same(test_whole.state(index), before)
+    test_whole.usable(index, change, before, after)
+
+
+@emulation
+@pytest.mark.parametrize("name", TAKEN_BACK)
+def test_without_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time that one is asked for once, it cannot be had: at the first, second, ... time."""
+    make, change = test_whole.CHANGES[name]
+    index = make("cuda-emu")
+    before = test_whole.state(index)
+    RUNTIME.clear()
+    change(index)
+    count = len(RUNTIME.looked_up)
+    after = test_whole.state(index)
+    assert {"saap_rank", "saap_permute", "saap_means"} <= set(RUNTIME.looked_up)
+    original = RUNTIME.kernel
+    for at in range(count):
+        index = make("cuda-emu")
+        RUNTIME.clear()
+
+        def kernel(file: str, name: str, macros: Any, at: int = at) -> Any:
+            if len(RUNTIME.looked_up) == at:
+                RUNTIME.looked_up.append(name)
+                raise RuntimeError("none")
+            return original(file, name, macros)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RUNTIME, "kernel", kernel)
+            with pytest.raises(RuntimeError, match="none"):
+                change(index)
+        test_whole.usable(index, change, before, after)
 
 
 STEPS: dict[str, tuple[int, dict[str, Any]]] = {

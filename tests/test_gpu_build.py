@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saap_index import reference
-from saap_index.backends.base import Rotation
+from saap_index.backends.base import Frequencies, Rotation, SegmentChange
 from saap_index.bindings import gpu_build, gpu_seal
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
@@ -57,7 +57,7 @@ def test_parameters_are_laid_out_as_in_the_kernels() -> None:
         ("assign.cu", "assign", rows, gpu_build.ASSIGN_PARAMS),
         ("seal.cu", "rank", {}, gpu_seal.RANK_PARAMS),
         ("seal.cu", "permute", {}, gpu_seal.PERMUTE_PARAMS),
-        ("seal.cu", "run_lists", {}, gpu_seal.RUN_LISTS_PARAMS),
+        ("seal.cu", "publish", {}, gpu_seal.PUBLISH_PARAMS),
         ("means.cu", "means", {}, gpu_seal.MEANS_PARAMS),
     ):
         assert runtime(SCHEDULES[0]).kernel(file, f"saap_{name}", macros).sizeof(name) == layout.itemsize
@@ -136,9 +136,11 @@ def test_append(
         flags.zero_()
         meta[:, gpu_build.META_ERRORS] = 0
         starts = ints(lengths)
-        with run.allow(given_keys, given_values, flags, meta):
+        tickets = torch.full((data.draw(st.sampled_from([1, 70, 3000])),), 5 + step, dtype=torch.int32)
+        with run.allow(given_keys, given_values, flags, meta, tickets):
             if by_meta:
-                append_to_meta(run, given_keys, given_values, *arena, meta, device_counts)
+                append_to_meta(run, given_keys, given_values, *arena, meta, device_counts, tickets)
+                assert not (n and tickets.any())
             else:
                 gpu_build.append(run, given_keys, given_values, *arena, starts, device_counts, flags)
         assert all(same_bits(a, w) for a, w in zip(arena, want, strict=True))
@@ -234,6 +236,38 @@ def test_assign_reads_many_lists_and_finds_the_first_of_equals() -> None:
     assert torch.equal(results[0][0, :35].long(), torch.arange(0, 700, 20))
 
 
+@given(
+    schedules, dtypes, st.sampled_from([40, 64, 128]), st.integers(1, 200), st.integers(1, 2), st.booleans(), st.booleans(),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.sampled_from([1, 5, 64, 67, 130])), min_size=1, max_size=4),
+    seeds,
+)  # fmt: skip
+@settings(max_examples=15)
+def test_assign_of_stretches_is_assign_of_each(
+    run: EmulatedRuntime, dtype: torch.dtype, d: int, nlist: int, h: int, turned: bool, gaps: bool,
+    stretches: list[tuple[int, int, int]], seed: int,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(seed)
+    keys, centroids = random_rows((3, h, 170, d), dtype, seed), random_rows((h, nlist, d), torch.float32, seed + 1)
+    packed, total = gpu_build.pack_centroids(centroids), sum(n for _, _, n in stretches)
+    firsts = rng.integers(0, 1 << 20, len(stretches)).tolist()
+    inv_freq = torch.from_numpy(1e4 ** -(np.arange(d // 2) * 2 / d)).float()
+    each = [first + np.arange(n) * (1 + gaps) for first, (_, _, n) in zip(firsts, stretches, strict=True)]
+    positions = np.concatenate(each)
+    at = np.cumsum([0, *(n for _, _, n in stretches)]).tolist()
+    numbers = ints([[*x, begin, first, 0, 0, 0] for x, begin, first in zip(stretches, at, firsts, strict=False)])
+    jobs = gpu_build.AssignJobs(numbers, len(stretches), max(n for _, _, n in stretches))
+    turns = gpu_build.Turns(inv_freq, ints(positions) if gaps else None, 0, False, 0.75) if turned else None
+    room = torch.full((h, total + 3), -5, dtype=torch.int32)
+    with run.allow(keys, packed.panels, packed.scales):
+        gpu_build.assign_jobs(run, packed, keys, jobs, room[:, :total], turns)
+    assert (room[:, total:] == -5).all()
+    for (i, row, n), begin in zip(stretches, at, strict=False):
+        alone = torch.empty((h, n), dtype=torch.int32)
+        turn = gpu_build.Turns(inv_freq, ints(positions[begin : begin + n]), 0, False, 0.75) if turned else None
+        gpu_build.assign(run, packed, keys[i, :, row : row + n], alone, turn)
+        assert torch.equal(room[:, begin : begin + n], alone)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_assign_of_numbers_that_are_none_stays_in_range(bad: float) -> None:
     keys, centroids = random_rows((1, 6, 64), torch.bfloat16, 0), random_rows((1, 9, 64), torch.float32, 1)
@@ -279,12 +313,7 @@ def lists_of(kind: str, n: int, nlist: int, rng: np.random.Generator) -> np.ndar
     return np.sort(lists) if kind == "sorted" else lists
 
 
-def workspace(h: int, d: int, e: int, dtype: torch.dtype, segments: list[tuple[int, int]], generous: float) -> Tensor:
-    least, most = gpu_seal.workspace_bytes(h, d, e, dtype, segments)
-    return torch.full((least + int((most - least) * generous),), 255, dtype=torch.uint8)
-
-
-class Arena:
+class Rows:
     """One sequence of random rows, and what sorting its segments should make of it."""
 
     def __init__(self, h: int, capacity: int, d: int, e: int, dtype: torch.dtype, seed: int) -> None:
@@ -308,6 +337,25 @@ class Arena:
         return want, torch.from_numpy(tables)
 
 
+def seal_given(
+    run: EmulatedRuntime, rows: Rows, segments: list[tuple[int, int]], list_nos: Tensor, tables: Tensor, generous: float
+) -> None:
+    """Seal segments of rows whose ids are there and whose lists are ``list_nos``. generous : how far from the least workspace."""
+    arena = gpu_seal.Arena(*(x[None] for x in rows.parts), tables[None])
+    jobs, at = [], 0
+    for slot, (start, stop) in enumerate(segments):
+        jobs.append(gpu_seal.Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
+        at += gpu_seal.places(stop - start)
+    space = workspace(arena, jobs, generous)
+    with run.allow(*rows.parts, space):
+        gpu_seal.seal(run, arena, jobs, ints(jobs), gpu_seal.Fresh(list_nos), space)
+
+
+def workspace(arena: gpu_seal.Arena, jobs: list[gpu_seal.Job], generous: float, before: int = 0) -> Tensor:
+    least, most = gpu_seal.workspace_bytes(arena, jobs)
+    return torch.full((before + least + int((most - least) * generous),), 255, dtype=torch.uint8)
+
+
 @given(
     schedules, dtypes, dims, dims, st.integers(1, 3), st.integers(1, 300) | st.just(6000),
     st.sampled_from([0, 1, 31, 64, 200, 700]), st.sampled_from(KINDS), st.sampled_from([0.0, 0.6, 1.0]), seeds,
@@ -317,14 +365,12 @@ def test_seal(
     run: EmulatedRuntime, dtype: torch.dtype, d: int, e: int, h: int, nlist: int, n: int, kind: str, generous: float, seed: int
 ) -> None:
     rng, start = np.random.default_rng(seed), 5
-    arena = Arena(h, n + 9, d, e, dtype, seed)
+    rows = Rows(h, n + 9, d, e, dtype, seed)
     list_nos = np.stack([lists_of(kind, n, nlist, rng) for _ in range(h)]).astype(np.int32)
-    want, tables = arena.sorted([(start, start + n)], list_nos, nlist)
+    want, tables = rows.sorted([(start, start + n)], list_nos, nlist)
     room = torch.full((h, 2, nlist + 1), -5, dtype=torch.int32)
-    space = workspace(h, d, e, dtype, [(start, start + n)], generous)
-    with run.allow(*arena.parts, space):
-        gpu_seal.seal(run, *arena.parts, start, torch.from_numpy(list_nos), room[:, 1], space)
-    assert all(torch.equal(a, w) for a, w in zip(arena.parts, want, strict=True))
+    seal_given(run, rows, [(start, start + n)], torch.from_numpy(list_nos), room[:, 1:], generous)
+    assert all(torch.equal(a, w) for a, w in zip(rows.parts, want, strict=True))
     assert torch.equal(room[:, 1], tables[:, 0]) and (room[:, 0] == -5).all()
 
 
@@ -333,53 +379,166 @@ def test_seal(
     st.lists(st.sampled_from([0, 1, 7, 32, 100, 260]), min_size=1, max_size=5), st.sampled_from([0.0, 0.5, 1.0]), seeds,
 )  # fmt: skip
 @settings(max_examples=20)
-def test_seal_many_is_seal_one_by_one_and_list_numbers_come_back(
+def test_seal_of_many_segments(
     run: EmulatedRuntime, dtype: torch.dtype, h: int, nlist: int, lengths: list[int], generous: float, seed: int
 ) -> None:
     rng, d, e = np.random.default_rng(seed), 32, 40
     ends = (3 + np.cumsum([0, *lengths])).tolist()
     segments = list(pairwise(ends))
-    arena = Arena(h, ends[-1] + 2, d, e, dtype, seed)
+    rows = Rows(h, ends[-1] + 2, d, e, dtype, seed)
     list_nos = np.stack([lists_of(KINDS[head], sum(lengths), nlist, rng) for head in range(h)]).astype(np.int32)
-    want, tables = arena.sorted(segments, list_nos, nlist)
+    want, tables = rows.sorted(segments, list_nos, nlist)
     room = torch.full((h, len(segments) + 1, nlist + 1), -5, dtype=torch.int32)
-    device_segments = gpu_seal.segment_array(segments, torch.device("cpu"))
-    space = workspace(h, d, e, dtype, segments, generous)
-    with run.allow(*arena.parts, space):
-        given_lists = torch.from_numpy(list_nos)
-        gpu_seal.seal_many(run, *arena.parts, segments, device_segments, given_lists, room[:, 1:], space)
-    assert all(torch.equal(a, w) for a, w in zip(arena.parts, want, strict=True))
+    seal_given(run, rows, segments, torch.from_numpy(list_nos), room[:, 1:], generous)
+    assert all(torch.equal(a, w) for a, w in zip(rows.parts, want, strict=True))
     assert torch.equal(room[:, 1:], tables) and (room[:, 0] == -5).all()
 
-    back = torch.full((h, sum(lengths) + 1), -5, dtype=torch.int32)
-    gpu_seal.run_lists(run, segments, device_segments, room[:, 1:], back[:, :-1])
-    parts = [np.sort(list_nos[:, a - ends[0] : b - ends[0]], axis=1, kind="stable") for a, b in segments]
-    assert torch.equal(back[:, :-1], torch.from_numpy(np.concatenate(parts, 1))) and (back[:, -1] == -5).all()
+
+Spans = tuple[list[tuple[int, int]], list[tuple[int, int]], int]
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> Spans:
+    """Segments of a sequence before and after, and how many stay: some merge, the last may take in fresh rows, more may come."""
+    sizes = st.sampled_from([1, 7, 32, 65])
+    start, have, want = draw(st.integers(0, 4)), [], []
+    kept = draw(st.integers(0, 2))
+    for i in range(kept + draw(st.integers(0, 2))):
+        parts = 1 if i < kept else draw(st.integers(1, 3))
+        ends = [start, *(start := start + draw(sizes) for _ in range(parts))]
+        have += pairwise(ends)
+        want.append((ends[0], start))
+    if want[kept:] and draw(st.booleans()):
+        start += draw(sizes)
+        want[-1] = want[-1][0], start
+    for _ in range(draw(st.integers(0 if want[kept:] else 1, 2))):
+        want.append((start, start := start + draw(sizes)))
+    return have, want, kept
+
+
+@given(
+    schedules, dtypes, st.integers(1, 2), st.integers(1, 70), st.lists(changes(), min_size=1, max_size=3),
+    st.sampled_from(["assigned", "given", "both"]), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]), seeds,
+)  # fmt: skip
+@settings(max_examples=40)
+def test_seal_of_a_batch(
+    run: EmulatedRuntime, dtype: torch.dtype, h: int, nlist: int, spans: list[Spans], lists: str, gaps: bool, generous: float,
+    seed: int,
+) -> None:  # fmt: skip
+    """Sequences that seal other segments with other merges, at once: each as if sorted anew, lists of old rows from tables."""
+    rng, d, e = np.random.default_rng(seed), 32, 40
+    capacity = max(want[-1][1] for _, want, _ in spans) + 3
+    slots = max(len(x) for have, want, _ in spans for x in (have, want)) + 1
+    batch = [Rows(h, capacity, d, e, dtype, seed + i) for i in range(len(spans))]
+    tables = torch.full((len(spans), h, slots, nlist + 1), -5, dtype=torch.int32)
+    every = rng.integers(0, nlist, (len(spans), h, capacity)).astype(np.int32)  # in arrival order
+    wanted, due = [], []
+    for i, (have, want, kept) in enumerate(spans):
+        rows, first, last = batch[i], want[0][0], want[-1][1]
+        sealed = have[-1][1] if have else first
+        positions = np.arange(1000 * i, 1000 * i + capacity) * (1 + gaps)
+        rows.ids[:] = torch.from_numpy(positions)
+        final, after = rows.sorted(want, every[i, :, first:last], nlist)
+        before, old = rows.sorted(have, every[i, :, first:sealed], nlist) if have else (list(rows.parts), None)
+        if old is not None:
+            tables[i, :, : len(have)] = old
+        for to, x in zip(rows.parts, before, strict=True):
+            to[:] = x
+        rows.ids[:, sealed:] = -9  # written when rows are sealed
+        final[2][:, last:] = -9
+        wanted.append((final, after))
+        due.append(SegmentChange(i, kept, have, want, positions[max(sealed, want[kept][0]) : last], 0))
+    arena = gpu_seal.Arena(*(torch.stack(x) for x in zip(*(rows.parts for rows in batch), strict=True)), tables)
+    plan = gpu_seal.planned(due)
+    given_lists = torch.from_numpy(every.copy()) if lists != "assigned" else None
+    centroids = None
+    if lists != "given":
+        found = random_rows((h, nlist, d), torch.float32, seed + 9)
+        centroids = gpu_build.pack_centroids(found)
+        for c in due:  # what the quantizer says, where nothing is given
+            start = c.want[-1][1] - len(c.positions)
+            if given_lists is not None:
+                given_lists[c.sequence, :, start : start + len(c.positions) // 2] = -1
+    turn = Frequencies(1e4 ** -torch.arange(0, 1, 2 / d), False, 1.0)
+    nbytes = gpu_seal.aligned(4 * h * plan.fresh) if centroids is not None else 0
+    space, numbers = workspace(arena, plan.jobs, generous, nbytes), torch.from_numpy(plan.numbers)
+    if centroids is not None:  # then the wanted state is that of the lists it gives
+        for i, c in enumerate(due):
+            n, last = len(c.positions), c.want[-1][1]
+            if not n:
+                continue
+            nos = torch.empty((h, n), dtype=torch.int32)
+            turns = gpu_build.Turns(turn.inv_freq, ints(c.positions), 0, False, 1.0)
+            gpu_build.assign(run, centroids, arena.keys[i, :, last - n : last], nos, turns)
+            if given_lists is not None:
+                part = given_lists[i, :, last - n : last]
+                nos = torch.where(part < 0, nos, part)
+            every[i, :, last - n : last] = nos.numpy()
+            whole = Rows(h, capacity, d, e, dtype, seed + i)
+            whole.ids[:] = torch.from_numpy(np.arange(1000 * i, 1000 * i + capacity) * (1 + gaps))
+            final, after = whole.sorted(c.want, every[i, :, c.want[0][0] : last], nlist)
+            final[2][:, last:] = -9
+            wanted[i] = final, after
+    keep = tables.clone()
+    with run.allow(*arena[:3], space, *(() if centroids is None else (centroids.panels, centroids.scales))):
+        gpu_seal.seal_batch(run, arena, plan, numbers, centroids, turn, given_lists, space)
+    for i, (have, want, kept) in enumerate(spans):
+        final, after = wanted[i]
+        first, last = want[0][0], want[-1][1]
+        for name, x, w in zip(("keys", "values", "ids"), arena[:3], final, strict=True):
+            assert torch.equal(x[i, :, first:], w[:, first:]), (name, i)
+        assert torch.equal(tables[i, :, kept : len(want)], after[:, kept:])
+        others = [*range(kept), *range(len(want), slots)]
+        assert torch.equal(tables[i][:, others], keep[i][:, others]) and len(have) >= kept
 
 
 def test_seal_of_list_numbers_out_of_range_moves_every_row_once() -> None:
     run, n = runtime(SCHEDULES[2]), 90
-    arena = Arena(1, n, 32, 32, torch.float16, 0)
-    before = arena.ids.clone()
+    rows = Rows(1, n, 32, 32, torch.float16, 0)
+    before = rows.ids.clone()
     list_nos = torch.randint(-(2**31), 2**31, (1, n), dtype=torch.int64).int()
-    table = torch.empty((1, 8), dtype=torch.int32)
-    gpu_seal.seal(run, *arena.parts, 0, list_nos, table, workspace(1, 32, 32, torch.float16, [(0, n)], 1.0))
-    assert torch.equal(arena.ids.sort().values, before)
-    assert table[0, 0] == 0 and table[0, -1] == n and bool((table.diff() >= 0).all())
+    table = torch.empty((1, 1, 8), dtype=torch.int32)
+    seal_given(run, rows, [(0, n)], list_nos, table, 1.0)
+    assert torch.equal(rows.ids.sort().values, before)
+    assert table[0, 0, 0] == 0 and table[0, 0, -1] == n and bool((table.diff() >= 0).all())
+
+
+def test_seal_by_tables_that_are_none_moves_every_row_once() -> None:
+    run, n = runtime(SCHEDULES[2]), 90
+    rows = Rows(1, n, 32, 32, torch.float16, 0)
+    before = rows.ids.clone()
+    tables = torch.randint(-(2**31), 2**31, (1, 1, 4, 8), dtype=torch.int64).int()
+    arena = gpu_seal.Arena(*(x[None] for x in rows.parts), tables)
+    jobs = [gpu_seal.Job(0, 0, n, 0, 3, 0, 3, n, 0, 0)]
+    gpu_seal.seal(run, arena, jobs, ints(jobs), gpu_seal.Fresh(None), workspace(arena, jobs, 1.0))
+    assert torch.equal(rows.ids.sort().values, before) and bool((tables[0, 0, 3].diff() >= 0).all())
 
 
 def test_seal_says_what_does_not_fit() -> None:
-    run, arena = runtime(SCHEDULES[0]), Arena(1, 40, 32, 32, torch.float16, 0)
-    lists, table = torch.zeros((1, 40), dtype=torch.int32), torch.empty((1, 5), dtype=torch.int32)
-    space = workspace(1, 32, 32, torch.float16, [(0, 40)], 0.0)
+    run, rows = runtime(SCHEDULES[0]), Rows(1, 40, 32, 32, torch.float16, 0)
+    arena = gpu_seal.Arena(*(x[None] for x in rows.parts), torch.empty((1, 1, 1, 5), dtype=torch.int32))
+    jobs = [gpu_seal.Job(0, 0, 40, 0, 0, 0, 0, 0, 0, -1)]
+    lists, space = torch.zeros((1, 40), dtype=torch.int32), workspace(arena, jobs, 0.0)
     with pytest.raises(ValueError, match=f"workspace of {len(space)} bytes"):
-        gpu_seal.seal(run, *arena.parts, 0, lists, table, space[:-16])
-    with pytest.raises(ValueError, match="without gaps"):
-        gpu_seal.seal_many(run, *arena.parts, [(0, 4), (8, 40)], lists, lists, table[:, None], space)
+        gpu_seal.seal(run, arena, jobs, ints(jobs), gpu_seal.Fresh(lists), space[:-16])
     with pytest.raises(ValueError, match="60000 lists do not fit"):
         gpu_seal.rank_warps(run, 100, 60000)
     with pytest.raises(ValueError, match="up to 256 dims"):
         gpu_build.assign(run, gpu_build.pack_centroids(torch.zeros((1, 1, 264))), torch.zeros((1, 1, 264)), lists, None)
+
+
+@given(schedules, st.lists(st.integers(1, 300), min_size=1, max_size=6), seeds)
+@settings(max_examples=10)
+def test_publish(run: EmulatedRuntime, sizes: list[int], seed: int) -> None:
+    rng, room = np.random.default_rng(seed), torch.full((sum(sizes) + len(sizes) + 1,), 7, dtype=torch.int32)
+    want, writes, at = room.clone(), [], 1
+    for i, n in enumerate(sizes):
+        numbers = rng.standard_normal(n).astype(np.float32) if i % 2 else rng.integers(-(2**31), 2**31, n).astype(np.int32)
+        want[at : at + n] = torch.from_numpy(numbers.view(np.int32))
+        writes.append((room[at:].data_ptr(), numbers))
+        at += n + 1
+    gpu_seal.publish(run, len(writes), torch.from_numpy(gpu_seal.pieces_of(writes)))
+    assert torch.equal(room, want)
 
 
 # -- means -----------------------------------------------------------------------------------------------------------------
@@ -398,7 +557,8 @@ def test_means(dtype: torch.dtype, d: int, e: int, h: int, nlist: int, s: int, k
     for schedule in SCHEDULES[:: max(1, seed % 3)]:
         room = torch.full((h, s + 1, nlist, d), 9.0, dtype=dtype), torch.full((h, s + 1, nlist, e), 9.0, dtype=dtype)
         with runtime(schedule).allow(keys, values):
-            gpu_seal.means(runtime(schedule), keys, values, torch.from_numpy(tables), room[0][:, 1:], room[1][:, 1:])
+            parts = keys, values, torch.from_numpy(tables), room[0][:, 1:], room[1][:, 1:]
+            gpu_seal.means(runtime(schedule), *(x[None] for x in parts))
         assert (room[0][:, 0] == 9).all() and (room[1][:, 0] == 9).all()
         results.append(room)
         assert same_bits(room[0], results[0][0]) and same_bits(room[1], results[0][1])
@@ -422,8 +582,24 @@ def test_means_stay_inside_the_arena_whatever_the_offsets() -> None:
     tables = ints([[[-7, 5, 3, 2**31 - 1, -(2**31), 30]]])
     out = torch.empty((1, 1, 5, 32), dtype=torch.float16), torch.empty((1, 1, 5, 32), dtype=torch.float16)
     with run.allow(keys):
-        gpu_seal.means(run, keys, keys, tables, *out)
+        gpu_seal.means(run, *(x[None] for x in (keys, keys, tables, *out)))
     assert torch.isfinite(out[0]).all() and not out[0][0, 0, 1].any()
+
+
+def test_means_of_some_segments_of_some_sequences() -> None:
+    run, dtype, h, nlist, n, d = runtime(SCHEDULES[3]), torch.bfloat16, 2, 5, 60, 40
+    rng = np.random.default_rng(0)
+    keys, values = random_rows((3, h, n, d), dtype, 0), random_rows((3, h, n, d), dtype, 1)
+    offsets = np.sort(rng.integers(0, n + 1, (3, h, 2, nlist + 1)), axis=-1).astype(np.int32)
+    tables, due = torch.from_numpy(offsets), [(2, 0), (0, 1), (2, 1)]
+    outs = [torch.full((3, h, 2, nlist, d), 9.0, dtype=dtype) for _ in range(2)]
+    gpu_seal.means(run, keys, values, tables, *outs, ints(due), len(due))
+    for i in range(3):
+        alone = [torch.empty((1, h, 2, nlist, d), dtype=dtype) for _ in range(2)]
+        gpu_seal.means(run, *(x[i : i + 1] for x in (keys, values, tables)), *alone)
+        for s in range(2):
+            for x, one in zip(outs, alone, strict=True):
+                assert same_bits(x[i, :, s], one[0, :, s]) if (i, s) in due else bool((x[i, :, s] == 9).all())
 
 
 # -- sanitizers ------------------------------------------------------------------------------------------------------------
@@ -435,23 +611,26 @@ def all_kernels_once() -> None:
     keys, values = random_rows((1, h, n, d), dtype, 0), random_rows((1, h, n, d), dtype, 1)
     arena = [torch.zeros((1, h, n + 5, d), dtype=dtype) for _ in range(2)]
     meta = torch.zeros((1, 8), dtype=torch.int32)
-    append_to_meta(run, keys, values, *arena, meta)
+    append_to_meta(run, keys, values, *arena, meta, None, ints([3] * 5))
     assert meta.tolist() == [[n, 0, 0, 0, n, 0, 0, 0]]
     gpu_build.append(run, keys[:, :, :5], values[:, :, :5], *arena, ints([n]), ints([4]), torch.zeros(1, dtype=torch.int32))
     list_nos = torch.empty((h, n), dtype=torch.int32)
     turns = gpu_build.Turns(1e4 ** -torch.arange(0, 1, 2 / d), None, 0, False, 1.0)
     centroids = gpu_build.pack_centroids(random_rows((h, 300, d), torch.float32, 2))  # an odd number of panels
     gpu_build.assign(run, centroids, arena[0][0, :, :n], list_nos, turns, 64)
-    segments = [(2, 34), (34, n - 2)]
-    device_segments = gpu_seal.segment_array(segments, torch.device("cpu"))
-    tables = torch.empty((h, 2, nlist + 1), dtype=torch.int32)
-    ids = torch.arange(n + 5, dtype=torch.int32).repeat(h, 1)
-    space = workspace(h, d, d, dtype, segments, 1.0)
-    parts = arena[0][0], arena[1][0], ids
-    gpu_seal.seal_many(run, *parts, segments, device_segments, list_nos[:, 2:-2] % nlist, tables, space)
-    gpu_seal.run_lists(run, segments, device_segments, tables, torch.empty((h, n - 4), dtype=torch.int32))
-    mean_keys, mean_values = (torch.empty((h, 2, nlist, d), dtype=dtype) for _ in range(2))
-    gpu_seal.means(run, *parts[:2], tables, mean_keys, mean_values)
+    centroids = gpu_build.pack_centroids(random_rows((h, nlist, d), torch.float32, 3))
+    ids = torch.arange(n + 5, dtype=torch.int32).repeat(1, h, 1)
+    parts = gpu_seal.Arena(*arena, ids, torch.empty((1, h, 3, nlist + 1), dtype=torch.int32))
+    for have, want in (([], [(2, 20), (20, 34)]), ([(2, 20), (20, 34)], [(2, 34), (34, n - 2)])):  # sealed, then merged
+        fresh = np.arange(have[-1][1] if have else 2, want[-1][1])
+        plan = gpu_seal.planned([SegmentChange(0, 0, have, want, fresh, 1)])
+        numbers = torch.from_numpy(plan.numbers)
+        space = workspace(parts, plan.jobs, 0.5, gpu_seal.aligned(4 * h * plan.fresh))
+        gpu_seal.seal_batch(run, parts, plan, numbers, centroids, Frequencies(turns.inv_freq, False, 1.0), None, space)
+        means = [torch.empty((1, h, 2, nlist, d), dtype=dtype) for _ in range(2)]
+        gpu_seal.means(run, *parts[:2], parts.tables, *means, numbers[plan.means_at :], plan.means)
+    gpu_seal.publish(run, 1, torch.from_numpy(gpu_seal.pieces_of([(meta.data_ptr(), np.arange(8, dtype=np.int32))])))
+    assert meta.tolist() == [list(range(8))]
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])

@@ -249,6 +249,50 @@ def test_growth_after_a_capture(emu: Place) -> None:
 # -- advance --------------------------------------------------------------------------------------------------------------
 
 
+KINDS: dict[str, SearchParametersIVF] = {
+    "one launch": SearchParametersIVF(selectivity=0.5),
+    "two launches": SearchParametersIVF(nprobe=3),
+    "dense": SearchParametersIVF(selectivity=1.0),
+}
+
+
+@pytest.mark.parametrize("in_graph", [False, True], ids=["eager", "graph"])
+@pytest.mark.parametrize("name", KINDS)
+def test_wrong_tickets_last_until_the_next_token(place: Place, name: str, in_graph: bool) -> None:
+    """What two scans at once leave behind: the search that meets it ends, and from the next step on all is right."""
+    params = KINDS[name]
+    index, healthy = (place.index(32, 32, 4, 4, 1, dtype=BF16) for _ in range(2))
+    for x in (index, healthy):
+        x.reserve_memory(760, batch=1)  # enough for two blocks, which share tickets
+        x.add(place.tokens(1, 1, 720, 32, BF16), place.tokens(1, 1, 720, 32, BF16, seed=1))
+    replay, k, v, queries, out = captured_step(place, index, params=params)
+    state = index.invlists.decode.resident
+    assert state._tickets.numel(), "one for each KV head and pass"
+    for t in range(6):
+        new = [place.tokens(1, heads, 1, 32, BF16, seed=10 * t + i) for i, heads in enumerate((1, 1, 4))]
+        for held, x in zip((k, v, queries), new, strict=True):
+            held.copy_(x)
+        healthy.add(k, v, seal=False)
+        want = healthy.search_attend(queries, params=params)
+        state._tickets.fill_((-1, 1, 2, 7)[t % 4])
+        if in_graph:
+            replay()
+        else:
+            index.add(k, v, seal=False)
+        got = out if in_graph else index.search_attend(queries, params=params)
+        assert torch.equal(got, want) and not state._tickets.any()
+        if in_graph:
+            index.advance(1)
+        index.seal(), healthy.seal()
+        state._tickets.fill_((1, -1, 3)[t % 3])
+        index.search_attend(queries, params=params)
+        assert state._tickets.any() == (name != "one launch"), "a wrong start would stay wrong; route_select writes zeros too"
+        if t % 4 == 3:  # what the host publishes is as good
+            state._tickets.fill_(1)
+            index.truncate(index.lengths[0] - 1), healthy.truncate(healthy.lengths[0] - 1)
+            assert torch.equal(*(x.search_attend(queries, params=params) for x in (index, healthy)))
+
+
 def grown(place: Place, capacity: int = 120) -> AsymmetricIndex:
     index = place.index(32, 32, 4, 4, 2, dtype=BF16)
     index.reserve_memory(capacity, batch=2)
@@ -274,9 +318,14 @@ def test_what_was_not_finite_is_reported_later(place: Place) -> None:
     with pytest.raises(NotFiniteError):
         index.add(bulk, bulk)
     assert index.lengths == [41, 41], "what comes in bulk is looked at before"
+    index.add(bad, new)  # seals, and does not wait for the device
+    segments = list(index.invlists.segments)
     with pytest.raises(NotFiniteError):
-        index.add(bad, new)  # seals, and so waits for the device
-    assert index.lengths == [42, 42]
+        while True:  # the next that seals knows what was noted by then
+            index.add(new, new)
+            assert index.lengths[0] < 80
+    assert index.invlists.segments != segments
+    assert index.lengths[0] > 42, "the tokens are there"
     index.add(bad, new)
     index.reset()  # forgets the tokens, and what there was to say of them
     index.add(new, new)
@@ -318,10 +367,20 @@ def test_advance_with_other_counts_than_the_device(place: Place) -> None:
     replay, *_ = captured_step(place, index)
     for _ in range(10):
         replay()
-    with pytest.raises(StateError, match="on the device, got"):
-        index.advance(9)  # seals, and so sees
+    index.advance(9)  # seals, and does not wait for the device
+    with pytest.raises(StateError, match=r"expected \[49, 49\] on the device, got \[50, 50\]"):
+        index.stats()
     index.advance()
     assert index.lengths == [50, 50]
+    for _ in range(20):
+        replay()
+    index.advance(10)
+    with pytest.raises(StateError, match="on the device, got"):
+        for _ in range(20):
+            index.advance(0)
+            index.add(*(place.tokens(2, 2, 1, 32, BF16) for _ in range(2)))  # one that seals sees what was noted at the last
+    index.advance()
+    assert index.lengths[0] == index.lengths[1] > 70
     index.add(place.tokens(2, 2, 30, 32, BF16), place.tokens(2, 2, 30, 32, BF16))
 
 

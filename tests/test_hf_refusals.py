@@ -208,6 +208,21 @@ def test_masks_and_positions_of_another_kind() -> None:
         model(ids[:, :1], **{CACHE: cache()}, attention_mask=torch.cat([mask, one], 1))
 
 
+@pytest.mark.parametrize("length", [100, 90])
+def test_a_prompt_that_is_wholly_cached(length: int) -> None:
+    """transformers reads it once more, behind itself; refused here, saying what to do, which gives what no cache gives."""
+    model, ids = attached(tiny("llama")), prompt(1, 100)
+    want = greedy(model, ids[:, :length], 3)
+    cache = saap.SaapCache(model)
+    with torch.no_grad():
+        model(ids, **{CACHE: cache})
+    with pytest.raises(saap.CompatibilityError, match=rf"the prompt of {length} tokens already.* cache\.crop\({length - 1}\)"):
+        greedy(model, ids[:, :length], 3, **{CACHE: cache})
+    assert cache.get_seq_length() == 100
+    cache.crop(length - 1)
+    assert torch.equal(greedy(model, ids[:, :length], 3, **{CACHE: cache}), want)
+
+
 def test_other_kinds_of_attention_as_they_arrive() -> None:
     from saap_index.hf.attention import attention
 

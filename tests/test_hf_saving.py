@@ -372,3 +372,22 @@ def test_tokens_to_be_saved_are_checked(saved: tuple[Any, Path], tmp_path: Path)
     with pytest.raises(saap.DTypeError, match="tokens"):
         cache.save(tmp_path / "prompt", tokens=torch.zeros((1, 3), dtype=torch.float32))
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_that_are_switched_belong_to_the_weights(tmp_path: Path) -> None:
+    """What PEFT's layers say of themselves: which adapters are at work, whether any is, and how much it counts."""
+
+    class Adapted(torch.nn.Linear):
+        active_adapters, disable_adapters, scaling = ["one"], False, {"one": 2.0}
+
+    model = tiny("llama")
+    bare = support.fingerprint(model.model)
+    layer = model.model.layers[1].self_attn.q_proj
+    layer.__class__ = Adapted
+    seen = [bare]
+    for name, value in (("active_adapters", ["one"]), ("active_adapters", ["two"]), ("disable_adapters", True)):
+        setattr(layer, name, value)
+        seen.append(support.fingerprint(model.model))
+    layer.disable_adapters, layer.active_adapters, layer.scaling = False, ["one"], {"one": 1.0}
+    seen.append(support.fingerprint(model.model))
+    assert len(set(seen)) == len(seen)

@@ -71,7 +71,7 @@ ALLOWED = {
     "attend": {"backends", "checks", "invlists", "params", "router"} | ANY,
     "calibration": {"checks", "layout", "quantizer", "reference", "rope", "router"} | ANY,
     "tower": {"backends", "quantizer", "router"} | ANY,
-    "targets": set(),
+    "targets": {"precision"},
     "training_config": ANY,
     "fitting": {"backends", "router", "targets", "tower", "training_config"} | ANY,
     "training": {"fitting", "layout", "quantizer", "rope", "router", "targets", "tower", "training_config"} | ANY,
@@ -107,7 +107,7 @@ ALLOWED = {
     "pipeline": set(),
     "pipeline.texts": ANY,
     "pipeline.models": {"hf.support"} | ANY,
-    "pipeline.capture": {"hf.support"} | ANY,
+    "pipeline.capture": {"hf.rotation", "hf.support"} | ANY,
     "pipeline.store": {"files", "training"} | ANY,
     "pipeline.measure": {"backends", "layout", "router"} | ANY,
     "pipeline.layers": {
@@ -130,12 +130,13 @@ ALLOWED = {
     "hf.rotation": {"rope"},
     "hf.probe": {"hf.rotation", "hf.support", "rope"} | ANY,
     "crossover": {"files"} | ANY,
-    "hf.break_even": {"checks", "crossover"} | ANY,
+    "hf.capture": {"backends", "hf.support"} | ANY,
+    "hf.break_even": {"checks", "crossover", "hf.capture", "index", "layout"} | ANY,
     "hf.audit": {"checks", "index", "params"} | ANY,
     "hf.plan": ANY
     | {
-        "backends", "calibration", "checks", "hf.audit", "hf.break_even", "hf.probe", "hf.support", "index", "params",
-        "quantizer", "rope", "router", "routers", "tower",
+        "backends", "calibration", "checks", "hf.audit", "hf.break_even", "hf.probe", "hf.support", "index", "layout",
+        "params", "quantizer", "rope", "router", "routers", "tower",
     },
     "hf.slots": {"hf.calls", "hf.traced", "hf.masks", "hf.plan", "hf.rotation", "index", "layout", "params", "stats"} | ANY,
     "hf.layer": {"hf.masks", "hf.slots", "layout"} | ANY,
@@ -143,11 +144,16 @@ ALLOWED = {
     "hf.cache": {"hf.calls", "hf.layer", "hf.plan", "hf.rotation", "hf.support", "params", "routers", "stats"} | ANY,
     "hf.saving": ANY
     | {
-        "checks", "files", "gaps", "hf.layer", "hf.plan", "hf.slots", "hf.support", "index", "io", "quantizer", "rotated",
+        "checks", "files", "gaps", "hf.layer", "hf.plan", "hf.slots", "hf.support", "index", "io", "layout", "quantizer",
+        "rotated",
     },
-    "hf.attach": {"hf.attention", "hf.audit", "hf.cache", "hf.plan", "hf.support", "routers"} | ANY,
+    "hf.graphs": ANY
+    | {
+        "hf.cache", "hf.calls", "hf.capture", "hf.layer", "hf.slots", "hf.support", "index", "layout", "quantizer", "router",
+    },
+    "hf.attach": {"hf.attention", "hf.audit", "hf.cache", "hf.capture", "hf.graphs", "hf.plan", "hf.support", "routers"} | ANY,
     "hf.generate": {"checks", "hf.attach", "hf.cache", "hf.support", "pipeline", "pipeline.models", "routers"} | ANY,
-    "hf": {"hf.attach", "hf.attention", "hf.audit", "hf.cache", "hf.support"} | ANY,
+    "hf": {"hf.attach", "hf.attention", "hf.audit", "hf.cache", "hf.graphs", "hf.support"} | ANY,
 }
 LATER = {  # inside a function
     "rope": {"rope_config"},  # Rope.from_config hands over to the module that reads models' files

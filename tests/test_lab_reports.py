@@ -112,6 +112,36 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
     assert f"on text of other kinds {layered[2]:.1f} and {layered[3]:.1f} %, means of layers" in text
 
 
+def test_the_comparison_of_the_readme_is_that_of_the_results() -> None:
+    """Its table against the kept output of the comparison; the distances sequence by sequence against the means of both."""
+    text = (ROOT / "README.md").read_text()
+    kept = (ROOT / "bench" / "results" / "cpu_compare_8k.txt").read_text().split("\n\n")
+
+    def figures(title: str) -> dict[tuple[str, str], float]:
+        part = next(x for x in kept if x.startswith(title) or f"\n{title}" in x)
+        rows = re.findall(r"^ *([0-9.]+)% (\S+) +(\S+)", part, re.MULTILINE)
+        return {(method, share): float(figure) for share, method, figure in rows}
+
+    captured, late = figures("all layers measured"), figures("late layers")
+    distance = next(figures(x) for x in (" share method                 KL",))
+    names = {
+        "**this index, lists of each prompt**": "saap-own", "this index, lists of the training texts": "saap", "plain IVF": "ivf",
+        "CORM": "corm", "SAAP as published": "published", "SparseK, scorer on a frozen model": "sparsek",
+        "recent window": "recent", "MoA": "moa", "Loki": "loki", "SCFA": "scfa",
+        "exact best tokens per KV head (bound)": "topk_group",
+    }  # fmt: skip
+    table = text[text.index("| | 2 % of the bytes |") :]
+    for title, method in names.items():
+        cells = [x.strip(" *") for x in re.search(rf"^\| {re.escape(title)} \|(.*)\|$", table, re.MULTILINE)[1].split("|")]  # type: ignore[index]
+        assert cells[:3] == [f"{captured[method, share]:.1f}" for share in ("2.0", "5.0", "10.0")], method
+        digits = len(cells[3].partition(".")[2])
+        assert cells[3] == f"{distance[method, '5.0']:.{digits}f}", method
+    nearest = [max(late[m, share] for m in ("ivf", "corm", "published")) for share in ("2.0", "5.0", "10.0")]
+    ahead = [late["saap-own", share] - best for share, best in zip(("2.0", "5.0", "10.0"), nearest, strict=True)]
+    said = re.search(r"in the late layers by ([0-9.]+) \+- [0-9.]+, ([0-9.]+) \([^)]*\) and ([0-9.]+)", " ".join(text.split()))
+    assert said and [float(x) for x in said.groups()] == pytest.approx(ahead, abs=0.11)
+
+
 def test_whose_weights_were_measured() -> None:
     assert "dequantised from Q4_1" in demo_model.TITLE
     for name in ("README.md", "docs/training.md"):

@@ -60,8 +60,10 @@ def check_append() -> None:
     values[0, 1, 3, 60] = torch.inf
     arena = [torch.zeros((b, h, capacity, d), dtype=BF16) for _ in range(2)]
     meta = build.ints([[9, 0, 0, 0, 100, 0, 0, 0], [10, 0, 0, 0, 100, 0, 0, 0]])
-    with run.allow(keys, values, *arena, meta):
-        build.append_to_meta(run, keys, values, *arena, meta)
+    tickets = build.ints([3] * 900)
+    with run.allow(keys, values, *arena, meta, tickets):
+        build.append_to_meta(run, keys, values, *arena, meta, None, tickets)
+    assert not tickets.any()
     for x, to in zip((keys, values), arena, strict=True):
         assert build.same_bits(to[0, :, 9:], x[0]) and not to[0, :, :9].any() and not to[1].any()
     assert meta.tolist() == [[16, 0, 0, 0, 107, 0, 0, 1], [10, 0, 0, 0, 100, 0, 0, 2]]
@@ -153,11 +155,12 @@ VALUES = mutants({
     ("append.cu", check_append): {
         "the last row is never filled": ("wanted <= p.capacity - start", "wanted < p.capacity - start"),
         "the lengths of a sequence without room": ("if (meta && fits)", "if (meta)"),
+        "the last ticket stays": ("i < p.num_tickets;", "i < p.num_tickets - 1;"),
     },
     ("seal.cu", check_seal): {
         "order reversed in a list": ("__popc(peers & ((1u << lane) - 1))", "__popc(peers >> lane) - 1"),
-        "no end of the last list": ("if (threadIdx.x == 0) table[p.lists] = range.past;", ""),
-        "the last rows stay": ("min(kTileRows, p.rows - first)", "min(kTileRows, (p.rows - first) / 8 * 8)"),
+        "no end of the last list": ("if (threadIdx.x == 0) table[p.lists] = end;", ""),
+        "the last rows stay": ("min(kTileRows, job.rows - offset)", "min(kTileRows, (job.rows - offset) / 8 * 8)"),
     },
     ("means.cu", check_means): {"the last rows of a run": ("left > 0; left -=", "left >= kAhead; left -=")},
     ("assign.cu", check_assign): {

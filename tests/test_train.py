@@ -544,7 +544,9 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (["--layers", "x"], "layers: expected numbers"), (["--layers", "7"], "layers: expected some of"),
     (["--tokens", "100000"], "enough text for"), (["--tokens", "90000", "--context", "16385"], "context: expected at most 16384"),
     (["--router", "mlp", "--partition", "per-prompt"], "partition: expected"),
-    (["--device", "nonsense"], "device: expected"), (["--text", "absent.txt"], "text: expected a file"),
+    *((["--device", device, "--model", "absent"], "device: expected")
+      for device in ("nonsense", "mps", "xpu", "cuda:99")),
+    (["--text", "absent.txt"], "text: expected a file"),
 ])  # fmt: skip
 def test_errors_of_the_command(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
@@ -590,3 +592,46 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         load_model(tmp_path)
     with pytest.raises(ParameterError, match="dtype"):
         load_model(tmp_path, dtype="int8")
+
+
+def test_two_trainings_in_one_folder(loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path) -> None:
+    """The second is refused while the first is at work, and goes on with what the first left when it died."""
+    out, tried = tmp_path / "routers", []
+
+    def step(*_: object) -> None:
+        if not tried:
+            with pytest.raises(StateError, match="no other training is at work") as error:
+                train_model(loaded, sequences, SETTINGS, out, resume=True)
+            tried.append(str(error.value))
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        train_model(loaded, sequences, SETTINGS, out, step=step)
+    assert str(out) in tried[0]
+    train_model(loaded, sequences, SETTINGS, out, resume=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+
+
+def test_angles_are_those_of_a_text_whatever_was_read_before(loaded: LoadedModel) -> None:
+    """Dynamic NTK keeps the frequencies of the longest text of a model; a capture neither meets nor leaves them."""
+    model = tiny("llama_dynamic")
+    positions = torch.arange(0, 100, 7)
+    ids = torch.arange(3, 203)
+
+    def keys(n: int) -> torch.Tensor:
+        return capture.capture(model, ids[:n].tolist(), [0, 1], positions).layers[1].keys
+
+    with torch.no_grad():
+        want = keys(100)
+        longer = keys(200)[:, :, :100]
+        assert torch.equal(keys(100), want) and not torch.allclose(longer, want, atol=1e-2), "a longer capture came before"
+        model(ids[None])
+        dense = model(ids[None, :100]).logits
+        assert torch.equal(keys(100), want), "the model has read a longer text"
+        assert torch.equal(model(ids[None, :100]).logits, dense), "it is left as it was"
+        one = torch.full((100,), 9)
+        rope = Rope.from_config(model.config)
+        assert rope is not None
+        same = capture.capture(model, one.tolist(), [0], positions).layers[0].keys
+        bare = rope.unrotate(same, torch.arange(100), 100)
+        assert torch.allclose(bare, bare[:, :, :1].expand_as(bare), atol=1e-3)

@@ -74,6 +74,8 @@ CHANGES: dict[str, tuple[Callable[[str], AsymmetricIndex], Change]] = {
     "truncate": (plain, lambda x: x.truncate([50, 69])),
     "remove": (plain, lambda x: x.remove_ids([[0, 20, 21, 98], [60]])),
     "remove and close up": (preassigned, lambda x: x.remove_ids([[5, 20, 30], [1, 2]], close_gaps=True)),
+    "truncate, some wait": (waiting, lambda x: x.truncate([118, 92])),
+    "remove, some wait": (waiting, lambda x: x.remove_ids([[0, 20, 100], [60]])),
     "reorder": (plain, lambda x: x.reorder([1, 1])),
     "window": (plain, lambda x: setattr(x, "window", 30)),
     "sinks": (preassigned, lambda x: setattr(x, "sinks", 0)),
@@ -144,6 +146,11 @@ class OutOfMemory(TorchFunctionMode):
 @pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
 @pytest.mark.parametrize("name", CHANGES)
 def test_without_memory(name: str, backend: str) -> None:
+    check_without_memory(name, backend, {"cpu": 29, "torch": 67, "reference": 97}[backend])
+
+
+def check_without_memory(name: str, backend: str, step: int) -> None:
+    """The calls of torch fail one after the other, each ``step``-th of them."""
     make, change = CHANGES[name]
     index = make(backend)
     before = state(index)
@@ -151,8 +158,7 @@ def test_without_memory(name: str, backend: str) -> None:
         change(index)
     after = state(index)
     failed = 0
-    step = {"cpu": 4, "torch": 19, "reference": 37}[backend]
-    for at in range(1 + count.calls % step, count.calls + 1, step):
+    for at in range(1 + (count.calls - 1) % step, count.calls + 1, step):
         index = make(backend)
         try:
             with OutOfMemory(at):
@@ -160,7 +166,7 @@ def test_without_memory(name: str, backend: str) -> None:
         except MemoryError:
             failed += 1
         usable(index, change, before, after)
-    assert failed or not count.calls
+    assert failed or name == "reset"
 
 
 @pytest.mark.parametrize("what", ["assign", "seal", "means", "append", "empty"])

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError
-from .base import NETWORK, Backend, Budget, Rotation, RouterWeights, Tail
+from .base import NETWORK, Arena, Backend, Budget, Frequencies, Rotation, RouterWeights, SegmentChange, Tail
 from .reference_backend import ReferenceBackend
 from .search import Search
 from .torch_backend import TorchBackend
 
-__all__ = ["NETWORK", "Backend", "Budget", "Rotation", "RouterWeights", "Search", "Tail", "get_backend", "register_backend"]
+__all__ = [
+    "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Rotation", "RouterWeights", "Search", "SegmentChange", "Tail",
+    "get_backend", "register_backend",
+]  # fmt: skip
 
 Factory = Callable[[torch.device], Backend]
 

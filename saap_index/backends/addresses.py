@@ -77,6 +77,15 @@ def dtype_names() -> str:
     return ", ".join(str(t).removeprefix("torch.") for t in CODES)
 
 
+def check_spans(sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], n: int, capacity: int) -> None:
+    """Rows [0, sinks) and [sealed, lengths) of n sequences lie in an arena of that capacity."""
+    if not len(sinks) == len(sealed) == len(lengths) == n:
+        raise ShapeError(f"sinks, sealed, lengths: expected {n} each, got {len(sinks)}, {len(sealed)}, {len(lengths)}")
+    for first, middle, last in zip(sinks, sealed, lengths, strict=True):
+        if not 0 <= first <= middle <= last <= capacity:
+            raise LengthError(f"expected 0 <= sinks <= sealed <= lengths <= {capacity}, got {first}, {middle}, {last}")
+
+
 def angles_of(rotation: Rotation | None, n: int, d: int) -> tuple[int, int, int, bool, float]:
     """cos, sin, r, interleaved, scale as the module takes them."""
     if rotation is None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,6 +130,46 @@ class Rotation:
     sin: Tensor
     interleaved: bool
     scale: float
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """RoPE whose angles follow from the position alone. inv_freq : float32 (r / 2), radians per position, on the backend's
+    device; interleaved, scale : as in `Rotation`."""
+
+    inv_freq: Tensor
+    interleaved: bool
+    scale: float
+
+
+@dataclass(frozen=True)
+class SegmentChange:
+    """What becomes of the segments of one sequence: ``have``, [start, stop) each, from number ``first`` on become ``want``.
+
+    Every segment of the one lies within one of the other. positions : int64 (n,), of the rows that are sealed now for the first
+    time, up to the last of ``want``. means : how many leading segments keep the means of their runs afterwards.
+    """
+
+    sequence: int
+    first: int
+    have: Sequence[tuple[int, int]]
+    want: Sequence[tuple[int, int]]
+    positions: np.ndarray[Any, Any]
+    means: int
+
+
+@dataclass(frozen=True)
+class Arena:
+    """The memory of a batch. keys, values, ids, tables : as a backend's operations name them; mean_keys, mean_values : as in
+    `Tail`; given : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere."""
+
+    keys: Tensor
+    values: Tensor
+    ids: Tensor
+    tables: Tensor
+    mean_keys: Tensor
+    mean_values: Tensor
+    given: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -240,6 +281,18 @@ class Backend(ABC):
             part = slice(start - segments[0][0], stop - segments[0][0])
             self.seal(keys, values, ids, start, list_nos[:, part].contiguous(), table)
 
+    seals_batches: ClassVar[bool] = False
+    """Whether `seal_batch` may be of use."""
+
+    def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
+        """Bring the segments of several sequences to what they shall be: assign, sort, write ids and tables, means.
+
+        The tables have room for ``want``. What comes out is that of `assign`, `seal` and `means` one after the other. quantizer :
+        as from `prepare_quantizer`, or None where ``arena.given`` has every list. Does not wait for the device. Raises before it
+        moves a row, or not at all. Returns False, having done nothing, if one after the other is how this backend does it.
+        """
+        return False
+
     @abstractmethod
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         """Mean key and mean value of every run of a segment: float32 sums in row order, rounded once; zero for an empty run.
@@ -325,6 +378,21 @@ class Backend(ABC):
     def prepare_search(self, search: Search) -> PreparedSearch | None:
         """`route`, `probe` and the causal `scan` over what that took as one call, for a step to cost little besides; None for a
         backend without."""
+        return None
+
+    def best(
+        self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
+        sealed: Sequence[int], lengths: Sequence[int], k: int,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """The k largest inner products of every query with the keys of its own rows, in float32, and these rows; None for a
+        backend without, in whose place `attend.best_of` multiplies with torch.
+
+        queries : (b, h, g, q, d) float32, bfloat16 or float16; arena_keys : storage dtype (b, h, N, d). Query j of sequence i
+        reads what entry i * q + j says: rows : int32 (b * q, h, t), counts : int32 (b * q, h), or None for none, and besides
+        rows [0, sinks) and [sealed, lengths), b * q numbers each.
+
+        Returns float32 (b, h, g, q, k), descending, and int64 of the same shape; -inf and -1 where there are fewer.
+        """
         return None
 
     @abstractmethod

@@ -22,6 +22,7 @@ from .addresses import (
     NO_TAIL,
     Places,
     angles_of,
+    check_spans,
     code_of,
     dtype_names,
     lists_of,
@@ -247,11 +248,7 @@ class CpuBackend(Backend):
             rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
         elif rows is not counts:
             raise ShapeError("rows, counts: expected both or neither")
-        if not len(sinks) == len(sealed) == len(lengths) == b:
-            raise ShapeError(f"sinks, sealed, lengths: expected {b} each, got {len(sinks)}, {len(sealed)}, {len(lengths)}")
-        for first, middle, last in zip(sinks, sealed, lengths, strict=True):
-            if not 0 <= first <= middle <= last <= capacity:
-                raise LengthError(f"expected 0 <= sinks <= sealed <= lengths <= {capacity}, got {first}, {middle}, {last}")
+        check_spans(sinks, sealed, lengths, b, capacity)
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
         self._module().scan(
@@ -325,6 +322,46 @@ class CpuBackend(Backend):
             most,
         )
         return _Prepared(self._module, handle, search, places)
+
+    def best(
+        self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
+        sealed: Sequence[int], lengths: Sequence[int], k: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        b, h, g, q, d = queries.shape
+        capacity, n = arena_keys.shape[2], b * q
+        q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
+        k_at = plain("arena_keys", arena_keys, arena_keys.dtype, (b, h, capacity, d))
+        rows_at = counts_at = t = 0
+        if rows is not None and counts is not None:
+            t = rows.shape[2]
+            rows_at, counts_at = plain("rows", rows, I32, (n, h, t)), plain("counts", counts, I32, (n, h))
+        elif rows is not counts:
+            raise ShapeError("rows, counts: expected both or neither")
+        check_spans(sinks, sealed, lengths, n, capacity)
+        scores = torch.empty((b, h, g, q, k), dtype=F32, device="cpu")
+        found = torch.empty((b, h, g, q, k), dtype=torch.int64, device="cpu")
+        self._module().best(
+            q_at,
+            code_of("queries", queries),
+            k_at,
+            code_of("arena_keys", arena_keys),
+            b,
+            h,
+            g,
+            q,
+            d,
+            capacity,
+            rows_at if t else 0,
+            counts_at,
+            t,
+            list(sinks),
+            list(sealed),
+            list(lengths),
+            k,
+            scores.data_ptr(),
+            found.data_ptr(),
+        )
+        return scores, found
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype = out_a.shape, out_a.dtype

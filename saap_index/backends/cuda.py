@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..bindings import gpu_build, gpu_route, gpu_scan, gpu_seal, gpu_select
 from ..bindings.gpu_types import Runtime
 from ..errors import DTypeError
-from .base import Budget, Probed, Rotation, RouterWeights, Tail
-from .cuda_state import META, CudaResident, Knobs, padded
+from .base import Arena, Budget, Frequencies, Probed, Rotation, RouterWeights, SegmentChange, Tail
+from .cuda_state import META, CudaResident, Knobs, padded, sent
 from .resident import LENGTH, MEANS, NEXT, SEALED, SEGMENTS, SINKS, Resident
 from .torch_backend import TorchBackend
 
@@ -40,6 +41,7 @@ class CudaBackend(TorchBackend):
         self.knobs = knobs or {}
 
     keeps_state = True
+    seals_batches = True
 
     def resident(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Resident | None:
         return CudaResident(self.runtime, self.device, (batch, heads, d, d_v, nlist), dtype, self.knobs)
@@ -65,27 +67,45 @@ class CudaBackend(TorchBackend):
         return list_nos
 
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
-        heads, n = list_nos.shape
         if table.shape[1] > MOST_SORTED_LISTS:
             super().seal(keys, values, ids, start, list_nos, table)
-            return
-        least, most = gpu_seal.workspace_bytes(heads, keys.shape[2], values.shape[2], keys.dtype, ((start, start + n),))
-        workspace = torch.empty(max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
-        gpu_seal.seal(self.runtime, keys, values, ids, start, list_nos, table, workspace)
+        else:
+            self.seal_many(keys, values, ids, ((start, start + list_nos.shape[1]),), list_nos, table[:, None])
 
     def seal_many(
         self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], list_nos: Tensor, tables: Tensor
     ) -> None:
-        if len(segments) < 2 or tables.shape[2] > MOST_SORTED_LISTS:
+        if tables.shape[2] > MOST_SORTED_LISTS:
             super().seal_many(keys, values, ids, segments, list_nos, tables)
             return
-        least, most = gpu_seal.workspace_bytes(keys.shape[0], keys.shape[2], values.shape[2], keys.dtype, segments)
+        arena = gpu_seal.Arena(keys[None], values[None], ids[None], tables[None])
+        jobs, at = [], 0
+        for slot, (start, stop) in enumerate(segments):
+            jobs.append(gpu_seal.Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
+            at += gpu_seal.places(stop - start)
+        numbers = sent(np.array(jobs, np.int32), self.device)
+        least, most = gpu_seal.workspace_bytes(arena, jobs)
         workspace = torch.empty(max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
-        at = gpu_seal.segment_array(segments, self.device)
-        gpu_seal.seal_many(self.runtime, keys, values, ids, segments, at, list_nos, tables, workspace)
+        gpu_seal.seal(self.runtime, arena, jobs, numbers, gpu_seal.Fresh(list_nos), workspace)
+
+    def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
+        if arena.tables.shape[3] > MOST_SORTED_LISTS:
+            return False
+        plan = gpu_seal.planned(changes)
+        if not plan.jobs:
+            return True
+        heads, rows = arena.keys.shape[1], gpu_seal.Arena(arena.keys, arena.values, arena.ids, arena.tables)
+        numbers = sent(plan.numbers, self.device)
+        least, most = gpu_seal.workspace_bytes(rows, plan.jobs)
+        lists = gpu_seal.aligned(heads * plan.fresh * 4) if quantizer is not None else 0
+        workspace = torch.empty(lists + max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
+        means = arena.mean_keys, arena.mean_values
+        gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.given, workspace, means)
+        return True
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
-        gpu_seal.means(self.runtime, keys, values, table[:, None], mean_keys[:, None], mean_values[:, None])
+        tables, outs = table[None, :, None], (mean_keys[None, :, None], mean_values[None, :, None])
+        gpu_seal.means(self.runtime, keys[None], values[None], tables, *outs)
 
     def prepare_router(self, weights: RouterWeights) -> Any:
         return gpu_route.pack_router(weights)

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bindings import gpu_build, gpu_route_select
+from ..bindings import gpu_build, gpu_route_select, gpu_seal
 from ..bindings.gpu_route import Route, Unturn
 from ..bindings.gpu_route_select import RouteSelect, RouteSelectShape
 from ..bindings.gpu_scan import Listed, Means, Scan, ScanShape, aligned
 from ..bindings.gpu_select import Select, SelectShape
 from ..bindings.gpu_types import Launch, Runtime
 from .base import Budget, Probed, Rotation
-from .resident import FLAGS, MAX_STEP_TOKENS, Placement, Resident, Routing
+from .resident import FLAGS, LENGTH, MAX_STEP_TOKENS, NEXT, Placement, Resident, Routing
 
 Knobs = Mapping[str, dict[str, int]]
 
@@ -92,7 +92,6 @@ class _Scanning:
 
     scan: Scan
     floats: Tensor
-    tickets: Tensor
     bound: dict[Any, tuple[Launch, Any]] = field(default_factory=dict)
 
 
@@ -110,6 +109,8 @@ class CudaResident(Resident):
         self._at: Placement | None = None
         self._selecting: dict[Any, _Selecting] = {}
         self._scanning: dict[Any, _Scanning] = {}
+        # Of every scan: each appended token makes them zeros again, so that what a misuse left in them is gone a step later.
+        self._tickets = torch.zeros((0,), dtype=torch.int32, device=device)
         self._appending: dict[Any, Launch] = {}
         gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
@@ -117,6 +118,7 @@ class CudaResident(Resident):
         self._just_published = True
         self._limits: weakref.WeakSet[CudaLimits] = weakref.WeakSet()
         self._stream: Any = None
+        self._watching: tuple[Tensor, Any] | None = None
         self._lock = threading.Lock()  # parameter structs and workspaces serve one call at a time
 
     # -- what the host decides ---------------------------------------------------------------------------------------
@@ -135,21 +137,23 @@ class CudaResident(Resident):
                 x.record_stream(stream)
         self._stream = stream
 
+    def release(self) -> None:
+        self._held.clear()
+
     def _memory(self) -> Iterator[Tensor]:
         """All that launches read or write but for what a call brings."""
-        found: list[Tensor | None] = [self._meta, self._counts, self._centres]
+        found: list[Tensor | None] = [self._meta, self._counts, self._centres, self._tickets]
         if self._at is not None:
             found += [getattr(self._at, name) for name in _MEMORY]
         for s in self._selecting.values():
             found += s.by.memory()
             found += [routing.frequencies for _, (routing, _) in s.bound.values()]
-        for scanning in self._scanning.values():
-            found += [scanning.floats, scanning.tickets]
+        found += [scanning.floats for scanning in self._scanning.values()]
         for x in self._limits:
             found += [x.budgets, x.entries, x.miss, x.found.rows, x.found.counts, x.found.tail, x.found.tail_counts]
         yield from (x for x in found if x is not None)
 
-    def publish(self, placement: Placement) -> None:
+    def publish(self, placement: Placement, counted: bool, budgets: Sequence[tuple[CudaLimits, Budget]]) -> None:
         before, self._at = self._at, placement
         if before is None or any(
             getattr(before, name).shape != getattr(placement, name).shape for name in ("keys", "tables", "mean_keys")
@@ -161,9 +165,18 @@ class CudaResident(Resident):
         if self._centres.shape != placement.centres.shape:
             self._centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
             self._unbind()
-        self._centres.copy_(torch.from_numpy(placement.centres))
-        self._meta[:, :FLAGS].copy_(torch.from_numpy(placement.meta))
+        writes: list[tuple[int, np.ndarray[Any, Any]]] = []
+        for to, x in ((self._centres, placement.centres), (self._tickets, np.zeros(self._tickets.shape, np.int32))):
+            writes += [(to.data_ptr(), x)] if x.size else []
+        for i, row in enumerate(placement.meta):
+            at = self._meta.data_ptr() + i * META * 4
+            spans = ((LENGTH + 1, NEXT), (NEXT + 1, FLAGS)) if counted else ((0, FLAGS),)
+            writes += [(at + 4 * a, row[a:b]) for a, b in spans]
+        for limits, budget in budgets:
+            writes += _numbers(limits, budget)
+        numbers = sent(gpu_seal.pieces_of(writes), self._device)
         self._just_published = True
+        gpu_seal.publish(self._runtime, len(writes), numbers)
 
     def limits(self, budget: Budget, most_rows: int, most_entries: int) -> CudaLimits:
         b, h = self._shape[:2]
@@ -174,16 +187,27 @@ class CudaResident(Resident):
         found = Probed(ints(b, h, most_rows), ints(b, h))
         if most_entries:
             found = Probed(found.rows, found.counts, ints(b, h, most_entries), ints(b, h))
-        made = CudaLimits(ints(b, h), ints(b, h) if most_entries else None, budget.miss, budget.nprobe, found)
-        self.fill(made, budget)
+        self._just_published = True
+        entries = None
+        if most_entries:
+            entries = ints(b, h) if budget.entries is None else sent(budget.entries.numpy().copy(), self._device)
+        made = CudaLimits(sent(budget.rows.numpy().copy(), self._device), entries, budget.miss, budget.nprobe, found)
         self._limits.add(made)
         return made
 
-    def fill(self, limits: CudaLimits, budget: Budget) -> None:
-        self._just_published = True
-        limits.budgets.copy_(budget.rows)
-        if limits.entries is not None:
-            limits.entries.zero_() if budget.entries is None else limits.entries.copy_(budget.entries)
+    def watch(self) -> None:
+        on_gpu = self._device.type == "cuda"
+        host = torch.empty(self._meta.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+        host.copy_(self._meta, non_blocking=True)
+        self._watching = host, torch.cuda.current_stream(self._device).record_event() if on_gpu else None
+
+    def watched(self) -> np.ndarray[Any, Any]:
+        assert self._watching is not None, "watch comes first"
+        host, event = self._watching
+        if event is not None:
+            event.synchronize()
+        meta: np.ndarray[Any, Any] = host.numpy()
+        return meta
 
     def read(self) -> np.ndarray[Any, Any]:
         found: np.ndarray[Any, Any] = self._meta.cpu().numpy().copy()
@@ -203,7 +227,7 @@ class CudaResident(Resident):
             launch = self._appending.get(key)
             if launch is None:
                 at, by = self._placement(), None if counts is None else self._counts
-                memory = at.keys, at.values, self._meta, by
+                memory = at.keys, at.values, self._meta, by, self._tickets if self._tickets.numel() else None
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
                 _forget(self._appending, _BOUND)
             if self.capturing:
@@ -274,8 +298,8 @@ class CudaResident(Resident):
             turn = Unturn(routing.frequencies, routing.interleaved, routing.scale)
         found, tables = limits.found, self._placement().tables
         if isinstance(by, _OneLaunch):
-            tickets = self._scanning_of(queries, False).tickets
-            memory = self._meta, tables, self._centres, limits.budgets, found.rows, found.counts, limits.miss, tickets
+            self._scanning_of(queries, False)  # its tickets are there
+            memory = self._meta, tables, self._centres, limits.budgets, found.rows, found.counts, limits.miss, self._tickets
             return (by.launcher.bind(turn, *memory, dependent=True),)
         route = by.route.bind(turn, self._meta, by.z, by.a)
         select = by.select.bind(
@@ -296,7 +320,7 @@ class CudaResident(Resident):
                 listed = Listed(found.rows, found.counts)
                 if found.tail is not None and found.tail_counts is not None:
                     means = Means(found.tail, found.tail_counts, at.mean_keys, at.mean_values, at.tables)
-            launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, s.tickets)
+            launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, self._tickets)
             bound = s.bound[key] = launch, limits
             _forget(s.bound, _BOUND)
         if self.capturing:
@@ -352,10 +376,30 @@ class CudaResident(Resident):
             shape = ScanShape(b, h, g * q, q, d, e, self._dtype, queries.dtype, at.keys.shape[2], causal=True, dense=dense)
             scan = Scan(self._runtime, shape, self._knobs.get("scan"))
             floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self._device)
-            made = _Scanning(scan, floats, torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device))
-            self._scanning[key] = made
+            if scan.num_tickets > self._tickets.numel():
+                self._tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device)
+                self._unbind()
+            made = self._scanning[key] = _Scanning(scan, floats)
             _forget(self._scanning, _KEPT)
         return made
+
+
+def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """int32 numbers on the device, from pinned memory: the host does not wait."""
+    if device.type != "cuda":
+        return torch.from_numpy(numbers)
+    pinned = torch.empty(numbers.shape, dtype=torch.int32, device="cpu", pin_memory=True)
+    pinned.numpy()[...] = numbers
+    return pinned.to(device, non_blocking=True)
+
+
+def _numbers(limits: CudaLimits, budget: Budget) -> list[tuple[int, np.ndarray[Any, Any]]]:
+    """The budgets of ``limits``, by the addresses where they belong."""
+    found = [(limits.budgets.data_ptr(), budget.rows.numpy())]
+    if limits.entries is not None:
+        entries = np.zeros(limits.entries.shape, np.int32) if budget.entries is None else budget.entries.numpy()
+        found.append((limits.entries.data_ptr(), entries))
+    return found
 
 
 def _key(queries: Tensor) -> tuple[Any, ...]:

@@ -80,6 +80,10 @@ class Resident(ABC):
         """What follows, on the current stream, waits for what was started before on another; not inside a capture."""
 
     @abstractmethod
+    def release(self) -> None:
+        """No graph that was captured is replayed any more: what is kept for them may go."""
+
+    @abstractmethod
     def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
         """Whether a `step` with such queries finds its memory and kernels in place, as it does from the second time on."""
 
@@ -88,16 +92,27 @@ class Resident(ABC):
         """Put memory and kernels in place for a `step` with such queries."""
 
     @abstractmethod
-    def publish(self, placement: Placement) -> None:
-        """Use this memory and these numbers from now on. Flags stay as they are."""
+    def publish(self, placement: Placement, counted: bool, budgets: Sequence[tuple[Any, Budget]]) -> None:
+        """Use this memory and these numbers from now on, and write each budget to the memory of its limits.
+
+        Flags stay as they are. counted : so do lengths and next positions, for the device has counted them itself. Does not wait
+        for the device.
+        """
+
+    @abstractmethod
+    def watch(self) -> None:
+        """Have meta fetched as it is now, for `watched`. Does not wait for the device."""
+
+    @abstractmethod
+    def watched(self) -> np.ndarray[Any, Any]:
+        """meta : int32 (b, 8) as it was when `watch` was called last; waits until then, and no longer."""
 
     @abstractmethod
     def limits(self, budget: Budget, most_rows: int, most_entries: int) -> Any:
-        """What a search may take, on the device for as long as its parameters are in use. No later `fill` exceeds the sizes."""
+        """What a search may take, on the device for as long as its parameters are in use. No later budget exceeds the sizes.
 
-    @abstractmethod
-    def fill(self, limits: Any, budget: Budget) -> None:
-        """Write other budgets, of the same kind, to the same memory."""
+        budget : rows and entries on the host, here and in `publish`.
+        """
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> None:

@@ -218,6 +218,7 @@ def unrotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
     return out
 
 
+@full_precision
 def _entries(tail: Tail, i: int, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (h, g, q, x) and values (h, x, e) of the entries of sequence i; -inf where there is none. queries : scaled."""
     h, d, e = tail.keys.shape[1], tail.keys.shape[4], tail.values.shape[4]

@@ -14,7 +14,8 @@ from .attach import attach, audit_stats, detach, detached  # noqa: E402 - after 
 from .attention import register  # noqa: E402
 from .audit import AuditStats, AuditWarning, LayerAudit  # noqa: E402
 from .cache import SaapCache  # noqa: E402
+from .graphs import GraphWarning  # noqa: E402
 
 register()
 
-__all__ = ["AuditStats", "AuditWarning", "LayerAudit", "SaapCache", "attach", "audit_stats", "detach", "detached"]
+__all__ = ["AuditStats", "AuditWarning", "GraphWarning", "LayerAudit", "SaapCache", "attach", "audit_stats", "detach", "detached"]

@@ -1,27 +1,31 @@
 """`attach` and `detach`: a model of transformers decodes through its indexes, and becomes again what it was.
 
-Nothing of the model is replaced. Attaching chooses the attention function, by transformers' own setting, and registers one
-forward pre-hook on the decoder, through which the cache that `generate` makes becomes a `SaapCache`. The attention modules of
-indexed layers are marked, so that keys of a cache that went past the hook are refused and not attended to densely.
+Nothing of the model is replaced, but for the forward of a decoder on a GPU (graphs.py). Attaching chooses the attention
+function, by transformers' own setting, and registers one forward pre-hook on the decoder, through which the cache that
+`generate` makes becomes a `SaapCache`. The attention modules of indexed layers are marked, so that keys of a cache that went past
+the hook are refused and not attended to densely.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..errors import ParameterError, StateError
+from ..errors import CompatibilityError, ParameterError, StateError
 from ..routers import Routers
 from . import support
 from .attention import INDEXED, NAME
 from .audit import AuditStats
 from .cache import ATTACHED, SaapCache, adopt, plan_of
-from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
+from .capture import obstacle
+from .graphs import GraphedDecoder, GraphWarning
+from .plan import MAX_SPARSE_TOKENS, LayerPlan, Plan, make_plan
 
 
 class Attachment:
@@ -39,6 +43,9 @@ class Attachment:
         self._after = decoder.register_forward_hook(self._finish, with_kwargs=True, always_call=True)
         for attention in self._indexed(decoder):
             setattr(attention, INDEXED, True)
+        self._graphed: GraphedDecoder | None = None
+        if plan.cuda_graphs:
+            decoder.forward = self._graphed = GraphedDecoder(decoder, plan, self._name, plan.cuda_graphs is True)
 
     def _prepare(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -83,6 +90,9 @@ class Attachment:
 
     def undo(self, model: Any) -> None:
         decoder = support.decoder_of(model)
+        if self._graphed is not None:
+            self._graphed.close()
+            del decoder.forward
         self._hook.remove()
         self._after.remove()
         for attention in self._indexed(decoder):
@@ -99,6 +109,7 @@ def attach(
     max_sparse_tokens: int = MAX_SPARSE_TOKENS,
     audit_every: int = 0,
     audit_bound: float | None = None,
+    cuda_graphs: bool | str = "auto",
     **options: Any,
 ) -> Any:
     """Let a model of transformers decode through indexes over its keys; `generate` and everything around it stay as they are.
@@ -121,6 +132,10 @@ def attach(
         dense passes over it, and returns what it returns otherwise.
     audit_bound : least share of the attention outside sinks and window that the newest audits may capture; below it comes an
         `AuditWarning`. None: 0.1 less than ``saap train`` measured for these layers and this budget, of the routers that know it.
+    cuda_graphs : replay the steps of one token from a CUDA graph of the whole decoder, made for each cache at its second such
+        step (docs/gpu.md). "auto": for a model on a GPU, with a `GraphWarning` if it is none that a graph can hold; True: or
+        CompatibilityError, and StateError in the call whose step cannot be recorded; False: never. A model that moves to a GPU
+        later is attached to there.
     options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend; nlist, if lists are made
         for each prompt: more for contexts far longer than those of the training.
 
@@ -131,13 +146,32 @@ def attach(
     """
     if getattr(model, ATTACHED, None) is not None:
         raise StateError("model: expected one without routers attached; call detach first")
-    plan = make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options)
+
+    def graphs(decoder: Any, layers: Mapping[int, LayerPlan]) -> bool | str:
+        why_not = "audits, which compare on the host" if audit_every else obstacle(decoder, layers)
+        return _graphs(decoder, cuda_graphs, why_not)
+
+    plan = make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options, graphs)
     if audit_bound is not None and not audit_every:
         raise ParameterError("audit_bound: expected audit_every beside it, got none")
     if audit_every:
         plan = plan.audited(audit_every, audit_bound)
     setattr(model, ATTACHED, Attachment(model, plan))
     return model
+
+
+def _graphs(decoder: Any, asked: bool | str, why_not: str | None) -> bool | str:
+    """``asked``, or False where no graph is to be made."""
+    if asked not in (True, False, "auto"):
+        raise ParameterError(f"cuda_graphs: expected True, False or 'auto', got {asked!r}")
+    if not asked or why_not is None:
+        return asked
+    what = f"cuda_graphs: expected a model whose decode steps a CUDA graph can hold, got {why_not}"
+    if asked is True:
+        raise CompatibilityError(what)
+    if any(x.device.type == "cuda" for x in decoder.parameters()):
+        warnings.warn(f"{what}; decoding stays eager, which cuda_graphs=False asks for", GraphWarning, stacklevel=5)
+    return False
 
 
 def audit_stats(model: Any) -> AuditStats:

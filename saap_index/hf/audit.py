@@ -24,6 +24,7 @@ from .. import checks
 from ..errors import ParameterError
 from ..index import AsymmetricIndex
 from ..params import SearchParametersIVF
+from ..precision import full_precision
 
 MIN_AUDITS = 16
 """Audits that a verdict needs: fewer say more of single steps than of the routers."""
@@ -150,6 +151,7 @@ def compare(index: AsymmetricIndex, query: Tensor, params: SearchParametersIVF |
     return Compared(out, *figures)
 
 
+@full_precision
 def _before_window(index: AsymmetricIndex, query: Tensor, dense_lse: Tensor) -> Tensor:
     """Share of each query's attention on recent tokens that lie before the window of the newest one: float64 (b, hq, q)."""
     lists, layout, (b, hq, q, d) = index.invlists, index.layout, query.shape

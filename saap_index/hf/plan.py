@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..backends import RouterWeights
 from ..calibration import Calibration
 from ..errors import CompatibilityError, ParameterError
 from ..index import AsymmetricIndex
+from ..layout import Layout
 from ..params import SELECTIVITY
 from ..quantizer import KeyQuantizer
 from ..rope import Rope
@@ -36,6 +37,7 @@ class LayerPlan:
     num_heads, num_kv_heads : of the whole model; shard : (rank, ranks), the share of them in this process.
     rope : what the index undoes to route; tower : makes lists of each prompt's own, or None. options : of `AsymmetricIndex`.
     layer_type : what the config calls it, if it tells layers apart. audit : compares some searches with dense attention, or None.
+    break_evens : what was measured, by sequences of a batch; empty where it was given.
     """
 
     number: int
@@ -50,10 +52,18 @@ class LayerPlan:
     shard: tuple[int, int]
     layer_type: str | None = None
     audit: Audit | None = field(default=None, repr=False, compare=False)
+    break_evens: Mapping[int, int] = field(default_factory=dict)
     _empty: dict[Any, AsymmetricIndex] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_empty": {}}  # made again where the model is loaded
+
+    def break_even(self, batch: int) -> int:
+        """Tokens below which a batch of so many sequences stays dense: as measured for the largest batch that is no larger."""
+        measured = [n for n in self.break_evens if n <= batch]
+        if measured:
+            return self.break_evens[max(measured)]
+        return int(self.options.get("break_even", Layout().break_even))
 
     def new_index(self, kv_heads: int, d: int, d_v: int, dtype: torch.dtype, device: torch.device) -> AsymmetricIndex:
         """An empty index for keys of this shape; the packed router and quantizer are shared by all of one kind.
@@ -92,6 +102,7 @@ class Plan:
     """One model: the layers that are indexed, and what of its shape a saved prompt must agree with.
 
     evaluation : what training measured of the routers, by layer, see `audit.promised_shares`; audit : that of the layers.
+    cuda_graphs : as in `attach`; False where none can be made.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -101,6 +112,7 @@ class Plan:
     identity: Mapping[str, Any]
     evaluation: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     audit: Audit | None = field(default=None, repr=False, compare=False)
+    cuda_graphs: bool | str = False
 
     def audited(self, every: int, bound: float | None = None, in_turn: bool = True) -> Plan:
         """The same plan, with an `Audit` of every layer's searches. ParameterError for a value outside its range."""
@@ -135,10 +147,12 @@ def make_plan(
     dense_layers: Iterable[int],
     max_sparse_tokens: int,
     options: Mapping[str, Any],
+    cuda_graphs: Callable[[Any, Mapping[int, LayerPlan]], bool | str] = lambda decoder, layers: False,
 ) -> Plan:
     """Check a model against its routers and decide which layers are indexed; see `attach`.
 
     A layer is indexed if it attends to the whole context, has a router, and is not named in ``dense_layers``.
+    cuda_graphs : (decoder, layers that are indexed) -> what `Plan.cuda_graphs` is to be.
     """
     decoder = support.decoder_of(model)
     config = decoder.config
@@ -158,9 +172,11 @@ def make_plan(
     modules = support.attention_layers(decoder)
     layers = {number: _layer_plan(config, number, modules[number].self_attn, routers, selectivity, options) for number in chosen}
     check_rotation(decoder, {n: plan.rope for n, plan in layers.items() if plan.rope == routers.layers[n].model_rope})
+    graphs = cuda_graphs(decoder, layers)
     if "break_even" not in options:
-        for number, length in break_evens(layers, modules, decoder.dtype).items():
-            layers[number] = replace(layers[number], options={**layers[number].options, "break_even": length}, _empty={})
+        for number, by_batch in break_evens(layers, modules, decoder.dtype, bool(graphs)).items():
+            mine = {**layers[number].options, "break_even": by_batch[1]}
+            layers[number] = replace(layers[number], options=mine, break_evens=by_batch, _empty={})
     rank, ranks = next(iter(layers.values())).shard
     identity = {
         "model_type": config.model_type, "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
@@ -168,7 +184,7 @@ def make_plan(
         "ranks": ranks,
     }  # fmt: skip
     evaluation = routers.config.get("evaluation") or {}
-    return Plan(layers, config.num_hidden_layers, max_sparse_tokens, config, identity, evaluation)
+    return Plan(layers, config.num_hidden_layers, max_sparse_tokens, config, identity, evaluation, None, graphs)
 
 
 def _layer_plan(

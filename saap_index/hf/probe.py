@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import CompatibilityError
 from ..rope import Rope
-from .rotation import rotary_of
+from .rotation import fresh_rotation, rotary_of
 from .support import attention_layers
 
 _NAME = "saap_probe"
@@ -138,17 +138,14 @@ def _calls(decoder: Any, layers: list[int], positions: list[int]) -> dict[int, l
 @contextmanager
 def _function(decoder: Any, attend: Any) -> Iterator[None]:
     """The decoder with another attention function; its rotary module remembers no more than before."""
-    rotary = rotary_of(decoder)
-    state = None if rotary is None else {**rotary.__dict__, "_buffers": dict(rotary._buffers)}
     before = decoder.config._attn_implementation
     AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     try:
         decoder.set_attn_implementation(_NAME)
-        yield
+        with fresh_rotation(rotary_of(decoder)):
+            yield
     finally:
         decoder.set_attn_implementation(before)
-        if state is not None:
-            rotary.__dict__.update(state)
         for interface in (AttentionInterface, AttentionMaskInterface):  # transformers has no call that takes one back
             interface._global_mapping.pop(_NAME, None)

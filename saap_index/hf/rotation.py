@@ -6,6 +6,8 @@ text that a model has read until one is shorter than the original length (`dynam
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..rope import Rope
@@ -27,3 +29,23 @@ def length_of_rotation(rope: Rope, rotary: Any, layer_type: str | None, newest: 
     if isinstance(getattr(rotary, "rope_type", None), dict):
         held = getattr(rotary, f"{layer_type}_max_seq_len_cached", held)
     return original if length < original else max(length, int(held))
+
+
+@contextmanager
+def fresh_rotation(rotary: Any) -> Iterator[None]:
+    """While it lasts, ``rotary`` has read no text yet; afterwards it remembers what it did before. None: nothing happens."""
+    if rotary is None:
+        yield
+        return
+    state = {**rotary.__dict__, "_buffers": dict(rotary._buffers)}
+    original = getattr(rotary, "original_max_seq_len", None)
+    end = "max_seq_len_cached"
+    for prefix in [name.removesuffix(end) for name in state if name.endswith(end)]:
+        first = getattr(rotary, f"{prefix}original_inv_freq", None)
+        if original is not None and first is not None and getattr(rotary, prefix + end) > original:
+            setattr(rotary, prefix + end, original)
+            rotary._buffers[f"{prefix}inv_freq"] = first.to(getattr(rotary, f"{prefix}inv_freq").device, copy=True)
+    try:
+        yield
+    finally:
+        rotary.__dict__.update(state)

@@ -28,12 +28,12 @@ from ..errors import CompatibilityError, FormatError
 from ..gaps import Gaps
 from ..index import AsymmetricIndex
 from ..io import check_gaps, check_ids, check_tables
+from ..layout import NEVER
 from ..quantizer import KeyQuantizer
 from ..rotated import RotationLengths
 from . import support
 from .layer import IndexedLayer
 from .plan import LayerPlan, Plan
-from .slots import NEVER
 
 FORMAT, VERSION = "saap_cache", 3
 CONFIG = "cache.json"

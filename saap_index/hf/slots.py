@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from ..errors import CompatibilityError, StateError
 from ..index import AsymmetricIndex
-from ..layout import Layout
+from ..layout import NEVER
 from ..params import SearchParametersIVF
 from ..stats import SearchStats
 from . import traced
@@ -31,7 +31,6 @@ from .rotation import length_of_rotation
 LAYER = "saap_layer"
 """Attribute of the keys that `update` returns: by it the attention function finds the layer."""
 
-NEVER = 2**31 - 1  # break_even of an index that must not seal
 ROOM_TOKENS = 256  # a prompt is given room for so many tokens more, or an eighth of its length
 
 
@@ -56,11 +55,15 @@ class SlotLayer(CacheLayerMixin):
         self._new: tuple[Tensor, Tensor] | None = None  # what `update` brought and `attend` has not seen
         self._seq_len: int | None = None  # the length by which the tokens of this call were rotated, where it matters
         self._due = False  # whether the index has tokens to seal
+        self._break_even = plan.break_even(1)  # of the batch, as soon as there is one
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h, _, d = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
         self.index = self.plan.new_index(h, d, value_states.shape[-1], self.dtype, self.device)
+        self._break_even = self.plan.break_even(b)
+        if self.index.break_even != self._break_even:
+            self.index.break_even = self._break_even
         if self.room_tokens:
             self.index.reserve_memory(self.room_tokens, batch=b)
         self.is_initialized = True
@@ -235,10 +238,6 @@ class SlotLayer(CacheLayerMixin):
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _break_even(self) -> int:
-        return int(self.plan.options.get("break_even", Layout().break_even))
-
     def _seals(self, length: int) -> bool:
         """Whether a sequence of that many tokens has some in lists."""
         assert self.index is not None
@@ -308,7 +307,13 @@ class SlotLayer(CacheLayerMixin):
         for i, end in enumerate(ends):
             at_end = self.visible is None or bool(self.visible[i, -1])
             if last is not None and end and at_end and last[i] != end - 1:
+                n, hint = last[i] + 1, ""
+                if 0 < n < end:  # generate reads a prompt once more, behind itself, where the cache leaves nothing of it to read
+                    hint = (
+                        f"; if the cache holds the prompt of {n} tokens already, generate needs one of them to read: call "
+                        f"cache.crop({n - 1}) first, or bring what comes after it"
+                    )
                 raise CompatibilityError(
                     f"position_ids: expected the newest token of sequence {i} at {end - 1}, counting its tokens or its slots "
-                    f"from 0, got {last[i]}"
+                    f"from 0, got {last[i]}{hint}"
                 )

@@ -20,7 +20,7 @@ OLDEST, NEWEST = (5, 0), (5, 24)
 CACHE_NAMES = ("cache", "past_key_values")
 """What decoders call the argument that brings a cache: since transformers 5.24, and before."""
 
-_MAX_DIM, _DIM_STEP = 256, 8  # head dims that the kernels take
+MAX_DIM, DIM_STEP = 256, 8  # head dims that the kernels take
 
 
 def check_version() -> None:
@@ -142,9 +142,9 @@ def check_dense_layers(dense_layers: Iterable[int], count: int) -> frozenset[int
 
 
 def check_head_dim(dim: int, number: int) -> None:
-    if dim % _DIM_STEP or dim > _MAX_DIM:
+    if dim % DIM_STEP or dim > MAX_DIM:
         raise CompatibilityError(
-            f"layer {number}: expected a head dim that is a multiple of {_DIM_STEP} up to {_MAX_DIM}, got {dim}; name it in "
+            f"layer {number}: expected a head dim that is a multiple of {DIM_STEP} up to {MAX_DIM}, got {dim}; name it in "
             "dense_layers"
         )
 
@@ -168,7 +168,8 @@ def head_shard(attention: Any) -> tuple[int, int]:
 def fingerprint(decoder: Any) -> str:
     """A checksum of a few numbers of every parameter in this process: tells two checkpoints of one architecture apart.
 
-    Of quantised weights (torchao, bitsandbytes) it is that of what they are packed into.
+    Of quantised weights (torchao, bitsandbytes) it is that of what they are packed into. Of adapters (PEFT) it says too which of
+    them are at work, and by how much.
     """
     value = 0
     for name, parameter in decoder.named_parameters():
@@ -178,6 +179,11 @@ def fingerprint(decoder: Any) -> str:
             some = part.reshape(-1)[:256].cpu()
             some = some.float() if some.is_floating_point() else some.contiguous().view(torch.uint8)
             value = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), value))
+    for name, module in decoder.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+            names, scaling = () if module.disable_adapters else module.active_adapters, getattr(module, "scaling", {})
+            active = [(adapter, scaling.get(adapter)) for adapter in names]
+            value = zlib.crc32(f"{name} {active}".encode(), value)
     return f"{value:08x}"
 
 

@@ -64,9 +64,15 @@ def training_positions(length: int, seed: int, count: int = TRAINING_QUERIES) ->
 
 
 def run(model: Any, tokens: Sequence[int], keep: Keep) -> None:
-    """One pass over a sequence, every layer's attention given to ``keep``. The model is left as it was, also after an error."""
+    """One pass over a sequence, every layer's attention given to ``keep``. The model is left as it was, also after an error.
+
+    Where its angles depend on the length they are those of this text, whatever it has read before.
+    """
+    from ..hf.rotation import fresh_rotation, rotary_of
+
     ids = torch.tensor([list(tokens)], dtype=torch.int64, device="cpu")
-    with torch.inference_mode(), _recording(model, keep), suppress(Finished):
+    rotary = rotary_of(model.base_model)
+    with torch.inference_mode(), fresh_rotation(rotary), _recording(model, keep), suppress(Finished):
         model.base_model(ids.to(model.device), use_cache=False)
 
 

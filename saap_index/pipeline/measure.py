@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backends import TorchBackend
 from ..layout import Layout
+from ..precision import full_precision
 from ..router import QueryRouter
 
 GRID = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -65,6 +66,7 @@ def measure(
     return total
 
 
+@full_precision
 def _one(
     keys: Tensor, values: Tensor, x: Tensor, z: Tensor, a: Tensor, position: int, lists: Tensor, router: QueryRouter,
     layout: Layout, scale: float,
@@ -113,6 +115,7 @@ def _one(
     )
 
 
+@full_precision
 def run_weights(
     z: Tensor, a: Tensor, lists: Tensor, segments: tuple[tuple[int, int], ...], position: int, router: QueryRouter
 ) -> Tensor:

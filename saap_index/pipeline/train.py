@@ -109,7 +109,8 @@ def train_model(
     sequences : ``settings.sequences`` of ``settings.context`` tokens. resume : continue what is unfinished in ``out``; if all is
     there already, read it. keep_captures : leave what was captured on disk.
 
-    Raises MissingDependencyError without FAISS before anything else, StateError for a folder in use without ``resume``,
+    Raises MissingDependencyError without FAISS before anything else, StateError for a folder in use without ``resume``, or by
+    another process or thread that trains,
     CompatibilityError if what is there is of another model, text or settings, FormatError if it is damaged, LengthError for other
     sequences, OSError if the disk has no room for what is captured, and what training raises. Ctrl-C leaves what is finished for
     `resume`.
@@ -126,13 +127,16 @@ def train_model(
             )
         return _finished(out, job, keep_captures)
     work = out / UNFINISHED
-    _claim(work, job, resume)
-    store = _captured(loaded, sequences, settings, job, work, step)
-    results = _layers(store, settings, job, work, torch.device(loaded.model.device), step)
-    routers = _assembled(results, settings, job)
-    save_routers(routers, out)
-    if not keep_captures:
-        shutil.rmtree(work)
+    with files.hold(work) as is_ours:
+        if not is_ours:
+            raise StateError(f"out: expected a folder where no other training is at work, got {out}; wait, or name another --out")
+        _claim(work, job, resume)
+        store = _captured(loaded, sequences, settings, job, work, step)
+        results = _layers(store, settings, job, work, torch.device(loaded.model.device), step)
+        routers = _assembled(results, settings, job)
+        save_routers(routers, out)
+        if not keep_captures:
+            shutil.rmtree(work)
     return routers
 
 

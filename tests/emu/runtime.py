@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -257,8 +257,9 @@ def cache_folder() -> Path:
 @cache
 def _prune(folder: Path) -> None:
     for file in folder.iterdir():
-        if time.time() - file.stat().st_mtime > KEPT_DAYS * 86400:
-            file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # other processes finish their builds meanwhile
+            if time.time() - file.stat().st_mtime > KEPT_DAYS * 86400:
+                file.unlink()
 
 
 def sources(file: Path, folders: tuple[Path, ...]) -> dict[Path, str]:

@@ -14,6 +14,7 @@ from saap_index import crossover, files
 from saap_index.backends import get_backend
 from saap_index.bindings import native
 from saap_index.index import AsymmetricIndex
+from saap_index.precision import full_precision
 from saap_index.quantizer import KeyQuantizer
 from saap_index.router import QueryRouter
 
@@ -41,6 +42,7 @@ def check_kernels() -> Finding:
     return Finding("kernels", OK, summary, "", figures)
 
 
+@full_precision
 def search_error() -> float:
     """Largest relative error of a search that reads everything, against softmax in float64."""
     draw = torch.Generator().manual_seed(0)
