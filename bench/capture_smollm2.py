@@ -23,6 +23,7 @@ import torch
 
 from saap_index.errors import SaapError
 from saap_lab.smollm2 import capture, model, texts
+from saap_lab.smollm2.progress import Progress
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def _run(options: argparse.Namespace) -> None:
     unseen = sequences(
         texts.texts_from_files(options.unseen_text) if options.unseen_text else texts.unseen_texts(), options.unseen
     )
-    progress = capture.Progress(len(training) + len(unseen))
+    progress = Progress(len(training) + len(unseen))
     # A quarter of the training first, then all that is unseen: a run that is cut short already has some of both.
     early = len(training) // 4
     into = partial(capture.capture_to, options.folder, model=smollm2, layers=options.layers, progress=progress)

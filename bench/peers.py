@@ -25,6 +25,7 @@ from torch.nn import functional
 
 import harness
 from saap_index import AsymmetricIndex, Rope, SearchParametersIVF, reference
+from saap_lab import plots
 from saap_lab.corm import Corm
 from saap_lab.loki import Loki
 from saap_lab.method import Attended, Layer, Method
@@ -131,24 +132,11 @@ def training(layer: Layer) -> tuple[AsymmetricIndex, dict[str, float]]:
 
 
 def plot(rows: list[dict[str, float | str]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lengths = sorted({int(x["tokens"]) for x in rows})
-    figure, axes = pyplot.subplots(1, len(lengths), figsize=(5 * len(lengths), 4.2), squeeze=False)
-    for axis, tokens in zip(axes[0], lengths, strict=True):
-        for x in rows:
-            if x["tokens"] == tokens:
-                ours = x["method"] == "saap"
-                at = float(x["bytes"]) / 1e3, float(x["seconds"]) * 1e3
-                axis.scatter(*at, color="#d1495b" if ours else "#30638e", zorder=2 + ours)
-                axis.annotate(str(x["method"]), at, fontsize=8, xytext=(4, 3), textcoords="offset points")
-        axis.set(title=f"{tokens} tokens", xlabel="kB read", ylabel="ms per step", xscale="log", yscale="log")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    panels: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["tokens"])):
+        place = float(row["bytes"]) / 1e3, float(row["seconds"]) * 1e3
+        panels.setdefault(f"{row['tokens']} tokens", {})[str(row["method"])] = place
+    plots.scatter(path, panels, "kB read", "ms per step")
 
 
 def main() -> int:

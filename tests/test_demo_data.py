@@ -12,6 +12,7 @@ from torch import Tensor
 from saap_index.errors import FormatError, LengthError, ParameterError, ShapeError
 from saap_lab import measures, selections
 from saap_lab.smollm2 import capture, texts
+from saap_lab.smollm2.progress import Progress
 
 CHARS_PER_TOKEN = 4.5
 """More than the standard library's texts have on average, so enough characters are surely enough tokens."""
@@ -109,7 +110,7 @@ def test_captures_are_read_as_written(tmp_path: Path) -> None:
 
 def test_progress_tells_how_much_is_left() -> None:
     stream = io.StringIO()
-    progress = capture.Progress(2, stream=stream)
+    progress = Progress(2, stream=stream)
     progress.step(is_skipped=True)
     progress.step()
     assert stream.getvalue() == "sequences 1/2\nsequences 2/2, 0.0 s each, 0 s left\n"

@@ -336,8 +336,7 @@ WRITING = {
 }  # fmt: skip
 MODULES = {("os", "replace"), ("np", "save"), ("torch", "save"), ("os", "remove"), ("os", "unlink"), ("shutil", "move")}
 INSIDE = {  # what is called in a function that files.py calls with a draft, or on work in progress that is taken away
-    ("routers.py", "write_text"), ("hf/saving.py", "write_text"), ("report.py", "savefig"), ("eval_report.py", "savefig"),
-    ("smollm2/plot.py", "savefig"), ("pipeline/train.py", "rmtree"),
+    ("routers.py", "write_text"), ("hf/saving.py", "write_text"), ("plots.py", "savefig"), ("pipeline/train.py", "rmtree"),
 }  # fmt: skip
 
 

@@ -138,8 +138,8 @@ def test_bad_input_is_named(model, tokens) -> None:
         Saap("x", {}, None) and budget_tokens(0.0, 100, 4, 8)
 
 
-def test_records_resume_and_reports_are_made(model, tokens, prompt, tmp_path, capsys) -> None:
-    from saap_lab import evaluate, report
+def test_records_resume_and_reports_are_made(model, tokens, prompt, tmp_path) -> None:
+    from saap_lab import evaluate, plots, report
 
     path = tmp_path / "records.json"
     settings = evaluate.Settings(shares=(0.1, 0.3), span=100, step=50, decoded=LAST, decode_shares=(0.3,), sinks=2, window=32)
@@ -157,7 +157,7 @@ def test_records_resume_and_reports_are_made(model, tokens, prompt, tmp_path, ca
     assert again.rows == records.rows and len(lines) == 6
     dense = records.rows["text/a/b/dense/0.3"]
     assert dense["kl"] == pytest.approx(0, abs=1e-6) and dense["top1"] == 1
-    report.print_report(records.rows, 2)
-    printed = capsys.readouterr().out
+    printed = report.as_text(records.rows, 2)
     assert "late layers" in printed and "every layer replaced" in printed and "recent" in printed
-    assert [p.name for p in report.plot(records.rows, 2, tmp_path)] == ["mass_all.png", "mass_late.png", "kl.png"]
+    assert [p.name for p in plots.write(records.rows, 2, tmp_path)][:3] == ["mass_all.png", "mass_late.png", "kl.png"]
+    assert all(p.read_bytes().startswith(b"%PDF") for p in plots.write(records.rows, 2, tmp_path, "pdf"))

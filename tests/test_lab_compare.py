@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saap_index import cli
 from saap_index.errors import ParameterError
-from saap_lab import compare, svg
+from saap_lab import compare, needles, svg
 from saap_lab.evaluate import Settings
 from saap_lab.method import Attended, Cache, Layer, Method, State, attend_over
 from saap_lab.roster import KINDS, TOLERANCE, fit
@@ -74,7 +74,8 @@ def task():
     sequences = [(f"t{i}", torch.randint(0, VOCABULARY, (N,), generator=g).tolist()) for i in range(3)]
     model = LlamaForCausalLM(config).eval()
     names = [*KINDS, "strided"]
-    return compare.Task(model, Letters(), "tiny", sequences, 1, names, SETTINGS, 1, "word and " * 60, {"strided": Strided})
+    asked = needles.haystacks("word and " * 60, 1)
+    return compare.Task(model, Letters(), "tiny", sequences, 1, names, SETTINGS, asked, {"strided": Strided})
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,16 @@ def test_a_second_run_measures_nothing_and_another_task_is_refused(task, folder,
         compare.compare(replace(task, training=3), folder)
     with pytest.raises(ParameterError, match="methods"):
         compare.compare(replace(task, methods=("best",)), folder / "new")
+
+
+def test_needles_are_asked_with_the_layers_compared_replaced_alone(task, tmp_path) -> None:
+    """Nothing is calibrated for the others."""
+    some = Settings(shares=(0.3,), layers=(1,), span=64, step=16, decoded=0, window=32, replaced=(1,))
+    rows = compare.compare(replace(task, methods=("loki",), settings=some), tmp_path).rows
+    assert "needle/passkey.0/loki/0.3" in rows and "layer/0/1/loki/0.3" in rows
+    with pytest.raises(ParameterError, match="out"):
+        other = needles.haystacks("others and " * 60, 1)
+        compare.compare(replace(task, methods=("loki",), settings=some, needles=other), tmp_path)
 
 
 @pytest.mark.parametrize(("more", "message"), [
@@ -178,6 +189,12 @@ def test_drawings_are_well_formed_and_skip_what_is_not_there() -> None:
     ):  # fmt: skip
         ElementTree.fromstring(text)
     assert svg.curves([], "x", "y") == "" and svg.curves([svg.Curve("a", [(0.0, 1.0)], "#111")], "x", "y") == ""
+
+
+def test_no_label_is_cut_off_where_many_curves_end_at_the_top() -> None:
+    drawn = svg.curves([svg.Curve(f"m{i}", [(1.0, 50.0), (2.0, 100.0)], "#111") for i in range(12)], "x", "y")
+    heights = sorted(float(y) for y in re.findall(r'<text x="[^"]*" y="([^"]*)" fill=', drawn))
+    assert len(heights) == 12 and heights[0] >= 14 and all(b - a >= 13.9 for a, b in itertools.pairwise(heights))
 
 
 @settings(max_examples=50, deadline=None)

@@ -21,8 +21,9 @@ from saap_index import Rope, Routers, cli, load_routers, save_routers
 from saap_index.errors import CompatibilityError, LengthError, ParameterError
 from saap_index.pipeline.models import LoadedModel
 from saap_index.pipeline.train import TrainSettings, train_model
-from saap_lab import eval_command, eval_report, evaluate, flags, quality, replace
-from saap_lab.eval_command import EvalTask, evaluate_routers
+from saap_lab import eval_command, evaluate, flags, quality, replace, report
+from saap_lab.compare import Task, compare
+from saap_lab.eval_command import router_task
 from saap_lab.method import Layer
 from saap_lab.steps import replay
 from saap_lab.trained import TrainedMethods
@@ -102,22 +103,26 @@ def routers(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Routers:
     return load_routers(out)
 
 
-def make_task(model: Any, routers: Routers, **changes: Any) -> EvalTask:
+def make_task(
+    model: Any, routers: Routers, methods: tuple[str, ...] = ("saap", "dense", "topk_group", "ivf", "recent", "random"),
+    budgets: tuple[float, ...] = (0.1, 0.3), masses: tuple[float, ...] = (0.5,), identity: str = "tiny",
+    sequences: Any = None, **changes: Any,
+) -> Task:  # fmt: skip
     rng = np.random.default_rng(5)
-    given: dict[str, Any] = {
-        "sequences": [(f"t{i}", rng.integers(3, VOCABULARY, LENGTH).tolist()) for i in range(2)], "budgets": (0.1, 0.3),
-        "methods": ("saap", "dense", "topk_group", "ivf", "recent", "random"), "masses": (0.5,), "decoded": 16, "queries": 4,
-        "lengths": (LENGTH,), "depths": (0.5,), "filler": "some words and others " * 60, "identity": "tiny",
+    given = sequences or [(f"t{i}", rng.integers(3, VOCABULARY, LENGTH).tolist()) for i in range(2)]
+    options: dict[str, Any] = {
+        "continuation": 16, "queries": 4, "lengths": (LENGTH,), "depths": (0.5,), "filler": "some words and others " * 60,
     }  # fmt: skip
-    return EvalTask(model, Letters(), routers, **{**given, **changes})
+    trained = TrainedMethods(routers, methods, budgets, masses)
+    return router_task(model, Letters(), identity, trained, given, **{**options, **changes})
 
 
 @pytest.fixture(scope="module")
 def folder(model: Any, routers: Routers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Needles with fewer methods than the rest."""
     out = tmp_path_factory.mktemp("eval")
-    evaluate_routers(make_task(model, routers, tasks=("needles",), methods=("saap", "dense"), budgets=(0.3,), masses=()), out)
-    evaluate_routers(make_task(model, routers, tasks=("layers", "end")), out)
+    compare(make_task(model, routers, tasks=("needles",), methods=("saap", "dense"), budgets=(0.3,), masses=()), out)
+    compare(make_task(model, routers, tasks=("layers", "end")), out)
     return out
 
 
@@ -165,7 +170,7 @@ def test_bytes_are_equal(folder: Path) -> None:
 def test_a_stopped_run_goes_on(model: Any, routers: Routers, tmp_path: Path, monkeypatch: Any) -> None:
     small = {"budgets": (0.3,), "methods": ("saap", "recent"), "masses": (), "lengths": (300,), "depths": (0.5,)}
     task, steps = make_task(model, routers, **small), []
-    want = evaluate_routers(task, tmp_path / "whole").rows
+    want = compare(task, tmp_path / "whole").rows
 
     def stop(line: str) -> None:
         steps.append(line)
@@ -173,9 +178,9 @@ def test_a_stopped_run_goes_on(model: Any, routers: Routers, tmp_path: Path, mon
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate_routers(task, tmp_path, stop)
+        compare(task, tmp_path, stop)
     kept = json.loads((tmp_path / "records.json").read_text())
-    got = evaluate_routers(task, tmp_path).rows
+    got = compare(task, tmp_path).rows
     assert 8 <= len(kept) < len(got) and kept.items() <= got.items()
     for rows in (got, want):
         for row in rows.values():
@@ -183,21 +188,21 @@ def test_a_stopped_run_goes_on(model: Any, routers: Routers, tmp_path: Path, mon
                 row.pop("seconds_per_token", None)
     assert got == want, "as if it had not been stopped"
     monkeypatch.setattr(evaluate, "read_prompt", None)
-    evaluate_routers(task, tmp_path)  # measures nothing
+    compare(task, tmp_path)  # measures nothing
     with pytest.raises(ParameterError, match="out: expected a folder of the same"):
-        evaluate_routers(make_task(model, routers, **small, identity="other"), tmp_path)
+        compare(make_task(model, routers, **small, identity="other"), tmp_path)
     with pytest.raises(ParameterError, match="out: expected a folder of the same"):
-        evaluate_routers(make_task(model, routers, **small, sequences=task.sequences[::-1]), tmp_path)
+        compare(make_task(model, routers, **small, sequences=task.sequences[::-1]), tmp_path)
 
 
 def test_a_prompt_is_indexed_once_and_the_copies_agree(model: Any, routers: Routers) -> None:
     """Budgets share what does not depend on them, and get what they would get alone."""
     tokens = make_task(model, routers).sequences[0][1]
     prompt = replace.read_prompt(model, tokens, Rope.from_config(model.config), torch.arange(LENGTH - 16, LENGTH, 4))
-    shared = TrainedMethods(routers, ("saap", "ivf"))
+    shared = TrainedMethods(routers, ("saap", "ivf"), (0.1, 0.3))
     for share in (0.3, 0.1):
-        for got in shared.at(LENGTH, (0.1, 0.3), share):
-            alone = next(m for m in TrainedMethods(routers, ("saap", "ivf")).at(LENGTH, (share,), share) if m.name == got.name)
+        for got in shared.at(share, LENGTH):
+            alone = next(m for m in TrainedMethods(routers, ("saap", "ivf"), (share,)).at(share, LENGTH) if m.name == got.name)
             a, b = (quality.layer_quality(m, prompt, 1, 4, 32) for m in (got, alone))
             assert (a.captured, a.error, a.tokens) == (b.captured, b.error, b.tokens)
 
@@ -206,10 +211,10 @@ def test_the_budget_of_a_layer(model: Any, routers: Routers) -> None:
     """By the plan with saap, the same everywhere with saap-even."""
     shares = np.array([0.5, 1.0], np.float32)
     planned = {n: dataclasses.replace(layer, budget_shares=shares) for n, layer in routers.layers.items()}
-    methods = TrainedMethods(Routers(routers.config, planned), ("saap", "saap-even"))
+    methods = TrainedMethods(Routers(routers.config, planned), ("saap", "saap-even"), (0.2,))
     tokens = make_task(model, routers).sequences[0][1]
     prompt = replace.read_prompt(model, tokens, Rope.from_config(model.config), torch.arange(LENGTH - 8, LENGTH))
-    saap, even = (quality.layer_quality(m, prompt, 1, 4, 32) for m in methods.at(LENGTH, (0.2,), 0.2))
+    saap, even = (quality.layer_quality(m, prompt, 1, 4, 32) for m in methods.at(0.2, LENGTH))
     assert saap.tokens < even.tokens
 
 
@@ -217,25 +222,25 @@ def test_what_cannot_be_measured_is_named(model: Any, routers: Routers, tmp_path
     for changes, error, name in (
         ({"methods": ("best",)}, ParameterError, "methods"), ({"methods": ("published",)}, ParameterError, "router mlp"),
         ({"tasks": ("all",)}, ParameterError, "tasks"), ({"budgets": (1.5,)}, ParameterError, "budgets"),
-        ({"layers": (7,)}, ParameterError, "layers"), ({"decoded": 1}, ParameterError, "continuation"),
-        ({"decoded": 300}, LengthError, "length"), ({"lengths": (40,)}, LengthError, "needle-lengths"),
+        ({"layers": (7,)}, ParameterError, "layers"), ({"continuation": 1}, ParameterError, "continuation"),
+        ({"continuation": 300}, LengthError, "length"), ({"lengths": (40,)}, LengthError, "needle-lengths"),
         ({"model": tiny("llama")}, CompatibilityError, "num_hidden_layers"), ({"filler": "x"}, ParameterError, "filler"),
     ):  # fmt: skip
         with pytest.raises(error, match=name):
             task = make_task(changes.get("model", model), routers, **{k: v for k, v in changes.items() if k != "model"})
-            evaluate_routers(task, tmp_path / "out")
+            compare(task, tmp_path / "out")
     plain = make_routers(model)
     with pytest.raises(ParameterError, match="calibration"):
-        TrainedMethods(plain, ("saap",), (0.9,))
+        TrainedMethods(plain, ("saap",), (0.1,), (0.9,))
 
 
 def test_a_model_of_which_some_layers_are_indexed(tmp_path: Path) -> None:
     model = tiny("qwen2_mixed")
     routers = make_routers(model, layers=(1, 3), own_lists=True)
     task = make_task(model, routers, methods=("saap", "dense"), masses=(), tasks=("layers", "end"))
-    rows = evaluate_routers(task, tmp_path).rows
+    rows = compare(task, tmp_path).rows
     assert rows["text/0/dense/1.0"]["kl"] < 1e-5 and sorted(rows["text/0/saap/0.1"]["per_layer"]) == ["1", "3"]
-    assert eval_report.layer_numbers(rows) == [1, 3]
+    assert report.layer_numbers(rows) == [1, 3]
 
 
 def test_the_published_classifier(model: Any, tmp_path: Path) -> None:
@@ -246,7 +251,7 @@ def test_the_published_classifier(model: Any, tmp_path: Path) -> None:
     train_model(LoadedModel(model, None, "tiny", "0"), sequences, settings, tmp_path / "mlp")
     trained = load_routers(tmp_path / "mlp")
     task = make_task(model, trained, methods=("published", "saap"), masses=(), tasks=("layers",), budgets=(0.3,))
-    rows = evaluate_routers(task, tmp_path / "out").rows
+    rows = compare(task, tmp_path / "out").rows
     assert rows["layer/0/1/published/0.3"]["captured"] > 0
 
 
@@ -290,11 +295,13 @@ def test_what_cannot_be_is_said_before_anything_is_read(
 
 def test_more_tokens_than_positions_are_refused(model: Any, routers: Routers, tmp_path: Path) -> None:
     limit = model.config.max_position_embeddings
-    task = EvalTask(model, None, routers, [("x", [5] * (limit + 1))], filler="x")
     with pytest.raises(LengthError, match=f"length: expected at most {limit} tokens, .* got {limit + 1}"):
-        evaluate_routers(task, tmp_path)
+        make_task(model, routers, sequences=[("x", [5] * (limit + 1))], filler="x")
     with pytest.raises(LengthError, match="needle-lengths: expected at most"):
-        evaluate_routers(dataclasses.replace(task, sequences=[("x", [5] * 2000)], lengths=(limit + 1,)), tmp_path)
+        make_task(model, routers, sequences=[("x", [5] * 2000)], lengths=(limit + 1,), filler="x")
+    task = dataclasses.replace(make_task(model, routers), sequences=[("x", [5] * (limit + 1))])
+    with pytest.raises(LengthError, match=f"length: expected at most {limit} tokens, .* got {limit + 1}"):
+        compare(task, tmp_path)
 
 
 def test_the_documented_commands_can_be_given() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from saap_lab import eval_report, page, page_tables, quality, report
+from saap_lab import page, page_tables, quality, report
 from saap_lab.smollm2 import model as demo_model
 from saap_lab.smollm2.evaluate import Row, pooled
 
@@ -50,11 +50,11 @@ def test_how_many_layers_were_replaced(replaced: int, said: str) -> None:
 def test_one_sequence_has_no_spread() -> None:
     assert math.isnan(quality.spread([3.0])[1]) and quality.spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
     rows = records(1)
-    text, html = eval_report.as_text(rows, 4), page.html(rows, "t", KINDS, 4, [], 16)
+    text, html = report.as_text(rows, 4, each_layer=True), page.html(rows, "t", KINDS, 4, [], 16)
     assert "1 sequence; one has no spread: (-)" in text and "(0.0" not in text and "(-)" in text
     assert "±0.0" not in html and "± 0.0" not in html and "nan" not in text + html
     assert '<span class="pm">' not in html
-    assert eval_report.summary(rows, 4)["layers"]["all"][0]["captured"][1] is None
+    assert report.summary(rows, 4)["layers"]["all"][0]["captured"][1] is None
     assert "(0." in report.as_text(records(2), 4) and '<span class="pm">' in page.html(records(2), "t", KINDS, 4, [], 16)
     one = {("x", 0, 0.05): Row([0.5], [1.0], [0.1])}
     assert math.isnan(pooled(one, "x", 0.05, [0])[1])

@@ -7,29 +7,34 @@ goes on from there), table.txt and report.html into one folder. Knows no model a
 from __future__ import annotations
 
 import argparse
-import sys
+import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from saap_index import files
-from saap_index.errors import ParameterError, SaapError
+from saap_index.errors import MissingDependencyError, ParameterError
 from saap_index.pipeline import models
-from saap_index.pipeline.texts import read_texts, take
+from saap_index.pipeline.command import say
+from saap_index.pipeline.texts import TokenSequence, digest, read_texts, take
 from saap_index.rope import Rope
 from saap_index.routers import Routers, load_routers
 
-from . import evaluate, linear, moa_profile, needles, page, report
+from . import evaluate, linear, moa_profile, page, plots, report
 from .evaluate import Records, Settings
 from .flags import check_names, check_shares, names, numbers
 from .measures import exact_attention
+from .method import Method
+from .needles import Haystack, haystacks
 from .replace import Prompt, read_prompt
 from .roster import BATCH, KINDS, Build, Roster
+from .trained import TrainedMethods
 
 DEFAULT_METHODS = ",".join(name for name in KINDS if name != "scfa-drop")
 """All but QK-drop, which needs a model trained with it and is no better than chance without."""
@@ -39,33 +44,92 @@ LOOK_BINS = 128
 PROFILE_TOKENS = 2048
 """Of a training sequence that MoA's profile looks at: it takes every entry of every head's attention, forward and back."""
 
+PAGE, ROUTERS = ("table", "page"), ("table", "layers", "summary", "plots")
+"""Reports of `saap compare` and of `saap eval`: table.txt, in it a table of each layer, summary.json, pictures, report.html."""
+
+Progress = Callable[[str], None]
+
 
 @dataclass(frozen=True)
 class Task:
-    """sequences : (name, token numbers), of which the first ``training`` calibrate and the others are measured; needles : asked
-    for per kind; filler : text that hides them; own : a user's methods by name; batch : sequences that share the reading of
-    weights; routers : see `Indexes`; profile_tokens : of a training sequence that MoA's profile looks at."""
+    """What is measured on which texts."""
 
     model: Any
     tokenizer: Any
     title: str
-    sequences: Sequence[tuple[str, Sequence[int]]]
+    """Names the model; records of another title are not mixed with these."""
+    sequences: Sequence[TokenSequence]
+    """(name, token numbers)."""
     training: int
-    methods: Sequence[str]
+    """The first so many sequences calibrate, the others are measured."""
+    methods: Sequence[str] | TrainedMethods
+    """Names of `KINDS` or ``own``, calibrated here and set to equal bytes; or those of trained routers, taken as they are."""
     settings: Settings
-    needles: int = 0
-    filler: str = ""
+    needles: Sequence[Haystack] = ()
     own: dict[str, Build] | None = None
+    """A user's methods by name."""
     batch: int = BATCH
+    """Sequences that share the reading of weights."""
     routers: Routers | None = None
+    """Stand for methods that would be trained here, see `Indexes`."""
     profile_tokens: int = PROFILE_TOKENS
+    """Of a training sequence that MoA's profile looks at."""
+    reports: Sequence[str] = PAGE
+
+    @property
+    def measured(self) -> Sequence[TokenSequence]:
+        return self.sequences[self.training :]
+
+    @property
+    def trained(self) -> TrainedMethods | None:
+        return self.methods if isinstance(self.methods, TrainedMethods) else None
 
 
-def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line: None) -> Records:
-    """Measure what the records in ``out`` lack, and write the reports. ParameterError for a task that cannot be measured."""
-    if not 0 < task.training < len(task.sequences):
-        raise ParameterError(f"training: expected 1 to {len(task.sequences) - 1} of the sequences, got {task.training}")
-    check_names("methods", task.methods, (*KINDS, *(task.own or {})))
+class Methods(Protocol):
+    """Methods by share: a `Roster` or `TrainedMethods`."""
+
+    missing: dict[tuple[str, float], str]
+    """(name, share) -> why a method cannot be had."""
+
+    def at(self, share: float, length: int) -> Sequence[Method]:
+        """Those measured at a share, on texts of so many tokens."""
+
+
+def compare(task: Task, out: Path, progress: Progress = lambda line: None) -> Records:
+    """Measure what the records in ``out`` lack, and write the reports.
+
+    Raises ParameterError and LengthError for what cannot be measured, or a folder with records of another task;
+    CompatibilityError for routers of another model.
+    """
+    check(task)
+    files.make_folder(out)
+    records = Records(out / "records.json")
+    _check_same(task, records)
+    rope = Rope.from_config(task.model.config, layer=min(task.trained.routers.layers) if task.trained else None)
+    methods: Methods = task.trained or _roster(task, rope, records, out, progress)
+    try:
+        _measure(task, rope, methods, records, progress)
+        if "page" in task.reports:
+            _looks(task, rope, methods, records)
+            for (method, share), reason in methods.missing.items():
+                records.once(f"missing/{method}/{share}", partial(dict, reason=reason))
+            if isinstance(methods, Roster):
+                layer, length = methods.prompts[0].layers[0], len(task.sequences[0][1])
+                records.once("cost", lambda: [vars(line) for line in linear.cost_lines(layer, length)])
+    finally:
+        records.flush()
+    _write(task, methods, records, out, progress)
+    return records
+
+
+def check(task: Task) -> None:
+    """Raise for a task that cannot be measured, before anything is written."""
+    if isinstance(task.methods, TrainedMethods):
+        task.methods.routers.check(task.model.config)
+    else:
+        if not 0 < task.training < len(task.sequences):
+            raise ParameterError(f"training: expected 1 to {len(task.sequences) - 1} of the sequences, got {task.training}")
+        check_names("methods", task.methods, (*KINDS, *(task.own or {})))
     check_shares("budgets", task.settings.shares)
     for _, tokens in task.sequences:
         models.check_positions("length", task.model.config, len(tokens))
@@ -73,139 +137,87 @@ def compare(task: Task, out: Path, progress: Callable[[str], None] = lambda line
         raise ParameterError(f"batch: expected at least 1, got {task.batch}")
     if task.routers is not None:
         task.routers.check(task.model.config)
-    files.make_folder(out)
-    records = Records(out / "records.json")
-    _check_same(task, records)
-    rope = Rope.from_config(task.model.config)
-    roster = _roster(task, rope, records, out, progress)
-    clock = _Clock(task, roster, progress)
-    for number, (_, tokens) in enumerate(task.sequences[task.training :]):
-        name = f"{number}"
-        evaluate.evaluate_text(task.model, rope, name, tokens, roster.at, task.settings, records, clock.step)
-        if number == 0:
-            _looks(task, rope, tokens, roster, records)
-    for name, needle in _needles(task):
-        shares = task.settings.decode_shares or task.settings.shares
-        evaluate.evaluate_needle(task.model, task.tokenizer, rope, name, needle, roster.at, shares, records, clock.step)
-    for (method, share), reason in roster.missing.items():
-        records.once(f"missing/{method}/{share}", lambda reason=reason: {"reason": reason})  # type: ignore[misc]
-    layer, length = roster.prompts[0].layers[0], len(task.sequences[0][1])
-    records.once("cost", lambda: [vars(line) for line in linear.cost_lines(layer, length)])
-    records.flush()
-    depth = task.model.config.num_hidden_layers
-    files.write_text(out / "table.txt", report.as_text(records.rows, depth))
-    kinds = {**KINDS, **{name: roster.at(s)[i].kind for s in task.settings.shares for i, name in _own(roster, s)}}
-    files.write_text(out / "report.html", page.html(records.rows, task.title, kinds, depth, _facts(task), task.batch))
-    return records
-
-
-def _own(roster: Roster, share: float) -> list[tuple[int, str]]:
-    return [(i, m.name) for i, m in enumerate(roster.at(share)) if m.name not in KINDS]
 
 
 def _check_same(task: Task, records: Records) -> None:
     """Records of another model, text or setting are not mixed with these."""
-    lengths = [len(tokens) for _, tokens in task.sequences]
-    first = [sum((i + 1) * t for i, t in enumerate(tokens)) % 1_000_003 for _, tokens in task.sequences]
     s = task.settings
-    replaced = None if s.replaced is None else list(s.replaced)
-    routers = None if task.routers is None else task.routers.config.get("data")
-    always = s.span, s.step, s.sinks, s.window, s.decoded
-    what = [task.title, task.training, lengths, first, *always, replaced, task.batch, routers]
-    if records.once("task", lambda: what) != what:
-        raise ParameterError(
-            "out: expected a folder of the same model, texts and settings, got another comparison's; use a new one"
-        )
-
-
-def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress: Callable[[str], None]) -> Roster:
-    prompts: list[Prompt] = []
-    for number, (_, tokens) in enumerate(task.sequences[: task.training]):
-        n = len(tokens)
-        some = (
-            torch.randperm(n - n // 8, generator=torch.Generator().manual_seed(number), dtype=torch.int64, device="cpu")[
-                :TRAINING_QUERIES
-            ]
-            + n // 8
-        )
-        prompts.append(
-            read_prompt(
-                task.model, tokens, rope, some.sort().values, recent=task.settings.window + n - int(some.sort().values[-8:].min())
+    identity: Any = {"identity": task.title, "continuation": s.span, "step": s.step}
+    if not task.trained:
+        lengths = [len(tokens) for _, tokens in task.sequences]
+        sums = [sum((i + 1) * t for i, t in enumerate(tokens)) % 1_000_003 for _, tokens in task.sequences]
+        replaced = None if s.replaced is None else list(s.replaced)
+        data = None if task.routers is None else task.routers.config.get("data")
+        places = s.span, s.step, s.sinks, s.window, s.decoded
+        identity = [task.title, task.training, lengths, sums, *places, replaced, task.batch, data]
+    expected = {"task": identity}
+    expected |= {f"digest/{i}": digest([("", list(tokens))]) for i, (_, tokens) in enumerate(task.measured)}
+    for haystack in task.needles:
+        for name, needle in haystack.needles.items():
+            expected[f"asked/{name}"] = hashlib.sha256(needle.prompt.encode()).hexdigest()[:16]
+    for key, value in expected.items():
+        if records.rows.get(key, value) != value:
+            raise ParameterError(
+                "out: expected a folder of the same model, routers, texts and settings, got another's; use a new one"
             )
+    records.rows |= expected
+
+
+def _measure(task: Task, rope: Rope | None, methods: Methods, records: Records, progress: Progress) -> None:
+    clock, settings = _Clock(task, methods, progress), task.settings
+    for number, (_, tokens) in enumerate(task.measured):
+        methods_at = partial(methods.at, length=len(tokens))
+        evaluate.evaluate_text(task.model, rope, f"{number}", tokens, methods_at, settings, records, clock.step)
+        clock.sequence_done(number + 1)
+    shares = settings.decode_shares or settings.shares
+    for haystack in task.needles:
+        methods_at = partial(methods.at, length=haystack.length)
+        evaluate.evaluate_needles(
+            task.model, task.tokenizer, rope, haystack.needles, methods_at, shares, records, clock.step, settings.replaced
         )
-        progress(f"training sequence {number + 1} of {task.training} read")
-    profile = None
-    if "moa" in task.methods:
-        cut = [list(tokens[: task.profile_tokens]) for _, tokens in task.sequences[: task.training]]
-        rules = moa_profile.usable_rules(sorted({len(x) for x in cut} | {len(x) for _, x in task.sequences}))
-
-        def measure() -> dict[str, Any]:
-            found = moa_profile.profile(task.model, cut, rules, progress=progress)
-            return {"losses": found.losses.tolist(), "rules": found.rules, "group": found.group}
-
-        row = records.once("profile", measure)
-        found = [(float(a), float(b)) for a, b in row["rules"]]
-        longest = max(len(tokens) for _, tokens in task.sequences)
-        profile = moa_profile.Profile(
-            tuple(found), (longest,), torch.tensor(row["losses"], dtype=torch.float32, device="cpu"), row["group"]
-        )
-    depth = task.model.config.num_hidden_layers
-    s = task.settings
-    every = s.layers is None or (s.replaced is None and (s.decoded or task.needles))
-    numbers = list(range(depth)) if every else sorted({*(s.layers or ()), *(s.replaced or ())})
-    if not numbers or not 0 <= numbers[0] <= numbers[-1] < depth:
-        raise ParameterError(f"layers: expected numbers in [0, {depth}), got {numbers}")
-    folder = out / "indexes"
-    return Roster(
-        task.methods, prompts, task.settings, numbers, folder, task.own, profile, task.batch, task.routers, records.once, progress
-    )
 
 
-def _needles(task: Task) -> list[tuple[str, needles.Needle]]:
-    found = []
-    for i in range(task.needles):
-        characters = len(task.filler) * 3 // 4
-        found.append((f"passkey.{i}", needles.passkey(task.filler, characters, (i + 0.5) / task.needles, seed=i)))
-        found.append((f"multi.{i}", needles.multi_key(task.filler, characters, 4, seed=i)))
-    return found
+class _Clock:
+    """Lines of progress with the time that is left, if every step takes what the steps of this run took."""
+
+    def __init__(self, task: Task, methods: Methods, progress: Progress) -> None:
+        s, length = task.settings, max((len(tokens) for _, tokens in task.sequences), default=0)
+        decodes = sum(len(methods.at(share, length)) for share in s.decode_shares or s.shares)
+        layers = task.model.config.num_hidden_layers if s.layers is None else len(s.layers)
+        self.per_sequence = (1 + layers + (decodes if s.decoded else 0)) if layers or s.decoded else 0
+        self.total = len(task.measured) * self.per_sequence + decodes * sum(len(x.needles) for x in task.needles)
+        self.place, self.steps, self.began, self.progress = 0, 0, time.monotonic(), progress
+
+    def step(self, line: str) -> None:
+        self.place, self.steps = min(self.total, self.place + 1), self.steps + 1
+        left = (time.monotonic() - self.began) / self.steps * (self.total - self.place)
+        self.progress(f"{line}  [{self.place}/{self.total}, about {left / 60:.1f} min left]")
+
+    def sequence_done(self, count: int) -> None:
+        """What an earlier run measured is no step of this one."""
+        self.place = count * self.per_sequence
 
 
-def _looks(task: Task, rope: Rope | None, tokens: Sequence[int], roster: Roster, records: Records) -> None:
-    """Where every method reads for the newest query of one late layer: tokens read, and attention, per stretch of the text."""
-    s, last = task.settings, len(tokens) - 1
-    share = s.shares[len(s.shares) // 2]
-    methods = roster.at(share)
-    late = [x for x in (s.layers or roster.numbers) if x >= report.late_layers(task.model.config.num_hidden_layers).start]
-    number = late[len(late) // 2] if late else (s.layers or roster.numbers)[-1]
-    if all(f"looks/{number}/{m.name}/{share}" in records.rows for m in methods):
-        return
-    recent = max(m.observed for m in methods) + 1
-    prompt = read_prompt(task.model, tokens, rope, torch.tensor([last], dtype=torch.int64, device="cpu"), recent=recent)
-    at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
-    bins = torch.arange(len(tokens), dtype=torch.int64, device="cpu") * LOOK_BINS // len(tokens)
-    exact = exact_attention(
-        prompt.keys[at], prompt.values[at], prompt.queries[at].flatten(0, 1), prompt.positions, s.sinks, s.window
-    )
-    mass = torch.zeros(LOOK_BINS, dtype=torch.float64, device="cpu").index_add(0, bins, exact.probabilities[:, :, 0].mean((0, 1)))
-    for method in methods:
-        state = method.start(prompt.layers[at], len(tokens))
-        state.append(prompt.keys[at], prompt.values[at])
-        prompt.show(state, at, last - method.observed, last)
-        chosen = state.attend(prompt.queries[at][:, :, 0]).chosen
-        if chosen is not None:
-            read = (chosen.any(1) if chosen.ndim == 3 else chosen).double().mean(0)
-            part = torch.zeros(LOOK_BINS, dtype=torch.float64, device="cpu").index_add(0, bins, read) / torch.bincount(
-                bins, minlength=LOOK_BINS
-            )
-            row = {"read": [round(x, 4) for x in part.tolist()], "mass": mass.tolist(), "tokens": len(tokens)}
-            records.once(f"looks/{number}/{method.name}/{share}", lambda row=row: row)  # type: ignore[misc]
+def _write(task: Task, methods: Methods, records: Records, out: Path, progress: Progress) -> None:
+    depth, reports = task.model.config.num_hidden_layers, task.reports
+    files.write_text(out / "table.txt", report.as_text(records.rows, depth, "layers" in reports))
+    if "summary" in reports:
+        files.write_json(out / "summary.json", report.summary(records.rows, depth))
+    if "page" in reports:
+        length = len(task.sequences[0][1])
+        kinds = KINDS | {m.name: m.kind for s in task.settings.shares for m in methods.at(s, length) if m.name not in KINDS}
+        files.write_text(out / "report.html", page.html(records.rows, task.title, kinds, depth, _facts(task), task.batch))
+    if "plots" in reports:
+        try:
+            plots.write(records.rows, depth, out)
+        except MissingDependencyError as error:
+            progress(f"no plots: {error}")
 
 
 def _facts(task: Task) -> list[str]:
     s, lengths = task.settings, sorted({len(tokens) for _, tokens in task.sequences})
-    measured = len(task.sequences) - task.training
     return [
-        f"sequences of {lengths[-1]} tokens: {measured} measured, {task.training} for calibration",
+        f"sequences of {lengths[-1]} tokens: {len(task.measured)} measured, {task.training} for calibration",
         f"every method reads {s.sinks} first and {s.window} newest tokens; a budget is a share of those between, in bytes",
         f"queries: every {s.step}th of the last {s.span} tokens; decoded with these layers replaced: {s.decoded} tokens",
         f"weights that sequences share are charged to each of {task.batch} that are decoded at once",
@@ -213,20 +225,79 @@ def _facts(task: Task) -> list[str]:
     ]
 
 
-class _Clock:
-    """Lines of progress with the time that is left, if every step takes what the steps so far took."""
+def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress: Progress) -> Roster:
+    """The methods of a task by name, with what they are calibrated on."""
+    assert not isinstance(task.methods, TrainedMethods)
+    depth, s = task.model.config.num_hidden_layers, task.settings
+    every = s.layers is None or (s.replaced is None and (s.decoded or task.needles))
+    layers = list(range(depth)) if every else sorted({*(s.layers or ()), *(s.replaced or ())})
+    if not layers or not 0 <= layers[0] <= layers[-1] < depth:
+        raise ParameterError(f"layers: expected numbers in [0, {depth}), got {layers}")
+    prompts: list[Prompt] = []
+    for number, (_, tokens) in enumerate(task.sequences[: task.training]):
+        positions = _training_positions(len(tokens), number)
+        recent = s.window + len(tokens) - int(positions[-8:].min())
+        prompts.append(read_prompt(task.model, tokens, rope, positions, recent=recent))
+        progress(f"training sequence {number + 1} of {task.training} read")
+    profile = _profile(task, records, progress) if "moa" in task.methods else None
+    return Roster(
+        task.methods, prompts, s, layers, out / "indexes", task.own, profile, task.batch, task.routers, records.once, progress
+    )
 
-    def __init__(self, task: Task, roster: Roster, say: Callable[[str], None]) -> None:
-        s, sequences = task.settings, len(task.sequences) - task.training
-        layers = len(s.layers) if s.layers is not None else task.model.config.num_hidden_layers
-        decodes = len(s.decode_shares or s.shares) * len(roster.names) if s.decoded else 0
-        self.total = sequences * (1 + layers + decodes) + 2 * task.needles
-        self.done, self.began, self.say = 0, time.monotonic(), say
 
-    def step(self, line: str) -> None:
-        self.done = min(self.total, self.done + 1)
-        left = (time.monotonic() - self.began) / self.done * (self.total - self.done)
-        self.say(f"{line}  [{self.done}/{self.total}, about {left / 60:.1f} min left]")
+def _training_positions(length: int, seed: int) -> Tensor:
+    """int64 (q,), ascending: of queries kept, by chance behind the first eighth of a sequence."""
+    first, generator = length // 8, torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(length - first, generator=generator, dtype=torch.int64, device="cpu")
+    return drawn[:TRAINING_QUERIES].add(first).sort().values
+
+
+def _profile(task: Task, records: Records, progress: Progress) -> moa_profile.Profile:
+    cut = [list(tokens[: task.profile_tokens]) for _, tokens in task.sequences[: task.training]]
+    lengths = [len(tokens) for _, tokens in task.sequences]
+
+    def measure() -> dict[str, Any]:
+        rules = moa_profile.usable_rules(sorted({*lengths, *map(len, cut)}))
+        profile = moa_profile.profile(task.model, cut, rules, progress=progress)
+        return {"losses": profile.losses.tolist(), "rules": profile.rules, "group": profile.group}
+
+    row = records.once("profile", measure)
+    rules = tuple((float(alpha), float(beta)) for alpha, beta in row["rules"])
+    losses = torch.tensor(row["losses"], dtype=torch.float32, device="cpu")
+    return moa_profile.Profile(rules, (max(lengths),), losses, row["group"])
+
+
+def _looks(task: Task, rope: Rope | None, source: Methods, records: Records) -> None:
+    """Where every method reads for the newest query of one late layer: tokens read, and attention, per stretch of the text."""
+    s, depth, tokens = task.settings, task.model.config.num_hidden_layers, task.measured[0][1]
+    share, last = s.shares[len(s.shares) // 2], len(tokens) - 1
+    methods, layers = source.at(share, len(tokens)), s.layers or tuple(range(depth))
+    late = [layer for layer in layers if layer >= report.late_layers(depth).start]
+    number = late[len(late) // 2] if late else layers[-1]
+    if all(f"looks/{number}/{m.name}/{share}" in records.rows for m in methods):
+        return
+    recent = max(m.observed for m in methods) + 1
+    prompt = read_prompt(task.model, tokens, rope, torch.tensor([last], dtype=torch.int64, device="cpu"), recent=recent)
+    slot = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
+    keys, values, queries = prompt.keys[slot], prompt.values[slot], prompt.queries[slot]
+    exact = exact_attention(keys, values, queries.flatten(0, 1), prompt.positions, s.sinks, s.window)
+    mass = _binned(exact.probabilities[:, :, 0].mean((0, 1)))
+    sizes = _binned(torch.ones(len(tokens), dtype=torch.float64, device="cpu"))
+    for method in methods:
+        state = method.start(prompt.layers[slot], len(tokens))
+        state.append(keys, values)
+        prompt.show(state, slot, last - method.observed, last)
+        chosen = state.attend(queries[:, :, 0]).chosen
+        if chosen is not None:
+            read = _binned((chosen.any(1) if chosen.ndim == 3 else chosen).double().mean(0)) / sizes
+            row = {"read": [round(x, 4) for x in read.tolist()], "mass": mass.tolist(), "tokens": len(tokens)}
+            records.once(f"looks/{number}/{method.name}/{share}", partial(dict, row))
+
+
+def _binned(values: Tensor) -> Tensor:
+    """float64 (`LOOK_BINS`,): sums over the stretches of a text of (n,) tokens."""
+    bins = torch.arange(len(values), dtype=torch.int64, device="cpu") * LOOK_BINS // len(values)
+    return torch.zeros(LOOK_BINS, dtype=torch.float64, device="cpu").index_add(0, bins, values)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,48 +319,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command; returns the exit status."""
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-    try:
-        layers = None if options.layers is None else numbers("layers", options.layers, int)
-        shares = numbers("budgets", options.budgets, float)
-        check_shares("budgets", shares)
-        check_names("methods", names(options.methods), KINDS)
-        routers = None if options.routers is None else load_routers(options.routers)
-        settings = Settings(shares, layers, decoded=options.decoded, replaced=layers)
-        settings = replace(
-            settings, span=min(settings.span, options.length // 4), window=min(settings.window, options.length // 8)
-        )
-        loaded = models.load_model(options.model, dtype="float32")
-        models.check_positions("length", loaded.model.config, options.length)
-        given = list(read_texts(options.text))
-        encode = partial(models.encode, loaded.tokenizer)
-        flags = "--training, --sequences or --length"
-        sequences = take(given, encode, options.training + options.sequences, options.length, flags)
-        task = Task(
-            loaded.model, loaded.tokenizer, loaded.name, sequences, options.training, names(options.methods), settings,
-            options.needles, filler_of(given, options.length), batch=options.batch,
-            routers=routers,
-        )  # fmt: skip
-        compare(task, options.out, say)
-    except (SaapError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print((options.out / "table.txt").read_text())
-    print(f"wrote records.json, table.txt and report.html to {options.out}")
+    """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare` raise."""
+    layers = None if options.layers is None else numbers("layers", options.layers, int)
+    shares, methods = numbers("budgets", options.budgets, float), names(options.methods)
+    check_shares("budgets", shares)
+    check_names("methods", methods, KINDS)
+    routers = None if options.routers is None else load_routers(options.routers)
+    span, window = min(Settings.span, options.length // 4), min(Settings.window, options.length // 8)
+    settings = Settings(shares, layers, span, decoded=options.decoded, window=window, replaced=layers)
+    loaded = models.load_model(options.model, dtype="float32")
+    models.check_positions("length", loaded.model.config, options.length)
+    documents = list(read_texts(options.text))
+    encode, flags = partial(models.encode, loaded.tokenizer), "--training, --sequences or --length"
+    sequences = take(documents, encode, options.training + options.sequences, options.length, flags)
+    needles = haystacks(filler(documents, options.length * 3), options.needles)  # a token has three characters at least
+    task = Task(
+        loaded.model, loaded.tokenizer, loaded.name, sequences, options.training, methods, settings, needles,
+        batch=options.batch, routers=routers,
+    )  # fmt: skip
+    return finish(task, options.out)
+
+
+def finish(task: Task, out: Path) -> int:
+    """`compare` as a command ends: the table on the terminal, and where the rest is."""
+    compare(task, out, say)
+    print((out / "table.txt").read_text())
+    extras = {"summary": "summary.json", "page": "report.html", "plots": "plots"}
+    *first, last = ["records.json", "table.txt", *(name for key, name in extras.items() if key in task.reports)]
+    print(f"wrote {', '.join(first)} and {last} to {out}")
     return 0
 
 
-def filler_of(documents: Sequence[tuple[str, str]], length: int) -> str:
-    """Text to hide needles in, that fits into so many tokens: three characters each are a low estimate."""
-    return "\n".join(text for _, text in documents)[: length * 3]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m saap_lab.compare", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def filler(documents: Iterable[tuple[str, str]], characters: int) -> str:
+    """Text to hide needles in: some of every document, as long as there are so many characters."""
+    texts = [text for _, text in documents]
+    each = max(1, characters // max(1, len(texts)))
+    some = "\n".join(text[:each] for text in texts)
+    return some if len(some) >= characters else "\n".join(texts)[:characters]

@@ -16,28 +16,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from saap_index import files
 from saap_index.errors import LengthError, ParameterError
 from saap_index.hf import support
 from saap_index.pipeline import models
-from saap_index.pipeline.texts import TokenSequence, digest, read_texts, take
-from saap_index.rope import Rope
+from saap_index.pipeline.command import say
+from saap_index.pipeline.texts import TokenSequence, read_texts, take
 from saap_index.routers import Routers, load_routers
 
-from . import eval_report, evaluate, flags, needles, trained
-from .evaluate import Records, Settings
-from .flags import check_names, check_shares
-from .needles import Needle
+from . import compare, evaluate, flags, needles, trained
+from .compare import Task
+from .evaluate import Settings
+from .needles import Haystack, Needle
 from .smollm2 import model as demo_model
 from .smollm2 import routers as demo_routers
 from .smollm2 import texts as demo_texts
@@ -46,160 +43,79 @@ from .trained import TrainedMethods
 TASKS = ("layers", "end", "needles")
 KEYS = 4  # of a multi-key needle
 
-Say = Callable[[str], None]
 
+def router_task(
+    model: Any, tokenizer: Any, identity: str, methods: TrainedMethods, sequences: Sequence[TokenSequence], *,
+    tasks: Sequence[str] = TASKS, layers: Sequence[int] | None = None, continuation: int = 256, queries: int = 32,
+    lengths: Sequence[int] = (), depths: Sequence[float] = (0.1, 0.5, 0.9), filler: str = "",
+) -> Task:  # fmt: skip
+    """`saap eval` as a task of the comparison.
 
-@dataclass(frozen=True)
-class EvalTask:
-    """What is measured on which texts.
+    identity : tells models and routers apart
+    sequences : of one length
+    tasks : of `TASKS`
+    layers : measured one by one, None for all that have routers
+    continuation : tokens at the end of each sequence with every layer replaced, where queries are taken for the layers too
+    queries : of each layer and sequence
+    lengths, depths : of needles, in tokens and in [0, 1]
+    filler : text that hides them
 
-    sequences : of one length; budgets : shares of the tokens between sinks and window; masses : targets of ``target_mass``;
-    layers : measured one by one, None for all that have routers; decoded : tokens at the end of each sequence with every layer
-    replaced, where queries are taken for the layers too; queries : of each layer and sequence; lengths, depths : of needles;
-    filler : text that hides them; identity : tells models and routers apart.
+    Raises ParameterError and LengthError for what cannot be measured.
     """
-
-    model: Any
-    tokenizer: Any
-    routers: Routers
-    sequences: Sequence[TokenSequence]
-    budgets: tuple[float, ...] = (0.02, 0.05, 0.1)
-    methods: tuple[str, ...] = ("saap", "topk_group", "recent")
-    masses: tuple[float, ...] = ()
-    tasks: tuple[str, ...] = TASKS
-    layers: tuple[int, ...] | None = None
-    decoded: int = 256
-    queries: int = 32
-    lengths: tuple[int, ...] = ()
-    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
-    filler: str = ""
-    identity: str = ""
-
-
-def evaluate_routers(task: EvalTask, out: Path, say: Say = lambda line: None) -> Records:
-    """Measure what the records in ``out`` lack, and write the reports. CompatibilityError for routers of another model,
-    ParameterError and LengthError for what cannot be measured, or a folder with records of another task."""
-    settings, methods = _checked(task)
-    files.make_folder(out)
-    records = Records(out / "records.json")
-    same = {"identity": task.identity, "continuation": task.decoded, "step": settings.step}
-    _same(records, "task", same)
-    for number, (_, tokens) in enumerate(task.sequences):
-        _same(records, f"digest/{number}", digest([("", list(tokens))]))
-    rope = Rope.from_config(task.model.config, layer=min(task.routers.layers))
-    clock = _Clock(task, methods, settings, say)
-    try:
-        for number, (_, tokens) in enumerate(task.sequences if {"layers", "end"} & {*task.tasks} else ()):
-            at = partial(methods.at, len(tokens), task.budgets)
-            evaluate.evaluate_text(task.model, rope, f"{number}", tokens, at, settings, records, clock.step)
-            clock.sequence_done(number + 1)
-        for length, asked in _needles(task):
-            at = partial(methods.at, length, task.budgets)
-            for name, needle in asked.items():
-                _same(records, f"asked/{name}", hashlib.sha256(needle.prompt.encode()).hexdigest()[:16])
-            evaluate.evaluate_needles(
-                task.model, task.tokenizer, rope, asked, at, settings.shares, records, clock.step, settings.replaced
-            )
-    finally:
-        records.flush()
-    depth = task.model.config.num_hidden_layers
-    files.write_text(out / "table.txt", eval_report.as_text(records.rows, depth))
-    files.write_json(out / "summary.json", eval_report.summary(records.rows, depth))
-    try:
-        eval_report.plot(records.rows, depth, out)
-    except ImportError:
-        say("no plots: they need matplotlib")
-    return records
-
-
-def _checked(task: EvalTask) -> tuple[Settings, TrainedMethods]:
-    task.routers.check(task.model.config)
-    methods = check_flags(task.routers, task.tasks, task.budgets, task.methods, task.masses, task.layers, task.depths)
-    known = sorted(task.routers.layers)
-    layers = tuple(known) if task.layers is None else task.layers
-    layout = {"sinks": methods.layout.sinks, "window": methods.layout.window}
-    least = layout["sinks"] + layout["window"] + 2 * max(2, task.decoded)
-    for name, length in [("length", len(tokens)) for _, tokens in task.sequences] + [("needle-lengths", x) for x in task.lengths]:
-        models.check_positions(name, task.model.config, length)
+    check_flags(methods, tasks, layers, depths)
+    indexed, layout = tuple(sorted(methods.routers.layers)), methods.layout
+    least = layout.sinks + layout.window + 2 * max(2, continuation)
+    for name, length in [("length", len(tokens)) for _, tokens in sequences] + [("needle-lengths", n) for n in lengths]:
+        models.check_positions(name, model.config, length)
         if length < least:
             raise LengthError(f"{name}: expected at least {least} tokens with this continuation and window, got {length}")
-    if task.decoded < 2 or task.queries < 1:
-        raise ParameterError(
-            f"continuation, queries: expected at least 2 tokens and 1 query, got {task.decoded} and {task.queries}"
-        )
-    return Settings(
-        shares=methods.shares(task.budgets), layers=layers if "layers" in task.tasks else (), span=task.decoded,
-        step=max(1, task.decoded // task.queries), decoded=task.decoded if "end" in task.tasks else 0,
-        sinks=layout["sinks"], window=layout["window"], replaced=tuple(known), together=True,
-    ), methods  # fmt: skip
+    if continuation < 2 or queries < 1:
+        raise ParameterError(f"continuation, queries: expected at least 2 tokens and 1 query, got {continuation} and {queries}")
+    wanted = indexed if layers is None else tuple(layers)
+    settings = Settings(
+        shares=methods.shares(), layers=wanted if "layers" in tasks else (), span=continuation,
+        step=max(1, continuation // queries), decoded=continuation if "end" in tasks else 0, sinks=layout.sinks,
+        window=layout.window, replaced=indexed, together=True,
+    )  # fmt: skip
+    haystacks = [x for n in lengths for x in _haystacks(tokenizer, filler, n, depths)] if "needles" in tasks else []
+    return Task(model, tokenizer, identity, sequences, 0, methods, settings, haystacks, reports=compare.ROUTERS)
 
 
 def check_flags(
-    routers: Routers, tasks: Sequence[str], budgets: Sequence[float], methods: Sequence[str], masses: Sequence[float],
-    layers: Sequence[int] | None, depths: Sequence[float],
-) -> TrainedMethods:  # fmt: skip
-    """ParameterError for what cannot be measured with these routers, before a model or a text is read; the methods."""
-    check_names("tasks", tasks, TASKS)
-    check_shares("budgets", budgets)
-    if not set(layers or ()) <= set(routers.layers):
-        raise ParameterError(f"layers: expected some of {sorted(routers.layers)}, got {list(layers or ())}")
+    methods: TrainedMethods, tasks: Sequence[str], layers: Sequence[int] | None, depths: Sequence[float]
+) -> None:  # fmt: skip
+    """ParameterError for what cannot be measured with these methods, before a model or a text is read."""
+    flags.check_names("tasks", tasks, TASKS)
+    flags.check_shares("budgets", methods.budgets)
+    if not set(layers or ()) <= set(methods.routers.layers):
+        raise ParameterError(f"layers: expected some of {sorted(methods.routers.layers)}, got {list(layers or ())}")
     if not all(0 <= depth <= 1 for depth in depths):
         raise ParameterError(f"depths: expected places in [0, 1], 0 first, got {', '.join(map(str, depths))}")
-    return TrainedMethods(routers, methods, masses)
 
 
-def _same(records: Records, key: str, what: Any) -> None:
-    if records.once(key, lambda: what) != what:
-        raise ParameterError("out: expected a folder of the same model, routers, texts and settings, got another's")
+def _haystacks(tokenizer: Any, filler: str, length: int, depths: Sequence[float]) -> list[Haystack]:
+    """A passkey at each depth, and a document of several keys."""
+    haystacks = []
+    for number, depth in enumerate(depths):
+        one = _fitting(tokenizer, filler, length, [partial(needles.passkey, depth=depth, seed=number)])
+        haystacks.append(Haystack({f"passkey.{length}.{depth:g}": one[0]}, length))
+    several = [partial(needles.multi_key, keys=KEYS, seed=length, wanted=wanted) for wanted in range(KEYS)]
+    keys = _fitting(tokenizer, filler, length, several)
+    named = {f"multi-key.{length}.{(wanted + 0.5) / KEYS:g}": needle for wanted, needle in enumerate(keys)}
+    return [*haystacks, Haystack(named, length)]
 
 
-def _needles(task: EvalTask) -> Iterator[tuple[int, Mapping[str, Needle]]]:
-    """(length, needles by name), those of one document together: a passkey at each depth, and a document of several keys."""
-    if "needles" not in task.tasks:
-        return
-    places = [(wanted + 0.5) / KEYS for wanted in range(KEYS)]
-    for length in task.lengths:
-        for number, depth in enumerate(task.depths):
-            one = partial(needles.passkey, depth=depth, seed=number)
-            yield length, {f"passkey.{length}.{depth:g}": _fitting(task, length, [one])[0]}
-        several = [partial(needles.multi_key, keys=KEYS, seed=length, wanted=wanted) for wanted in range(KEYS)]
-        found = _fitting(task, length, several)
-        yield length, {f"multi-key.{length}.{depth:g}": needle for depth, needle in zip(places, found, strict=True)}
-
-
-def _fitting(task: EvalTask, length: int, makers: Sequence[Callable[[str, int], Needle]]) -> list[Needle]:
+def _fitting(tokenizer: Any, filler: str, length: int, makers: Sequence[Callable[[str, int], Needle]]) -> list[Needle]:
     """Needles of one document that have at most so many tokens, the answer included, and hardly fewer."""
-    characters = int(len(task.filler) / max(1, len(models.encode(task.tokenizer, task.filler))) * length)
+    characters = int(len(filler) / max(1, len(models.encode(tokenizer, filler))) * length)
     for _ in range(20):
-        found = [make(task.filler, characters) for make in makers]
-        asked = max(len(models.encode(task.tokenizer, needle.question)) for needle in found)
-        tokens = len(models.encode(task.tokenizer, found[0].document)) + asked + evaluate.ANSWER_TOKENS
+        made = [make(filler, characters) for make in makers]
+        question = max(len(models.encode(tokenizer, needle.question)) for needle in made)
+        tokens = len(models.encode(tokenizer, made[0].document)) + question + evaluate.ANSWER_TOKENS
         if tokens <= length:
-            return found
+            return made
         characters = int(characters * min(0.99, length / tokens))
     raise LengthError(f"needle-lengths: expected room for a question, got {length} tokens")
-
-
-class _Clock:
-    """Lines of progress with the time that is left, if every step takes what the steps of this run took."""
-
-    def __init__(self, task: EvalTask, methods: TrainedMethods, settings: Settings, say: Say) -> None:
-        each = sum(len(methods.at(0, task.budgets, share)) for share in settings.shares)
-        count = len(settings.layers or ())
-        self.per_sequence = 1 + count + (each if settings.decoded else 0)
-        sequences = len(task.sequences) if count or settings.decoded else 0
-        asked = len(task.lengths) * (len(task.depths) + KEYS) if "needles" in task.tasks else 0
-        self.total = sequences * self.per_sequence + asked * each
-        self.at, self.steps, self.began, self.say = 0, 0, time.monotonic(), say
-
-    def step(self, line: str) -> None:
-        self.at, self.steps = min(self.total, self.at + 1), self.steps + 1
-        left = (time.monotonic() - self.began) / self.steps * (self.total - self.at)
-        self.say(f"{line}  [{self.at}/{self.total}, about {left / 60:.1f} min left]")
-
-    def sequence_done(self, count: int) -> None:
-        """What an earlier run measured is no step of this one."""
-        self.at = count * self.per_sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -225,22 +141,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The command. Raises what `load_model`, `load_routers`, `read_texts` and `evaluate_routers` raise."""
+    """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare.compare` raise."""
     torch.set_num_threads(max(1, options.threads))
     folder = options.routers or demo_routers.found()
     routers = load_routers(folder)
     if options.nlist is not None:
         routers = replace(routers, layers={n: layer.with_lists(options.nlist) for n, layer in routers.layers.items()})
-    tasks, names = flags.names(options.tasks), flags.names(options.methods or trained.DEFAULT)
-    if options.methods is None and not trained.publishable(routers):
-        names = tuple(name for name in names if name != "published")
-    budgets, depths = flags.numbers("budgets", options.budgets, float), flags.numbers("depths", options.depths, float)
-    masses = flags.numbers("target-mass", options.target_mass, float) if options.target_mass else ()
+    methods = _methods(options, routers)
+    tasks, depths = flags.names(options.tasks), flags.numbers("depths", options.depths, float)
     layers = None if options.layers is None else flags.numbers("layers", options.layers, int)
     lengths = tuple(options.length // part for part in (4, 2, 1))
     if options.needle_lengths:
         lengths = flags.numbers("needle-lengths", options.needle_lengths, int)
-    check_flags(routers, tasks, budgets, names, masses, layers, depths)
+    check_flags(methods, tasks, layers, depths)
     if routers.dense_layers:
         advised = ", ".join(map(str, routers.dense_layers))
         say(f"the routers advise to leave layers {advised} dense; here they are replaced like the others")
@@ -251,24 +164,23 @@ def run(options: argparse.Namespace) -> int:
         model, tokenizer = loaded.model, loaded.tokenizer
     for name, tokens in (("length", options.length), ("needle-lengths", max(lengths))):
         models.check_positions(name, model.config, tokens)
-    given = list(read_texts(options.text) if options.text else demo_texts.unseen_texts())
-    sequences = take(given, partial(models.encode, tokenizer), options.sequences, options.length, "--sequences or --length")
-    task = EvalTask(
-        model, tokenizer, routers, sequences, budgets, names, masses, tasks, layers, options.continuation, options.queries,
-        lengths, depths, _filler(given, 6 * options.length),
-        f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}" + (f" {options.nlist}" if options.nlist else ""),
+    documents = list(read_texts(options.text) if options.text else demo_texts.unseen_texts())
+    sequences = take(documents, partial(models.encode, tokenizer), options.sequences, options.length, "--sequences or --length")
+    identity = f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}"
+    task = router_task(
+        model, tokenizer, identity + (f" {options.nlist}" if options.nlist else ""), methods, sequences, tasks=tasks,
+        layers=layers, continuation=options.continuation, queries=options.queries, lengths=lengths, depths=depths,
+        filler=compare.filler(documents, 6 * options.length),
     )  # fmt: skip
-    evaluate_routers(task, options.out, say)
-    print((options.out / "table.txt").read_text())
-    print(f"wrote records.json, table.txt, summary.json and plots to {options.out}")
-    return 0
+    return compare.finish(task, options.out)
 
 
-def _filler(documents: Sequence[tuple[str, str]], characters: int) -> str:
-    """Some of every document, as long as there are so many characters: needles lie in text of all kinds."""
-    each = max(1, characters // max(1, len(documents)))
-    found = "\n".join(text[:each] for _, text in documents)
-    return found if len(found) >= characters else "\n".join(text for _, text in documents)[:characters]
+def _methods(options: argparse.Namespace, routers: Routers) -> TrainedMethods:
+    names = flags.names(options.methods or trained.DEFAULT)
+    if options.methods is None and not trained.publishable(routers):
+        names = tuple(name for name in names if name != "published")
+    masses = flags.numbers("target-mass", options.target_mass, float) if options.target_mass else ()
+    return TrainedMethods(routers, names, flags.numbers("budgets", options.budgets, float), masses)
 
 
 def _checksum(folder: Path) -> str:
@@ -276,7 +188,3 @@ def _checksum(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
         value.update(path.read_bytes())
     return value.hexdigest()[:16]
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from .needles import Needle
 from .replace import Prompt, decode, generate, read_prompt, start, starting
 
 ANSWER_TOKENS = 10
-"""That a needle's question is given to answer."""
+"""Generated for each needle's question."""
 
 MethodsAt = Callable[[float], Sequence[Method]]
 """The methods to measure at a share of the tokens."""
@@ -34,32 +34,41 @@ MethodsAt = Callable[[float], Sequence[Method]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured. shares : of the tokens outside sinks and window; layers : measured one by one, None for all;
-    span, step : queries are every ``step``-th of the last ``span`` tokens; decoded : tokens fed one at a time with every layer
-    replaced, 0 for none, at ``decode_shares`` (None: shares). replaced : layers that are, None for all; the others stay as the
-    model has them. together : yardsticks answer several queries at once, which is faster, and no measure of their time."""
+    """What is measured on a sequence."""
 
     shares: tuple[float, ...] = (0.02, 0.05, 0.1)
+    """Budgets, of the tokens outside sinks and window."""
     layers: tuple[int, ...] | None = None
+    """Measured one by one; None for all."""
     span: int = 512
+    """Queries are taken from so many last tokens."""
     step: int = 16
+    """Every so many of them."""
     decoded: int = 256
+    """Last tokens that are fed one at a time with layers replaced; 0 for none."""
     decode_shares: tuple[float, ...] | None = None
+    """Budgets of the decoded tokens and of needles; None for ``shares``."""
     sinks: int = 4
+    """First tokens that every method reads."""
     window: int = 128
+    """Newest tokens that every method reads."""
     replaced: tuple[int, ...] | None = None
+    """Layers whose attention is the method's while tokens are decoded; None for all. The others stay as the model has them."""
     together: bool = False
+    """Whether yardsticks answer several queries at once: faster, and no measure of their time."""
 
 
 @dataclass
 class Records:
-    """Results by key in one JSON file, what is there already is not measured again. Written every ``seconds`` at most, since the
-    whole file is written anew, and by `flush`."""
+    """Results by key in one JSON file; what is there already is not measured again."""
 
     path: Path | None = None
+    """None for records that are not kept."""
     rows: dict[str, Any] = field(default_factory=dict)
     seconds: float = 2.0
+    """Least time between two writes, since the whole file is written anew; `flush` writes at once."""
     written: float = -math.inf
+    """When it was written last, of the monotonic clock."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.path.is_file():
@@ -125,8 +134,8 @@ def _layer(prompt: Prompt, name: str, number: int, methods_at: MethodsAt, settin
             if exact is None:
                 at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
                 exact = quality.exact_layer(prompt, at, settings.sinks, settings.window)
-            found = quality.layer_quality(method, prompt, number, settings.sinks, settings.window, exact, settings.together)
-            row = {**asdict(found), "total_per_head": found.total_per_head.tolist(), "kind": method.kind}
+            measured = quality.layer_quality(method, prompt, number, settings.sinks, settings.window, exact, settings.together)
+            row = {**asdict(measured), "total_per_head": measured.total_per_head.tolist(), "kind": method.kind}
             records.once(key, partial(dict, row))
 
 
@@ -143,39 +152,29 @@ def _text(model: Any, prompt: Prompt, method: Method, settings: Settings) -> dic
     return row
 
 
-def evaluate_needle(
-    model: Any, tokenizer: Any, rope: Rope | None, name: str, needle: Needle, methods_at: MethodsAt, shares: Iterable[float],
-    records: Records, progress: Callable[[str], None] = lambda line: None,
-) -> None:  # fmt: skip
-    """Ask for one needle; key ``needle/<name>/<method>/<share>``, the answer and whether it was right."""
-    known = len(records.rows)
-    evaluate_needles(model, tokenizer, rope, {name: needle}, methods_at, shares, records)
-    if len(records.rows) > known:
-        progress(f"needle {name}")
-
-
 def evaluate_needles(
-    model: Any, tokenizer: Any, rope: Rope | None, asked: Mapping[str, Needle], methods_at: MethodsAt, shares: Iterable[float],
+    model: Any, tokenizer: Any, rope: Rope | None, needles: Mapping[str, Needle], methods_at: MethodsAt, shares: Iterable[float],
     records: Records, progress: Callable[[str], None] = lambda line: None, replaced: tuple[int, ...] | None = None,
 ) -> None:  # fmt: skip
-    """`evaluate_needle` for questions about one document, which is read once. replaced : as in `Settings`."""
+    """Ask for needles of one document, which is read once; keys ``needle/<name>/<method>/<share>``, the answer and whether it
+    was right. needles : by name; replaced : as in `Settings`."""
     wanted = [(method, share) for share in shares for method in methods_at(share)]
-    keys = {f"needle/{name}/{m.name}/{share}" for name in asked for m, share in wanted}
+    keys = {f"needle/{name}/{m.name}/{share}" for name in needles for m, share in wanted}
     if keys <= records.rows.keys():
         return
-    texts = {needle.document for needle in asked.values()}
+    texts = {needle.document for needle in needles.values()}
     if len(texts) != 1:
-        raise ParameterError(f"asked: expected needles of one document, got {len(texts)}")
+        raise ParameterError(f"needles: expected needles of one document, got {len(texts)}")
     document = _encode(tokenizer, texts.pop())
     prompt = read_prompt(model, document, rope, recent=max(m.observed for m, _ in wanted))
     for method, share in wanted:
-        for name, needle in asked.items():
+        for name, needle in needles.items():
 
             def ask(method: Method = method, needle: Needle = needle) -> dict[str, Any]:
                 question = _encode(tokenizer, needle.question)
                 states = start(_methods(prompt, method, replaced), prompt, len(document), len(question) + ANSWER_TOKENS)
-                found = tokenizer.decode(generate(model, states, question, len(document), ANSWER_TOKENS))
-                return {"answer": found, "right": needle.answer in found, "tokens": len(document) + len(question)}
+                answer = tokenizer.decode(generate(model, states, question, len(document), ANSWER_TOKENS))
+                return {"answer": answer, "right": needle.answer in answer, "tokens": len(document) + len(question)}
 
             records.once(f"needle/{name}/{method.name}/{share}", ask)
             progress(f"needle {name}: {method.name} at {share:.1%}")

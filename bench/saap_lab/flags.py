@@ -21,16 +21,16 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def check_names(what: str, found: Iterable[str], known: Iterable[str]) -> None:
-    """ParameterError unless there is a name and all are known."""
-    found, known = tuple(found), tuple(known)
-    unknown = [name for name in found if name not in known]
-    if unknown or not found:
-        raise ParameterError(f"{what}: expected some of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
+    """ParameterError unless there is a name and all are allowed."""
+    names, allowed = tuple(names), tuple(allowed)
+    unknown = [name for name in names if name not in allowed]
+    if unknown or not names:
+        raise ParameterError(f"{what}: expected some of {', '.join(allowed)}, got {', '.join(unknown) or 'none'}")
 
 
-def check_shares(what: str, found: Iterable[float]) -> None:
+def check_shares(what: str, shares: Iterable[float]) -> None:
     """ParameterError unless there is a share and all lie in (0, 1]."""
-    found = tuple(found)
-    if not found or not all(0 < share <= 1 for share in found):
-        raise ParameterError(f"{what}: expected shares in (0, 1], as 0.05 for 5 %, got {', '.join(map(str, found)) or 'none'}")
+    shares = tuple(shares)
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise ParameterError(f"{what}: expected shares in (0, 1], as 0.05 for 5 %, got {', '.join(map(str, shares)) or 'none'}")

@@ -38,37 +38,41 @@ LEAST_BLOCK = 16
 
 @dataclass
 class Indexes:
-    """prompts : training sequences; numbers : layers; folder : where trained indexes are kept, None for nowhere; routers : stand
-    for ``saap-own`` if their lists are each prompt's own, else for ``saap``; progress : is told what takes long."""
+    """Indexes by kind, trained when they are first asked for."""
 
     prompts: Sequence[Prompt]
+    """Training sequences."""
     settings: Settings
     numbers: Sequence[int]
+    """Of the layers."""
     folder: Path | None = None
+    """Where trained indexes are kept; None for nowhere."""
     routers: Routers | None = None
+    """Stand for ``saap-own`` if their lists are each prompt's own, else for ``saap``."""
     progress: Callable[[str], None] = lambda line: None
+    """Is told what takes long."""
     _trained: dict[str, dict[int, AsymmetricIndex]] = field(default_factory=dict)
 
     def at(self, name: str, share: float) -> dict[int, AsymmetricIndex]:
         """Empty indexes by layer, for a share of the tokens outside sinks and window."""
         if name not in self._trained:
             self._trained[name] = {}
-            for at, layer in enumerate(self.prompts[0].layers):
+            for slot, layer in enumerate(self.prompts[0].layers):
                 if layer.number in set(self.numbers):
-                    self._trained[name][layer.number] = self._index(name, at, layer)
+                    self._trained[name][layer.number] = self._index(name, slot, layer)
                     self.progress(f"{name}: index of layer {layer.number}")
         return {number: self._laid_out(index, share) for number, index in self._trained[name].items()}
 
-    def _index(self, name: str, at: int, layer: Layer) -> AsymmetricIndex:
-        given = self.routers and self.routers.layers.get(layer.number)
+    def _index(self, name: str, slot: int, layer: Layer) -> AsymmetricIndex:
+        routers = self.routers and self.routers.layers.get(layer.number)
         outside: dict[str, Any] = {"window": self.settings.window, "sinks": self.settings.sinks, "break_even": 0}
-        if given and (OWN if given.tower is not None else "saap") == name:
+        if routers and (OWN if routers.tower is not None else "saap") == name:
             assert self.routers is not None
             return self.routers.index(layer.number, **outside)  # a short text is no excuse here: break_even
         path = self.folder and self.folder / f"{name}.{layer.number}.saap"
         if path and path.is_file():
             return read_index(path)
-        keys, queries = (torch.stack([getattr(p, part)[at] for p in self.prompts]) for part in ("keys", "queries"))
+        keys, queries = (torch.stack([getattr(p, part)[slot] for p in self.prompts]) for part in ("keys", "queries"))
         positions = torch.stack([p.positions for p in self.prompts])
         budget = {"nprobe": 32} if name == "published" else {"selectivity": 0.05}
         nlist = min(LISTS, max(8, keys.shape[2] // 32))
@@ -91,14 +95,14 @@ class Indexes:
             nlist = max([4, *(2**i for i in range(2, 20) if 2**i <= min(room, nlist))])
         block = min(index.layout.block, max(LEAST_BLOCK, 1 << max(0, int(share * between / 4).bit_length() - 1)))
         budget: dict[str, Any] = {} if index.nprobe is None else {"nprobe": index.nprobe}
-        found = AsymmetricIndex(
+        fitted = AsymmetricIndex(
             index.d, nlist, index.num_heads, index.num_kv_heads, d_v=index.d_v, rope=index.rope, scale=index.scale,
             window=index.layout.window, sinks=index.layout.sinks, break_even=0, seal_tokens=block,
             budget_shares=index.budget_shares, **budget,
         )  # fmt: skip
-        found.key_quantizer = KeyQuantizer(centroids[:, :nlist].contiguous())  # a prompt's own replace the first ones
+        fitted.key_quantizer = KeyQuantizer(centroids[:, :nlist].contiguous())  # a prompt's own replace the first ones
         if tower is None:
-            found.query_router = index.query_router
+            fitted.query_router = index.query_router
         else:
-            found.tower = tower
-        return found
+            fitted.tower = tower
+        return fitted

@@ -21,20 +21,27 @@ from saap_index.errors import ParameterError
 from saap_index.rope import Rope
 
 ITEM_BYTES = 2
-"""Of a stored number."""
+"""Bytes of a stored number."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer: its number in the model, heads and dims, the factor of the logits, and the model's RoPE."""
+    """One attention layer of a model."""
 
     number: int
+    """Place among the model's layers."""
     heads: int
+    """KV heads."""
     group: int
+    """Query heads per KV head."""
     d: int
+    """Dims of a key."""
     e: int
+    """Dims of a value."""
     scale: float
+    """Factor of the logits."""
     rope: Rope | None
+    """The model's rotation of queries and keys."""
 
     @property
     def token_bytes(self) -> int:
@@ -44,20 +51,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Attended:
-    """One step of one layer.
-
-    out : float32 (h, g, e)
-    tokens : keys and values read, mean over the KV heads; kv_bytes and other_bytes read (other: whatever is read to decide what
-        to read, and what takes the place of tokens); shared_bytes : weights, read once whatever the batch is.
-    chosen : bool (h, n) or (h, g, n), the tokens read, sinks and window among them; None where the method reads no tokens as such
-    """
+    """One step of one layer."""
 
     out: Tensor
+    """float32 (h, g, e)"""
     tokens: float
+    """Keys and values read, mean over the KV heads."""
     kv_bytes: float
+    """Of keys and values."""
     other_bytes: float = 0.0
+    """Whatever is read to decide what to read, and what takes the place of tokens."""
     shared_bytes: float = 0.0
+    """Weights, read once whatever the batch is."""
     chosen: Tensor | None = None
+    """bool (h, n) or (h, g, n), the tokens read, sinks and window among them; None where no tokens as such are read"""
 
 
 class State(ABC):

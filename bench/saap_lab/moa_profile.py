@@ -72,19 +72,19 @@ def _forward(model: Any, ids: Tensor) -> tuple[list[_Call], Tensor, Tensor]:
     calls: list[_Call] = []
     top: list[Tensor] = []
 
-    def enter(module: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def enter(module: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         rest = dict(options)
-        hidden = given[0] if given else rest.pop("hidden_states")
-        calls.append((module, hidden, given[1:], rest))
+        hidden = arguments[0] if arguments else rest.pop("hidden_states")
+        calls.append((module, hidden, arguments[1:], rest))
 
-    def leave(module: Any, given: Any, out: Any) -> Any:
+    def leave(module: Any, arguments: Any, out: Any) -> Any:
         top.append(_hidden(out).detach().requires_grad_())
         torch.set_grad_enabled(True)  # the layers run without a graph, the little that follows them does not
         return top[0] if isinstance(out, Tensor) else (top[0], *out[1:])
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-        found: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-        return found
+        output: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+        return output
 
     hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(leave))
@@ -106,8 +106,8 @@ def _loss_gradient(model: Any, top: Tensor, hidden: Tensor, tokens: Sequence[int
         with torch.enable_grad():
             loss = functional.cross_entropy(model.lm_head(part), targets[rows], reduction="sum") / len(targets)
         (above[0, rows + first],) = torch.autograd.grad(loss, part)
-    (found,) = torch.autograd.grad(hidden, top, above)
-    return found
+    (gradient,) = torch.autograd.grad(hidden, top, above)
+    return gradient
 
 
 def _backward(model: Any, calls: list[_Call], grad: Tensor) -> Iterator[Saved]:
@@ -123,10 +123,10 @@ def _backward(model: Any, calls: list[_Call], grad: Tensor) -> Iterator[Saved]:
         return out
 
     while calls:
-        module, below, given, options = calls.pop()
+        module, below, arguments, options = calls.pop()
         below = below.detach().requires_grad_()
         with torch.enable_grad(), _serving(model, attend):
-            above = _hidden(module(below, *given, **options))
+            above = _hidden(module(below, *arguments, **options))
         layer, queries, keys, values, out = rows.pop()
         grad, outer = torch.autograd.grad(above, (below, out), grad)
         del above, out
@@ -134,8 +134,8 @@ def _backward(model: Any, calls: list[_Call], grad: Tensor) -> Iterator[Saved]:
 
 
 def _hidden(out: Any) -> Tensor:
-    found: Tensor = out if isinstance(out, Tensor) else out[0]
-    return found
+    hidden: Tensor = out if isinstance(out, Tensor) else out[0]
+    return hidden
 
 
 def entry_influence(saved: Saved, first: int, stop: int) -> Tensor:
@@ -159,12 +159,12 @@ def influence(saved: Saved, block: int = 64) -> Tensor:
     n = saved.keys.shape[1]
     blocks = -(-n // block)
     rows_at_once = max(1, _ROWS // block) * block
-    found = []
+    influences = []
     for first in range(0, n, rows_at_once):
         e = entry_influence(saved, first, min(n, first + rows_at_once)).abs().flatten(0, 1)
         e = functional.pad(e, (0, blocks * block - e.shape[2], 0, -e.shape[1] % block))
-        found.append(e.unflatten(1, (-1, block)).unflatten(3, (-1, block)).sum((2, 4)))
-    return torch.cat(found, 1)
+        influences.append(e.unflatten(1, (-1, block)).unflatten(3, (-1, block)).sum((2, 4)))
+    return torch.cat(influences, 1)
 
 
 def rule_losses(importance: Tensor, rules: Sequence[Rule], length: int, block: int = 64) -> Tensor:
@@ -232,12 +232,12 @@ def _cheapest(choose: Callable[[float], Tensor], densities: Tensor, density: flo
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if too_dense(choose(middle)) else (low, middle)
-    found, denser = choose(high).clone(), choose(low)
-    for layer in range(len(found)):  # at one and the same price many may change at once
-        changed = found.clone()
+    best, denser = choose(high).clone(), choose(low)
+    for layer in range(len(best)):  # at one and the same price many may change at once
+        changed = best.clone()
         changed[layer] = denser[layer]
-        found = found if too_dense(changed) else changed
-    return found
+        best = best if too_dense(changed) else changed
+    return best
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Plain strings; knows nothing of tokens or models.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from saap_index.errors import ParameterError
@@ -28,6 +29,25 @@ class Needle:
     @property
     def prompt(self) -> str:
         return self.document + self.question
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """One document and the questions about it."""
+
+    needles: Mapping[str, Needle]
+    """By name; all of one document."""
+    length: int = 0
+    """Tokens of the document and a question, about; 0 if nobody counted."""
+
+
+def haystacks(filler: str, count: int) -> list[Haystack]:
+    """``count`` pass keys at depths from first to last and as many keys among four, each in a document of its own."""
+    characters, stacks = len(filler) * 3 // 4, []
+    for i in range(count):
+        stacks.append(Haystack({f"passkey.{i}": passkey(filler, characters, (i + 0.5) / count, seed=i)}))
+        stacks.append(Haystack({f"multi.{i}": multi_key(filler, characters, 4, seed=i)}))
+    return stacks
 
 
 def passkey(filler: str, characters: int, depth: float, seed: int = 0) -> Needle:

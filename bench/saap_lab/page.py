@@ -8,27 +8,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from . import page_style, page_tables, svg
-from .page_tables import OURS, charged, percent, section
+from . import page_style, page_tables, palette, svg
+from .page_tables import charged, percent, section
+from .palette import MARKERS, ORACLE, OURS, WINDOW
 from .quality import spread
 from .report import LayerRow, late_layers, layer_rows, layers_replaced, text_rows
-
-ORACLE, WINDOW = "topk_group", "recent"
-"""ORACLE : a token is read for all heads of a group, so their summed probability is the most that so many bytes can capture."""
-
-_COLOURS = {
-    "saap": "#e4572e", "saap-own": "#d6256f", "published": "#d98324", "loki": "#2e86de", "scfa": "#45a5c4",
-    "scfa-centred": "#1f8a9c", "scfa-drop": "#7d5ba6", "corm": "#8e5bc9", "sparsek": "#c06ad6", "moa": "#2d936c",
-    "eigen": "#a67c00", "quest": "#78828d", "ivf": "#6d8f3c", "random": "#98a1a9", "recent": "#7f8c8d",
-    "topk_group": "var(--ink)", "topk": "#7788a0", "dense": "#7788a0",
-}  # fmt: skip
-"""Legible on white and on dark."""
-
-_MARKERS = {
-    "query-adaptive index": "circle", "eviction": "square", "static pattern": "triangle", "compression": "diamond",
-    "yardstick": "ring",
-}  # fmt: skip
-_SPARE = ("#d81b60", "#00897b", "#5e35b1", "#7cb342")
 
 
 def html(records: Mapping[str, Any], title: str, kinds: Mapping[str, str], depth: int, facts: Sequence[str], batch: int) -> str:
@@ -38,7 +22,7 @@ def html(records: Mapping[str, Any], title: str, kinds: Mapping[str, str], depth
     rows, late_rows, texts = layer_rows(records), layer_rows(records, late), text_rows(records)
     every, measured = [*page_tables.KINDS, *kinds.values()], {r.method for r in rows} | {t.method for t in texts}
     methods = sorted((m for m in kinds if m in measured), key=lambda m: every.index(kinds[m]))
-    colours = {m: _COLOURS.get(m, _SPARE[i % len(_SPARE)]) for i, m in enumerate(methods)}
+    colours = {m: palette.colour(m, "var(--ink)", i) for i, m in enumerate(methods)}
     style = _Style(colours, kinds, batch)
     layers = len({key.split("/")[-3] for key in records if key.startswith("layer/")})
     body = [
@@ -72,12 +56,12 @@ class _Style:
     def lines(self, points: Mapping[str, svg.Points]) -> list[svg.Curve]:
         bounds = (ORACLE, WINDOW)
         order = sorted((m for m in points if m != "dense"), key=lambda m: (m in OURS, m not in bounds))  # ours last, on top
-        marker = {m: _MARKERS.get(self.kinds[m], "circle") for m in order}
+        marker = {m: MARKERS.get(self.kinds[m], "circle") for m in order}
         return [svg.Curve(m, points[m], self.colours[m], m in bounds, m in OURS, marker[m]) for m in order]
 
     def legend(self, points: Mapping[str, svg.Points]) -> str:
         kinds = [kind for kind in page_tables.KINDS if any(self.kinds[m] == kind for m in points)]
-        return '<p class="legend">' + "".join(f"<span>{svg.MARKERS[_MARKERS[k]]} {escape(k)}</span>" for k in kinds) + "</p>"
+        return '<p class="legend">' + "".join(f"<span>{svg.MARKERS[MARKERS[k]]} {escape(k)}</span>" for k in kinds) + "</p>"
 
 
 def _curves(title: str, rows: Sequence[LayerRow], style: _Style, error: bool, where: str) -> str:
@@ -126,17 +110,17 @@ def _heat(records: Mapping[str, Any], methods: Sequence[str]) -> str:
         if float(p[-1]) == share and p[-2] in sums and not math.isnan(row["captured"]):
             pair = sums[p[-2]].setdefault(int(p[-3]), [0.0, 0.0])
             pair[0], pair[1] = pair[0] + row["captured"], pair[1] + row["outside"]
-    rows = {m: {x: 100 * a / b for x, (a, b) in found.items() if b} for m, found in sums.items() if found}
+    rows = {m: {x: 100 * a / b for x, (a, b) in layers.items() if b} for m, layers in sums.items() if layers}
     note = f"Attention mass captured outside sinks and window at {percent(share)}, percent; columns are layers."
     return section("Layer by layer", note, svg.heat_map(rows, sorted({int(p[-3]) for p in parts}), "%"))
 
 
 def _looks(records: Mapping[str, Any], methods: Sequence[str], colours: Mapping[str, str]) -> str:
-    found = {key.split("/")[2]: (key.split("/"), row) for key, row in records.items() if key.startswith("looks/")}
-    if not found:
+    looks = {key.split("/")[2]: (key.split("/"), row) for key, row in records.items() if key.startswith("looks/")}
+    if not looks:
         return ""
-    (_, layer, _, share), row = next(iter(found.values()))
-    lanes = {m: found[m][1]["read"] for m in methods if m in found and m != "dense"}
+    (_, layer, _, share), row = next(iter(looks.values()))
+    lanes = {m: looks[m][1]["read"] for m in methods if m in looks and m != "dense"}
     note = (
         f"The newest query of the first sequence in layer {layer} at {percent(float(share))}. Above: where its attention is, "
         "mean over the heads, on a square-root scale. Below: the share of each stretch that a method reads, mean over the KV "

@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .palette import OURS
 from .quality import spread
 from .report import LayerRow, TextRow, needle_rows
 
-OURS = ("saap", "saap-own")
 ORACLES = ("dense", "topk", "topk_group")
 """What cannot be deployed: these read everything to know what they choose."""
 
@@ -115,12 +115,12 @@ def plus_minus(value: tuple[float, float], digits: int) -> str:
 
 
 def _times(records: Mapping[str, Any]) -> dict[Key, float]:
-    found: dict[Key, list[float]] = {}
+    times: dict[Key, list[float]] = {}
     for key, row in records.items():
         if key.startswith("text/"):
             *_, method, share = key.split("/")
-            found.setdefault((method, float(share)), []).append(1e3 * row["seconds_per_token"])
-    return {key: spread(values)[0] for key, values in found.items()}
+            times.setdefault((method, float(share)), []).append(1e3 * row["seconds_per_token"])
+    return {key: spread(values)[0] for key, values in times.items()}
 
 
 def _captured(records: Mapping[str, Any], layers: Collection[int] | None = None) -> dict[Key, dict[str, float]]:
@@ -131,16 +131,16 @@ def _captured(records: Mapping[str, Any], layers: Collection[int] | None = None)
         if kind == "layer" and (layers is None or int(rest[-3]) in layers) and not math.isnan(row["captured"]):
             pair = sums.setdefault((rest[-2], float(rest[-1])), {}).setdefault("/".join(rest[:-3]), [0.0, 0.0])
             pair[0], pair[1] = pair[0] + row["captured"], pair[1] + row["outside"]
-    return {key: {name: 100 * a / b for name, (a, b) in found.items() if b} for key, found in sums.items()}
+    return {key: {name: 100 * a / b for name, (a, b) in sequences.items() if b} for key, sequences in sums.items()}
 
 
 def _divergence(records: Mapping[str, Any]) -> dict[Key, dict[str, float]]:
-    found: dict[Key, dict[str, float]] = {}
+    divergence: dict[Key, dict[str, float]] = {}
     for key, row in records.items():
         kind, *rest = key.split("/")
         if kind == "text":
-            found.setdefault((rest[-2], float(rest[-1])), {})["/".join(rest[:-2])] = row["kl"]
-    return found
+            divergence.setdefault((rest[-2], float(rest[-1])), {})["/".join(rest[:-2])] = row["kl"]
+    return divergence
 
 
 def _difference(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[float, float]:

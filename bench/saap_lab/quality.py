@@ -19,19 +19,20 @@ from .steps import replay
 
 @dataclass(frozen=True)
 class LayerQuality:
-    """One layer, one sequence; sums and means over its query heads and query positions.
-
-    captured, outside : attention probability of the tokens read, and of all tokens, outside sinks and window; captured is NaN
-        for a method that reads no tokens as such. error : mean of |out - exact| / |exact|. total_per_head : float64 (h,), the
-        share of all attention that was read, sinks and window included. tokens and the bytes : per step
-    """
+    """One layer, one sequence; sums and means over its query heads and query positions."""
 
     captured: float
+    """Attention probability of the tokens read outside sinks and window; NaN for a method that reads no tokens as such."""
     outside: float
+    """Attention probability of all tokens outside sinks and window."""
     error: float
+    """Mean of |out - exact| / |exact|."""
     total_per_head: Tensor
+    """float64 (h,), the share of all attention that was read, sinks and window included"""
     tokens: float
+    """Read per step."""
     kv_bytes: float
+    """Per step, as the others."""
     other_bytes: float
     shared_bytes: float
 
@@ -85,15 +86,14 @@ def layer_quality(
 
 @dataclass(frozen=True)
 class Agreement:
-    """Next-token distributions against the dense model's, means over the tokens.
-
-    kl : KL(dense || method), nats; top1 : share of tokens with the same first choice; log_perplexity_ratio : mean negative
-    log-likelihood of the text minus the dense model's (the logarithm of the perplexity ratio).
-    """
+    """Next-token distributions against the dense model's, means over the tokens."""
 
     kl: float
+    """KL(dense || method), nats."""
     top1: float
+    """Share of tokens with the same first choice."""
     log_perplexity_ratio: float
+    """Mean negative log-likelihood of the text minus the dense model's."""
 
 
 def agreement(dense: Tensor, found: Tensor, targets: Tensor) -> Agreement:

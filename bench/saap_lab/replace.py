@@ -31,21 +31,23 @@ Attend = Callable[[Any, Tensor, Tensor, Tensor, "Tensor | None", dict[str, Any]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sequence as the dense model saw it.
-
-    tokens : int64 (n,); positions : int64 (q,) of the queries kept, ascending; logits : float32 (k, vocabulary), of the last k
-    tokens; layers, keys : float32 (h, n, d), values : (h, n, e), queries : (h, g, q, d), one per attention layer; recent :
-    (h, g, r, d), the queries of the last r tokens, for methods that go by what was looked at.
-    """
+    """A sequence as the dense model saw it; tuples have an entry per attention layer."""
 
     tokens: Tensor
+    """int64 (n,)"""
     positions: Tensor
+    """int64 (q,), ascending: of the queries kept"""
     logits: Tensor
+    """float32 (k, vocabulary), of the last k tokens"""
     layers: tuple[Layer, ...]
     keys: tuple[Tensor, ...]
+    """float32 (h, n, d)"""
     values: tuple[Tensor, ...]
+    """float32 (h, n, e)"""
     queries: tuple[Tensor, ...]
+    """float32 (h, g, q, d)"""
     recent: tuple[Tensor, ...]
+    """float32 (h, g, r, d), queries of the last r tokens, for methods that go by what was looked at"""
 
     def show(self, state: State, at: int, first: int, stop: int) -> None:
         """Let the state of layer number ``at`` of this prompt observe the queries of tokens [first, stop), as far as kept."""
@@ -59,15 +61,18 @@ class Prompt:
 
 @dataclass
 class Traffic:
-    """What was read: bytes summed over the layers, tokens their mean; per step once `mean` was taken. seconds : in the states."""
+    """What was read: summed over steps and layers, or per step once `mean` was taken."""
 
     steps: int = 0
     kv_bytes: float = 0.0
     other_bytes: float = 0.0
     shared_bytes: float = 0.0
     tokens: float = 0.0
+    """`mean` takes it over the layers too."""
     per_layer: dict[int, float] = field(default_factory=dict)
+    """Tokens by number of the layer."""
     seconds: float = 0.0
+    """Spent in the states."""
 
     def add(self, layer: Layer, step: Attended) -> None:
         self.kv_bytes += step.kv_bytes
@@ -172,14 +177,15 @@ def decode(
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         layer = _layer(module, query, key, value, options, None)
         state = next(order)
-        new, known, asked = (x[0].float().cpu() for x in (key, value, query))
-        asked = asked.view(layer.heads, layer.group, count, layer.d)
+        keys, values, queries = (x[0].float().cpu() for x in (key, value, query))
+        queries = queries.view(layer.heads, layer.group, count, layer.d)
         if isinstance(state, Untouched):
-            state.append(new, known)
-            out = state.attend(asked, options.get("sliding_window"))
+            state.append(keys, values)
+            out = state.attend(queries, options.get("sliding_window"))
         else:
             began = time.perf_counter()
-            steps = replay(state, new, known, asked, torch.arange(count, dtype=torch.int64, device="cpu"), together, chosen=False)
+            every = torch.arange(count, dtype=torch.int64, device="cpu")
+            steps = replay(state, keys, values, queries, every, together, chosen=False)
             traffic.seconds += time.perf_counter() - began
             for step in steps:
                 traffic.add(layer, step)
@@ -191,18 +197,18 @@ def decode(
         hidden = model.base_model(
             torch.tensor([list(tokens)], dtype=torch.int64, device=model.device), position_ids=where, use_cache=False
         ).last_hidden_state
-        found: Tensor = model.lm_head(hidden)[0].float().cpu()
-    return found, traffic.mean()
+        logits: Tensor = model.lm_head(hidden)[0].float().cpu()
+    return logits, traffic.mean()
 
 
 def generate(model: Any, states: Sequence[State | Untouched], tokens: Sequence[int], position: int, count: int) -> list[int]:
     """Feed tokens as `decode` does, then continue greedily: the ``count`` tokens that follow."""
     logits, _ = decode(model, states, tokens, position)
-    found = [int(logits[-1].argmax())]
-    while len(found) < count:
-        logits, _ = decode(model, states, found[-1:], position + len(tokens) + len(found) - 1)
-        found.append(int(logits[-1].argmax()))
-    return found
+    answer = [int(logits[-1].argmax())]
+    while len(answer) < count:
+        logits, _ = decode(model, states, answer[-1:], position + len(tokens) + len(answer) - 1)
+        answer.append(int(logits[-1].argmax()))
+    return answer
 
 
 def _layer(module: Any, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any], rope: Rope | None) -> Layer:

@@ -1,103 +1,155 @@
-"""Records of an evaluation as tables: mean and spread over sequences, early and late layers apart, beside the bytes read."""
+"""Records of a comparison as rows, as tables of text and as one JSON summary: mean and spread over sequences, early and late
+layers apart, beside the bytes read. Knows records, not how they came to be, and draws nothing."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from saap_index import files
-
 from .quality import spread
+
+Records = Mapping[str, Any]
 
 LATE = 0.45
 """Layers from this share of the model's depth on are late: in early ones a few frequent tokens draw much of the attention."""
 
+MASS = "saap-mass-"
+"""Begins the name of a method with a target of attention mass."""
+
+_LAST = ("saap", "published", "topk", "topk_group", "ivf", "quest", "recent", "random")
+"""Order of the methods, after all others."""
+
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A method at a share over a group of layers: captured mass in percent (mean, spread over sequences), output error, bytes."""
+    """A method at a share over a group of layers."""
 
     method: str
     share: float
     captured: tuple[float, float]
+    """Attention mass in percent of that outside sinks and window: mean and spread over sequences."""
     error: tuple[float, float]
+    """Of the output, relative: mean and spread."""
     tokens: float
+    """Read per step and KV head."""
     kv_bytes: float
+    """Per step and layer, as the others."""
     other_bytes: float
     shared_bytes: float
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """A method at a share in every layer: KL in nats, agreement in percent, perplexity ratio; tokens read per layer and step."""
+    """A method at a share in every layer that was replaced: means and spreads over sequences."""
 
     method: str
     share: float
     kl: tuple[float, float]
+    """To the dense model's distribution of the next token, nats."""
     top1: tuple[float, float]
+    """Same first choice, percent."""
     perplexity_ratio: tuple[float, float]
+    """Of the text, to the dense model's."""
     tokens: float
+    """Read per layer and step."""
     kv_bytes: float
     other_bytes: float
     sequences: int
 
 
-def layer_rows(records: Mapping[str, Any], layers: Iterable[int] | None = None) -> list[LayerRow]:
+def layer_rows(records: Records, layers: Iterable[int] | None = None) -> list[LayerRow]:
     """Pool over layers (None: all): mass weighted by mass within a sequence, then mean and spread over the sequences."""
     wanted = None if layers is None else set(layers)
     groups: dict[tuple[str, float], dict[str, list[Mapping[str, Any]]]] = {}
-    for key, row in records.items():
+    for key, record in records.items():
         kind, *rest = key.split("/")
-        if kind != "layer":
-            continue
-        *name, layer, method, at = rest
-        if wanted is None or int(layer) in wanted:
-            groups.setdefault((method, float(at)), {}).setdefault("/".join(name), []).append(row)
-    found = []
-    for (method, share), by_text in groups.items():
-        captured = [100 * sum(r["captured"] for r in rows) / sum(r["outside"] for r in rows) for rows in by_text.values()]
-        errors = [sum(r["error"] for r in rows) / len(rows) for rows in by_text.values()]
-        every = [r for rows in by_text.values() for r in rows]
-        means = (sum(r[x] for r in every) / len(every) for x in ("tokens", "kv_bytes", "other_bytes", "shared_bytes"))
-        found.append(LayerRow(method, share, spread(captured), spread(errors), *means))
-    return sorted(found, key=lambda r: (r.share, -(r.captured[0] if not math.isnan(r.captured[0]) else -1)))
+        if kind == "layer" and (wanted is None or int(rest[-3]) in wanted):
+            groups.setdefault((rest[-2], float(rest[-1])), {}).setdefault("/".join(rest[:-3]), []).append(record)
+    rows = []
+    for (method, share), sequences in groups.items():
+        captured = [100 * sum(r["captured"] for r in each) / sum(r["outside"] for r in each) for each in sequences.values()]
+        errors = [sum(r["error"] for r in each) / len(each) for each in sequences.values()]
+        pooled = [r for each in sequences.values() for r in each]
+        means = (sum(r[x] for r in pooled) / len(pooled) for x in ("tokens", "kv_bytes", "other_bytes", "shared_bytes"))
+        rows.append(LayerRow(method, share, spread(captured), spread(errors), *means))
+    return sorted(rows, key=lambda r: (r.share, -(r.captured[0] if not math.isnan(r.captured[0]) else -1)))
 
 
-def text_rows(records: Mapping[str, Any]) -> list[TextRow]:
+def text_rows(records: Records) -> list[TextRow]:
     """End to end: mean and spread over the sequences."""
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
-    for key, row in records.items():
+    for key, record in records.items():
         kind, *rest = key.split("/")
         if kind == "text":
-            groups.setdefault((rest[-2], float(rest[-1])), []).append(row)
-    found = []
-    for (method, share), rows in groups.items():
-        kl, top1 = (spread([r[x] for r in rows]) for x in ("kl", "top1"))
-        ratio = spread([math.exp(r["log_perplexity_ratio"]) for r in rows])
-        tokens, kv_bytes, other_bytes = (sum(r[x] for r in rows) / len(rows) for x in ("tokens", "kv_bytes", "other_bytes"))
+            groups.setdefault((rest[-2], float(rest[-1])), []).append(record)
+    rows = []
+    for (method, share), each in groups.items():
+        kl, top1 = (spread([r[x] for r in each]) for x in ("kl", "top1"))
+        ratio = spread([math.exp(r["log_perplexity_ratio"]) for r in each])
+        tokens, kv_bytes, other_bytes = (sum(r[x] for r in each) / len(each) for x in ("tokens", "kv_bytes", "other_bytes"))
         percent = (100 * top1[0], 100 * top1[1])
-        found.append(TextRow(method, share, kl, percent, ratio, tokens, kv_bytes, other_bytes, len(rows)))
-    return sorted(found, key=lambda r: (r.share, r.kl[0]))
+        rows.append(TextRow(method, share, kl, percent, ratio, tokens, kv_bytes, other_bytes, len(each)))
+    return sorted(rows, key=lambda r: (r.share, r.kl[0]))
 
 
-def needle_rows(records: Mapping[str, Any]) -> dict[tuple[str, float], tuple[int, int]]:
+def needle_rows(records: Records) -> dict[tuple[str, float], tuple[int, int]]:
     """Right answers and questions by method and share."""
-    found: dict[tuple[str, float], tuple[int, int]] = {}
-    for key, row in records.items():
+    counts: dict[tuple[str, float], tuple[int, int]] = {}
+    for key, record in records.items():
         kind, *rest = key.split("/")
         if kind == "needle":
-            right, asked = found.get((rest[-2], float(rest[-1])), (0, 0))
-            found[rest[-2], float(rest[-1])] = right + bool(row["right"]), asked + 1
-    return found
+            method = rest[-2], float(rest[-1])
+            right, questions = counts.get(method, (0, 0))
+            counts[method] = right + bool(record["right"]), questions + 1
+    return counts
 
 
-def layers_replaced(records: Mapping[str, Any], depth: int) -> str:
+def needle_cells(records: Records) -> dict[tuple[str, float], dict[tuple[str, int, float], bool]]:
+    """Of needles named by kind, length and depth, by method and share: (kind, length, depth) -> whether the answer was right."""
+    cells: dict[tuple[str, float], dict[tuple[str, int, float], bool]] = {}
+    for key, record in records.items():
+        if key.startswith("needle/"):
+            _, name, method, share = key.split("/")
+            kind, *place = name.split(".", 2)
+            if len(place) == 2:
+                cells.setdefault((method, float(share)), {})[kind, int(place[0]), float(place[1])] = bool(record["right"])
+    return cells
+
+
+def masses(records: Records) -> dict[str, dict[str, float]]:
+    """Per target: mean of all attention that was read (sinks and window included), the share of KV heads whose mean over texts
+    reaches the target, the worst head, and tokens read."""
+    totals: dict[str, dict[tuple[str, int], list[float]]] = {}
+    tokens: dict[str, list[float]] = {}
+    for key, record in records.items():
+        method = key.split("/")[-2] if key.startswith("layer/") else ""
+        if method.startswith(MASS):
+            tokens.setdefault(method, []).append(record["tokens"])
+            for head, total in enumerate(record["total_per_head"]):
+                totals.setdefault(method, {}).setdefault((key.split("/")[-3], head), []).append(total)
+    rows = {}
+    for method, heads in totals.items():
+        means, target = [spread(values)[0] for values in heads.values()], float(method.removeprefix(MASS))
+        rows[method] = {
+            "target": target, "mean": spread(means)[0], "heads_reaching": sum(x >= target for x in means) / len(means),
+            "least": min(means), "tokens": spread(tokens[method])[0], "heads": len(means),
+        }  # fmt: skip
+    return rows
+
+
+def layer_numbers(records: Records) -> list[int]:
+    """Layers measured one by one, ascending."""
+    return sorted({int(key.split("/")[-3]) for key in records if key.startswith("layer/")})
+
+
+def by_layer(records: Records) -> dict[int, list[LayerRow]]:
+    """Rows of each layer measured, of methods that choose."""
+    return {x: [row for row in layer_rows(records, [x]) if row.method != "dense"] for x in layer_numbers(records)}
+
+
+def layers_replaced(records: Records, depth: int) -> str:
     """How many layers of the model had another attention when its answers were measured, in words; '' if they were not."""
     counts = {len(row["per_layer"]) for key, row in records.items() if key.startswith("text/") and "per_layer" in row}
     if not counts:
@@ -108,89 +160,155 @@ def layers_replaced(records: Mapping[str, Any], depth: int) -> str:
     return f"{high if low == high else f'{low} to {high}'} of {depth} layers replaced, the others as the model has them"
 
 
-def deviation(value: float, digits: int) -> str:
-    """A standard deviation in brackets; a single sequence has none."""
-    return "(-)" if math.isnan(value) else f"({value:.{digits}f})"
-
-
 def late_layers(depth: int) -> range:
+    """Numbers of the late layers of a model with so many."""
     return range(math.ceil(LATE * depth), depth)
 
 
-def print_report(records: Mapping[str, Any], depth: int) -> None:
-    """Every table that the records have figures for."""
+def rank(method: str) -> int:
+    """Place of a method in tables and legends."""
+    return _LAST.index(method) if method in _LAST else -1
+
+
+def ordered(methods: Iterable[str]) -> list[str]:
+    """Methods by `rank`, then by name."""
+    return sorted(methods, key=lambda name: (rank(name), name))
+
+
+def as_text(records: Records, depth: int, each_layer: bool = False) -> str:
+    """Every table that the records have figures for; each_layer : a table layer by layer too, a column for each method."""
+    sequences = {key.split("/")[1] for key in records if key.startswith(("layer/", "text/"))}
+    spreads = "spread: standard deviation over sequences" if len(sequences) > 1 else "one has no spread: (-)"
+    lines = [f"{len(sequences)} sequence{'s' * (len(sequences) > 1)}; {spreads}"] if sequences else []
     late = late_layers(depth)
     for title, layers in (("all layers measured", None), ("late layers", late), ("early layers", range(late.start))):
-        rows = layer_rows(records, layers)
-        if rows:
-            print(
-                f"\n{title}: attention mass captured outside sinks and window, pooled by mass over layers, and output error, the "
-                "mean of layers (mean, spread over sequences)"
-            )
-            print(_line("share", "method", "mass %", "", "error", "", "tokens", "kB K, V", "kB other", "kB weights"))
-        for r in rows:
-            spreads = deviation(r.captured[1], 1), deviation(r.error[1], 4)
-            figures = (f"{r.captured[0]:.1f}", spreads[0], f"{r.error[0]:.4f}", spreads[1])
-            kilobytes = (f"{x / 1e3:.1f}" for x in (r.kv_bytes, r.other_bytes, r.shared_bytes))
-            print(_line(f"{r.share:.1%}", r.method, *figures, f"{r.tokens:.0f}", *kilobytes))
-    texts = text_rows(records)
-    if texts:
-        where = layers_replaced(records, depth) or "layers replaced"
-        print(f"\n{where}, {texts[0].sequences} sequences: against the dense model (mean, spread over sequences)")
-        print(_line("share", "method", "KL", "", "same 1st %", "", "perplex. x", "", "tokens", "MB a token"))
-    for t in texts:
-        figures = (f"{t.kl[0]:.4f}", deviation(t.kl[1], 4), f"{t.top1[0]:.1f}", deviation(t.top1[1], 1))
-        ratio = (f"{t.perplexity_ratio[0]:.4f}", deviation(t.perplexity_ratio[1], 4))
-        print(_line(f"{t.share:.1%}", t.method, *figures, *ratio, f"{t.tokens:.0f}", f"{(t.kv_bytes + t.other_bytes) / 1e6:.2f}"))
-    needles = needle_rows(records)
-    if needles:
-        print("\nneedles, the question processed by the method too: right answers")
-    for (method, share), (right, asked) in sorted(needles.items(), key=lambda x: (x[0][1], x[0][0])):
-        print(f"{share:6.1%} {method:<14} {right:3d} of {asked}")
-
-
-def as_text(records: Mapping[str, Any], depth: int) -> str:
-    """What `print_report` prints."""
-    written = io.StringIO()
-    with contextlib.redirect_stdout(written):
-        print_report(records, depth)
-    return written.getvalue()
+        lines += _layers_table(title, layer_rows(records, layers))
+    lines += _text_table(text_rows(records), layers_replaced(records, depth) or "layers replaced")
+    lines += _needle_counts(needle_rows(records))
+    if each_layer:
+        lines += _each_layer_tables(by_layer(records))
+    lines += [*_mass_table(masses(records)), *_needle_table(needle_cells(records))]
+    return "\n".join(lines) + "\n"
 
 
 def _line(share: str, method: str, *cells: str) -> str:
     return f"{share:>6} {method:<14}" + "".join(f"{cell:>11}" for cell in cells)
 
 
-def plot(records: Mapping[str, Any], depth: int, folder: Path) -> list[Path]:
-    """Mass against bytes (all and late layers) and KL against bytes, as PNG files; those there is nothing for are left out."""
-    import matplotlib
+def _deviation(value: float, digits: int) -> str:
+    """A standard deviation in brackets; a single sequence has none."""
+    return "(-)" if math.isnan(value) else f"({value:.{digits}f})"
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    curves: list[tuple[str, str, Mapping[str, Sequence[tuple[float, float]]]]] = []
-    for title, layers in (("mass_all", None), ("mass_late", late_layers(depth))):
-        points: dict[str, list[tuple[float, float]]] = {}
-        for r in layer_rows(records, layers):
-            points.setdefault(r.method, []).append(((r.kv_bytes + r.other_bytes) / 1e3, r.captured[0]))
-        curves.append((title, "attention mass captured outside sinks and window, %", points))
-    points = {}
-    for t in text_rows(records):
-        points.setdefault(t.method, []).append(((t.kv_bytes + t.other_bytes) / 1e3, t.kl[0]))
-    curves.append(("kl", "KL to the dense model, nats", points))
-    written = []
-    for title, axis, by_method in curves:
-        if not by_method:
-            continue
-        figure, axes = pyplot.subplots(figsize=(7, 5))
-        for method, found in by_method.items():
-            axes.plot(*zip(*sorted(found), strict=True), marker="o", label=method)
-        axes.set(xscale="log", xlabel="kB read per step" + (" and layer" if title != "kl" else ", all layers"), ylabel=axis)
-        if title == "kl":
-            axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        written.append(folder / f"{title}.png")
-        files.write_file(written[-1], partial(figure.savefig, dpi=120, bbox_inches="tight"))
-        pyplot.close(figure)
-    return written
+def _layers_table(title: str, rows: list[LayerRow]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "",
+        f"{title}: attention mass captured outside sinks and window, pooled by mass over layers, and output error, the "
+        "mean of layers (mean, spread over sequences)",
+        _line("share", "method", "mass %", "", "error", "", "tokens", "kB K, V", "kB other", "kB weights"),
+    ]
+    for r in rows:
+        mass = (f"{r.captured[0]:.1f}", _deviation(r.captured[1], 1), f"{r.error[0]:.4f}", _deviation(r.error[1], 4))
+        kilobytes = (f"{x / 1e3:.1f}" for x in (r.kv_bytes, r.other_bytes, r.shared_bytes))
+        lines.append(_line(f"{r.share:.1%}", r.method, *mass, f"{r.tokens:.0f}", *kilobytes))
+    return lines
+
+
+def _text_table(rows: list[TextRow], where: str) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        "",
+        f"{where}, {rows[0].sequences} sequences: against the dense model (mean, spread over sequences)",
+        _line("share", "method", "KL", "", "same 1st %", "", "perplex. x", "", "tokens", "MB a token"),
+    ]
+    for t in rows:
+        answers = (f"{t.kl[0]:.4f}", _deviation(t.kl[1], 4), f"{t.top1[0]:.1f}", _deviation(t.top1[1], 1))
+        ratio = (f"{t.perplexity_ratio[0]:.4f}", _deviation(t.perplexity_ratio[1], 4))
+        megabytes = f"{(t.kv_bytes + t.other_bytes) / 1e6:.2f}"
+        lines.append(_line(f"{t.share:.1%}", t.method, *answers, *ratio, f"{t.tokens:.0f}", megabytes))
+    return lines
+
+
+def _needle_counts(counts: Mapping[tuple[str, float], tuple[int, int]]) -> list[str]:
+    if not counts:
+        return []
+    lines = ["", "needles, the question processed by the method too: right answers"]
+    for (method, share), (right, questions) in sorted(counts.items(), key=lambda item: (item[0][1], item[0][0])):
+        lines.append(f"{share:6.1%} {method:<14} {right:3d} of {questions}")
+    return lines
+
+
+def _each_layer_tables(rows: Mapping[int, list[LayerRow]]) -> list[str]:
+    lines = []
+    for share in sorted({row.share for each in rows.values() for row in each}):
+        by_method = {layer: {row.method: row for row in each if row.share == share} for layer, each in rows.items()}
+        methods = ordered({method for each in by_method.values() for method in each})
+        lines += [
+            "", f"layer by layer at {share:.1%}: mass captured %, output error, kB of K, V and tables",
+            f"{'layer':>6}" + "".join(f"{method:>26}" for method in methods),
+        ]  # fmt: skip
+        for layer, each in by_method.items():
+            cells = [_layer_cell(each[method]) if method in each else "" for method in methods]
+            lines.append(f"{layer:6}" + "".join(f"{cell:>26}" for cell in cells))
+    return lines
+
+
+def _layer_cell(row: LayerRow) -> str:
+    return f"{row.captured[0]:7.1f} {row.error[0]:8.4f} {(row.kv_bytes + row.other_bytes) / 1e3:8.0f}"
+
+
+def _mass_table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if not rows:
+        return []
+    title = "targets of attention mass, sinks and window included: mean over layers and KV heads, heads that reach it"
+    return ["", title] + [
+        f"{name:<16} mean {m['mean']:.4f}   {m['heads_reaching']:.1%} of {m['heads']} heads   least {m['least']:.3f}   "
+        f"{m['tokens']:.0f} tokens"
+        for name, m in sorted(rows.items())
+    ]
+
+
+def _needle_table(cells: Mapping[tuple[str, float], Mapping[tuple[str, int, float], bool]]) -> list[str]:
+    kinds = {(kind, length) for answers in cells.values() for kind, length, _ in answers}
+    if not kinds:
+        return []
+    columns = sorted(kinds, key=lambda column: (column[0] != "passkey", column))
+    lines = ["", "needles by length in tokens: a letter for each depth, first to last; x right, . wrong"]
+    lines.append(f"{'share':>6} {'method':<16}" + "".join(f"{kind} {length}".rjust(17) for kind, length in columns))
+    for (method, share), answers in sorted(cells.items(), key=lambda item: (item[0][1], rank(item[0][0]))):
+        words = []
+        for column in columns:
+            depths = sorted(depth for kind, length, depth in answers if (kind, length) == column)
+            words.append("".join("x" if answers[column[0], column[1], depth] else "." for depth in depths))
+        lines.append(f"{share:6.1%} {method:<16}" + "".join(f"{word:>17}" for word in words))
+    return lines
+
+
+def summary(records: Records, depth: int) -> dict[str, Any]:
+    """Everything in the tables as plain data; what is not a number is None."""
+    late = late_layers(depth)
+    groups = {"all": None, "late": late, "early": range(late.start)}
+    content = {
+        "layers": {name: [asdict(r) for r in layer_rows(records, group)] for name, group in groups.items()},
+        "each_layer": {str(layer): [asdict(r) for r in rows] for layer, rows in by_layer(records).items()},
+        "end": [asdict(r) for r in text_rows(records)],
+        "targets": masses(records),
+        "needles": [
+            {"method": method, "share": share, "kind": kind, "length": length, "depth": place, "right": right}
+            for (method, share), cells in sorted(needle_cells(records).items())
+            for (kind, length, place), right in sorted(cells.items())
+        ],
+    }
+    plain: dict[str, Any] = _plain(content)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -76,35 +76,43 @@ Build = Callable[[float], Method]
 
 @dataclass
 class Roster:
-    """names : of `KINDS` or of ``own``, a user's methods; prompts : training sequences, with queries kept; folder : where trained
-    indexes are kept, None for nowhere; batch : sequences that share weights; routers : from ``saap train``, in place of training;
-    once : (key, measure) -> plain data, measured or from an earlier run; progress : is told what takes long."""
+    """Calibrated methods by name and share."""
 
     names: Sequence[str]
+    """Of `KINDS` or of ``own``."""
     prompts: Sequence[Prompt]
+    """Training sequences, with queries kept."""
     settings: Settings
     numbers: Sequence[int]
+    """Layers that will be measured or replaced."""
     folder: Path | None = None
+    """Where trained indexes are kept; None for nowhere."""
     own: Mapping[str, Build] | None = None
+    """A user's methods."""
     profile: Profile | None = None
+    """For ``moa``."""
     batch: int = BATCH
+    """Sequences that share weights."""
     routers: Routers | None = None
+    """From ``saap train``, in place of training."""
     once: Callable[[str, Callable[[], Any]], Any] = lambda key, measure: measure()
+    """(key, measure) -> plain data, measured or from an earlier run."""
     progress: Callable[[str], None] = lambda line: None
+    """Is told what takes long."""
 
     def __post_init__(self) -> None:
         check_names("methods", self.names, (*KINDS, *(self.own or {})))
         self.missing: dict[tuple[str, float], str] = {}
-        self._at: dict[float, list[Method]] = {}
+        self._methods: dict[float, list[Method]] = {}
         self._donors: dict[object, Method] = {}
         self._indexes = Indexes(self.prompts, self.settings, self.numbers, self.folder, self.routers, self.progress)
         self._clusters = Clusters()
 
-    def at(self, share: float) -> list[Method]:
-        """The methods that can be had at a share, the same objects each time."""
-        if share not in self._at:
-            self._at[share] = [m for m in (self._fitted(name, share) for name in self.names) if m is not None]
-        return self._at[share]
+    def at(self, share: float, length: int = 0) -> list[Method]:
+        """The methods that can be had at a share, the same objects each time; they are the same for texts of any length."""
+        if share not in self._methods:
+            self._methods[share] = [m for m in (self._fitted(name, share) for name in self.names) if m is not None]
+        return self._methods[share]
 
     def _fitted(self, name: str, share: float) -> Method | None:
         if name == "dense":
@@ -130,36 +138,36 @@ class Roster:
             return tried[-1][0]
 
         target = self._target(share)
-        found = fit(build, share, measure, target)
+        number = fit(build, share, measure, target)
         reason = f"reads more than the budget of {target / 1e3:.0f} kB per layer and step"
         if tried:
             reason += f"; the least it was set to: {min(tried)[0] / 1e3:.0f} kB, {min(tried)[1]}"
-        return {"number": found, "reason": "" if found is not None else reason}
+        return {"number": number, "reason": "" if number is not None else reason}
 
     def _target(self, share: float) -> float:
         """Bytes of a step with so many tokens and nothing else, mean over the layers that `_bytes` measures."""
-        s, found = self.settings, []
-        for at in self._sample():
-            layer = self.prompts[0].layers[at]
+        s, sizes = self.settings, []
+        for slot in self._sample():
+            layer = self.prompts[0].layers[slot]
             for n in (self._last() + 1).tolist():
                 always = min(n, s.sinks + s.window)
-                found.append((always + share * (n - always)) * layer.heads * layer.token_bytes)
-        return sum(found) / len(found)
+                sizes.append((always + share * (n - always)) * layer.heads * layer.token_bytes)
+        return sum(sizes) / len(sizes)
 
     def _bytes(self, method: Method) -> tuple[float, str]:
         """Mean over late steps of the first training sequence, and what it is made of: an index reads more just before it seals a
         block than after."""
-        prompt, found, last = self.prompts[0], [], self._last()
-        for at in self._every() if _uneven(method) else self._sample():
-            state = method.start(prompt.layers[at], prompt.keys[at].shape[1])
+        prompt, sizes, last = self.prompts[0], [], self._last()
+        for slot in self._every() if _uneven(method) else self._sample():
+            state = method.start(prompt.layers[slot], prompt.keys[slot].shape[1])
             done = 0
-            for position, query in zip(last.tolist(), prompt.queries[at][:, :, -len(last) :].unbind(2), strict=True):
-                state.append(prompt.keys[at][:, done : position + 1], prompt.values[at][:, done : position + 1])
-                prompt.show(state, at, max(done, position - method.observed), position)
+            for position, query in zip(last.tolist(), prompt.queries[slot][:, :, -len(last) :].unbind(2), strict=True):
+                state.append(prompt.keys[slot][:, done : position + 1], prompt.values[slot][:, done : position + 1])
+                prompt.show(state, slot, max(done, position - method.observed), position)
                 done = position + 1
                 step = state.answer(query)
-                found.append([step.kv_bytes, step.other_bytes, step.shared_bytes / self.batch])
-        parts = [sum(x) / len(found) for x in zip(*found, strict=True)]
+                sizes.append([step.kv_bytes, step.other_bytes, step.shared_bytes / self.batch])
+        parts = [sum(x) / len(sizes) for x in zip(*sizes, strict=True)]
         kv_bytes, other, weights = (x / 1e3 for x in parts)
         return sum(parts), f"{kv_bytes:.0f} of K and V, {other:.0f} of tables, {weights:.0f} of weights"
 
@@ -173,15 +181,15 @@ class Roster:
 
     def _sample(self) -> list[int]:
         """Of an early, a middle and a late one of them."""
-        at = self._every()
-        return sorted({at[0], at[len(at) // 2], at[-1]})
+        slots = self._every()
+        return sorted({slots[0], slots[len(slots) // 2], slots[-1]})
 
     def _build(self, name: str, share: float) -> Build:
         s = self.settings
         outside = {"sinks": s.sinks, "window": s.window}
         own = (self.own or {}).get(name)
         if own is not None:
-            return lambda x: self._learnt(own(x))
+            return lambda x: self._calibrate(own(x))
         if name == "eigen":
             return self._eigen
         if name == "moa":
@@ -216,40 +224,35 @@ class Roster:
     def _calibrated(self, key: object, build: Build) -> Build:
         """Calibrate once; what was learnt does not depend on how much is read, so later methods take it from the first."""
 
-        def made(x: float) -> Method:
+        def calibrated(x: float) -> Method:
             method = build(x)
             if key not in self._donors:
-                self._calibrate(method)
-                self._donors[key] = method
+                self._donors[key] = self._calibrate(method)
             for part in ("bases", "means", "scorers"):
                 if hasattr(method, part):
                     setattr(method, part, getattr(self._donors[key], part))
             return method
 
-        return made
+        return calibrated
 
-    def _learnt(self, method: Method) -> Method:
-        self._calibrate(method)
+    def _calibrate(self, method: Method) -> Method:
+        for slot in self._every():
+            training = ([getattr(p, part)[slot] for p in self.prompts] for part in ("keys", "values", "queries"))
+            method.calibrate(self.prompts[0].layers[slot], *training)
         return method
-
-    def _calibrate(self, method: Method) -> None:
-        for at, layer in enumerate(self.prompts[0].layers):
-            if layer.number in set(self.numbers):
-                method.calibrate(layer, *([getattr(p, part)[at] for p in self.prompts] for part in ("keys", "values", "queries")))
 
     def _eigen(self, x: float) -> Method:
         """A basis of lower rank is the first directions of the whole one."""
         layer = self.prompts[0].layers[0]
         if "eigen" not in self._donors:
-            self._donors["eigen"] = Eigen(layer.d, layer.e)
-            self._calibrate(self._donors["eigen"])
+            self._donors["eigen"] = self._calibrate(Eigen(layer.d, layer.e))
         both = max(1, round(x * (layer.d + layer.e) / 2))
-        found, whole = Eigen(min(layer.d, both), min(layer.e, both)), self._donors["eigen"]
+        cut, whole = Eigen(min(layer.d, both), min(layer.e, both)), self._donors["eigen"]
         assert isinstance(whole, Eigen)
-        found.bases = {
-            i: (k[:, : found.rank_k].contiguous(), v[:, :, : found.rank_v].contiguous()) for i, (k, v) in whole.bases.items()
+        cut.bases = {
+            i: (k[:, : cut.rank_k].contiguous(), v[:, :, : cut.rank_v].contiguous()) for i, (k, v) in whole.bases.items()
         }
-        return found
+        return cut
 
     def _profile(self) -> Profile:
         if self.profile is None:
@@ -260,25 +263,25 @@ class Roster:
 def fit(build: Build, share: float, measure: Callable[[Method], float], target: float) -> float | None:
     """The number with which a method reads ``target`` bytes, hardly more; None if even little of it reads more.
 
-    Bytes grow with the number, in steps for some methods: the largest number found whose bytes fit is taken.
+    Bytes grow with the number, in steps for some methods: the result is the largest number tried whose bytes fit.
     """
     low, high, x = 0.0, 1.0, min(1.0, share)
     best = None
     for _ in range(_TRIES):
         try:
-            found = measure(build(x))
+            size = measure(build(x))
         except ParameterError:  # less than the method can be set to
-            found = 0.0
+            size = 0.0
             low = x
         else:
-            if found <= target * (1 + TOLERANCE):
+            if size <= target * (1 + TOLERANCE):
                 best, low = x, x
-                if found >= target * (1 - _NEAR) or x >= 1:
+                if size >= target * (1 - _NEAR) or x >= 1:
                     break
             else:
                 high = x
         # up by what is missing, down by halves: bytes are about linear in the number
-        x = min(high if high == 1.0 else (low + high) / 2, x * target / found) if found and high == 1.0 else (low + high) / 2
+        x = min(high if high == 1.0 else (low + high) / 2, x * target / size) if size and high == 1.0 else (low + high) / 2
         if high - low < 1e-4:
             break
     return best

@@ -50,8 +50,8 @@ class ScfaHash(Method):
         directions /= directions.norm(dim=1, keepdim=True)
         if layer.number in self.means:
             x = x - self.means[layer.number][is_query].view(layer.heads, *[1] * (x.ndim - 2), layer.d)
-        found = (x.flatten(1, -2) @ directions).view(*x.shape[:-1], -1)
-        return torch.cat([found, -found], -1).argmax(-1)
+        projected = (x.flatten(1, -2) @ directions).view(*x.shape[:-1], -1)
+        return torch.cat([projected, -projected], -1).argmax(-1)
 
 
 class _ScfaState(State):

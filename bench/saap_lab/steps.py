@@ -39,16 +39,16 @@ def replay(
     """
     if together and len(at) > 1 and isinstance(state, _DenseState) and (choose := _choice(state)) is not None:
         return _several(state, choose, keys, values, queries, at)
-    found, done = [], 0
+    steps, done = [], 0
     for j, place in enumerate(at.tolist()):
         state.append(keys[:, done : place + 1], values[:, done : place + 1])
         if show is not None:
             show(done, place)
         done = place + 1
-        found.append(state.attend(queries[:, :, j]) if chosen else state.answer(queries[:, :, j]))
+        steps.append(state.attend(queries[:, :, j]) if chosen else state.answer(queries[:, :, j]))
     if done < keys.shape[1]:
         state.append(keys[:, done:], values[:, done:])
-    return found
+    return steps
 
 
 def _choice(state: _DenseState) -> _Choose | None:
@@ -67,7 +67,7 @@ def _several(state: _DenseState, choose: _Choose, keys: Tensor, values: Tensor, 
     cache, before = state.cache, state.cache.length
     state.append(keys, values)
     lengths = before + at + 1
-    found: list[Attended] = []
+    steps: list[Attended] = []
     for part in range(0, len(at), _CHUNK):
         upto = lengths[part : part + _CHUNK]
         n = int(upto.max())
@@ -80,8 +80,8 @@ def _several(state: _DenseState, choose: _Choose, keys: Tensor, values: Tensor, 
         layer, other = cache.layer, _other(state)
         for j, (length, read) in enumerate(zip(upto.tolist(), tokens, strict=True)):
             which = chosen[:, :, j, :length] if isinstance(state, _TopKState) else chosen[:, 0, j, :length]
-            found.append(Attended(out[:, :, j], read, read * layer.heads * layer.token_bytes, other, chosen=which))
-    return found
+            steps.append(Attended(out[:, :, j], read, read * layer.heads * layer.token_bytes, other, chosen=which))
+    return steps
 
 
 def _other(state: _DenseState) -> float:

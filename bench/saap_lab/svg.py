@@ -1,6 +1,7 @@
 """Small drawings as SVG text for a report that needs no scripts and no other files: curves, a heat map, strips. Knows no methods.
 
-Colours are CSS variables of the page where they must follow a dark or a light theme, else given by the caller.
+Colours are CSS variables of the page where they must follow a dark or a light theme, else given by the caller. Written by hand
+because matplotlib's SVG can do neither this nor a title for each point under the pointer, and a page needs no matplotlib then.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Curve:
-    """points : (x, y), drawn in order of x; dashed : for a bound rather than a contender; bold : for what the page is about;
-    marker : of `MARKERS`."""
+    """A line with a marker at each point."""
 
     label: str
     points: Points
+    """(x, y), drawn in order of x."""
     colour: str
     dashed: bool = False
+    """For a bound rather than a contender."""
     bold: bool = False
+    """For what the page is about."""
     marker: str = "circle"
+    """Of `MARKERS`."""
 
 
 _CORNERS: dict[str, Points] = {
@@ -85,7 +89,11 @@ def curves(lines: Sequence[Curve], x_label: str, y_label: str, log_y: bool = Fal
             drawn = marker(line.marker, x, y, 4.5 if line.bold else 3.2, line.colour)
             parts.append(f"<{drawn}>{title}</{drawn.partition(' ')[0]}>")
         ends.append((points[-1], line))
-    for y, ((x, end), line) in zip(_apart([e[0][1] for e in ends], 14), ends, strict=True):
+    heights = _apart([e[0][1] for e in ends], 14)
+    by_height = sorted(range(len(ends)), key=heights.__getitem__)
+    highest = {i: top + 14 * place for place, i in enumerate(by_height)}  # so that none is cut off
+    for i, (y, ((x, end), line)) in enumerate(zip(heights, ends, strict=True)):
+        y = max(y, highest[i])
         weight = ' font-weight="700"' if line.bold else ""
         parts.append(f'<path class="leader" d="M{x + 5:.1f} {end:.1f} L{width - right + 14} {y:.1f}"/>')
         parts.append(f'<text x="{width - right + 18}" y="{y + 4:.1f}" fill="{line.colour}"{weight}>{escape(line.label)}</text>')
@@ -159,19 +167,19 @@ def _path(points: Points) -> str:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 of every decade within the exponents [low, high], or as many more as make it four."""
-    found: list[float] = []
+    ticks: list[float] = []
     for steps in ((1, 2, 5), (1, 2, 3, 5, 7), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9), [1 + i / 5 for i in range(45)]):
         every = [float(f"{m * 10.0**e:.3g}") for e in range(math.floor(low), math.ceil(high) + 1) for m in steps]
-        found = [v for v in every if low <= math.log10(v) <= high]
-        if len(found) >= 4:
+        ticks = [v for v in every if low <= math.log10(v) <= high]
+        if len(ticks) >= 4:
             break
-    return found
+    return ticks
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
-        found = _log_ticks(low, high)
-        return found if len(found) < 9 else [v for v in found if math.log10(v) % 1 == 0]
+        ticks = _log_ticks(low, high)
+        return ticks if len(ticks) < 9 else [v for v in ticks if math.log10(v) % 1 == 0]
     rough = 0.95 * (high - low) / 5
     step = next(
         m * 10.0 ** math.floor(math.log10(rough)) for m in (1, 2, 5, 10) if m * 10.0 ** math.floor(math.log10(rough)) >= rough
@@ -191,10 +199,10 @@ def _apart(wanted: Sequence[float], least: float) -> list[float]:
                 break
             groups[-2:] = [[(a * n + (b - n * least) * m) / (n + m), n + m]]
     heights = [first + k * least for first, members in groups for k in range(int(members))]
-    found = [0.0] * len(wanted)
+    apart = [0.0] * len(wanted)
     for i, height in zip(order, heights, strict=True):
-        found[i] = height
-    return found
+        apart[i] = height
+    return apart
 
 
 def _heat(share: float) -> str:

@@ -17,14 +17,19 @@ from saap_index.routers import Routers
 
 from .flags import check_names
 from .method import ITEM_BYTES, Method
+from .report import MASS
 from .saap import Prefilled, Saap
 from .yardsticks import Clusters, Dense, Selected, TopK
 
 YARDSTICKS = ("dense", "topk", "topk_group", "ivf", "quest", "recent", "random")
-METHODS = ("saap", "saap-even", "published", *YARDSTICKS)
+INDEX_OPTIONS: dict[str, dict[str, Any]] = {
+    "saap": {},  # spends by the routers' budget plan
+    "saap-even": {"budget_shares": None},  # the same share in every layer and head
+    "published": {"nprobe": 1, "budget_shares": None},
+}
+METHODS = (*INDEX_OPTIONS, *YARDSTICKS)
 DEFAULT = "saap,saap-even,published,dense,topk_group,ivf,recent,random"
-"""``saap`` spends by the routers' budget plan, ``saap-even`` the same share in every layer and head; ``published`` is left out
-where the routers are of another kind."""
+"""``published`` is left out where the routers are of another kind."""
 
 _TABLE_ENTRY = _ROW_NUMBER = 4  # bytes
 
@@ -32,11 +37,15 @@ _TABLE_ENTRY = _ROW_NUMBER = 4  # bytes
 class TrainedMethods:
     """Methods by share, the same objects each time, for texts of about one length.
 
-    names : of `METHODS`, ``published`` among them only if the routers are the published classifier's; masses : targets of
-    `target_mass`, each a method at the share that is its cap. Raises ParameterError for names or targets that cannot be had.
+    routers : of every layer that is indexed
+    names : of `METHODS`, ``published`` among them only if the routers are the published classifier's
+    budgets : shares of the tokens at which they are measured
+    masses : targets of `target_mass`, each a method at the share that is its cap
+
+    Raises ParameterError for names or targets that cannot be had.
     """
 
-    def __init__(self, routers: Routers, names: Sequence[str], masses: Sequence[float] = ()) -> None:
+    def __init__(self, routers: Routers, names: Sequence[str], budgets: Sequence[float], masses: Sequence[float] = ()) -> None:
         check_names("methods", names, METHODS)
         if not all(0 < x < 1 for x in masses):
             raise ParameterError(f"target-mass: expected targets in (0, 1), as 0.9, got {', '.join(map(str, masses))}")
@@ -46,49 +55,47 @@ class TrainedMethods:
             )
         if masses and any(layer.calibration is None for layer in routers.layers.values()):
             raise ParameterError("target-mass: expected routers with a calibration, got some without")
-        self.routers, self.names, self.masses = routers, names, {x: SearchParametersIVF(target_mass=x) for x in masses}
+        self.routers, self.names, self.budgets, self.masses = routers, names, budgets, masses
         self.layout: Layout = routers.index(min(routers.layers), break_even=0).layout
+        self.missing: dict[tuple[str, float], str] = {}
         self._indexes: dict[str, Any] = {}
         self._clusters = Clusters()
-        self._made: dict[tuple[int, float], list[Method]] = {}
+        self._methods: dict[tuple[float, int], list[Method]] = {}
 
-    def shares(self, budgets: Sequence[float]) -> tuple[float, ...]:
+    def shares(self) -> tuple[float, ...]:
         """Budgets, the cap if there are targets, and 1 for dense attention; ascending."""
         cap = {TARGET_CAP} if self.masses else set()
-        return tuple(sorted({*budgets, *cap, *({1.0} if "dense" in self.names else ())}))
+        return tuple(sorted({*self.budgets, *cap, *({1.0} if "dense" in self.names else ())}))
 
-    def at(self, length: int, budgets: Sequence[float], share: float) -> list[Method]:
+    def at(self, share: float, length: int) -> list[Method]:
         """What is measured at a share, on texts of so many tokens."""
-        key = length, share
-        if key not in self._made:
-            found: list[Method] = []
-            if share in budgets:
-                found += [self._method(name, length, share) for name in self.names if name != "dense"]
-            if share == TARGET_CAP:
-                found += [self._saap(f"saap-mass-{x:g}", "saap", None, params) for x, params in self.masses.items()]
-            if share == 1.0 and "dense" in self.names:
-                found.append(Dense())
-            self._made[key] = found
-        return self._made[key]
+        if (share, length) not in self._methods:
+            self._methods[share, length] = self._build(share, length)
+        return self._methods[share, length]
+
+    def _build(self, share: float, length: int) -> list[Method]:
+        methods: list[Method] = []
+        if share in self.budgets:
+            methods += [self._method(name, length, share) for name in self.names if name != "dense"]
+        if share == TARGET_CAP:
+            methods += [self._saap("saap", f"{MASS}{x:g}", None, SearchParametersIVF(target_mass=x)) for x in self.masses]
+        if share == 1.0 and "dense" in self.names:
+            methods.append(Dense())
+        return methods
 
     def _method(self, name: str, length: int, share: float) -> Method:
-        outside: Any = {"sinks": self.layout.sinks, "window": self.layout.window}
-        if name in ("saap", "saap-even", "published"):
+        if name in INDEX_OPTIONS:
             return self._saap(name, name, share, None)
         share = self.equal_share(length, share)
         if name == "topk":
-            return TopK(share, **outside)
-        found = Selected(name, share, **outside)
-        found.clusters = self._clusters
-        return found
+            return TopK(share, self.layout.sinks, self.layout.window)
+        method = Selected(name, share, self.layout.sinks, self.layout.window)
+        method.clusters = self._clusters
+        return method
 
-    def _saap(self, name: str, kind: str, share: float | None, params: SearchParametersIVF | None) -> Saap:
+    def _saap(self, kind: str, name: str, share: float | None, params: SearchParametersIVF | None) -> Saap:
         if kind not in self._indexes:
-            options: dict[str, Any] = {"break_even": 0}  # a short text is no excuse here
-            if kind == "saap-even":
-                options["budget_shares"] = None
-            elif kind == "published":
-                options |= {"nprobe": 1, "budget_shares": None}
+            options = {"break_even": 0, **INDEX_OPTIONS[kind]}  # a short text is no excuse here
             self._indexes[kind] = {n: self.routers.index(n, **options) for n in self.routers.layers}, Prefilled()
         indexes, prefilled = self._indexes[kind]
         return Saap(name, indexes, share, params, prefilled)

@@ -75,36 +75,36 @@ def examine(
     model = loaded.model
     of_routers = ("captured attention", "needles")
     say("rotation")
-    found = [check("RoPE", lambda: check_rope(model, routers, tokens))]
+    findings = [check("RoPE", lambda: check_rope(model, routers, tokens))]
     try:
         say("reading the text")
         seen = read_text(loaded, text, tokens)
         plan = make_plan(model, routers or plain_routers(model), selectivity, (), QUESTION, {"break_even": 0})
     except Exception as error:
         rows = ("dense parity", *of_routers, "crossover", "model memory")
-        if found[0].verdict == FAIL and isinstance(error, CompatibilityError):
-            return [*found, *(Finding(row, SKIPPED, "routers cannot be attached to a model that rotates so") for row in rows)]
-        found.append(Finding("text", FAIL, f"{type(error).__name__}: {error}", "give a text and a model that fit"))
-        return [*found, *(Finding(row, SKIPPED, "no text was read") for row in rows)]
+        if findings[0].verdict == FAIL and isinstance(error, CompatibilityError):
+            return [*findings, *(Finding(row, SKIPPED, "routers cannot be attached to a model that rotates so") for row in rows)]
+        findings.append(Finding("text", FAIL, f"{type(error).__name__}: {error}", "give a text and a model that fit"))
+        return [*findings, *(Finding(row, SKIPPED, "no text was read") for row in rows)]
     setattr(model, ATTACHED, Attachment(model, plan.audited(1, in_turn=False)))
     try:
         say("sparse against dense")
         cache = indexed(seen.cache, getattr(model, ATTACHED).plan, support.decoder_of(model))
         want = dense_logits(model, seen)
-        found.append(check("dense parity", lambda: check_parity(model, cache, seen, want)))
+        findings.append(check("dense parity", lambda: check_parity(model, cache, seen, want)))
         if routers is None:
-            found += [Finding(row, SKIPPED, "no routers that fit", "give --routers") for row in of_routers]
+            findings += [Finding(row, SKIPPED, "no routers that fit", "give --routers") for row in of_routers]
         else:
-            found.append(check("captured attention", lambda: check_captured(model, cache, seen, want, selectivity)))
+            findings.append(check("captured attention", lambda: check_captured(model, cache, seen, want, selectivity)))
             say("needles")
-            found.append(check("needles", lambda: check_needles(loaded, cache, seen)))
+            findings.append(check("needles", lambda: check_needles(loaded, cache, seen)))
         kept = cache.stats()
     finally:
         detach(model)
     say("crossover")
-    found.append(check("crossover", lambda: check_crossover(model, plan, seen.tokens)))
-    found.append(check("model memory", lambda: check_model_memory(model, kept, seen.tokens)))
-    return found
+    findings.append(check("crossover", lambda: check_crossover(model, plan, seen.tokens)))
+    findings.append(check("model memory", lambda: check_model_memory(model, kept, seen.tokens)))
+    return findings
 
 
 def plain_routers(model: Any) -> Routers:

@@ -33,13 +33,13 @@ def check_kernels() -> Finding:
     isa = "none" if module is None else module.isa()
     error = search_error()
     figures = {"backend": backend, "instruction_set": isa, "error": error, "threads": torch.get_num_threads()}
-    found = f"backend {backend}, instruction set {isa}, {torch.get_num_threads()} threads, {crossover.processor()}"
+    summary = f"backend {backend}, instruction set {isa}, {torch.get_num_threads()} threads, {crossover.processor()}"
     if not error < 1e-4:
-        return Finding("kernels", FAIL, f"{found}: a search is wrong by {error:.1e}", "report it, with this table", figures)
+        return Finding("kernels", FAIL, f"{summary}: a search is wrong by {error:.1e}", "report it, with this table", figures)
     if module is None:
         how = "install from source with a C++20 compiler (g++ 12 or clang 15) at hand: pip install . in a clone"
-        return Finding("kernels", FAIL, f"{found}: no native kernels, plain torch is several times slower", how, figures)
-    return Finding("kernels", OK, found, "", figures)
+        return Finding("kernels", FAIL, f"{summary}: no native kernels, plain torch is several times slower", how, figures)
+    return Finding("kernels", OK, summary, "", figures)
 
 
 @full_precision
@@ -67,13 +67,14 @@ def check_gpu() -> Finding:
         return Finding("GPU", OK, "none that torch can use; the CPU serves", "", {"count": 0})
     free, total = torch.cuda.mem_get_info()
     name, capability = torch.cuda.get_device_name(), ".".join(map(str, torch.cuda.get_device_capability()))
-    found = f"{name}, compute capability {capability}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, CUDA {torch.version.cuda}"
+    memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    summary = f"{name}, compute capability {capability}, {memory}, CUDA {torch.version.cuda}"
     figures = {"name": name, "capability": capability, "free_bytes": free, "total_bytes": total}
     if importlib.util.find_spec("cupy") is None:
         major = str(torch.version.cuda).partition(".")[0]
-        return Finding("GPU", WARN, f"{found}; without CuPy plain torch serves it", f"pip install cupy-cuda{major}x", figures)
+        return Finding("GPU", WARN, f"{summary}; without CuPy plain torch serves it", f"pip install cupy-cuda{major}x", figures)
     backend = get_backend(torch.device("cuda", torch.cuda.current_device())).name
-    return Finding("GPU", OK, f"{found}, backend {backend}", "", figures)
+    return Finding("GPU", OK, f"{summary}, backend {backend}", "", figures)
 
 
 def check_cache_folder() -> Finding:

@@ -27,13 +27,13 @@ def requirements() -> list[str]:
         parser = configparser.ConfigParser()
         parser.read(checkout)
         if parser.get("metadata", "name", fallback=None) == NAME:
-            found = _lines(parser.get("options", "install_requires", fallback=""))
+            lines = _lines(parser.get("options", "install_requires", fallback=""))
             for extra, text in parser.items("options.extras_require"):
                 for line in _lines(text):
                     need, _, marker = line.partition(";")
                     both = f'({marker.strip()}) and extra == "{extra}"' if marker else f'extra == "{extra}"'
-                    found.append(f"{need.strip()}; {both}")
-            return found
+                    lines.append(f"{need.strip()}; {both}")
+            return lines
     try:
         return importlib.metadata.requires(NAME) or []
     except importlib.metadata.PackageNotFoundError:
@@ -65,7 +65,7 @@ def tested(lines: Sequence[str]) -> dict[str, tuple[str, bool]]:
         ranges[need.name] = ranges.get(need.name, SpecifierSet()) & need.specifier
         if need.marker is None or need.marker.evaluate({"extra": ""}):
             always.add(need.name)
-    return {name: (str(found), name in always) for name, found in sorted(ranges.items())}
+    return {name: (str(allowed), name in always) for name, allowed in sorted(ranges.items())}
 
 
 def check_versions(lines: Sequence[str] | None = None, version_of: Callable[[str], str | None] = installed) -> list[Finding]:

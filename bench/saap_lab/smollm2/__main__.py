@@ -23,26 +23,18 @@ import torch
 from saap_index import files
 from saap_index.errors import SaapError
 from saap_index.index import AsymmetricIndex
+from saap_index.pipeline.command import say
 from saap_index.rope import Rope
 from saap_index.routers import Routers, load_routers
 
-from . import capture, decode, model, plot, routers, speed, texts
+from . import capture, decode, model, report, routers, speed, texts
 from .capture import Capture
-from .evaluate import Table, evaluate, pooled
+from .evaluate import Table, evaluate
+from .progress import Progress
+from .report import NAMES, SHARES, SHOWN
 from .training import METHODS, train_index
 
 BASELINES = ("topk_group", "ivf", "recent")
-NAMES = {
-    "routers": "index, trained routers",
-    "saap_index": "index, trained here",
-    "published": "SAAP as published",
-    "ivf": "plain IVF, per prompt",
-    "recent": "recent window",
-    "topk_group": "exact top-k (bound)",
-}
-SHARES = (0.02, 0.05, 0.1, 0.2)
-SHOWN = 0.05
-LATE = 14
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,25 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     try:
         layers = [int(x) for x in options.layers.split(",")]
-        print(f"loading {model.NAME} ...", file=sys.stderr, flush=True)
+        say(f"loading {model.NAME}: seconds, the first time half a minute")
         loaded, tokenizer = model.load()
         rope = Rope.from_config(loaded.config)
         assert rope is not None
-        given = load_routers(routers.found())
-        known, other = _texts(options, partial(model.encode, tokenizer))
-        training, unseen = _captures(loaded, known, other, layers)
-        table = _measure(training, unseen, layers, rope, given)
-        lines = _report(table, layers, len(training), len(unseen))
+        shipped = load_routers(routers.found())
+        training_texts, unseen_texts = _texts(options, partial(model.encode, tokenizer))
+        training, unseen = _captures(loaded, training_texts, unseen_texts, layers)
+        table = _measure(training, unseen, layers, rope, shipped)
+        lines = report.as_text(table, layers, len(training), len(unseen))
         print("\n".join(lines), flush=True)
+        say(f"timing a decode step of a layer here, and of {options.long} tokens in the shape of Llama-3.1-8B: a minute or two")
         timing = speed.report(training[0], layers[-1], rope, options.long)
-        timing += decode.report(loaded, list(other[0][1])[: -decode.TOKENS], given)  # no token beyond what it was trained for
+        say(f"writing {decode.TOKENS} tokens behind a text of 8192, with the index and without: a minute or two")
+        prompt = list(unseen_texts[0][1])[: -decode.TOKENS]  # no token beyond what the model was trained for
+        timing += decode.report(loaded, prompt, shipped)
         print("\n".join(timing), flush=True)
     except (SaapError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     files.make_folder(options.output)
     files.write_text(options.output / "table.txt", "\n".join([*lines, *timing]) + "\n")
-    plot.mass_against_bytes(table, layers, NAMES, options.output / "mass_against_bytes.png")
+    report.plot(table, layers, options.output / "mass_against_bytes.png")
     took = time.perf_counter() - began
     print(f"\nwrote {options.output}/table.txt and {options.output}/mass_against_bytes.png; {took / 60:.1f} minutes in all")
     return 0
@@ -90,63 +85,40 @@ Texts = list[tuple[str, list[int]]]
 
 def _texts(options: argparse.Namespace, encode: Callable[[str], list[int]]) -> tuple[Texts, Texts]:
     """Training and unseen sequences: name and token numbers."""
-    known = texts.texts_from_files(options.text) if options.text else texts.training_texts()
-    other = texts.texts_from_files(options.unseen_text) if options.unseen_text else texts.unseen_texts()
-    found = texts.take(known, encode, options.training, flags="--training")
-    return found, texts.take(other, encode, options.unseen, flags="--unseen")
+    training = texts.texts_from_files(options.text) if options.text else texts.training_texts()
+    unseen = texts.texts_from_files(options.unseen_text) if options.unseen_text else texts.unseen_texts()
+    sequences = texts.take(training, encode, options.training, flags="--training")
+    return sequences, texts.take(unseen, encode, options.unseen, flags="--unseen")
 
 
-def _captures(loaded: Any, known: Texts, other: Texts, layers: Sequence[int]) -> tuple[list[Capture], list[Capture]]:
+def _captures(loaded: Any, training: Texts, unseen: Texts, layers: Sequence[int]) -> tuple[list[Capture], list[Capture]]:
     """Captures of the training and the unseen sequences."""
-    print(f"running it over {len(known) + len(other)} sequences of {len(known[0][1])} tokens of text", file=sys.stderr)
-    progress = capture.Progress(len(known) + len(other))
-    captured: list[Capture] = []
-    for number, (name, tokens) in enumerate([*known, *other]):
-        is_training = number < len(known)
+    count = len(training) + len(unseen)
+    say(f"running it over {count} sequences of {len(training[0][1])} tokens of text, keeping keys, values and queries")
+    progress, captures = Progress(count), []
+    for number, (name, tokens) in enumerate([*training, *unseen]):
+        is_training = number < len(training)
         positions = capture.training_positions(len(tokens), number) if is_training else capture.unseen_positions(len(tokens))
-        captured.append(capture.capture(loaded, tokens, layers, positions, name))
+        captures.append(capture.capture(loaded, tokens, layers, positions, name))
         progress.step()
-    return captured[: len(known)], captured[len(known) :]
+    return captures[: len(training)], captures[len(training) :]
 
 
 def _measure(
-    training: Sequence[Capture], unseen: Sequence[Capture], layers: Sequence[int], rope: Rope, given: Routers
+    training: Sequence[Capture], unseen: Sequence[Capture], layers: Sequence[int], rope: Rope, shipped: Routers
 ) -> Table:
-    """Methods that are trained here, and ``given`` routers with every layer at the same budget."""
+    """Methods that are trained here, and ``shipped`` routers with every layer at the same budget."""
     indexes: dict[str, dict[int, AsymmetricIndex]] = {method: {} for method in NAMES if method not in BASELINES}
+    say(f"training {len(METHODS)} kinds of index on the first {len(training)}: k-means and a router for each layer")
+    progress = Progress(len(layers) * len(METHODS), "indexes")
     for layer in layers:
-        indexes["routers"][layer] = given.index(layer, selectivity=SHOWN, budget_shares=None)
+        indexes["routers"][layer] = shipped.index(layer, selectivity=SHOWN, budget_shares=None)
         for method in METHODS:
-            began = time.perf_counter()
             indexes[method][layer] = train_index(method, training, layer, rope)
-            took = time.perf_counter() - began
-            print(f"layer {layer}: trained {NAMES[method]} in {took:.0f} s", file=sys.stderr, flush=True)
-    said = partial(print, file=sys.stderr, flush=True)
-    return evaluate(unseen, indexes, BASELINES, layers, SHARES, lambda text: said(f"measured {text}"))
-
-
-def _report(table: Table, layers: Sequence[int], training: int, unseen: int) -> list[str]:
-    """Every method and layer at one budget, then pooled over the late and over all layers."""
-    lines = [
-        "",
-        f"{model.TITLE}, 8192 tokens of text, {training} training and {unseen} unseen sequences;",
-        "one selection per KV head. Rows late and all: mass pooled by mass over layers, error the mean of layers.",
-        f"Budget {SHOWN:.0%} of the tokens outside 4 sinks and the newest 128. mass: attention captured of what lies outside;",
-        "error: of the output, relative; tables: offsets, row lists, centroids; router: weights, once a step (batch 1).",
-        "",
-        f"{'layer':>6}  {'method':22} {'tokens':>7} {'K+V kB':>8} {'tables kB':>10} {'router kB':>10} {'mass %':>7} {'error':>6}",
-    ]
-    for layer in layers:
-        for method, name in NAMES.items():
-            row = table[method, layer, SHOWN]
-            sizes = f"{row.kv_bytes / 1e3:8.0f} {row.other_bytes / 1e3:10.0f} {row.router_bytes / 1e3:10.0f}"
-            lines.append(f"{layer:6}  {name:22} {row.tokens:7.0f} {sizes} {row.mass_percent:7.1f} {row.error:6.3f}")
-    for title, group in (("late", [x for x in layers if x >= LATE]), ("all", list(layers))):
-        if group:
-            for method, name in NAMES.items():
-                mass, _, error = pooled(table, method, SHOWN, group)
-                lines.append(f"{title:>6}  {name:22} {'':7} {'':8} {'':10} {'':10} {mass:7.1f} {error:6.3f}")
-    return lines
+            progress.step()
+    say(f"measuring what {len(NAMES)} methods read, against exact attention, on text they have not seen")
+    progress = Progress(len(unseen), "unseen sequences")
+    return evaluate(unseen, indexes, BASELINES, layers, SHARES, lambda text: progress.step())
 
 
 if __name__ == "__main__":

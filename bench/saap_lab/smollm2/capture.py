@@ -1,12 +1,10 @@
-"""Captures of the small model: which layers and positions, files to keep them in, and how long it takes. Knows no indexes."""
+"""Captures of the small model: which layers and positions, and files to keep them in. Knows no indexes."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +13,12 @@ from saap_index import files
 from saap_index.errors import FormatError
 from saap_index.pipeline.capture import Capture, LayerCapture, capture, training_positions
 
+from .progress import Progress
+
 __all__ = [
     "LAYERS",
     "Capture",
     "LayerCapture",
-    "Progress",
     "capture",
     "capture_to",
     "load",
@@ -124,38 +123,3 @@ def load(path: Path, layers: Iterable[int] | None = None) -> Capture:
         }
         name = (file.metadata() or {}).get("name", "")
         return Capture(name, file.get_tensor("tokens"), file.get_tensor("positions"), rows)
-
-
-class Progress:
-    """A line on the terminal that is rewritten as sequences finish: how many, how long each, and how long is left.
-
-    On a stream that is no terminal every sequence is a line of its own.
-    """
-
-    def __init__(self, total: int, what: str = "sequences", stream: TextIO | None = None) -> None:
-        self._total = total
-        self._what = what
-        self._stream = sys.stderr if stream is None else stream
-        self._done = self._skipped = 0
-        self._start = time.monotonic()
-
-    def step(self, is_skipped: bool = False) -> None:
-        """One more sequence is there; `is_skipped` if it took no time."""
-        self._done += 1
-        self._skipped += is_skipped
-        worked = self._done - self._skipped
-        line = f"{self._what} {self._done}/{self._total}"
-        if worked:
-            each_s = (time.monotonic() - self._start) / worked
-            line += f", {each_s:.1f} s each, {_duration(each_s * (self._total - self._done))} left"
-        if self._stream.isatty():
-            end = "\n" if self._done == self._total else ""
-            self._stream.write(f"\r\x1b[K{line}{end}")
-        else:
-            self._stream.write(f"{line}\n")
-        self._stream.flush()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

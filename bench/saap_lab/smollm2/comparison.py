@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             routers=load_routers(options.routers),
             profile_tokens=compare.PROFILE_TOKENS if options.full else 1024,
         )  # fmt: skip
-        compare.compare(task, out, command.say)
-        print((out / "table.txt").read_text())
-        print(f"wrote records.json, table.txt and report.html to {out}")
+        compare.finish(task, out)
 
     return command.exit_status(work)
 

@@ -17,8 +17,8 @@ def report(model: Any, tokens: list[int], routers: Routers, new: int = TOKENS) -
     """Lines of a table: ``new`` tokens of greedy decoding behind ``tokens``, every layer at 5 %, the prompt read densely."""
     attach(model, routers)
     try:
-        found = both(model, torch.tensor([tokens], dtype=torch.int64, device="cpu"), new)
+        comparison = both(model, torch.tensor([tokens], dtype=torch.int64, device="cpu"), new)
     finally:
         detach(model)
     title = f"generate() behind {len(tokens)} tokens of unseen text, all {len(routers.layers)} layers, float32, greedy:"
-    return ["", title, *(f"    {line}" for line in found.lines())]
+    return ["", title, *(f"    {line}" for line in comparison.lines())]

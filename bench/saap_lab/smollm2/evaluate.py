@@ -2,7 +2,7 @@
 
 The protocol: queries near the end of an unseen sequence; sinks and the newest `WINDOW` tokens are read by everyone; a budget,
 a share of the other tokens, is spent by each method, once per KV head. What the index reads of its recent tokens beyond the
-window counts against its budget. Axes as in lab/measures.py.
+window counts against its budget. Axes as in measures.py.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from .capture import Capture
 
 @dataclass
 class Row:
-    """One method, layer and share, over all sequences so far.
-
-    captured, outside : attention mass per sequence, summed over queries and heads; errors : mean output error per sequence.
-    tokens : read per query and KV head, sinks and window included; kv_bytes of them in the dtype of the index (these and the
-    other sizes are the last sequence's: they hardly differ);
-    other_bytes : tables, row lists, centroids; router_bytes : router weights, read once per step whatever the batch.
-    """
+    """One method, layer and share, over all sequences so far. Sizes are the last sequence's: they hardly differ."""
 
     captured: list[float] = field(default_factory=list)
+    """Attention mass per sequence of the tokens chosen, summed over queries and heads."""
     outside: list[float] = field(default_factory=list)
+    """The same of all tokens outside sinks and window."""
     errors: list[float] = field(default_factory=list)
+    """Mean output error per sequence."""
     tokens: float = 0.0
+    """Read per query and KV head, sinks and window included."""
     kv_bytes: float = 0.0
+    """Of these tokens, in the dtype of the index."""
     other_bytes: float = 0.0
+    """Tables, row lists, centroids."""
     router_bytes: float = 0.0
+    """Router weights, read once per step whatever the batch."""
 
     @property
     def mass_percent(self) -> float:
@@ -67,10 +68,10 @@ def evaluate(
     table: Table = {}
     for number, sequence in enumerate(sequences):
         for layer in layers:
-            found = sequence.layers[layer]
-            exact = exact_attention(found.keys[0], found.values[0], found.queries[0], sequence.positions, SINKS, WINDOW)
+            captured = sequence.layers[layer]
+            exact = exact_attention(captured.keys[0], captured.values[0], captured.queries[0], sequence.positions, SINKS, WINDOW)
             for name in baselines:
-                choose = selector(name, found.keys[0], sinks=SINKS, window=WINDOW)
+                choose = selector(name, captured.keys[0], sinks=SINKS, window=WINDOW)
                 for share in shares:
                     _baseline(table.setdefault((name, layer, share), Row()), name, choose, sequence, layer, exact, share)
             for method, by_layer in indexes.items():

@@ -24,11 +24,12 @@ LONG_SHAPE = (32, 8, 128)  # Llama-3.1-8B
 def report(sequence: Capture, layer: int, rope: Rope, long_tokens: int) -> list[str]:
     """Lines of a table: SmolLM2's cache at its 8k, and ``long_tokens`` random tokens of Llama-3.1-8B's shape, bfloat16."""
     small = train_index("saap_index", [sequence], layer, rope)
-    found = sequence.layers[layer]
+    captured = sequence.layers[layer]
     index = _cast(small, torch.bfloat16)
-    index.add(found.keys.bfloat16(), found.values.bfloat16())
+    index.add(captured.keys.bfloat16(), captured.values.bfloat16())
     lines = ["", "Time per step of one layer, everything counted (routing, selection, scan, merge); medians, all in one run:"]
-    lines += _race(f"SmolLM2, layer {layer}, {found.keys.shape[2]} tokens, bfloat16", index, found.queries[:, :, -1:].bfloat16())
+    title = f"SmolLM2, layer {layer}, {captured.keys.shape[2]} tokens, bfloat16"
+    lines += _race(title, index, captured.queries[:, :, -1:].bfloat16())
     del index, small
     heads, kv_heads, d = LONG_SHAPE
     long = AsymmetricIndex(d, 256, heads, kv_heads, dtype=torch.bfloat16, rope=Rope(head_dim=d, theta=500000.0))

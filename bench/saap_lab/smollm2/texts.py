@@ -123,12 +123,12 @@ def _source(unseen: bool) -> Iterator[tuple[str, str]]:
 def _modules(unseen: bool) -> list[tuple[str, Path]]:
     """Dotted name and file of the modules of one half, in a fixed order without regard to the alphabet."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = {}
+    paths = {}
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts
         if _is_used(parts) and (parts[0] in _UNSEEN_MODULES) == unseen:
-            found[".".join(parts)] = path
-    return [(name, found[name]) for name in shuffled(found)]
+            paths[".".join(parts)] = path
+    return [(name, paths[name]) for name in shuffled(paths)]
 
 
 def _is_used(parts: tuple[str, ...]) -> bool:

@@ -39,19 +39,19 @@ _MACROS_WITH_TEXT = frozenset("SH SS Sh Ss B I BR IR BI RB RI IB IP Nm Nd Ar Fl 
 
 def varied_texts() -> Iterator[tuple[str, str]]:
     """Yield (name, text) of training documents; the kind precedes the first colon of the name."""
-    known = {"topics", "prose", "source"}
+    kinds_used = {"topics", "prose", "source"}
     for name, text in texts.training_texts():
         kind = name.partition(":")[0]
-        if kind in known:
+        if kind in kinds_used:
             yield name, text
     kinds: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
         "package": _packages, "readme": _readmes, "record": made.records, "talk": made.talks, "manual": _manuals,
         "document": _documents, "license": _licenses, "header": _headers, "message": _messages,
     }  # fmt: skip
     seen: set[str] = set()
-    for kind, found in kinds.items():
+    for kind, documents in kinds.items():
         left = KIND_CHARS
-        for name, text in found():
+        for name, text in documents():
             text = texts.without_repeats(text, seen)[:DOCUMENT_CHARS]
             if len(text) < _MIN_CHARS:
                 continue
@@ -70,11 +70,11 @@ def _packages() -> Iterator[tuple[str, str]]:
 
 def _readmes() -> Iterator[tuple[str, str]]:
     """What installed packages say of themselves."""
-    found = {}
+    descriptions = {}
     for distribution in importlib.metadata.distributions():
-        found[str(distribution.metadata["Name"])] = str(distribution.metadata.json.get("description", ""))
-    for name in texts.shuffled(name for name in found if not _LEFT_OUT.search(name)):
-        yield name, found[name]
+        descriptions[str(distribution.metadata["Name"])] = str(distribution.metadata.json.get("description", ""))
+    for name in texts.shuffled(name for name in descriptions if not _LEFT_OUT.search(name)):
+        yield name, descriptions[name]
 
 
 def _manuals() -> Iterator[tuple[str, str]]:
@@ -114,21 +114,21 @@ def _messages() -> Iterator[tuple[str, str]]:
 
 def _some(root: Path, endings: tuple[str, ...], folders: Iterable[str] = ("",)) -> Iterator[Path]:
     """Files below a folder, in a fixed order without regard to the alphabet."""
-    found = {}
+    paths = {}
     for folder in folders:
         for path in (root / folder).rglob("*") if (root / folder).is_dir() else ():
             name = str(path.relative_to(root))
             if name.endswith(endings) and not _LEFT_OUT.search(name) and path.is_file() and path.stat().st_size < _MAX_BYTES:
-                found[name] = path
+                paths[name] = path
     # One of each group, then a second of each: no program with hundreds of pages or files crowds out the others.
     group: Counter[str] = Counter()
     rank = {}
-    for name in texts.shuffled(found):
+    for name in texts.shuffled(paths):
         first = re.split(r"[/_.-]", name if len(tuple(folders)) == 1 else name.partition("/")[2], maxsplit=1)[0]
         rank[name] = group[first]
         group[first] += 1
     for name in sorted(rank, key=rank.__getitem__)[:_MAX_FILES]:
-        yield found[name]
+        yield paths[name]
 
 
 def _read(path: Path) -> str:
