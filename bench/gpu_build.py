@@ -19,7 +19,7 @@ from torch import Tensor
 import gpu_harness as harness
 from gpu_step import TINY, Shape, build
 from saap_index import AsymmetricIndex, KeyQuantizer, TrainingConfig
-from saap_index.training import RouterTargets, train_router
+from saap_index.training.layer import RouterTargets, train_router
 
 Figures = list[dict[str, Any]]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import gpu_harness as harness
-from saap_index.bindings.gpu_scan import POINTS, Listed, Runs, Scan, ScanShape
+from saap_index.backends.cuda.scan import POINTS, Listed, Runs, Scan, ScanShape
 
 HEADS, GROUP, RUN, SINKS, RECENT, LAUNCHES = 8, 4, 32, 4, 192, 5
 
@@ -82,7 +82,7 @@ def main() -> int:
     if options.dry:
         device.scan_runtime = device.runtime
     else:
-        from saap_index.bindings.gpu_runtime import runtime
+        from saap_index.backends.cuda.runtime import runtime
 
         device.scan_runtime = runtime(device.device)
     knobs = harness.parse_knobs(options.knobs).get("scan", {})

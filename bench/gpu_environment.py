@@ -30,7 +30,7 @@ class Floor:
     def launch(
         self, name: str, grid: int, block: int, params: np.ndarray, cluster: int = 1, dependent: bool = False
     ) -> Callable[[], None]:
-        from saap_index.bindings.gpu_driver import DriverLaunch
+        from saap_index.backends.cuda.driver import DriverLaunch
 
         function = self.module.get_function(name).kernel.ptr
         launch = DriverLaunch(function, (grid, 1, 1), block, 0, params.ctypes.data, cluster, dependent)

@@ -26,7 +26,7 @@ import gpu_harness as harness
 import gpu_step
 import saap_index
 from saap_index.hf import capture, support
-from saap_index.params import SearchParametersIVF
+from saap_index.search.params import SearchParametersIVF
 from saap_index.routers import model_shape
 
 ROOM = 1024

@@ -38,8 +38,8 @@ class Cuda:
         self.device = torch.device("cuda", torch.cuda.current_device())
         if knobs is not None:
             from saap_index import register_backend
-            from saap_index.backends.cuda import CudaBackend
-            from saap_index.bindings.gpu_runtime import runtime
+            from saap_index.backends.cuda.backend import CudaBackend
+            from saap_index.backends.cuda.runtime import runtime
 
             self.backend = "cuda-knobs"
             backend = CudaBackend(self.device, runtime(self.device), knobs)

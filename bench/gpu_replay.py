@@ -27,9 +27,9 @@ from torch import Tensor
 
 import gpu_harness as harness
 from gpu_scene import Scene, Size, Start, Watched
-from saap_index.backends.cuda import CudaBackend
-from saap_index.bindings.gpu_types import CLUSTERS, Runtime
-from saap_index.layout import Layout
+from saap_index.backends.cuda.backend import CudaBackend
+from saap_index.backends.cuda.launch import CLUSTERS, Runtime
+from saap_index.invlists.layout import Layout
 
 MULTIPROCESSORS, SHARED_BYTES = 132, 227 * 1024
 """What launches are made for: an H100 or an H200, so that grids and macros are those that ship."""
@@ -287,7 +287,7 @@ def main() -> int:
         runtime: Runtime = EmulatedRuntime()
         device = torch.device("cpu")
     else:
-        from saap_index.bindings.gpu_runtime import runtime as on
+        from saap_index.backends.cuda.runtime import runtime as on
 
         device = harness.Cuda().device
         runtime = on(device)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from saap_index.bindings import gpu_nvrtc
+from saap_index.backends.cuda import nvrtc as gpu_nvrtc
 from saap_index.errors import MissingDependencyError
 
 BYTES = 16

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from saap_index import Rope
 from saap_index.backends.base import Budget, RouterWeights
-from saap_index.backends.cuda_state import CudaResident
+from saap_index.backends.cuda.session import CudaResident
 from saap_index.backends.resident import Placement, Routing
-from saap_index.bindings.gpu_route import pack_router
-from saap_index.bindings.gpu_types import Kernel, Runtime
-from saap_index.layout import Layout
+from saap_index.backends.cuda.route import pack_router
+from saap_index.backends.cuda.launch import Kernel, Runtime
+from saap_index.invlists.layout import Layout
 
 Grid = tuple[int, int, int]
 

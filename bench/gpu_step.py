@@ -33,7 +33,8 @@ from torch import Tensor
 
 import gpu_baselines
 import gpu_harness as harness
-from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF, attend
+from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF
+from saap_index.search import attend
 from saap_index.backends import RouterWeights, get_backend
 
 CASES = [

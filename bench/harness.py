@@ -46,7 +46,7 @@ def bare_read(x: torch.Tensor) -> int:
 
     Raced with what reads the same memory for a purpose, it says what the machine gives while it does. 0 without the C++ module.
     """
-    from saap_index.bindings import native
+    from saap_index.backends import native
 
     module = native.load()
     if module is None:

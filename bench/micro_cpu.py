@@ -21,7 +21,7 @@ from saap_index import _cpu
 from saap_index.backends.base import Budget, Rotation, RouterWeights
 from saap_index.backends.cpu import CpuBackend
 from saap_index.backends.search import Search
-from saap_index.backends.torch_backend import TorchBackend
+from saap_index.backends.plain_torch import TorchBackend
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import saap_index as saap
 from saap_index.hf import detached
-from saap_index.pipeline.models import load_model
+from saap_index.hf.models import load_model
 
 TASK = """
 task: needles

@@ -10,36 +10,22 @@ Inside Hugging Face transformers: model = saap_index.attach(model, routers), and
 
 from typing import Any
 
-from .attend import Selection, merge_states
+from .search.attend import Selection, merge_states
 from .backends import register_backend
-from .calibration import Calibration
-from .errors import (
-    CompatibilityError,
-    DeviceError,
-    DTypeError,
-    FormatError,
-    LayoutError,
-    LengthError,
-    MissingDependencyError,
-    NotFiniteError,
-    NotTrainedError,
-    ParameterError,
-    SaapError,
-    ShapeError,
-    StateError,
-)
+from .routing.calibration import Calibration
+from .errors import CompatibilityError, DeviceError, DTypeError, FormatError, LayoutError, LengthError, MissingDependencyError, NotFiniteError, NotTrainedError, ParameterError, SaapError, ShapeError, StateError
 from .index import AsymmetricIndex
 from .io import read_index, write_index
-from .layout import Layout
-from .params import SearchParametersIVF
-from .quantizer import KeyQuantizer
-from .rope import Rope
-from .router import QueryRouter
+from .invlists.layout import Layout
+from .search.params import SearchParametersIVF
+from .routing.quantizer import KeyQuantizer
+from .routing.rope import Rope
+from .routing.router import QueryRouter
 from .routers import LayerRouters, Routers, load_routers, save_routers
 from .routers import load_routers as from_pretrained
-from .stats import IndexStats, SearchStats
-from .tower import TwoTower
-from .training_config import TrainingConfig
+from .search.stats import IndexStats, SearchStats
+from .routing.two_tower import TwoTower
+from .training.config import TrainingConfig
 
 __version__ = "0.1.0"
 """The one place that says it: setup.cfg reads it here."""

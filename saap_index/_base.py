@@ -13,17 +13,17 @@ from torch import Tensor
 
 from . import checks, ops
 from ._arguments import IndexArguments
-from .attend import Selection
+from .search.attend import Selection
 from .backends import Frequencies, get_backend
-from .calibration import Calibration
+from .routing.calibration import Calibration
 from .errors import CompatibilityError, ParameterError, StateError
-from .invlists import SegmentedInvertedLists
-from .layout import Layout
-from .params import SELECTIVITY, SearchParametersIVF
-from .quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
-from .rope import Rope
-from .router import QueryRouter
-from .tower import TwoTower
+from .invlists.segmented import SegmentedInvertedLists
+from .invlists.layout import Layout
+from .search.params import SELECTIVITY, SearchParametersIVF
+from .routing.quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
+from .routing.rope import Rope
+from .routing.router import QueryRouter
+from .routing.two_tower import TwoTower
 from .whole import signals_wait
 
 MAX_DIM = 256

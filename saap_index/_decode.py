@@ -13,15 +13,15 @@ from typing_extensions import Self
 
 from . import checks, ops
 from ._storage import IndexStorage
-from .attend import Selection, search
+from .search.attend import Selection, search
 from .backends import Rotation
 from .backends.resident import MAX_STEP_TOKENS, Routing
-from .calibration import Calibration
-from .decode import DecodeState
+from .routing.calibration import Calibration
+from .search.session import DecodeState
 from .errors import StateError
-from .invlists import SegmentedInvertedLists
-from .params import SearchParametersIVF
-from .stats import IndexStats
+from .invlists.segmented import SegmentedInvertedLists
+from .search.params import SearchParametersIVF
+from .search.stats import IndexStats
 
 
 class IndexDecode(IndexStorage):

@@ -13,8 +13,8 @@ from . import checks
 from ._base import IndexBase
 from .backends import get_backend
 from .errors import LengthError, ParameterError, ShapeError, StateError
-from .invlists import SegmentedInvertedLists
-from .stats import IndexStats, gather
+from .invlists.segmented import SegmentedInvertedLists
+from .search.stats import IndexStats, gather
 
 
 class IndexStorage(IndexBase):

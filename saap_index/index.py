@@ -16,13 +16,13 @@ from torch import Tensor
 from . import checks, interop
 from ._arguments import Form
 from ._decode import IndexDecode
-from .attend import MOST_PLANS, Selection, attend, best_of, read_ids, select, select_each, select_lists, side_by_side, widen
+from .search.attend import MOST_PLANS, Selection, attend, best_of, read_ids, select, select_each, select_lists, side_by_side, widen
 from .backends.resident import MAX_STEP_TOKENS
-from .calibration import CONFIDENCE, calibrate
+from .routing.calibration import CONFIDENCE, calibrate
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
-from .params import SearchParametersIVF
-from .training import train_layer
-from .training_config import TrainingConfig
+from .search.params import SearchParametersIVF
+from .training.layer import train_layer
+from .training.config import TrainingConfig
 
 
 class AsymmetricIndex(IndexDecode):

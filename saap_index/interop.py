@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from .errors import CompatibilityError, MissingDependencyError, NotTrainedError, ParameterError, ShapeError
-from .quantizer import KeyQuantizer
-from .router import QueryRouter
+from .routing.quantizer import KeyQuantizer
+from .routing.router import QueryRouter
 
 if TYPE_CHECKING:
     from .index import AsymmetricIndex

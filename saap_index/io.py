@@ -18,15 +18,15 @@ from torch import Tensor
 
 from . import checks, files
 from .backends import NETWORK, RouterWeights
-from .calibration import TARGETS, Calibration
+from .routing.calibration import TARGETS, Calibration
 from .errors import FormatError, SaapError
-from .gaps import Gaps
+from .invlists.gaps import Gaps
 from .index import AsymmetricIndex
-from .quantizer import KeyQuantizer
-from .rope import Rope
-from .rotated import RotationLengths
-from .router import QueryRouter
-from .tower import TwoTower
+from .routing.quantizer import KeyQuantizer
+from .routing.rope import Rope
+from .invlists.rotated import RotationLengths
+from .routing.router import QueryRouter
+from .routing.two_tower import TwoTower
 
 FORMAT, VERSION = "saap_index", "1"
 

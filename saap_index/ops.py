@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import StateError
-from .params import SearchParametersIVF
+from .search.params import SearchParametersIVF
 
 _INDEXES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from . import checks, files
 from .backends import RouterWeights
-from .calibration import Calibration
+from .routing.calibration import Calibration
 from .errors import CompatibilityError, DeviceError, FormatError, ParameterError
 from .index import AsymmetricIndex
-from .quantizer import KeyQuantizer
-from .rope import Rope
-from .rope_config import _head_dim, _read, _text_config
-from .router import QueryRouter
-from .tower import TwoTower
+from .routing.quantizer import KeyQuantizer
+from .routing.rope import Rope
+from .routing.rope_config import _head_dim, _read, _text_config
+from .routing.router import QueryRouter
+from .routing.two_tower import TwoTower
 
 FORMAT, VERSION = "saap_index routers", 1
 CONFIG, ARRAYS = "config.json", "model.safetensors"

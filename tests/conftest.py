@@ -15,7 +15,7 @@ from suite_guard import pytest_configure
 
 __all__ = ["pytest_configure"]
 
-import saap_index.crossover
+import saap_index.hf.crossover
 
 settings.register_profile(
     "ci",
@@ -40,8 +40,8 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _break_even(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `attach` measures on a machine is one number here, and nothing is timed."""
-    found = saap_index.crossover.Crossover(2048, ())
-    monkeypatch.setattr(saap_index.crossover, "measured", lambda key, times: found)
+    found = saap_index.hf.crossover.Crossover(2048, ())
+    monkeypatch.setattr(saap_index.hf.crossover, "measured", lambda key, times: found)
 
 
 @pytest.fixture(autouse=True)

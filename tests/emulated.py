@@ -17,8 +17,8 @@ from emu.runtime import EmulatedRuntime
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saap_index import register_backend
-from saap_index.backends.cuda import CudaBackend
-from saap_index.bindings.gpu_types import Kernel, Runtime
+from saap_index.backends.cuda.backend import CudaBackend
+from saap_index.backends.cuda.launch import Kernel, Runtime
 
 Grid = tuple[int, int, int]
 

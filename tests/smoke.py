@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import saap_index as saap
-from saap_index.bindings import native
+from saap_index.backends import native
 
 
 def the_package() -> None:

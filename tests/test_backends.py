@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from saap_index import DeviceError, merge_states, reference, register_backend
 from saap_index.backends import Backend, Budget, Rotation, RouterWeights, get_backend
-from saap_index.backends.reference_backend import ReferenceBackend
+from saap_index.backends.reference import ReferenceBackend
 
 BACKENDS = ("cpu", "torch")
 CPU = torch.device("cpu")

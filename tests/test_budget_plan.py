@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saap_index.budget_plan import plan_budget
+from saap_index.pipeline.budget import plan_budget
 from saap_index.errors import NotFiniteError, ParameterError, ShapeError
 
 GRID = np.array([0, 0.01, 0.03, 0.1, 0.3, 1.0])

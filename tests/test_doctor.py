@@ -15,13 +15,13 @@ from test_hf_docs import make_folder
 
 import saap_index as saap
 from saap_index import cli
-from saap_index.bindings import native
+from saap_index.backends import native
 from saap_index.hf import detach
 from saap_index.hf.attach import Attachment
 from saap_index.hf.cache import ATTACHED
 from saap_index.hf.plan import make_plan
 from saap_index.hf.support import decoder_of
-from saap_index.pipeline.models import LoadedModel, load_model
+from saap_index.hf.models import LoadedModel, load_model
 from saap_lab.doctor import inside, machine, versions
 from saap_lab.doctor.findings import FAIL, OK, SKIPPED, WARN, Finding, as_json, check, status, table
 from saap_lab.smollm2 import model as demo_model

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saap_index.gaps import Gaps
+from saap_index.invlists.gaps import Gaps
 
 SETS = st.sets(st.integers(0, 60), max_size=40)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saap_index import reference
 from saap_index.backends.base import Frequencies, Rotation, SegmentChange
-from saap_index.bindings import gpu_build, gpu_seal
+from saap_index.backends.cuda import append_assign as gpu_build, seal as gpu_seal
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from saap_index import reference
 from saap_index.backends.base import Rotation, RouterWeights
-from saap_index.bindings import gpu_route
+from saap_index.backends.cuda import route as gpu_route
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
 

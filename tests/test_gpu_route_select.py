@@ -16,9 +16,9 @@ from test_gpu_select import FIRST_KNOT, SCHEDULES, SEEDS, UNTOUCHED, Array, make
 from torch import Tensor
 
 from saap_index.backends.base import Rotation, RouterWeights
-from saap_index.bindings import gpu_route, gpu_route_select, gpu_select
-from saap_index.bindings.gpu_route_select import RouteSelect, RouteSelectShape
-from saap_index.bindings.gpu_scan import Runs
+from saap_index.backends.cuda import route as gpu_route, route_select as gpu_route_select, select as gpu_select
+from saap_index.backends.cuda.route_select import RouteSelect, RouteSelectShape
+from saap_index.backends.cuda.scan import Runs
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
 

@@ -15,9 +15,9 @@ import torch
 
 from saap_index import AsymmetricIndex, DeviceError, MissingDependencyError, ParameterError, checks, register_backend
 from saap_index.backends import get_backend
-from saap_index.backends.torch_backend import TorchBackend
-from saap_index.bindings import gpu_driver, gpu_nvrtc, gpu_runtime, gpu_source
-from saap_index.bindings.gpu_types import Launch
+from saap_index.backends.plain_torch import TorchBackend
+from saap_index.backends.cuda import driver as gpu_driver, nvrtc as gpu_nvrtc, runtime as gpu_runtime, source as gpu_source
+from saap_index.backends.cuda.launch import Launch
 
 CUDA = torch.device("cuda", 0)
 PARAMS = np.dtype([("x", "u8"), ("n", "i4")], align=True)

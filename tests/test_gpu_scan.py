@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saap_index import reference
-from saap_index.bindings import gpu_scan
-from saap_index.bindings.gpu_scan import Listed, Means, Runs, Scan, ScanShape
+from saap_index.backends.cuda import scan as gpu_scan
+from saap_index.backends.cuda.scan import Listed, Means, Runs, Scan, ScanShape
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs a C++ compiler")
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saap_index import reference
-from saap_index.bindings import gpu_select
+from saap_index.backends.cuda import select as gpu_select
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
 

@@ -18,7 +18,7 @@ from test_stateful import Walk
 from torch import Tensor
 
 from saap_index import AsymmetricIndex, CompatibilityError, SaapError, read_index, write_index
-from saap_index.invlists import SegmentedInvertedLists
+from saap_index.invlists.segmented import SegmentedInvertedLists
 
 
 class Ferry:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import saap_index as saap
 from saap_index import cli
-from saap_index.pipeline.models import position_limit
+from saap_index.hf.models import position_limit
 
 LONG = 2300
 
@@ -55,7 +55,7 @@ def test_the_dtype_that_the_processor_computes_in(
     computes_bfloat16: bool, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With AVX512_BF16 or AMX the default is bfloat16: the answer is that of the same model, attached, in that dtype."""
-    monkeypatch.setattr("saap_index.pipeline.models._computes_bfloat16", lambda device: computes_bfloat16)
+    monkeypatch.setattr("saap_index.hf.models._computes_bfloat16", lambda device: computes_bfloat16)
     assert command(files, "--prompt", files / "text", "--selectivity", 1.0, "--dtype", "auto") == 0
     dtype = torch.bfloat16 if computes_bfloat16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(files / "model", dtype=dtype).eval()

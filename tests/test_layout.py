@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from saap_index import Layout
-from saap_index.layout import FANOUT, MAX_QUERY_TOKENS, MAX_SEAL_TOKENS, MIN_SEAL_TOKENS
+from saap_index.invlists.layout import FANOUT, MAX_QUERY_TOKENS, MAX_SEAL_TOKENS, MIN_SEAL_TOKENS
 
 LAYOUTS = st.builds(
     Layout, sinks=st.integers(0, 50), window=st.integers(0, 600), seal_tokens=st.one_of(st.just(0), st.integers(1, 300)),

@@ -26,7 +26,7 @@ import torch
 from emu import sanitize
 from emu.runtime import CUDA, EmulatedRuntime, EmulationError, available
 
-from saap_index.bindings import gpu_build
+from saap_index.backends.cuda import append_assign as gpu_build
 
 pytestmark = pytest.mark.skipif(not available(), reason="no C++ compiler")
 

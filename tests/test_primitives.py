@@ -8,8 +8,8 @@ import torch
 from emu.runtime import EmulatedRuntime, available
 from numpy.typing import NDArray
 
-from saap_index.bindings import gpu_selftest
-from saap_index.bindings.gpu_types import CLUSTERS, Runtime
+from saap_index.backends.cuda import selftest as gpu_selftest
+from saap_index.backends.cuda.launch import CLUSTERS, Runtime
 
 Words = NDArray[np.uint32]
 EPS = 2.0**-23
@@ -235,7 +235,7 @@ def test_layout_of_the_parameters() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("family", gpu_selftest.FAMILIES)
 def test_instructions(family: str) -> None:
-    from saap_index.bindings import gpu_runtime
+    from saap_index.backends.cuda import runtime as gpu_runtime
 
     device, rng = gpu_runtime.runtime(torch.device("cuda")), np.random.default_rng(1)
     for _ in range(20):
@@ -254,7 +254,7 @@ def test_instructions(family: str) -> None:
 @pytest.mark.parametrize("family", ["cluster", "relay"])
 def test_launches_in_a_graph(family: str) -> None:
     """Clusters and dependent launches, captured: what a replay makes of other words."""
-    from saap_index.bindings import gpu_runtime
+    from saap_index.backends.cuda import runtime as gpu_runtime
 
     device, rng = gpu_runtime.runtime(torch.device("cuda")), np.random.default_rng(2)
     n = 64 * 4 * 4 * device.multiprocessors  # several waves of blocks

@@ -55,7 +55,7 @@ from transformers.models.stablelm import modeling_stablelm
 
 from saap_index.backends.base import Rotation
 from saap_index.errors import CompatibilityError, DTypeError, FormatError, ParameterError, ShapeError
-from saap_index.rope import Rope
+from saap_index.routing.rope import Rope
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saap_index import AsymmetricIndex, LengthError, Rope, SearchParametersIVF, ShapeError, StateError
-from saap_index.attend import _plan, _search
+from saap_index.search.attend import _plan, _search
 from saap_index.backends import Budget, Search
 from saap_index.backends.cpu import CpuBackend
 from saap_index.backends.search import PreparedSearch

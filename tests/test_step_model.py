@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from emu.runtime import available
 
-from saap_index.bindings import gpu_nvrtc
+from saap_index.backends.cuda import nvrtc as gpu_nvrtc
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "bench"))

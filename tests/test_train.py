@@ -19,18 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from saap_index import AsymmetricIndex, Rope, SaapCache, SearchParametersIVF, attach, cli, load_routers, save_routers
-from saap_index.errors import (
-    CompatibilityError,
-    FormatError,
-    LengthError,
-    MissingDependencyError,
-    NotFiniteError,
-    ParameterError,
-    StateError,
-)
+from saap_index.errors import CompatibilityError, FormatError, LengthError, MissingDependencyError, NotFiniteError, ParameterError, StateError
 from saap_index.pipeline import capture, layers, texts, train
 from saap_index.pipeline.measure import SHARES, measure
-from saap_index.pipeline.models import LoadedModel, load_model
+from saap_index.hf.models import LoadedModel, load_model
 from saap_index.pipeline.store import CaptureStore
 from saap_index.pipeline.train import TrainSettings, train_model
 
@@ -224,7 +216,7 @@ def test_without_faiss_nothing_is_begun(
     monkeypatch.setattr(capture, "run", lambda *args: pytest.fail("no pass of the model without FAISS"))
     with pytest.raises(MissingDependencyError, match="FAISS"):
         train_model(loaded, sequences, replace(SETTINGS, router=router), tmp_path / "out")
-    monkeypatch.setattr("saap_index.pipeline.models.load_model", lambda *args: pytest.fail("nor is one loaded"))
+    monkeypatch.setattr("saap_index.hf.models.load_model", lambda *args: pytest.fail("nor is one loaded"))
     assert command(checkpoint, tmp_path / "out", "--router", router) == 1
     assert "pip install faiss-cpu" in capsys.readouterr().err and not (tmp_path / "out").exists()
 

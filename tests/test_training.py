@@ -15,8 +15,8 @@ from torch import Tensor
 
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF, TrainingConfig
 from saap_index.backends import TorchBackend
-from saap_index.fitting import cross_entropy, train_router
-from saap_index.targets import RouterTargets, bin_edges, targets
+from saap_index.training.fitting import cross_entropy, train_router
+from saap_index.training.targets import RouterTargets, bin_edges, targets
 
 SEEDS = st.integers(0, 2**31 - 1)
 

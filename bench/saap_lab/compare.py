@@ -20,10 +20,10 @@ from torch import Tensor
 
 from saap_index import files
 from saap_index.errors import MissingDependencyError, ParameterError
-from saap_index.pipeline import models
+from saap_index.hf import models
 from saap_index.pipeline.command import say
 from saap_index.pipeline.texts import TokenSequence, digest, read_texts, take
-from saap_index.rope import Rope
+from saap_index.routing.rope import Rope
 from saap_index.routers import Routers, load_routers
 
 from . import evaluate, linear, moa_profile, page, plots, report

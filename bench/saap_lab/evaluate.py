@@ -18,7 +18,7 @@ import torch
 
 from saap_index import files
 from saap_index.errors import FormatError, ParameterError
-from saap_index.rope import Rope
+from saap_index.routing.rope import Rope
 
 from . import quality
 from .method import Method

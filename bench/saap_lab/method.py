@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saap_index.errors import ParameterError
-from saap_index.rope import Rope
+from saap_index.routing.rope import Rope
 
 ITEM_BYTES = 2
 """Bytes of a stored number."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saap_index.errors import LengthError
-from saap_index.rope import Rope
+from saap_index.routing.rope import Rope
 
 from .method import Attended, Cache, Layer, Method, State
 from .steps import replay

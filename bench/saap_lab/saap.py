@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from saap_index.index import AsymmetricIndex
-from saap_index.params import SearchParametersIVF
-from saap_index.stats import search_stats
+from saap_index.search.params import SearchParametersIVF
+from saap_index.search.stats import search_stats
 
 from .method import Attended, Layer, Method, State
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from saap_index.errors import ParameterError
-from saap_index.layout import Layout
-from saap_index.params import TARGET_CAP, SearchParametersIVF
+from saap_index.invlists.layout import Layout
+from saap_index.search.params import TARGET_CAP, SearchParametersIVF
 from saap_index.routers import Routers
 
 from .flags import check_names

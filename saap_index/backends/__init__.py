@@ -9,9 +9,9 @@ import torch
 
 from ..errors import DeviceError
 from .base import NETWORK, Arena, Backend, Budget, Frequencies, Rotation, RouterWeights, SegmentChange, Tail
-from .reference_backend import ReferenceBackend
+from .reference import ReferenceBackend
 from .search import Search
-from .torch_backend import TorchBackend
+from .plain_torch import TorchBackend
 
 __all__ = [
     "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Rotation", "RouterWeights", "Search", "SegmentChange", "Tail",
@@ -28,8 +28,8 @@ def _cpu(device: torch.device) -> Backend:
 
 
 def _cuda(device: torch.device) -> Backend:
-    from ..bindings.gpu_runtime import runtime
-    from .cuda import CudaBackend
+    from .cuda.runtime import runtime
+    from .cuda.backend import CudaBackend
 
     if device.type != "cuda":
         raise DeviceError(f"backend: 'cuda' expects device 'cuda', got {str(device)!r}")

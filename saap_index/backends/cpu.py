@@ -13,24 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bindings import native
+from . import native
 from ..errors import DTypeError, LengthError, MissingDependencyError, ShapeError
-from .addresses import (
-    CODES,
-    F32,
-    I32,
-    NO_TAIL,
-    Places,
-    angles_of,
-    check_spans,
-    code_of,
-    dtype_names,
-    lists_of,
-    means_of,
-    places_of,
-    plain,
-    rows_of,
-)
+from .addresses import CODES, F32, I32, NO_TAIL, Places, angles_of, check_spans, code_of, dtype_names, lists_of, means_of, places_of, plain, rows_of
 from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
 from .search import PreparedSearch, Search
 from .threads import available_cores

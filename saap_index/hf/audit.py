@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import checks
 from ..errors import ParameterError
 from ..index import AsymmetricIndex
-from ..params import SearchParametersIVF
+from ..search.params import SearchParametersIVF
 from ..precision import full_precision
 
 MIN_AUDITS = 16

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .. import checks, crossover
+from .. import checks
+from . import crossover
 from ..index import AsymmetricIndex
-from ..layout import NEVER
+from ..invlists.layout import NEVER
 from . import capture
 
 if TYPE_CHECKING:

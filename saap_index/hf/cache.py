@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import CompatibilityError, ParameterError, StateError
-from ..params import SearchParametersIVF
+from ..search.params import SearchParametersIVF
 from ..routers import Routers
-from ..stats import IndexStats
+from ..search.stats import IndexStats
 from .calls import Call, undo_of
 from .layer import IndexedLayer
 from .plan import MAX_SPARSE_TOKENS, Plan, make_plan

@@ -26,7 +26,7 @@ from transformers.generation.streamers import TextStreamer
 
 from .. import checks
 from ..errors import ParameterError
-from ..pipeline import models
+from . import models
 from ..routers import load_routers
 from . import support
 from .attach import attach, detached

@@ -23,9 +23,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from ..errors import CompatibilityError, SaapError, StateError
 from ..index import AsymmetricIndex
-from ..layout import NEVER
-from ..quantizer import KeyQuantizer
-from ..router import QueryRouter
+from ..invlists.layout import NEVER
+from ..routing.quantizer import KeyQuantizer
+from ..routing.router import QueryRouter
 from . import capture, support
 from .cache import SaapCache
 from .calls import Call

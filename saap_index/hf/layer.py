@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..errors import StateError
-from ..layout import MAX_QUERY_TOKENS
+from ..invlists.layout import MAX_QUERY_TOKENS
 from .masks import Seen, check_causal, read_mask
 from .slots import SlotLayer
 

@@ -11,16 +11,16 @@ import torch
 
 from .. import checks
 from ..backends import RouterWeights
-from ..calibration import Calibration
+from ..routing.calibration import Calibration
 from ..errors import CompatibilityError, ParameterError
 from ..index import AsymmetricIndex
-from ..layout import Layout
-from ..params import SELECTIVITY
-from ..quantizer import KeyQuantizer
-from ..rope import Rope
-from ..router import QueryRouter
+from ..invlists.layout import Layout
+from ..search.params import SELECTIVITY
+from ..routing.quantizer import KeyQuantizer
+from ..routing.rope import Rope
+from ..routing.router import QueryRouter
 from ..routers import Routers
-from ..tower import TwoTower
+from ..routing.two_tower import TwoTower
 from . import support
 from .audit import Audit, promised_shares
 from .break_even import break_evens

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import CompatibilityError
-from ..rope import Rope
+from ..routing.rope import Rope
 from .rotation import fresh_rotation, rotary_of
 from .support import attention_layers
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..rope import Rope
+from ..routing.rope import Rope
 
 
 def rotary_of(decoder: Any) -> Any:

@@ -19,9 +19,9 @@ from typing_extensions import Self
 
 from ..errors import CompatibilityError, StateError
 from ..index import AsymmetricIndex
-from ..layout import NEVER
-from ..params import SearchParametersIVF
-from ..stats import SearchStats
+from ..invlists.layout import NEVER
+from ..search.params import SearchParametersIVF
+from ..search.stats import SearchStats
 from . import traced
 from .calls import Call
 from .masks import Seen, last_positions, newest_position

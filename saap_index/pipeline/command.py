@@ -21,10 +21,11 @@ import torch
 
 from ..checks import device as checked_device
 from ..errors import ParameterError, SaapError
-from ..quantizer import require_faiss
+from ..routing.quantizer import require_faiss
 from ..routers import Routers
-from ..training_config import ROUTERS
-from . import models, texts
+from ..training.config import ROUTERS
+from ..hf import models
+from . import texts
 from .train import PARTITIONS, Step, TrainSettings, train_model
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..budget_plan import BudgetPlan
-from ..calibration import replay, table
-from ..rope import Rope
+from .budget import BudgetPlan
+from ..routing.calibration import replay, table
+from ..routing.rope import Rope
 from ..routers import LayerRouters
-from ..tower import TwoTower
-from ..training import Trained, TrainingSequence, train_layer
-from ..training_config import TrainingConfig
+from ..routing.two_tower import TwoTower
+from ..training.layer import Trained, TrainingSequence, train_layer
+from ..training.config import TrainingConfig
 from .measure import GRID, SHARES, Measured, measure
 from .store import CaptureStore
 

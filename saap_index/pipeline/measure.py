@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..backends import TorchBackend
-from ..layout import Layout
+from ..invlists.layout import Layout
 from ..precision import full_precision
-from ..router import QueryRouter
+from ..routing.router import QueryRouter
 
 GRID = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
 """Shares of the sealed tokens at which the loss is measured."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import files
 from ..errors import FormatError, NotFiniteError
-from ..training import TrainingSequence
+from ..training.layer import TrainingSequence
 
 _DONE = "captured.json"
 

@@ -24,19 +24,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .. import __version__, checks, files
-from ..budget_plan import plan_budget
+from .budget import plan_budget
 from ..errors import CompatibilityError, FormatError, LengthError, ParameterError, StateError
 from ..hf import support
 from ..hf.probe import check_rotation
-from ..layout import Layout
-from ..params import SELECTIVITY
-from ..quantizer import require_faiss
-from ..rope import Rope
+from ..invlists.layout import Layout
+from ..search.params import SELECTIVITY
+from ..routing.quantizer import require_faiss
+from ..routing.rope import Rope
 from ..routers import CONFIG, LayerRouters, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
-from ..training_config import ROUTERS
+from ..training.config import ROUTERS
 from . import capture
 from .layers import LayerResult, merge_budget, train_one
-from .models import LoadedModel, check_positions
+from ..hf.models import LoadedModel, check_positions
 from .store import CaptureStore, StoreShape
 from .texts import TokenSequence, digest
 

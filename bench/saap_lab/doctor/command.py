@@ -20,7 +20,7 @@ import torch
 
 from saap_index.checks import device as checked_device
 from saap_index.errors import ParameterError, SaapError
-from saap_index.params import SELECTIVITY
+from saap_index.search.params import SELECTIVITY
 from saap_index.routers import Routers, load_routers
 
 from .findings import FAIL, OK, SKIPPED, WARN, Finding, as_json, check, status, table
@@ -92,7 +92,7 @@ def about_model(args: argparse.Namespace, text: str) -> list[Finding]:
 def load(args: argparse.Namespace) -> Any:
     """The model; raises what `load_model` and the demo's `load` raise."""
     from saap_index.hf import support
-    from saap_index.pipeline.models import LoadedModel, load_model
+    from saap_index.hf.models import LoadedModel, load_model
 
     if args.model:
         return load_model(args.model, args.device, args.dtype)

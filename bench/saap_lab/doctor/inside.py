@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saap_index import crossover
+from saap_index.hf import crossover
 from saap_index.errors import CompatibilityError, LengthError
 from saap_index.hf import support
 from saap_index.hf.attach import Attachment, detach
@@ -26,12 +26,13 @@ from saap_index.hf.cache import ATTACHED, SaapCache, adopt
 from saap_index.hf.generate import decode, read
 from saap_index.hf.plan import Plan, make_plan
 from saap_index.hf.slots import NEVER
-from saap_index.params import SELECTIVITY, SearchParametersIVF
-from saap_index.pipeline import capture, models
-from saap_index.pipeline.models import LoadedModel
-from saap_index.quantizer import KeyQuantizer
-from saap_index.rope import Rope
-from saap_index.router import QueryRouter
+from saap_index.search.params import SELECTIVITY, SearchParametersIVF
+from saap_index.pipeline import capture
+from saap_index.hf import models
+from saap_index.hf.models import LoadedModel
+from saap_index.routing.quantizer import KeyQuantizer
+from saap_index.routing.rope import Rope
+from saap_index.routing.router import QueryRouter
 from saap_index.routers import LayerRouters, Routers, model_shape
 
 from ..needles import Needle, multi_key

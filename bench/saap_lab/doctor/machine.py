@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from saap_index import crossover, files
+from saap_index.hf import crossover
+from saap_index import files
 from saap_index.backends import get_backend
-from saap_index.bindings import native
+from saap_index.backends import native
 from saap_index.index import AsymmetricIndex
 from saap_index.precision import full_precision
-from saap_index.quantizer import KeyQuantizer
-from saap_index.router import QueryRouter
+from saap_index.routing.quantizer import KeyQuantizer
+from saap_index.routing.router import QueryRouter
 
 from .findings import FAIL, OK, SKIPPED, WARN, Finding
 

@@ -24,7 +24,7 @@ from saap_index import files
 from saap_index.errors import SaapError
 from saap_index.index import AsymmetricIndex
 from saap_index.pipeline.command import say
-from saap_index.rope import Rope
+from saap_index.routing.rope import Rope
 from saap_index.routers import Routers, load_routers
 
 from . import capture, decode, model, report, routers, speed, texts

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saap_index.index import AsymmetricIndex
-from saap_index.params import SearchParametersIVF
+from saap_index.search.params import SearchParametersIVF
 
 from ..measures import Exact, exact_attention, measure, output_error
 from ..selections import SINKS, WINDOW, Selector, selector

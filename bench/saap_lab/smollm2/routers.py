@@ -19,7 +19,7 @@ import torch
 
 from saap_index.hf import support
 from saap_index.pipeline import command, texts
-from saap_index.pipeline.models import LoadedModel
+from saap_index.hf.models import LoadedModel
 from saap_index.pipeline.train import TrainSettings, train_model
 from saap_index.routers import CONFIG
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from saap_index.index import AsymmetricIndex
-from saap_index.rope import Rope
-from saap_index.training_config import TrainingConfig
+from saap_index.routing.rope import Rope
+from saap_index.training.config import TrainingConfig
 
 from .capture import Capture
 

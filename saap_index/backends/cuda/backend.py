@@ -1,0 +1,201 @@
+"""The CUDA backend: operations of the seam as launches of the kernels in cuda/, and the resident state that decoding uses.
+
+What runs them is a runtime (bindings/gpu_types.py): CuPy on a GPU, or the emulation in the tests, so this is the same code on
+both. The general operations here take numbers from the host, allocate and may wait for the device; the hot path is
+cuda_state.py. What a kernel does not cover (more lists than fit a block's shared memory) falls back to plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import append_assign as gpu_build, route as gpu_route, scan as gpu_scan, seal as gpu_seal, select as gpu_select
+from .launch import Runtime
+from ...errors import DTypeError
+from ..base import Arena, Budget, Frequencies, Probed, Rotation, RouterWeights, SegmentChange, Tail
+from .session import META, CudaResident, Knobs, padded, sent
+from ..resident import LENGTH, MEANS, NEXT, SEALED, SEGMENTS, SINKS, Resident
+from ..plain_torch import TorchBackend
+
+MOST_SORTED_LISTS = 32768
+"""More do not fit the shared memory of a block of every device; torch sorts then."""
+
+SEAL_BYTES = 256 << 20
+"""Most scratch memory of a seal, where a segment needs it not at once."""
+
+
+class CudaBackend(TorchBackend):
+    """See `Backend` for the contract of every method."""
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device | str, runtime: Runtime, knobs: Knobs | None = None) -> None:
+        """knobs : macros of the kernels "route", "select" and "scan" other than the launchers choose, to try."""
+        super().__init__(device)
+        self.runtime = runtime
+        self.knobs = knobs or {}
+
+    keeps_state = True
+    seals_batches = True
+
+    def resident(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Resident | None:
+        return CudaResident(self.runtime, self.device, (batch, heads, d, d_v, nlist), dtype, self.knobs)
+
+    def append(
+        self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
+    ) -> bool:
+        largest = [_largest(x[i, :, :count]) for i, count in enumerate(counts) for x in (keys, values) if count]
+        if not largest:
+            return True
+        if not bool(torch.isfinite(torch.stack(largest)).all()):
+            return False
+        numbers = self._ints([*starts, *counts, *(0 for _ in counts)]).view(3, -1)
+        gpu_build.append(self.runtime, keys, values, arena_keys, arena_values, *numbers)
+        return True
+
+    def prepare_quantizer(self, centroids: Tensor) -> Any:
+        return gpu_build.pack_centroids(centroids)
+
+    def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
+        list_nos = torch.empty(keys.shape[:2], dtype=torch.int32, device=self.device)
+        gpu_build.assign(self.runtime, quantizer, keys, list_nos, rotation)
+        return list_nos
+
+    def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
+        if table.shape[1] > MOST_SORTED_LISTS:
+            super().seal(keys, values, ids, start, list_nos, table)
+        else:
+            self.seal_many(keys, values, ids, ((start, start + list_nos.shape[1]),), list_nos, table[:, None])
+
+    def seal_many(
+        self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], list_nos: Tensor, tables: Tensor
+    ) -> None:
+        if tables.shape[2] > MOST_SORTED_LISTS:
+            super().seal_many(keys, values, ids, segments, list_nos, tables)
+            return
+        arena = gpu_seal.Arena(keys[None], values[None], ids[None], tables[None])
+        jobs, at = [], 0
+        for slot, (start, stop) in enumerate(segments):
+            jobs.append(gpu_seal.Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
+            at += gpu_seal.places(stop - start)
+        numbers = sent(np.array(jobs, np.int32), self.device)
+        least, most = gpu_seal.workspace_bytes(arena, jobs)
+        workspace = torch.empty(max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
+        gpu_seal.seal(self.runtime, arena, jobs, numbers, gpu_seal.Fresh(list_nos), workspace)
+
+    def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
+        if arena.tables.shape[3] > MOST_SORTED_LISTS:
+            return False
+        plan = gpu_seal.planned(changes)
+        if not plan.jobs:
+            return True
+        heads, rows = arena.keys.shape[1], gpu_seal.Arena(arena.keys, arena.values, arena.ids, arena.tables)
+        numbers = sent(plan.numbers, self.device)
+        least, most = gpu_seal.workspace_bytes(rows, plan.jobs)
+        lists = gpu_seal.aligned(heads * plan.fresh * 4) if quantizer is not None else 0
+        workspace = torch.empty(lists + max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
+        means = arena.mean_keys, arena.mean_values
+        gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.given, workspace, means)
+        return True
+
+    def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
+        tables, outs = table[None, :, None], (mean_keys[None, :, None], mean_values[None, :, None])
+        gpu_seal.means(self.runtime, keys[None], values[None], tables, *outs)
+
+    def prepare_router(self, weights: RouterWeights) -> Any:
+        return gpu_route.pack_router(weights)
+
+    def router_bytes(self, weights: RouterWeights) -> int:
+        return gpu_route.packed_bytes(weights)
+
+    def route(self, router: Any, queries: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        b, h, g, q, _ = queries.shape
+        sizes = router.nlist, router.outputs - router.nlist
+        z, a = (torch.empty((b, h, g * q, n), dtype=torch.float32, device=self.device) for n in sizes)
+        route = gpu_route.Route(self.runtime, router, b, g * q, q, queries.dtype, self.knobs.get("route"))
+        route.bind(rotation, None, z, a)(queries=queries)
+        return z, a
+
+    def probe(
+        self, z: Tensor, a: Tensor, knots: Tensor, tables: Tensor, num_segments: Sequence[int], budget: Budget, count_lists: bool,
+    ) -> Probed:  # fmt: skip
+        b, h, j, nlist = z.shape
+        segments, m = tables.shape[2], a.shape[3] - 1
+        shape = gpu_select.SelectShape(b, h, j, nlist, segments, m, 0, budget.nprobe, count_lists)
+        select = gpu_select.Select(self.runtime, shape, self.knobs.get("select"))
+        # the kernel takes the logarithm of distances itself: segments are put where theirs are the knots, before position 1
+        centres = -torch.exp2(knots)
+        means = budget.means if budget.entries is not None else [0] * b
+        meta = self._meta({SEGMENTS: num_segments, MEANS: means, NEXT: [1] * b})
+        rows, counts = self._lists(budget.rows)
+        tail = tail_counts = None
+        if budget.entries is not None:
+            tail, tail_counts = self._lists(budget.entries)
+        floats = torch.empty(select.num_floats, dtype=torch.float32, device=self.device)
+        miss, entries = budget.miss, budget.entries
+        select.bind(z, a, tables, centres, meta, budget.rows, rows, counts, miss, entries, tail, tail_counts, floats)()
+        rows = _trimmed(rows, counts)
+        if tail is None or tail_counts is None:
+            return Probed(rows, counts)
+        return Probed(rows, counts, _trimmed(tail, tail_counts), tail_counts)
+
+    def _lists(self, most: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for lists of up to ``most`` (b, h) numbers each, and for their lengths."""
+        width = int(most.max()) if most.numel() else 0
+        lists = torch.empty((*most.shape, max(0, width)), dtype=torch.int32, device=self.device)
+        return lists, torch.empty(most.shape, dtype=torch.int32, device=self.device)
+
+    def _meta(self, columns: dict[int, Sequence[int]]) -> Tensor:
+        """meta : int32 (b, 8) with these columns, on the device."""
+        b = len(next(iter(columns.values())))
+        meta = torch.zeros((b, META), dtype=torch.int32, device="cpu")
+        for column, values in columns.items():
+            meta[:, column] = torch.tensor(list(values), dtype=torch.int32, device="cpu")
+        return meta.to(self.device)
+
+    def scan(
+        self, queries: Tensor, arena_keys: Tensor, arena_values: Tensor, rows: Tensor | None, counts: Tensor | None,
+        sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], scale: float, causal: bool, tail: Tail | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        b, h, g, q, d = queries.shape
+        shape = gpu_scan.ScanShape(
+            b, h, g * q, q, d, arena_values.shape[3], arena_keys.dtype, queries.dtype, arena_keys.shape[2], causal
+        )
+        scan = gpu_scan.Scan(self.runtime, shape, self.knobs.get("scan"))
+        out = torch.empty((b, h, g, q, arena_values.shape[3]), dtype=queries.dtype, device=self.device)
+        lse = torch.empty((b, h, g, q), dtype=torch.float32, device=self.device)
+        floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self.device)
+        tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self.device)
+        listed = None if rows is None or counts is None else gpu_scan.Listed(rows, counts)
+        means = None if tail is None else gpu_scan.Means(tail.runs, tail.counts, tail.keys, tail.values, tail.tables)
+        meta = self._meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
+        launch = scan.bind(arena_keys, arena_values, meta, listed, means, scale, floats, tickets)
+        launch(queries=gpu_scan.aligned(queries), out=out, lse=lse)
+        return out, lse
+
+    def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        if out_a.dtype not in gpu_scan.CODES or out_b.dtype != out_a.dtype:
+            names = list(gpu_scan.CODES)
+            raise DTypeError(f"out_a, out_b: expected one of {names} for both, got {out_a.dtype} and {out_b.dtype}")
+        out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+        gpu_scan.combine(self.runtime, out_a, lse_a, out_b, lse_b, out, lse)
+        return out, lse
+
+    def _ints(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device="cpu").to(self.device)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Largest magnitude, NaN if there is one: one pass over x and no mask of it."""
+    return torch.linalg.vector_norm(x, torch.inf)
+
+
+def _trimmed(lists: Tensor, counts: Tensor) -> Tensor:
+    """The columns in use, -1 behind the last of each list."""
+    width = int(counts.max()) if counts.numel() else 0
+    return padded(lists[:, :, :width], counts)

@@ -1,0 +1,438 @@
+"""Launchers of the kernels that sort the arena: seal, of any segments of any sequences at once, and the means of runs.
+
+As in gpu_build.py, nothing is allocated here; functions say how large a workspace is. Axes as in backends/base.py.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base import Frequencies, SegmentChange
+from .append_assign import ASSIGN_JOB, DTYPES, VECTOR, AssignJobs, PackedCentroids, Turns, address, assign_jobs, pack_params, vectors
+from .launch import Runtime
+
+CONFIGURATIONS: tuple[tuple[str, str, dict[str, int]], ...] = (
+    ("seal.cu", "saap_rank", {}),
+    ("seal.cu", "saap_permute", {}),
+    ("seal.cu", "saap_publish", {}),
+    ("means.cu", "saap_means", {}),
+)
+
+TILE_ROWS = 32
+"""Rows that a block of saap_permute moves."""
+_MEANS_SHARED_BYTES = 8 * 8 * 32 * 4
+
+RANK_PARAMS = np.dtype(
+    [(x, "u8") for x in ("jobs", "list_nos", "given", "tables", "order", "new_tables")]
+    + [(x, "i8") for x in ("list_head", "given_sequence", "given_head", "table_sequence", "table_head", "table_segment")]
+    + [("order_head", "i8"), ("lists", "i4")],
+    align=True,
+)
+PERMUTE_PARAMS = np.dtype(
+    [(x, "u8") for x in ("jobs", "keys", "values", "ids", "positions", "order", "new_tables", "tables")]
+    + [(x, "u8") for x in ("scratch_keys", "scratch_values", "scratch_ids")]
+    + [(x, "i8") for x in ("key_sequence", "key_head", "value_sequence", "value_head", "id_sequence", "id_head")]
+    + [(x, "i8") for x in ("table_sequence", "table_head", "table_segment", "order_head")]
+    + [(x, "i4") for x in ("num_jobs", "first_head", "heads", "lists", "key_vectors", "value_vectors")],
+    align=True,
+)
+PUBLISH_PARAMS = np.dtype([("pieces", "u8"), ("words", "u8")], align=True)
+MEANS_PARAMS = np.dtype(
+    [(x, "u8") for x in ("jobs", "keys", "values", "tables", "mean_keys", "mean_values")]
+    + [(x, "i8") for x in ("key_sequence", "key_head", "value_sequence", "value_head")]
+    + [(x, "i8") for x in ("table_sequence", "table_head", "table_segment")]
+    + [(x, "i8") for x in ("mean_key_sequence", "mean_key_head", "mean_key_segment")]
+    + [(x, "i8") for x in ("mean_value_sequence", "mean_value_head", "mean_value_segment")]
+    + [(x, "i4") for x in ("capacity", "key_vectors", "value_vectors", "type")],
+    align=True,
+)
+
+
+class Job(NamedTuple):
+    """One segment to be sealed: rows [first, first + rows) of a sequence become its segment number ``slot``.
+
+    at : place of its first row among those of all jobs, see `places`. Rows before ``fresh`` lie in segments old, old + 1, ...,
+    ``olds`` of them, one after the other; the others are in arrival order, and place fresh_at of list_nos and positions is of the
+    first of them. position : of that token, where positions follow one another; -1: the ids of every row are there already.
+    """
+
+    sequence: int
+    first: int
+    rows: int
+    at: int
+    slot: int
+    old: int
+    olds: int
+    fresh: int
+    fresh_at: int
+    position: int
+    unused: int = 0
+    unused_too: int = 0
+
+
+JOB = len(Job._fields)
+
+
+def places(rows: int) -> int:
+    """What a job takes of the places of all jobs: whole blocks of the kernel, at least one."""
+    return max(1, -(-rows // TILE_ROWS)) * TILE_ROWS
+
+
+class Arena(NamedTuple):
+    """keys : storage dtype (b, h, N, d), values : (b, h, N, e), rows contiguous and of multiples of 16 bytes; ids : int32
+    (b, h, N); tables : int32 (b, h, S, l + 1), any strides but the last. d and e are multiples of 8."""
+
+    keys: Tensor
+    values: Tensor
+    ids: Tensor
+    tables: Tensor
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """What is known of rows in arrival order. list_nos : int32 (h, f), strided over h, or None; given : int32 (b, h, N), a list
+    for each row of the arena or a negative number for what list_nos says, or None; positions : int32 (f) or None."""
+
+    list_nos: Tensor | None
+    given: Tensor | None = None
+    positions: Tensor | None = None
+
+
+# -- workspace -------------------------------------------------------------------------------------------------------------
+
+
+def aligned(n: int) -> int:
+    return -(-n // VECTOR) * VECTOR
+
+
+def workspace_bytes(arena: Arena, jobs: Sequence[Job]) -> tuple[int, int]:
+    """Bytes of workspace that sealing these segments needs, and beyond which more are of no use.
+
+    With less than the second number rows are moved in several turns of two launches, of a few heads or of a few segments each.
+    """
+    h, rows = arena.keys.shape[1], _places(jobs)
+    fixed = aligned(h * rows * 4) + aligned(len(jobs) * h * arena.tables.shape[3] * 4)
+    unit = _unit(arena)
+    return fixed + max((places(job.rows) for job in jobs), default=0) * unit, fixed + h * rows * unit
+
+
+def _places(jobs: Sequence[Job]) -> int:
+    return jobs[-1].at + places(jobs[-1].rows) if jobs else 0
+
+
+def _unit(arena: Arena) -> int:
+    """Bytes of a row in scratch."""
+    return (arena.keys.shape[3] + arena.values.shape[3]) * arena.keys.element_size() + 4
+
+
+def _turns(heads: int, jobs: Sequence[Job], most: int) -> Iterator[tuple[range, range]]:
+    """Heads and jobs that are moved together, each turn of at most ``most`` rows over all its heads."""
+    together = min(heads, most // max(1, _places(jobs)))
+    if together:
+        for head in range(0, heads, together):
+            yield range(head, min(head + together, heads)), range(len(jobs))
+        return
+    for head in range(heads):
+        start = 0
+        for i, job in enumerate(jobs):
+            if i + 1 == len(jobs) or jobs[i + 1].at + places(jobs[i + 1].rows) - jobs[start].at > most:
+                yield range(head, head + 1), range(start, i + 1)
+                start = i + 1
+            assert places(job.rows) <= most
+
+
+# -- seal ------------------------------------------------------------------------------------------------------------------
+
+
+def rank_warps(runtime: Runtime, longest: int, nlist: int) -> int:
+    """Warps of a block that sorts up to ``longest`` rows into ``nlist`` lists; each needs a counter per list.
+
+    Raises ValueError if not even one fits.
+    """
+    warps = 32
+    while warps > 1 and (warps * 32 >= 2 * longest or _rank_shared_bytes(warps, nlist) > runtime.max_shared_bytes):
+        warps //= 2
+    if _rank_shared_bytes(warps, nlist) > runtime.max_shared_bytes:
+        raise ValueError(f"seal: {nlist} lists do not fit the shared memory of a block ({runtime.max_shared_bytes} bytes)")
+    return warps
+
+
+def _rank_shared_bytes(warps: int, nlist: int) -> int:
+    return (warps * nlist + 32) * 4
+
+
+def seal(
+    runtime: Runtime, arena: Arena, jobs: Sequence[Job], device_jobs: Tensor, fresh: Fresh, workspace: Tensor
+) -> None:
+    """Sort the rows of every job by list, stably and in place, and write the tables: three launches, whatever the jobs.
+
+    jobs : in the order of their places, which follow one another from 0; device_jobs : int32 (jobs, JOB), the same on the device.
+    Segments of the same sequence do not overlap. workspace : uint8, 16-byte aligned, of `workspace_bytes`.
+    """
+    for start in _prepare_seal(runtime, arena, jobs, device_jobs, fresh, workspace):
+        start()
+
+
+def _prepare_seal(
+    runtime: Runtime, arena: Arena, jobs: Sequence[Job], device_jobs: Tensor, fresh: Fresh, workspace: Tensor
+) -> list[Callable[[], None]]:
+    """What `seal` starts, in this order. All are made before the first runs: if one cannot be, no row has moved."""
+    keys, values, ids, tables = arena
+    _, h, _, d = keys.shape
+    if not h * len(jobs):
+        return []
+    nlist, rows, e, unit = tables.shape[3] - 1, _places(jobs), values.shape[3], _unit(arena)
+    least, _ = workspace_bytes(arena, jobs)
+    if workspace.numel() < least:
+        raise ValueError(f"seal: expected a workspace of {least} bytes or more, got {workspace.numel()}")
+    order = address(workspace)
+    new_tables = order + aligned(h * rows * 4)
+    scratch = new_tables + aligned(len(jobs) * h * (nlist + 1) * 4)
+    most = (order + workspace.numel() - scratch) // unit
+
+    warps = rank_warps(runtime, max(job.rows for job in jobs), nlist)
+    given = fresh.given
+    given_sequence, given_head = (0, 0) if given is None else given.stride()[:2]
+    at_tables, at_jobs, strides = address(tables), address(device_jobs), tables.stride()
+    table_strides = {"table_sequence": strides[0], "table_head": strides[1], "table_segment": strides[2]}
+    params = pack_params(
+        RANK_PARAMS,
+        jobs=at_jobs,
+        list_nos=address(fresh.list_nos),
+        given=address(given),
+        tables=at_tables,
+        order=order,
+        new_tables=new_tables,
+        list_head=0 if fresh.list_nos is None else fresh.list_nos.stride(0),
+        given_sequence=given_sequence,
+        given_head=given_head,
+        **table_strides,
+        order_head=rows,
+        lists=nlist,
+    )
+    shared = _rank_shared_bytes(warps, nlist)
+    starts = [runtime.kernel("seal.cu", "saap_rank", {}).prepare((len(jobs), h, 1), 32 * warps, shared, params)]
+
+    size, permute = keys.element_size(), runtime.kernel("seal.cu", "saap_permute", {})
+    (key_sequence, key_head, *_), (value_sequence, value_head, *_) = keys.stride(), values.stride()
+    id_sequence, id_head, _ = ids.stride()
+    key_vectors, value_vectors = vectors(d, keys.dtype), vectors(e, keys.dtype)
+    at_keys, at_values, at_ids, positions = address(keys), address(values), address(ids), address(fresh.positions)
+    for heads, part in _turns(h, jobs, most):
+        base, last = jobs[part.start].at, jobs[part.stop - 1]
+        count = last.at + places(last.rows) - base
+        scratch_values = scratch + len(heads) * count * d * size
+        params = pack_params(
+            PERMUTE_PARAMS,
+            jobs=at_jobs + part.start * JOB * 4,
+            keys=at_keys,
+            values=at_values,
+            ids=at_ids,
+            positions=positions,
+            order=order,
+            new_tables=new_tables + part.start * h * (nlist + 1) * 4,
+            tables=at_tables,
+            scratch_keys=scratch,
+            scratch_values=scratch_values,
+            scratch_ids=scratch_values + len(heads) * count * e * size,
+            key_sequence=key_sequence * size,
+            key_head=key_head * size,
+            value_sequence=value_sequence * size,
+            value_head=value_head * size,
+            id_sequence=id_sequence,
+            id_head=id_head,
+            **table_strides,
+            order_head=rows,
+            num_jobs=len(part),
+            first_head=heads.start,
+            heads=h,
+            lists=nlist,
+            key_vectors=key_vectors,
+            value_vectors=value_vectors,
+        )
+        grid = count // TILE_ROWS, len(heads), 1
+        back = params.copy()
+        back["order"] = 0
+        starts += [permute.prepare(grid, 256, 0, params), permute.prepare(grid, 256, 0, back)]
+    return starts
+
+
+# -- a batch ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a batch seals at once. numbers : int32 (n), all that the device has to know: the jobs, the stretches to assign from
+    stretches_at on, sequence and segment of the runs whose means are due from means_at on, and from positions_at on (-1: they
+    follow one another) positions of the fresh rows. fresh : how many those are, longest : those of one sequence at most."""
+
+    jobs: Sequence[Job]
+    numbers: np.ndarray[Any, Any]
+    stretches: int
+    stretches_at: int
+    means: int
+    means_at: int
+    positions_at: int
+    fresh: int
+    longest: int
+
+
+def planned(changes: Sequence[SegmentChange]) -> Plan:
+    """The jobs that these changes take, in their order."""
+    jobs: list[Job] = []
+    stretches, means, at, fresh_at, longest = [], [], 0, 0, 0
+    gaps = False
+    for c in changes:
+        old, i = c.first, c.sequence
+        sealed = c.have[-1][1] if c.have else 0
+        begin, count = max(sealed, c.want[c.first][0]), len(c.positions)
+        position = int(c.positions[0]) if count else 0
+        gaps = gaps or (count > 0 and int(c.positions[-1]) - position != count - 1)
+        for slot in range(c.first, len(c.want)):
+            start, stop = c.want[slot]
+            first_old = old
+            while old < len(c.have) and c.have[old][1] <= stop:
+                old += 1
+            fresh = c.have[old - 1][1] if old > first_old else start
+            place = (fresh_at + fresh - begin, position + fresh - begin) if fresh < stop else (0, 0)
+            jobs.append(Job(i, start, stop - start, at, slot, first_old, old - first_old, fresh, *place))
+            at += places(stop - start)
+        if count:
+            stretches.append((i, begin, count, fresh_at, position, 0, 0, 0))
+        means += [(i, s) for s in range(c.first, c.means)]
+        fresh_at, longest = fresh_at + count, max(longest, count)
+    flat = [x for part in (jobs, stretches, means) for numbers in part for x in numbers]
+    # NumPy takes ten times as long over tuples
+    numbers: np.ndarray[Any, Any] = np.frombuffer(bytearray(struct.pack(f"{len(flat)}i", *flat)), np.int32)
+    if gaps:
+        numbers = np.concatenate([numbers, *(c.positions.astype(np.int32) for c in changes)])
+    stretches_at = len(jobs) * JOB
+    means_at = stretches_at + len(stretches) * ASSIGN_JOB
+    positions_at = means_at + 2 * len(means) if gaps else -1
+    sizes = len(stretches), stretches_at, len(means), means_at, positions_at, fresh_at, longest
+    return Plan(jobs, numbers, *sizes)
+
+
+def seal_batch(
+    runtime: Runtime,
+    arena: Arena,
+    plan: Plan,
+    numbers: Tensor,
+    centroids: PackedCentroids | None,
+    angles: Frequencies | None,
+    given: Tensor | None,
+    workspace: Tensor,
+    outs: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Assign, rank, permute and back: four launches for all sequences of ``plan``. numbers : those of the plan on the device.
+
+    given : as in `Fresh`; with it alone, without centroids, nothing is assigned. workspace : uint8, 16-byte aligned, of
+    `workspace_bytes` and, with centroids, before that the lists : int32 (h, plan.fresh), up to a multiple of 16 bytes.
+    outs : mean_keys and mean_values as in `means`, for a fifth launch that computes those of the plan; None: it is not made.
+    Raises before it moves a row, or not at all.
+    """
+    positions = numbers[plan.positions_at :] if plan.positions_at >= 0 else None
+    list_nos = None
+    if centroids is not None:
+        heads = arena.keys.shape[1]
+        nbytes = heads * plan.fresh * 4
+        list_nos = workspace[:nbytes].view(torch.int32).view(heads, plan.fresh)
+        workspace = workspace[aligned(nbytes) :]
+        if plan.stretches:
+            turns = None if angles is None else Turns(angles.inv_freq, positions, 0, angles.interleaved, angles.scale)
+            jobs = AssignJobs(numbers[plan.stretches_at :], plan.stretches, plan.longest)
+            assign_jobs(runtime, centroids, arena.keys, jobs, list_nos, turns)
+    starts = _prepare_seal(runtime, arena, plan.jobs, numbers, Fresh(list_nos, given, positions), workspace)
+    if outs is not None and plan.means:
+        due = numbers[plan.means_at :], plan.means
+        starts.append(_prepare_means(runtime, arena.keys, arena.values, arena.tables, *outs, *due))
+    for start in starts:
+        start()
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------------
+
+
+def publish(runtime: Runtime, pieces: int, numbers: Tensor) -> None:
+    """Write 4-byte words to where they belong. numbers : int32 on the device, `pieces_of` as many."""
+    params = pack_params(PUBLISH_PARAMS, pieces=address(numbers), words=address(numbers))
+    runtime.kernel("seal.cu", "saap_publish", {}).launch((pieces, 1, 1), 128, 0, params)
+
+
+def pieces_of(writes: Sequence[tuple[int, np.ndarray[Any, Any]]]) -> np.ndarray[Any, Any]:
+    """What `publish` takes: int32 (n), from addresses and int32 or float32 numbers to write from there on."""
+    head: list[int] = []
+    at = 4 * len(writes)
+    for where, x in writes:
+        head += (where, at, x.size)
+        at += x.size
+    packed = struct.pack("<" + "Qii" * len(writes), *head) + b"".join([x.tobytes() for _, x in writes])
+    return np.frombuffer(bytearray(packed), np.int32)
+
+
+# -- means -----------------------------------------------------------------------------------------------------------------
+
+
+def means(
+    runtime: Runtime,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    mean_keys: Tensor,
+    mean_values: Tensor,
+    jobs: Tensor | None = None,
+    count: int = 0,
+) -> None:
+    """Mean key and mean value of every run of some segments; 0 for an empty run.
+
+    keys : storage dtype (b, h, N, d), values : (b, h, N, e), strided over b and h. tables : int32 (b, h, s, l + 1), mean_keys :
+    storage dtype (b, h, s, l, d), mean_values : (b, h, s, l, e) out, strided over the first three. jobs : int32 (count, 2) on the
+    device, sequence and segment of each; None: every segment, of a batch of one.
+    """
+    if tables.shape[1] * (tables.shape[2] if jobs is None else count):
+        _prepare_means(runtime, keys, values, tables, mean_keys, mean_values, jobs, count)()
+
+
+def _prepare_means(
+    runtime: Runtime, keys: Tensor, values: Tensor, tables: Tensor, mean_keys: Tensor, mean_values: Tensor, jobs: Tensor | None,
+    count: int,
+) -> Callable[[], None]:  # fmt: skip
+    """What `means` starts, if there is anything to do."""
+    _, h, s, offsets = tables.shape
+    count = s if jobs is None else count
+    size = keys.element_size()
+    axes = "sequence", "head", "segment"
+    strides: dict[str, int] = {
+        f"mean_{name}_{axis}": x.stride(i) * size
+        for name, x in (("key", mean_keys), ("value", mean_values))
+        for i, axis in enumerate(axes)
+    }
+    params = pack_params(
+        MEANS_PARAMS,
+        jobs=address(jobs),
+        keys=address(keys),
+        values=address(values),
+        tables=address(tables),
+        mean_keys=address(mean_keys),
+        mean_values=address(mean_values),
+        key_sequence=keys.stride(0) * size,
+        key_head=keys.stride(1) * size,
+        value_sequence=values.stride(0) * size,
+        value_head=values.stride(1) * size,
+        table_sequence=tables.stride(0),
+        table_head=tables.stride(1),
+        table_segment=tables.stride(2),
+        **strides,
+        capacity=keys.shape[2],
+        key_vectors=vectors(keys.shape[3], keys.dtype),
+        value_vectors=vectors(values.shape[3], values.dtype),
+        type=DTYPES[keys.dtype],
+    )
+    return runtime.kernel("means.cu", "saap_means", {}).prepare((offsets - 1, h, count), 256, _MEANS_SHARED_BYTES, params)

@@ -1,0 +1,127 @@
+"""The key quantizer: the k-means partition that decides in which inverted list a key lies. Knows keys, not queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .. import checks
+from ..errors import MissingDependencyError, ParameterError
+from ..precision import full_precision
+
+MAX_POINTS_PER_CENTROID = 256  # FAISS's own default: more keys make the centroids hardly better
+PROMPT_ITERATIONS = 3
+"""Steps of k-means over a prompt, each over every second key. The first token waits for them: on SmolLM2 at 8k eight steps over
+all keys take five times as long, and capture 0.3 points more of the attention at 5 %."""
+
+_KEYS_OF_A_HALF = 4  # per list: with fewer, a step looks at all keys
+
+Assign = Callable[[Tensor, Tensor], Tensor]
+"""Of centroids float32 (h, l, d) and keys float32 (h, n, d): the nearest centroid of every key, integers (h, n)."""
+
+
+@dataclass(frozen=True)
+class KeyQuantizer:
+    """Centroids of every KV head, trained once per attention layer, frozen, and shared by every sequence.
+
+    centroids : float32 (h, l, d), of keys with RoPE undone if the index has a `Rope`, else of keys as they come.
+    """
+
+    centroids: Tensor
+
+    def __post_init__(self) -> None:
+        checks.array(self.centroids, "centroids", "h l d", (None, None, None), [torch.float32], self.centroids.device)
+        checks.finite(self.centroids, "centroids")
+
+    @property
+    def nlist(self) -> int:
+        return int(self.centroids.shape[1])
+
+    def to(self, device: torch.device | str) -> KeyQuantizer:
+        return KeyQuantizer(self.centroids.to(device))
+
+    @full_precision
+    def assign(self, keys: Tensor) -> Tensor:
+        """Nearest centroid (Euclidean) of keys : float (h, n, d) with RoPE undone; int32 (h, n). Ties go to the lower list."""
+        bias = -0.5 * self.centroids.square().sum(-1)
+        return torch.baddbmm(bias[:, None], keys.float(), self.centroids.transpose(1, 2)).max(-1).indices.int()
+
+    @classmethod
+    def train(cls, keys: Tensor, nlist: int, niter: int = 10, seed: int = 1234) -> KeyQuantizer:
+        """Lloyd's k-means by FAISS on keys : float32 (h, n, d), every KV head on its own.
+
+        Raises ParameterError with fewer than ``nlist`` keys, MissingDependencyError without FAISS.
+        """
+        faiss = require_faiss()
+        heads, n, d = keys.shape
+        if n < nlist:
+            raise ParameterError(f"keys: expected at least nlist = {nlist} keys per KV head to train on, got {n}")
+        centroids = np.empty((heads, nlist, d), np.float32)
+        for head in range(heads):
+            x = np.ascontiguousarray(keys[head].float().cpu().numpy())
+            kmeans = faiss.Kmeans(
+                d,
+                nlist,
+                niter=niter,
+                seed=seed + head,
+                min_points_per_centroid=1,
+                max_points_per_centroid=MAX_POINTS_PER_CENTROID,
+            )
+            kmeans.train(x)
+            centroids[head] = kmeans.centroids
+        return cls(torch.from_numpy(centroids).to(keys.device))
+
+    @classmethod
+    def of_prompt(cls, keys: Tensor, nlist: int, niter: int = PROMPT_ITERATIONS, assign: Assign | None = None) -> KeyQuantizer:
+        """The partition of one prompt: k-means over its own keys : float (h, n, d), on their device, without FAISS.
+
+        Starts from evenly spaced keys; each step moves the centroids to the means of every second key, the odd and the even
+        ones in turn; at most 256 evenly spaced keys per list are looked at. The same keys give the same lists. A list that
+        loses all its keys keeps its centroid; with fewer keys than lists some stay empty. Raises ParameterError without a key.
+
+        assign : what finds the nearest centroids, a backend's own; default torch's products.
+        """
+        n = keys.shape[1]
+        if not n:
+            raise ParameterError("keys: expected at least one key per KV head, got none")
+        x = keys.float()
+        if n > nlist * MAX_POINTS_PER_CENTROID:
+            x = x[:, _evenly(n, nlist * MAX_POINTS_PER_CENTROID, keys.device)]
+        centroids = x[:, _evenly(x.shape[1], nlist, keys.device)]
+        halves = [x[:, 1::2], x[:, ::2]] if x.shape[1] >= 2 * _KEYS_OF_A_HALF * nlist else [x]
+        for step in range(niter):
+            some = halves[step % len(halves)]
+            lists = cls(centroids).assign(some) if assign is None else assign(centroids, some)
+            centroids = _means(some, lists, centroids)
+        return cls(centroids)
+
+
+def require_faiss() -> Any:
+    """The module; MissingDependencyError without FAISS, for whoever will need it later."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependencyError(f"training key quantizers needs FAISS: pip install faiss-cpu ({error})") from error
+    return faiss
+
+
+def _evenly(n: int, count: int, device: torch.device) -> Tensor:
+    """``count`` of n places, the middle of as many equal stretches: int64; places repeat if there are fewer."""
+    return (torch.arange(count, dtype=torch.int64, device=device) * n + n // 2) // count
+
+
+def _means(x: Tensor, lists: Tensor, before: Tensor) -> Tensor:
+    """Means of the keys x : (h, n, d) of each list, ``before`` : (h, l, d) where it has none; added up in order."""
+    heads, nlist, d = before.shape
+    bags = (lists + torch.arange(heads, dtype=torch.int64, device=x.device)[:, None] * nlist).reshape(-1)
+    counts = torch.bincount(bags, minlength=heads * nlist)
+    order = bags.argsort(stable=True)
+    sums = functional.embedding_bag(order, x.reshape(-1, d), counts.cumsum(0) - counts, mode="sum").view(heads, nlist, d)
+    counts = counts.view(heads, nlist, 1)
+    return torch.where(counts > 0, sums / counts.clamp(min=1), before)

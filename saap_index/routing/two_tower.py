@@ -1,0 +1,98 @@
+"""A router for any partition: from a query to the key it looks for, which the centroid of any list can be compared with.
+
+A `QueryRouter` is bound to the lists it was trained for. This network is not: it maps a query into the space of keys (RoPE
+undone, if there is RoPE), and a list scores what its centroid's inner product with that vector is. So the partition may change
+without training, even with every prompt: its own k-means separates its own content better than centroids of other texts do, most
+of all if the text is of another kind. Knows queries and centroids, not tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..backends import RouterWeights
+from ..errors import CompatibilityError, ShapeError
+from .quantizer import Assign, KeyQuantizer
+from .router import QueryRouter
+
+
+@dataclass(frozen=True)
+class TwoTower:
+    """One small MLP per KV head, frozen and shared by every sequence and partition.
+
+    weights : `RouterWeights` with d in place of l: the first d outputs are the wanted key w(q), the next m the distance term at
+        the knots, the last the share of attention outside sinks and window. first_knot : as in `QueryRouter`.
+
+    The score of list l, log attention mass per token, is z_l(q) = <centroid of l, w(q)> + const(q).
+
+    Source: the two maps onto one partition are SAAP's (arXiv 2502.08246); that the second is a map into key space, so that the
+    partition is free, is two-tower retrieval (Covington et al., RecSys 2016).
+    """
+
+    weights: RouterWeights
+    first_knot: int = 7
+
+    def __post_init__(self) -> None:
+        router = QueryRouter(self.weights, self.first_knot)  # checks all but what follows
+        d = self.weights.hidden.shape[2]
+        if router.nlist != d or not router.predicts_outside:
+            raise ShapeError(f"two-tower router: expected d + m + 1 outputs, the first d = {d} a key, got nlist = {router.nlist}")
+
+    @classmethod
+    def symmetric(cls, heads: int, d: int) -> TwoTower:
+        """Plain IVF: the key that a query looks for is the query itself. No training."""
+        skip = (
+            torch.cat([torch.eye(d, dtype=torch.float32, device="cpu"), torch.zeros(1, d, dtype=torch.float32, device="cpu")])
+            .expand(heads, -1, -1)
+            .contiguous()
+        )
+        zeros = skip.new_zeros
+        return cls(
+            RouterWeights(zeros((heads, 0, d)), zeros((heads, 0)), zeros((heads, d + 1, 0)), skip, zeros((heads, d + 1)), d)
+        )
+
+    @property
+    def d(self) -> int:
+        return int(self.weights.hidden.shape[2])
+
+    @property
+    def heads(self) -> int:
+        return int(self.weights.hidden.shape[0])
+
+    def at(self, centroids: Tensor) -> QueryRouter:
+        """The router for lists with these centroids : float32 (h, l, d).
+
+        Centroids are compared without their mean, which says nothing of any list, and with 8 bits a dim: a step reads them all,
+        and the order of the lists is hardly another.
+        """
+        if centroids.ndim != 3 or (centroids.shape[0], centroids.shape[2]) != (self.heads, self.d):
+            raise CompatibilityError(
+                f"two-tower router: expected centroids ({self.heads}, l, {self.d}), got {tuple(centroids.shape)}"
+            )
+        apart = centroids - centroids.mean(1, keepdim=True)
+        scales = (apart.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        lists = (apart / scales[:, None]).round().clamp(-127, 127)
+        weights = replace(self.weights, nlist=int(centroids.shape[1]), lists=lists, list_scales=scales)
+        return QueryRouter(weights, self.first_knot)
+
+    def for_prompt(self, keys: Tensor, nlist: int, assign: Assign | None = None) -> tuple[KeyQuantizer, QueryRouter]:
+        """Lists of a prompt's own, from its keys with RoPE undone : float (h, n, d), and the router for them.
+
+        assign : as in `KeyQuantizer.of_prompt`.
+        """
+        quantizer = KeyQuantizer.of_prompt(keys, nlist, assign=assign)
+        return quantizer, self.at(quantizer.centroids)
+
+    def to(self, device: torch.device | str) -> TwoTower:
+        return TwoTower(self.weights.map(lambda x: x.to(device)), self.first_knot)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.weights.tensors()
+
+    def check_heads(self, num_kv_heads: int, d: int) -> None:
+        """CompatibilityError if the router belongs to another head shape."""
+        if (self.heads, self.d) != (num_kv_heads, d):
+            raise CompatibilityError(f"tower: expected {num_kv_heads} KV heads and d = {d}, got {self.heads} and {self.d}")

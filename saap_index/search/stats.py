@@ -1,0 +1,120 @@
+"""What an index holds and what a search read, in tokens and bytes. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .attend import Selection
+from ..invlists.segmented import SegmentedInvertedLists
+from ..routing.quantizer import KeyQuantizer
+from ..routing.router import QueryRouter
+
+
+@dataclass(frozen=True)
+class SearchStats:
+    """Of the last search, averages per (sequence, KV head) in tokens; bytes over all of them.
+
+    sealed_tokens were there to choose from, read_sealed of them were read, dense_tokens are sinks and recent tokens; tail_entries
+    are runs read through their means. kv_bytes : K and V rows read; mean_bytes : rows of means read; metadata_bytes : offset
+    tables and row lists; router_bytes : weights, read once per call whatever the batch is.
+    """
+
+    sealed_tokens: float = 0.0
+    read_sealed: float = 0.0
+    dense_tokens: float = 0.0
+    kv_bytes: int = 0
+    metadata_bytes: int = 0
+    router_bytes: int = 0
+    tail_entries: float = 0.0
+    mean_bytes: int = 0
+
+    @property
+    def selectivity(self) -> float:
+        """Share of the sealed tokens that was read."""
+        return self.read_sealed / self.sealed_tokens if self.sealed_tokens else 1.0
+
+    @property
+    def total_bytes(self) -> int:
+        return self.kv_bytes + self.mean_bytes + self.metadata_bytes + self.router_bytes
+
+
+@dataclass(frozen=True)
+class IndexStats:
+    """What an index holds. Token counts are summed over the sequences; a token counts once, whatever the heads.
+
+    kv_bytes : K and V of the stored tokens; metadata_bytes : ids, offset tables, pending list numbers of the stored tokens and
+    means of runs; mean_bytes : those means alone;
+    slack_bytes : allocated but unused; shared_bytes : quantizer and router, shared by every cache of this layer.
+    imbalance_factor : l * sum of squared list sizes / (their sum)^2, averaged over sequences and heads; 1 is balanced
+    (FAISS's definition).
+    """
+
+    ntotal: int
+    sink_tokens: int
+    sealed_tokens: int
+    recent_tokens: int
+    num_segments: int
+    kv_bytes: int
+    metadata_bytes: int
+    slack_bytes: int
+    shared_bytes: int
+    imbalance_factor: float
+    last_search: SearchStats = field(default_factory=SearchStats)
+    mean_bytes: int = 0
+
+    @property
+    def overhead(self) -> float:
+        """Metadata as a share of K and V."""
+        return self.metadata_bytes / self.kv_bytes if self.kv_bytes else 0.0
+
+
+def gather(
+    lists: SegmentedInvertedLists | None, last: Selection | None, quantizer: KeyQuantizer | None, router: QueryRouter | None
+) -> IndexStats:
+    """The statistics of an index with these parts; ``last`` is what its last search read."""
+    shared = (0 if quantizer is None else quantizer.centroids.nbytes) + (0 if router is None else router.nbytes())
+    if lists is None:
+        return IndexStats(0, 0, 0, 0, 0, 0, 0, 0, shared, 0.0)
+    spans = [(lists.sinks(i), lists.sealed(i), n) for i, n in enumerate(lists.lengths)]
+    sinks = [low if high else min(lists.layout.sinks, n) for low, high, n in spans]
+    sealed = sum(high - low for low, high, _ in spans)
+    sizes = lists.list_sizes().double()
+    squares, sums = sizes.square().sum(-1), sizes.sum(-1)
+    imbalance = (lists.nlist * squares / sums.square())[sums > 0]
+    kv_bytes, metadata_bytes = lists.used_bytes()
+    return IndexStats(
+        ntotal=sum(lists.lengths),
+        sink_tokens=sum(sinks),
+        sealed_tokens=sealed,
+        recent_tokens=sum(lists.lengths) - sum(sinks) - sealed,
+        num_segments=sum(map(len, lists.segments)),
+        kv_bytes=kv_bytes,
+        metadata_bytes=metadata_bytes,
+        slack_bytes=lists.allocated_bytes() - kv_bytes - metadata_bytes,
+        shared_bytes=shared,
+        imbalance_factor=float(imbalance.mean()) if len(imbalance) else 0.0,
+        last_search=SearchStats() if last is None else search_stats(lists, last, router),
+        mean_bytes=lists.mean_bytes(),
+    )
+
+
+def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter | None) -> SearchStats:
+    """What a search that made this selection read."""
+    b, h = len(last.lengths), lists.heads  # of `search`, every query for itself
+    sealed = [high - low for high, low in zip(last.sealed, last.sinks, strict=True)]
+    read = [0.0] * b if last.counts is None else last.counts.float().mean(1).tolist()
+    dense = [n - s for n, s in zip(last.lengths, sealed, strict=True)]
+    entries = 0 if last.tail_counts is None else int(last.tail_counts.sum())
+    row_bytes = (lists.d + lists.d_v) * lists.dtype.itemsize
+    routed = last.rows is not None and router is not None
+    tables = sum(map(len, lists.segments)) * b // lists.batch * h * (lists.nlist + 1) * 4 if routed else 0
+    return SearchStats(
+        sealed_tokens=sum(sealed) / b,
+        read_sealed=sum(read) / b,
+        dense_tokens=sum(dense) / b,
+        kv_bytes=round((sum(read) + sum(dense)) * h) * row_bytes,
+        metadata_bytes=tables + (round(sum(read) * h) + entries) * 4,
+        router_bytes=lists.backend.router_bytes(router.weights) if routed and router is not None else 0,
+        tail_entries=entries / (b * h),
+        mean_bytes=entries * row_bytes,
+    )

@@ -1,0 +1,216 @@
+"""Fitting a router's network to targets: a cross-entropy over all tokens, without a list of them; or in closed form.
+
+With z_l the score of list l, a_b the distance term at the centre of distance bin b and N_lb the number of tokens in both, log
+softmax of a token is z_l + a_b - log sum N_lb exp(z_l + a_b); so the cross-entropy needs only the true mass of each list, of each
+bin, and the counts. Knows targets and networks, not sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..backends import RouterWeights
+from ..precision import full_precision
+from ..routing.router import QueryRouter
+from .targets import RouterTargets
+from ..routing.two_tower import TwoTower
+from .config import TrainingConfig
+
+RIDGE = 1e-3  # of the number of queries, on standardised inputs
+LEAST_DENSITY = 1e-3  # of the mean: what a list holds that got no attention at all
+
+
+@full_precision
+def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_knot: int, num_knots: int) -> QueryRouter:
+    """Fit the MLPs of all KV heads, an output per list. Deterministic for a seed and thread count; on the data's device.
+
+    With list sizes inside the softmax the router also learns which share of the attention lies outside, by binary cross-entropy:
+    a query that attends to nothing far away should have no say in what its group reads.
+    """
+    network = _Network(data, nlist, num_knots, config)
+    positions = data.x.shape[1]
+
+    def batches() -> list[Tensor]:
+        return list(torch.randperm(positions, generator=network.generator, dtype=torch.int64, device="cpu").split(config.batch))
+
+    network.fit(batches, lambda y, batch: y[..., :nlist], first_knot)
+    return QueryRouter(network.weights(None), first_knot, config.count_lists)
+
+
+@full_precision
+def train_tower(
+    data: RouterTargets, centroids: Tensor, sequence: Tensor, config: TrainingConfig, first_knot: int, num_knots: int
+) -> TwoTower:
+    """Fit the network of a `TwoTower`, on lists that may differ from sequence to sequence.
+
+    centroids : float32 (S, h, l, d), of the lists that the targets of sequence s speak of; sequence : int64 (P,), in [0, S), that
+    each position is of. Every batch is of one sequence. Otherwise as `train_router`.
+    """
+    d = data.x.shape[-1]
+    network = _Network(data, d, num_knots, config)
+    members = [torch.nonzero(sequence.cpu() == s)[:, 0] for s in range(len(centroids))]
+    # where lists differ matters, not where they lie: without the common mean and scale of a dim no dim decides by its size
+    deviation = centroids.std((0, 2), correction=0)
+    deviation = torch.maximum(deviation, 1e-4 + 0.01 * deviation.amax(-1, keepdim=True))  # (h, d)
+    seen = (centroids - centroids.mean((0, 2))[None, :, None]) / deviation[None, :, None]
+
+    def batches() -> list[Tensor]:
+        shuffled = [
+            m[torch.randperm(len(m), generator=network.generator, dtype=torch.int64, device="cpu")] for m in members if len(m)
+        ]
+        found = [batch for m in shuffled for batch in m.split(config.batch)]
+        return [
+            found[i] for i in torch.randperm(len(found), generator=network.generator, dtype=torch.int64, device="cpu").tolist()
+        ]
+
+    def scores(y: Tensor, batch: Tensor) -> Tensor:
+        lists = seen[int(sequence[batch[0]])]
+        return torch.einsum("hpgd,hld->hpgl", y[..., :d], lists)
+
+    network.fit(batches, scores, first_knot)
+    return TwoTower(network.weights(deviation), first_knot)
+
+
+class _Network:
+    """The parameters of one MLP per KV head while they are fitted, its input standardised."""
+
+    def __init__(self, data: RouterTargets, leading: int, num_knots: int, config: TrainingConfig) -> None:
+        h, _, _, d = data.x.shape
+        self.data, self.leading, self.num_knots, self.config = data, leading, num_knots, config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        outputs, u = leading + (num_knots + 1 if config.count_lists else 0), config.hidden
+        device = data.x.device
+
+        def weight(rows: int, columns: int, gain: float) -> Tensor:
+            drawn = torch.randn((h, rows, columns), generator=self.generator, dtype=torch.float32, device="cpu") * (
+                gain / max(1, columns) ** 0.5
+            )
+            moved: Tensor = drawn.to(device).requires_grad_()
+            return moved
+
+        self.hidden, self.out, self.skip = weight(u, d, 1.0), weight(outputs, u, 0.1), weight(outputs, d, 0.1)
+        self.bias_hidden = torch.zeros((h, u), dtype=torch.float32, device=device).requires_grad_()
+        self.bias_out = torch.zeros((h, outputs), dtype=torch.float32, device=device).requires_grad_()
+        self.mean, self.deviation, self.x = standardised(data.x)
+
+    @full_precision
+    def fit(self, batches: Callable[[], list[Tensor]], scores: Callable[[Tensor, Tensor], Tensor], first_knot: int) -> None:
+        """scores : the outputs (h, p, g, o) and the positions of a batch -> z (h, p, g, l)."""
+        data, config = self.data, self.config
+        positions, device = data.x.shape[1], data.x.device
+        bend = knot_matrix(data.bins, first_knot, self.num_knots).to(device)
+        parameters = [self.hidden, self.out, self.skip, self.bias_hidden, self.bias_out]
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.decay)
+        plan = [batches() for _ in range(config.epochs)]
+        steps = max(2, sum(map(len, plan)))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
+        for epoch, order in enumerate(plan):
+            total = 0.0
+            for where in order:
+                batch = where.to(device)
+                part = self.x[:, batch]
+                inner = functional.silu(torch.einsum("hpgd,hud->hpgu", part, self.hidden) + self.bias_hidden[:, None, None])
+                y = torch.einsum("hpgu,hlu->hpgl", inner, self.out) + torch.einsum("hpgd,hld->hpgl", part, self.skip)
+                y = y + self.bias_out[:, None, None]
+                a = y[..., self.leading : self.leading + self.num_knots] @ bend
+                loss = cross_entropy(scores(y, where), a, data, batch, config.count_lists)
+                if config.count_lists:
+                    loss = loss + functional.binary_cross_entropy_with_logits(y[..., -1], data.outside[:, batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += float(loss.detach()) * len(batch)
+            if config.progress is not None:
+                config.progress(epoch + 1, config.epochs, total / max(1, positions))
+
+    @torch.no_grad()
+    @full_precision
+    def weights(self, divisor: Tensor | None) -> RouterWeights:
+        """What was fitted, with the standardisation of the input as part of it; leading outputs divided by (h, leading).
+
+        Rounded to bfloat16, as weights are read every step; the biases, made after that, keep the mean of the input exact.
+        """
+        scale = torch.ones_like(self.bias_out)
+        if divisor is not None:
+            scale[:, : self.leading] = 1 / divisor
+        hidden = _rounded(self.hidden / self.deviation[:, None])
+        out, skip = _rounded(self.out * scale[..., None]), _rounded(self.skip * scale[..., None] / self.deviation[:, None])
+        bias_hidden = self.bias_hidden - torch.einsum("hud,hd->hu", hidden, self.mean)
+        bias_out = self.bias_out * scale - torch.einsum("hld,hd->hl", skip, self.mean)
+        return RouterWeights(hidden, bias_hidden, out, skip, bias_out, self.leading)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().float()
+
+
+@full_precision
+def fit_linear(data: RouterTargets, nlist: int, first_knot: int, num_knots: int) -> QueryRouter:
+    """A linear router in closed form: ridge regression of the log density of attention in each list and at each distance.
+
+    What a network must beat to be worth its training. Everything as in `QueryRouter` with u = 0.
+    """
+    h, positions, g, d = data.x.shape
+    mean, deviation, x = standardised(data.x)
+    tokens = data.counts.float()  # (h, P, B, l)
+    every = tokens.sum((2, 3), keepdim=True)[..., 0].clamp(min=1)  # (h, P, 1)
+
+    def density(mass: Tensor, counts: Tensor) -> Tensor:
+        """Log of attention per token by the mean of that, (h, P, g, ...); 0 where there are no tokens."""
+        share = mass / (counts / every).clamp(min=1e-9)[:, :, None]
+        return torch.where(counts[:, :, None] > 0, share.clamp(min=LEAST_DENSITY).log(), 0.0)
+
+    wanted = [density(data.list_mass, tokens.sum(2))]
+    if num_knots:
+        bend = knot_matrix(data.bins, first_knot, num_knots).to(x.device)
+        wanted.append(density(data.bin_mass, tokens.sum(3)) @ torch.linalg.pinv(bend))
+    wanted.append(torch.logit(data.outside, eps=1e-3)[..., None])
+    rows = torch.cat([x, torch.ones_like(x[..., :1])], -1).reshape(h, positions * g, d + 1).double()
+    y = torch.cat(wanted, -1).reshape(h, positions * g, -1).double()
+    penalty = RIDGE * positions * g * torch.eye(d + 1, dtype=torch.float64, device=x.device)
+    penalty[-1, -1] = 1e-9  # the constant is free
+    solved = torch.linalg.solve(rows.transpose(1, 2) @ rows + penalty, rows.transpose(1, 2) @ y)
+    skip = (solved[:, :-1].transpose(1, 2).float() / deviation[:, None]).contiguous()
+    bias = solved[:, -1].float() - torch.einsum("hld,hd->hl", skip, mean)
+    zeros = skip.new_zeros
+    weights = RouterWeights(zeros((h, 0, d)), zeros((h, 0)), zeros((h, skip.shape[1], 0)), skip, bias, nlist)
+    return QueryRouter(weights, first_knot)
+
+
+def standardised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and deviation (h, d) of queries x : (h, P, g, d), and these in units of them."""
+    mean = x.mean((1, 2))
+    # what varies by less than a percent of its mean is rounding: blown up, it would decide
+    deviation = torch.maximum(x.std((1, 2), correction=0), 0.01 * mean.abs() + 1e-4)
+    return mean, deviation, (x - mean[:, None, None]) / deviation[:, None, None]
+
+
+@full_precision
+def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Tensor, count_lists: bool) -> Tensor:
+    """Mean cross-entropy, in nats, of z (h, p, g, l) and a (h, p, g, B) to the true mass of the positions in ``batch``."""
+    fit = (data.list_mass[:, batch] * z).sum(-1) + (data.bin_mass[:, batch] * a).sum(-1)
+    if not count_lists:
+        return (torch.logsumexp(z, -1) - fit).mean()
+    top_z, top_a = z.detach().amax(-1, keepdim=True), a.detach().amax(-1, keepdim=True)
+    counts = data.counts[:, batch].float()  # (h, p, B, l)
+    per_bin = counts @ torch.exp(z - top_z).transpose(-1, -2)  # (h, p, B, g)
+    total = (per_bin * torch.exp(a - top_a).transpose(-1, -2)).sum(-2)
+    return (torch.log(total) + (top_z + top_a)[..., 0] - fit).mean()
+
+
+def knot_matrix(bins: Tensor, first_knot: int, num_knots: int) -> Tensor:
+    """Piecewise-linear interpolation as a matrix: float32 (m, B), so that a at the knots times it is a at the bins."""
+    matrix = torch.zeros((num_knots, len(bins)), dtype=torch.float32, device="cpu")
+    if num_knots:
+        place = (bins.cpu() - first_knot).clamp(0, num_knots - 1)
+        low = place.long().clamp(max=num_knots - 1)
+        high = (low + 1).clamp(max=num_knots - 1)
+        column = torch.arange(len(bins), dtype=torch.int64, device="cpu")
+        matrix[low, column] += 1 - (place - low)
+        matrix[high, column] += place - low
+    return matrix

@@ -1,0 +1,100 @@
+"""Training one attention layer: sequences in, a key quantizer and a query router out. Memory is that of one sequence's keys, and
+of the targets: nlist * bins per query, whatever the context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import LengthError
+from .fitting import fit_linear, train_router, train_tower
+from ..invlists.layout import Layout
+from ..precision import full_precision
+from ..routing.quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
+from ..routing.rope import Rope
+from ..routing.router import QueryRouter
+from .targets import RouterTargets, bin_edges, targets
+from ..routing.two_tower import TwoTower
+from .config import TrainingConfig
+
+MIN_FIRST_KNOT = 4  # 16 tokens: nearer ones are in any window worth the name
+
+TrainingSequence = tuple[Tensor, "Tensor | None", "np.ndarray | None"]
+"""keys : float (h, n, d) and queries : float (hq, q, d) as attention sees them, positions : int64 (q,)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One layer. router : for the lists of ``quantizer``; tower : what it was made from, if it serves other lists as well."""
+
+    quantizer: KeyQuantizer
+    router: QueryRouter
+    tower: TwoTower | None = None
+
+
+@full_precision
+def train_layer(
+    sequences: Sequence[TrainingSequence], nlist: int, rope: Rope | None, layout: Layout, scale: float, config: TrainingConfig
+) -> Trained:
+    """Quantizer and router of one layer. Sequences are read one at a time, twice; without queries the router is symmetric.
+
+    Raises ParameterError with fewer keys than lists, LengthError without a query past window and sinks.
+    """
+    quantizer = KeyQuantizer.train(_sample(sequences, nlist, rope), nlist, config.niter, config.seed)
+    if not len(sequences) or sequences[0][1] is None:
+        return Trained(quantizer, QueryRouter.symmetric(quantizer.centroids))
+    longest = max(int(keys.shape[1]) for keys, _, _ in sequences)
+    edges = bin_edges(layout.window, longest, config.distance)
+    first_knot = max(MIN_FIRST_KNOT, max(1, layout.window).bit_length() - 1)
+    num_knots = max(1, math.ceil(math.log2(max(2, longest))) - first_knot + 1) if config.distance else 0
+    parts, centroids, of_sequence = [], [], []
+    for number, sequence in enumerate(sequences):
+        found, own = _targets(sequence, quantizer, nlist, rope, layout, scale, edges, config.two_tower)
+        parts.append(found)
+        centroids.append(own.centroids)
+        of_sequence.append(torch.full((found.x.shape[1],), number, dtype=torch.int64, device="cpu"))
+    data = RouterTargets.cat(parts)
+    if not data.x.shape[1]:
+        raise LengthError(f"positions: expected queries past window and sinks, got none among {longest} tokens")
+    if config.closed_form:
+        return Trained(quantizer, fit_linear(data, nlist, first_knot, num_knots))
+    if not config.two_tower:
+        return Trained(quantizer, train_router(data, nlist, config, first_knot, num_knots))
+    tower = train_tower(data, torch.stack(centroids), torch.cat(of_sequence), config, first_knot, num_knots)
+    return Trained(quantizer, tower.at(quantizer.centroids), tower)
+
+
+def _sample(sequences: Sequence[TrainingSequence], nlist: int, rope: Rope | None) -> Tensor:
+    """Keys with RoPE undone for k-means, float32 (h, m, d): all, or every so many-th of each if there are more than it takes."""
+    total = sum(int(keys.shape[1]) for keys, _, _ in sequences)
+    step = max(1, total // (nlist * MAX_POINTS_PER_CENTROID))
+    return torch.cat([_coarse(keys, rope)[:, step // 2 :: step] for keys, _, _ in sequences], 1)
+
+
+def _coarse(keys: Tensor, rope: Rope | None) -> Tensor:
+    n = keys.shape[1]
+    return keys.float() if rope is None else rope.unrotate(keys.float(), np.arange(n), n)
+
+
+def _targets(
+    sequence: TrainingSequence, quantizer: KeyQuantizer, nlist: int, rope: Rope | None, layout: Layout, scale: float,
+    edges: Tensor, own_lists: bool,
+) -> tuple[RouterTargets, KeyQuantizer]:  # fmt: skip
+    """Targets of one sequence, and the lists they speak of: the shared ones, or the sequence's own."""
+    keys, queries, positions = sequence
+    assert queries is not None and positions is not None
+    h, n, d = keys.shape
+    coarse = _coarse(keys, rope)
+    grouped = queries.float().reshape(h, queries.shape[0] // h, -1, d)
+    routed = grouped if rope is None else rope.unrotate(grouped, positions, n)
+    if own_lists:
+        quantizer = KeyQuantizer.of_prompt(coarse, nlist)
+    lists = quantizer.assign(coarse)
+    where = torch.from_numpy(positions)
+    found = targets(keys.float(), grouped, routed, where, lists, nlist, layout.sinks, layout.window, scale, edges)
+    return found, quantizer

@@ -1,0 +1,114 @@
+"""What a router is trained to say: the true attention mass of sampled queries, summed by list and by distance.
+
+Memory per query is nlist * bins, whatever the context. Knows sequences and lists, not networks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..precision import full_precision
+
+BINS_PER_OCTAVE = 2
+_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at a time: what a CPU cache holds, what keeps a GPU busy
+
+
+@dataclass(frozen=True)
+class RouterTargets:
+    """What the loss needs of P query positions. x : float32 (h, P, g, d), queries as the router sees them.
+
+    outside : float32 (h, P, g), share of the attention that lies outside window and sinks;
+    list_mass : float32 (h, P, g, l) and bin_mass : (h, P, g, B), each summing to 1, of that attention;
+    counts : int16 or int32 (h, P, B, l) tokens of each list and bin; bins : float32 (B,), log2 of the bins' centres.
+    """
+
+    x: Tensor
+    outside: Tensor
+    list_mass: Tensor
+    bin_mass: Tensor
+    counts: Tensor
+    bins: Tensor
+
+    @classmethod
+    def cat(cls, parts: list[RouterTargets]) -> RouterTargets:
+        names = ("x", "outside", "list_mass", "bin_mass", "counts")
+        x, outside, list_mass, bin_mass, counts = (torch.cat([getattr(p, name) for p in parts], 1) for name in names)
+        return cls(x, outside, list_mass, bin_mass, counts, parts[0].bins)
+
+
+def bin_edges(nearest: int, farthest: int, distance: bool) -> Tensor:
+    """Distance bins, in tokens, half an octave each: float64 (B + 1,), from the nearest distance to past the farthest."""
+    if not distance:
+        return torch.tensor([0.0, math.inf], dtype=torch.float64, device="cpu")
+    octaves = math.log2(max(2, farthest) / max(1, nearest))
+    count = max(1, math.ceil(octaves * BINS_PER_OCTAVE))
+    return max(1, nearest) * 2.0 ** (torch.arange(count + 1, dtype=torch.float64, device="cpu") / BINS_PER_OCTAVE)
+
+
+@full_precision
+def targets(
+    keys: Tensor, queries: Tensor, router_queries: Tensor, positions: Tensor, lists: Tensor, nlist: int,
+    sinks: int, window: int, scale: float, edges: Tensor,
+) -> RouterTargets:  # fmt: skip
+    """The true attention mass of one sequence's sampled queries, by list and by distance.
+
+    keys : float32 (h, n, d) and queries : (h, g, q, d), as attention sees them; router_queries : (h, g, q, d), as the router
+    does; positions : int64 (q,) of the queries; lists : int (h, n). A query at p has the tokens [sinks, p - window] outside.
+    Queries with nothing outside are left out.
+    """
+    h, n, d = keys.shape
+    positions = positions.to(keys.device)
+    some = positions - window >= sinks
+    queries, router_queries, positions = queries[:, :, some], router_queries[:, :, some], positions[some]
+    g, q = queries.shape[1:3]
+    last = positions - window  # newest token outside
+    num_bins = len(edges) - 1
+    # tokens of bin b lie at [first[b + 1], first[b]): the farther, the lower the position
+    first = (positions[:, None] + 1 - edges.to(positions.device).clamp(max=2**31).ceil()[None]).long()
+    first[:, 0] = last + 1
+    first = torch.minimum(first.clamp(min=sinks), last[:, None] + 1)
+    first[:, -1] = sinks
+    near = torch.cat([torch.arange(sinks, dtype=torch.int64, device=keys.device).expand(q, -1), _window(positions, window)], 1)
+    share = keys.new_empty((h, q, g))
+    list_mass, bin_mass = keys.new_zeros((h, q, g, nlist)), keys.new_empty((h, q, g, num_bins))
+    counts = torch.empty((h, q, num_bins, nlist), dtype=torch.int16 if n < 2**15 else torch.int32, device=keys.device)
+    rising = positions.argsort()  # queries of a block see about the same tokens, so none computes many that it does not see
+    block = max(1, _BLOCK.get(keys.device.type, 1 << 22) // (g * n))
+    for head in range(h):
+        index = lists[head].long()
+        for some_queries in rising.split(block) if q else ():
+            stop = int(last[some_queries[-1]]) + 1
+            x = queries[head][:, some_queries].transpose(0, 1) * scale  # (p, g, d)
+            logits = (x.reshape(-1, d) @ keys[head, sinks:stop].T).view(len(some_queries), g, -1)
+            beyond = torch.arange(sinks, stop, dtype=torch.int64, device=keys.device) > last[some_queries, None]
+            mixed = int(last[some_queries[0]]) + 1 - sinks  # columns from here on are seen by some of the block only
+            logits[..., mixed:].masked_fill_(beyond[:, None, mixed:], float("-inf"))
+            top = logits.amax(-1, keepdim=True)
+            mass = logits.sub_(top).exp_()
+            total = mass.sum(-1, dtype=torch.float64)
+            mass /= total[..., None].float()
+            beside = (x[:, :, None] @ keys[head][near[some_queries]].transpose(1, 2)[:, None])[:, :, 0]
+            share[head, some_queries] = torch.sigmoid(total.log().float() + top[..., 0] - torch.logsumexp(beside, -1))
+            by_list = mass.new_zeros((len(some_queries), g, nlist))
+            list_mass[head, some_queries] = by_list.scatter_add_(2, index[sinks:stop].expand_as(mass), mass)
+            upto = functional.pad(mass.cumsum(-1, dtype=torch.float64), (1, 0))  # mass of tokens below each position
+            at = upto.gather(2, (first[some_queries, None] - sinks).expand(-1, g, -1))
+            bin_mass[head, some_queries] = (at[..., :-1] - at[..., 1:]).float()
+        hot = torch.zeros((nlist, n + 1), dtype=torch.int32, device=keys.device)
+        hot[index, torch.arange(1, n + 1, dtype=torch.int64, device=keys.device)] = 1
+        seen = hot.cumsum(1, dtype=torch.int32)[:, first]  # (l, q, B + 1)
+        counts[head] = (seen[..., :-1] - seen[..., 1:]).permute(1, 2, 0)
+    centres = (
+        torch.log2(edges[:-1]) + 0.5 / BINS_PER_OCTAVE if num_bins > 1 else torch.zeros(1, dtype=torch.float64, device="cpu")
+    )
+    return RouterTargets(router_queries.transpose(1, 2).contiguous(), share, list_mass, bin_mass, counts, centres.float())
+
+
+def _window(positions: Tensor, window: int) -> Tensor:
+    """The newest ``window`` tokens of each position, its own included: int64 (q, window)."""
+    return positions[:, None] - torch.arange(window, dtype=torch.int64, device=positions.device)
