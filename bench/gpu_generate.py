@@ -26,8 +26,8 @@ import gpu_harness as harness
 import gpu_step
 import saap_index
 from saap_index.hf import capture, support
-from saap_index.search.params import SearchParametersIVF
 from saap_index.routers import model_shape
+from saap_index.search.params import SearchParametersIVF
 
 ROOM = 1024
 CHECKED = 12

@@ -34,7 +34,8 @@ import gpu_sass
 from gpu_coverage import CountingRuntime, Lines
 from gpu_sass import Block
 from gpu_scene import Scene, Size, Start, Watched
-from saap_index.backends.cuda import nvrtc as gpu_nvrtc, source as gpu_source
+from saap_index.backends.cuda import nvrtc as gpu_nvrtc
+from saap_index.backends.cuda import source as gpu_source
 
 RECORD = harness.ROOT / "tests/step_model.json"
 MEASURED = harness.ROOT / "bench/results/gpu-2026-11-27-h200"

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from saap_index import Rope
-from saap_index.backends.base import Budget, RouterWeights
-from saap_index.backends.cuda.session import CudaResident
-from saap_index.backends.resident import Placement, Routing
-from saap_index.backends.cuda.route import pack_router
 from saap_index.backends.cuda.launch import Kernel, Runtime
+from saap_index.backends.cuda.route import pack_router
+from saap_index.backends.cuda.session import CudaResident
+from saap_index.backends.types import Budget, Placement, Routing
+from saap_index.backends.weights import RouterWeights
 from saap_index.invlists.layout import Layout
 
 Grid = tuple[int, int, int]

@@ -34,8 +34,8 @@ from torch import Tensor
 import gpu_baselines
 import gpu_harness as harness
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF
-from saap_index.search import attend
 from saap_index.backends import RouterWeights, get_backend
+from saap_index.search import attend
 
 CASES = [
     (131072, 1), (131072, 8), (524288, 1), (524288, 8), (32768, 1), (32768, 8), (131072, 4), (1048576, 1), (524288, 4),

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from saap_index import _cpu
-from saap_index.backends.base import Budget, Rotation, RouterWeights
 from saap_index.backends.cpu import CpuBackend
-from saap_index.backends.search import Search
 from saap_index.backends.plain_torch import TorchBackend
+from saap_index.backends.types import Budget, Rotation, Search
+from saap_index.backends.weights import RouterWeights
 
 
 @dataclass(frozen=True)

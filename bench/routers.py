@@ -25,8 +25,8 @@ import torch
 
 from saap_index import Layout, Rope, TwoTower
 from saap_index.pipeline.measure import SHARES, Measured, measure
-from saap_index.training.layer import Trained, TrainingSequence, train_layer
 from saap_index.training.config import TrainingConfig
+from saap_index.training.layer import Trained, TrainingSequence, train_layer
 from saap_lab.smollm2 import capture
 from saap_lab.smollm2.capture import Capture
 

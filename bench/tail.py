@@ -29,8 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saap_index import AsymmetricIndex, KeyQuantizer, Rope, Routers, SearchParametersIVF, TwoTower, load_routers
-from saap_index.hf import support
-from saap_index.hf import models
+from saap_index.hf import models, support
 from saap_index.pipeline.texts import read_texts, take
 from saap_lab.replace import Prompt, read_prompt
 

@@ -10,21 +10,36 @@ Inside Hugging Face transformers: model = saap_index.attach(model, routers), and
 
 from typing import Any
 
-from .search.attend import Selection, merge_states
 from .backends import register_backend
-from .routing.calibration import Calibration
-from .errors import CompatibilityError, DeviceError, DTypeError, FormatError, LayoutError, LengthError, MissingDependencyError, NotFiniteError, NotTrainedError, ParameterError, SaapError, ShapeError, StateError
+from .errors import (
+    CompatibilityError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    LayoutError,
+    LengthError,
+    MissingDependencyError,
+    NotFiniteError,
+    NotTrainedError,
+    ParameterError,
+    SaapError,
+    ShapeError,
+    StateError,
+)
 from .index import AsymmetricIndex
-from .io import read_index, write_index
 from .invlists.layout import Layout
-from .search.params import SearchParametersIVF
+from .io import read_index, write_index
+from .routers import LayerRouters, Routers, load_routers, save_routers
+from .routers import load_routers as from_pretrained
+from .routing.calibration import Calibration
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.router import QueryRouter
-from .routers import LayerRouters, Routers, load_routers, save_routers
-from .routers import load_routers as from_pretrained
-from .search.stats import IndexStats, SearchStats
 from .routing.two_tower import TwoTower
+from .search.params import SearchParametersIVF
+from .search.selection import Selection
+from .search.states import merge_states
+from .search.stats import IndexStats, SearchStats
 from .training.config import TrainingConfig
 
 __version__ = "0.1.0"

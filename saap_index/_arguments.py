@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import checks
 from .errors import ShapeError
-from .invlists.segmented import SegmentedInvertedLists
 from .invlists.layout import MAX_QUERY_TOKENS
+from .invlists.segmented import SegmentedInvertedLists
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from . import checks, ops
 from ._arguments import IndexArguments
-from .search.attend import Selection
 from .backends import Frequencies, get_backend
-from .routing.calibration import Calibration
 from .errors import CompatibilityError, ParameterError, StateError
-from .invlists.segmented import SegmentedInvertedLists
 from .invlists.layout import Layout
-from .search.params import SELECTIVITY, SearchParametersIVF
+from .invlists.segmented import SegmentedInvertedLists
+from .routing.calibration import Calibration
 from .routing.quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
 from .routing.rope import Rope
 from .routing.router import QueryRouter
 from .routing.two_tower import TwoTower
+from .search.params import SELECTIVITY, SearchParametersIVF
+from .search.selection import Selection
 from .whole import signals_wait
 
 MAX_DIM = 256

@@ -13,14 +13,15 @@ from typing_extensions import Self
 
 from . import checks, ops
 from ._storage import IndexStorage
-from .search.attend import Selection, search
 from .backends import Rotation
-from .backends.resident import MAX_STEP_TOKENS, Routing
-from .routing.calibration import Calibration
-from .search.session import DecodeState
+from .backends.types import MAX_STEP_TOKENS, Routing
 from .errors import StateError
 from .invlists.segmented import SegmentedInvertedLists
+from .routing.calibration import Calibration
 from .search.params import SearchParametersIVF
+from .search.select import search
+from .search.selection import Selection
+from .search.session import DecodeState
 from .search.stats import IndexStats
 
 
@@ -266,7 +267,7 @@ class IndexDecode(IndexStorage):
         return Routing(known.router, known.first_knot, known.count_lists, rotation=self._query_rotation(q))
 
     def _given(self, params: SearchParametersIVF) -> tuple[Any, Tensor | None]:
-        """Shares and miss, see `attend.select`."""
+        """Shares and miss, see `select.select`."""
         return self._budget_shares, None if params.target_mass is None else self._allowed_miss(params.target_mass)
 
     def _allowed_miss(self, target: float) -> Tensor:

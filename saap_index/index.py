@@ -16,13 +16,15 @@ from torch import Tensor
 from . import checks, interop
 from ._arguments import Form
 from ._decode import IndexDecode
-from .search.attend import MOST_PLANS, Selection, attend, best_of, read_ids, select, select_each, select_lists, side_by_side, widen
-from .backends.resident import MAX_STEP_TOKENS
-from .routing.calibration import CONFIDENCE, calibrate
+from .backends.types import MAX_STEP_TOKENS
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
+from .routing.calibration import CONFIDENCE, calibrate
 from .search.params import SearchParametersIVF
-from .training.layer import train_layer
+from .search.plan import MOST_PLANS
+from .search.select import attend, best_of, select, select_each, select_lists, side_by_side, widen
+from .search.selection import Selection, read_ids
 from .training.config import TrainingConfig
+from .training.layer import train_layer
 
 
 class AsymmetricIndex(IndexDecode):
@@ -352,7 +354,7 @@ class AsymmetricIndex(IndexDecode):
         return select(self._backend, lists, router, prepared, routed, rotation, params, shares, miss)
 
     def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
-        """`_select` for every query on its own, see `attend.select_each`."""
+        """`_select` for every query on its own, see `select.select_each`."""
         self._refuse_capture("a selection apart from attention")
         settings, q = self._settings(params), x.shape[3]
         wide = (settings.window or 0) > self.window or (settings.sinks or 0) > self.sinks

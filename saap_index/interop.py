@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,8 +11,7 @@ from .errors import CompatibilityError, MissingDependencyError, NotTrainedError,
 from .routing.quantizer import KeyQuantizer
 from .routing.router import QueryRouter
 
-if TYPE_CHECKING:
-    from .index import AsymmetricIndex
+Index = TypeVar("Index")
 
 
 def _faiss() -> Any:
@@ -25,7 +24,7 @@ def _faiss() -> Any:
     return faiss
 
 
-def to_faiss(index: AsymmetricIndex, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndarray]:
+def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndarray]:
     """A FAISS `IndexIVFFlat` (inner product, float32) with the keys of one KV head, and its values.
 
     Every token is in the list it has here, or would get when sealed; ids are positions. Returns (faiss index, values), values :
@@ -65,7 +64,7 @@ def to_faiss(index: AsymmetricIndex, sequence: int = 0, head: int = 0) -> tuple[
     return found, values
 
 
-def from_faiss(cls: type[AsymmetricIndex], faiss_index: Any, values: np.ndarray, options: dict[str, Any]) -> AsymmetricIndex:
+def from_faiss(cls: type[Index], faiss_index: Any, values: np.ndarray, options: dict[str, Any]) -> Index:
     """An index of one head with the lists of a FAISS `IndexIVFFlat`, routed symmetrically; see `AsymmetricIndex.from_faiss`."""
     faiss = _faiss()
     source = faiss.downcast_index(faiss_index)
@@ -90,7 +89,8 @@ def from_faiss(cls: type[AsymmetricIndex], faiss_index: Any, values: np.ndarray,
     order = np.argsort(ids, kind="stable")
     if not np.array_equal(ids[order], np.arange(n)):
         raise ParameterError(f"faiss_index: expected ids 0 to {n - 1}, each once, got others")
-    found = cls(d=source.d, nlist=source.nlist, d_v=values.shape[1], **options)
+    made: Any = cls
+    found = made(d=source.d, nlist=source.nlist, d_v=values.shape[1], **options)
     centroids = np.ascontiguousarray(source.quantizer.reconstruct_n(0, source.nlist), np.float32)[None]
     found.key_quantizer = KeyQuantizer(torch.from_numpy(centroids))
     found.query_router = QueryRouter.symmetric(torch.from_numpy(centroids))

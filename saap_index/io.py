@@ -18,13 +18,13 @@ from torch import Tensor
 
 from . import checks, files
 from .backends import NETWORK, RouterWeights
-from .routing.calibration import TARGETS, Calibration
 from .errors import FormatError, SaapError
-from .invlists.gaps import Gaps
 from .index import AsymmetricIndex
+from .invlists.gaps import Gaps
+from .invlists.rotated import RotationLengths
+from .routing.calibration import TARGETS, Calibration
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
-from .invlists.rotated import RotationLengths
 from .routing.router import QueryRouter
 from .routing.two_tower import TwoTower
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from . import checks, files
 from .backends import RouterWeights
-from .routing.calibration import Calibration
 from .errors import CompatibilityError, DeviceError, FormatError, ParameterError
 from .index import AsymmetricIndex
+from .routing.calibration import Calibration
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.rope_config import _head_dim, _read, _text_config

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from saap_index.backends.cuda import nvrtc as gpu_nvrtc, source as gpu_source
+from saap_index.backends.cuda import nvrtc as gpu_nvrtc
+from saap_index.backends.cuda import source as gpu_source
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 LAUNCHERS = ("gpu_build", "gpu_route", "gpu_route_select", "gpu_scan", "gpu_seal", "gpu_select", "gpu_selftest")

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saap_index.backends.base import Budget, Rotation, RouterWeights, Tail
 from saap_index.backends.cpu import CpuBackend
+from saap_index.backends.types import Budget, Rotation, Tail
+from saap_index.backends.weights import RouterWeights
 from saap_index.errors import DTypeError, LayoutError, LengthError, ShapeError
 
 _cpu = pytest.importorskip("saap_index._cpu", reason="the native kernels were not built")

@@ -12,8 +12,8 @@ from hf_models import CACHE, SMALL, greedy, make_routers, prompt, sealed_tokens,
 
 import saap_index as saap
 from saap_index.hf import crossover as module
-from saap_index.hf.crossover import FILE, LENGTHS, NOWHERE, Crossover, crossover, measured
 from saap_index.hf.break_even import LayerTimes, key_of
+from saap_index.hf.crossover import FILE, LENGTHS, NOWHERE, Crossover, crossover, measured
 
 WITHOUT = {name: value for name, value in SMALL.items() if name != "break_even"}
 

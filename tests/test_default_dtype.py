@@ -15,7 +15,17 @@ from helpers import random_router, small_index, tokens
 
 import saap_index
 import saap_lab
-from saap_index import KeyQuantizer, QueryRouter, Rope, SearchParametersIVF, TrainingConfig, TwoTower, merge_states, read_index, write_index
+from saap_index import (
+    KeyQuantizer,
+    QueryRouter,
+    Rope,
+    SearchParametersIVF,
+    TrainingConfig,
+    TwoTower,
+    merge_states,
+    read_index,
+    write_index,
+)
 
 FACTORIES = {
     "arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "empty", "empty_permuted", "empty_strided",

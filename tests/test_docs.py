@@ -14,9 +14,9 @@ import torch
 from nanobind.stubgen import StubGen
 
 import overview
-import saap_index.search.attend
 import saap_index.index
 import saap_index.routing.rope
+import saap_index.search.select
 from saap_index import _cpu
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ def test_document(path: str) -> None:
     assert runner.tries and not runner.failures
 
 
-@pytest.mark.parametrize("module", [saap_index.search.attend, saap_index.index, saap_index.routing.rope])
+@pytest.mark.parametrize("module", [saap_index.search.select, saap_index.index, saap_index.routing.rope])
 def test_docstrings(module) -> None:
     names = {"torch": torch, **vars(saap_index)}
     result = doctest.testmod(module, extraglobs=names)

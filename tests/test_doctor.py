@@ -19,9 +19,9 @@ from saap_index.backends import native
 from saap_index.hf import detach
 from saap_index.hf.attach import Attachment
 from saap_index.hf.cache import ATTACHED
+from saap_index.hf.models import LoadedModel, load_model
 from saap_index.hf.plan import make_plan
 from saap_index.hf.support import decoder_of
-from saap_index.hf.models import LoadedModel, load_model
 from saap_lab.doctor import inside, machine, versions
 from saap_lab.doctor.findings import FAIL, OK, SKIPPED, WARN, Finding, as_json, check, status, table
 from saap_lab.smollm2 import model as demo_model

@@ -14,7 +14,29 @@ import torch
 from helpers import random_router, small_index, tokens
 
 import saap_index
-from saap_index import AsymmetricIndex, CompatibilityError, DeviceError, DTypeError, FormatError, KeyQuantizer, LayoutError, LengthError, NotFiniteError, NotTrainedError, ParameterError, QueryRouter, Rope, SaapError, SearchParametersIVF, ShapeError, StateError, TrainingConfig, merge_states, read_index, write_index
+from saap_index import (
+    AsymmetricIndex,
+    CompatibilityError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    KeyQuantizer,
+    LayoutError,
+    LengthError,
+    NotFiniteError,
+    NotTrainedError,
+    ParameterError,
+    QueryRouter,
+    Rope,
+    SaapError,
+    SearchParametersIVF,
+    ShapeError,
+    StateError,
+    TrainingConfig,
+    merge_states,
+    read_index,
+    write_index,
+)
 from saap_index.backends import RouterWeights
 
 BACKENDS = ("cpu", "torch", "reference")

@@ -10,9 +10,18 @@ from helpers import random_router, small_index, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saap_index import AsymmetricIndex, CompatibilityError, DeviceError, DTypeError, LengthError, ParameterError, Rope, SearchParametersIVF, ShapeError
-from saap_index.backends import get_backend
-from saap_index.backends import native
+from saap_index import (
+    AsymmetricIndex,
+    CompatibilityError,
+    DeviceError,
+    DTypeError,
+    LengthError,
+    ParameterError,
+    Rope,
+    SearchParametersIVF,
+    ShapeError,
+)
+from saap_index.backends import get_backend, native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -116,7 +125,7 @@ def test_many_queries_are_as_many_searches(params: dict[str, float], backend: st
             stored, _ = index.reconstruct(read[i][head // 2].numpy(), sequence=i)
             want = (stored[head // 2].float() @ one[i, head, 0]).sort(descending=True)
             assert ids[i, head, j].tolist() == read[i][head // 2][want.indices[:6]].tolist()
-    monkeypatch.setattr("saap_index.search.attend.GATHER_BYTES", 1)
+    monkeypatch.setattr("saap_index.search.select.GATHER_BYTES", 1)
     again = index.search(queries, 6, params=asked)
     assert torch.equal(again[1], ids) and torch.allclose(again[0], scores, rtol=1e-5)
     assert stats.dense_tokens > 0 and stats.kv_bytes > 0 and (stats.read_sealed > 0 or params == {"selectivity": 1.0})
@@ -177,7 +186,7 @@ def test_best_rows_refuse_what_is_not_there() -> None:
 
 def test_many_queries_go_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """FAISS's search is twice as fast (bench/search.py); products by torch over gathered keys were six times slower than that."""
-    monkeypatch.setattr("saap_index.search.attend._best_rows", None)
+    monkeypatch.setattr("saap_index.search.select._best_rows", None)
     index = filled()
     assert index.search(tokens(1, 4, 50, 32), 3)[1].shape == (1, 4, 50, 3)
 

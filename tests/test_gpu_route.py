@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from saap_index import reference
-from saap_index.backends.base import Rotation, RouterWeights
 from saap_index.backends.cuda import route as gpu_route
+from saap_index.backends.types import Rotation
+from saap_index.backends.weights import RouterWeights
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
 

@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 from test_gpu_select import FIRST_KNOT, SCHEDULES, SEEDS, UNTOUCHED, Array, make_tables, runtime
 from torch import Tensor
 
-from saap_index.backends.base import Rotation, RouterWeights
-from saap_index.backends.cuda import route as gpu_route, route_select as gpu_route_select, select as gpu_select
+from saap_index.backends.cuda import route as gpu_route
+from saap_index.backends.cuda import route_select as gpu_route_select
+from saap_index.backends.cuda import select as gpu_select
 from saap_index.backends.cuda.route_select import RouteSelect, RouteSelectShape
 from saap_index.backends.cuda.scan import Runs
+from saap_index.backends.types import Rotation
+from saap_index.backends.weights import RouterWeights
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
 

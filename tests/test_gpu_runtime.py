@@ -15,9 +15,12 @@ import torch
 
 from saap_index import AsymmetricIndex, DeviceError, MissingDependencyError, ParameterError, checks, register_backend
 from saap_index.backends import get_backend
-from saap_index.backends.plain_torch import TorchBackend
-from saap_index.backends.cuda import driver as gpu_driver, nvrtc as gpu_nvrtc, runtime as gpu_runtime, source as gpu_source
+from saap_index.backends.cuda import driver as gpu_driver
+from saap_index.backends.cuda import nvrtc as gpu_nvrtc
+from saap_index.backends.cuda import runtime as gpu_runtime
+from saap_index.backends.cuda import source as gpu_source
 from saap_index.backends.cuda.launch import Launch
+from saap_index.backends.plain_torch import TorchBackend
 
 CUDA = torch.device("cuda", 0)
 PARAMS = np.dtype([("x", "u8"), ("n", "i4")], align=True)

@@ -14,8 +14,8 @@ from hf_models import CACHE, SMALL, attached, greedy, left_padded, make_routers,
 from torch import Tensor
 
 import saap_index as saap
-from saap_index.hf.crossover import Crossover
 from saap_index.hf import GraphWarning, break_even, capture, graphs
+from saap_index.hf.crossover import Crossover
 from saap_index.hf.graphs import GraphedDecoder
 
 

@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from saap_index import AsymmetricIndex, Calibration, FormatError, QueryRouter, Rope, SearchParametersIVF, read_index, write_index
-from saap_index.routing.calibration import TARGETS
 from saap_index.io import _checksum
+from saap_index.routing.calibration import TARGETS
 
 D, E, NLIST, HQ, H = 32, 40, 4, 4, 2
 ROPES = {

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from saap_index import Rope, Routers, cli, load_routers, save_routers
 from saap_index.errors import CompatibilityError, LengthError, ParameterError
 from saap_index.hf.models import LoadedModel
-from saap_index.pipeline.train import TrainSettings, train_model
+from saap_index.pipeline.settings import TrainSettings
+from saap_index.pipeline.train import train_model
 from saap_lab import eval_command, evaluate, flags, quality, replace, report
 from saap_lab.compare import Task, compare
 from saap_lab.eval_command import router_task

@@ -53,7 +53,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.stablelm import modeling_stablelm
 
-from saap_index.backends.base import Rotation
+from saap_index.backends.types import Rotation
 from saap_index.errors import CompatibilityError, DTypeError, FormatError, ParameterError, ShapeError
 from saap_index.routing.rope import Rope
 

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from saap_index import FormatError, LayerRouters, Routers, SaapError, load_routers, save_routers
 from saap_index.backends import RouterWeights
+from saap_index.routers import ARRAYS, CONFIG, _checksum
 from saap_index.routing.calibration import TARGETS, Calibration
 from saap_index.routing.quantizer import KeyQuantizer
 from saap_index.routing.rope import Rope
 from saap_index.routing.router import QueryRouter
-from saap_index.routers import ARRAYS, CONFIG, _checksum
 from saap_index.routing.two_tower import TwoTower
 
 HEADS, D, UNITS, NLIST = 2, 8, 3, 4

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saap_index import AsymmetricIndex, LengthError, Rope, SearchParametersIVF, ShapeError, StateError
-from saap_index.search.attend import _plan, _search
 from saap_index.backends import Budget, Search
+from saap_index.backends.base import PreparedSearch
 from saap_index.backends.cpu import CpuBackend
-from saap_index.backends.search import PreparedSearch
+from saap_index.search.plan import _plan
+from saap_index.search.select import _search
 
 PARAMETERS = [
     {"selectivity": 0.2}, {"selectivity": 1e-6}, {"nprobe": 2}, {"target_mass": 0.5}, {"selectivity": 0.3, "tail": 0.4},

@@ -14,7 +14,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from saap_index import AsymmetricIndex, CompatibilityError, ParameterError, Rope, SaapError, SearchParametersIVF, read_index, write_index
+from saap_index import (
+    AsymmetricIndex,
+    CompatibilityError,
+    ParameterError,
+    Rope,
+    SaapError,
+    SearchParametersIVF,
+    read_index,
+    write_index,
+)
 
 BACKENDS = ("cpu", "torch", "reference")
 PARAMS = st.one_of(

@@ -15,7 +15,19 @@ from test_backends import backend, check_probe, over_backends, probes, tables_of
 from test_training import asymmetric, index_for
 from torch import Tensor
 
-from saap_index import AsymmetricIndex, Calibration, CompatibilityError, LengthError, NotTrainedError, ParameterError, QueryRouter, SearchParametersIVF, ShapeError, TrainingConfig, reference
+from saap_index import (
+    AsymmetricIndex,
+    Calibration,
+    CompatibilityError,
+    LengthError,
+    NotTrainedError,
+    ParameterError,
+    QueryRouter,
+    SearchParametersIVF,
+    ShapeError,
+    TrainingConfig,
+    reference,
+)
 from saap_index.backends import Budget
 from saap_index.routing.calibration import TARGETS, WORD
 

@@ -23,8 +23,8 @@ from saap_index.errors import MissingDependencyError, ParameterError
 from saap_index.hf import models
 from saap_index.pipeline.command import say
 from saap_index.pipeline.texts import TokenSequence, digest, read_texts, take
-from saap_index.routing.rope import Rope
 from saap_index.routers import Routers, load_routers
+from saap_index.routing.rope import Rope
 
 from . import evaluate, linear, moa_profile, page, plots, report
 from .evaluate import Records, Settings

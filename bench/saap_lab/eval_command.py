@@ -25,8 +25,7 @@ from typing import Any
 import torch
 
 from saap_index.errors import LengthError, ParameterError
-from saap_index.hf import support
-from saap_index.hf import models
+from saap_index.hf import models, support
 from saap_index.pipeline.command import say
 from saap_index.pipeline.texts import TokenSequence, read_texts, take
 from saap_index.routers import Routers, load_routers

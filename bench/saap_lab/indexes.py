@@ -17,8 +17,8 @@ import torch
 from saap_index.files import make_folder
 from saap_index.index import AsymmetricIndex
 from saap_index.io import read_index, write_index
-from saap_index.routing.quantizer import KeyQuantizer
 from saap_index.routers import Routers
+from saap_index.routing.quantizer import KeyQuantizer
 from saap_index.training.config import TrainingConfig
 
 from .evaluate import Settings

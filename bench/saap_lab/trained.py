@@ -12,8 +12,8 @@ from typing import Any
 
 from saap_index.errors import ParameterError
 from saap_index.invlists.layout import Layout
-from saap_index.search.params import TARGET_CAP, SearchParametersIVF
 from saap_index.routers import Routers
+from saap_index.search.params import TARGET_CAP, SearchParametersIVF
 
 from .flags import check_names
 from .method import ITEM_BYTES, Method

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError
-from .base import NETWORK, Arena, Backend, Budget, Frequencies, Rotation, RouterWeights, SegmentChange, Tail
-from .reference import ReferenceBackend
-from .search import Search
+from .base import Arena, Backend, Frequencies, SegmentChange
 from .plain_torch import TorchBackend
+from .reference import ReferenceBackend
+from .types import Budget, Rotation, Search, Tail
+from .weights import NETWORK, RouterWeights
 
 __all__ = [
     "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Rotation", "RouterWeights", "Search", "SegmentChange", "Tail",
@@ -28,8 +29,8 @@ def _cpu(device: torch.device) -> Backend:
 
 
 def _cuda(device: torch.device) -> Backend:
-    from .cuda.runtime import runtime
     from .cuda.backend import CudaBackend
+    from .cuda.runtime import runtime
 
     if device.type != "cuda":
         raise DeviceError(f"backend: 'cuda' expects device 'cuda', got {str(device)!r}")

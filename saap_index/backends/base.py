@@ -17,119 +17,16 @@ segments may keep the mean key and the mean value of each run, by which a run th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..precision import full_precision
-
-if TYPE_CHECKING:
-    from .resident import Resident
-    from .search import PreparedSearch, Search
-
-
-NETWORK = ("hidden", "bias_hidden", "out", "skip", "bias_out")
-"""The tensors that every `RouterWeights` has."""
-
-COMPARED = ("lists", "list_scales")
-"""Those of one that compares its outputs with the lists."""
-
-
-@dataclass(frozen=True)
-class RouterWeights:
-    """The query router of every KV head, as plain arrays: y, a, c = split(skip x + out silu(hidden x + bias_h) + bias_o).
-
-    hidden : float32 (h, u, d); bias_hidden : float32 (h, u); out : float32 (h, k + m + 1, u)
-    skip : float32 (h, k + m + 1, d); bias_out : float32 (h, k + m + 1)
-    lists : float32 (h, l, k), list_scales : float32 (h, k), or both None
-
-    The first k outputs, y, give z, log attention mass per token of each list: z = y and k = l without ``lists``, with them
-    z = lists (list_scales y). The next m outputs are a at the knots of the log2 distance, the last is c, whose sigmoid is the
-    share of the attention that lies outside sinks and window. u = 0 gives a linear router, m = 0 one without distance; k outputs
-    alone one without c too. Standardisation of the input is folded into the weights.
-
-    A matrix of whole numbers up to 127 takes a byte per number, one of bfloat16's values two, any other four.
-    """
-
-    hidden: Tensor
-    bias_hidden: Tensor
-    out: Tensor
-    skip: Tensor
-    bias_out: Tensor
-    nlist: int
-    lists: Tensor | None = None
-    list_scales: Tensor | None = None
-
-    @property
-    def leading(self) -> int:
-        """k, the outputs before those of distance."""
-        return self.nlist if self.lists is None else int(self.lists.shape[2])
-
-    @property
-    def num_knots(self) -> int:
-        return max(0, int(self.bias_out.shape[1]) - self.leading - 1)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name; those of `COMPARED` only if there are lists."""
-        return {name: getattr(self, name) for name in (NETWORK if self.lists is None else NETWORK + COMPARED)}
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], nlist: int, prefix: str = "") -> RouterWeights:
-        """From `tensors`, or from a file's that has them under ``prefix`` and their names. LookupError if some are missing."""
-        names = NETWORK + COMPARED if any(prefix + name in tensors for name in COMPARED) else NETWORK
-        return cls(**{name: tensors[prefix + name] for name in names}, nlist=nlist)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> RouterWeights:
-        """With every tensor changed."""
-        return RouterWeights.of({name: change(x) for name, x in self.tensors().items()}, self.nlist)
-
-    @full_precision
-    def composed(self) -> RouterWeights:
-        """The same router with an output for each list in place of ``lists``: for a backend of one product."""
-        if self.lists is None or self.list_scales is None:
-            return self
-        k, lists = self.leading, self.lists * self.list_scales[:, None]
-        out, skip = (torch.cat([lists @ x[:, :k], x[:, k:]], 1) for x in (self.out, self.skip))
-        bias = torch.cat([(lists @ self.bias_out[:, :k, None])[..., 0], self.bias_out[:, k:]], 1)
-        return RouterWeights(self.hidden, self.bias_hidden, out, skip, bias, self.nlist)
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Of what is read for a query, once per call whatever the batch."""
-        both = torch.cat([self.out, self.skip], 2)  # side by side in what is packed
-        return _nbytes(self.hidden) + _nbytes(both) + self.bias_hidden.nbytes + self.bias_out.nbytes + self.list_bytes
-
-    @cached_property
-    def list_bytes(self) -> int:
-        """The part of `nbytes` that is of the lists alone: with lists of a prompt's own nobody else reads it."""
-        return 0 if self.lists is None or self.list_scales is None else _nbytes(self.lists) + self.list_scales.nbytes
-
-
-def _nbytes(weights: Tensor) -> int:
-    if weights.ndim < 3:
-        return weights.nbytes
-    if bool(((weights == weights.round()) & (weights.abs() <= 127)).all()):
-        return weights.numel()
-    return weights.numel() * (2 if torch.equal(weights, weights.bfloat16().float()) else 4)
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Angles that undo RoPE for n consecutive tokens: cos, sin : float32 (n, r / 2), r rotated dims of d, r even.
-
-    interleaved False (half-split, Llama): pairs are dims (i, i + r/2); True (GPT-J): pairs are dims (2i, 2i + 1).
-    Undoing computes x' = (x cos + y sin) * scale, y' = (y cos - x sin) * scale for a pair (x, y); other dims pass through.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    interleaved: bool
-    scale: float
+from .types import Budget, Placement, Probed, Rotation, Routing, Search, Tail
+from .weights import RouterWeights
 
 
 @dataclass(frozen=True)
@@ -170,63 +67,6 @@ class Arena:
     mean_keys: Tensor
     mean_values: Tensor
     given: Tensor | None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What `Backend.probe` may take of each (sequence, KV head).
-
-    rows : int32 (b, h), most rows.
-    nprobe : 0, or lists to visit whole, as SAAP was published; then there is neither ``miss`` nor ``entries``.
-    miss : float32 (h,) or None: attention per query vector, as predicted, that may stay unread outside sinks and window; no
-        further run is taken once no more than that is left. Needs count_lists and a router with c.
-    entries : int32 (b, h) or None, most unread runs to enter through their means. Needs count_lists.
-    means : leading segments of each sequence that have run means, b numbers <= num_segments; read with ``entries`` only.
-    """
-
-    rows: Tensor
-    nprobe: int = 0
-    miss: Tensor | None = None
-    entries: Tensor | None = None
-    means: Sequence[int] = ()
-
-
-class InRuns(Protocol):
-    """Rows where a step left them, until the next one."""
-
-    def rows(self) -> Tensor:
-        """int32 (b, h, t), in any order; anything behind the last."""
-
-
-@dataclass(frozen=True)
-class Probed:
-    """What `Backend.probe` took. rows : int32 (b, h, t), ascending, padded with -1, t = the largest count; counts : int32 (b, h).
-
-    in_runs : of a step that lists no rows; they are then (b, h, 0).
-    tail : int32 (b, h, x), numbers s * l + list of runs that enter through their means, ascending, padded with -1, x = the
-    largest count; tail_counts : int32 (b, h). Both None where ``entries`` was.
-    """
-
-    rows: Tensor
-    counts: Tensor
-    tail: Tensor | None = None
-    tail_counts: Tensor | None = None
-    in_runs: InRuns | None = None
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Runs that `Backend.scan` reads through their means, each an entry of logit scale * <q, mean key> + ln(its tokens).
-
-    runs : int32 (b, h, x), counts : int32 (b, h), as in `Probed`; none of their rows is read. tables : int32 (b, h, S, l + 1);
-    keys : storage dtype (b, h, M, l, d), values : (b, h, M, l, e), as from `Backend.means`.
-    """
-
-    runs: Tensor
-    counts: Tensor
-    keys: Tensor
-    values: Tensor
-    tables: Tensor
 
 
 class Backend(ABC):
@@ -410,3 +250,93 @@ class Backend(ABC):
 
         An associative, commutative monoid with identity (0, -inf); two empty states stay empty, never NaN.
         """
+
+
+class PreparedSearch(Protocol):
+    """A search as `Backend.prepare_search` packed it."""
+
+    def __call__(
+        self, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Probed]:
+        """queries, rotation : as in `Backend.route`; lengths : as in `Backend.scan`; ends : position of the token that comes next
+        in each sequence. A segment lies on the knots where log2 of the distance of its middle from the newest token, at least 1,
+        less first_knot does. Returns out and lse as `Backend.scan`, and what was taken.
+        """
+
+
+class Resident(ABC):
+    """The state of one batch on the device.
+
+    `append` and `step` only launch kernels. `step` writes the selection into memory of the batch, where it is valid until the
+    next one.
+    """
+
+    @property
+    @abstractmethod
+    def capturing(self) -> bool:
+        """Whether launches are recorded now, for a graph, instead of run."""
+
+    @abstractmethod
+    def enter(self) -> None:
+        """What follows, on the current stream, waits for what was started before on another; not inside a capture."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """No graph that was captured is replayed any more: what is kept for them may go."""
+
+    @abstractmethod
+    def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
+        """Whether a `step` with such queries finds its memory and kernels in place, as it does from the second time on."""
+
+    @abstractmethod
+    def prepare(self, queries: Tensor, routing: Routing | None, limits: Any) -> None:
+        """Put memory and kernels in place for a `step` with such queries."""
+
+    @abstractmethod
+    def publish(self, placement: Placement, counted: bool, budgets: Sequence[tuple[Any, Budget]]) -> None:
+        """Use this memory and these numbers from now on, and write each budget to the memory of its limits.
+
+        Flags stay as they are. counted : so do lengths and next positions, for the device has counted them itself. Does not wait
+        for the device.
+        """
+
+    @abstractmethod
+    def watch(self) -> None:
+        """Have meta fetched as it is now, for `watched`. Does not wait for the device."""
+
+    @abstractmethod
+    def watched(self) -> np.ndarray[Any, Any]:
+        """meta : int32 (b, 8) as it was when `watch` was called last; waits until then, and no longer."""
+
+    @abstractmethod
+    def limits(self, budget: Budget, most_rows: int, most_entries: int) -> Any:
+        """What a search may take, on the device for as long as its parameters are in use. No later budget exceeds the sizes.
+
+        budget : rows and entries on the host, here and in `publish`.
+        """
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> None:
+        """Append ``counts[i]`` leading tokens of sequence i, or all n <= MAX_STEP_TOKENS, and advance lengths and positions.
+
+        keys : storage dtype (b, h, n, d), values : (b, h, n, e), any strides but the last. What is not finite is stored, and
+        noted in the flags; a sequence without room is left alone, and that is noted.
+        """
+
+    @abstractmethod
+    def select(self, queries: Tensor, routing: Routing, limits: Any) -> Probed:
+        """Route and probe queries (b, h, g, q, d) of the last q tokens, into new memory, as wide as ``limits`` allow."""
+
+    @abstractmethod
+    def step(
+        self, queries: Tensor, routing: Routing | None, limits: Any, scale: float
+    ) -> tuple[Tensor, Tensor, Probed | None]:
+        """`select` and the causal `Backend.scan` over it, with nothing in between; without routing over every row.
+
+        Returns out : dtype of queries (b, h, g, q, e), lse : float32 (b, h, g, q), newly allocated, and the selection: its
+        counts, and rows or ``in_runs``.
+        """
+
+    @abstractmethod
+    def read(self) -> np.ndarray[Any, Any]:
+        """Wait for the device and return meta : int32 (b, 8); its flags are reset."""

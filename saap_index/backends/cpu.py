@@ -13,12 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import native
 from ..errors import DTypeError, LengthError, MissingDependencyError, ShapeError
-from .addresses import CODES, F32, I32, NO_TAIL, Places, angles_of, check_spans, code_of, dtype_names, lists_of, means_of, places_of, plain, rows_of
-from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
-from .search import PreparedSearch, Search
+from . import native
+from .addresses import (
+    CODES,
+    F32,
+    I32,
+    NO_TAIL,
+    Places,
+    angles_of,
+    check_spans,
+    code_of,
+    dtype_names,
+    lists_of,
+    means_of,
+    places_of,
+    plain,
+    rows_of,
+)
+from .base import Backend, PreparedSearch
 from .threads import available_cores
+from .types import Budget, Probed, Rotation, Search, Tail
+from .weights import RouterWeights
 
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..precision import full_precision
-from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
+from .base import Backend
+from .types import Budget, Probed, Rotation, Tail
+from .weights import RouterWeights
 
 ASSIGN_TOKENS = 4096  # bounds the score matrix of `assign`: tokens at a time
 

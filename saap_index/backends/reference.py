@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .base import Backend, Budget, Probed, Rotation, RouterWeights, Tail
+from .base import Backend
+from .types import Budget, Probed, Rotation, Tail
+from .weights import RouterWeights
 
 
 def _f64(x: Tensor) -> reference.Array:

@@ -23,8 +23,8 @@ from torch import Tensor
 from .. import checks
 from ..errors import ParameterError
 from ..index import AsymmetricIndex
-from ..search.params import SearchParametersIVF
 from ..precision import full_precision
+from ..search.params import SearchParametersIVF
 
 MIN_AUDITS = 16
 """Audits that a verdict needs: fewer say more of single steps than of the routers."""

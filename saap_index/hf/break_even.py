@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .. import checks
-from . import crossover
 from ..index import AsymmetricIndex
 from ..invlists.layout import NEVER
-from . import capture
+from . import capture, crossover
 
 if TYPE_CHECKING:
     from .plan import LayerPlan

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..errors import CompatibilityError, ParameterError, StateError
-from ..search.params import SearchParametersIVF
 from ..routers import Routers
+from ..search.params import SearchParametersIVF
 from ..search.stats import IndexStats
 from .calls import Call, undo_of
 from .layer import IndexedLayer

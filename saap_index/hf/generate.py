@@ -26,9 +26,8 @@ from transformers.generation.streamers import TextStreamer
 
 from .. import checks
 from ..errors import ParameterError
-from . import models
 from ..routers import load_routers
-from . import support
+from . import models, support
 from .attach import attach, detached
 from .cache import SaapCache
 

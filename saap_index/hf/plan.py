@@ -11,16 +11,16 @@ import torch
 
 from .. import checks
 from ..backends import RouterWeights
-from ..routing.calibration import Calibration
 from ..errors import CompatibilityError, ParameterError
 from ..index import AsymmetricIndex
 from ..invlists.layout import Layout
-from ..search.params import SELECTIVITY
+from ..routers import Routers
+from ..routing.calibration import Calibration
 from ..routing.quantizer import KeyQuantizer
 from ..routing.rope import Rope
 from ..routing.router import QueryRouter
-from ..routers import Routers
 from ..routing.two_tower import TwoTower
+from ..search.params import SELECTIVITY
 from . import support
 from .audit import Audit, promised_shares
 from .break_even import break_evens

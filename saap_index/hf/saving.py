@@ -25,12 +25,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .. import checks, files
 from ..errors import CompatibilityError, FormatError
-from ..invlists.gaps import Gaps
 from ..index import AsymmetricIndex
-from ..io import check_gaps, check_ids, check_tables
+from ..invlists.gaps import Gaps
 from ..invlists.layout import NEVER
-from ..routing.quantizer import KeyQuantizer
 from ..invlists.rotated import RotationLengths
+from ..io import check_gaps, check_ids, check_tables
+from ..routing.quantizer import KeyQuantizer
 from . import support
 from .layer import IndexedLayer
 from .plan import LayerPlan, Plan

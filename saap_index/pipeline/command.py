@@ -21,12 +21,13 @@ import torch
 
 from ..checks import device as checked_device
 from ..errors import ParameterError, SaapError
-from ..routing.quantizer import require_faiss
-from ..routers import Routers
-from ..training.config import ROUTERS
 from ..hf import models
+from ..routers import Routers
+from ..routing.quantizer import require_faiss
+from ..training.config import ROUTERS
 from . import texts
-from .train import PARTITIONS, Step, TrainSettings, train_model
+from .settings import PARTITIONS, TrainSettings
+from .train import Step, train_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from .budget import BudgetPlan
+from ..routers import LayerRouters
 from ..routing.calibration import replay, table
 from ..routing.rope import Rope
-from ..routers import LayerRouters
 from ..routing.two_tower import TwoTower
-from ..training.layer import Trained, TrainingSequence, train_layer
 from ..training.config import TrainingConfig
+from ..training.layer import Trained, TrainingSequence, train_layer
+from .budget import BudgetPlan
 from .measure import GRID, SHARES, Measured, measure
+from .settings import TrainSettings
 from .store import CaptureStore
-
-if TYPE_CHECKING:
-    from .train import TrainSettings
 
 MEASURED_QUERIES = 32
 """Of each sequence held out."""
 
-Positions = Callable[["TrainSettings", int], np.ndarray]
+Positions = Callable[[TrainSettings, int], np.ndarray]
 """(settings, sequence) -> positions of its queries, int64 (q,)."""
 
 

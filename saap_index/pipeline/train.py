@@ -23,81 +23,27 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .. import __version__, checks, files
-from .budget import plan_budget
+from .. import __version__, files
 from ..errors import CompatibilityError, FormatError, LengthError, ParameterError, StateError
 from ..hf import support
+from ..hf.models import LoadedModel, check_positions
 from ..hf.probe import check_rotation
-from ..invlists.layout import Layout
-from ..search.params import SELECTIVITY
+from ..routers import CONFIG, LayerRouters, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
 from ..routing.quantizer import require_faiss
 from ..routing.rope import Rope
-from ..routers import CONFIG, LayerRouters, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
-from ..training.config import ROUTERS
+from ..search.params import SELECTIVITY
 from . import capture
+from .budget import plan_budget
 from .layers import LayerResult, merge_budget, train_one
-from ..hf.models import LoadedModel, check_positions
+from .settings import TrainSettings
 from .store import CaptureStore, StoreShape
 from .texts import TokenSequence, digest
 
-PARTITIONS = ("per-prompt", "pre-rope", "post-rope")
-"""Where lists come from: k-means over each prompt, or once over the training texts, of keys with RoPE undone or as they are."""
-
 UNFINISHED = "unfinished"
 _JOB, _CAPTURES = "job.json", "captures"
-BREAK_EVEN = Layout().break_even
-"""Shorter sequences are never sealed, so a shorter context has nothing to measure on."""
 
 Step = Callable[[str, int, int], None]
 """Told of every piece of work that is done: (what, how many are, of how many)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """What decides the result, beside model and texts. tokens : to train on; context : tokens of a sequence; held_out : sequences
-    beyond those, to measure and calibrate on; queries : sampled per sequence; layers : numbers, None for all that can be indexed.
-    """
-
-    router: str = "two-tower"
-    partition: str = "per-prompt"
-    nlist: int = 256
-    tokens: int = 200_000
-    context: int = 8192
-    held_out: int = 4
-    queries: int = capture.TRAINING_QUERIES
-    layers: tuple[int, ...] | None = None
-    window: int = 128
-    sinks: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, known in (("router", ROUTERS), ("partition", PARTITIONS)):
-            if getattr(self, name) not in known:
-                raise ParameterError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if self.partition == "per-prompt" and self.router not in ("two-tower", "kmeans"):
-            raise ParameterError(
-                f"partition: expected pre-rope or post-rope for router {self.router!r}, bound to its lists, got per-prompt"
-            )
-        for name, least in (("nlist", 1), ("held_out", 1), ("queries", 1), ("window", 1), ("sinks", 0), ("seed", 0)):
-            checks.integer(getattr(self, name), name, least)
-        checks.integer(self.context, "context", self.window + self.sinks + 16)
-        checks.integer(self.tokens, "tokens", self.context)
-
-    @property
-    def sequences(self) -> int:
-        """All, those held out included."""
-        return self.tokens // self.context + self.held_out
-
-    @property
-    def held_out_numbers(self) -> tuple[int, ...]:
-        """Spread evenly, so that they are of as many kinds of text as there are."""
-        every = self.sequences
-        return tuple((2 * i + 1) * every // (2 * self.held_out) for i in range(self.held_out))
-
-    @property
-    def layout(self) -> Layout:
-        """As an index has it, but that short training contexts are sealed too."""
-        return Layout(sinks=self.sinks, window=self.window, break_even=min(BREAK_EVEN, self.context // 2))
 
 
 def train_model(

@@ -19,28 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import positions as _positions
-from ..backends.base import Frequencies, Rotation
+from ..backends.base import Frequencies
+from ..backends.types import Rotation
 from ..errors import DTypeError, FormatError, ParameterError, ShapeError
+from . import positions as _positions
 from .positions import Positions
+from .rope_config import rope_options
+from .rope_parameters import _OPTIONAL, _PARAMETERS, _POSITIVE, _REQUIRED, _boolean, _integer, _number, _positive, _yarn_magnitude
 
-# What each scaling needs, and what it may have; any other parameter given with it is an error.
-_REQUIRED: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor", "original_max_position"),
-    "yarn": ("factor", "original_max_position"),
-    "llama3": ("factor", "original_max_position", "low_freq_factor", "high_freq_factor"),
-    "longrope": ("original_max_position", "attention_factor", "short_factor", "long_factor"),
-}
-_OPTIONAL: dict[str, tuple[str, ...]] = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate")}
-_PARAMETERS = (
-    "factor", "original_max_position", "attention_factor", "beta_fast", "beta_slow", "truncate", "low_freq_factor",
-    "high_freq_factor", "short_factor", "long_factor",
-)  # fmt: skip
 SeqLen: TypeAlias = "int | Sequence[int] | np.ndarray | None"
 Length: TypeAlias = "int | tuple[int | None, ...] | None"
-_POSITIVE = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -398,43 +386,5 @@ class Rope:
         latent attention with rotary dims of its own, a family with its own rule, a scaling or parameter not known here), or if
         the config states no RoPE at all; ParameterError if layer_type is missing or unknown, or a value is outside its range.
         """
-        from .rope_config import from_config
-
-        return from_config(cls, config, layer_type, layer, interleaved)
-
-
-# -- arguments -----------------------------------------------------------------------------------------------------------
-
-
-def _integer(value: object, name: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or int(value) < least:
-        raise ParameterError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    return int(value)
-
-
-def _positive(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not 0 < value < math.inf:
-        raise ParameterError(f"{name}: expected a positive finite number, got {value!r}")
-    return float(value)
-
-
-def _boolean(value: object, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise ParameterError(f"{name}: expected a boolean, got {value!r}")
-    return value
-
-
-def _number(value: float | None) -> float:
-    """A parameter that the constructor made sure of."""
-    assert value is not None
-    return value
-
-
-def _yarn_magnitude(factor: float, weight: float) -> float:
-    """arXiv 2309.00071, equation 22: 0.1 ln(factor) + 1, the logarithm weighted as DeepSeek does."""
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-def _longrope_magnitude(factor: float, original: int) -> float:
-    """arXiv 2402.13753, section 3.3: sqrt(1 + ln(factor) / ln(original length))."""
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        options = rope_options(config, layer_type, layer, interleaved)
+        return None if options is None else cls(**options)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CompatibilityError, ParameterError
-from .rope import _OPTIONAL, _REQUIRED, Rope, _integer, _longrope_magnitude, _positive, _yarn_magnitude
+from .rope_parameters import _OPTIONAL, _REQUIRED, _integer, _longrope_magnitude, _positive, _yarn_magnitude
 
 _INTERLEAVED = {
     "codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium", "llama4_text",
@@ -47,8 +47,8 @@ def _text_config(config: Any) -> Any:
     return config if text is None else text
 
 
-def from_config(cls: type[Rope], config: Any, layer_type: str | None, layer: int | None, interleaved: bool | None) -> Rope | None:
-    """See `Rope.from_config`."""
+def rope_options(config: Any, layer_type: str | None, layer: int | None, interleaved: bool | None) -> dict[str, Any] | None:
+    """What `Rope.from_config` makes a `Rope` of, by argument; None for no rotation. Arguments and errors as there."""
     config = _text_config(config)
     model_type = str(_read(config, "model_type", ""))
     if model_type in _OWN_RULE or _read(config, "layer_rope_theta") is not None:
@@ -61,10 +61,10 @@ def from_config(cls: type[Rope], config: Any, layer_type: str | None, layer: int
     if _read(config, "qk_rope_head_dim") is not None:
         raise CompatibilityError(f"config: expected rotary dims that lead each head, got latent attention ({model_type!r})")
     if model_type in ("gptj", "codegen"):
-        return cls(
-            _head_dim(config), rotary_dim=_integer(_read(config, "rotary_dim"), "rotary_dim", 2),
-            interleaved=True if interleaved is None else interleaved,
-        )  # fmt: skip
+        return {
+            "head_dim": _head_dim(config), "rotary_dim": _integer(_read(config, "rotary_dim"), "rotary_dim", 2),
+            "interleaved": True if interleaved is None else interleaved,
+        }  # fmt: skip
     found = _rope_parameters(config, layer_type)
     if found is None:
         return None
@@ -83,14 +83,10 @@ def from_config(cls: type[Rope], config: Any, layer_type: str | None, layer: int
     head_dim = _head_dim(config)
     partial = parameters.get("partial_rotary_factor")
     partial = _read(config, "rotary_pct", _PARTIAL.get(model_type, 1.0)) if partial is None else partial
-    return cls(
-        head_dim,
-        theta=theta,
-        rotary_dim=int(head_dim * _positive(partial, "partial_rotary_factor")),
-        interleaved=model_type in _INTERLEAVED if interleaved is None else interleaved,
-        scaling=kind,
-        **_scaling(kind, parameters, config, nested),
-    )
+    return {
+        "head_dim": head_dim, "theta": theta, "rotary_dim": int(head_dim * _positive(partial, "partial_rotary_factor")),
+        "interleaved": model_type in _INTERLEAVED if interleaved is None else interleaved, "scaling": kind,
+    } | _scaling(kind, parameters, config, nested)  # fmt: skip
 
 
 def _layer_type(config: Any, layer_type: str | None, layer: int | None) -> str | None:

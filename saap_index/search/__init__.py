@@ -1,0 +1,1 @@
+"""What a search reads and makes of it: parameters, plan, selection, softmax states, statistics."""

@@ -15,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attend import Selection, everything, everything_fits, spend
 from ..backends import Budget
-from ..backends import resident as device
-from ..backends.resident import Placement, Resident, Routing
+from ..backends import types as device
+from ..backends.base import Resident
+from ..backends.types import Placement, Routing
 from ..errors import NotFiniteError, StateError
 from ..invlists.segmented import SegmentedInvertedLists
-from .params import SearchParametersIVF
 from ..routing.router import QueryRouter
+from .params import SearchParametersIVF
+from .plan import everything_fits, spend
+from .selection import Selection, everything
 
 MOST_LIMITS = 16
 """Sets of search parameters whose budgets are kept on the device, beside those a graph uses."""
@@ -242,7 +244,7 @@ class DecodeState:
         self, queries: Tensor, params: SearchParametersIVF, router: QueryRouter, routing: Routing, given: tuple[Any, Any],
         scale: float,
     ) -> tuple[Tensor, Tensor, Selection]:  # fmt: skip
-        """`search_attend` of queries (b, h, g, q, d). given : shares and miss, as in `attend.select`."""
+        """`search_attend` of queries (b, h, g, q, d). given : shares and miss, as in `select.select`."""
         self.follow()
         limits = self._budgets(params, router, given)
         if self.resident.capturing:
@@ -269,7 +271,7 @@ class DecodeState:
     def select(
         self, queries: Tensor, params: SearchParametersIVF, router: QueryRouter, routing: Routing, given: tuple[Any, Any]
     ) -> Selection:
-        """`attend.select` without what a larger window adds: the caller's own copy."""
+        """`select.select` without what a larger window adds: the caller's own copy."""
         self.follow()
         self.refuse_capture("select")
         limits = self._budgets(params, router, given)

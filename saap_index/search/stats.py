@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .attend import Selection
 from ..invlists.segmented import SegmentedInvertedLists
 from ..routing.quantizer import KeyQuantizer
 from ..routing.router import QueryRouter
+from .selection import Selection
 
 
 @dataclass(frozen=True)

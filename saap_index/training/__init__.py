@@ -1,0 +1,1 @@
+"""One layer, from keys and queries to quantizer and router."""

@@ -16,9 +16,9 @@ from torch.nn import functional
 from ..backends import RouterWeights
 from ..precision import full_precision
 from ..routing.router import QueryRouter
-from .targets import RouterTargets
 from ..routing.two_tower import TwoTower
 from .config import TrainingConfig
+from .targets import RouterTargets
 
 RIDGE = 1e-3  # of the number of queries, on standardised inputs
 LEAST_DENSITY = 1e-3  # of the mean: what a list holds that got no attention at all

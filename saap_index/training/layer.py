@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ..errors import LengthError
-from .fitting import fit_linear, train_router, train_tower
 from ..invlists.layout import Layout
 from ..precision import full_precision
 from ..routing.quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
 from ..routing.rope import Rope
 from ..routing.router import QueryRouter
-from .targets import RouterTargets, bin_edges, targets
 from ..routing.two_tower import TwoTower
 from .config import TrainingConfig
+from .fitting import fit_linear, train_router, train_tower
+from .targets import RouterTargets, bin_edges, targets
 
 MIN_FIRST_KNOT = 4  # 16 tokens: nearer ones are in any window worth the name
 

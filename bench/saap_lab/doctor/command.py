@@ -20,8 +20,8 @@ import torch
 
 from saap_index.checks import device as checked_device
 from saap_index.errors import ParameterError, SaapError
-from saap_index.search.params import SELECTIVITY
 from saap_index.routers import Routers, load_routers
+from saap_index.search.params import SELECTIVITY
 
 from .findings import FAIL, OK, SKIPPED, WARN, Finding, as_json, check, status, table
 from .machine import check_cache_folder, check_gpu, check_kernels, check_memory

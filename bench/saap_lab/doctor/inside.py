@@ -16,24 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saap_index.hf import crossover
 from saap_index.errors import CompatibilityError, LengthError
-from saap_index.hf import support
+from saap_index.hf import crossover, models, support
 from saap_index.hf.attach import Attachment, detach
 from saap_index.hf.audit import AuditWarning
 from saap_index.hf.break_even import LayerTimes, key_of
 from saap_index.hf.cache import ATTACHED, SaapCache, adopt
 from saap_index.hf.generate import decode, read
+from saap_index.hf.models import LoadedModel
 from saap_index.hf.plan import Plan, make_plan
 from saap_index.hf.slots import NEVER
-from saap_index.search.params import SELECTIVITY, SearchParametersIVF
 from saap_index.pipeline import capture
-from saap_index.hf import models
-from saap_index.hf.models import LoadedModel
+from saap_index.routers import LayerRouters, Routers, model_shape
 from saap_index.routing.quantizer import KeyQuantizer
 from saap_index.routing.rope import Rope
 from saap_index.routing.router import QueryRouter
-from saap_index.routers import LayerRouters, Routers, model_shape
+from saap_index.search.params import SELECTIVITY, SearchParametersIVF
 
 from ..needles import Needle, multi_key
 from .findings import FAIL, OK, SKIPPED, WARN, Finding, check

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from saap_index.hf import crossover
 from saap_index import files
-from saap_index.backends import get_backend
-from saap_index.backends import native
+from saap_index.backends import get_backend, native
+from saap_index.hf import crossover
 from saap_index.index import AsymmetricIndex
 from saap_index.precision import full_precision
 from saap_index.routing.quantizer import KeyQuantizer

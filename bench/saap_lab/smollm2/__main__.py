@@ -24,8 +24,8 @@ from saap_index import files
 from saap_index.errors import SaapError
 from saap_index.index import AsymmetricIndex
 from saap_index.pipeline.command import say
-from saap_index.routing.rope import Rope
 from saap_index.routers import Routers, load_routers
+from saap_index.routing.rope import Rope
 
 from . import capture, decode, model, report, routers, speed, texts
 from .capture import Capture

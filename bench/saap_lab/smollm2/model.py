@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from saap_index import files
-from saap_index.hf.crossover import cache_folder
 from saap_index.errors import MissingDependencyError
+from saap_index.hf.crossover import cache_folder
 from saap_index.hf.models import encode, from_folder, quiet
 
 __all__ = ["NAME", "TITLE", "cache_folder", "encode", "load"]

@@ -18,9 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import torch
 
 from saap_index.hf import support
-from saap_index.pipeline import command, texts
 from saap_index.hf.models import LoadedModel
-from saap_index.pipeline.train import TrainSettings, train_model
+from saap_index.pipeline import command, texts
+from saap_index.pipeline.settings import TrainSettings
+from saap_index.pipeline.train import train_model
 from saap_index.routers import CONFIG
 
 from . import model

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from saap_index.index import AsymmetricIndex
-from saap_index.search.params import SearchParametersIVF
 from saap_index.routing.rope import Rope
+from saap_index.search.params import SearchParametersIVF
 
 from .capture import Capture
 from .training import train_index

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Rotation
+from ..types import Rotation
 from .launch import CLUSTERS, Kernel, Launch, Runtime
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -14,13 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import append_assign as gpu_build, route as gpu_route, scan as gpu_scan, seal as gpu_seal, select as gpu_select
-from .launch import Runtime
 from ...errors import DTypeError
-from ..base import Arena, Budget, Frequencies, Probed, Rotation, RouterWeights, SegmentChange, Tail
-from .session import META, CudaResident, Knobs, padded, sent
-from ..resident import LENGTH, MEANS, NEXT, SEALED, SEGMENTS, SINKS, Resident
+from ..base import Arena, Frequencies, Resident, SegmentChange
 from ..plain_torch import TorchBackend
+from ..types import LENGTH, MEANS, NEXT, SEALED, SEGMENTS, SINKS, Budget, Probed, Rotation, Tail
+from ..weights import RouterWeights
+from . import append_assign as gpu_build
+from . import route as gpu_route
+from . import scan as gpu_scan
+from . import seal as gpu_seal
+from . import select as gpu_select
+from .launch import Runtime
+from .session import META, CudaResident, Knobs, padded, sent
 
 MOST_SORTED_LISTS = 32768
 """More do not fit the shared memory of a block of every device; torch sorts then."""

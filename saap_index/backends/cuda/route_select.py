@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Rotation
+from ..types import Rotation
+from .launch import Launch, Runtime
 from .route import CODES, PackedRouter, Unturn
 from .scan import Runs
 from .select import MOST_KNOTS
-from .launch import Launch, Runtime
 
 _POINTERS = (
     "queries hidden bias_hidden out bias_out inv_freq cosine sine meta tables centres budgets miss runs run_counts "

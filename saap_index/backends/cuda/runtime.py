@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from ...errors import DeviceError, MissingDependencyError, ParameterError
-from . import driver as gpu_driver, source as gpu_source
+from . import driver as gpu_driver
+from . import source as gpu_source
 from .launch import CLUSTERS, MOST_CLUSTER, Kernel
 
 LEAST_CAPABILITY = (8, 0)

@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 from ..base import Frequencies, SegmentChange
-from .append_assign import ASSIGN_JOB, DTYPES, VECTOR, AssignJobs, PackedCentroids, Turns, address, assign_jobs, pack_params, vectors
+from .append_assign import (
+    ASSIGN_JOB,
+    DTYPES,
+    VECTOR,
+    AssignJobs,
+    PackedCentroids,
+    Turns,
+    address,
+    assign_jobs,
+    pack_params,
+    vectors,
+)
 from .launch import Runtime
 
 CONFIGURATIONS: tuple[tuple[str, str, dict[str, int]], ...] = (

@@ -17,14 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import append_assign as gpu_build, route_select as gpu_route_select, seal as gpu_seal
+from ..base import Resident
+from ..types import FLAGS, LENGTH, MAX_STEP_TOKENS, NEXT, Budget, Placement, Probed, Rotation, Routing
+from . import append_assign as gpu_build
+from . import route_select as gpu_route_select
+from . import seal as gpu_seal
+from .launch import Launch, Runtime
 from .route import Route, Unturn
 from .route_select import RouteSelect, RouteSelectShape
 from .scan import Listed, Means, Runs, Scan, ScanShape, aligned
 from .select import Select, SelectShape
-from .launch import Launch, Runtime
-from ..base import Budget, Probed, Rotation
-from ..resident import FLAGS, LENGTH, MAX_STEP_TOKENS, NEXT, Placement, Resident, Routing
 
 Knobs = Mapping[str, dict[str, int]]
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,47 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import checks
-from ..backends import Backend, Budget, Rotation, Search, Tail, get_backend
-from ..backends.base import InRuns
-from ..errors import CompatibilityError, ShapeError, StateError
+from ..backends import Backend, Budget, Rotation, Search, Tail
 from ..invlists.segmented import SegmentedInvertedLists
-from .params import SearchParametersIVF
 from ..precision import full_precision
 from ..routing.router import QueryRouter
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The tokens that one call reads, the same for every query head of a KV head.
-
-    rows : int32 (b, h, t) rows inside segments, ascending, padded with -1, or None if no segment is read apart (dense, or
-    nothing sealed); counts : int32 (b, h) of them. Rows [0, sinks[i]) and [sealed[i], lengths[i]) are read besides; sealed and
-    sinks are 0 where every row is read. tail : int32 (b, h, x), numbers segment * nlist + list of the runs that are read through
-    their means, ascending, padded with -1, or None for none; tail_counts : int32 (b, h) of them. version : of the inverted lists
-    whose rows these are; None holds for any, at the caller's own risk. in_runs : of a step, where ``rows`` is (b, h, 0).
-    """
-
-    rows: Tensor | None
-    counts: Tensor | None
-    sinks: list[int]
-    sealed: list[int]
-    lengths: list[int]
-    tail: Tensor | None = None
-    tail_counts: Tensor | None = None
-    version: int | None = None
-    in_runs: InRuns | None = None
-
-    def check(self, lists: SegmentedInvertedLists) -> None:
-        """StateError if rows were chosen before they changed."""
-        if self.rows is not None and self.version not in (None, lists.version):
-            raise StateError("selection: expected one made since the last change of the index, got one of before")
-
-
-def everything(lists: SegmentedInvertedLists) -> Selection:
-    """Dense attention: every token that is stored."""
-    none = [0] * lists.batch
-    return Selection(None, None, none, none, list(lists.lengths))
+from .params import SearchParametersIVF
+from .plan import _Plan, _plan
+from .selection import Selection, _leave_out, _padded, everything
 
 
 def select(
@@ -218,75 +183,6 @@ def _search(
 GATHER_BYTES = 64 << 20
 """Most memory for keys that `best_of` looks at together."""
 
-MOST_PLANS = 16
-"""Sets of search parameters for which a plan is kept."""
-
-
-class _Plan:
-    """What a selection needs of segments and parameters: the same from step to step, until tokens are sealed.
-
-    Written to in one piece, so that threads may search one index.
-    """
-
-    __slots__ = ("budget", "key", "num_segments", "sealed", "search", "sinks", "version")
-
-    def __init__(
-        self, key: tuple[Any, ...], lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF,
-        shares: np.ndarray | None, miss: Tensor | None,
-    ) -> None:  # fmt: skip
-        batch = range(lists.batch)
-        self.version = lists.version
-        self.key = key  # holds the objects, so that no other takes the place of one that is gone
-        self.sinks, self.sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
-        self.num_segments = [len(s) for s in lists.segments]
-        sizes = [high - low for low, high in zip(self.sinks, self.sealed, strict=True)]
-        budgets = params.budgets(sizes, lists.heads, shares)
-        fits = everything_fits(params, router, sizes, budgets, miss)
-        self.budget = None if fits else spend(lists, router, params, budgets, miss)
-        self.search: tuple[Any, float, Any] | None = None  # router and scale, and what `Backend.prepare_search` made of them
-
-
-def _plan(
-    lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, shares: np.ndarray | None,
-    miss: Tensor | None,
-) -> _Plan:  # fmt: skip
-    """The plan of an earlier call with these parameters, kept with the lists, where it still holds."""
-    key = params, router, shares, miss
-    plan: _Plan | None = lists.plans.get(id(params))
-    if plan is None or plan.version != lists.version or not all(map(operator.is_, plan.key, key)):
-        if len(lists.plans) >= MOST_PLANS:
-            lists.plans.clear()
-        lists.plans[id(params)] = plan = _Plan(key, lists, router, params, shares, miss)
-    return plan
-
-
-def everything_fits(
-    params: SearchParametersIVF, router: QueryRouter, sizes: Sequence[int], budgets: np.ndarray, miss: Tensor | None
-) -> bool:
-    """Whether budgets (b, h) allow every sealed token of every sequence, ``sizes`` of them, so that nothing need be chosen."""
-    nprobe = params.nprobe or 0
-    return miss is None and (not nprobe or nprobe >= router.nlist) and bool((budgets == np.array(sizes)[:, None]).all())
-
-
-def spend(
-    lists: SegmentedInvertedLists, router: QueryRouter, params: SearchParametersIVF, budgets: np.ndarray, miss: Tensor | None,
-    device: torch.device | None = None,
-) -> Budget:  # fmt: skip
-    """Tokens to read, int32 (b, h), as rows and as entries of the tail: an entry costs the bytes of a row. On the device of the
-    lists, or on ``device``."""
-    device, nprobe = device or lists.keys.device, min(params.nprobe or 0, router.nlist)
-    if not params.tail or nprobe:
-        return Budget(torch.from_numpy(budgets).to(device), nprobe, miss)
-    if not router.count_lists:
-        raise CompatibilityError("tail: expected a query_router of mass per token, got the published classifier")
-    means = [lists.num_means(i) for i in range(lists.batch)]
-    most = np.array(means)[:, None] * lists.nlist
-    entries = np.minimum(np.floor(budgets * params.tail + 1e-6), most).astype(np.int32)
-    if not entries.any():
-        return Budget(torch.from_numpy(budgets).to(device), nprobe, miss)
-    rows = torch.from_numpy(budgets - entries).to(device)
-    return Budget(rows, nprobe, miss, torch.from_numpy(entries).to(device), means)
-
 
 def select_lists(lists: SegmentedInvertedLists, list_nos: Tensor, params: SearchParametersIVF) -> Selection:
     """Whole lists, every segment of each: list_nos : int (b, h, p), -1 for none, duplicates once. max_codes is not applied."""
@@ -300,13 +196,6 @@ def select_lists(lists: SegmentedInvertedLists, list_nos: Tensor, params: Search
             keep = chosen[i, head, :-1].expand_as(sizes[head]).reshape(-1).repeat_interleave(sizes[head].reshape(-1).long())
             picked.append(torch.nonzero(keep)[:, 0].int() + lists.sinks(i))
     return widen(lists, _padded(picked, b, h, lists), params)
-
-
-def _padded(picked: list[Tensor], b: int, h: int, lists: SegmentedInvertedLists) -> Selection:
-    rows = torch.nn.utils.rnn.pad_sequence(picked, batch_first=True, padding_value=-1).view(b, h, -1)
-    counts = torch.tensor([len(r) for r in picked], dtype=torch.int32, device=rows.device).view(b, h)
-    sinks, sealed = [lists.sinks(i) for i in range(b)], [lists.sealed(i) for i in range(b)]
-    return Selection(rows, counts, sinks, sealed, list(lists.lengths), version=lists.version)
 
 
 def widen(lists: SegmentedInvertedLists, selection: Selection, params: SearchParametersIVF) -> Selection:
@@ -333,15 +222,6 @@ def widen(lists: SegmentedInvertedLists, selection: Selection, params: SearchPar
     return wider if tail is None else replace(wider, tail=tail, tail_counts=(tail >= 0).sum(-1).int())
 
 
-def _leave_out(runs: Tensor, tables: Tensor, rows: Tensor) -> None:
-    """Take out of ``runs`` (x,), in place, those of which one of ``rows`` (t,), ascending, is read. tables : (S, l + 1)."""
-    nlist, real = tables.shape[1] - 1, runs[runs >= 0].long()
-    first, past = tables[real // nlist, real % nlist], tables[real // nlist, real % nlist + 1]
-    untouched = real[torch.searchsorted(rows, first) == torch.searchsorted(rows, past)]
-    runs.fill_(-1)
-    runs[: len(untouched)] = untouched.int()
-
-
 def attend(
     backend: Backend, lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -355,50 +235,8 @@ def attend(
     )  # fmt: skip
 
 
-def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[Tensor]]:
-    """Positions of the tokens read, those in the tail not among them, per sequence and KV head: int64, ascending.
-
-    StateError for a selection of before a change.
-    """
-    selection.check(lists)
-    found, listed = [], selection.rows if selection.in_runs is None else selection.in_runs.rows()
-    for i in range(lists.batch):
-        row_ids, low, high, n = lists.row_ids(i), selection.sinks[i], selection.sealed[i], selection.lengths[i]
-        keep = torch.zeros((lists.heads, n), dtype=torch.bool, device=row_ids.device)
-        keep[:, :low] = True
-        keep[:, high:] = True
-        for head in range(lists.heads):
-            if listed is not None and selection.counts is not None:  # of a step, anything lies behind
-                rows = listed[i, head, : int(selection.counts[i, head])]
-                keep[head, rows[rows >= 0].long()] = True
-        found.append([row_ids[head][keep[head]].long().sort().values for head in range(lists.heads)])
-    return found
-
-
 def _always(selection: Selection, i: int, device: torch.device) -> Tensor:
     """Rows of sequence i that are read besides the selected ones: int64 (t,)."""
     spans = (0, selection.sinks[i]), (selection.sealed[i], selection.lengths[i])
     return torch.cat([torch.arange(low, high, dtype=torch.int64, device=device) for low, high in spans])
 
-
-def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint token sets, from the attention over each.
-
-    out_a, out_b : float (..., e), same dtype; lse_a, lse_b : float32 (...), natural log. Returns (out, lse) alike. Associative
-    and commutative; the state of no tokens, out 0 and lse -inf, is the identity, and merging two of them gives it again.
-
-    Raises ShapeError or DTypeError. Source: Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135.
-
-    >>> out, lse = merge_states(torch.ones(2, 8), torch.zeros(2), torch.zeros(2, 8), torch.full((2,), -torch.inf))
-    >>> bool((out == 1).all()), lse.tolist()
-    (True, [0.0, 0.0])
-    """
-    if out_a.shape != out_b.shape or lse_a.shape != out_a.shape[:-1] or lse_b.shape != lse_a.shape:
-        shapes = [tuple(x.shape) for x in (out_a, lse_a, out_b, lse_b)]
-        raise ShapeError(f"merge_states: expected out (..., e) and lse (...) of the same shapes, got {shapes}")
-    for x, name in ((out_b, "out_b"),):
-        checks.array(x, name, "x " * x.ndim, list(out_a.shape), [out_a.dtype], out_a.device)
-    for x, name in ((lse_a, "lse_a"), (lse_b, "lse_b")):
-        checks.array(x, name, "x " * x.ndim, list(lse_a.shape), [torch.float32], out_a.device)
-    args = [x.contiguous() for x in (out_a, lse_a, out_b, lse_b)]
-    return get_backend(out_a.device).combine(*args)
