@@ -6,20 +6,19 @@ from glob import glob
 import nanobind
 from setuptools import Extension, find_packages, setup
 
-# Through the package's own view of the folders (symbolic links in a checkout), so that the sources lie in one place in a sdist.
-FOLDER = "saap_index/bindings/"
 setup(
     # What measures the library lies with the benchmarks, and is installed beside it.
     packages=[
         *find_packages(include=["saap_index*"], exclude=["saap_index.cuda*"]),
+        "saap_index.cuda",  # device code, which is data: no package of its own, whose name would hide NVIDIA's
         *find_packages("bench", include=["saap_lab*"]),
     ],
-    package_dir={"saap_lab": "bench/saap_lab"},
+    package_dir={"saap_lab": "bench/saap_lab", "saap_index.cuda": "cuda"},
     ext_modules=[
         Extension(
             "saap_index._cpu",
-            sorted(glob(FOLDER + "*.cpp")),
-            depends=[*glob(FOLDER + "*.h"), "saap_index/cuda/softmax_state.cuh"],
+            sorted(glob("bindings/*.cpp")),
+            depends=[*glob("bindings/*.h"), "cuda/softmax_state.cuh"],
             include_dirs=[nanobind.include_dir()],
             define_macros=[
                 ("Py_LIMITED_API", "0x030A0000"),

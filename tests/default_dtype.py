@@ -15,7 +15,7 @@ import saap_index
 import saap_lab
 
 _ROOT, _LAB = Path(saap_index.__file__).parent, Path(saap_lab.__file__).parent
-LIBRARY = tuple(f"{folder}/" for folder in {_ROOT, _ROOT.resolve(), (_ROOT / "bindings").resolve(), _LAB})
+LIBRARY = tuple(f"{folder}/" for folder in {_ROOT, _ROOT.resolve(), _LAB})
 _TORCH = f"{Path(torch.__file__).parent}/"
 
 

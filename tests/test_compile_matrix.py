@@ -23,7 +23,7 @@ from saap_index.backends.cuda import nvrtc as gpu_nvrtc
 from saap_index.backends.cuda import source as gpu_source
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
-LAUNCHERS = ("gpu_build", "gpu_route", "gpu_route_select", "gpu_scan", "gpu_seal", "gpu_select", "gpu_selftest")
+LAUNCHERS = ("append_assign", "route", "route_select", "scan", "seal", "select", "selftest")
 RECORD = Path(__file__).parent / "registers.json"
 SAMPLE = 1
 """The test compiles one in so many, and checks of all that the record is of their present text."""
@@ -36,7 +36,7 @@ def kernels() -> dict[tuple[str, tuple[tuple[str, int], ...]], set[str]]:
     """Names of the kernels that each file has to define under each set of macros."""
     found: dict[tuple[str, tuple[tuple[str, int], ...]], set[str]] = {}
     for name in LAUNCHERS:
-        for file, kernel, macros in importlib.import_module(f"saap_index.bindings.{name}").CONFIGURATIONS:
+        for file, kernel, macros in importlib.import_module(f"saap_index.backends.cuda.{name}").CONFIGURATIONS:
             found.setdefault((file, tuple(sorted(macros.items()))), set()).add(kernel)
     return found
 

@@ -34,7 +34,7 @@ FACTORIES = {
 }  # fmt: skip
 OF_DEFAULT_DTYPE = {"Tensor", "FloatTensor", "set_default_dtype", "set_default_device", "set_default_tensor_type"}
 PACKAGE, LAB = Path(saap_index.__file__).parent, Path(saap_lab.__file__).parent
-FILES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE / "bindings").glob("*.py"), *LAB.rglob("*.py")])
+FILES = sorted([*PACKAGE.rglob("*.py"), *LAB.rglob("*.py")])
 PLAIN: dict[str, list[Any]] = {}  # what `everything` gives under the usual default, by backend
 OTHERS = (torch.float64, torch.bfloat16, torch.float16)
 

@@ -44,8 +44,8 @@ def test_source_distribution_is_complete(tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.split("/", 1)[1] for name in file.getnames() if "/" in name}
-    sources = {f"saap_index/bindings/{p.name}" for p in (ROOT / "bindings").iterdir() if p.suffix in (".h", ".cpp", ".py")}
-    sources |= {f"saap_index/cuda/{p.name}" for p in (ROOT / "cuda").iterdir()}
+    sources = {f"bindings/{p.name}" for p in (ROOT / "bindings").iterdir() if p.suffix in (".h", ".cpp")}
+    sources |= {f"cuda/{p.name}" for p in (ROOT / "cuda").iterdir()}
     sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "saap_index").glob("*.py")}
     sources |= {"saap_index/py.typed", "LICENSE", "setup.py"}
     assert sources <= names, sorted(sources - names)

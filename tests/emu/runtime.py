@@ -1,4 +1,4 @@
-"""A runtime (bindings/gpu_types.py) that compiles kernels with g++ and runs them on CPU tensors, every CUDA thread a fiber.
+"""A runtime (backends/cuda/launch.py) that compiles kernels with g++ and runs them on CPU tensors, every CUDA thread a fiber.
 
 What is checked and what cannot be: README.md beside this file.
 """

@@ -1,6 +1,6 @@
 """The CUDA backend: operations of the seam as launches of the kernels in cuda/, and the resident state that decoding uses.
 
-What runs them is a runtime (bindings/gpu_types.py): CuPy on a GPU, or the emulation in the tests, so this is the same code on
+What runs them is a runtime (launch.py): CuPy on a GPU, or the emulation in the tests, so this is the same code on
 both. The general operations here take numbers from the host, allocate and may wait for the device; the hot path is
 cuda_state.py. What a kernel does not cover (more lists than fit a block's shared memory) falls back to plain torch.
 """
