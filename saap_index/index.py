@@ -1,33 +1,111 @@
 """`AsymmetricIndex`: an IVF index over attention keys, with one map for keys and another for queries.
 
 The only stateful public class. It checks arguments, turns parameters into numbers, and calls its parts in one direction:
-quantizer and router (maps), invlists (storage), attend (selection and softmax), and through them a backend.
+quantizer and router (maps), inverted lists (storage), search (selection and softmax), and through them a backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from . import checks, interop
-from ._arguments import Form
-from ._decode import IndexDecode
-from .backends.types import MAX_STEP_TOKENS
-from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
-from .routing.calibration import CONFIDENCE, calibrate
-from .search.params import SearchParametersIVF
+from . import checks, interop, ops
+from .backends import Frequencies, Rotation, get_backend
+from .backends.types import MAX_STEP_TOKENS, Routing
+from .errors import CompatibilityError, LengthError, NotTrainedError, ParameterError, ShapeError, StateError
+from .invlists.layout import MAX_QUERY_TOKENS, Layout
+from .invlists.segmented import SegmentedInvertedLists
+from .routing.calibration import CONFIDENCE, Calibration, calibrate
+from .routing.quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
+from .routing.rope import Rope
+from .routing.router import QueryRouter
+from .routing.two_tower import TwoTower
+from .search.params import SELECTIVITY, SearchParametersIVF
 from .search.plan import MOST_PLANS
-from .search.select import attend, best_of, select, select_each, select_lists, side_by_side, widen
+from .search.select import attend, best_of, search, select, select_each, select_lists, side_by_side, widen
 from .search.selection import Selection, read_ids
+from .search.session import DecodeState
+from .search.stats import IndexStats, gather
 from .training.config import TrainingConfig
 from .training.layer import train_layer
+from .whole import signals_wait
+
+MAX_DIM = 256
+
+_STATE = (
+    "_calibration", "_key_quantizer", "_last", "_layout", "_lists", "_miss", "_prepared_quantizer", "_prepared_router",
+    "_query_router", "_tower",
+)  # fmt: skip
+"""What a change may set."""
 
 
-class AsymmetricIndex(IndexDecode):
+@dataclass(frozen=True)
+class Form:
+    """How an argument came, and so how results go back: as NumPy arrays, as (n, d)."""
+
+    numpy: bool
+    flat: bool
+
+    def output(self, x: Tensor) -> Any:
+        x = x[0, 0] if self.flat else x
+        return x.cpu().numpy() if self.numpy else x
+
+
+_PLAIN = Form(False, False)
+
+
+class AssignRows:
+    """`Assign` of an index."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, index: AsymmetricIndex) -> None:
+        self._index = index
+
+    def __call__(self, i: int, start: int, stop: int) -> Tensor:
+        return self._index._lists_of_rows(i, start, stop)
+
+    def by_position(self) -> tuple[Any, Frequencies | None] | None:
+        index, rope = self._index, self._index.rope
+        if rope is None:
+            return index._prepared_quantizer, None
+        return None if rope.is_dynamic else (index._prepared_quantizer, rope.frequencies(index.device))
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _between_steps(method: _Method) -> _Method:
+    """Host and device agree before the method, and after it where a graph may be replayed next."""
+
+    @functools.wraps(method)
+    def wrapped(self: AsymmetricIndex, *args: Any, **options: Any) -> Any:
+        with self._in_step():
+            return method(self, *args, **options)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _change(method: _Method) -> _Method:
+    """As `_between_steps`; and what the method changes, changes whole or not at all."""
+
+    @functools.wraps(method)
+    def wrapped(self: AsymmetricIndex, *args: Any, **options: Any) -> Any:
+        with self._changing():
+            return method(self, *args, **options)
+
+    return wrapped  # type: ignore[return-value]
+
+
+class AsymmetricIndex:
     """IVF index over the keys and values of one attention layer; searching it is attention.
 
     "Asymmetric" as in SAAP (arXiv 2502.08246): keys are assigned to inverted lists by k-means (`key_quantizer`), queries by a
@@ -71,9 +149,118 @@ class AsymmetricIndex(IndexDecode):
     (torch.Size([1, 1, 1, 64]), 4096)
     """
 
-    __slots__ = ()
+    __slots__ = (
+        "__weakref__",
+        "_accepted",
+        "_accepted_new",
+        "_asked",
+        "_backend",
+        "_budget_shares",
+        "_calibration",
+        "_defaults",
+        "_key_quantizer",
+        "_last",
+        "_layout",
+        "_lists",
+        "_miss",
+        "_number",
+        "_prepared_quantizer",
+        "_prepared_router",
+        "_query_router",
+        "_token",
+        "_tower",
+        "backend_name",
+        "d",
+        "d_v",
+        "device",
+        "dtype",
+        "nlist",
+        "num_heads",
+        "num_kv_heads",
+        "rope",
+        "scale",
+    )  # fmt: skip
 
-    # -- training ------------------------------------------------------------------------------------------------------
+    def __init__(
+        self,
+        d: int,
+        nlist: int = 256,
+        num_heads: int = 1,
+        num_kv_heads: int | None = None,
+        *,
+        d_v: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        rope: Rope | None = None,
+        selectivity: float | None = None,
+        nprobe: int | None = None,
+        max_codes: int = 0,
+        window: int = 128,
+        sinks: int = 4,
+        scale: float | None = None,
+        break_even: int = 2048,
+        seal_tokens: int = 0,
+        max_segment: int = 32768,
+        target_mass: float | None = None,
+        budget_shares: Any = None,
+        mean_run_tokens: int = 0,
+        tail: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        for name, dim in (("d", d), ("d_v", d if d_v is None else d_v)):
+            if checks.integer(dim, name, 8, MAX_DIM) % 8:
+                raise ParameterError(f"{name}: expected a multiple of 8, got {dim}")
+        self.d, self.d_v = int(d), int(d if d_v is None else d_v)
+        self.nlist = checks.integer(nlist, "nlist", 1, 65535)
+        self.num_heads = checks.integer(num_heads, "num_heads", 1)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else checks.integer(num_kv_heads, "num_kv_heads", 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ParameterError(f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {num_heads}")
+        if dtype not in checks.STORAGE_DTYPES:
+            raise ParameterError(f"dtype: expected one of {checks.STORAGE_DTYPES}, got {dtype!r}")
+        if rope is not None and not isinstance(rope, Rope):
+            raise ParameterError(f"rope: expected a saap_index.Rope or None, got {type(rope).__name__}")
+        if rope is not None and rope.head_dim != self.d:
+            raise CompatibilityError(f"rope: expected head_dim = {self.d}, got {rope.head_dim}")
+        if scale is not None and (not isinstance(scale, int | float | np.number) or not 0 < float(scale) < np.inf):
+            raise ParameterError(f"scale: expected a positive number, got {scale!r}")
+        self.scale = float(self.d**-0.5 if scale is None else scale)
+        self._layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
+        asked = SearchParametersIVF(
+            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
+        )
+        self._defaults = self._checked(asked.over(SearchParametersIVF(selectivity=SELECTIVITY)))
+        self._budget_shares: np.ndarray | None = None
+        self.budget_shares = budget_shares
+        self.dtype, self.rope = dtype, rope
+        named = checks.named_device(device)
+        self._backend = get_backend(named, backend)  # which has the better words where its device cannot serve
+        self.device = checks.device(getattr(self._backend, "device", named))
+        self.backend_name = backend
+        self._key_quantizer: KeyQuantizer | None = None
+        self._query_router: QueryRouter | None = None
+        self._calibration: Calibration | None = None
+        self._miss: tuple[float, Tensor] | None = None
+        self._asked: tuple[Any, dict[Any, Any]] = (None, {})  # the defaults, and what the parameters of calls came to over them
+        self._accepted: tuple[Any, ...] = ()  # what the last queries that passed the checks were
+        self._accepted_new: tuple[Any, ...] = ()  # and the last keys and values
+        self._tower: TwoTower | None = None
+        self._prepared_quantizer: Any = None
+        self._prepared_router: Any = None
+        self._lists: SegmentedInvertedLists | None = None
+        self._last: Selection | None = None
+        self._name_for_compiler()
+
+    def _name_for_compiler(self) -> None:
+        """A number and a token of its own, see ops.py."""
+        self._number = ops.register(self)
+        self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
+
+    def __repr__(self) -> str:
+        names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
+        return f"AsymmetricIndex({', '.join(f'{n}={getattr(self, n)}' for n in names)}, backend={self._backend.name!r})"
+
+    # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, keys: Any, queries: Any = None, *, positions: Any = None, config: TrainingConfig | None = None) -> None:
         """Train the key quantizer and the query router of this layer on whole sequences. Replaces earlier ones.
@@ -129,7 +316,7 @@ class AsymmetricIndex(IndexDecode):
         checks.finite(queries, "queries")
         return keys, queries, checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2])
 
-    # -- adding --------------------------------------------------------------------------------------------------------
+    # -- adding -------------------------------------------------------------------------------------------------------
 
     def add(
         self, keys: Any, values: Any, *, lengths: Sequence[int] | None = None, coarse_keys: Any = None, seal: bool = True,
@@ -196,6 +383,50 @@ class AsymmetricIndex(IndexDecode):
                     self._repartition(self._lists, self._lists.keys[:, :, :0], [0] * self._lists.batch)
                 self._lists.seal(self._assign_rows, last=True)
 
+    def advance(self, n: int | Sequence[int] | None = None, *, seal: bool = True) -> None:
+        """Take note of tokens that replays of a CUDA graph appended, and seal what is due (docs/gpu.md).
+
+        n : tokens per sequence since the last call; None asks the device, and waits for it. May be called late, for what is
+        not sealed yet is read in full, but before any other method. Not needed where `add` was called without a graph.
+        seal : False only takes note; a later call, or `seal_ahead`, seals.
+
+        Raises StateError for a backend without graphs, and if a replay found no room (what it brought is lost) or the device
+        holds another number of tokens; NotFiniteError if a step brought NaN or infinity. The index can be used further.
+        """
+        state = self._decode_state()
+        if state is None:
+            raise StateError(f"advance: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        if not seal and type(n) is int and n >= 0:  # after every replay, in every layer of a model
+            return state.count(n)
+        counts = None if n is None else checks.counts(n, state.lists.batch, 2**31 - 1, "n")
+        problem = state.advance(counts)
+        if not seal:
+            if problem is not None:
+                raise problem
+            return
+        with self._whole():
+            if self._tower is not None:
+                self._repartition(state.lists, state.lists.keys[:, :, :0], [0] * state.lists.batch)
+            state.lists.seal(self._assign_rows, last=True)
+        state.follow()
+        if problem is not None:
+            raise problem
+
+    def seal_ahead(self, n: int = 1) -> None:
+        """Seal what the next n tokens of every sequence make due, 1 <= n <= 8, before a replay brings them: it then reads what a
+        step without a graph would read. They have to come next.
+
+        Raises StateError for a backend without graphs, inside a capture, or if the device holds another number of tokens than the
+        index; NotFiniteError if a step brought NaN or infinity.
+        """
+        state = self._decode_state()
+        if state is None:
+            raise StateError(f"seal_ahead: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        checks.integer(n, "n", 1, MAX_STEP_TOKENS)
+        if any(map(self._layout.num_blocks, (x + n for x in self.lengths))):
+            with self._changing():
+                state.lists.seal_ahead(n, self._assign_rows)
+
     def _new_tokens(self, keys: Any, values: Any, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor, list[int]]:
         batch = self._lists.batch if self._lists is not None and self.ntotal else None
         kind: tuple[Any, ...] = ()
@@ -237,6 +468,18 @@ class AsymmetricIndex(IndexDecode):
         if state is not None:
             state.follow()
 
+    def _record_add(self, state: DecodeState, keys: Any, values: Any, plain: bool) -> None:
+        """`add` inside a capture."""
+        if not plain:
+            raise StateError("capture: expected add of keys and values alone, got coarse_keys or lengths")
+        if self.rope is not None and self.rope.is_dynamic:
+            state.refuse_capture("a rope whose angles depend on the length")
+        self._refuse_lists_to_come(state)
+        shape = (state.lists.batch, self.num_kv_heads, None, self.d)
+        keys = self._input(keys, "keys", "b h n d", shape, (self.dtype,))
+        values = self._input(values, "values", "b h n e", (*keys.shape[:3], self.d_v), (self.dtype,))
+        state.record_append(keys, values)
+
     def _rotated_at(self, counts: list[int], seq_len: int | Sequence[int] | None) -> list[int] | None:
         """The length that the angles of counts[i] new tokens of each sequence belong to; None if they depend on none."""
         if seq_len is not None:
@@ -248,7 +491,7 @@ class AsymmetricIndex(IndexDecode):
             lengths = [start + count for start, count in zip(before, counts, strict=True)]
         return [self.rope.effective_length(n) for n in lengths]
 
-    # -- searching -----------------------------------------------------------------------------------------------------
+    # -- searching ----------------------------------------------------------------------------------------------------
 
     def search_attend(
         self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None, return_lse: bool = False
@@ -335,6 +578,32 @@ class AsymmetricIndex(IndexDecode):
         """Ids (positions) of every token that ``selection`` reads: [sequence][KV head] -> int64 (t,), ascending."""
         return read_ids(self.invlists, selection)
 
+    def _fused(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
+        """Selection and attention in one go, for queries (b, h, g, q, d); None where the general way must be taken."""
+        state = self._decode_state()
+        if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
+            if state is not None:
+                state.refuse_capture("a larger window or more sinks than the index has")
+            return None
+        if state is None:
+            return self._in_one_call(x, params)
+        self._refuse_lists_to_come(state)
+        routing, given = self._routing(state, x.shape[3]), self._given(params)
+        assert self._query_router is not None
+        out, lse, self._last = state.step(x, params, self._query_router, routing, given, self.scale)
+        return out, lse
+
+    def _in_one_call(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
+        """`_fused` for a backend that keeps no state."""
+        assert self._query_router is not None
+        rotation = None if self.rope is None else self._query_rotation(x.shape[3])
+        router = self._query_router, self._prepared_router
+        found = search(self._backend, self.invlists, *router, x, rotation, params, *self._given(params), self.scale)
+        if found is None:
+            return None
+        out, lse, self._last = found
+        return out, lse
+
     def _select(self, x: Tensor, params: SearchParametersIVF | None, coarse_queries: Any) -> Selection:
         self._refuse_capture("a selection apart from attention")
         lists, params = self.invlists, self._settings(params)
@@ -353,6 +622,14 @@ class AsymmetricIndex(IndexDecode):
         router, prepared = self._query_router, self._prepared_router
         return select(self._backend, lists, router, prepared, routed, rotation, params, shares, miss)
 
+    def _resident_select(self, x: Tensor, params: SearchParametersIVF) -> Selection | None:
+        """The selection that `_fused` attends to; None for a backend without state."""
+        state = self._decode_state()
+        if state is None:
+            return None
+        assert self._query_router is not None
+        return state.select(x, params, self._query_router, self._routing(state, x.shape[3]), self._given(params))
+
     def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
         """`_select` for every query on its own, see `select.select_each`."""
         self._refuse_capture("a selection apart from attention")
@@ -364,6 +641,445 @@ class AsymmetricIndex(IndexDecode):
         rotation = None if self.rope is None else self._query_rotation(1)
         router = self._query_router, self._prepared_router
         return select_each(self._backend, self.invlists, *router, x, rotation, settings, *self._given(settings))
+
+    def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:
+        self._last = selection
+        out, lse = attend(self._backend, self.invlists, x, selection, self.scale, causal=True)
+        return self._result(out, lse, form, return_lse)
+
+    def _nothing(self, x: Tensor, form: Form, return_lse: bool) -> Any:
+        out = x.new_zeros((*x.shape[:-1], self.d_v))
+        return self._result(out, torch.full(x.shape[:-1], float("-inf"), dtype=torch.float32, device=x.device), form, return_lse)
+
+    def _result(self, out: Tensor, lse: Tensor, form: Form, return_lse: bool) -> Any:
+        b, h, g, q, e = out.shape
+        found = form.output(out.view(b, h * g, q, e))
+        return (found, form.output(lse.view(b, h * g, q))) if return_lse else found
+
+    # -- shrinking, copying, memory -----------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget every token; keep the training and the memory. The next `add` may bring another batch size."""
+        state = self._decode_state()
+        if state is not None:
+            state.forget()
+        with self._whole():
+            if self._lists is not None:
+                self._lists.clear()
+            self._last = None
+        self._follow()
+
+    @_change
+    def truncate(self, n: int | Sequence[int]) -> None:
+        """Keep the first n tokens of every sequence (or n[i] of sequence i), in the state they were in at that length.
+
+        Raises LengthError beyond the end, ShapeError for another number of sequences; the index is unchanged then.
+        """
+        if self._lists is None:
+            one = isinstance(n, int | np.integer)  # an empty index may become a batch of any size
+            checks.counts(n, 1 if one else len(n), 0, "n")  # type: ignore[arg-type]
+            return
+        keep = checks.counts(n, self._lists.batch, 2**31 - 1, "n")
+        for i, (count, length) in enumerate(zip(keep, self._lists.lengths, strict=True)):
+            if count > length:
+                raise LengthError(f"n: expected at most the {length} tokens of sequence {i}, got {count}")
+        for i, count in enumerate(keep):
+            self._lists.truncate(i, count, self._assign_rows)
+
+    @_change
+    def remove_ids(self, ids: Any, *, close_gaps: bool = False) -> int:
+        """Take tokens out: int64 ids (n,) in every sequence, or one such array per sequence. Others keep their positions.
+
+        Ids that are not stored are ignored, as in FAISS. Returns the number of tokens removed, summed over the sequences.
+        close_gaps : those behind a removed one move up, as if it had never been there; for padding, whose place the model did
+            not count when it rotated the others.
+        """
+        lists = self._lists
+        if lists is None:
+            return 0
+        nested = isinstance(ids, list | tuple) and len(ids) > 0 and not isinstance(ids[0], int | np.integer)
+        per_sequence = list(ids) if nested else [ids] * lists.batch
+        if len(per_sequence) != lists.batch:
+            raise ShapeError(f"ids: expected one array per sequence ({lists.batch}), got {len(per_sequence)}")
+        chosen = [checks.ids(x, f"ids[{i}]" if nested else "ids") for i, x in enumerate(per_sequence)]
+        removed = 0
+        for i, wanted in enumerate(chosen):
+            ranks = np.flatnonzero(np.isin(lists.positions(i, np.arange(lists.lengths[i])), wanted))
+            lists.remove(i, ranks, self._assign_rows, close_gaps)
+            removed += len(ranks)
+        return removed
+
+    def reconstruct(self, ids: Any, sequence: int = 0) -> tuple[Any, Any]:
+        """Keys (h, n, d) and values (h, n, e) of the tokens with these ids, as they were added.
+
+        Raises LengthError for an id that is not stored, ParameterError for a sequence that is not there.
+        """
+        wanted = checks.ids([ids] if isinstance(ids, int | np.integer) else ids, "ids")
+        sequence = checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
+        stored = self.invlists.row_ids(sequence).long() if self.ntotal else torch.empty((1, 0), dtype=torch.int64, device="cpu")
+        found, order = stored.sort(dim=1)
+        missing = np.setdiff1d(wanted, found[0].cpu().numpy())
+        if len(missing):
+            raise LengthError(f"ids: expected ids that are stored, got {missing[0]}")
+        targets = torch.from_numpy(wanted).to(stored.device).expand(len(stored), -1).contiguous()
+        rows = order.gather(1, torch.searchsorted(found, targets))[:, :, None]
+        keys, values = self.invlists.keys[sequence], self.invlists.values[sequence]
+        return tuple(x.gather(1, rows.expand(-1, -1, x.shape[2])) for x in (keys, values))  # type: ignore[return-value]
+
+    @_between_steps
+    def fork(self, sequences: Sequence[int] | None = None) -> Self:
+        """An independent copy with the same training, of all sequences or of those named, in that order (beam search).
+
+        Copies the tokens in use: the cost is that of reading and writing them once.
+        """
+        new = self._clone()
+        if self._lists is not None:
+            chosen = list(range(self._lists.batch)) if sequences is None else list(sequences)
+            if not chosen:
+                raise ParameterError("sequences: expected at least one, got none")
+            for s in chosen:
+                checks.integer(s, "sequences", 0, self._lists.batch - 1)
+            new._lists = self._lists.fork(chosen)
+        return new
+
+    def __copy__(self) -> Self:
+        """A copy is a `fork`: tokens of its own, the training shared."""
+        return self.fork()
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise StateError("pickle: expected write_index and read_index, which keep an index in a file, got an index to pickle")
+
+    @_change
+    def reorder(self, sequences: Sequence[int]) -> None:
+        """Sequence i becomes what sequences[i] was, in place (a step of beam search): `fork`, but sequences that stem from one
+        another copy only what came since. Raises ShapeError for another number of sequences, ParameterError for one not there.
+        """
+        chosen = [int(i) for i in sequences]
+        if self._lists is None:
+            return
+        if len(chosen) != self._lists.batch:
+            raise ShapeError(f"sequences: expected one per sequence ({self._lists.batch}), got {len(chosen)}")
+        for s in chosen:
+            checks.integer(s, "sequences", 0, self._lists.batch - 1)
+        self._lists.reorder(chosen)
+
+    @_between_steps
+    def to(self, device: torch.device | str) -> Self:
+        """This index on another device: itself if it is there already, else a copy."""
+        device = checks.device(device)
+        if device == self.device:
+            return self
+        new = self._clone(device)
+        if self._lists is not None:
+            new._lists = self._lists.to(new._backend, device)
+        return new
+
+    def _clone(self, device: torch.device | None = None) -> Self:
+        new = object.__new__(type(self))
+        for name in type(self).__slots__:
+            if name != "__weakref__":
+                setattr(new, name, getattr(self, name))
+        new._lists = new._last = None
+        new._accepted, new._accepted_new, new._asked = (), (), (None, {})
+        if device is not None:
+            new.device, new._backend, new.backend_name = device, get_backend(device), None
+            if self._key_quantizer is not None:
+                new.key_quantizer = self._key_quantizer
+            if self._query_router is not None:
+                new.query_router = self._query_router
+            new.calibration = self._calibration
+            new._tower = None if self._tower is None else self._tower.to(device)
+        new._name_for_compiler()
+        return new
+
+    @_change
+    def reserve_memory(self, n: int, batch: int | None = None) -> None:
+        """Make room for n tokens per sequence, so that no `add` up to there allocates. ``batch``: for an empty index."""
+        checks.integer(n, "n", 0)
+        size = checks.integer(batch, "batch", 1) if batch is not None else max(1, len(self.lengths))
+        if self._lists is None or (self._lists.batch != size and not self.ntotal):
+            self._lists = self._new_lists(size)
+        elif self._lists.batch != size:
+            raise ShapeError(f"batch: expected {self._lists.batch}, the sequences stored, got {size}")
+        self._lists.reserve(n)
+
+    @_change
+    def reclaim_memory(self) -> int:
+        """Give back memory that no token uses; returns the bytes freed."""
+        return 0 if self._lists is None else self._lists.reclaim()
+
+    @_between_steps
+    def stats(self) -> IndexStats:
+        """What the index holds, and what its last search read. Reads device memory: not for the decode path."""
+        state = self._decode_state()
+        if state is not None:
+            self._last = state.newest(self._last)
+        return gather(self._lists, self._last, self._key_quantizer, self._query_router)
+
+    def _new_lists(self, batch: int) -> SegmentedInvertedLists:
+        shape = (batch, self.num_kv_heads, self.d, self.d_v, self.nlist)
+        return SegmentedInvertedLists(self._backend, self._layout, *shape, self.dtype)
+
+    # -- FAISS --------------------------------------------------------------------------------------------------------
+
+    def to_faiss(self, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndarray]:
+        """One KV head of one sequence as a FAISS `IndexIVFFlat` with the same lists, and its values by id; see `interop`."""
+        checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
+        checks.integer(head, "head", 0, self.num_kv_heads - 1)
+        return interop.to_faiss(self, sequence, head)
+
+    @classmethod
+    def from_faiss(cls, faiss_index: Any, values: np.ndarray, **options: Any) -> AsymmetricIndex:
+        """An index of one head with the lists of a FAISS `IndexIVFFlat` of ids 0 to n - 1; values : float32 (n, e) by id.
+
+        ``options`` are those of the constructor. Queries are routed as FAISS does: by inner product with the centroids.
+        Raises CompatibilityError for another kind of index, ParameterError for other ids, ShapeError.
+        """
+        return interop.from_faiss(cls, faiss_index, values, options)
+
+    # -- attributes of a FAISS IVF index ------------------------------------------------------------------------------
+
+    @property
+    def ntotal(self) -> int:
+        """Tokens stored, summed over the sequences; a token counts once, whatever the heads."""
+        return sum(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence; empty before the first `add`."""
+        return [] if self._lists is None else list(self._lists.lengths)
+
+    @property
+    def is_trained(self) -> bool:
+        return self._key_quantizer is not None and self._query_router is not None
+
+    @property
+    def invlists(self) -> SegmentedInvertedLists:
+        """The inverted lists of this batch; StateError before the first `add` or `reserve_memory`."""
+        if self._lists is None:
+            raise StateError("invlists: expected an index that holds a batch, got one without; call add first")
+        return self._lists
+
+    @property
+    def key_quantizer(self) -> KeyQuantizer | None:
+        """The k-means partition. Assigning one checks its shape; StateError while tokens are stored."""
+        return self._key_quantizer
+
+    @key_quantizer.setter
+    def key_quantizer(self, quantizer: KeyQuantizer) -> None:
+        h, nlist, d = quantizer.centroids.shape
+        if (h, nlist, d) != (self.num_kv_heads, self.nlist, self.d):
+            want = (self.num_kv_heads, self.nlist, self.d)
+            raise CompatibilityError(f"key_quantizer: expected centroids {want}, got {(h, nlist, d)}")
+        if self.ntotal:
+            raise StateError(f"key_quantizer: expected an empty index, got one with {self.ntotal} tokens; call reset first")
+        with self._whole():
+            self._key_quantizer = quantizer.to(self.device)
+            self._prepared_quantizer = self._backend.prepare_quantizer(self._key_quantizer.centroids)
+
+    @property
+    def query_router(self) -> QueryRouter | None:
+        """The classifier of queries. May be replaced at any time by one for the same lists, which drops `calibration`."""
+        return self._query_router
+
+    @query_router.setter
+    def query_router(self, router: QueryRouter) -> None:
+        router.check_heads(self.num_kv_heads, self.d, self.nlist)
+        with self._whole():
+            self._query_router = router.to(self.device)
+            self._prepared_router = self._backend.prepare_router(self._query_router.weights)
+            self._calibration = self._miss = None
+
+    @property
+    def tower(self) -> TwoTower | None:
+        """A router for any lists, or None. With one, an index has lists of its own for every batch of sequences: k-means over all
+        tokens that are there when the first are sealed (with a prompt, all of it), by which `key_quantizer` and `query_router`
+        are replaced. So the state follows from how tokens were added, not from the tokens alone.
+
+        Assigning one sets `query_router` for the lists there are. StateError without them, or while tokens are stored.
+        """
+        return self._tower
+
+    @tower.setter
+    def tower(self, tower: TwoTower | None) -> None:
+        if tower is not None:
+            tower.check_heads(self.num_kv_heads, self.d)
+            if self._key_quantizer is None or self.ntotal:
+                raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
+            here = tower.to(self.device)
+            with self._whole():
+                self.query_router = tower.at(self._key_quantizer.centroids.to(tower.weights.hidden.device))
+                self._tower = here
+        else:
+            self._tower = None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What `target_mass` makes of the router's word, see `calibrate`; None takes the router at its word."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, value: Calibration | None) -> None:
+        if value is not None and not isinstance(value, Calibration):
+            raise ParameterError(f"calibration: expected a Calibration or None, got {type(value).__name__}")
+        if value is not None and len(value.miss) != self.num_kv_heads:
+            raise CompatibilityError(f"calibration: expected {self.num_kv_heads} KV heads, got {len(value.miss)}")
+        self._miss, self._calibration = None, value
+
+    @property
+    def nprobe(self) -> int | None:
+        """Lists visited per query, SAAP as published; setting it unsets `selectivity`, `target_mass` and `tail`. None: the budget
+        decides."""
+        return self._defaults.nprobe
+
+    @nprobe.setter
+    def nprobe(self, value: int) -> None:
+        self._defaults = SearchParametersIVF(nprobe=value, max_codes=self.max_codes)
+
+    @property
+    def selectivity(self) -> float | None:
+        """Share of the sealed tokens read, or the most of them with `target_mass`; setting it unsets `nprobe`."""
+        return self._defaults.selectivity
+
+    @selectivity.setter
+    def selectivity(self, value: float) -> None:
+        self._defaults = SearchParametersIVF(
+            selectivity=value, target_mass=self.target_mass, max_codes=self.max_codes, tail=self._defaults.tail
+        )
+
+    @property
+    def target_mass(self) -> float | None:
+        """Attention that each step and KV head is to capture, by the router's estimate; see `SearchParametersIVF`.
+
+        Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.
+        """
+        return self._defaults.target_mass
+
+    @target_mass.setter
+    def target_mass(self, value: float | None) -> None:
+        if value is None:
+            budget = SearchParametersIVF(nprobe=self.nprobe, selectivity=self.selectivity)
+        else:
+            budget = SearchParametersIVF(target_mass=value)
+        self._defaults = budget.over(self._defaults)
+
+    @property
+    def tail(self) -> float:
+        """Share of the budget spent on the means of runs that are not read."""
+        return self._defaults.tail or 0.0
+
+    @tail.setter
+    def tail(self, value: float) -> None:
+        self._defaults = self._checked(SearchParametersIVF(tail=value).over(self._defaults))
+
+    @property
+    def budget_shares(self) -> np.ndarray | None:
+        """float32 (h,): what `selectivity` is multiplied with for each KV head; None for 1 each."""
+        return None if self._budget_shares is None else self._budget_shares.copy()
+
+    @budget_shares.setter
+    def budget_shares(self, value: Any) -> None:
+        self._budget_shares = None if value is None else checks.shares(value, "budget_shares", self.num_kv_heads)
+
+    @property
+    def max_codes(self) -> int:
+        """Most sealed tokens read per KV head; 0 means no limit."""
+        return self._defaults.max_codes or 0
+
+    @max_codes.setter
+    def max_codes(self, value: int) -> None:
+        self._defaults = SearchParametersIVF(max_codes=value).over(self._defaults)
+
+    @property
+    def window(self) -> int:
+        """Recent tokens always read, at least. Setting it re-sorts what is stored."""
+        return self._layout.window
+
+    @window.setter
+    def window(self, value: int) -> None:
+        self._relayout(window=value)
+
+    @property
+    def sinks(self) -> int:
+        """First tokens always read. Setting it re-sorts what is stored."""
+        return self._layout.sinks
+
+    @sinks.setter
+    def sinks(self, value: int) -> None:
+        self._relayout(sinks=value)
+
+    @property
+    def mean_run_tokens(self) -> int:
+        """Tokens that an average run of a segment needs for its runs to keep their means; 0: none do. Setting it re-sorts."""
+        return self._layout.mean_run_tokens
+
+    @mean_run_tokens.setter
+    def mean_run_tokens(self, value: int) -> None:
+        if not value and self.tail:
+            raise ParameterError(f"mean_run_tokens: expected at least 1 while tail is {self.tail}, got {value!r}")
+        self._relayout(mean_run_tokens=value)
+
+    @property
+    def break_even(self) -> int:
+        """Shorter sequences are not sealed. Setting it re-sorts what is stored."""
+        return self._layout.break_even
+
+    @break_even.setter
+    def break_even(self, value: int) -> None:
+        self._relayout(break_even=value)
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    # -- arguments and parameters -------------------------------------------------------------------------------------
+
+    def _input(self, value: Any, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> Tensor:
+        """A checked tensor of 4 axes; (n, d) becomes (1, 1, n, d)."""
+        x = checks.tensor(value, name)
+        if x.ndim == 2:
+            x = x[None, None]
+        checks.array(x, name, axes, shape, dtypes, self.device)
+        return x
+
+    def _queries(self, queries: Any, any_number: bool = False) -> tuple[Tensor, Form]:
+        """Checked queries by KV head, (b, h, g, q, d), and the form of the results."""
+        batch = self._lists.batch if self._lists is not None else None
+        if isinstance(queries, list | tuple):
+            queries = checks.tensor(queries, "queries").numpy()
+        plain = isinstance(queries, Tensor) and queries.ndim == 4
+        kind: tuple[Any, ...] = ()
+        if plain:
+            kind = queries.shape, queries.stride(), queries.dtype, queries.device, batch, any_number
+        if plain and kind == self._accepted:  # a decode step is like the last: checking it again costs as much as choosing lists
+            x, form = queries.detach(), _PLAIN
+        else:
+            form = _PLAIN if plain else Form(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
+            x = self._input(queries, "queries", "b hq q d", (batch, self.num_heads, None, self.d), checks.STORAGE_DTYPES)
+        b, hq, q, d = x.shape
+        if not any_number and not 1 <= q <= MAX_QUERY_TOKENS:
+            raise ShapeError(f"queries: expected 1 to {MAX_QUERY_TOKENS} queries per sequence, got {q}")
+        self._accepted = kind
+        return x.reshape(b, self.num_kv_heads, hq // self.num_kv_heads, q, d).contiguous(), form
+
+    def _list_nos(self, list_nos: Any, axes: str, shape: Sequence[int | None], least: int) -> Tensor:
+        """Checked list numbers, int32 (b, h, ...); a vector becomes (1, 1, n)."""
+        nos = checks.tensor(list_nos, "list_nos")
+        nos = nos[None, None] if nos.ndim == 1 else nos
+        if nos.ndim:  # rows of a strided view are fine here: they are small, and read once
+            nos = nos.contiguous()
+        checks.array(nos, "list_nos", axes, shape, [torch.int32, torch.int64], self.device)
+        checks.list_numbers(nos, "list_nos", self.nlist, least)
+        return nos.int()
+
+    def _checked(self, params: SearchParametersIVF) -> SearchParametersIVF:
+        """``params``, unless they ask for means that this index does not keep."""
+        if params.tail and not self.mean_run_tokens:
+            raise ParameterError(f"tail: expected an index with mean_run_tokens of 1 or more, got tail={params.tail} and 0")
+        return params
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""
@@ -382,33 +1098,213 @@ class AsymmetricIndex(IndexDecode):
             known[params] = found = self._checked(params.over(self._defaults))
         return found
 
-    def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:
-        self._last = selection
-        out, lse = attend(self._backend, self.invlists, x, selection, self.scale, causal=True)
-        return self._result(out, lse, form, return_lse)
+    def _given(self, params: SearchParametersIVF) -> tuple[Any, Tensor | None]:
+        """Shares and miss, see `select.select`."""
+        return self._budget_shares, None if params.target_mass is None else self._allowed_miss(params.target_mass)
 
-    def _nothing(self, x: Tensor, form: Form, return_lse: bool) -> Any:
-        out = x.new_zeros((*x.shape[:-1], self.d_v))
-        return self._result(out, torch.full(x.shape[:-1], float("-inf"), dtype=torch.float32, device=x.device), form, return_lse)
+    def _allowed_miss(self, target: float) -> Tensor:
+        """Attention per query that every KV head may leave unread, by the router's estimate: float32 (h,)."""
+        assert self._query_router is not None
+        self._query_router.check_outside("target_mass")
+        known = self._miss
+        if known is None or known[0] != target:
+            table = Calibration.trusting(self.num_kv_heads) if self._calibration is None else self._calibration
+            self._miss = known = (target, table.at(target).to(self.device))
+        return known[1]
 
-    def _result(self, out: Tensor, lse: Tensor, form: Form, return_lse: bool) -> Any:
-        b, h, g, q, e = out.shape
-        found = form.output(out.view(b, h * g, q, e))
-        return (found, form.output(lse.view(b, h * g, q))) if return_lse else found
+    # -- routing ------------------------------------------------------------------------------------------------------
 
-    # -- FAISS ---------------------------------------------------------------------------------------------------------
+    def _routing(self, state: DecodeState, q: int) -> Routing:
+        """How queries of the last q tokens are routed."""
+        router, rope = self._query_router, self.rope
+        assert router is not None
+        known = state.routing
+        if known is None or known.router is not self._prepared_router:
+            known = Routing(self._prepared_router, router.first_knot, router.count_lists)
+            if rope is not None and not rope.is_dynamic:
+                turn = rope.inv_freq().to(self.device), rope.interleaved, 1.0 / rope.attention_scale
+                known = Routing(self._prepared_router, router.first_knot, router.count_lists, *turn)
+            state.routing = known
+        if rope is None or not rope.is_dynamic:
+            return known
+        state.refuse_capture("a rope whose angles depend on the length")
+        return Routing(known.router, known.first_knot, known.count_lists, rotation=self._query_rotation(q))
 
-    def to_faiss(self, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndarray]:
-        """One KV head of one sequence as a FAISS `IndexIVFFlat` with the same lists, and its values by id; see `interop`."""
-        checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
-        checks.integer(head, "head", 0, self.num_kv_heads - 1)
-        return interop.to_faiss(self, sequence, head)
+    def _query_rotation(self, q: int) -> Rotation:
+        """Angles of the last q positions of every sequence, (b * q, r / 2)."""
+        assert self.rope is not None
+        lists = self.invlists
+        ends = [lists.next_position(i) for i in range(lists.batch)]
+        lengths: list[Any] = [None] * lists.batch
+        if self.rope.is_dynamic:  # a query was rotated in the call that brought its token
+            for i, n in enumerate(lists.lengths):
+                each = lists.rotated.at(i, max(0, n - q), n) if n else np.zeros(1, np.int64)
+                lengths[i] = int(each[0]) if (each == each[0]).all() else np.pad(each, (q - len(each), 0), mode="edge")
+        turns = [(range(max(0, end - q), max(q, end)), length) for end, length in zip(ends, lengths, strict=True)]
+        parts = [self.rope.rotation(*turn, device=self.device) for turn in turns]
+        if len(parts) == 1:
+            return parts[0]
+        cos, sin = torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts])
+        return Rotation(cos, sin, parts[0].interleaved, parts[0].scale)
 
-    @classmethod
-    def from_faiss(cls, faiss_index: Any, values: np.ndarray, **options: Any) -> AsymmetricIndex:
-        """An index of one head with the lists of a FAISS `IndexIVFFlat` of ids 0 to n - 1; values : float32 (n, e) by id.
+    @property
+    def _assign_rows(self) -> AssignRows:
+        """What the inverted lists ask when they seal."""
+        return AssignRows(self)
 
-        ``options`` are those of the constructor. Queries are routed as FAISS does: by inner product with the centroids.
-        Raises CompatibilityError for another kind of index, ParameterError for other ids, ShapeError.
+    def _lists_of_rows(self, i: int, start: int, stop: int) -> Tensor:
+        """List numbers of recent rows of sequence i."""
+        lists = self.invlists
+        rotation = None
+        if self.rope is not None:
+            lengths = lists.rotated.at(i, start, stop) if self.rope.is_dynamic else None
+            rotation = self.rope.rotation(lists.positions(i, np.arange(start, stop)), lengths, device=self.device)
+        return self._backend.assign(self._prepared_quantizer, lists.keys[i, :, start:stop], rotation)
+
+    def _repartition(
+        self, lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int], rotated: Sequence[int] | None = None
+    ) -> None:
+        """If adding counts[i] of keys : storage dtype (b, h, n, d) seals the first tokens: lists of these very sequences.
+
+        rotated : the length at which the new keys of each sequence were rotated, where the angles depend on it.
         """
-        return interop.from_faiss(cls, faiss_index, values, options)
+        totals = [n + count for n, count in zip(lists.lengths, counts, strict=True)]
+        if any(lists.segments) or not any(map(self._layout.num_blocks, totals)):
+            return
+        assert self._tower is not None
+        if lists.decode is not None and lists.decode.captured:
+            raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
+        step = max(1, sum(totals) // (self.nlist * MAX_POINTS_PER_CENTROID))
+        parts = []
+        for i, (n, total) in enumerate(zip(lists.lengths, totals, strict=True)):
+            ranks = np.arange(step // 2, total, step)
+            x = lists.keys[i, :, :n] if total == n else torch.cat([lists.keys[i, :, :n], keys[i, :, : total - n]], 1)
+            x = x[:, step // 2 :: step].float()
+            gone = lists.gaps[i].count
+            places = np.where(ranks < n, lists.positions(i, np.minimum(ranks, max(0, n - 1))), ranks + gone)
+            lengths = None
+            if self.rope is not None and self.rope.is_dynamic:
+                each = np.append(lists.rotated.at(i, 0, n), [0 if rotated is None else rotated[i]])
+                lengths = each[np.minimum(ranks, n)]
+            parts.append(x if self.rope is None else self.rope.unrotate(x, places, lengths))
+
+        def assign(centroids: Tensor, keys: Tensor) -> Tensor:
+            return self._backend.assign(self._backend.prepare_quantizer(centroids), keys, None)
+
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        self._adopt(*self._tower.for_prompt(x, self.nlist, assign if x.is_cpu else None))
+
+    def _adopt(self, quantizer: KeyQuantizer, router: QueryRouter) -> None:
+        """Lists of this batch's own, before any token is in one; the calibration was measured on lists of their kind."""
+        self._key_quantizer, calibration = quantizer, self._calibration
+        self._prepared_quantizer = self._backend.prepare_quantizer(quantizer.centroids)
+        self.query_router = router
+        self.calibration = calibration
+
+    @_change
+    def _relayout(self, **changes: int) -> None:
+        self._layout = replace(self._layout, **changes)
+        if self._lists is not None:
+            if self._tower is not None:
+                self._repartition(self._lists, self._lists.keys[:, :, :0], [0] * self._lists.batch)
+            self._lists.relayout(self._layout, self._assign_rows)
+
+    # -- changes and steps --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around a change: it happens whole or not at all, whatever is raised in it; signals are answered after it."""
+        with signals_wait():
+            before = [(name, getattr(self, name)) for name in _STATE]
+            try:
+                with nullcontext() if self._lists is None else self._lists.whole():
+                    yield
+            except BaseException:
+                for name, value in before:
+                    setattr(self, name, value)
+                raise
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change: `_in_step`, and whole or not at all."""
+        with self._in_step(), self._whole():
+            yield
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """Host and device agree before it, and after it where a graph may be replayed next."""
+        state = self._decode_state()
+        if state is not None:
+            state.settle()
+        yield
+        self._follow()
+
+    def _follow(self) -> None:
+        state = self._decode_state()
+        if state is not None and state.captured:
+            state.follow()
+
+    def _decode_state(self) -> DecodeState | None:
+        """The device state of this batch, made on first use; None for a backend that keeps none, or without a batch."""
+        lists = self._lists
+        if not self._backend.keeps_state or lists is None:
+            return None
+        if lists.decode is not None:
+            state: DecodeState = lists.decode
+            return state
+        resident = self._backend.resident(lists.batch, lists.heads, lists.d, lists.d_v, lists.nlist, lists.dtype)
+        if resident is not None:
+            lists.decode = DecodeState(resident, lists)
+        return lists.decode
+
+    def _capturing(self) -> DecodeState | None:
+        """The device state while a graph is captured, else None."""
+        state = self._decode_state()
+        return state if state is not None and state.resident.capturing else None
+
+    def _refuse_capture(self, what: str) -> None:
+        """StateError while a graph is captured."""
+        state = self._capturing()
+        if state is not None:
+            state.refuse_capture(what)
+
+    def _refuse_lists_to_come(self, state: DecodeState) -> None:
+        """A graph cannot follow a router that is yet to be made."""
+        if self._tower is not None and not any(state.lists.segments):
+            state.refuse_capture("a two-tower router before any token is sealed, which is when it makes its lists")
+
+    def release_graphs(self) -> None:
+        """Say that no CUDA graph captured over this index is replayed any more: its memory may move again, as `add` asks for."""
+        state = self._decode_state()
+        if state is not None:
+            state.refuse_capture("release_graphs")
+            state.release()
+
+    def graph_key(self, params: SearchParametersIVF | None = None) -> tuple[Any, ...]:
+        """What a graph of `add` and of `search_attend` with these parameters was made for, beside the shapes of their arguments.
+
+        It may be replayed as long as `same_graph` says so.
+        """
+        lists = self._lists
+        moved = None if lists is None else lists.moved
+        return moved, self.scale, params, self._defaults, self._query_router, self._budget_shares, self._calibration
+
+    def same_graph(self, key: tuple[Any, ...], params: SearchParametersIVF | None = None) -> bool:
+        """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
+        now = self.graph_key(params)
+        return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(key, now, strict=True))
+
+    # -- compiled -----------------------------------------------------------------------------------------------------
+
+    def _traced_add(self, keys: Any, values: Any, plain: bool, seal: bool) -> None:
+        """`add` as the compiler sees it."""
+        if not plain:
+            raise StateError("compile: expected add of keys and values alone, got coarse_keys or lengths")
+        ops.add(self._token, keys, values, self._number, seal)
+
+    def _traced_search(self, queries: Any, params: SearchParametersIVF | None, plain: bool, return_lse: bool) -> Any:
+        """`search_attend` as the compiler sees it."""
+        if not plain:
+            raise StateError("compile: expected search_attend of queries alone, got coarse_queries")
+        out, lse = ops.search_attend(self._token, queries, self._number, self.d_v, ops.pack(params))
+        return (out, lse) if return_lse else out
