@@ -41,9 +41,7 @@ from .search.selection import Selection
 from .search.states import merge_states
 from .search.stats import IndexStats, SearchStats
 from .training.config import TrainingConfig
-
-__version__ = "0.1.0"
-"""The one place that says it: setup.cfg reads it here."""
+from .version import __version__
 
 _TRANSFORMERS = ("SaapCache", "attach", "detach")
 """What needs transformers, and is imported when it is asked for."""
@@ -90,6 +88,7 @@ __all__ = [
     "StateError",
     "TrainingConfig",
     "TwoTower",
+    "__version__",
     "attach",
     "detach",
     "from_pretrained",

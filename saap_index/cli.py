@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads that spin slow down whoever runs next
 
-from . import __version__
 from .errors import SaapError
+from .version import __version__
 
 COMMANDS = {
     "train": ("saap_index.pipeline.command", "routers for every layer of a model, from texts"),

@@ -25,7 +25,8 @@ from .audit import AuditStats
 from .cache import ATTACHED, SaapCache, adopt, plan_of
 from .capture import obstacle
 from .graphs import GraphedDecoder, GraphWarning
-from .plan import MAX_SPARSE_TOKENS, LayerPlan, Plan, make_plan
+from .layer_plan import LayerPlan
+from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
 
 
 class Attachment:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from .. import checks
 from ..index import AsymmetricIndex
 from ..invlists.layout import NEVER
 from . import capture, crossover
-
-if TYPE_CHECKING:
-    from .plan import LayerPlan
+from .layer_plan import LayerPlan
 
 Step = Callable[[], None]
 

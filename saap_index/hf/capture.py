@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..backends import get_backend
 from . import support
-
-if TYPE_CHECKING:
-    from .plan import LayerPlan
+from .layer_plan import LayerPlan
 
 Capture = Callable[[torch.device, Callable[[], None]], Callable[[], None]]
 """(device, step) -> replay: records what ``step`` launches instead of running it, and returns what runs it."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from ..version import __version__
 
 LENGTHS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
 """Tokens at which steps are timed. Routers are trained and measured on queries from position 1024 on, so none is shorter."""
@@ -63,8 +64,6 @@ def crossover(times: Times, lengths: Sequence[int] = LENGTHS) -> Crossover:
 def machine() -> dict[str, Any]:
     """What times depend on beside the shapes: the processor and the versions."""
     import torch
-
-    from .. import __version__
 
     return {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__, "saap_index": __version__}
 

@@ -33,7 +33,8 @@ from ..io import check_gaps, check_ids, check_tables
 from ..routing.quantizer import KeyQuantizer
 from . import support
 from .layer import IndexedLayer
-from .plan import LayerPlan, Plan
+from .layer_plan import LayerPlan
+from .plan import Plan
 
 FORMAT, VERSION = "saap_cache", 3
 CONFIG = "cache.json"

@@ -24,8 +24,8 @@ from ..search.params import SearchParametersIVF
 from ..search.stats import SearchStats
 from . import traced
 from .calls import Call
+from .layer_plan import LayerPlan
 from .masks import Seen, last_positions, newest_position
-from .plan import LayerPlan
 from .rotation import length_of_rotation
 
 LAYER = "saap_layer"

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .. import __version__, files
+from .. import files
 from ..errors import CompatibilityError, FormatError, LengthError, ParameterError, StateError
 from ..hf import support
 from ..hf.models import LoadedModel, check_positions
@@ -32,6 +32,7 @@ from ..routers import CONFIG, LayerRouters, Routers, load_routers, model_shape, 
 from ..routing.quantizer import require_faiss
 from ..routing.rope import Rope
 from ..search.params import SELECTIVITY
+from ..version import __version__
 from . import capture
 from .budget import plan_budget
 from .layers import LayerResult, merge_budget, train_one
