@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..backends import RouterWeights
 from ..errors import CompatibilityError
 from ..index import AsymmetricIndex
 from ..invlists.layout import Layout
@@ -17,7 +18,6 @@ from ..routing.rope import Rope
 from ..routing.router import QueryRouter
 from ..routing.two_tower import TwoTower
 from .audit import Audit
-from .plan import _share_of, _weights_of
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,12 @@ class LayerPlan:
                 index.calibration = Calibration(self.calibration.miss[share].contiguous())
             self._empty[key] = index
         return self._empty[key].fork()
+
+
+def _share_of(router: QueryRouter, share: slice) -> QueryRouter:
+    """The router of some of the KV heads."""
+    return QueryRouter(_weights_of(router.weights, share), router.first_knot, router.count_lists)
+
+
+def _weights_of(w: RouterWeights, share: slice) -> RouterWeights:
+    return w.map(lambda x: x[share].contiguous())

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from .. import checks
-from ..backends import RouterWeights
 from ..errors import CompatibilityError, ParameterError
 from ..index import AsymmetricIndex
 from ..routers import Routers
 from ..routing.rope import Rope
-from ..routing.router import QueryRouter
 from ..search.params import SELECTIVITY
 from . import support
 from .audit import Audit, promised_shares
@@ -151,11 +149,3 @@ def _layer_plan(
         raise ParameterError(f"options: expected those of AsymmetricIndex, got {sorted(options)}: {error}") from error
     return plan
 
-
-def _share_of(router: QueryRouter, share: slice) -> QueryRouter:
-    """The router of some of the KV heads."""
-    return QueryRouter(_weights_of(router.weights, share), router.first_knot, router.count_lists)
-
-
-def _weights_of(w: RouterWeights, share: slice) -> RouterWeights:
-    return w.map(lambda x: x[share].contiguous())
