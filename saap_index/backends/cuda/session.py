@@ -114,7 +114,8 @@ class CudaResident(Resident):
         self._selecting: dict[Any, _Selecting] = {}
         self._scanning: dict[Any, _Scanning] = {}
         # Of every scan: each appended token makes them zeros again, so that what a misuse left in them is gone a step later.
-        self._tickets = torch.zeros((0,), dtype=torch.int32, device=device)
+        # As many as a step of few query vectors has; more move to other memory, and launches are bound anew.
+        self._tickets = torch.zeros((b * shape[1],), dtype=torch.int32, device=device)
         self._appending: dict[Any, Launch] = {}
         gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
@@ -232,7 +233,7 @@ class CudaResident(Resident):
             launch = self._appending.get(key)
             if launch is None:
                 at, by = self._placement(), None if counts is None else self._counts
-                memory = at.keys, at.values, self._meta, by, self._tickets if self._tickets.numel() else None
+                memory = at.keys, at.values, self._meta, by, self._tickets
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
                 _forget(self._appending, _BOUND)
             if self.capturing:
