@@ -35,7 +35,7 @@ import gpu_baselines
 import gpu_harness as harness
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF
 from saap_index.backends import RouterWeights, get_backend
-from saap_index.search import attend
+from saap_index.search.select import select
 
 CASES = [
     (131072, 1), (131072, 8), (524288, 1), (524288, 8), (32768, 1), (32768, 8), (131072, 4), (1048576, 1), (524288, 4),
@@ -154,7 +154,7 @@ def compare_selections(
     shares, miss = index._given(params)
     prepared = backend.prepare_router(index.query_router.weights)
     rotation = index._query_rotation(x.shape[3])
-    want = attend.select(backend, index.invlists, index.query_router, prepared, x, rotation, params, shares, miss)
+    want = select(backend, index.invlists, index.query_router, prepared, x, rotation, params, shares, miss)
     for i in range(len(index.lengths)):
         for head in range(index.num_kv_heads):
             mine, other = (x.rows[i, head][x.rows[i, head] >= 0] for x in (got, want))

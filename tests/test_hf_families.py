@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import saap_index as saap
+from saap_index.routers import model_shape
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -88,7 +89,7 @@ def test_layers_of_several_shapes() -> None:
     with pytest.raises(saap.CompatibilityError):
         saap.attach(model, make_routers_of_llama())
     with pytest.raises(saap.CompatibilityError, match="of one shape"):
-        saap.routers.model_shape(config)
+        model_shape(config)
 
 
 def make_routers_of_llama() -> saap.Routers:

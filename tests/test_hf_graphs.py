@@ -14,7 +14,7 @@ from hf_models import CACHE, SMALL, attached, greedy, left_padded, make_routers,
 from torch import Tensor
 
 import saap_index as saap
-from saap_index.hf import GraphWarning, break_even, capture, graphs
+from saap_index.hf import GraphWarning, break_even, capture, crossover, graphs
 from saap_index.hf.crossover import Crossover
 from saap_index.hf.graphs import GraphedDecoder
 
@@ -301,7 +301,7 @@ def test_break_even_of_recorded_steps(place: Place, monkeypatch: pytest.MonkeyPa
         assert 0 < dense < 60 and 0 < sparse < 60
         return Crossover(90 if key.get("batch", 1) == 1 else 70, ())
 
-    monkeypatch.setattr(saap.crossover, "measured", answer)
+    monkeypatch.setattr(crossover, "measured", answer)
     monkeypatch.setattr(break_even, "BATCHES", {"cpu": (1, 4), "cuda": (1, 4)})
     monkeypatch.setattr(break_even, "ROUNDS", 2)
     model = tiny("llama", head_dim=32).to(place.device)

@@ -305,7 +305,7 @@ class Walk(RuleBasedStateMachine):
         """Mean keys and values of the tail of one KV head, and the tokens each stands for, none of which is among ``ids``."""
         lists, runs = self.index.invlists, np.empty(0, np.int64)
         if selection.tail is not None:
-            runs = selection.tail[i, head, : selection.tail_counts[i, head]].long().numpy()
+            runs = selection.tail[i, head, : selection.tail_counts[i, head]].long().cpu().numpy()
         positions, sizes = lists.row_ids(i)[head], []
         for run in runs:
             low, high = lists.tables[i, head, run // 4, run % 4 : run % 4 + 2].tolist()

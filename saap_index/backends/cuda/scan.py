@@ -128,6 +128,8 @@ class Runs:
     def rows(self) -> Tensor:
         """int32 (b, h, most_rows): the rows, run by run; anything behind the last."""
         entries = torch.arange(self.most_rows, dtype=torch.int32, device=self.runs.device)
+        if not self.runs.shape[2]:  # no segment has room: there are no rows
+            return entries.expand(*self.runs.shape[:2], -1).contiguous()
         behind, ends = (x.contiguous() for x in self.runs.unbind(-1))
         number = torch.arange(ends.shape[2], dtype=torch.int32, device=ends.device)
         ends = ends.masked_fill(number >= self.run_counts[..., None], torch.iinfo(torch.int32).max)
