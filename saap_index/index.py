@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,8 +28,8 @@ from .routing.quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
 from .routing.rope import Rope
 from .routing.router import QueryRouter
 from .routing.two_tower import TwoTower
+from .search.options import IndexOptions
 from .search.params import SELECTIVITY, SearchParametersIVF
-from .search.plan import MOST_PLANS
 from .search.select import attend, best_of, search, select, select_each, select_lists, side_by_side, widen
 from .search.selection import Selection, read_ids
 from .search.session import DecodeState
@@ -38,10 +38,8 @@ from .training.config import TrainingConfig
 from .training.layer import train_layer
 from .whole import signals_wait
 
-MAX_DIM = 256
-
 _STATE = (
-    "_calibration", "_key_quantizer", "_last", "_layout", "_lists", "_miss", "_prepared_quantizer", "_prepared_router",
+    "_calibration", "_key_quantizer", "_last", "_lists", "_miss", "_options", "_prepared_quantizer", "_prepared_router",
     "_query_router", "_tower",
 )  # fmt: skip
 """What a change may set."""
@@ -153,30 +151,22 @@ class AsymmetricIndex:
         "__weakref__",
         "_accepted",
         "_accepted_new",
-        "_asked",
         "_backend",
         "_budget_shares",
         "_calibration",
-        "_defaults",
         "_key_quantizer",
         "_last",
-        "_layout",
         "_lists",
         "_miss",
         "_number",
+        "_options",
         "_prepared_quantizer",
         "_prepared_router",
         "_query_router",
         "_token",
         "_tower",
         "backend_name",
-        "d",
-        "d_v",
         "device",
-        "dtype",
-        "nlist",
-        "num_heads",
-        "num_kv_heads",
         "rope",
         "scale",
     )  # fmt: skip
@@ -207,17 +197,12 @@ class AsymmetricIndex:
         tail: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        for name, dim in (("d", d), ("d_v", d if d_v is None else d_v)):
-            if checks.integer(dim, name, 8, MAX_DIM) % 8:
-                raise ParameterError(f"{name}: expected a multiple of 8, got {dim}")
-        self.d, self.d_v = int(d), int(d if d_v is None else d_v)
-        self.nlist = checks.integer(nlist, "nlist", 1, 65535)
-        self.num_heads = checks.integer(num_heads, "num_heads", 1)
-        self.num_kv_heads = self.num_heads if num_kv_heads is None else checks.integer(num_kv_heads, "num_kv_heads", 1)
-        if self.num_heads % self.num_kv_heads:
-            raise ParameterError(f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {num_heads}")
-        if dtype not in checks.STORAGE_DTYPES:
-            raise ParameterError(f"dtype: expected one of {checks.STORAGE_DTYPES}, got {dtype!r}")
+        layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
+        params = SearchParametersIVF(
+            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
+        ).over(SearchParametersIVF(selectivity=SELECTIVITY))
+        dims, heads = (d, d if d_v is None else d_v), (num_heads, num_heads if num_kv_heads is None else num_kv_heads)
+        self._options = IndexOptions(*dims, nlist, *heads, dtype, layout, params)
         if rope is not None and not isinstance(rope, Rope):
             raise ParameterError(f"rope: expected a saap_index.Rope or None, got {type(rope).__name__}")
         if rope is not None and rope.head_dim != self.d:
@@ -225,14 +210,9 @@ class AsymmetricIndex:
         if scale is not None and (not isinstance(scale, int | float | np.number) or not 0 < float(scale) < np.inf):
             raise ParameterError(f"scale: expected a positive number, got {scale!r}")
         self.scale = float(self.d**-0.5 if scale is None else scale)
-        self._layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
-        asked = SearchParametersIVF(
-            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
-        )
-        self._defaults = self._checked(asked.over(SearchParametersIVF(selectivity=SELECTIVITY)))
         self._budget_shares: np.ndarray | None = None
         self.budget_shares = budget_shares
-        self.dtype, self.rope = dtype, rope
+        self.rope = rope
         named = checks.named_device(device)
         self._backend = get_backend(named, backend)  # which has the better words where its device cannot serve
         self.device = checks.device(getattr(self._backend, "device", named))
@@ -241,7 +221,6 @@ class AsymmetricIndex:
         self._query_router: QueryRouter | None = None
         self._calibration: Calibration | None = None
         self._miss: tuple[float, Tensor] | None = None
-        self._asked: tuple[Any, dict[Any, Any]] = (None, {})  # the defaults, and what the parameters of calls came to over them
         self._accepted: tuple[Any, ...] = ()  # what the last queries that passed the checks were
         self._accepted_new: tuple[Any, ...] = ()  # and the last keys and values
         self._tower: TwoTower | None = None
@@ -281,7 +260,7 @@ class AsymmetricIndex:
         keys, queries, places = self._sequences(keys, queries, positions)
         none: list[Any] = [None] * len(keys)
         sequences = list(zip(keys, none if queries is None else queries, none if places is None else places, strict=True))
-        settings = self.nlist, self.rope, self._layout, self.scale, TrainingConfig() if config is None else config
+        settings = self.nlist, self.rope, self._options.layout, self.scale, TrainingConfig() if config is None else config
         found = train_layer(sequences, *settings)
         with self._whole():
             self.tower = None
@@ -302,7 +281,7 @@ class AsymmetricIndex:
         if not isinstance(confidence, float) or not 0.5 <= confidence < 1:
             raise ParameterError(f"confidence: expected 0.5 <= confidence < 1, got {confidence!r}")
         keys, queries, places = self._sequences(keys, queries, positions)
-        parts = self._key_quantizer, self._query_router, self.rope, self._layout, self.scale
+        parts = self._key_quantizer, self._query_router, self.rope, self._options.layout, self.scale
         self.calibration = calibrate(keys, queries, places, *parts, confidence)
 
     def _sequences(self, keys: Any, queries: Any, positions: Any) -> tuple[Tensor, Any, Any]:
@@ -423,7 +402,7 @@ class AsymmetricIndex:
         if state is None:
             raise StateError(f"seal_ahead: expected an index whose state lies on its device, got backend {self._backend.name!r}")
         checks.integer(n, "n", 1, MAX_STEP_TOKENS)
-        if any(map(self._layout.num_blocks, (x + n for x in self.lengths))):
+        if any(map(self._options.layout.num_blocks, (x + n for x in self.lengths))):
             with self._changing():
                 state.lists.seal_ahead(n, self._assign_rows)
 
@@ -581,7 +560,7 @@ class AsymmetricIndex:
     def _fused(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
         """Selection and attention in one go, for queries (b, h, g, q, d); None where the general way must be taken."""
         state = self._decode_state()
-        if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
+        if self._options.exceeded_by(params):
             if state is not None:
                 state.refuse_capture("a larger window or more sinks than the index has")
             return None
@@ -634,8 +613,7 @@ class AsymmetricIndex:
         """`_select` for every query on its own, see `select.select_each`."""
         self._refuse_capture("a selection apart from attention")
         settings, q = self._settings(params), x.shape[3]
-        wide = (settings.window or 0) > self.window or (settings.sinks or 0) > self.sinks
-        if wide or self._decode_state() is not None:
+        if self._options.exceeded_by(settings) or self._decode_state() is not None:
             return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(q)])
         assert self._query_router is not None
         rotation = None if self.rope is None else self._query_rotation(1)
@@ -783,7 +761,7 @@ class AsymmetricIndex:
             if name != "__weakref__":
                 setattr(new, name, getattr(self, name))
         new._lists = new._last = None
-        new._accepted, new._accepted_new, new._asked = (), (), (None, {})
+        new._accepted, new._accepted_new = (), ()
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
             if self._key_quantizer is not None:
@@ -821,7 +799,7 @@ class AsymmetricIndex:
 
     def _new_lists(self, batch: int) -> SegmentedInvertedLists:
         shape = (batch, self.num_kv_heads, self.d, self.d_v, self.nlist)
-        return SegmentedInvertedLists(self._backend, self._layout, *shape, self.dtype)
+        return SegmentedInvertedLists(self._backend, self._options.layout, *shape, self.dtype)
 
     # -- FAISS --------------------------------------------------------------------------------------------------------
 
@@ -841,6 +819,41 @@ class AsymmetricIndex:
         return interop.from_faiss(cls, faiss_index, values, options)
 
     # -- attributes of a FAISS IVF index ------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> IndexOptions:
+        """Shapes, dtype, layout and default search parameters, as one record."""
+        return self._options
+
+    @property
+    def d(self) -> int:
+        """Key and query dim."""
+        return self._options.d
+
+    @property
+    def d_v(self) -> int:
+        """Value dim."""
+        return self._options.d_v
+
+    @property
+    def nlist(self) -> int:
+        """Inverted lists per KV head."""
+        return self._options.nlist
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self._options.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads; query head i uses KV head i // (num_heads / num_kv_heads)."""
+        return self._options.num_kv_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of stored keys and values."""
+        return self._options.dtype
 
     @property
     def ntotal(self) -> int:
@@ -933,22 +946,20 @@ class AsymmetricIndex:
     def nprobe(self) -> int | None:
         """Lists visited per query, SAAP as published; setting it unsets `selectivity`, `target_mass` and `tail`. None: the budget
         decides."""
-        return self._defaults.nprobe
+        return self._options.params.nprobe
 
     @nprobe.setter
     def nprobe(self, value: int) -> None:
-        self._defaults = SearchParametersIVF(nprobe=value, max_codes=self.max_codes)
+        self._options = self._options.with_nprobe(value)
 
     @property
     def selectivity(self) -> float | None:
         """Share of the sealed tokens read, or the most of them with `target_mass`; setting it unsets `nprobe`."""
-        return self._defaults.selectivity
+        return self._options.params.selectivity
 
     @selectivity.setter
     def selectivity(self, value: float) -> None:
-        self._defaults = SearchParametersIVF(
-            selectivity=value, target_mass=self.target_mass, max_codes=self.max_codes, tail=self._defaults.tail
-        )
+        self._options = self._options.with_selectivity(value)
 
     @property
     def target_mass(self) -> float | None:
@@ -956,24 +967,20 @@ class AsymmetricIndex:
 
         Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.
         """
-        return self._defaults.target_mass
+        return self._options.params.target_mass
 
     @target_mass.setter
     def target_mass(self, value: float | None) -> None:
-        if value is None:
-            budget = SearchParametersIVF(nprobe=self.nprobe, selectivity=self.selectivity)
-        else:
-            budget = SearchParametersIVF(target_mass=value)
-        self._defaults = budget.over(self._defaults)
+        self._options = self._options.with_target_mass(value)
 
     @property
     def tail(self) -> float:
         """Share of the budget spent on the means of runs that are not read."""
-        return self._defaults.tail or 0.0
+        return self._options.params.tail or 0.0
 
     @tail.setter
     def tail(self, value: float) -> None:
-        self._defaults = self._checked(SearchParametersIVF(tail=value).over(self._defaults))
+        self._options = self._options.with_tail(value)
 
     @property
     def budget_shares(self) -> np.ndarray | None:
@@ -987,16 +994,16 @@ class AsymmetricIndex:
     @property
     def max_codes(self) -> int:
         """Most sealed tokens read per KV head; 0 means no limit."""
-        return self._defaults.max_codes or 0
+        return self._options.params.max_codes or 0
 
     @max_codes.setter
     def max_codes(self, value: int) -> None:
-        self._defaults = SearchParametersIVF(max_codes=value).over(self._defaults)
+        self._options = self._options.with_max_codes(value)
 
     @property
     def window(self) -> int:
         """Recent tokens always read, at least. Setting it re-sorts what is stored."""
-        return self._layout.window
+        return self._options.layout.window
 
     @window.setter
     def window(self, value: int) -> None:
@@ -1005,7 +1012,7 @@ class AsymmetricIndex:
     @property
     def sinks(self) -> int:
         """First tokens always read. Setting it re-sorts what is stored."""
-        return self._layout.sinks
+        return self._options.layout.sinks
 
     @sinks.setter
     def sinks(self, value: int) -> None:
@@ -1014,18 +1021,16 @@ class AsymmetricIndex:
     @property
     def mean_run_tokens(self) -> int:
         """Tokens that an average run of a segment needs for its runs to keep their means; 0: none do. Setting it re-sorts."""
-        return self._layout.mean_run_tokens
+        return self._options.layout.mean_run_tokens
 
     @mean_run_tokens.setter
     def mean_run_tokens(self, value: int) -> None:
-        if not value and self.tail:
-            raise ParameterError(f"mean_run_tokens: expected at least 1 while tail is {self.tail}, got {value!r}")
         self._relayout(mean_run_tokens=value)
 
     @property
     def break_even(self) -> int:
         """Shorter sequences are not sealed. Setting it re-sorts what is stored."""
-        return self._layout.break_even
+        return self._options.layout.break_even
 
     @break_even.setter
     def break_even(self, value: int) -> None:
@@ -1033,7 +1038,8 @@ class AsymmetricIndex:
 
     @property
     def layout(self) -> Layout:
-        return self._layout
+        """Which tokens are sinks, recent and sealed."""
+        return self._options.layout
 
     # -- arguments and parameters -------------------------------------------------------------------------------------
 
@@ -1075,28 +1081,13 @@ class AsymmetricIndex:
         checks.list_numbers(nos, "list_nos", self.nlist, least)
         return nos.int()
 
-    def _checked(self, params: SearchParametersIVF) -> SearchParametersIVF:
-        """``params``, unless they ask for means that this index does not keep."""
-        if params.tail and not self.mean_run_tokens:
-            raise ParameterError(f"tail: expected an index with mean_run_tokens of 1 or more, got tail={params.tail} and 0")
-        return params
-
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""
         if self._query_router is None:
             raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
         if params is not None and not isinstance(params, SearchParametersIVF):
             raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
-        if params is None:
-            return self._defaults
-        defaults, known = self._asked
-        if defaults is not self._defaults or len(known) > MOST_PLANS:
-            known = {}
-            self._asked = self._defaults, known
-        found: SearchParametersIVF | None = known.get(params)
-        if found is None:
-            known[params] = found = self._checked(params.over(self._defaults))
-        return found
+        return self._options.params if params is None else self._options.merged(params)
 
     def _given(self, params: SearchParametersIVF) -> tuple[Any, Tensor | None]:
         """Shares and miss, see `select.select`."""
@@ -1169,7 +1160,7 @@ class AsymmetricIndex:
         rotated : the length at which the new keys of each sequence were rotated, where the angles depend on it.
         """
         totals = [n + count for n, count in zip(lists.lengths, counts, strict=True)]
-        if any(lists.segments) or not any(map(self._layout.num_blocks, totals)):
+        if any(lists.segments) or not any(map(self._options.layout.num_blocks, totals)):
             return
         assert self._tower is not None
         if lists.decode is not None and lists.decode.captured:
@@ -1203,11 +1194,11 @@ class AsymmetricIndex:
 
     @_change
     def _relayout(self, **changes: int) -> None:
-        self._layout = replace(self._layout, **changes)
+        self._options = self._options.with_layout(**changes)
         if self._lists is not None:
             if self._tower is not None:
                 self._repartition(self._lists, self._lists.keys[:, :, :0], [0] * self._lists.batch)
-            self._lists.relayout(self._layout, self._assign_rows)
+            self._lists.relayout(self._options.layout, self._assign_rows)
 
     # -- changes and steps --------------------------------------------------------------------------------------------
 
@@ -1287,7 +1278,7 @@ class AsymmetricIndex:
         """
         lists = self._lists
         moved = None if lists is None else lists.moved
-        return moved, self.scale, params, self._defaults, self._query_router, self._budget_shares, self._calibration
+        return moved, self.scale, params, self._options.params, self._query_router, self._budget_shares, self._calibration
 
     def same_graph(self, key: tuple[Any, ...], params: SearchParametersIVF | None = None) -> bool:
         """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
