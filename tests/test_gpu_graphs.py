@@ -240,7 +240,7 @@ def test_growth_after_a_capture(emu: Place) -> None:
     assert index.lengths == [40]
     index.reserve_memory(200)
     index.add(emu.tokens(1, 2, 40, 32, BF16), emu.tokens(1, 2, 40, 32, BF16))
-    replay, *kept = captured_step(emu, index)  # kept alive: a graph holds their addresses
+    replay, *_kept = captured_step(emu, index)  # kept alive: a graph holds their addresses
     replay()
     index.advance()
     assert index.lengths == [81]
@@ -364,7 +364,7 @@ def test_advance_reports(place: Place) -> None:
 
 def test_advance_with_other_counts_than_the_device(place: Place) -> None:
     index = grown(place)
-    replay, *kept = captured_step(place, index)  # kept alive: a graph holds their addresses
+    replay, *_kept = captured_step(place, index)  # kept alive: a graph holds their addresses
     for _ in range(10):
         replay()
     index.advance(9)  # seals, and does not wait for the device
