@@ -3,7 +3,7 @@
     python bench/trips.py              # the calls of a decode step on the CPU, and, with tests/ at hand, on the emulated GPU
     python bench/trips.py --path       # and the files in order
 
-A measure of how much a reader must hold in mind who follows one call, taken by `sys.setprofile` in steady state, after a few calls
+A measure of how much a reader must hold in mind who follows one call: taken by `sys.setprofile` in steady state, after some calls
 of the same kind.
 """
 

@@ -19,9 +19,6 @@
 #ifndef SAAP_CLUSTER
 #define SAAP_CLUSTER 8  // blocks of a cluster, a power of two
 #endif
-#ifndef SAAP_REHEARSE
-#define SAAP_REHEARSE 1  // 1: before the launch in front of this one is waited for, warps fetch the instructions of a part each
-#endif
 #ifndef SAAP_CLOCK
 #define SAAP_CLOCK 0  // 1: the first thread of each block notes the time at each stage
 #endif
@@ -64,9 +61,7 @@ constexpr int kCoarse = kBins / 32;              // bins of 32 bins
 constexpr int kKeyShift = 17;                    // of the first histogram: bins of 1.6 %
 constexpr int kFirstBin = (130 << 6) + 63 - (kBins - 1);  // of weights from 2^-28 to 2^4; smaller ones are in the lowest bin
 constexpr int kNumSegments = 3, kNextPosition = 4, kMetaWords = 8;
-constexpr int kPieces = 16;                      // of the code, see Block::has
-static_assert(kColumns <= 8 && kThreads >= 8 * kCluster && kWarps <= kPieces && kCoarse == 64 && !SAAP_LISTS && !SAAP_FAR,
-              "no such configuration");
+static_assert(kColumns <= 8 && kThreads >= 8 * kCluster && kCoarse == 64 && !SAAP_LISTS && !SAAP_FAR, "no such configuration");
 
 // What blocks read of each other's shared memory, and write to it, and what all threads of a block share.
 struct Shared {
@@ -120,20 +115,20 @@ __device__ __forceinline__ void multiply(const char* weights, const char* rows, 
 
 // The j query vectors with RoPE undone in fp16, one a row; zeros behind them and behind d.
 __device__ __forceinline__ void fill_rows(
-    const RouteSelectParams& p, const void* queries, i64 base, int next, int thread, const float* inv_freq, char* rows, int sequence,
-    bool by_frequency) {
+    const RouteSelectParams& p, int next, const float* inv_freq, char* rows, int head, int sequence) {
+  const i64 base = (static_cast<i64>(sequence) * p.h + head) * p.j * p.d;
   auto put = [&](int vector, int dim, float x) {
     *reinterpret_cast<u16*>(rows + vector * kRow + dim * 2) = narrow<kF16>(clamp_f16(x));
   };
 #pragma unroll 1
-  for (int item = thread; item < p.j * p.pairs; item += kThreads) {
+  for (int item = threadIdx.x; item < p.j * p.pairs; item += kThreads) {
     const int vector = static_cast<int>(static_cast<u32>(item) / static_cast<u32>(p.pairs)), pair = item - vector * p.pairs;
     const int query = p.q == 1 ? 0 : vector % p.q;
     const int x_dim = p.interleaved ? 2 * pair : pair, y_dim = p.interleaved ? 2 * pair + 1 : pair + p.pairs;
-    const float x = load<SAAP_DTYPE>(queries, base + vector * p.d + x_dim);
-    const float y = load<SAAP_DTYPE>(queries, base + vector * p.d + y_dim);
+    const float x = load<SAAP_DTYPE>(p.queries, base + vector * p.d + x_dim);
+    const float y = load<SAAP_DTYPE>(p.queries, base + vector * p.d + y_dim);
     float sine, cosine;
-    if (by_frequency) {
+    if (p.inv_freq) {
       // The product is rounded to float32, as models do; from there on the angle is exact.
       const float angle = static_cast<float>(next - p.q + query) * inv_freq[pair];
       sinpi_cospi(static_cast<double>(angle) * 0.31830988618379067154, &sine, &cosine);
@@ -146,12 +141,12 @@ __device__ __forceinline__ void fill_rows(
   }
   const int plain = 32 * kD - 2 * p.pairs;  // dims that are not rotated, and zeros up to a whole unit
 #pragma unroll 1
-  for (int item = thread; item < p.j * plain; item += kThreads) {
+  for (int item = threadIdx.x; item < p.j * plain; item += kThreads) {
     const int vector = item / plain, dim = 2 * p.pairs + item - vector * plain;
-    put(vector, dim, dim < p.d ? load<SAAP_DTYPE>(queries, base + vector * p.d + dim) : 0.f);
+    put(vector, dim, dim < p.d ? load<SAAP_DTYPE>(p.queries, base + vector * p.d + dim) : 0.f);
   }
 #pragma unroll 1
-  for (int item = thread; item < (8 - p.j) * 16 * kD; item += kThreads)
+  for (int item = threadIdx.x; item < (8 - p.j) * 16 * kD; item += kThreads)
     *reinterpret_cast<u32*>(rows + (p.j + item / (16 * kD)) * kRow + item % (16 * kD) * 4) = 0;
 }
 
@@ -172,11 +167,6 @@ struct Block {
   int first, lists;  // the block's lists: [first, first + lists)
   int segments, knots;
   i64 began = 0;     // the clock, if SAAP_CLOCK
-#if SAAP_REHEARSE
-  int rehearsal;     // whether nothing counts yet
-#else
-  static constexpr int rehearsal = 0;
-#endif
   char* weights;     // hidden (kHiddenTiles, kD, kUnit), out (tiles + more_tiles, kK, kUnit)
   char* rows;        // (8, kRow)
   float* products;   // (tiles of weights, kParts, 16, 8), then (tiles of outputs, kParts, 16, 8)
@@ -197,9 +187,6 @@ struct Block {
 #if SAAP_CLOCK
     began = clock64();
 #endif
-#if SAAP_REHEARSE
-    rehearsal = p.early && p.segments > 0;
-#endif
     const int tiles = size.tiles + size.more_tiles;
     char* at = memory + (sizeof(Shared) + 127) / 128 * 128;
     weights = at, at += (kHiddenTiles * kD + tiles * kK) * kUnit;
@@ -215,42 +202,9 @@ struct Block {
     biases = reinterpret_cast<float*>(memory + (at - memory + 15) / 16 * 16);
   }
 
-  // Each stage is run once, and what it waits for is its instructions, which lie in the second cache or behind it. So the code is
-  // run twice: first, while the launch in front of this one ends, without barriers, by warps that have a piece of it each and take
-  // themselves for the first one. What they compute is of no meaning and goes where nothing lies yet.
-  __device__ __forceinline__ bool has(int piece) const {
-    return !rehearsal || static_cast<int>(threadIdx.x) / 32 == piece % kWarps;
-  }
-  // The number of the thread, or of its warp, in a piece; one past all items where the warp does not have it.
-  __device__ __forceinline__ int thread(int piece) const {
-    constexpr int kNone = 1 << 30;
-    return !rehearsal ? static_cast<int>(threadIdx.x) : has(piece) ? static_cast<int>(threadIdx.x) % 32 : kNone;
-  }
-  __device__ __forceinline__ int warp(int piece) const { return thread(piece) / 32; }
-  __device__ __forceinline__ void meet() const {
-    if (!rehearsal) __syncthreads();
-  }
-  __device__ __forceinline__ void meet_cluster() const {
-    if (!rehearsal) cluster_barrier();
-  }
-  template <class T>
-  __device__ __forceinline__ T* of(T* x, int block) const {
-    return of_block(x, rehearsal ? rank : block);  // others may not have started
-  }
-  // The end of the rehearsal. The zero goes through memory: knowing it, the compiler would make two copies of all the code.
-  __device__ __forceinline__ void begin() {
-#if SAAP_REHEARSE
-    __syncthreads();
-    if (threadIdx.x == 0) shared->found = 0;
-    __syncthreads();
-    rehearsal = static_cast<int>(*const_cast<volatile u32*>(&shared->found));
-#endif
-  }
-
   __device__ __forceinline__ void note(int stage) const {
 #if SAAP_CLOCK
-    const i64 block = static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x;
-    if (threadIdx.x == 0 && !rehearsal) p.clocks[block * 16 + stage] = clock64() - began;
+    if (threadIdx.x == 0) p.clocks[(static_cast<i64>(blockIdx.y) * gridDim.x + blockIdx.x) * 16 + stage] = clock64() - began;
 #endif
   }
 
@@ -281,8 +235,6 @@ struct Block {
         const int s = static_cast<int>(static_cast<u32>(i) / static_cast<u32>(width)), list = i - s * width;
         table[s * (size.lists + 1) + list] = from[s * (p.l + 1) + list];
       }
-    if (threadIdx.x == 0) shared->found = 0;
-    __syncthreads();
   }
 
   __device__ __forceinline__ void clear_bins() const {
@@ -293,47 +245,42 @@ struct Block {
 
   // Fills z and a.
   __device__ __forceinline__ void route() const {
-    const int tiles = size.tiles + size.more_tiles;
-    const int next = rehearsal ? 1 : ld_acquire(p.meta + sequence * kMetaWords + kNextPosition);
-    if (has(0)) {
-      // Weights stand in for queries, which are not there yet.
-      const i64 base = rehearsal ? 0 : (static_cast<i64>(sequence) * p.h + head) * p.j * p.d;
-      fill_rows(p, rehearsal ? static_cast<const void*>(p.out) : p.queries, base, next, thread(0), inv_freq, rows, sequence,
-                p.inv_freq || rehearsal);
-    }
+    const int warp = threadIdx.x / 32, tiles = size.tiles + size.more_tiles;
+    const int next = ld_acquire(p.meta + sequence * kMetaWords + kNextPosition);
+    fill_rows(p, next, inv_freq, rows, head, sequence);
     find_places(next);
-    if (!rehearsal) cp_async_wait<0>();
-    meet();
-    note(2);
+    cp_async_wait<0>();
+    __syncthreads();
+    note(1);
     // Hidden units, and what outputs have of the query itself.
 #pragma unroll 1
-    for (int item = warp(2); item < (rehearsal ? 1 : (kHiddenTiles + tiles) * kParts); item += kWarps) {
+    for (int item = warp; item < (kHiddenTiles + tiles) * kParts; item += kWarps) {
       const int tile = item / kParts, part = item % kParts, from = part * kD / kParts, to = (part + 1) * kD / kParts;
       const char* of = tile < kHiddenTiles ? weights + tile * kD * kUnit : out_weights() + (tile - kHiddenTiles) * kK * kUnit;
       multiply(of, rows, from, to - from, 0, products + item * 128);
     }
-    meet();
+    __syncthreads();
     float* more = products + (kHiddenTiles + tiles) * kParts * 128;
     if (kU > 0) {
 #pragma unroll 1
-      for (int i = thread(3); i < (rehearsal ? 32 : 32 * kU * kColumns); i += kThreads) {
+      for (int i = threadIdx.x; i < 32 * kU * kColumns; i += kThreads) {
         const int unit = i / kColumns, vector = i % kColumns;
         const float* from = products + unit / 16 * kParts * 128 + unit % 16 * 8 + vector;
         float sum = from[0];
         if (kParts > 1) sum += from[128];
         *reinterpret_cast<u16*>(rows + vector * kRow + (32 * kD + unit) * 2) = narrow<kF16>(clamp_f16(silu(sum + biases[unit])));
       }
-      meet();
+      __syncthreads();
 #pragma unroll 1
-      for (int item = warp(4); item < (rehearsal ? 1 : tiles * kParts); item += kWarps) {
+      for (int item = warp; item < tiles * kParts; item += kWarps) {
         const int tile = item / kParts, part = item % kParts, from = part * kU / kParts, to = (part + 1) * kU / kParts;
         multiply(out_weights() + (tile * kK + kD) * kUnit, rows, from, to - from, kD, more + item * 128);
       }
-      meet();
+      __syncthreads();
     }
     const float* bias = biases + 32 * kU;
 #pragma unroll 1
-    for (int i = thread(5); i < (rehearsal ? 32 : (lists + knots + 1) * kColumns); i += kThreads) {
+    for (int i = threadIdx.x; i < (lists + knots + 1) * kColumns; i += kThreads) {
       const int output = i / kColumns, vector = i % kColumns, k = output - lists + p.l % 16;  // k: past the first of more_tiles
       const int row = output < lists ? output : size.lists + k, tile = row / 16;
       const float* from = products + (kHiddenTiles + tile) * kParts * 128 + row % 16 * 8 + vector;
@@ -348,21 +295,20 @@ struct Block {
       if (output < lists) z[i] = kLog2E * sum;
       else a[i - lists * kColumns] = sum;
     }
-    meet();
-    note(3);
+    __syncthreads();
+    note(2);
   }
 
   // Where each segment lies on the knots, as QueryRouter.knots has it, in place of its centre. The last threads are idle here.
   __device__ __forceinline__ void find_places(int next) const {
-    float* const to = rehearsal ? bend : centres;
 #pragma unroll 1
-    for (int s = rehearsal ? thread(1) : kThreads - 1 - static_cast<int>(threadIdx.x); s < segments; s += kThreads) {
+    for (int s = kThreads - 1 - static_cast<int>(threadIdx.x); s < segments; s += kThreads) {
       const float distance = static_cast<float>(static_cast<double>(next) - 1.0 - static_cast<double>(centres[s]));
       const u32 bits = __float_as_uint(distance > 1.f ? distance : 1.f);
       // The exponent apart, so that powers of two are whole and what is rounded is the fraction.
       const float octaves = static_cast<float>(static_cast<int>(bits >> 23) - 127 - p.first_knot);
       const float place = octaves + log2f(__uint_as_float((bits & 0x007fffff) | 0x3f800000));
-      to[s] = fminf(fmaxf(place, 0.f), static_cast<float>(knots > 0 ? knots - 1 : 0));
+      centres[s] = fminf(fmaxf(place, 0.f), static_cast<float>(knots > 0 ? knots - 1 : 0));
     }
   }
 
@@ -370,7 +316,7 @@ struct Block {
   __device__ __forceinline__ void find_bends(bool wide) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int vector = warp(6); vector < (rehearsal ? 1 : kColumns); vector += kWarps) {
+    for (int vector = threadIdx.x / 32; vector < kColumns; vector += kWarps) {
       const bool present = vector < p.j;
       const float c = lane < p.j ? a[knots * kColumns + lane] : -INFINITY;
       float best = c;
@@ -409,7 +355,7 @@ struct Block {
       if (lane == 0) shared->share[vector] = present && !odd && mine == mine && relative > 0.f ? relative : 0.f;
       if (lane == 0 && vector == 0) shared->most_share = weigh(base) / one;
     }
-    meet();
+    __syncthreads();
   }
 
   // Vectors of a list or of a segment.
@@ -430,43 +376,43 @@ struct Block {
   }
   __device__ __forceinline__ int length(int s, int list) const { return length(table + s * (size.lists + 1) + list); }
 
-  // Runs as threads share them, in a piece: lanes have lists, warps have segments. f(s, list).
+  // Runs as threads share them: lanes have lists, warps have segments. f(s, list).
   template <class F>
-  __device__ __forceinline__ void each_run(int piece, F f) const {
+  __device__ __forceinline__ void each_run(F f) const {
 #pragma unroll 1
     for (int list = threadIdx.x % 32; list < lists; list += 32)
 #pragma unroll 1
-      for (int s = warp(piece); s < segments; s += kWarps) f(s, list);
+      for (int s = threadIdx.x / 32; s < segments; s += kWarps) f(s, list);
   }
 
   // The sums of the softmax over all runs of the cluster: shared->top and shared->factor. False if they are too small to be of
   // use, because the best lists lie in segments of no weight: then again, wide.
   __device__ __forceinline__ bool find_sums(bool wide) const {
-    if (has(7)) add_up(wide);
-    meet();
-    if (const int i = thread(8); i < kCluster * kColumns) {
-      const int k = i % kColumns, to = i / kColumns;
-      of(shared, to)->mass[rank][k] = joined(shared->partial, k);
+    add_up(wide);
+    __syncthreads();
+    if (threadIdx.x < kCluster * kColumns) {
+      const int k = threadIdx.x % kColumns, to = threadIdx.x / kColumns;
+      of_block(shared, to)->mass[rank][k] = joined(shared->partial, k);
     }
-    meet_cluster();
-    if (const int k = thread(9); k < kColumns) {
+    cluster_barrier();
+    if (const int k = threadIdx.x; k < kColumns) {
       const Mass all = joined(shared->mass, k);
       const float share = shared->share[k];
       shared->top[k] = all.top > -INFINITY ? all.top : 0.f;
       shared->factor[k] = all.sum > 0.f ? share / all.sum : 0.f;
       if (!wide && knots > 0 && share > 0.f && all.sum < kLeastSum) atomicOr(&shared->far, 1);
     }
-    meet();
-    return rehearsal || wide || !shared->far;
+    __syncthreads();
+    return wide || !shared->far;
   }
   // The sums of each warp: shared->partial.
   __device__ __forceinline__ void add_up(bool wide) const {
-    const int lane = threadIdx.x % 32, warp = this->warp(7);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Mass mass[kColumns];
 #pragma unroll
     for (int k = 0; k < kColumns; k++) mass[k] = {-INFINITY, 0.f};
     if (wide) {
-      each_run(7, [&](int s, int list) {
+      each_run([&](int s, int list) {
         const float n = static_cast<float>(length(s, list));
         if (n > 0.f)
 #pragma unroll
@@ -552,9 +498,9 @@ struct Block {
 #pragma unroll
     for (int k = 0; k < kColumns; k++) total += shared->factor[k] > 0.f ? shared->share[k] : 0.f;
     units = p.miss && total > 0.f ? kMassUnits / total : 0.f;
-    const int lane = threadIdx.x % 32, warp = this->warp(10);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
-    for (int list = has(10) ? lane : lists; list < lists; list += 32) {
+    for (int list = lane; list < lists; list += 32) {
       const Columns score(z + list * kColumns);
       float relative[kColumns];
 #pragma unroll
@@ -588,7 +534,7 @@ struct Block {
   __device__ __forceinline__ Measure of_all(Measure (Shared::*bins)[n], int bin) const {
     Measure x[kCluster], sum{0, 0};
 #pragma unroll
-    for (int i = 0; i < kCluster; i++) x[i] = (of(shared, i)->*bins)[bin];
+    for (int i = 0; i < kCluster; i++) x[i] = (of_block(shared, i)->*bins)[bin];
 #pragma unroll
     for (int i = 0; i < kCluster; i++) sum = sum + x[i];
     return sum;
@@ -597,10 +543,10 @@ struct Block {
   // The bin of the histograms in which the selection ends, and the measure of the bins above it; false if it does not end: then
   // everything is read, or nothing, as shared->cut says. Every block finds the same. limits: less what lies above, afterwards.
   __device__ __forceinline__ bool find_bin(Limits& limits, bool first_round, int& bin) const {
-    meet_cluster();  // all has been tallied
-    note(7);
-    if (warp(11) == 0) {
-      const int lane = threadIdx.x % 32;
+    cluster_barrier();  // all has been tallied
+    note(6);
+    if (threadIdx.x < 32) {
+      const int lane = threadIdx.x;
       // From the highest bin down; a lane has two of the coarse ones.
       const int high = kCoarse - 1 - 2 * lane;
       const Measure one = of_all(&Shared::coarse, high), two = of_all(&Shared::coarse, high - 1);
@@ -628,8 +574,8 @@ struct Block {
       }
       if (lane == 0) shared->limit = ends.mass;
     }
-    meet();
-    bin = rehearsal ? 0 : shared->bin;
+    __syncthreads();
+    bin = shared->bin;
     if (bin < 0) return false;
     limits.mass = shared->limit;
     if (limits.rows != kNoLimit) limits.rows -= shared->before.rows;
@@ -645,10 +591,11 @@ struct Block {
     for (bool first = true;; first = false) {
       int bin = 0;
       if (!find_bin(limits, first, bin)) return;
-      const u64 end = low + (static_cast<u64>(first ? bin + 1 + kFirstBin : bin + 1) << shift);
-      if (!first || bin) low += static_cast<u64>(first ? bin + kFirstBin : bin) << shift;
-      if (first ? bin < kBins - 1 && !rehearsal : end > low && end < high) high = end;
-      note(8);
+      const int number = first ? bin + kFirstBin : bin;
+      const u64 end = low + (static_cast<u64>(number + 1) << shift);
+      if (!first || bin) low += static_cast<u64>(number) << shift;
+      if (first ? bin < kBins - 1 : end > low && end < high) high = end;
+      note(7);
       const u32 lowest = static_cast<u32>(low >> 32), highest = static_cast<u32>(high >> 32);
       auto in_range = [&](int s, int list, u64& offset) {
         const u32 key = keys[s * size.lists + list];
@@ -657,24 +604,24 @@ struct Block {
         offset = order - low;
         return order >= low && order < high;
       };
-      each_run(12, [&](int s, int list) {
+      each_run([&](int s, int list) {
         u64 offset;
         if (!in_range(s, list, offset)) return;
         const u32 key = keys[s * size.lists + list], slot = atomicAdd(&shared->found, 1u);
         if (slot < kFew) shared->mine[slot] = {key, static_cast<int>(place_of(s, list)), measure(length(s, list), key, units)};
       });
-      meet_cluster();
-      note(9);
+      cluster_barrier();
+      note(8);
       u32 found[kCluster], all = 0;
 #pragma unroll
-      for (int i = 0; i < kCluster; i++) found[i] = of(shared, i)->found;
-      const int lane = threadIdx.x % 32;
+      for (int i = 0; i < kCluster; i++) found[i] = of_block(shared, i)->found;
+      const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
       for (int i = 0; i < kCluster; i++) all += found[i];
-      if (all <= kFew || rehearsal) {
+      if (all <= kFew) {
 #pragma unroll 1
-        for (int block = all <= kFew ? warp(13) : kCluster; block < kCluster; block += kWarps) {
-          const Shared* other = of(shared, block);
+        for (int block = warp; block < kCluster; block += kWarps) {
+          const Shared* other = of_block(shared, block);
           u32 at = 0, count = 0;
 #pragma unroll
           for (int i = 0; i < kCluster; i++) {
@@ -683,10 +630,9 @@ struct Block {
           }
           for (u32 i = lane; i < count; i += 32) shared->few[at + i] = other->mine[i];
         }
-        meet();
-        if (has(14))
-          rank_candidates(shared->few, rehearsal ? kFew / 2 : static_cast<int>(all), limits, [&](Cut cut) { shared->cut = cut; });
-        meet();
+        __syncthreads();
+        rank_candidates(shared->few, static_cast<int>(all), limits, [&](Cut cut) { shared->cut = cut; });
+        __syncthreads();
         return;
       }
       // Too many to compare each with each: the same again, with finer bins.
@@ -695,7 +641,7 @@ struct Block {
       __syncthreads();
       const int bits = 64 - __clzll(static_cast<i64>(high - low - 1));
       shift = bits > kBinBits ? bits - kBinBits : 0;
-      each_run(12, [&](int s, int list) {
+      each_run([&](int s, int list) {
         u64 offset;
         if (in_range(s, list, offset))
           tally(static_cast<int>(offset >> shift), measure(length(s, list), keys[s * size.lists + list], units));
@@ -712,7 +658,7 @@ struct Block {
     Measure at{0, 0};  // rows and runs: first of the thread, then before the run at hand
 #pragma unroll 1
     for (bool write = false;; write = true) {
-      each_run(15, [&](int s, int list) {
+      each_run([&](int s, int list) {
         const u32 key = keys[s * size.lists + list];
         if (key < cut.key || key == kNoItem) return;
         const u32 n = static_cast<u32>(length(s, list));
@@ -722,21 +668,15 @@ struct Block {
         else if (key == cut.key && place == cut.place) read = cut.rows < n ? cut.rows : n;
         if (!read) return;
         at = at + Measure{read, 1};
-        if (write && !rehearsal && at.mass <= static_cast<u32>(p.most_runs))
+        if (write && at.mass <= static_cast<u32>(p.most_runs))
           to[at.mass - 1] = make_int2(table[s * (size.lists + 1) + list + 1], static_cast<int>(at.rows < most ? at.rows : most));
       });
       if (write) break;
-      const int lane = threadIdx.x % 32;
-      const Measure within = inclusive_scan_warp(at);
-      const int warp = rehearsal ? 0 : threadIdx.x / 32;
-      if (lane == 31) shared->scan[warp] = within;
-      meet();
-      const Measure warps = inclusive_scan_warp(lane < kWarps ? shared->scan[lane] : Measure{0, 0});
-      const Measure earlier = from_lane(warps, warp ? warp - 1 : 0), total = from_lane(warps, 31);
-      at = (warp ? earlier : Measure{0, 0}) + (within - at);
-      if (const int i = thread(15); i < kCluster) of(shared, i)->written[rank] = total;
-      note(11);
-      meet_cluster();  // the last: from here on nobody looks into another's memory
+      Measure total;
+      at = exclusive_scan(at, total, shared->scan);
+      if (threadIdx.x < kCluster) of_block(shared, static_cast<int>(threadIdx.x))->written[rank] = total;
+      note(10);
+      cluster_barrier();  // the last: from here on nobody looks into another's memory
       Measure before{0, 0}, all{0, 0};
 #pragma unroll
       for (int i = 0; i < kCluster; i++) {
@@ -744,7 +684,7 @@ struct Block {
         all = all + shared->written[i];
       }
       at = at + before;
-      if (rank == 0 && threadIdx.x == 0 && !rehearsal) {
+      if (rank == 0 && threadIdx.x == 0) {
         p.counts[pair] = static_cast<int>(all.rows < most ? all.rows : most);
         p.run_counts[pair] = static_cast<int>(min(all.mass, static_cast<u32>(p.most_runs)));
       }
@@ -767,55 +707,47 @@ struct Block {
 extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(const __grid_constant__ RouteSelectParams p) {
   SAAP_SHARED(char, memory);
   if (!p.early) grid_dependency_wait();
-  Block block(p, memory);
+  const Block block(p, memory);
   block.prefetch();
   const i64 pair = static_cast<i64>(block.sequence) * p.h + block.head;
   const int budget = clamp(p.budgets[pair], 0, p.t_cap);
   const float miss = p.miss ? p.miss[block.head] : -1.f;
+  block.clear_bins();
+  cluster_barrier();  // all blocks are there
+  grid_dependency_wait();
+  grid_dependency_launch();
+  if (p.tickets)
+    for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x; i < p.num_tickets;
+         i += gridDim.x * gridDim.y * kThreads)
+      p.tickets[i] = 0;
+  block.note(0);
+  block.route();
+  bool wide = false;
 #pragma unroll 1
-  for (;;) {
-    if (!block.rehearsal) {
-      block.clear_bins();
-      block.note(0);
-      cluster_barrier();  // all blocks are there
-      grid_dependency_wait();
-      grid_dependency_launch();
-      if (p.tickets)
-        for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x; i < p.num_tickets;
-             i += gridDim.x * gridDim.y * kThreads)
-          p.tickets[i] = 0;
-      block.note(1);
-    }
-    block.route();
-    bool wide = false;
-#pragma unroll 1
-    for (;; wide = true) {
-      block.find_bends(wide);
-      block.note(4);
-      if (block.find_sums(wide)) break;
-      cluster_barrier();  // all have read what they are about to overwrite
-    }
-    block.note(5);
-    float units;
-    const float total = block.weigh_runs(wide, units);
-    block.note(6);
-    Limits limits{static_cast<u32>(budget), kNoLimit, -1.0};
-    if (miss >= 0.f) {
-      const double whole = static_cast<double>(total) * block.shared->most_share;
-      limits.spare = whole > 0 ? static_cast<double>(miss) * p.j / whole : 1.0;
-    }
-    if (budget > 0 || block.rehearsal) {
-      block.find_cut(limits, units);
-    } else {
-      if (threadIdx.x == 0) block.shared->cut = take_nothing();
-      __syncthreads();
-    }
-    block.note(10);
-    block.write_runs();
-    block.note(12);
-    if (!block.rehearsal) break;
-    block.begin();
+  for (;; wide = true) {
+    block.find_bends(wide);
+    block.note(3);
+    if (block.find_sums(wide)) break;
+    cluster_barrier();  // all have read what they are about to overwrite
   }
+  block.note(4);
+  float units;
+  const float total = block.weigh_runs(wide, units);
+  block.note(5);
+  Limits limits{static_cast<u32>(budget), kNoLimit, -1.0};
+  if (miss >= 0.f) {
+    const double whole = static_cast<double>(total) * block.shared->most_share;
+    limits.spare = whole > 0 ? static_cast<double>(miss) * p.j / whole : 1.0;
+  }
+  if (budget > 0) {
+    block.find_cut(limits, units);
+  } else {
+    if (threadIdx.x == 0) block.shared->cut = take_nothing();
+    __syncthreads();
+  }
+  block.note(9);
+  block.write_runs();
+  block.note(11);
 }
 
 #ifdef SAAP_EMU

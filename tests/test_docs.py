@@ -16,7 +16,7 @@ from nanobind.stubgen import StubGen
 import overview
 import saap_index.index
 import saap_index.routing.rope
-import saap_index.search.select
+import saap_index.search.states
 from saap_index import _cpu
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ def test_document(path: str) -> None:
     assert runner.tries and not runner.failures
 
 
-@pytest.mark.parametrize("module", [saap_index.search.select, saap_index.index, saap_index.routing.rope])
+@pytest.mark.parametrize("module", [saap_index.search.states, saap_index.index, saap_index.routing.rope])
 def test_docstrings(module) -> None:
     names = {"torch": torch, **vars(saap_index)}
     result = doctest.testmod(module, extraglobs=names)
@@ -61,7 +61,7 @@ def test_the_picture_is_that_of_the_results() -> None:
 def test_the_version_stands_in_one_place() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    assert config["metadata"]["version"] == "attr: saap_index.__version__"
+    assert config["metadata"]["version"] == "attr: saap_index.version.__version__"
     assert re.fullmatch(r"\d+\.\d+\.\d+", saap_index.__version__)
     assert f"## [{saap_index.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -199,10 +199,6 @@ def test_the_shape_that_ships(schedule: tuple[str, int, int]) -> None:
         check(case, runtime(schedule), early=True)
 
 
-def test_without_a_rehearsal() -> None:
-    check(Case(7, rotation="frequencies", knobs={**SMALL, "SAAP_REHEARSE": 0}), runtime(), early=True)
-
-
 @pytest.mark.parametrize("ties", [False, True])
 def test_equal_weights_without_end(ties: bool) -> None:
     """More runs of one weight than are compared with each other: the histogram goes on with segments and lists."""

@@ -82,7 +82,7 @@ class Backend(ABC):
     """Whether `resident` returns something: asked several times a step, so not by a call."""
 
     def resident(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Resident | None:
-        """State on the device for the decode step of a batch of this shape, see resident.py; None for a backend without."""
+        """State on the device for the decode step of a batch of this shape, see `Resident`; None for a backend without."""
         return None
 
     @abstractmethod

@@ -180,7 +180,7 @@ def fingerprint(decoder: Any) -> str:
             some = some.float() if some.is_floating_point() else some.contiguous().view(torch.uint8)
             value = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), value))
     for name, module in decoder.named_modules():
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters"):
+        if isinstance(getattr(module, "disable_adapters", None), bool):  # PEFT's layers; every model has methods of these names
             names, scaling = () if module.disable_adapters else module.active_adapters, getattr(module, "scaling", {})
             active = [(adapter, scaling.get(adapter)) for adapter in names]
             value = zlib.crc32(f"{name} {active}".encode(), value)

@@ -72,8 +72,8 @@ class SegmentedInvertedLists:
         self._changes = 0  # under way, one within the other
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
         self.capacity = 0
-        self.decode: Any = None  # the state on the device that follows this batch (decode.py), or None
-        self.plans: dict[int, Any] = {}  # what selections worked out for these segments, by parameters (attend.py)
+        self.decode: Any = None  # the state on the device that follows this batch (search/session.py), or None
+        self.plans: dict[int, Any] = {}  # what selections worked out for these segments, by parameters (search/plan.py)
         self._same = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
         self._centres: list[tuple[int, np.ndarray] | None] = [None] * batch
         self._allocate(0)

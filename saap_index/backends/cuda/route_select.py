@@ -38,8 +38,7 @@ CLUSTERS = 8, 4, 2
 
 
 STAGES = (
-    "rehearsed", "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted",
-    "written",
+    "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted", "written",
 )  # fmt: skip
 """What has been done when a stage is noted."""
 

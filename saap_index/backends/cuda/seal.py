@@ -1,6 +1,6 @@
 """Launchers of the kernels that sort the arena: seal, of any segments of any sequences at once, and the means of runs.
 
-As in gpu_build.py, nothing is allocated here; functions say how large a workspace is. Axes as in backends/base.py.
+As in append_assign.py, nothing is allocated here; functions say how large a workspace is. Axes as in backends/base.py.
 """
 
 from __future__ import annotations
