@@ -54,7 +54,7 @@ def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs:
     launch = scan.bind(keys, values, meta, rows, None, d**-0.5, floats, tickets, clocks)
     out, lse = torch.empty_like(queries), torch.empty((b, HEADS, GROUP), device=device.device)
     other = torch.empty(max(64, 4 * device.l2_bytes), dtype=torch.uint8, device=device.device)
-    found: dict[str, list[tuple[float, float]]] = {}
+    cycles: dict[str, list[tuple[float, float]]] = {}
     for i in range(LAUNCHES + 1):
         other.fill_(i)
         clocks.zero_()
@@ -68,8 +68,8 @@ def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs:
             both = (at[:, a] > 0) & (at[:, z] > 0)
             took = (at[both, z] - at[both, a]).tolist() or [0.0]
             name = f"{POINTS[a]} to {POINTS[z]}" if (a, z) != pairs[-1] else "all"
-            found.setdefault(name, []).append((sorted(took)[len(took) // 2], max(took)))
-    middle = {name: [sorted(x[i] for x in of)[len(of) // 2] for i in range(2)] for name, of in found.items()}
+            cycles.setdefault(name, []).append((sorted(took)[len(took) // 2], max(took)))
+    middle = {name: [sorted(x[i] for x in of)[len(of) // 2] for i in range(2)] for name, of in cycles.items()}
     return {"batch": b, "tokens": n, "share": share, "grid": scan.grid, "macros": scan.macros, "cycles": middle}
 
 

@@ -179,7 +179,7 @@ def _seal(backend: CudaBackend) -> None:
 
 def replay(path: Path, runtime: Runtime, device: torch.device) -> list[str]:
     """What differs, launch by launch: nothing where all is as recorded. A launch that fails is named and ends it."""
-    found: list[str] = []
+    problems: list[str] = []
     with np.load(path) as file:
         contents = {name.removeprefix("memory_"): file[name] for name in file.files}
     for i, launch in enumerate(json.loads(contents.pop("launches").tobytes())):
@@ -187,13 +187,13 @@ def replay(path: Path, runtime: Runtime, device: torch.device) -> list[str]:
         if runtime.capability < CLUSTERS and (launch["cluster"] > 1 or launch["dependent"]):
             continue
         try:
-            found += [f"{title}: {x}" for x in _replay(launch, contents, runtime, device)]
+            problems += [f"{title}: {x}" for x in _replay(launch, contents, runtime, device)]
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
-            found.append(f"{title}: {type(error).__name__}: {reason}")
+            problems.append(f"{title}: {type(error).__name__}: {reason}")
             if device.type == "cuda":  # an illegal access fails every later call
                 break
-    return found
+    return problems
 
 
 def _replay(

@@ -400,9 +400,9 @@ def main() -> int:
         spent = time.perf_counter() - began
         print(f"{n} tokens x {batch}: {len(report.figures)} figures, {spent:.0f} s", file=sys.stderr, flush=True)
     compare(figures, read, shape)
-    found = {"environment": harness.environment(device), "read_bytes_per_s": read, "skipped": skipped, "figures": figures}
-    found |= {"kernels_us": whole.kernels, "wrong": whole.wrong, "knobs": options.knobs}
-    harness.save(options.out, "gpu_step", found, table(figures, whole, read))
+    results = {"environment": harness.environment(device), "read_bytes_per_s": read, "skipped": skipped, "figures": figures}
+    results |= {"kernels_us": whole.kernels, "wrong": whole.wrong, "knobs": options.knobs}
+    harness.save(options.out, "gpu_step", results, table(figures, whole, read))
     return 0 if figures and not whole.wrong else 1
 
 

@@ -56,10 +56,10 @@ def generation(model: Any, kind: str, rng: np.random.Generator, most: int) -> in
     cache = saap.SaapCache(model)
     name = cache_argument(model)
     model.generate(ids, attention_mask=mask, **{name: cache}, **options)
-    asked = copy.deepcopy(cache)
-    asked.crop(-int(rng.integers(1, 200)))
+    reused = copy.deepcopy(cache)
+    reused.crop(-int(rng.integers(1, 200)))
     ids = torch.cat([ids, ids[:, :64]], 1)
-    model.generate(ids, attention_mask=torch.ones_like(ids), **{name: asked}, **options)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **{name: reused}, **options)
     cache.crop(-cache.get_seq_length())
     return n + 64
 

@@ -165,8 +165,8 @@ def run(shape: Shape, seconds: float) -> None:
     budget = Budget(torch.full((1, h), case.budget, dtype=torch.int32))
 
     def probe(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        found = CPU.probe(z, a, case.knots, case.tables, [case.segments], budget, True)
-        return found.rows, found.counts
+        probed = CPU.probe(z, a, case.knots, case.tables, [case.segments], budget, True)
+        return probed.rows, probed.counts
 
     rows, counts = probe(*got)
     other = TORCH.probe(*got, case.knots, case.tables, [case.segments], budget, True).rows

@@ -117,10 +117,10 @@ def make_plan(
 def _layer_plan(
     config: Any, number: int, attention: Any, routers: Routers, selectivity: float | None, options: Mapping[str, Any]
 ) -> LayerPlan:
-    found = routers.layers[number]
+    trained = routers.layers[number]
     if "nlist" in options:
-        found = found.with_lists(options["nlist"])
-    quantizer, router = found.key_quantizer, found.query_router
+        trained = trained.with_lists(options["nlist"])
+    quantizer, router = trained.key_quantizer, trained.query_router
     heads, kv_heads = config.num_attention_heads, support.kv_heads_of(config)
     h, nlist, d = quantizer.centroids.shape
     support.check_head_dim(d, number)
@@ -138,13 +138,13 @@ def _layer_plan(
     mine = {name: layout[name] for name in ("sinks", "window") if name in layout}  # what they were trained outside of
     mine |= {**({} if selectivity is None else {"selectivity": selectivity}), **options}
     mine.pop("nlist", None)
-    if found.budget_shares is not None and "budget_shares" not in mine:
-        mine["budget_shares"] = checks.shares(found.budget_shares, "budget_shares", kv_heads)
-    parts = found.rope, quantizer, router, found.tower, found.calibration
+    if trained.budget_shares is not None and "budget_shares" not in mine:
+        mine["budget_shares"] = checks.shares(trained.budget_shares, "budget_shares", kv_heads)
+    parts = trained.rope, quantizer, router, trained.tower, trained.calibration
     types = getattr(config, "layer_types", None)
     plan = LayerPlan(number, heads, kv_heads, *parts, mine, shard, types[number] if types else None)
     try:
-        AsymmetricIndex(d, nlist, heads, kv_heads, rope=found.rope, **mine)  # what is wrong with an option is said now
+        AsymmetricIndex(d, nlist, heads, kv_heads, rope=trained.rope, **mine)  # what is wrong with an option is said now
     except TypeError as error:
         raise ParameterError(f"options: expected those of AsymmetricIndex, got {sorted(options)}: {error}") from error
     return plan
