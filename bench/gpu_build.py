@@ -97,7 +97,8 @@ def sealing(device: harness.Device, shape: Shape, n: int, batch: int) -> Figures
     for _ in range(rounds):
         index.add(tokens[:, :, 1:], tokens[:, :, 1:], seal=False)
         seconds, spent, waits = _queued(device, partial(index.add, last, last))
-        times.append(seconds), host.append(spent)
+        times.append(seconds)
+        host.append(spent)
         waited += waits
     if waited > rounds // 8:
         raise RuntimeError(f"expected a host that never waits for the device, got {waited} of {rounds} long calls")
@@ -252,10 +253,10 @@ def training(device: harness.Device, shape: Shape) -> Figures:
         figures.append({"name": f"k-means, 2 iterations of {keys.shape[1]} keys a head", "bytes": 0})
         figures[-1]["us"] = 1e6 * (time.perf_counter() - began)
     h, positions, g, bins = shape.kv_heads, 16 if device.dry else 512, shape.heads // shape.kv_heads, 12
-    mass = [torch.rand((h, positions, g, x), device=device.device) for x in (shape.nlist, bins)]
+    mass, near = (torch.rand((h, positions, g, x), device=device.device) for x in (shape.nlist, bins))
     data = RouterTargets(
         torch.randn((h, positions, g, shape.d), device=device.device), torch.rand((h, positions, g), device=device.device),
-        *(x / x.sum(-1, keepdim=True) for x in mass),
+        mass / mass.sum(-1, keepdim=True), near / near.sum(-1, keepdim=True),
         torch.randint(0, 99, (h, positions, bins, shape.nlist), device=device.device, dtype=torch.int16),
         torch.arange(bins) * 1.0 + 7,
     )  # fmt: skip

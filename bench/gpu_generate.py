@@ -261,7 +261,10 @@ def emulate(device: Any) -> None:
             step()
         return graph.replay  # type: ignore[no-any-return]
 
-    capture.capture_on = lambda where: record
+    def emulated(device: torch.device) -> capture.Capture | None:
+        return record
+
+    capture.capture_on = emulated
 
 
 def main() -> int:

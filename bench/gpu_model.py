@@ -361,7 +361,7 @@ def label(start: Start, arch: str) -> str:
 
 def configurations() -> dict[str, tuple[Start, str]]:
     """The kernels of the steps of SIZES, by label."""
-    starts = {}
+    starts: dict[str, tuple[Start, str]] = {}
     for arch in CAPABILITIES:
         for tokens, batch in SIZES:
             starts |= {label(x, arch): (x, arch) for x in launches(Size(tokens, batch), arch)}
@@ -376,7 +376,8 @@ def code(start: Start, arch: str) -> dict[str, Any]:
     """What the machine code says, whatever it is run on: instructions, bytes, and those that wait for others, in number."""
     blocks = machine_code(start.file, start.kernel, tuple(sorted(start.macros.items())), arch)
     instructions = [x for block in blocks for x in block.instructions]
-    kinds = {"barriers": ("BAR",), "cluster_barriers": ("UCGABAR_WAIT",), "loads": ("LDG",), "copies": ("LDGSTS",)}
+    kinds: dict[str, tuple[str, ...]] = {"barriers": ("BAR",), "cluster_barriers": ("UCGABAR_WAIT",)}
+    kinds |= {"loads": ("LDG",), "copies": ("LDGSTS",)}
     kinds |= {"fences": ("MEMBAR",), "atomics": ("ATOM", "ATOMG", "RED", "REDG"), "shuffles": ("SHFL",), "matrix": ("HMMA",)}
     counts = {name: sum(x.base in of for x in instructions) for name, of in kinds.items()}
     size = len(instructions)

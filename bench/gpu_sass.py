@@ -94,7 +94,9 @@ def kernel_blocks(file: str, name: str, macros: dict[str, int], arch: str) -> li
 
 def blocks(text: str) -> list[Block]:
     """The blocks of one disassembled function, without the padding behind it. Loops are found by jumps back."""
-    blocks, labels, jumps = [Block()], {}, []
+    blocks: list[Block] = [Block()]
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
     at_lines: list[Line] = []
     fresh = True
     rows = text.splitlines()
@@ -103,9 +105,9 @@ def blocks(text: str) -> list[Block]:
             if blocks[-1].instructions:
                 blocks.append(Block())
             labels[label.group(1)] = len(blocks) - 1
-        elif at := _LINE.match(row):
+        elif line := _LINE.match(row):
             at_lines = [] if fresh else at_lines
-            at_lines.append((Path(at.group(1)).name, int(at.group(2))))
+            at_lines.append((Path(line.group(1)).name, int(line.group(2))))
             fresh = False
         elif words := _TEXT.match(row):
             control = _CONTROL.match(rows[i + 1])

@@ -86,8 +86,9 @@ def router(device: harness.Device, shape: Shape, deviation: float, seed: int) ->
     g = torch.Generator(device.device).manual_seed(seed)
     h, outputs = shape.kv_heads, shape.nlist + shape.knots + 1
     sizes = ((h, shape.units, shape.d), (h, shape.units), (h, outputs, shape.units), (h, outputs, shape.d), (h, outputs))
-    weights = [torch.randn(s, generator=g, device=device.device, dtype=torch.float32) * deviation for s in sizes]
-    return QueryRouter(RouterWeights(*weights, shape.nlist), first_knot=7)
+    weights = (torch.randn(s, generator=g, device=device.device, dtype=torch.float32) * deviation for s in sizes)
+    hidden, bias_hidden, out, skip, bias_out = weights
+    return QueryRouter(RouterWeights(hidden, bias_hidden, out, skip, bias_out, shape.nlist), first_knot=7)
 
 
 def build(device: harness.Device, shape: Shape, n: int, batch: int, copies: int) -> list[AsymmetricIndex]:
@@ -155,9 +156,11 @@ def compare_selections(
     prepared = backend.prepare_router(index.query_router.weights)
     rotation = index._query_rotation(x.shape[3])
     want = select(backend, index.invlists, index.query_router, prepared, x, rotation, params, shares, miss)
+    got_rows, want_rows = got.rows, want.rows
+    assert want_rows is not None
     for i in range(len(index.lengths)):
         for head in range(index.num_kv_heads):
-            mine, other = (x.rows[i, head][x.rows[i, head] >= 0] for x in (got, want))
+            mine, other = (rows[i, head][rows[i, head] >= 0] for rows in (got_rows, want_rows))
             if bool((mine.diff() <= 0).any()):
                 report.wrong.append(f"{what}: sequence {i} head {head}: rows are not ascending")
             both = int(torch.isin(mine, other).sum())

@@ -21,7 +21,8 @@ import torch
 import saap_index as saap
 from harness import THREADS, save
 from saap_index.hf import attach, detached
-from saap_index.hf.support import cache_argument
+from saap_index.hf.cache import adopt, plan_of
+from saap_index.hf.support import cache_argument, decoder_of
 from saap_index.pipeline.texts import pack_sequences, read_texts
 from saap_index.routers import model_shape
 from saap_lab.smollm2 import model as demo_model
@@ -51,7 +52,9 @@ def compare(model: Any, ids: torch.Tensor, forced: int, params: dict[str, saap.S
         model(document, **{name: cache}, logits_to_keep=1)
         dense = model(text, **{name: cache}).logits[0].log_softmax(-1)
         cache.crop(-forced)
-    cache = saap.hf.cache.adopt(cache, saap.hf.cache.plan_of(model))
+    plan = plan_of(model)
+    assert plan is not None
+    cache = adopt(cache, plan, decoder_of(model))
     results = {}
     for name, search in params.items():
         cache.set_search(search)

@@ -34,7 +34,8 @@ KINDS = ("batch", "beams", "looked-up candidates", "padded batch", "chat")
 def make_model(layers: int) -> Any:
     config = LlamaConfig(
         vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=16384, rope_theta=1e5, eos_token_id=None, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, num_key_value_heads=3, max_position_embeddings=16384,
+        eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()

@@ -115,8 +115,10 @@ def _layer(
         index = routers.index(number, mean_run_tokens=run)
     else:
         rope = Rope.from_config(config, layer=number)
-        options = {"d_v": layer.e, "rope": rope, "scale": layer.scale, "mean_run_tokens": run}
-        index = AsymmetricIndex(layer.d, LISTS, layer.heads * layer.group, layer.heads, **options)
+        index = AsymmetricIndex(
+            layer.d, LISTS, layer.heads * layer.group, layer.heads,
+            d_v=layer.e, rope=rope, scale=layer.scale, mean_run_tokens=run,
+        )  # fmt: skip
         index.key_quantizer = KeyQuantizer(torch.zeros(layer.heads, LISTS, layer.d))  # the context makes others
         index.tower = TwoTower.symmetric(layer.heads, layer.d)
     return errors(index, prompt.keys[at], prompt.values[at], prompt.queries[at][:, :, some], prompt.positions[some], cases)
