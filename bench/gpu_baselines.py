@@ -30,18 +30,18 @@ def dense(queries: list[Tensor], caches: Caches, n: int, kv_heads: int) -> dict[
     kinds = {"": None}
     if queries[0].is_cuda:
         kinds = {f" {name}": getattr(SDPBackend, name) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
-    found: dict[str, Calls] = {}
+    methods: dict[str, Calls] = {}
     for label, kind in kinds.items():
         name = f"torch SDPA{label.lower()}"
         used = [(q, k[:, :, :n], v[:, :, :n]) for q, (k, v) in pairs]
-        found[f"{name} folded"] = [partial(_sdpa, _fold(q, kv_heads), k, v, kind, False) for q, k, v in used]
-        found[f"{name} gqa"] = [partial(_sdpa, q, k, v, kind, True) for q, k, v in used]
+        methods[f"{name} folded"] = [partial(_sdpa, _fold(q, kv_heads), k, v, kind, False) for q, k, v in used]
+        methods[f"{name} gqa"] = [partial(_sdpa, q, k, v, kind, True) for q, k, v in used]
     for make in (_flashinfer, _flash_attn):
         try:
-            found.update(make(pairs, n))
+            methods.update(make(pairs, n))
         except Exception as error:
             print(f"{make.__name__[1:]}: {type(error).__name__}: {error}")
-    return found
+    return methods
 
 
 def _fold(queries: Tensor, kv_heads: int) -> Tensor:
@@ -79,7 +79,7 @@ def _flashinfer(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> di
 
 
 def _flash_attn(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> dict[str, Calls]:
-    found: dict[str, Calls] = {}
+    methods: dict[str, Calls] = {}
     for name, module in (("flash-attn 3", "flash_attn_interface"), ("flash-attn", "flash_attn")):
         try:
             function = __import__(module).flash_attn_with_kvcache
@@ -89,8 +89,8 @@ def _flash_attn(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> di
         for q, (k, v) in pairs:
             used = torch.full((q.shape[0],), n, dtype=torch.int32, device=q.device)
             calls.append(partial(function, *(x.transpose(1, 2) for x in (q, k, v)), cache_seqlens=used))
-        found[f"{name} with kvcache"] = calls
-    return found
+        methods[f"{name} with kvcache"] = calls
+    return methods
 
 
 def gathered(queries: list[Tensor], caches: Caches, selections: list[Any], n: int, kv_heads: int) -> Calls:

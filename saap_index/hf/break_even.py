@@ -44,7 +44,7 @@ def break_evens(
     modules : the decoder layers by number; dtype : of keys and values; graphs : whether steps are to be replayed. Layers whose
     weights are not in memory, and dtypes that no index stores, are left out: for them holds what `Layout` says.
     """
-    found: dict[int, dict[int, int]] = {}
+    lengths: dict[int, dict[int, int]] = {}
     done: dict[str, dict[int, int]] = {}
     for number, layer in layers.items():
         device = next(iter(modules[number].self_attn.parameters())).device
@@ -56,8 +56,8 @@ def break_evens(
             for batch in BATCHES.get(device.type, (1,)):
                 times = LayerTimes(layer, dtype, device, batch, graphs)
                 done[kind][batch] = crossover.measured(key_of(layer, dtype, device, batch, graphs), times).tokens
-        found[number] = done[kind]
-    return found
+        lengths[number] = done[kind]
+    return lengths
 
 
 def key_of(

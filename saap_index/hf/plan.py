@@ -118,11 +118,11 @@ def make_plan(
 def _layer_plan(
     config: Any, number: int, attention: Any, routers: Routers, selectivity: float | None, options: Mapping[str, Any]
 ) -> LayerPlan:
-    found = routers.layers[number]
+    trained = routers.layers[number]
     if "nlist" in options:
-        found = found.with_lists(options["nlist"])
+        trained = trained.with_lists(options["nlist"])
     heads, kv_heads = config.num_attention_heads, support.kv_heads_of(config)
-    h, nlist, d = found.quantizer.centroids.shape
+    h, nlist, d = trained.quantizer.centroids.shape
     support.check_head_dim(d, number)
     model_rope = Rope.from_config(config, layer=number)
     dim = getattr(attention, "head_dim", d)
@@ -130,7 +130,7 @@ def _layer_plan(
         raise CompatibilityError(
             f"routers: expected those of a model with {kv_heads} KV heads and {dim} dims in layer {number}, got {h} and {d}"
         )
-    found.check(h, d, nlist)
+    trained.check(h, d, nlist)
     shard = support.head_shard(attention)
     if kv_heads % shard[1]:
         raise CompatibilityError(f"model: expected KV heads that divide among {shard[1]} processes, got {kv_heads}")
@@ -138,12 +138,12 @@ def _layer_plan(
     mine = {name: layout[name] for name in ("sinks", "window") if name in layout}  # what they were trained outside of
     mine |= {**({} if selectivity is None else {"selectivity": selectivity}), **options}
     mine.pop("nlist", None)
-    shares = mine.pop("budget_shares", found.budget_shares)
-    found = replace(found, budget_shares=None if shares is None else checks.shares(shares, "budget_shares", kv_heads))
+    shares = mine.pop("budget_shares", trained.budget_shares)
+    trained = replace(trained, budget_shares=None if shares is None else checks.shares(shares, "budget_shares", kv_heads))
     types = getattr(config, "layer_types", None)
-    plan = LayerPlan(number, heads, kv_heads, found, mine, shard, types[number] if types else None)
+    plan = LayerPlan(number, heads, kv_heads, trained, mine, shard, types[number] if types else None)
     try:
-        AsymmetricIndex(d, nlist, heads, kv_heads, rope=found.rope, **mine)  # what is wrong with an option is said now
+        AsymmetricIndex(d, nlist, heads, kv_heads, rope=trained.rope, **mine)  # what is wrong with an option is said now
     except TypeError as error:
         raise ParameterError(f"options: expected those of AsymmetricIndex, got {sorted(options)}: {error}") from error
     return plan

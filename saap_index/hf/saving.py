@@ -215,9 +215,9 @@ def _restore_indexed(
         "rotated": (sum(turns), 2),
         "tables": (b, h, max(map(len, segments)), index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }  # fmt: skip
-    found = {key: tuple(x.shape) for key, x in tensors.items()}
-    if found != want:
-        raise FormatError(f"{name}: expected tensors {want}, got {found}")
+    shapes = {key: tuple(x.shape) for key, x in tensors.items()}
+    if shapes != want:
+        raise FormatError(f"{name}: expected tensors {want}, got {shapes}")
     dtypes = {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "gaps": torch.int64, "rotated": torch.int64}
     for key, dtype in dtypes.items():
         if key in tensors and tensors[key].dtype != dtype:
@@ -282,16 +282,17 @@ def _restore_plain(layer: Any, number: int, about: dict[str, Any], tensors: dict
     if about["kind"] != type(layer).__name__:
         raise CompatibilityError(f"expected a {type(layer).__name__}, got a layer that was saved as {about['kind']}")
     slots = checks.integer(about["slots"], "slots", 0)
-    found = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
-    if found != about.get("shapes", found) or (tensors and sorted(tensors) != ["keys", "values"]) or bool(slots) > bool(tensors):
-        raise FormatError(f"layer {number}: expected keys and values {about.get('shapes', '')}, got {found}")
+    shapes = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+    odd = bool(tensors) and sorted(tensors) != ["keys", "values"]
+    if shapes != about.get("shapes", shapes) or odd or bool(slots) > bool(tensors):
+        raise FormatError(f"layer {number}: expected keys and values {about.get('shapes', '')}, got {shapes}")
     if not tensors:
         return
     keys, values = tensors["keys"].to(device), tensors["values"].to(device)
     is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
     n = keys.shape[2] if keys.ndim == 4 else -1
     if values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not (n == slots or (is_sliding and 0 <= n < slots)):
-        raise FormatError(f"layer {number}: expected keys and values of {slots} slots, got {found}")
+        raise FormatError(f"layer {number}: expected keys and values of {slots} slots, got {shapes}")
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
     if is_sliding:

@@ -76,7 +76,7 @@ class SlotLayer(CacheLayerMixin):
         """
         if torch.compiler.is_compiling():
             return traced.update(self, key_states, value_states)
-        self.call.enter(self, self._undo())
+        self.call.begin(self, self._undo())
         try:
             return self._update(key_states, value_states)
         except BaseException:

@@ -44,15 +44,15 @@ def train_one(
     numbers = [n for n in range(store.shape.sequences) if n not in store.shape.held_out]
     config = TrainingConfig.named(settings.router, seed=settings.seed * 1009 + layer)
     sequences = store.layer(layer, numbers, [positions_of(settings, n) for n in numbers], device)
-    given = _without_queries(store, layer, numbers, device) if settings.router == "kmeans" else sequences
-    trained = train_layer(given, settings.nlist, rope, settings.layout, scale, config)
+    source = _without_queries(store, layer, numbers, device) if settings.router == "kmeans" else sequences
+    trained = train_layer(source, settings.nlist, rope, settings.layout, scale, config)
     tower = trained.tower if settings.partition == "per-prompt" else None
     if settings.partition == "per-prompt" and tower is None:
         tower = TwoTower.symmetric(store.shape.kv_heads, store.shape.d).to(device)
     trained = replace(trained, tower=tower)
     rest = trained, settings, rope, scale, device
-    found = [_measure(store, layer, n, positions_of(settings, n), *rest) for n in store.shape.held_out]
-    measured, curves = [m for m, _ in found], [c for _, c in found if c is not None]
+    results = [_measure(store, layer, n, positions_of(settings, n), *rest) for n in store.shape.held_out]
+    measured, curves = [m for m, _ in results], [c for _, c in results if c is not None]
     total = sum(measured[1:], measured[0])
     losses = total.loss / max(1e-30, float(total.norm.sum())) * store.weight(layer)
     calibration = table(curves) if curves else None
@@ -83,16 +83,16 @@ def _measure(
     parts = trained.quantizer, trained.router
     if trained.tower is not None:
         parts = trained.tower.for_prompt(coarse[:, : int(positions.min())], settings.nlist)
-    found = measure(keys, values, grouped, routed, places, parts[0].assign(coarse), parts[1], settings.layout, scale)
+    measured = measure(keys, values, grouped, routed, places, parts[0].assign(coarse), parts[1], settings.layout, scale)
     # the symmetric tower has the output, but learnt nothing
     trusts = trained.router.predicts_outside and settings.router != "kmeans"
-    return found, replay(keys, queries, places, *parts, rope, settings.layout, scale) if trusts else None
+    return measured, replay(keys, queries, places, *parts, rope, settings.layout, scale) if trusts else None
 
 
 def _spread(count: int) -> np.ndarray:
     """Evenly spaced places of up to MEASURED_QUERIES of ``count`` queries."""
-    found: np.ndarray = np.unique(np.linspace(0, count - 1, min(count, MEASURED_QUERIES)).round().astype(np.int64))
-    return found
+    places: np.ndarray = np.unique(np.linspace(0, count - 1, min(count, MEASURED_QUERIES)).round().astype(np.int64))
+    return places
 
 
 def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
