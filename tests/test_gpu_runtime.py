@@ -133,6 +133,8 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
         }  # fmt: skip
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        # builds of torch with CUDA have this shorter way, which needs a driver
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: next(streams), raising=False)
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         gpu_runtime._runtime.cache_clear()
 
