@@ -6,11 +6,10 @@ quantizer and router (maps), inverted lists (storage), search (selection and sof
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +22,16 @@ from .backends.types import MAX_STEP_TOKENS
 from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
 from .invlists.layout import Layout
 from .invlists.segmented import SegmentedInvertedLists
-from .routing.assign import AssignRows
+from .routing.assign import AssignRows, prompt_lists
 from .routing.calibration import CONFIDENCE, Calibration, calibrate
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.rotations import query_rotation
 from .routing.router import QueryRouter
 from .routing.trained import TrainedLayer
-from .routing.two_tower import TwoTower, prompt_keys
-from .search.arguments import Arguments, Form
-from .search.options import IndexOptions
+from .routing.two_tower import TwoTower
+from .search.arguments import Arguments, ArrayForm
+from .search.options import IndexOptions, Option
 from .search.params import SELECTIVITY, SearchParametersIVF
 from .search.plan import allowed_miss
 from .search.select import attend, best_of, search, select, select_each, select_lists, side_by_side, widen
@@ -41,35 +40,17 @@ from .search.session import DecodeState
 from .search.stats import IndexStats, gather
 from .training.config import TrainingConfig
 from .training.layer import train_layer
-from .whole import signals_wait
+from .whole import signals_wait, within
 
 _STATE = "_last", "_lists", "_options", "_prepared_quantizer", "_prepared_router", "_trained"
 """What a change may set."""
 
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+_between_steps = within("_in_step")
+"""Host and device agree before the method, and after it where a graph may be replayed next."""
 
-
-def _between_steps(method: _Method) -> _Method:
-    """Host and device agree before the method, and after it where a graph may be replayed next."""
-
-    @functools.wraps(method)
-    def wrapped(self: AsymmetricIndex, *args: Any, **options: Any) -> Any:
-        with self._in_step():
-            return method(self, *args, **options)
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _change(method: _Method) -> _Method:
-    """As `_between_steps`; and what the method changes, changes whole or not at all."""
-
-    @functools.wraps(method)
-    def wrapped(self: AsymmetricIndex, *args: Any, **options: Any) -> Any:
-        with self._changing():
-            return method(self, *args, **options)
-
-    return wrapped  # type: ignore[return-value]
+_change = within("_changing")
+"""As `_between_steps`; and what the method changes, changes whole or not at all."""
 
 
 class AsymmetricIndex:
@@ -117,56 +98,27 @@ class AsymmetricIndex:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_arguments",
-        "_backend",
-        "_last",
-        "_lists",
-        "_miss",
-        "_number",
-        "_options",
-        "_prepared_quantizer",
-        "_prepared_router",
-        "_token",
-        "_trained",
-        "backend_name",
-        "device",
+        "__weakref__", "_arguments", "_backend", "_last", "_lists", "_miss", "_number", "_options", "_prepared_quantizer",
+        "_prepared_router", "_token", "_trained", "backend_name", "device",
     )  # fmt: skip
 
     def __init__(
-        self,
-        d: int,
-        nlist: int = 256,
-        num_heads: int = 1,
-        num_kv_heads: int | None = None,
-        *,
-        d_v: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        rope: Rope | None = None,
-        selectivity: float | None = None,
-        nprobe: int | None = None,
-        max_codes: int = 0,
-        window: int = 128,
-        sinks: int = 4,
-        scale: float | None = None,
-        break_even: int = 2048,
-        seal_tokens: int = 0,
-        max_segment: int = 32768,
-        target_mass: float | None = None,
-        budget_shares: Any = None,
-        mean_run_tokens: int = 0,
-        tail: float = 0.0,
+        self, d: int, nlist: int = 256, num_heads: int = 1, num_kv_heads: int | None = None, *, d_v: int | None = None,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", rope: Rope | None = None,
+        selectivity: float | None = None, nprobe: int | None = None, max_codes: int = 0, window: int = 128, sinks: int = 4,
+        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 32768,
+        target_mass: float | None = None, budget_shares: Any = None, mean_run_tokens: int = 0, tail: float = 0.0,
         backend: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
         params = SearchParametersIVF(
             nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
         ).over(SearchParametersIVF(selectivity=SELECTIVITY))
         dims, heads = (d, d if d_v is None else d_v), (num_heads, num_heads if num_kv_heads is None else num_kv_heads)
         self._options = IndexOptions(*dims, nlist, *heads, dtype, layout, params)
-        self._trained = TrainedLayer(None, None, rope, rope, self.d**-0.5 if scale is None else scale)
-        self.budget_shares = budget_shares
+        shares = None if budget_shares is None else checks.shares(budget_shares, "budget_shares", self.num_kv_heads)
+        self._trained = TrainedLayer(None, None, rope, rope, self.d**-0.5 if scale is None else scale, budget_shares=shares)
+        self._trained.check(self.num_kv_heads, self.d, self.nlist)
         named = checks.named_device(device)
         self._backend = get_backend(named, backend)  # which has the better words where its device cannot serve
         self.device = checks.device(getattr(self._backend, "device", named))
@@ -204,8 +156,7 @@ class AsymmetricIndex:
         Raises StateError while tokens are stored, ShapeError, DTypeError, NotFiniteError, LengthError for a position outside
         [0, n), ParameterError with fewer keys than lists, MissingDependencyError without FAISS. The index is unchanged then.
         """
-        if self.ntotal:
-            raise StateError(f"train: expected an empty index, got one with {self.ntotal} tokens; call reset first")
+        self._require_empty("train")
         keys, queries, places = self._arguments.sequences(keys, queries, positions)
         none: list[Any] = [None] * len(keys)
         sequences = list(zip(keys, none if queries is None else queries, none if places is None else places, strict=True))
@@ -218,15 +169,16 @@ class AsymmetricIndex:
 
         Raises CompatibilityError for another shape, StateError while tokens are stored; the index is unchanged then.
         """
-        with self._whole():
-            self.tower = None
-            if layer.key_quantizer is not None:
-                self.key_quantizer = KeyQuantizer(layer.key_quantizer.centroids.contiguous())
-            if layer.tower is not None:
-                self.tower = layer.tower  # makes the router for the lists there are
-            elif layer.query_router is not None:
-                self.query_router = layer.query_router
-            self.calibration = layer.calibration
+        new = layer.to(self.device)
+        parts: dict[str, Any] = {"tower": new.tower, "calibration": new.calibration}
+        if new.key_quantizer is not None:
+            self._require_empty("key_quantizer")
+            parts["key_quantizer"] = KeyQuantizer(new.key_quantizer.centroids.contiguous())
+        if layer.tower is not None:
+            parts["query_router"] = self._router_of(layer.tower, parts.get("key_quantizer", self.key_quantizer))
+        elif new.query_router is not None:
+            parts["query_router"] = new.query_router
+        self._set_trained(**parts)
 
     def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE) -> None:
         """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
@@ -550,16 +502,16 @@ class AsymmetricIndex:
         router, terms = (layer.router, self._prepared_router), self._budget_terms(settings)
         return select_each(self._backend, lists, *router, x, rotation, settings, *terms)
 
-    def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:
+    def _attend(self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool) -> Any:
         self._last = selection
         out, lse = attend(self._backend, self.invlists, x, selection, self.scale, causal=True)
         return self._result(out, lse, form, return_lse)
 
-    def _nothing(self, x: Tensor, form: Form, return_lse: bool) -> Any:
+    def _nothing(self, x: Tensor, form: ArrayForm, return_lse: bool) -> Any:
         out = x.new_zeros((*x.shape[:-1], self.d_v))
         return self._result(out, torch.full(x.shape[:-1], float("-inf"), dtype=torch.float32, device=x.device), form, return_lse)
 
-    def _result(self, out: Tensor, lse: Tensor, form: Form, return_lse: bool) -> Any:
+    def _result(self, out: Tensor, lse: Tensor, form: ArrayForm, return_lse: bool) -> Any:
         b, h, g, q, e = out.shape
         found = form.output(out.view(b, h * g, q, e))
         return (found, form.output(lse.view(b, h * g, q))) if return_lse else found
@@ -694,7 +646,7 @@ class AsymmetricIndex:
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
             new._trained = self._trained.to(device)
-            new._prepare(quantizer=True, router=True)
+            new._prepare()
         new._arguments = Arguments(new._options, new.device)
         new._name_for_compiler()
         return new
@@ -746,15 +698,68 @@ class AsymmetricIndex:
 
     # -- attributes of a FAISS IVF index ------------------------------------------------------------------------------
 
+    d = Option[int]("d", "Key and query dim.")
+    d_v = Option[int]("d_v", "Value dim.")
+    nlist = Option[int]("nlist", "Inverted lists per KV head.")
+    num_heads = Option[int]("num_heads", "Query heads.")
+    num_kv_heads = Option[int]("num_kv_heads", "KV heads; query head i uses KV head i // (num_heads / num_kv_heads).")
+    dtype = Option[torch.dtype]("dtype", "Of stored keys and values.")
+    layout = Option[Layout]("layout", "Which tokens are sinks, recent and sealed.")
+    window = Option[int]("layout.window", "Recent tokens always read, at least. Setting it re-sorts what is stored.")
+    sinks = Option[int]("layout.sinks", "First tokens always read. Setting it re-sorts what is stored.")
+    mean_run_tokens = Option[int](
+        "layout.mean_run_tokens",
+        "Tokens that an average run of a segment needs for its runs to keep their means; 0: none do. Setting it re-sorts.",
+    )
+    break_even = Option[int]("layout.break_even", "Shorter sequences are not sealed. Setting it re-sorts what is stored.")
+    nprobe = Option["int | None"](
+        "params.nprobe",
+        """Lists visited per query, SAAP as published; setting it unsets `selectivity`, `target_mass` and `tail`. None: the budget
+        decides.""",
+    )
+    selectivity = Option["float | None"](
+        "params.selectivity",
+        "Share of the sealed tokens read, or the most of them with `target_mass`; setting it unsets `nprobe`.",
+    )
+    target_mass = Option["float | None"](
+        "params.target_mass",
+        """Attention that each step and KV head is to capture, by the router's estimate; see `SearchParametersIVF`.
+
+        Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.""",
+    )
+    tail = Option[float]("params.tail", "Share of the budget spent on the means of runs that are not read.", 0.0)
+    max_codes = Option[int]("params.max_codes", "Most sealed tokens read per KV head; 0 means no limit.", 0)
+
     @property
     def options(self) -> IndexOptions:
         """Shapes, dtype, layout and default search parameters, as one record."""
         return self._options
 
     @property
+    def ntotal(self) -> int:
+        """Tokens stored, summed over the sequences; a token counts once, whatever the heads."""
+        return sum(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence; empty before the first `add`."""
+        return [] if self._lists is None else list(self._lists.lengths)
+
+    @property
+    def invlists(self) -> SegmentedInvertedLists:
+        """The inverted lists of this batch; StateError before the first `add` or `reserve_memory`."""
+        if self._lists is None:
+            raise StateError("invlists: expected an index that holds a batch, got one without; call add first")
+        return self._lists
+
+    @property
     def trained(self) -> TrainedLayer:
         """What routes the queries of this layer, as one record; for `Routers`, and for `load_trained` of another index."""
         return self._trained
+
+    @property
+    def is_trained(self) -> bool:
+        return self._trained.is_trained
 
     @property
     def rope(self) -> Rope | None:
@@ -769,58 +774,7 @@ class AsymmetricIndex:
     @scale.setter
     def scale(self, value: float) -> None:
         if value != self._trained.scale:  # set before every step by a cache of transformers
-            self._trained = replace(self._trained, scale=value)
-
-    @property
-    def d(self) -> int:
-        """Key and query dim."""
-        return self._options.d
-
-    @property
-    def d_v(self) -> int:
-        """Value dim."""
-        return self._options.d_v
-
-    @property
-    def nlist(self) -> int:
-        """Inverted lists per KV head."""
-        return self._options.nlist
-
-    @property
-    def num_heads(self) -> int:
-        """Query heads."""
-        return self._options.num_heads
-
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads; query head i uses KV head i // (num_heads / num_kv_heads)."""
-        return self._options.num_kv_heads
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of stored keys and values."""
-        return self._options.dtype
-
-    @property
-    def ntotal(self) -> int:
-        """Tokens stored, summed over the sequences; a token counts once, whatever the heads."""
-        return sum(self.lengths)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence; empty before the first `add`."""
-        return [] if self._lists is None else list(self._lists.lengths)
-
-    @property
-    def is_trained(self) -> bool:
-        return self._trained.is_trained
-
-    @property
-    def invlists(self) -> SegmentedInvertedLists:
-        """The inverted lists of this batch; StateError before the first `add` or `reserve_memory`."""
-        if self._lists is None:
-            raise StateError("invlists: expected an index that holds a batch, got one without; call add first")
-        return self._lists
+            self._set_trained(scale=value)
 
     @property
     def key_quantizer(self) -> KeyQuantizer | None:
@@ -829,12 +783,9 @@ class AsymmetricIndex:
 
     @key_quantizer.setter
     def key_quantizer(self, quantizer: KeyQuantizer) -> None:
-        trained = self._with(key_quantizer=quantizer.to(self.device))
-        if self.ntotal:
-            raise StateError(f"key_quantizer: expected an empty index, got one with {self.ntotal} tokens; call reset first")
-        with self._whole():
-            self._trained = trained
-            self._prepare(quantizer=True)
+        replace(self._trained, key_quantizer=quantizer).check(self.num_kv_heads, self.d, self.nlist)
+        self._require_empty("key_quantizer")
+        self._set_trained(key_quantizer=quantizer.to(self.device))
 
     @property
     def query_router(self) -> QueryRouter | None:
@@ -843,10 +794,7 @@ class AsymmetricIndex:
 
     @query_router.setter
     def query_router(self, router: QueryRouter) -> None:
-        trained = self._with(query_router=router.to(self.device), calibration=None)
-        with self._whole():
-            self._trained = trained
-            self._prepare(router=True)
+        self._set_trained(query_router=router.to(self.device), calibration=None)
 
     @property
     def tower(self) -> TwoTower | None:
@@ -861,14 +809,10 @@ class AsymmetricIndex:
     @tower.setter
     def tower(self, tower: TwoTower | None) -> None:
         if tower is None:
-            self._trained = replace(self._trained, tower=None)
-            return
-        here, quantizer = self._with(tower=tower.to(self.device)).tower, self.key_quantizer
-        if quantizer is None or self.ntotal:
-            raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
-        with self._whole():
-            self.query_router = tower.at(quantizer.centroids.to(tower.weights.hidden.device))
-            self._trained = replace(self._trained, tower=here)
+            self._set_trained(tower=None)
+        else:
+            router = self._router_of(tower, self.key_quantizer)
+            self._set_trained(tower=tower.to(self.device), query_router=router, calibration=None)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -877,47 +821,7 @@ class AsymmetricIndex:
 
     @calibration.setter
     def calibration(self, value: Calibration | None) -> None:
-        self._trained = self._with(calibration=value)
-
-    @property
-    def nprobe(self) -> int | None:
-        """Lists visited per query, SAAP as published; setting it unsets `selectivity`, `target_mass` and `tail`. None: the budget
-        decides."""
-        return self._options.params.nprobe
-
-    @nprobe.setter
-    def nprobe(self, value: int) -> None:
-        self._options = self._options.with_nprobe(value)
-
-    @property
-    def selectivity(self) -> float | None:
-        """Share of the sealed tokens read, or the most of them with `target_mass`; setting it unsets `nprobe`."""
-        return self._options.params.selectivity
-
-    @selectivity.setter
-    def selectivity(self, value: float) -> None:
-        self._options = self._options.with_selectivity(value)
-
-    @property
-    def target_mass(self) -> float | None:
-        """Attention that each step and KV head is to capture, by the router's estimate; see `SearchParametersIVF`.
-
-        Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.
-        """
-        return self._options.params.target_mass
-
-    @target_mass.setter
-    def target_mass(self, value: float | None) -> None:
-        self._options = self._options.with_target_mass(value)
-
-    @property
-    def tail(self) -> float:
-        """Share of the budget spent on the means of runs that are not read."""
-        return self._options.params.tail or 0.0
-
-    @tail.setter
-    def tail(self, value: float) -> None:
-        self._options = self._options.with_tail(value)
+        self._set_trained(calibration=value)
 
     @property
     def budget_shares(self) -> np.ndarray | None:
@@ -927,58 +831,7 @@ class AsymmetricIndex:
 
     @budget_shares.setter
     def budget_shares(self, value: Any) -> None:
-        shares = None if value is None else checks.shares(value, "budget_shares", self.num_kv_heads)
-        self._trained = self._with(budget_shares=shares)
-
-    @property
-    def max_codes(self) -> int:
-        """Most sealed tokens read per KV head; 0 means no limit."""
-        return self._options.params.max_codes or 0
-
-    @max_codes.setter
-    def max_codes(self, value: int) -> None:
-        self._options = self._options.with_max_codes(value)
-
-    @property
-    def window(self) -> int:
-        """Recent tokens always read, at least. Setting it re-sorts what is stored."""
-        return self._options.layout.window
-
-    @window.setter
-    def window(self, value: int) -> None:
-        self._relayout(window=value)
-
-    @property
-    def sinks(self) -> int:
-        """First tokens always read. Setting it re-sorts what is stored."""
-        return self._options.layout.sinks
-
-    @sinks.setter
-    def sinks(self, value: int) -> None:
-        self._relayout(sinks=value)
-
-    @property
-    def mean_run_tokens(self) -> int:
-        """Tokens that an average run of a segment needs for its runs to keep their means; 0: none do. Setting it re-sorts."""
-        return self._options.layout.mean_run_tokens
-
-    @mean_run_tokens.setter
-    def mean_run_tokens(self, value: int) -> None:
-        self._relayout(mean_run_tokens=value)
-
-    @property
-    def break_even(self) -> int:
-        """Shorter sequences are not sealed. Setting it re-sorts what is stored."""
-        return self._options.layout.break_even
-
-    @break_even.setter
-    def break_even(self, value: int) -> None:
-        self._relayout(break_even=value)
-
-    @property
-    def layout(self) -> Layout:
-        """Which tokens are sinks, recent and sealed."""
-        return self._options.layout
+        self._set_trained(budget_shares=None if value is None else checks.shares(value, "budget_shares", self.num_kv_heads))
 
     # -- what is trained, and parameters ------------------------------------------------------------------------------
 
@@ -986,19 +839,32 @@ class AsymmetricIndex:
     def _batch(self) -> int | None:
         return None if self._lists is None else self._lists.batch
 
-    def _with(self, **parts: Any) -> TrainedLayer:
-        """What is trained, with other parts; checked."""
+    def _set_trained(self, **parts: Any) -> None:
+        """Other parts of what is trained, checked, and prepared as the backend keeps them; whole or not at all."""
         layer = replace(self._trained, **parts)
         layer.check(self.num_kv_heads, self.d, self.nlist)
-        return layer
+        with self._whole():
+            self._trained = layer
+            self._prepare({"key_quantizer", "query_router"} & parts.keys())
 
-    def _prepare(self, quantizer: bool = False, router: bool = False) -> None:
-        """What is trained, as the backend keeps it."""
+    def _prepare(self, names: Collection[str] = ("key_quantizer", "query_router")) -> None:
         layer = self._trained
-        if quantizer and layer.key_quantizer is not None:
+        if "key_quantizer" in names and layer.key_quantizer is not None:
             self._prepared_quantizer = self._backend.prepare_quantizer(layer.key_quantizer.centroids)
-        if router and layer.query_router is not None:
+        if "query_router" in names and layer.query_router is not None:
             self._prepared_router = self._backend.prepare_router(layer.query_router.weights)
+
+    def _require_empty(self, name: str) -> None:
+        """StateError while tokens are stored."""
+        if self.ntotal:
+            raise StateError(f"{name}: expected an empty index, got one with {self.ntotal} tokens; call reset first")
+
+    def _router_of(self, tower: TwoTower, quantizer: KeyQuantizer | None) -> QueryRouter:
+        """What a new tower makes of the lists there are."""
+        tower.check_heads(self.num_kv_heads, self.d)
+        if quantizer is None or self.ntotal:
+            raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
+        return tower.at(quantizer.centroids.to(tower.weights.hidden.device)).to(self.device)
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""
@@ -1041,21 +907,22 @@ class AsymmetricIndex:
             return
         if lists.decode is not None and lists.decode.captured:
             raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
+        quantizer, router = prompt_lists(self._backend, tower, lists, keys, counts, rotated, self.rope)
+        self._set_trained(key_quantizer=quantizer, query_router=router)
 
-        def assign(centroids: Tensor, keys: Tensor) -> Tensor:
-            return self._backend.assign(self._backend.prepare_quantizer(centroids), keys, None)
-
-        x = prompt_keys(lists, keys, counts, rotated, self.rope)
-        quantizer, router = tower.for_prompt(x, self.nlist, assign if x.is_cpu else None)
-        self._trained = replace(self._trained, key_quantizer=quantizer, query_router=router)
-        self._prepare(quantizer=True, router=True)
+    def _set_option(self, name: str, value: Any) -> None:
+        options = self._options.changed(name, value)
+        if options.layout is self.layout:
+            self._options = options
+        else:
+            self._relayout(options)
 
     @_change
-    def _relayout(self, **changes: int) -> None:
-        self._options = self._options.with_layout(**changes)
+    def _relayout(self, options: IndexOptions) -> None:
+        self._options = options
         if self._lists is not None:
             self._make_lists(self._lists)
-            self._lists.relayout(self.layout, self._assign_rows)
+            self._lists.relayout(options.layout, self._assign_rows)
 
     # -- changes and steps --------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Arguments of the methods of an index: checked, and brought to the one form that the rest works with."""
+"""Argument checking and conversion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .options import IndexOptions
 
 
 @dataclass(frozen=True)
-class Form:
+class ArrayForm:
     """How an argument came, and so how results go back: as NumPy arrays, as (n, d)."""
 
     numpy: bool
@@ -28,7 +28,7 @@ class Form:
         return x.cpu().numpy() if self.numpy else x
 
 
-_PLAIN = Form(False, False)
+_PLAIN = ArrayForm(False, False)
 
 
 class Arguments:
@@ -52,7 +52,7 @@ class Arguments:
         checks.array(x, name, axes, shape, dtypes, self.device)
         return x
 
-    def queries(self, queries: Any, batch: int | None, any_number: bool = False) -> tuple[Tensor, Form]:
+    def queries(self, queries: Any, batch: int | None, any_number: bool = False) -> tuple[Tensor, ArrayForm]:
         """Checked queries by KV head, (b, h, g, q, d), and the form of the results. batch : sequences there are, None for any."""
         if isinstance(queries, list | tuple):
             queries = checks.tensor(queries, "queries").numpy()
@@ -64,7 +64,7 @@ class Arguments:
         if plain and kind == self._accepted:  # a decode step is like the last: checking it again costs as much as choosing lists
             x, form = queries.detach(), _PLAIN
         else:
-            form = _PLAIN if plain else Form(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
+            form = _PLAIN if plain else ArrayForm(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
             x = self.tensor(queries, "queries", "b hq q d", (batch, options.num_heads, None, options.d), checks.STORAGE_DTYPES)
         b, hq, q, d = x.shape
         if not any_number and not 1 <= q <= MAX_QUERY_TOKENS:
