@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -34,6 +34,18 @@ def within(name: str) -> Callable[[_Method], _Method]:
         return wrapped  # type: ignore[return-value]
 
     return decorate
+
+
+@contextmanager
+def restored(owner: Any, names: Sequence[str]) -> Iterator[None]:
+    """If the block raises, these attributes of ``owner`` are what they were."""
+    before = [(name, getattr(owner, name)) for name in names]
+    try:
+        yield
+    except BaseException:
+        for name, value in before:
+            setattr(owner, name, value)
+        raise
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Arena, Backend, Frequencies, SegmentChange
-from ..errors import NotFiniteError, StateError
+from ..errors import LengthError, NotFiniteError, StateError
 from .gaps import Gaps
 from .layout import Layout, Segment
 from .rotated import RotationLengths
@@ -311,6 +311,15 @@ class SegmentedInvertedLists:
         sealed = (rows >= self.sinks(i)) & (rows < self.sealed(i))
         return torch.where(sealed, self.ids[i, head][rows].long(), in_order)
 
+    def rows_of(self, i: int, ids: np.ndarray) -> Tensor:
+        """Rows of the tokens of sequence i with these ids : int64 (n,), by KV head: int64 (h, n). LengthError for another."""
+        stored, order = self.row_ids(i).long().sort(dim=1)
+        missing = np.setdiff1d(ids, stored[0].cpu().numpy())
+        if len(missing):
+            raise LengthError(f"ids: expected ids that are stored, got {missing[0]}")
+        targets = torch.from_numpy(ids).to(stored.device).expand(self.heads, -1).contiguous()
+        return order.gather(1, torch.searchsorted(stored, targets))
+
     # -- growing -----------------------------------------------------------------------------------------------------
 
     def append(
@@ -473,10 +482,12 @@ class SegmentedInvertedLists:
         self.lengths[i] = length
         self._seal(i, assign)
 
-    def remove(self, i: int, ranks: np.ndarray, assign: Assign, close_gaps: bool = False) -> None:
-        """Take the tokens with these ranks (sorted, unique) out of sequence i; positions of the others stay, or close up."""
+    def remove(self, i: int, ids: np.ndarray, assign: Assign, close_gaps: bool = False) -> int:
+        """Take those of these ids that are stored out of sequence i, and return how many; positions of the others stay, or close
+        up."""
+        ranks = np.flatnonzero(np.isin(self.positions(i, np.arange(self.lengths[i])), ids))
         if not len(ranks):
-            return
+            return 0
         length, gone = self.lengths[i], self.positions(i, ranks)
         first = int(ranks[0])
         gaps = self.gaps[i].closed_up(gone) if close_gaps else self.gaps[i].with_more(gone)
@@ -487,6 +498,7 @@ class SegmentedInvertedLists:
         self._differs(i, first)
         self.gaps[i], self.lengths[i] = gaps, length - len(ranks)
         self._seal(i, assign)
+        return len(ranks)
 
     def _compact(self, i: int, ranks: np.ndarray) -> None:
         """Move up what lies behind the rows with these numbers, into their place."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import checks
 from ..errors import CompatibilityError, NotTrainedError, ParameterError
@@ -17,6 +18,9 @@ from .two_tower import TwoTower
 
 MAX_LISTS = 1 << 16
 """Of a KV head, where each prompt makes its own: beyond it lists are no help, and a number in a file no reason to allocate."""
+
+MOST_TARGETS = 16
+"""Values of `target_mass` whose allowances a layer keeps."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class TrainedLayer:
     """float32 (h,), what the selectivity is multiplied with for each KV head; mean 1 over the model. None: 1 each."""
     losses: np.ndarray | None = None
     """float32 (h, s), see `budget_plan`, at the shares of ``config["budget"]["grid"]``; None where nothing was measured."""
+
+    _unread_mass: dict[tuple[float, torch.device], Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for rope in (self.rope, self.model_rope):
@@ -92,6 +98,20 @@ class TrainedLayer:
             raise CompatibilityError(f"calibration: expected {num_kv_heads} KV heads, got {len(self.calibration.miss)}")
         if self.budget_shares is not None:
             checks.shares(self.budget_shares, "budget_shares", num_kv_heads)
+
+    def unread_mass(self, target: float, heads: int, device: torch.device) -> Tensor:
+        """Attention per query that every KV head may leave unread for ``target``, by the router's estimate: float32 (h,).
+
+        The same tensor for the same target. CompatibilityError for a router that gives no estimate.
+        """
+        mass = self._unread_mass.get((target, device))
+        if mass is None:
+            self.router.check_outside("target_mass")
+            table = Calibration.trusting(heads) if self.calibration is None else self.calibration
+            if len(self._unread_mass) >= MOST_TARGETS:
+                self._unread_mass.clear()
+            self._unread_mass[target, device] = mass = table.at(target).to(device)
+        return mass
 
     def with_lists(self, nlist: int) -> TrainedLayer:
         """The same for another number of lists; ParameterError unless they are made anew for each prompt."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..errors import LengthError, ShapeError
 from ..invlists.layout import MAX_QUERY_TOKENS
+from ..invlists.segmented import SegmentedInvertedLists
 from .options import IndexOptions
 
 
@@ -26,6 +27,11 @@ class ArrayForm:
     def output(self, x: Tensor) -> Any:
         x = x[0, 0] if self.flat else x
         return x.cpu().numpy() if self.numpy else x
+
+    def attention(self, out: Tensor, lse: Tensor, return_lse: bool) -> Any:
+        """Results of queries by KV head, out (b, h, g, q, e) and lse (b, h, g, q), by query head; out alone, or both."""
+        by_head = self.output(out.flatten(1, 2))
+        return (by_head, self.output(lse.flatten(1, 2))) if return_lse else by_head
 
 
 _PLAIN = ArrayForm(False, False)
@@ -52,8 +58,12 @@ class Arguments:
         checks.array(x, name, axes, shape, dtypes, self.device)
         return x
 
-    def queries(self, queries: Any, batch: int | None, any_number: bool = False) -> tuple[Tensor, ArrayForm]:
-        """Checked queries by KV head, (b, h, g, q, d), and the form of the results. batch : sequences there are, None for any."""
+    def queries(
+        self, queries: Any, lists: SegmentedInvertedLists | None, any_number: bool = False
+    ) -> tuple[Tensor, ArrayForm]:
+        """Checked queries by KV head, (b, h, g, q, d), and the form of the results. lists : of the batch; None for one of any
+        size."""
+        batch = None if lists is None else lists.batch
         if isinstance(queries, list | tuple):
             queries = checks.tensor(queries, "queries").numpy()
         plain = isinstance(queries, Tensor) and queries.ndim == 4
@@ -72,6 +82,13 @@ class Arguments:
         self._accepted = kind
         h = options.num_kv_heads
         return x.reshape(b, h, hq // h, q, d).contiguous(), form
+
+    def coarse_queries(self, queries: Any, lists: SegmentedInvertedLists, shape: Sequence[int]) -> Tensor:
+        """Checked queries to route in place of others, of their shape (b, h, g, q, d)."""
+        coarse, _ = self.queries(queries, lists)
+        if coarse.shape != shape:
+            raise ShapeError(f"coarse_queries: expected {shape[3]} queries per sequence, got {coarse.shape[3]}")
+        return coarse
 
     def tokens(
         self, keys: Any, values: Any, lengths: Sequence[int] | None, stored: Sequence[int]
@@ -120,13 +137,13 @@ class Arguments:
         checks.list_numbers(nos, "list_nos", self.options.nlist, least)
         return nos.int()
 
-    def sequences(self, keys: Any, queries: Any, positions: Any) -> tuple[Tensor, Any, Any]:
-        """Checked keys (b, h, n, d), queries (b, hq, q, d) and positions (b, q) of whole sequences; None without queries."""
+    def sequences(self, keys: Any, queries: Any, positions: Any) -> list[tuple[Tensor, Any, Any]]:
+        """Of whole sequences each: checked keys (h, n, d), queries (hq, q, d) and positions (q,); None without queries."""
         o = self.options
         keys = self.tensor(keys, "keys", "b h n d", (None, o.num_kv_heads, None, o.d), checks.STORAGE_DTYPES)
         checks.finite(keys, "keys")
         if queries is None:
-            return keys, None, None
+            return [(x, None, None) for x in keys]
         queries = self.tensor(queries, "queries", "b hq q d", (keys.shape[0], o.num_heads, None, o.d), checks.STORAGE_DTYPES)
         checks.finite(queries, "queries")
-        return keys, queries, checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2])
+        return list(zip(keys, queries, checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2]), strict=True))

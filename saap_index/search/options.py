@@ -69,9 +69,13 @@ class IndexOptions:
 
     # -- of one search ------------------------------------------------------------------------------------------------
 
-    def merged(self, params: SearchParametersIVF) -> SearchParametersIVF:
+    def merged(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Parameters of one search, over those of the index; the same object for equal ones. ParameterError for a tail without
-        means."""
+        means, and for what are no parameters."""
+        if params is None:
+            return self.params
+        if not isinstance(params, SearchParametersIVF):
+            raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
         merged = self._merged.get(params)
         if merged is None:
             merged = self._checked(params.over(self.params))
@@ -110,23 +114,24 @@ class IndexOptions:
         return replace(self, params=budget.over(params))
 
 
-class Option(property, Generic[Value]):
-    """A property of an `AsymmetricIndex`: this field of its options, with ``params.`` or ``layout.`` in front for one of theirs.
+class Field(property, Generic[Value]):
+    """A property of an `AsymmetricIndex`: a field of one of its records, by the path there.
 
-    unset : what a field at None reads as. Those of the layout and the parameters may be set: `AsymmetricIndex._set_option`.
+    unset : what a field at None reads as. Those of layout and search parameters may be set: `AsymmetricIndex._set_option`.
     """
 
-    def __init__(self, name: str, doc: str, unset: Any = None) -> None:
-        read, (record, _, field_name) = attrgetter(f"_options.{name}"), name.rpartition(".")
+    def __init__(self, path: str, doc: str, unset: Any = None) -> None:
+        read, (record, _, name) = attrgetter(path), path.rpartition(".")
 
         def read_set(index: Any) -> Any:
             value = read(index)
             return unset if value is None else value
 
         def write(index: Any, value: Any) -> None:
-            index._set_option(field_name, value)
+            index._set_option(name, value)
 
-        super().__init__(read if unset is None else read_set, write if record else None, doc=doc)
+        writable = record in ("_options.layout", "_options.params")
+        super().__init__(read if unset is None else read_set, write if writable else None, doc=doc)
         self.__doc__ = doc  # of a subclass, Python shows the docstring of the class otherwise
 
     if TYPE_CHECKING:
