@@ -20,6 +20,7 @@ from . import checks, interop, ops
 from .backends import get_backend
 from .backends.types import MAX_STEP_TOKENS
 from .errors import LengthError, NotTrainedError, ShapeError, StateError
+from .invlists.ids import rows_of
 from .invlists.layout import Layout
 from .invlists.segmented import SegmentedInvertedLists
 from .routing.assign import AssignRows, prompt_lists
@@ -508,7 +509,7 @@ class AsymmetricIndex:
         if not self.ntotal and len(positions):
             raise LengthError(f"ids: expected ids that are stored, got {positions[0]}")
         keys, values = self.invlists.keys[sequence], self.invlists.values[sequence]
-        rows = self.invlists.rows_of(sequence, positions)[:, :, None]
+        rows = rows_of(self.invlists, sequence, positions)[:, :, None]
         return tuple(x.gather(1, rows.expand(-1, -1, x.shape[2])) for x in (keys, values))  # type: ignore[return-value]
 
     @within("_in_step")
@@ -682,6 +683,7 @@ class AsymmetricIndex:
 
     @key_quantizer.setter
     def key_quantizer(self, quantizer: KeyQuantizer) -> None:
+        replace(self._trained, key_quantizer=quantizer).check(self.num_kv_heads, self.d, self.nlist)
         self._require_empty("key_quantizer")
         self._set_trained(key_quantizer=quantizer.to(self.device))
 

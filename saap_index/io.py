@@ -279,9 +279,9 @@ def _restore(
         if config["pending"]:
             for low, high in ((0, lists.sinks(i)), (lists.sealed(i), lengths[i])):
                 checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
-    lists._reserve_tables(tensors["tables"].shape[2], exact=True)
+    lists.resize_tables(tensors["tables"].shape[2])
     if config["pending"]:
-        lists.pending = tensors["pending"].to(index.device)
+        lists.arena = replace(lists.arena, pending=tensors["pending"].to(index.device))
     for name in ("keys", "values", "ids", "tables"):
         getattr(lists, name).copy_(tensors[name])
     for i in range(lists.batch):

@@ -17,7 +17,7 @@ from .two_tower import TwoTower, prompt_keys
 
 
 class AssignRows:
-    """`invlists.segmented.Assign` of a quantizer, as a backend prepared it, and a rope or None."""
+    """`invlists.runs.Assign` of a quantizer, as a backend prepared it, and a rope or None."""
 
     __slots__ = ("_backend", "_lists", "_quantizer", "_rope")
 
