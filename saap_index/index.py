@@ -20,8 +20,8 @@ from . import checks, interop, ops
 from .backends import get_backend
 from .backends.types import MAX_STEP_TOKENS
 from .errors import LengthError, NotTrainedError, ShapeError, StateError
-from .invlists.ids import rows_of
 from .invlists.layout import Layout
+from .invlists.runs import rows_of
 from .invlists.segmented import SegmentedInvertedLists
 from .routing.assign import AssignRows, prompt_lists
 from .routing.calibration import CONFIDENCE, Calibration, calibrate
@@ -217,7 +217,7 @@ class AsymmetricIndex:
                 raise StateError("coarse_keys: expected lists to assign them to, got a tower, which is yet to make them")
             coarse = self._arguments.coarse_keys(coarse_keys, keys.shape)
             list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
-        self._append(keys, values, counts, list_nos, seal, rotation_lengths(self.rope, self._lists, counts, seq_len))
+        self._append(keys, values, counts, list_nos, seal, rotation_lengths(self._trained.rope, self._lists, counts, seq_len))
 
     def add_preassigned(
         self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None,
@@ -227,7 +227,7 @@ class AsymmetricIndex:
         self._refuse_capture("add_preassigned")
         keys, values, counts = self._arguments.tokens(keys, values, lengths, self.lengths)
         nos = self._arguments.list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0)
-        self._append(keys, values, counts, nos, rotated=rotation_lengths(self.rope, self._lists, counts, seq_len))
+        self._append(keys, values, counts, nos, rotated=rotation_lengths(self._trained.rope, self._lists, counts, seq_len))
 
     def note_rotation(self, n: int, seq_len: int) -> None:
         """Correct the ``seq_len`` of `add` for the n newest tokens of every sequence, which are not sealed yet."""
@@ -509,7 +509,7 @@ class AsymmetricIndex:
         if not self.ntotal and len(positions):
             raise LengthError(f"ids: expected ids that are stored, got {positions[0]}")
         keys, values = self.invlists.keys[sequence], self.invlists.values[sequence]
-        rows = rows_of(self.invlists, sequence, positions)[:, :, None]
+        rows = rows_of(self.invlists.row_ids(sequence), positions)[:, :, None]
         return tuple(x.gather(1, rows.expand(-1, -1, x.shape[2])) for x in (keys, values))  # type: ignore[return-value]
 
     @within("_in_step")

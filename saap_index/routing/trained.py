@@ -136,13 +136,8 @@ class TrainedLayer:
 
     def to(self, device: torch.device | str) -> TrainedLayer:
         """The same on another device."""
-        quantizer, router, tower = self.key_quantizer, self.query_router, self.tower
-        return replace(
-            self,
-            key_quantizer=None if quantizer is None else quantizer.to(device),
-            query_router=None if router is None else router.to(device),
-            tower=None if tower is None else tower.to(device),
-        )
+        parts = {name: getattr(self, name) for name in ("key_quantizer", "query_router", "tower")}
+        return replace(self, **{name: x.to(device) for name, x in parts.items() if x is not None})
 
 
 def unmade_lists(tower: TwoTower, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:
