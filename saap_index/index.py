@@ -771,7 +771,7 @@ class AsymmetricIndex:
     def _budget_terms(self, params: SearchParametersIVF) -> tuple[Any, Tensor | None]:
         """Shares of the budget, and attention that may stay unread, float32 (h,), or None: see `select.select`."""
         layer, target = self._trained, params.target_mass
-        return layer.budget_shares, None if target is None else layer.unread_mass(target, self.num_kv_heads, self.device)
+        return layer.budget_shares, None if target is None else layer.unread_mass(target, self.device)
 
     @property
     def _assign_rows(self) -> AssignRows:
