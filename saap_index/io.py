@@ -192,16 +192,16 @@ def _segments(config: dict[str, Any]) -> list[tuple[tuple[int, int], ...]]:
 
 def _load(file: Any, config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors, after their names and shapes were compared with the configuration."""
-    names, found = set(file.keys()), {}
+    names, shapes = set(file.keys()), {}
     for name, shape in ((n, tuple(file.get_slice(n).get_shape())) for n in names):
-        found[name] = shape
+        shapes[name] = shape
     lengths, form = config["lengths"], config["index"]
     # before any list is made to the measure of a length that the file only claims
-    if lengths and found.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), form["d"]):
-        raise FormatError(f"expected tokens as in the configuration, got keys of shape {found.get('keys')}")
+    if lengths and shapes.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), form["d"]):
+        raise FormatError(f"expected tokens as in the configuration, got keys of shape {shapes.get('keys')}")
     want = _expected(config)
-    if {n: s for n, (s, _) in want.items()} != found:
-        raise FormatError(f"expected tensors {sorted((n, s) for n, (s, _) in want.items())}, got {sorted(found.items())}")
+    if {n: s for n, (s, _) in want.items()} != shapes:
+        raise FormatError(f"expected tensors {sorted((n, s) for n, (s, _) in want.items())}, got {sorted(shapes.items())}")
     tensors = {name: file.get_tensor(name) for name in sorted(names)}
     for name, x in tensors.items():
         if x.dtype != want[name][1]:
