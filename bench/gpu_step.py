@@ -152,10 +152,10 @@ def compare_selections(
     """The rows of ``got`` against those that plain torch selects on the same device; near the cut they may differ."""
     assert index.query_router is not None
     backend = get_backend(queries.device, "torch")
-    x, _ = index._arguments.queries(queries, len(index.lengths))
+    x, _ = index._arguments.queries(queries, index.invlists)
     shares, miss = index._budget_terms(params)
     prepared = backend.prepare_router(index.query_router.weights)
-    rotation = None if index.rope is None else query_rotation(index.rope, index.invlists, x.shape[3])
+    rotation = query_rotation(index.rope, index.invlists, x.shape[3])
     want = select(backend, index.invlists, index.query_router, prepared, x, rotation, params, shares, miss)
     got_rows, want_rows = got.rows, want.rows
     assert want_rows is not None

@@ -6,11 +6,10 @@ quantizer and router (maps), inverted lists (storage), search (selection and sof
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,56 +19,32 @@ from typing_extensions import Self
 from . import checks, interop, ops
 from .backends import get_backend
 from .backends.types import MAX_STEP_TOKENS
-from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
+from .errors import LengthError, NotTrainedError, ShapeError, StateError
 from .invlists.layout import Layout
+from .invlists.runs import rows_of
 from .invlists.segmented import SegmentedInvertedLists
-from .routing.assign import AssignRows
+from .routing.assign import AssignRows, prompt_lists
 from .routing.calibration import CONFIDENCE, Calibration, calibrate
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
-from .routing.rotations import query_rotation
+from .routing.rotations import note_rotation, query_rotation, rotation_lengths
 from .routing.router import QueryRouter
 from .routing.trained import TrainedLayer
-from .routing.two_tower import TwoTower, prompt_keys
-from .search.arguments import Arguments, Form
-from .search.options import IndexOptions
+from .routing.two_tower import TwoTower
+from .search.arguments import Arguments, ArrayForm
+from .search.options import Field, IndexOptions
 from .search.params import SELECTIVITY, SearchParametersIVF
-from .search.plan import allowed_miss
 from .search.select import attend, best_of, search, select, select_each, select_lists, side_by_side, widen
 from .search.selection import Selection, read_ids
 from .search.session import DecodeState
+from .search.states import empty_state
 from .search.stats import IndexStats, gather
 from .training.config import TrainingConfig
 from .training.layer import train_layer
-from .whole import signals_wait
+from .whole import restored, signals_wait, within
 
 _STATE = "_last", "_lists", "_options", "_prepared_quantizer", "_prepared_router", "_trained"
 """What a change may set."""
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _between_steps(method: _Method) -> _Method:
-    """Host and device agree before the method, and after it where a graph may be replayed next."""
-
-    @functools.wraps(method)
-    def wrapped(self: AsymmetricIndex, *args: Any, **options: Any) -> Any:
-        with self._in_step():
-            return method(self, *args, **options)
-
-    return wrapped  # type: ignore[return-value]
-
-
-def _change(method: _Method) -> _Method:
-    """As `_between_steps`; and what the method changes, changes whole or not at all."""
-
-    @functools.wraps(method)
-    def wrapped(self: AsymmetricIndex, *args: Any, **options: Any) -> Any:
-        with self._changing():
-            return method(self, *args, **options)
-
-    return wrapped  # type: ignore[return-value]
 
 
 class AsymmetricIndex:
@@ -117,72 +92,37 @@ class AsymmetricIndex:
     """
 
     __slots__ = (
-        "__weakref__",
-        "_arguments",
-        "_backend",
-        "_last",
-        "_lists",
-        "_miss",
-        "_number",
-        "_options",
-        "_prepared_quantizer",
-        "_prepared_router",
-        "_token",
-        "_trained",
-        "backend_name",
-        "device",
+        "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
+        "_prepared_router", "_token", "_trained", "backend_name", "device",
     )  # fmt: skip
 
     def __init__(
-        self,
-        d: int,
-        nlist: int = 256,
-        num_heads: int = 1,
-        num_kv_heads: int | None = None,
-        *,
-        d_v: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        rope: Rope | None = None,
-        selectivity: float | None = None,
-        nprobe: int | None = None,
-        max_codes: int = 0,
-        window: int = 128,
-        sinks: int = 4,
-        scale: float | None = None,
-        break_even: int = 2048,
-        seal_tokens: int = 0,
-        max_segment: int = 32768,
-        target_mass: float | None = None,
-        budget_shares: Any = None,
-        mean_run_tokens: int = 0,
-        tail: float = 0.0,
+        self, d: int, nlist: int = 256, num_heads: int = 1, num_kv_heads: int | None = None, *, d_v: int | None = None,
+        dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", rope: Rope | None = None,
+        selectivity: float | None = None, nprobe: int | None = None, max_codes: int = 0, window: int = 128, sinks: int = 4,
+        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 32768,
+        target_mass: float | None = None, budget_shares: Any = None, mean_run_tokens: int = 0, tail: float = 0.0,
         backend: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
         params = SearchParametersIVF(
             nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
         ).over(SearchParametersIVF(selectivity=SELECTIVITY))
-        dims, heads = (d, d if d_v is None else d_v), (num_heads, num_heads if num_kv_heads is None else num_kv_heads)
-        self._options = IndexOptions(*dims, nlist, *heads, dtype, layout, params)
-        self._trained = TrainedLayer(None, None, rope, rope, self.d**-0.5 if scale is None else scale)
-        self.budget_shares = budget_shares
+        heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
+        self._options = IndexOptions(d, d if d_v is None else d_v, nlist, *heads, dtype, layout, params)
+        shares = None if budget_shares is None else checks.shares(budget_shares, "budget_shares", self.num_kv_heads)
+        self._trained = TrainedLayer(None, None, rope, rope, self.d**-0.5 if scale is None else scale, budget_shares=shares)
+        self._trained.check(self.num_kv_heads, self.d, self.nlist)
         named = checks.named_device(device)
         self._backend = get_backend(named, backend)  # which has the better words where its device cannot serve
         self.device = checks.device(getattr(self._backend, "device", named))
         self.backend_name = backend
         self._arguments = Arguments(self._options, self.device)
-        self._miss: tuple[Any, ...] = (None, None, None)  # a trained layer and a target, and what they allow
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
         self._last: Selection | None = None
-        self._name_for_compiler()
-
-    def _name_for_compiler(self) -> None:
-        """A number and a token of its own, see ops.py."""
-        self._number = ops.register(self)
-        self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._number, self._token = ops.register(self)
 
     def __repr__(self) -> str:
         names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
@@ -204,11 +144,8 @@ class AsymmetricIndex:
         Raises StateError while tokens are stored, ShapeError, DTypeError, NotFiniteError, LengthError for a position outside
         [0, n), ParameterError with fewer keys than lists, MissingDependencyError without FAISS. The index is unchanged then.
         """
-        if self.ntotal:
-            raise StateError(f"train: expected an empty index, got one with {self.ntotal} tokens; call reset first")
-        keys, queries, places = self._arguments.sequences(keys, queries, positions)
-        none: list[Any] = [None] * len(keys)
-        sequences = list(zip(keys, none if queries is None else queries, none if places is None else places, strict=True))
+        self._require_empty("train")
+        sequences = self._arguments.sequences(keys, queries, positions)
         settings = self.nlist, self.rope, self.layout, self.scale, TrainingConfig() if config is None else config
         self.load_trained(train_layer(sequences, *settings))
 
@@ -218,15 +155,16 @@ class AsymmetricIndex:
 
         Raises CompatibilityError for another shape, StateError while tokens are stored; the index is unchanged then.
         """
-        with self._whole():
-            self.tower = None
-            if layer.key_quantizer is not None:
-                self.key_quantizer = KeyQuantizer(layer.key_quantizer.centroids.contiguous())
-            if layer.tower is not None:
-                self.tower = layer.tower  # makes the router for the lists there are
-            elif layer.query_router is not None:
-                self.query_router = layer.query_router
-            self.calibration = layer.calibration
+        new = layer.to(self.device)
+        parts: dict[str, Any] = {"tower": new.tower, "calibration": new.calibration}
+        if new.key_quantizer is not None:
+            self._require_empty("key_quantizer")
+            parts["key_quantizer"] = KeyQuantizer(new.key_quantizer.centroids.contiguous())
+        if layer.tower is not None:
+            parts["query_router"] = self._router_of(layer.tower, parts.get("key_quantizer", self.key_quantizer))
+        elif new.query_router is not None:
+            parts["query_router"] = new.query_router
+        self._set_trained(**parts)
 
     def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE) -> None:
         """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
@@ -239,12 +177,9 @@ class AsymmetricIndex:
         """
         if not self.is_trained:
             raise NotTrainedError("calibrate: expected a trained index, got one without key_quantizer and query_router")
-        if not isinstance(confidence, float) or not 0.5 <= confidence < 1:
-            raise ParameterError(f"confidence: expected 0.5 <= confidence < 1, got {confidence!r}")
-        keys, queries, places = self._arguments.sequences(keys, queries, positions)
-        layer = self._trained
+        sequences, layer = self._arguments.sequences(keys, queries, positions), self._trained
         parts = layer.quantizer, layer.router, layer.rope, self.layout, layer.scale
-        self.calibration = calibrate(keys, queries, places, *parts, confidence)
+        self.calibration = calibrate(sequences, *parts, confidence)
 
     # -- adding -------------------------------------------------------------------------------------------------------
 
@@ -269,21 +204,20 @@ class AsymmetricIndex:
         unchanged then. On a CUDA device up to 8 tokens are stored unseen; NotFiniteError comes from a later call (docs/gpu.md).
         """
         if torch.compiler.is_compiling():
-            return self._traced_add(keys, values, lengths is None and coarse_keys is None and seq_len is None, seal)
+            return ops.trace_add(self, keys, values, lengths is None and coarse_keys is None and seq_len is None, seal)
         if self._prepared_quantizer is None:
             raise NotTrainedError("add: expected a trained index, got one without key_quantizer; call train or set it")
         capturing = self._capturing()
         if capturing is not None:
             return self._record_add(capturing, keys, values, lengths is None and coarse_keys is None)
-        stored = () if self._lists is None else self._lists.lengths
-        keys, values, counts = self._arguments.tokens(keys, values, lengths, stored)
+        keys, values, counts = self._arguments.tokens(keys, values, lengths, self.lengths)
         list_nos = None
         if coarse_keys is not None:
             if self.tower is not None and (self._lists is None or not any(self._lists.segments)):
                 raise StateError("coarse_keys: expected lists to assign them to, got a tower, which is yet to make them")
             coarse = self._arguments.coarse_keys(coarse_keys, keys.shape)
             list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
-        self._append(keys, values, counts, list_nos, seal, self._rotated_at(counts, seq_len))
+        self._append(keys, values, counts, list_nos, seal, rotation_lengths(self._trained.rope, self._lists, counts, seq_len))
 
     def add_preassigned(
         self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None,
@@ -291,27 +225,20 @@ class AsymmetricIndex:
     ) -> None:  # fmt: skip
         """`add` with the list numbers given: int32 or int64 (b, h, n), in [0, nlist). Needs no trained quantizer."""
         self._refuse_capture("add_preassigned")
-        stored = () if self._lists is None else self._lists.lengths
-        keys, values, counts = self._arguments.tokens(keys, values, lengths, stored)
+        keys, values, counts = self._arguments.tokens(keys, values, lengths, self.lengths)
         nos = self._arguments.list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0)
-        self._append(keys, values, counts, nos, rotated=self._rotated_at(counts, seq_len))
+        self._append(keys, values, counts, nos, rotated=rotation_lengths(self._trained.rope, self._lists, counts, seq_len))
 
     def note_rotation(self, n: int, seq_len: int) -> None:
         """Correct the ``seq_len`` of `add` for the n newest tokens of every sequence, which are not sealed yet."""
-        lists = self.invlists
-        for i, length in enumerate(lists.lengths):
-            if not 0 <= n <= length - lists.sealed(i):
-                raise LengthError(f"n: expected at most {length - lists.sealed(i)} tokens that are not sealed, got {n}")
-        if n and self.rope is not None:
-            for i, length in enumerate(lists.lengths):
-                lists.rotated.append(i, length - n, self.rope.effective_length(seq_len))
+        note_rotation(self.rope, self.invlists, n, seq_len)
 
+    @within("_changing")
     def seal(self) -> None:
         """Bring tokens that were added with ``seal=False`` to where a plain `add` would have put them."""
         if self._lists is not None:
-            with self._changing():
-                self._make_lists(self._lists)
-                self._lists.seal(self._assign_rows, last=True)
+            self._make_lists(self._lists)
+            self._lists.seal(self._assign_rows, last=True)
 
     def advance(self, n: int | Sequence[int] | None = None, *, seal: bool = True) -> None:
         """Take note of tokens that replays of a CUDA graph appended, and seal what is due (docs/gpu.md).
@@ -323,21 +250,16 @@ class AsymmetricIndex:
         Raises StateError for a backend without graphs, and if a replay found no room (what it brought is lost) or the device
         holds another number of tokens; NotFiniteError if a step brought NaN or infinity. The index can be used further.
         """
-        state = self._decode_state()
-        if state is None:
-            raise StateError(f"advance: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        state = self._state_on_device("advance")
         if not seal and type(n) is int and n >= 0:  # after every replay, in every layer of a model
             return state.count(n)
         counts = None if n is None else checks.counts(n, state.lists.batch, 2**31 - 1, "n")
         problem = state.advance(counts)
-        if not seal:
-            if problem is not None:
-                raise problem
-            return
-        with self._whole():
-            self._make_lists(state.lists)
-            state.lists.seal(self._assign_rows, last=True)
-        state.follow()
+        if seal:
+            with self._whole():
+                self._make_lists(state.lists)
+                state.lists.seal(self._assign_rows, last=True)
+            state.follow()
         if problem is not None:
             raise problem
 
@@ -348,9 +270,7 @@ class AsymmetricIndex:
         Raises StateError for a backend without graphs, inside a capture, or if the device holds another number of tokens than the
         index; NotFiniteError if a step brought NaN or infinity.
         """
-        state = self._decode_state()
-        if state is None:
-            raise StateError(f"seal_ahead: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        state = self._state_on_device("seal_ahead")
         checks.integer(n, "n", 1, MAX_STEP_TOKENS)
         if any(map(self._options.layout.num_blocks, (x + n for x in self.lengths))):
             with self._changing():
@@ -388,18 +308,6 @@ class AsymmetricIndex:
         keys, values = self._arguments.step_tokens(keys, values, state.lists.batch)
         state.record_append(keys, values)
 
-    def _rotated_at(self, counts: list[int], seq_len: int | Sequence[int] | None) -> list[int] | None:
-        """The length that the angles of counts[i] new tokens of each sequence belong to; None if they depend on none."""
-        if seq_len is not None:
-            lengths = checks.counts(seq_len, len(counts), 2**31 - 1, "seq_len")
-        rope = self.rope
-        if rope is None or not rope.is_dynamic:
-            return None
-        if seq_len is None:
-            before = [self.invlists.next_position(i) for i in range(len(counts))] if self.ntotal else [0] * len(counts)
-            lengths = [start + count for start, count in zip(before, counts, strict=True)]
-        return [rope.effective_length(n) for n in lengths]
-
     # -- searching ----------------------------------------------------------------------------------------------------
 
     def search_attend(
@@ -425,14 +333,14 @@ class AsymmetricIndex:
         selection to its group.
         """
         if torch.compiler.is_compiling():
-            return self._traced_search(queries, params, coarse_queries is None, return_lse)
+            return ops.trace_search(self, queries, params, coarse_queries is None, return_lse)
         lists = self._lists
-        x, form = self._arguments.queries(queries, None if lists is None else lists.batch)
+        x, form = self._arguments.queries(queries, lists)
         if lists is None:
-            return self._nothing(x, form, return_lse)
+            return form.attention(*empty_state(x, self.d_v), return_lse)
         found = self._fused(x, self._settings(params)) if coarse_queries is None else None
         if found is not None:
-            return self._result(*found, form, return_lse)
+            return form.attention(*found, return_lse)
         return self._attend(x, self._select(x, params, coarse_queries), form, return_lse)
 
     def search_attend_preassigned(
@@ -443,10 +351,10 @@ class AsymmetricIndex:
         Sinks and recent tokens are read besides. Of ``params`` only window and sinks apply.
         """
         self._refuse_capture("search_attend_preassigned")
-        x, form = self._arguments.queries(queries, self._batch)
+        x, form = self._arguments.queries(queries, self._lists)
         nos = self._arguments.list_nos(list_nos, "b h p", (x.shape[0], self.num_kv_heads, None), least=-1)
         if self._lists is None:
-            return self._nothing(x, form, return_lse)
+            return form.attention(*empty_state(x, self.d_v), return_lse)
         selection = select_lists(self._lists, nos, SearchParametersIVF() if params is None else params)
         return self._attend(x, selection, form, return_lse)
 
@@ -457,7 +365,7 @@ class AsymmetricIndex:
         not scaled, and ids : int64 (b, hq, q, k), positions; -inf and -1 where fewer than k tokens were read.
         """
         checks.integer(k, "k", 1)
-        x, form = self._arguments.queries(queries, self._batch, any_number=True)
+        x, form = self._arguments.queries(queries, self._lists, any_number=True)
         b, h, g, q, _ = x.shape
         if self._lists is None or not q:
             scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=self.device)
@@ -469,7 +377,7 @@ class AsymmetricIndex:
 
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:
         """The first half of `search_attend`: which rows it would read. `read_ids` gives the tokens in them."""
-        x, _ = self._arguments.queries(queries, self._batch)
+        x, _ = self._arguments.queries(queries, self._lists)
         return self._select(x, params, coarse_queries)
 
     def attend_selected(self, queries: Any, selection: Selection, *, return_lse: bool = False) -> Any:
@@ -478,7 +386,7 @@ class AsymmetricIndex:
         Raises StateError for one of before, and as `search_attend` does for the queries.
         """
         self._refuse_capture("attend_selected")
-        x, form = self._arguments.queries(queries, self._batch)
+        x, form = self._arguments.queries(queries, self._lists)
         if selection.lengths != self.lengths:
             raise StateError(f"selection: expected one made at lengths {self.lengths}, got {selection.lengths}")
         selection.check(self.invlists)
@@ -506,7 +414,7 @@ class AsymmetricIndex:
     def _in_one_call(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
         """`_fused` for a backend that keeps no state."""
         layer, lists = self._trained, self.invlists
-        rotation = None if layer.rope is None else query_rotation(layer.rope, lists, x.shape[3])
+        rotation = query_rotation(layer.rope, lists, x.shape[3])
         router, terms = (layer.router, self._prepared_router), self._budget_terms(params)
         found = search(self._backend, lists, *router, x, rotation, params, *terms, layer.scale)
         if found is None:
@@ -522,10 +430,8 @@ class AsymmetricIndex:
             return widen(lists, found, params)
         routed, rotation = x, None
         if coarse_queries is not None:
-            routed, _ = self._arguments.queries(coarse_queries, self._batch)
-            if routed.shape != x.shape:
-                raise ShapeError(f"coarse_queries: expected {x.shape[3]} queries per sequence, got {routed.shape[3]}")
-        elif layer.rope is not None:
+            routed = self._arguments.coarse_queries(coarse_queries, lists, x.shape)
+        else:
             rotation = query_rotation(layer.rope, lists, x.shape[3])
         terms = self._budget_terms(params)
         return select(self._backend, lists, layer.router, self._prepared_router, routed, rotation, params, *terms)
@@ -546,23 +452,14 @@ class AsymmetricIndex:
         if self._options.exceeded_by(settings) or self._decode_state() is not None:
             return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(q)])
         layer, lists = self._trained, self.invlists
-        rotation = None if layer.rope is None else query_rotation(layer.rope, lists, 1)
+        rotation = query_rotation(layer.rope, lists, 1)
         router, terms = (layer.router, self._prepared_router), self._budget_terms(settings)
         return select_each(self._backend, lists, *router, x, rotation, settings, *terms)
 
-    def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:
+    def _attend(self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool) -> Any:
         self._last = selection
         out, lse = attend(self._backend, self.invlists, x, selection, self.scale, causal=True)
-        return self._result(out, lse, form, return_lse)
-
-    def _nothing(self, x: Tensor, form: Form, return_lse: bool) -> Any:
-        out = x.new_zeros((*x.shape[:-1], self.d_v))
-        return self._result(out, torch.full(x.shape[:-1], float("-inf"), dtype=torch.float32, device=x.device), form, return_lse)
-
-    def _result(self, out: Tensor, lse: Tensor, form: Form, return_lse: bool) -> Any:
-        b, h, g, q, e = out.shape
-        found = form.output(out.view(b, h * g, q, e))
-        return (found, form.output(lse.view(b, h * g, q))) if return_lse else found
+        return form.attention(out, lse, return_lse)
 
     # -- shrinking, copying, memory -----------------------------------------------------------------------------------
 
@@ -577,24 +474,18 @@ class AsymmetricIndex:
             self._last = None
         self._follow()
 
-    @_change
+    @within("_changing")
     def truncate(self, n: int | Sequence[int]) -> None:
         """Keep the first n tokens of every sequence (or n[i] of sequence i), in the state they were in at that length.
 
         Raises LengthError beyond the end, ShapeError for another number of sequences; the index is unchanged then.
         """
-        if self._lists is None:
-            one = isinstance(n, int | np.integer)  # an empty index may become a batch of any size
-            checks.counts(n, 1 if one else len(n), 0, "n")  # type: ignore[arg-type]
-            return
-        keep = checks.counts(n, self._lists.batch, 2**31 - 1, "n")
-        for i, (count, length) in enumerate(zip(keep, self._lists.lengths, strict=True)):
-            if count > length:
-                raise LengthError(f"n: expected at most the {length} tokens of sequence {i}, got {count}")
-        for i, count in enumerate(keep):
-            self._lists.truncate(i, count, self._assign_rows)
+        keep = checks.kept(n, None if self._lists is None else self._lists.lengths)
+        if self._lists is not None:
+            for i, count in enumerate(keep):
+                self._lists.truncate(i, count, self._assign_rows)
 
-    @_change
+    @within("_changing")
     def remove_ids(self, ids: Any, *, close_gaps: bool = False) -> int:
         """Take tokens out: int64 ids (n,) in every sequence, or one such array per sequence. Others keep their positions.
 
@@ -605,36 +496,23 @@ class AsymmetricIndex:
         lists = self._lists
         if lists is None:
             return 0
-        nested = isinstance(ids, list | tuple) and len(ids) > 0 and not isinstance(ids[0], int | np.integer)
-        per_sequence = list(ids) if nested else [ids] * lists.batch
-        if len(per_sequence) != lists.batch:
-            raise ShapeError(f"ids: expected one array per sequence ({lists.batch}), got {len(per_sequence)}")
-        chosen = [checks.ids(x, f"ids[{i}]" if nested else "ids") for i, x in enumerate(per_sequence)]
-        removed = 0
-        for i, wanted in enumerate(chosen):
-            ranks = np.flatnonzero(np.isin(lists.positions(i, np.arange(lists.lengths[i])), wanted))
-            lists.remove(i, ranks, self._assign_rows, close_gaps)
-            removed += len(ranks)
-        return removed
+        chosen = checks.ids_per_sequence(ids, lists.batch)
+        return sum(lists.remove(i, x, self._assign_rows, close_gaps) for i, x in enumerate(chosen))
 
     def reconstruct(self, ids: Any, sequence: int = 0) -> tuple[Any, Any]:
         """Keys (h, n, d) and values (h, n, e) of the tokens with these ids, as they were added.
 
         Raises LengthError for an id that is not stored, ParameterError for a sequence that is not there.
         """
-        wanted = checks.ids([ids] if isinstance(ids, int | np.integer) else ids, "ids")
+        positions = checks.token_ids([ids] if isinstance(ids, int | np.integer) else ids, "ids")
         sequence = checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
-        stored = self.invlists.row_ids(sequence).long() if self.ntotal else torch.empty((1, 0), dtype=torch.int64, device="cpu")
-        found, order = stored.sort(dim=1)
-        missing = np.setdiff1d(wanted, found[0].cpu().numpy())
-        if len(missing):
-            raise LengthError(f"ids: expected ids that are stored, got {missing[0]}")
-        targets = torch.from_numpy(wanted).to(stored.device).expand(len(stored), -1).contiguous()
-        rows = order.gather(1, torch.searchsorted(found, targets))[:, :, None]
+        if not self.ntotal and len(positions):
+            raise LengthError(f"ids: expected ids that are stored, got {positions[0]}")
         keys, values = self.invlists.keys[sequence], self.invlists.values[sequence]
+        rows = rows_of(self.invlists.row_ids(sequence), positions)[:, :, None]
         return tuple(x.gather(1, rows.expand(-1, -1, x.shape[2])) for x in (keys, values))  # type: ignore[return-value]
 
-    @_between_steps
+    @within("_in_step")
     def fork(self, sequences: Sequence[int] | None = None) -> Self:
         """An independent copy with the same training, of all sequences or of those named, in that order (beam search).
 
@@ -642,39 +520,28 @@ class AsymmetricIndex:
         """
         new = self._clone()
         if self._lists is not None:
-            chosen = list(range(self._lists.batch)) if sequences is None else list(sequences)
-            if not chosen:
-                raise ParameterError("sequences: expected at least one, got none")
-            for s in chosen:
-                checks.integer(s, "sequences", 0, self._lists.batch - 1)
-            new._lists = self._lists.fork(chosen)
+            batch = self._lists.batch
+            new._lists = self._lists.fork(checks.sequences(range(batch) if sequences is None else sequences, batch))
         return new
 
-    def __copy__(self) -> Self:
+    def __copy__(self, memo: Any = None) -> Self:
         """A copy is a `fork`: tokens of its own, the training shared."""
         return self.fork()
 
-    def __deepcopy__(self, memo: Any) -> Self:
-        return self.fork()
+    __deepcopy__ = __copy__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise StateError("pickle: expected write_index and read_index, which keep an index in a file, got an index to pickle")
 
-    @_change
+    @within("_changing")
     def reorder(self, sequences: Sequence[int]) -> None:
         """Sequence i becomes what sequences[i] was, in place (a step of beam search): `fork`, but sequences that stem from one
         another copy only what came since. Raises ShapeError for another number of sequences, ParameterError for one not there.
         """
-        chosen = [int(i) for i in sequences]
-        if self._lists is None:
-            return
-        if len(chosen) != self._lists.batch:
-            raise ShapeError(f"sequences: expected one per sequence ({self._lists.batch}), got {len(chosen)}")
-        for s in chosen:
-            checks.integer(s, "sequences", 0, self._lists.batch - 1)
-        self._lists.reorder(chosen)
+        if self._lists is not None:
+            self._lists.reorder(checks.sequences(map(int, sequences), self._lists.batch, complete=True))
 
-    @_between_steps
+    @within("_in_step")
     def to(self, device: torch.device | str) -> Self:
         """This index on another device: itself if it is there already, else a copy."""
         device = checks.device(device)
@@ -694,12 +561,12 @@ class AsymmetricIndex:
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
             new._trained = self._trained.to(device)
-            new._prepare(quantizer=True, router=True)
+            new._prepare()
         new._arguments = Arguments(new._options, new.device)
-        new._name_for_compiler()
+        new._number, new._token = ops.register(new)
         return new
 
-    @_change
+    @within("_changing")
     def reserve_memory(self, n: int, batch: int | None = None) -> None:
         """Make room for n tokens per sequence, so that no `add` up to there allocates. ``batch``: for an empty index."""
         checks.integer(n, "n", 0)
@@ -710,12 +577,12 @@ class AsymmetricIndex:
             raise ShapeError(f"batch: expected {self._lists.batch}, the sequences stored, got {size}")
         self._lists.reserve(n)
 
-    @_change
+    @within("_changing")
     def reclaim_memory(self) -> int:
         """Give back memory that no token uses; returns the bytes freed."""
         return 0 if self._lists is None else self._lists.reclaim()
 
-    @_between_steps
+    @within("_in_step")
     def stats(self) -> IndexStats:
         """What the index holds, and what its last search read. Reads device memory: not for the decode path."""
         state = self._decode_state()
@@ -731,8 +598,6 @@ class AsymmetricIndex:
 
     def to_faiss(self, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndarray]:
         """One KV head of one sequence as a FAISS `IndexIVFFlat` with the same lists, and its values by id; see `interop`."""
-        checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
-        checks.integer(head, "head", 0, self.num_kv_heads - 1)
         return interop.to_faiss(self, sequence, head)
 
     @classmethod
@@ -746,60 +611,43 @@ class AsymmetricIndex:
 
     # -- attributes of a FAISS IVF index ------------------------------------------------------------------------------
 
-    @property
-    def options(self) -> IndexOptions:
-        """Shapes, dtype, layout and default search parameters, as one record."""
-        return self._options
+    d = Field[int]("_options.d", "Key and query dim.")
+    d_v = Field[int]("_options.d_v", "Value dim.")
+    nlist = Field[int]("_options.nlist", "Inverted lists per KV head.")
+    num_heads = Field[int]("_options.num_heads", "Query heads.")
+    num_kv_heads = Field[int]("_options.num_kv_heads", "KV heads; query head i uses KV head i // (num_heads / num_kv_heads).")
+    dtype = Field[torch.dtype]("_options.dtype", "Of stored keys and values.")
+    layout = Field[Layout]("_options.layout", "Which tokens are sinks, recent and sealed.")
+    window = Field[int]("_options.layout.window", "Recent tokens always read, at least. Setting it re-sorts what is stored.")
+    sinks = Field[int]("_options.layout.sinks", "First tokens always read. Setting it re-sorts what is stored.")
+    mean_run_tokens = Field[int](
+        "_options.layout.mean_run_tokens",
+        "Tokens that an average run of a segment needs for its runs to keep their means; 0: none do. Setting it re-sorts.",
+    )
+    break_even = Field[int]("_options.layout.break_even", "Shorter sequences are not sealed. Setting it re-sorts what is stored.")
+    nprobe = Field["int | None"](
+        "_options.params.nprobe",
+        """Lists visited per query, SAAP as published; setting it unsets `selectivity`, `target_mass` and `tail`. None: the budget
+        decides.""",
+    )
+    selectivity = Field["float | None"](
+        "_options.params.selectivity",
+        "Share of the sealed tokens read, or the most of them with `target_mass`; setting it unsets `nprobe`.",
+    )
+    target_mass = Field["float | None"](
+        "_options.params.target_mass",
+        """Attention that each step and KV head is to capture, by the router's estimate; see `SearchParametersIVF`.
 
-    @property
-    def trained(self) -> TrainedLayer:
-        """What routes the queries of this layer, as one record; for `Routers`, and for `load_trained` of another index."""
-        return self._trained
-
-    @property
-    def rope(self) -> Rope | None:
-        """The rotary embedding that is undone to route, or None."""
-        return self._trained.rope
-
-    @property
-    def scale(self) -> float:
-        """Of the logits."""
-        return self._trained.scale
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        if value != self._trained.scale:  # set before every step by a cache of transformers
-            self._trained = replace(self._trained, scale=value)
-
-    @property
-    def d(self) -> int:
-        """Key and query dim."""
-        return self._options.d
-
-    @property
-    def d_v(self) -> int:
-        """Value dim."""
-        return self._options.d_v
-
-    @property
-    def nlist(self) -> int:
-        """Inverted lists per KV head."""
-        return self._options.nlist
-
-    @property
-    def num_heads(self) -> int:
-        """Query heads."""
-        return self._options.num_heads
-
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads; query head i uses KV head i // (num_heads / num_kv_heads)."""
-        return self._options.num_kv_heads
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of stored keys and values."""
-        return self._options.dtype
+        Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.""",
+    )
+    tail = Field[float]("_options.params.tail", "Share of the budget spent on the means of runs that are not read.", 0.0)
+    max_codes = Field[int]("_options.params.max_codes", "Most sealed tokens read per KV head; 0 means no limit.", 0)
+    options = Field[IndexOptions]("_options", "Shapes, dtype, layout and default search parameters, as one record.")
+    trained = Field[TrainedLayer](
+        "_trained", "What routes the queries of this layer, as one record, for `Routers` and for `load_trained` of another index."
+    )
+    is_trained = Field[bool]("_trained.is_trained", "Whether there are a key quantizer and a query router.")
+    rope = Field["Rope | None"]("_trained.rope", "The rotary embedding that is undone to route, or None.")
 
     @property
     def ntotal(self) -> int:
@@ -812,15 +660,21 @@ class AsymmetricIndex:
         return [] if self._lists is None else list(self._lists.lengths)
 
     @property
-    def is_trained(self) -> bool:
-        return self._trained.is_trained
-
-    @property
     def invlists(self) -> SegmentedInvertedLists:
         """The inverted lists of this batch; StateError before the first `add` or `reserve_memory`."""
         if self._lists is None:
             raise StateError("invlists: expected an index that holds a batch, got one without; call add first")
         return self._lists
+
+    @property
+    def scale(self) -> float:
+        """Of the logits."""
+        return self._trained.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if value != self._trained.scale:  # set before every step by a cache of transformers
+            self._set_trained(scale=value)
 
     @property
     def key_quantizer(self) -> KeyQuantizer | None:
@@ -829,12 +683,9 @@ class AsymmetricIndex:
 
     @key_quantizer.setter
     def key_quantizer(self, quantizer: KeyQuantizer) -> None:
-        trained = self._with(key_quantizer=quantizer.to(self.device))
-        if self.ntotal:
-            raise StateError(f"key_quantizer: expected an empty index, got one with {self.ntotal} tokens; call reset first")
-        with self._whole():
-            self._trained = trained
-            self._prepare(quantizer=True)
+        replace(self._trained, key_quantizer=quantizer).check(self.num_kv_heads, self.d, self.nlist)
+        self._require_empty("key_quantizer")
+        self._set_trained(key_quantizer=quantizer.to(self.device))
 
     @property
     def query_router(self) -> QueryRouter | None:
@@ -843,10 +694,7 @@ class AsymmetricIndex:
 
     @query_router.setter
     def query_router(self, router: QueryRouter) -> None:
-        trained = self._with(query_router=router.to(self.device), calibration=None)
-        with self._whole():
-            self._trained = trained
-            self._prepare(router=True)
+        self._set_trained(query_router=router.to(self.device), calibration=None)
 
     @property
     def tower(self) -> TwoTower | None:
@@ -861,14 +709,10 @@ class AsymmetricIndex:
     @tower.setter
     def tower(self, tower: TwoTower | None) -> None:
         if tower is None:
-            self._trained = replace(self._trained, tower=None)
-            return
-        here, quantizer = self._with(tower=tower.to(self.device)).tower, self.key_quantizer
-        if quantizer is None or self.ntotal:
-            raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
-        with self._whole():
-            self.query_router = tower.at(quantizer.centroids.to(tower.weights.hidden.device))
-            self._trained = replace(self._trained, tower=here)
+            self._set_trained(tower=None)
+        else:
+            router = self._router_of(tower, self.key_quantizer)
+            self._set_trained(tower=tower.to(self.device), query_router=router, calibration=None)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -877,47 +721,7 @@ class AsymmetricIndex:
 
     @calibration.setter
     def calibration(self, value: Calibration | None) -> None:
-        self._trained = self._with(calibration=value)
-
-    @property
-    def nprobe(self) -> int | None:
-        """Lists visited per query, SAAP as published; setting it unsets `selectivity`, `target_mass` and `tail`. None: the budget
-        decides."""
-        return self._options.params.nprobe
-
-    @nprobe.setter
-    def nprobe(self, value: int) -> None:
-        self._options = self._options.with_nprobe(value)
-
-    @property
-    def selectivity(self) -> float | None:
-        """Share of the sealed tokens read, or the most of them with `target_mass`; setting it unsets `nprobe`."""
-        return self._options.params.selectivity
-
-    @selectivity.setter
-    def selectivity(self, value: float) -> None:
-        self._options = self._options.with_selectivity(value)
-
-    @property
-    def target_mass(self) -> float | None:
-        """Attention that each step and KV head is to capture, by the router's estimate; see `SearchParametersIVF`.
-
-        Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.
-        """
-        return self._options.params.target_mass
-
-    @target_mass.setter
-    def target_mass(self, value: float | None) -> None:
-        self._options = self._options.with_target_mass(value)
-
-    @property
-    def tail(self) -> float:
-        """Share of the budget spent on the means of runs that are not read."""
-        return self._options.params.tail or 0.0
-
-    @tail.setter
-    def tail(self, value: float) -> None:
-        self._options = self._options.with_tail(value)
+        self._set_trained(calibration=value)
 
     @property
     def budget_shares(self) -> np.ndarray | None:
@@ -927,96 +731,47 @@ class AsymmetricIndex:
 
     @budget_shares.setter
     def budget_shares(self, value: Any) -> None:
-        shares = None if value is None else checks.shares(value, "budget_shares", self.num_kv_heads)
-        self._trained = self._with(budget_shares=shares)
-
-    @property
-    def max_codes(self) -> int:
-        """Most sealed tokens read per KV head; 0 means no limit."""
-        return self._options.params.max_codes or 0
-
-    @max_codes.setter
-    def max_codes(self, value: int) -> None:
-        self._options = self._options.with_max_codes(value)
-
-    @property
-    def window(self) -> int:
-        """Recent tokens always read, at least. Setting it re-sorts what is stored."""
-        return self._options.layout.window
-
-    @window.setter
-    def window(self, value: int) -> None:
-        self._relayout(window=value)
-
-    @property
-    def sinks(self) -> int:
-        """First tokens always read. Setting it re-sorts what is stored."""
-        return self._options.layout.sinks
-
-    @sinks.setter
-    def sinks(self, value: int) -> None:
-        self._relayout(sinks=value)
-
-    @property
-    def mean_run_tokens(self) -> int:
-        """Tokens that an average run of a segment needs for its runs to keep their means; 0: none do. Setting it re-sorts."""
-        return self._options.layout.mean_run_tokens
-
-    @mean_run_tokens.setter
-    def mean_run_tokens(self, value: int) -> None:
-        self._relayout(mean_run_tokens=value)
-
-    @property
-    def break_even(self) -> int:
-        """Shorter sequences are not sealed. Setting it re-sorts what is stored."""
-        return self._options.layout.break_even
-
-    @break_even.setter
-    def break_even(self, value: int) -> None:
-        self._relayout(break_even=value)
-
-    @property
-    def layout(self) -> Layout:
-        """Which tokens are sinks, recent and sealed."""
-        return self._options.layout
+        self._set_trained(budget_shares=None if value is None else checks.shares(value, "budget_shares", self.num_kv_heads))
 
     # -- what is trained, and parameters ------------------------------------------------------------------------------
 
-    @property
-    def _batch(self) -> int | None:
-        return None if self._lists is None else self._lists.batch
-
-    def _with(self, **parts: Any) -> TrainedLayer:
-        """What is trained, with other parts; checked."""
+    def _set_trained(self, **parts: Any) -> None:
+        """Other parts of what is trained, checked, and prepared as the backend keeps them; whole or not at all."""
         layer = replace(self._trained, **parts)
         layer.check(self.num_kv_heads, self.d, self.nlist)
-        return layer
+        with self._whole():
+            self._trained = layer
+            self._prepare({"key_quantizer", "query_router"} & parts.keys())
 
-    def _prepare(self, quantizer: bool = False, router: bool = False) -> None:
-        """What is trained, as the backend keeps it."""
+    def _prepare(self, names: Collection[str] = ("key_quantizer", "query_router")) -> None:
         layer = self._trained
-        if quantizer and layer.key_quantizer is not None:
+        if "key_quantizer" in names and layer.key_quantizer is not None:
             self._prepared_quantizer = self._backend.prepare_quantizer(layer.key_quantizer.centroids)
-        if router and layer.query_router is not None:
+        if "query_router" in names and layer.query_router is not None:
             self._prepared_router = self._backend.prepare_router(layer.query_router.weights)
+
+    def _require_empty(self, name: str) -> None:
+        """StateError while tokens are stored."""
+        if self.ntotal:
+            raise StateError(f"{name}: expected an empty index, got one with {self.ntotal} tokens; call reset first")
+
+    def _router_of(self, tower: TwoTower, quantizer: KeyQuantizer | None) -> QueryRouter:
+        """What a new tower makes of the lists there are."""
+        tower.check_heads(self.num_kv_heads, self.d)
+        if quantizer is None or self.ntotal:
+            raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
+        return tower.at(quantizer.centroids.to(tower.weights.hidden.device)).to(self.device)
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""
         if self._trained.query_router is None:
             raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
-        if params is not None and not isinstance(params, SearchParametersIVF):
-            raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
-        return self._options.params if params is None else self._options.merged(params)
+        return self._options.merged(params)
 
     def _budget_terms(self, params: SearchParametersIVF) -> tuple[Any, Tensor | None]:
-        """Shares and miss, see `select.select`."""
+        """Shares of the budget, and attention that may stay unread, float32 (h,), or None: see `select.select`."""
         layer, target = self._trained, params.target_mass
-        if target is None:
-            return layer.budget_shares, None
-        known = self._miss
-        if known[0] is not layer or known[1] != target:
-            self._miss = known = layer, target, allowed_miss(layer, target, self.num_kv_heads, self.device)
-        return layer.budget_shares, known[2]
+        return layer.budget_shares, None if target is None else layer.unread_mass(target, self.device)
 
     @property
     def _assign_rows(self) -> AssignRows:
@@ -1037,40 +792,33 @@ class AsymmetricIndex:
             return
         if keys is None or counts is None:
             keys, counts = lists.keys[:, :, :0], [0] * lists.batch
-        if not any(self.layout.num_blocks(n + count) for n, count in zip(lists.lengths, counts, strict=True)):
-            return
-        if lists.decode is not None and lists.decode.captured:
-            raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
+        if any(map(self.layout.num_blocks, map(sum, zip(lists.lengths, counts, strict=True)))):
+            if lists.decode is not None and lists.decode.captured:
+                raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
+            quantizer, router = prompt_lists(self._backend, tower, lists, keys, counts, rotated, self.rope)
+            self._set_trained(key_quantizer=quantizer, query_router=router)
 
-        def assign(centroids: Tensor, keys: Tensor) -> Tensor:
-            return self._backend.assign(self._backend.prepare_quantizer(centroids), keys, None)
+    def _set_option(self, name: str, value: Any) -> None:
+        options = self._options.changed(name, value)
+        if options.layout is self.layout:
+            self._options = options
+        else:
+            self._relayout(options)
 
-        x = prompt_keys(lists, keys, counts, rotated, self.rope)
-        quantizer, router = tower.for_prompt(x, self.nlist, assign if x.is_cpu else None)
-        self._trained = replace(self._trained, key_quantizer=quantizer, query_router=router)
-        self._prepare(quantizer=True, router=True)
-
-    @_change
-    def _relayout(self, **changes: int) -> None:
-        self._options = self._options.with_layout(**changes)
+    @within("_changing")
+    def _relayout(self, options: IndexOptions) -> None:
+        self._options = options
         if self._lists is not None:
             self._make_lists(self._lists)
-            self._lists.relayout(self.layout, self._assign_rows)
+            self._lists.relayout(options.layout, self._assign_rows)
 
     # -- changes and steps --------------------------------------------------------------------------------------------
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """Around a change: it happens whole or not at all, whatever is raised in it; signals are answered after it."""
-        with signals_wait():
-            before = [(name, getattr(self, name)) for name in _STATE]
-            try:
-                with nullcontext() if self._lists is None else self._lists.whole():
-                    yield
-            except BaseException:
-                for name, value in before:
-                    setattr(self, name, value)
-                raise
+        with signals_wait(), restored(self, _STATE), nullcontext() if self._lists is None else self._lists.whole():
+            yield
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -1104,6 +852,13 @@ class AsymmetricIndex:
         if resident is not None:
             lists.decode = DecodeState(resident, lists)
         return lists.decode
+
+    def _state_on_device(self, method: str) -> DecodeState:
+        """`_decode_state`; StateError for a backend that keeps none."""
+        state = self._decode_state()
+        if state is None:
+            raise StateError(f"{method}: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        return state
 
     def _capturing(self) -> DecodeState | None:
         """The device state while a graph is captured, else None."""
@@ -1142,18 +897,3 @@ class AsymmetricIndex:
         """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
         now = self.graph_key(params)
         return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(key, now, strict=True))
-
-    # -- compiled -----------------------------------------------------------------------------------------------------
-
-    def _traced_add(self, keys: Any, values: Any, plain: bool, seal: bool) -> None:
-        """`add` as the compiler sees it."""
-        if not plain:
-            raise StateError("compile: expected add of keys and values alone, got coarse_keys or lengths")
-        ops.add(self._token, keys, values, self._number, seal)
-
-    def _traced_search(self, queries: Any, params: SearchParametersIVF | None, plain: bool, return_lse: bool) -> Any:
-        """`search_attend` as the compiler sees it."""
-        if not plain:
-            raise StateError("compile: expected search_attend of queries alone, got coarse_queries")
-        out, lse = ops.search_attend(self._token, queries, self._number, self.d_v, ops.pack(params))
-        return (out, lse) if return_lse else out

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import saap_index as saap
+from saap_index.invlists.runs import run_lists
 from saap_index.routing.rotations import query_rotation
 
 LONGROPE = {
@@ -62,7 +63,7 @@ def lists_of(index: saap.AsymmetricIndex, i: int) -> Tensor:
     lists = index.invlists
     found = torch.full((2, lists.next_position(i)), -1)
     for s, (start, stop) in enumerate(lists.segments[i]):
-        found.scatter_(1, lists.ids[i, :, start:stop].long(), lists._run_lists(i, s).long())
+        found.scatter_(1, lists.ids[i, :, start:stop].long(), run_lists(lists.tables[i, :, s], lists.segments[i][s]).long())
     return found
 
 

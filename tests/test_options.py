@@ -33,38 +33,38 @@ def test_they_are_frozen() -> None:
         PLAIN.d = 8  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("method, value, before, after", [
-    ("with_nprobe", 3, params(selectivity=0.1, target_mass=0.9, tail=0.2, max_codes=7), params(nprobe=3, max_codes=7)),
-    ("with_selectivity", 0.3, params(nprobe=3, max_codes=7), params(selectivity=0.3, max_codes=7)),
-    ("with_selectivity", 0.3, params(selectivity=0.1, target_mass=0.9, tail=0.2),
+@pytest.mark.parametrize("name, value, before, after", [
+    ("nprobe", 3, params(selectivity=0.1, target_mass=0.9, tail=0.2, max_codes=7), params(nprobe=3, max_codes=7)),
+    ("selectivity", 0.3, params(nprobe=3, max_codes=7), params(selectivity=0.3, max_codes=7)),
+    ("selectivity", 0.3, params(selectivity=0.1, target_mass=0.9, tail=0.2),
      params(selectivity=0.3, target_mass=0.9, tail=0.2)),
-    ("with_target_mass", 0.9, params(selectivity=0.1, tail=0.2), params(selectivity=TARGET_CAP, target_mass=0.9, tail=0.2)),
-    ("with_target_mass", 0.9, params(nprobe=3), params(selectivity=TARGET_CAP, target_mass=0.9)),
-    ("with_target_mass", 0.8, params(selectivity=0.1, target_mass=0.9), params(selectivity=0.1, target_mass=0.8)),
-    ("with_target_mass", None, params(selectivity=0.1, target_mass=0.9), params(selectivity=0.1)),
-    ("with_tail", 0.2, params(selectivity=0.1, max_codes=7), params(selectivity=0.1, max_codes=7, tail=0.2)),
-    ("with_max_codes", 5, params(selectivity=0.1, tail=0.2), params(selectivity=0.1, tail=0.2, max_codes=5)),
+    ("target_mass", 0.9, params(selectivity=0.1, tail=0.2), params(selectivity=TARGET_CAP, target_mass=0.9, tail=0.2)),
+    ("target_mass", 0.9, params(nprobe=3), params(selectivity=TARGET_CAP, target_mass=0.9)),
+    ("target_mass", 0.8, params(selectivity=0.1, target_mass=0.9), params(selectivity=0.1, target_mass=0.8)),
+    ("target_mass", None, params(selectivity=0.1, target_mass=0.9), params(selectivity=0.1)),
+    ("tail", 0.2, params(selectivity=0.1, max_codes=7), params(selectivity=0.1, max_codes=7, tail=0.2)),
+    ("max_codes", 5, params(selectivity=0.1, tail=0.2), params(selectivity=0.1, tail=0.2, max_codes=5)),
 ])  # fmt: skip
-def test_another_budget(method: str, value: Any, before: SearchParametersIVF, after: SearchParametersIVF) -> None:
+def test_another_budget(name: str, value: Any, before: SearchParametersIVF, after: SearchParametersIVF) -> None:
     start = IndexOptions(16, 24, 4, 6, 2, layout=PLAIN.layout, params=before)
-    found = getattr(start, method)(value)
-    assert found.params == after and start.params == before
-    assert found == IndexOptions(16, 24, 4, 6, 2, layout=PLAIN.layout, params=after)
+    other = start.changed(name, value)
+    assert other.params == after and start.params == before
+    assert other == IndexOptions(16, 24, 4, 6, 2, layout=PLAIN.layout, params=after)
 
 
 def test_means_and_tail_belong_together() -> None:
     with pytest.raises(ParameterError, match=r"tail: expected an index with mean_run_tokens of 1 or more, got tail=0.2 and 0"):
-        IndexOptions(16, 24, 4, 6, 2).with_tail(0.2)
+        IndexOptions(16, 24, 4, 6, 2).changed("tail", 0.2)
     with pytest.raises(ParameterError, match=r"mean_run_tokens: expected at least 1 while tail is 0.2, got 0"):
-        PLAIN.with_tail(0.2).with_layout(mean_run_tokens=0)
-    assert PLAIN.with_layout(mean_run_tokens=0, window=7).layout == saap.Layout(window=7)
+        PLAIN.changed("tail", 0.2).changed("mean_run_tokens", 0)
+    assert PLAIN.changed("mean_run_tokens", 0).layout == saap.Layout()
 
 
 def test_a_tail_of_one_search_is_refused_once_there_are_no_means() -> None:
-    asked = params(tail=0.2)
-    assert PLAIN.merged(asked).tail == 0.2
+    with_tail = params(tail=0.2)
+    assert PLAIN.merged(with_tail).tail == 0.2
     with pytest.raises(ParameterError, match="tail: expected an index with mean_run_tokens"):
-        PLAIN.with_layout(mean_run_tokens=0).merged(asked)
+        PLAIN.changed("mean_run_tokens", 0).merged(with_tail)
 
 
 def test_merged_parameters_are_kept() -> None:

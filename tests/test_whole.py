@@ -104,7 +104,7 @@ def state(index: AsymmetricIndex) -> list[Any]:
             found += [lists.tables[i, :, : len(lists.segments[i])]]
             found += [lists.mean_keys[i, :, :count], lists.mean_values[i, :, :count]]
             found += [] if lists.pending is None else [lists.pending[i, :, :sinks], lists.pending[i, :, sealed:n]]
-        found.append(lists._same)
+        found.append(lists._common)
         found += index.search_attend(tokens(len(index.lengths), 4, 1, 32, seed=5), return_lse=True)
     return [x.clone() if isinstance(x, torch.Tensor) else np.array(x) if isinstance(x, np.ndarray) else x for x in found]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import checks
 from ..errors import CompatibilityError, NotTrainedError, ParameterError
@@ -17,6 +18,9 @@ from .two_tower import TwoTower
 
 MAX_LISTS = 1 << 16
 """Of a KV head, where each prompt makes its own: beyond it lists are no help, and a number in a file no reason to allocate."""
+
+MOST_TARGETS = 16
+"""Values of `target_mass` whose allowances a layer keeps."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class TrainedLayer:
     """float32 (h,), what the selectivity is multiplied with for each KV head; mean 1 over the model. None: 1 each."""
     losses: np.ndarray | None = None
     """float32 (h, s), see `budget_plan`, at the shares of ``config["budget"]["grid"]``; None where nothing was measured."""
+
+    _unread_mass: dict[tuple[float, torch.device], Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for rope in (self.rope, self.model_rope):
@@ -93,6 +99,20 @@ class TrainedLayer:
         if self.budget_shares is not None:
             checks.shares(self.budget_shares, "budget_shares", num_kv_heads)
 
+    def unread_mass(self, target: float, device: torch.device) -> Tensor:
+        """Attention per query that every KV head may leave unread for ``target``, by the router's estimate: float32 (h,).
+
+        The same tensor for the same target. CompatibilityError for a router that gives no estimate.
+        """
+        mass = self._unread_mass.get((target, device))
+        if mass is None:
+            self.router.check_outside("target_mass")
+            table = self.calibration or Calibration.trusting(len(self.router.weights.hidden))
+            if len(self._unread_mass) >= MOST_TARGETS:
+                self._unread_mass.clear()
+            self._unread_mass[target, device] = mass = table.at(target).to(device)
+        return mass
+
     def with_lists(self, nlist: int) -> TrainedLayer:
         """The same for another number of lists; ParameterError unless they are made anew for each prompt."""
         checks.integer(nlist, "nlist", 1, MAX_LISTS)
@@ -116,13 +136,8 @@ class TrainedLayer:
 
     def to(self, device: torch.device | str) -> TrainedLayer:
         """The same on another device."""
-        quantizer, router, tower = self.key_quantizer, self.query_router, self.tower
-        return replace(
-            self,
-            key_quantizer=None if quantizer is None else quantizer.to(device),
-            query_router=None if router is None else router.to(device),
-            tower=None if tower is None else tower.to(device),
-        )
+        parts = {name: getattr(self, name) for name in ("key_quantizer", "query_router", "tower")}
+        return replace(self, **{name: x.to(device) for name, x in parts.items() if x is not None})
 
 
 def unmade_lists(tower: TwoTower, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:

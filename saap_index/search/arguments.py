@@ -1,4 +1,4 @@
-"""Arguments of the methods of an index: checked, and brought to the one form that the rest works with."""
+"""Argument checking and conversion."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from .. import checks
 from ..errors import LengthError, ShapeError
 from ..invlists.layout import MAX_QUERY_TOKENS
+from ..invlists.segmented import SegmentedInvertedLists
 from .options import IndexOptions
 
 
 @dataclass(frozen=True)
-class Form:
+class ArrayForm:
     """How an argument came, and so how results go back: as NumPy arrays, as (n, d)."""
 
     numpy: bool
@@ -27,8 +28,13 @@ class Form:
         x = x[0, 0] if self.flat else x
         return x.cpu().numpy() if self.numpy else x
 
+    def attention(self, out: Tensor, lse: Tensor, return_lse: bool) -> Any:
+        """Results of queries by KV head, out (b, h, g, q, e) and lse (b, h, g, q), by query head; out alone, or both."""
+        by_head = self.output(out.flatten(1, 2))
+        return (by_head, self.output(lse.flatten(1, 2))) if return_lse else by_head
 
-_PLAIN = Form(False, False)
+
+_PLAIN = ArrayForm(False, False)
 
 
 class Arguments:
@@ -52,8 +58,12 @@ class Arguments:
         checks.array(x, name, axes, shape, dtypes, self.device)
         return x
 
-    def queries(self, queries: Any, batch: int | None, any_number: bool = False) -> tuple[Tensor, Form]:
-        """Checked queries by KV head, (b, h, g, q, d), and the form of the results. batch : sequences there are, None for any."""
+    def queries(
+        self, queries: Any, lists: SegmentedInvertedLists | None, any_number: bool = False
+    ) -> tuple[Tensor, ArrayForm]:
+        """Checked queries by KV head, (b, h, g, q, d), and the form of the results. lists : of the batch; None for one of any
+        size."""
+        batch = None if lists is None else lists.batch
         if isinstance(queries, list | tuple):
             queries = checks.tensor(queries, "queries").numpy()
         plain = isinstance(queries, Tensor) and queries.ndim == 4
@@ -64,7 +74,7 @@ class Arguments:
         if plain and kind == self._accepted:  # a decode step is like the last: checking it again costs as much as choosing lists
             x, form = queries.detach(), _PLAIN
         else:
-            form = _PLAIN if plain else Form(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
+            form = _PLAIN if plain else ArrayForm(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
             x = self.tensor(queries, "queries", "b hq q d", (batch, options.num_heads, None, options.d), checks.STORAGE_DTYPES)
         b, hq, q, d = x.shape
         if not any_number and not 1 <= q <= MAX_QUERY_TOKENS:
@@ -72,6 +82,13 @@ class Arguments:
         self._accepted = kind
         h = options.num_kv_heads
         return x.reshape(b, h, hq // h, q, d).contiguous(), form
+
+    def coarse_queries(self, queries: Any, lists: SegmentedInvertedLists, shape: Sequence[int]) -> Tensor:
+        """Checked queries to route in place of others, of their shape (b, h, g, q, d)."""
+        coarse, _ = self.queries(queries, lists)
+        if coarse.shape != shape:
+            raise ShapeError(f"coarse_queries: expected {shape[3]} queries per sequence, got {coarse.shape[3]}")
+        return coarse
 
     def tokens(
         self, keys: Any, values: Any, lengths: Sequence[int] | None, stored: Sequence[int]
@@ -120,13 +137,13 @@ class Arguments:
         checks.list_numbers(nos, "list_nos", self.options.nlist, least)
         return nos.int()
 
-    def sequences(self, keys: Any, queries: Any, positions: Any) -> tuple[Tensor, Any, Any]:
-        """Checked keys (b, h, n, d), queries (b, hq, q, d) and positions (b, q) of whole sequences; None without queries."""
+    def sequences(self, keys: Any, queries: Any, positions: Any) -> list[tuple[Tensor, Any, Any]]:
+        """Of whole sequences each: checked keys (h, n, d), queries (hq, q, d) and positions (q,); None without queries."""
         o = self.options
         keys = self.tensor(keys, "keys", "b h n d", (None, o.num_kv_heads, None, o.d), checks.STORAGE_DTYPES)
         checks.finite(keys, "keys")
         if queries is None:
-            return keys, None, None
+            return [(x, None, None) for x in keys]
         queries = self.tensor(queries, "queries", "b hq q d", (keys.shape[0], o.num_heads, None, o.d), checks.STORAGE_DTYPES)
         checks.finite(queries, "queries")
-        return keys, queries, checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2])
+        return list(zip(keys, queries, checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2]), strict=True))

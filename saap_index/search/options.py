@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from .params import SELECTIVITY, SearchParametersIVF
 from .plan import MOST_PLANS
 
 MAX_DIM = 256
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,20 @@ class IndexOptions:
 
     # -- of one search ------------------------------------------------------------------------------------------------
 
-    def merged(self, params: SearchParametersIVF) -> SearchParametersIVF:
+    def merged(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Parameters of one search, over those of the index; the same object for equal ones. ParameterError for a tail without
-        means."""
-        found = self._merged.get(params)
-        if found is None:
-            found = self._checked(params.over(self.params))
+        means, and for what are no parameters."""
+        if params is None:
+            return self.params
+        if not isinstance(params, SearchParametersIVF):
+            raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
+        merged = self._merged.get(params)
+        if merged is None:
+            merged = self._checked(params.over(self.params))
             if len(self._merged) >= MOST_PLANS:
                 self._merged.clear()
-            self._merged[params] = found
-        return found
+            self._merged[params] = merged
+        return merged
 
     def exceeded_by(self, params: SearchParametersIVF) -> bool:
         """Whether a search asks for a larger window or more sinks than the index keeps apart."""
@@ -82,33 +89,54 @@ class IndexOptions:
 
     # -- changed ------------------------------------------------------------------------------------------------------
 
-    def with_layout(self, **changes: int) -> IndexOptions:
-        """Other numbers of the layout, by name. ParameterError for no means while there is a tail."""
-        if not changes.get("mean_run_tokens", 1) and self.params.tail:
-            value = changes["mean_run_tokens"]
-            raise ParameterError(f"mean_run_tokens: expected at least 1 while tail is {self.params.tail}, got {value!r}")
-        return replace(self, layout=replace(self.layout, **changes))
+    def changed(self, name: str, value: Any) -> IndexOptions:
+        """These options with another value of one field of the layout or of the default search parameters.
 
-    def with_nprobe(self, value: int) -> IndexOptions:
-        """Whole lists as the budget: unsets selectivity, target_mass and tail."""
-        return replace(self, params=SearchParametersIVF(nprobe=value, max_codes=self.params.max_codes))
+        nprobe : unsets selectivity, target_mass and tail. selectivity : the cap of target_mass where there is one; unsets nprobe.
+        target_mass : makes selectivity its cap; None makes the cap a budget that is spent.
 
-    def with_selectivity(self, value: float) -> IndexOptions:
-        """Another share, or cap of the target where there is one; unsets nprobe."""
-        return replace(self, params=replace(self.params, nprobe=None, selectivity=value))
-
-    def with_target_mass(self, value: float | None) -> IndexOptions:
-        """A target in place of the budget, whose selectivity is then its cap; None makes the cap a budget that is spent."""
-        if value is None:
-            budget = SearchParametersIVF(nprobe=self.params.nprobe, selectivity=self.params.selectivity)
+        ParameterError for a value outside its range, and for no means while there is a tail.
+        """
+        params = self.params
+        if name in Layout.__dataclass_fields__:
+            if name == "mean_run_tokens" and not value and params.tail:
+                raise ParameterError(f"mean_run_tokens: expected at least 1 while tail is {params.tail}, got {value!r}")
+            return replace(self, layout=replace(self.layout, **{name: value}))
+        if name == "nprobe":
+            return replace(self, params=SearchParametersIVF(nprobe=value, max_codes=params.max_codes))
+        if name == "selectivity":
+            return replace(self, params=replace(params, nprobe=None, selectivity=value))
+        if name == "target_mass" and value is None:
+            budget = SearchParametersIVF(nprobe=params.nprobe, selectivity=params.selectivity)
         else:
-            budget = SearchParametersIVF(target_mass=value)
-        return replace(self, params=budget.over(self.params))
+            budget = SearchParametersIVF(**{name: value})
+        return replace(self, params=budget.over(params))
 
-    def with_tail(self, value: float) -> IndexOptions:
-        """Another share of the budget for means."""
-        return replace(self, params=SearchParametersIVF(tail=value).over(self.params))
 
-    def with_max_codes(self, value: int) -> IndexOptions:
-        """Another limit of the sealed tokens read."""
-        return replace(self, params=SearchParametersIVF(max_codes=value).over(self.params))
+class Field(property, Generic[Value]):
+    """A property of an `AsymmetricIndex`: a field of one of its records, by the path there.
+
+    unset : what a field at None reads as. Those of layout and search parameters may be set: `AsymmetricIndex._set_option`.
+    """
+
+    def __init__(self, path: str, doc: str, unset: Any = None) -> None:
+        record, _, name = path.rpartition(".")
+        names = path.split(".")
+
+        def read(index: Any) -> Any:
+            value = index
+            for part in names:  # as torch.compile can trace it
+                value = getattr(value, part)
+            return unset if value is None else value
+
+        def write(index: Any, value: Any) -> None:
+            index._set_option(name, value)
+
+        super().__init__(read, write if record in ("_options.layout", "_options.params") else None, doc=doc)
+        self.__doc__ = doc  # of a subclass, Python shows the docstring of the class otherwise
+
+    if TYPE_CHECKING:
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Value: ...  # type: ignore[override]
+
+        def __set__(self, instance: Any, value: Value) -> None: ...

@@ -13,9 +13,7 @@ from torch import Tensor
 from ..backends import Budget
 from ..errors import CompatibilityError
 from ..invlists.segmented import SegmentedInvertedLists
-from ..routing.calibration import Calibration
 from ..routing.router import QueryRouter
-from ..routing.trained import TrainedLayer
 from .params import SearchParametersIVF
 
 MOST_PLANS = 16
@@ -86,13 +84,3 @@ def spend(
         return Budget(torch.from_numpy(budgets).to(device), nprobe, miss)
     rows = torch.from_numpy(budgets - entries).to(device)
     return Budget(rows, nprobe, miss, torch.from_numpy(entries).to(device), means)
-
-
-def allowed_miss(layer: TrainedLayer, target: float, heads: int, device: torch.device) -> Tensor:
-    """Attention per query that every KV head may leave unread for ``target``, by the router's estimate: float32 (h,).
-
-    CompatibilityError for a router that gives no estimate.
-    """
-    layer.router.check_outside("target_mass")
-    table = Calibration.trusting(heads) if layer.calibration is None else layer.calibration
-    return table.at(target).to(device)

@@ -17,7 +17,7 @@ from ..precision import full_precision
 from ..routing.router import QueryRouter
 from .params import SearchParametersIVF
 from .plan import _Plan, _plan
-from .selection import Selection, _leave_out, _padded, everything
+from .selection import Selection, _leave_out, _padded, everything, ids_of
 
 
 def select(
@@ -104,7 +104,7 @@ def best_of(
     ids = torch.full_like(rows, -1)
     for i, head in np.ndindex(b, h) if any(selection.lengths) else ():
         at = rows[i, head]  # a row of no token has no score; one whose score is -inf is still a token's
-        ids[i, head] = torch.where(at < 0, -1, lists.ids_of(i, head, at.clamp(min=0)))
+        ids[i, head] = torch.where(at < 0, -1, ids_of(lists, i, head, at.clamp(min=0)))
     return scores, ids
 
 
