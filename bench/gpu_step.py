@@ -35,7 +35,7 @@ import gpu_baselines
 import gpu_harness as harness
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF
 from saap_index.backends import RouterWeights, get_backend
-from saap_index.search.select import select
+from saap_index.search.session import SearchSession
 
 CASES = [
     (131072, 1), (131072, 8), (524288, 1), (524288, 8), (32768, 1), (32768, 8), (131072, 4), (1048576, 1), (524288, 4),
@@ -151,10 +151,12 @@ def compare_selections(
     assert index.query_router is not None
     backend = get_backend(queries.device, "torch")
     x, _ = index._queries(queries)
-    shares, miss = index._given(params)
-    prepared = backend.prepare_router(index.query_router.weights)
-    rotation = index._query_rotation(x.shape[3])
-    want = select(backend, index.invlists, index.query_router, prepared, x, rotation, params, shares, miss)
+    session = SearchSession(backend, index.invlists)
+    index._prepared_router, prepared = backend.prepare_router(index.query_router.weights), index._prepared_router
+    try:
+        want = session.select(x, index._terms(params), index._routing(session, x.shape[3]))
+    finally:
+        index._prepared_router = prepared
     for i in range(len(index.lengths)):
         for head in range(index.num_kv_heads):
             mine, other = (x.rows[i, head][x.rows[i, head] >= 0] for x in (got, want))
@@ -236,10 +238,9 @@ def use_knobs(indexes: list[AsymmetricIndex], text: str) -> None:
     for index in indexes:
         index._backend.knobs.clear()  # type: ignore[attr-defined]
         index._backend.knobs.update(harness.parse_knobs(text))  # type: ignore[attr-defined]
-        state = index.invlists.decode
-        if state is not None:
-            state.resident._selecting.clear()
-            state.resident._scanning.clear()
+        session: Any = index._session_of(index.invlists).backend_session
+        session._selecting.clear()
+        session._scanning.clear()
 
 
 def measure(

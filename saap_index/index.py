@@ -30,9 +30,9 @@ from .routing.router import QueryRouter
 from .routing.two_tower import TwoTower
 from .search.params import SELECTIVITY, SearchParametersIVF
 from .search.plan import MOST_PLANS
-from .search.select import attend, best_of, search, select, select_each, select_lists, side_by_side, widen
+from .search.select import attend, best_of, extend_to_window, select_lists, side_by_side
 from .search.selection import Selection, read_ids
-from .search.session import DecodeState
+from .search.session import SearchSession, Terms
 from .search.stats import IndexStats, gather
 from .training.config import TrainingConfig
 from .training.layer import train_layer
@@ -42,7 +42,7 @@ MAX_DIM = 256
 
 _STATE = (
     "_calibration", "_key_quantizer", "_last", "_layout", "_lists", "_miss", "_prepared_quantizer", "_prepared_router",
-    "_query_router", "_tower",
+    "_query_router", "_session", "_tower",
 )  # fmt: skip
 """What a change may set."""
 
@@ -167,6 +167,7 @@ class AsymmetricIndex:
         "_prepared_quantizer",
         "_prepared_router",
         "_query_router",
+        "_session",
         "_token",
         "_tower",
         "backend_name",
@@ -248,6 +249,7 @@ class AsymmetricIndex:
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
+        self._session: SearchSession | None = None  # of these lists, or of earlier ones
         self._last: Selection | None = None
         self._name_for_compiler()
 
@@ -393,22 +395,20 @@ class AsymmetricIndex:
         Raises StateError for a backend without graphs, and if a replay found no room (what it brought is lost) or the device
         holds another number of tokens; NotFiniteError if a step brought NaN or infinity. The index can be used further.
         """
-        state = self._decode_state()
-        if state is None:
-            raise StateError(f"advance: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        session = self._device_session("advance")
         if not seal and type(n) is int and n >= 0:  # after every replay, in every layer of a model
-            return state.count(n)
-        counts = None if n is None else checks.counts(n, state.lists.batch, 2**31 - 1, "n")
-        problem = state.advance(counts)
+            return session.count(n)
+        counts = None if n is None else checks.counts(n, session.lists.batch, 2**31 - 1, "n")
+        problem = session.advance(counts)
         if not seal:
             if problem is not None:
                 raise problem
             return
         with self._whole():
             if self._tower is not None:
-                self._repartition(state.lists, state.lists.keys[:, :, :0], [0] * state.lists.batch)
-            state.lists.seal(self._assign_rows, last=True)
-        state.follow()
+                self._repartition(session.lists, session.lists.keys[:, :, :0], [0] * session.lists.batch)
+            session.lists.seal(self._assign_rows, last=True)
+        session.publish()
         if problem is not None:
             raise problem
 
@@ -419,13 +419,11 @@ class AsymmetricIndex:
         Raises StateError for a backend without graphs, inside a capture, or if the device holds another number of tokens than the
         index; NotFiniteError if a step brought NaN or infinity.
         """
-        state = self._decode_state()
-        if state is None:
-            raise StateError(f"seal_ahead: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        session = self._device_session("seal_ahead")
         checks.integer(n, "n", 1, MAX_STEP_TOKENS)
         if any(map(self._layout.num_blocks, (x + n for x in self.lengths))):
             with self._changing():
-                state.lists.seal_ahead(n, self._assign_rows)
+                session.lists.seal_ahead(n, self._assign_rows)
 
     def _new_tokens(self, keys: Any, values: Any, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor, list[int]]:
         batch = self._lists.batch if self._lists is not None and self.ntotal else None
@@ -453,7 +451,7 @@ class AsymmetricIndex:
         lists = self._lists
         same_batch = lists is not None and lists.batch == keys.shape[0]
         if lists is not None and same_batch and list_nos is None and keys.shape[2] and lists.only_grows(counts, seal):
-            lists.append(keys, values, counts, None, None, rotated)  # nearly every step: nothing that could be left half done
+            self._session_of(lists).append(keys, values, counts, None, rotated)  # nearly every step: nothing is left half done
             return
         with self._whole():
             if lists is None or (not same_batch and not self.ntotal):
@@ -461,24 +459,23 @@ class AsymmetricIndex:
             if self._tower is not None and list_nos is None and seal:
                 self._repartition(lists, keys, counts, rotated)
             self._lists = lists  # assigning reads it
-            state = self._decode_state()
-            if state is not None and (list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS):
-                state.settle()
-            lists.append(keys, values, counts, list_nos, self._assign_rows if seal else None, rotated)
-        if state is not None:
-            state.follow()
+            session = self._session_of(lists)
+            session.append(keys, values, counts, list_nos, rotated)
+            if seal:
+                lists.seal(self._assign_rows, last=True)
+        session.changed(step_next=True)
 
-    def _record_add(self, state: DecodeState, keys: Any, values: Any, plain: bool) -> None:
+    def _record_add(self, session: SearchSession, keys: Any, values: Any, plain: bool) -> None:
         """`add` inside a capture."""
         if not plain:
             raise StateError("capture: expected add of keys and values alone, got coarse_keys or lengths")
         if self.rope is not None and self.rope.is_dynamic:
-            state.refuse_capture("a rope whose angles depend on the length")
-        self._refuse_lists_to_come(state)
-        shape = (state.lists.batch, self.num_kv_heads, None, self.d)
+            session.refuse_capture("a rope whose angles depend on the length")
+        self._refuse_lists_to_come(session)
+        shape = (session.lists.batch, self.num_kv_heads, None, self.d)
         keys = self._input(keys, "keys", "b h n d", shape, (self.dtype,))
         values = self._input(values, "values", "b h n e", (*keys.shape[:3], self.d_v), (self.dtype,))
-        state.record_append(keys, values)
+        session.record_append(keys, values)
 
     def _rotated_at(self, counts: list[int], seq_len: int | Sequence[int] | None) -> list[int] | None:
         """The length that the angles of counts[i] new tokens of each sequence belong to; None if they depend on none."""
@@ -518,11 +515,17 @@ class AsymmetricIndex:
         if torch.compiler.is_compiling():
             return self._traced_search(queries, params, coarse_queries is None, return_lse)
         x, form = self._queries(queries)
-        if self._lists is None:
+        lists = self._lists
+        if lists is None:
             return self._nothing(x, form, return_lse)
-        found = self._fused(x, self._settings(params)) if coarse_queries is None else None
-        if found is not None:
-            return self._result(*found, form, return_lse)
+        if coarse_queries is None:
+            settings, session = self._settings(params), self._session_of(lists)
+            if not self._reads_more(settings):
+                self._refuse_lists_to_come(session)
+                routing = self._routing(session, x.shape[3])
+                out, lse, self._last = session.run(x, self._terms(settings), routing, self.scale)
+                return self._result(out, lse, form, return_lse)
+            session.refuse_capture("a larger window or more sinks than the index has")
         return self._attend(x, self._select(x, params, coarse_queries), form, return_lse)
 
     def search_attend_preassigned(
@@ -578,69 +581,28 @@ class AsymmetricIndex:
         """Ids (positions) of every token that ``selection`` reads: [sequence][KV head] -> int64 (t,), ascending."""
         return read_ids(self.invlists, selection)
 
-    def _fused(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
-        """Selection and attention in one go, for queries (b, h, g, q, d); None where the general way must be taken."""
-        state = self._decode_state()
-        if (params.window or 0) > self.window or (params.sinks or 0) > self.sinks:
-            if state is not None:
-                state.refuse_capture("a larger window or more sinks than the index has")
-            return None
-        if state is None:
-            return self._in_one_call(x, params)
-        self._refuse_lists_to_come(state)
-        routing, given = self._routing(state, x.shape[3]), self._given(params)
-        assert self._query_router is not None
-        out, lse, self._last = state.step(x, params, self._query_router, routing, given, self.scale)
-        return out, lse
-
-    def _in_one_call(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
-        """`_fused` for a backend that keeps no state."""
-        assert self._query_router is not None
-        rotation = None if self.rope is None else self._query_rotation(x.shape[3])
-        router = self._query_router, self._prepared_router
-        found = search(self._backend, self.invlists, *router, x, rotation, params, *self._given(params), self.scale)
-        if found is None:
-            return None
-        out, lse, self._last = found
-        return out, lse
+    def _reads_more(self, params: SearchParametersIVF) -> bool:
+        """Whether the call asks for a larger window or more sinks than the index has."""
+        return (params.window or 0) > self._layout.window or (params.sinks or 0) > self._layout.sinks
 
     def _select(self, x: Tensor, params: SearchParametersIVF | None, coarse_queries: Any) -> Selection:
         self._refuse_capture("a selection apart from attention")
-        lists, params = self.invlists, self._settings(params)
-        assert self._query_router is not None
-        found = self._resident_select(x, params) if coarse_queries is None else None
-        if found is not None:
-            return widen(lists, found, params)
-        routed, rotation = x, None
+        lists, settings, queries = self.invlists, self._settings(params), x
         if coarse_queries is not None:
-            routed, _ = self._queries(coarse_queries)
-            if routed.shape != x.shape:
-                raise ShapeError(f"coarse_queries: expected {x.shape[3]} queries per sequence, got {routed.shape[3]}")
-        elif self.rope is not None:
-            rotation = self._query_rotation(x.shape[3])
-        shares, miss = self._given(params)
-        router, prepared = self._query_router, self._prepared_router
-        return select(self._backend, lists, router, prepared, routed, rotation, params, shares, miss)
-
-    def _resident_select(self, x: Tensor, params: SearchParametersIVF) -> Selection | None:
-        """The selection that `_fused` attends to; None for a backend without state."""
-        state = self._decode_state()
-        if state is None:
-            return None
-        assert self._query_router is not None
-        return state.select(x, params, self._query_router, self._routing(state, x.shape[3]), self._given(params))
+            queries, _ = self._queries(coarse_queries)
+            if queries.shape != x.shape:
+                raise ShapeError(f"coarse_queries: expected {x.shape[3]} queries per sequence, got {queries.shape[3]}")
+        session = self._session_of(lists)
+        routing = self._routing(session, x.shape[3], coarse_queries is not None)
+        return extend_to_window(lists, session.select(queries, self._terms(settings), routing), settings)
 
     def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
-        """`_select` for every query on its own, see `select.select_each`."""
+        """`_select` for every query on its own, see `SearchSession.select_each`."""
         self._refuse_capture("a selection apart from attention")
-        settings, q = self._settings(params), x.shape[3]
-        wide = (settings.window or 0) > self.window or (settings.sinks or 0) > self.sinks
-        if wide or self._decode_state() is not None:
-            return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(q)])
-        assert self._query_router is not None
-        rotation = None if self.rope is None else self._query_rotation(1)
-        router = self._query_router, self._prepared_router
-        return select_each(self._backend, self.invlists, *router, x, rotation, settings, *self._given(settings))
+        settings, session = self._settings(params), self._session_of(self.invlists)
+        if self._reads_more(settings) or self._backend.captures:
+            return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(x.shape[3])])
+        return session.select_each(x, self._terms(settings), self._routing(session, 1))
 
     def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:
         self._last = selection
@@ -660,14 +622,15 @@ class AsymmetricIndex:
 
     def reset(self) -> None:
         """Forget every token; keep the training and the memory. The next `add` may bring another batch size."""
-        state = self._decode_state()
-        if state is not None:
-            state.forget()
+        session = self._present_session()
+        if session is not None:
+            session.invalidate()
         with self._whole():
             if self._lists is not None:
                 self._lists.clear()
             self._last = None
-        self._follow()
+        if session is not None:
+            session.changed()
 
     @_change
     def truncate(self, n: int | Sequence[int]) -> None:
@@ -782,7 +745,7 @@ class AsymmetricIndex:
         for name in type(self).__slots__:
             if name != "__weakref__":
                 setattr(new, name, getattr(self, name))
-        new._lists = new._last = None
+        new._lists = new._session = new._last = None
         new._accepted, new._accepted_new, new._asked = (), (), (None, {})
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
@@ -814,9 +777,9 @@ class AsymmetricIndex:
     @_between_steps
     def stats(self) -> IndexStats:
         """What the index holds, and what its last search read. Reads device memory: not for the decode path."""
-        state = self._decode_state()
-        if state is not None:
-            self._last = state.newest(self._last)
+        session = self._present_session()
+        if session is not None:
+            self._last = session.newest(self._last)
         return gather(self._lists, self._last, self._key_quantizer, self._query_router)
 
     def _new_lists(self, batch: int) -> SegmentedInvertedLists:
@@ -1098,9 +1061,11 @@ class AsymmetricIndex:
             known[params] = found = self._checked(params.over(self._defaults))
         return found
 
-    def _given(self, params: SearchParametersIVF) -> tuple[Any, Tensor | None]:
-        """Shares and miss, see `select.select`."""
-        return self._budget_shares, None if params.target_mass is None else self._allowed_miss(params.target_mass)
+    def _terms(self, params: SearchParametersIVF) -> Terms:
+        """What a plan for these parameters follows from."""
+        assert self._query_router is not None
+        unread_mass = None if params.target_mass is None else self._allowed_miss(params.target_mass)
+        return params, self._query_router, self._budget_shares, unread_mass
 
     def _allowed_miss(self, target: float) -> Tensor:
         """Attention per query that every KV head may leave unread, by the router's estimate: float32 (h,)."""
@@ -1114,34 +1079,31 @@ class AsymmetricIndex:
 
     # -- routing ------------------------------------------------------------------------------------------------------
 
-    def _routing(self, state: DecodeState, q: int) -> Routing:
-        """How queries of the last q tokens are routed."""
-        router, rope = self._query_router, self.rope
+    def _routing(self, session: SearchSession, q: int, coarse: bool = False) -> Routing:
+        """How queries of the last q tokens are routed; coarse : as they come."""
+        router, rope = self._query_router, None if coarse else self.rope
         assert router is not None
-        known = state.routing
-        if known is None or known.router is not self._prepared_router:
-            known = Routing(self._prepared_router, router.first_knot, router.count_lists)
-            if rope is not None and not rope.is_dynamic:
-                turn = rope.inv_freq().to(self.device), rope.interleaved, 1.0 / rope.attention_scale
-                known = Routing(self._prepared_router, router.first_knot, router.count_lists, *turn)
-            state.routing = known
-        if rope is None or not rope.is_dynamic:
-            return known
-        state.refuse_capture("a rope whose angles depend on the length")
-        return Routing(known.router, known.first_knot, known.count_lists, rotation=self._query_rotation(q))
+        if rope is not None and rope.is_dynamic:
+            session.refuse_capture("a rope whose angles depend on the length")
+            return Routing(self._prepared_router, router.first_knot, router.count_lists, self._query_rotation(q))
+        kept = session.routing.get(coarse)
+        if kept is None or kept.router is not self._prepared_router:
+            turn = None if rope is None else rope.frequencies(self.device)
+            kept = session.routing[coarse] = Routing(self._prepared_router, router.first_knot, router.count_lists, turn)
+        return kept
 
     def _query_rotation(self, q: int) -> Rotation:
-        """Angles of the last q positions of every sequence, (b * q, r / 2)."""
+        """Angles of the last q positions of every sequence, (b * q, r / 2), where they depend on the length.
+
+        A query was rotated in the call that brought its token.
+        """
         assert self.rope is not None
-        lists = self.invlists
-        ends = [lists.next_position(i) for i in range(lists.batch)]
-        lengths: list[Any] = [None] * lists.batch
-        if self.rope.is_dynamic:  # a query was rotated in the call that brought its token
-            for i, n in enumerate(lists.lengths):
-                each = lists.rotated.at(i, max(0, n - q), n) if n else np.zeros(1, np.int64)
-                lengths[i] = int(each[0]) if (each == each[0]).all() else np.pad(each, (q - len(each), 0), mode="edge")
-        turns = [(range(max(0, end - q), max(q, end)), length) for end, length in zip(ends, lengths, strict=True)]
-        parts = [self.rope.rotation(*turn, device=self.device) for turn in turns]
+        lists, parts = self.invlists, []
+        for i, n in enumerate(lists.lengths):
+            each = lists.rotated.at(i, max(0, n - q), n) if n else np.zeros(1, np.int64)
+            length: Any = int(each[0]) if (each == each[0]).all() else np.pad(each, (q - len(each), 0), mode="edge")
+            end = lists.next_position(i)
+            parts.append(self.rope.rotation(range(max(0, end - q), max(q, end)), length, device=self.device))
         if len(parts) == 1:
             return parts[0]
         cos, sin = torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts])
@@ -1155,10 +1117,11 @@ class AsymmetricIndex:
     def _lists_of_rows(self, i: int, start: int, stop: int) -> Tensor:
         """List numbers of recent rows of sequence i."""
         lists = self.invlists
-        rotation = None
-        if self.rope is not None:
-            lengths = lists.rotated.at(i, start, stop) if self.rope.is_dynamic else None
-            rotation = self.rope.rotation(lists.positions(i, np.arange(start, stop)), lengths, device=self.device)
+        rotation, rope, places = None, self.rope, lists.positions(i, np.arange(start, stop))
+        if rope is not None and rope.is_dynamic:
+            rotation = rope.rotation(places, lists.rotated.at(i, start, stop), device=self.device)
+        elif rope is not None:
+            rotation = rope.frequencies(self.device).at(places)
         return self._backend.assign(self._prepared_quantizer, lists.keys[i, :, start:stop], rotation)
 
     def _repartition(
@@ -1172,7 +1135,8 @@ class AsymmetricIndex:
         if any(lists.segments) or not any(map(self._layout.num_blocks, totals)):
             return
         assert self._tower is not None
-        if lists.decode is not None and lists.decode.captured:
+        session = self._session
+        if session is not None and session.lists is lists and session.backend_session.captured:
             raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
         step = max(1, sum(totals) // (self.nlist * MAX_POINTS_PER_CENTROID))
         parts = []
@@ -1233,52 +1197,57 @@ class AsymmetricIndex:
     @contextmanager
     def _in_step(self) -> Iterator[None]:
         """Host and device agree before it, and after it where a graph may be replayed next."""
-        state = self._decode_state()
-        if state is not None:
-            state.settle()
+        session = self._present_session()
+        if session is not None:
+            session.synchronize()
         yield
-        self._follow()
+        session = self._present_session()
+        if session is not None:
+            session.changed()
 
-    def _follow(self) -> None:
-        state = self._decode_state()
-        if state is not None and state.captured:
-            state.follow()
+    def _session_of(self, lists: SegmentedInvertedLists) -> SearchSession:
+        """The session of the lists there are, made on first use."""
+        session = self._session
+        if session is None or session.lists is not lists:
+            self._session = session = SearchSession(self._backend, lists)
+        return session
 
-    def _decode_state(self) -> DecodeState | None:
-        """The device state of this batch, made on first use; None for a backend that keeps none, or without a batch."""
-        lists = self._lists
-        if not self._backend.keeps_state or lists is None:
+    def _present_session(self) -> SearchSession | None:
+        """The session of the lists there are, if there is anything that it may have to say."""
+        lists, session = self._lists, self._session
+        if lists is not None and self._backend.captures:
+            return self._session_of(lists)
+        return session if session is not None and session.lists is lists else None
+
+    def _device_session(self, what: str) -> SearchSession:
+        """The session; StateError for a backend that keeps none on its device, or without a batch."""
+        if self._lists is None or not self._backend.captures:
+            raise StateError(f"{what}: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        return self._session_of(self._lists)
+
+    def _capturing(self) -> SearchSession | None:
+        """The session while a graph is captured, else None."""
+        if not self._backend.captures or self._lists is None:
             return None
-        if lists.decode is not None:
-            state: DecodeState = lists.decode
-            return state
-        resident = self._backend.resident(lists.batch, lists.heads, lists.d, lists.d_v, lists.nlist, lists.dtype)
-        if resident is not None:
-            lists.decode = DecodeState(resident, lists)
-        return lists.decode
-
-    def _capturing(self) -> DecodeState | None:
-        """The device state while a graph is captured, else None."""
-        state = self._decode_state()
-        return state if state is not None and state.resident.capturing else None
+        session = self._session_of(self._lists)
+        return session if session.backend_session.capturing else None
 
     def _refuse_capture(self, what: str) -> None:
         """StateError while a graph is captured."""
-        state = self._capturing()
-        if state is not None:
-            state.refuse_capture(what)
+        session = self._capturing()
+        if session is not None:
+            session.refuse_capture(what)
 
-    def _refuse_lists_to_come(self, state: DecodeState) -> None:
+    def _refuse_lists_to_come(self, session: SearchSession) -> None:
         """A graph cannot follow a router that is yet to be made."""
-        if self._tower is not None and not any(state.lists.segments):
-            state.refuse_capture("a two-tower router before any token is sealed, which is when it makes its lists")
+        if self._tower is not None and not any(session.lists.segments):
+            session.refuse_capture("a two-tower router before any token is sealed, which is when it makes its lists")
 
     def release_graphs(self) -> None:
         """Say that no CUDA graph captured over this index is replayed any more: its memory may move again, as `add` asks for."""
-        state = self._decode_state()
-        if state is not None:
-            state.refuse_capture("release_graphs")
-            state.release()
+        session = self._present_session()
+        if session is not None:
+            session.release_graphs()
 
     def graph_key(self, params: SearchParametersIVF | None = None) -> tuple[Any, ...]:
         """What a graph of `add` and of `search_attend` with these parameters was made for, beside the shapes of their arguments.

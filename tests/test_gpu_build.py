@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saap_index import reference
-from saap_index.backends.base import Frequencies, SegmentChange
+from saap_index.backends import Frequencies, SegmentChange
 from saap_index.backends.cuda import append_assign as gpu_build
 from saap_index.backends.cuda import seal as gpu_seal
 from saap_index.backends.types import Rotation

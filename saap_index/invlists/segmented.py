@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Arena, Backend, Frequencies, SegmentChange
-from ..errors import NotFiniteError, StateError
+from ..errors import StateError
 from .gaps import Gaps
 from .layout import Layout, Segment
 from .rotated import RotationLengths
@@ -72,8 +72,6 @@ class SegmentedInvertedLists:
         self._changes = 0  # under way, one within the other
         self.pending: Tensor | None = None  # int32 (b, h, N): list numbers given with the tokens, -1 where the quantizer decides
         self.capacity = 0
-        self.decode: Any = None  # the state on the device that follows this batch (search/session.py), or None
-        self.plans: dict[int, Any] = {}  # what selections worked out for these segments, by parameters (search/plan.py)
         self._same = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
         self._centres: list[tuple[int, np.ndarray] | None] = [None] * batch
         self._allocate(0)
@@ -84,7 +82,6 @@ class SegmentedInvertedLists:
     def _changed(self, moved: bool = False) -> None:
         """Something that a search depends on is another from now on; ``moved``: memory lies elsewhere."""
         self.version = next(_VERSIONS)
-        self.plans.clear()  # they hold memory
         if moved:
             self.moved = self.version
 
@@ -194,6 +191,11 @@ class SegmentedInvertedLists:
             setattr(self, name, new)
         self.capacity = capacity
 
+    @property
+    def arena(self) -> Arena:
+        """The memory, as a backend takes it."""
+        return Arena(self.keys, self.values, self.ids, self.tables, self.mean_keys, self.mean_values, self.pending)
+
     def _room_for_means(self, capacity: int) -> dict[str, Tensor]:
         """mean_keys and mean_values for every segment that ``capacity`` rows can hold."""
         count = self.layout.most_means(capacity, self.nlist)
@@ -205,6 +207,11 @@ class SegmentedInvertedLists:
     ids: Tensor
     mean_keys: Tensor
     mean_values: Tensor
+
+    def make_room(self, tokens: int) -> None:
+        """Room for ``tokens`` of a sequence that grows, and for more where memory has to move for it."""
+        if tokens > self.capacity:
+            self._allocate(max(tokens, self.capacity + self.capacity // 2))
 
     def reserve(self, tokens: int) -> None:
         """Room for ``tokens`` per sequence without further allocation."""
@@ -313,39 +320,9 @@ class SegmentedInvertedLists:
 
     # -- growing -----------------------------------------------------------------------------------------------------
 
-    def append(
-        self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None,
-        rotated: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
-        """Add counts[i] tokens to sequence i; seal and merge what the new length asks for, unless ``assign`` is None.
-
-        list_nos : int32 (b, h, n) or None, where ``assign`` decides when a token is sealed. rotated : the length at which
-        those of each sequence were rotated, 0 or None where the angles do not depend on it. Raises NotFiniteError, having changed
-        nothing, if a key or value is NaN or infinite. What else may fail is for the caller to wrap in `whole`.
-        """
-        need = max(map(sum, zip(self.lengths, counts, strict=True)), default=0)
-        if need > self.capacity:
-            if self.decode is not None:
-                self.decode.refuse_growth()
-            self._allocate(max(need, self.capacity + self.capacity // 2))
-        in_one_launch = self.decode is not None and list_nos is None and self.decode.append(keys, values, counts)
-        if not in_one_launch and not self.backend.append(keys, values, self.keys, self.values, self.lengths, counts):
-            raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
-        if list_nos is not None and self.pending is None:
-            self.pending = self._empty((self.batch, self.heads, self.capacity), torch.int32).fill_(-1)
-        if self.pending is not None:
-            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
-                self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
-        for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
-            if count:
-                self.rotated.append(i, start, 0 if rotated is None else rotated[i])
-        self.lengths = [start + count for start, count in zip(self.lengths, counts, strict=True)]  # at once
-        if assign is not None:
-            self.seal(assign, last=True)
-
     def only_grows(self, counts: Sequence[int], seal: bool = True) -> bool:
-        """Whether `append` of so many tokens, to be sealed or not, writes behind the others and does nothing else."""
-        if self.pending is not None or (self.decode is not None and not self.decode.takes(max(counts))):
+        """Whether to add so many tokens, to be sealed or not, is to write them behind the others and nothing else."""
+        if self.pending is not None:
             return False
         for length, count, have in zip(self.lengths, counts, self.segments, strict=True):
             if length + count > self.capacity or (seal and self.layout.segments(length + count) != have):
@@ -372,16 +349,23 @@ class SegmentedInvertedLists:
         finally:
             self.lengths = lengths
 
-    def advance(self, counts: Sequence[int]) -> None:
-        """Take note of ``counts[i]`` tokens that were written behind those of sequence i without `append`."""
-        if self.pending is not None:
-            for i, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
-                self.pending[i, :, length : length + count] = -1
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+    def advance(self, counts: Sequence[int], list_nos: Tensor | None = None, rotated: Sequence[int] | None = None) -> None:
+        """Take note of ``counts[i]`` tokens that were written behind those of sequence i; they are not sealed yet.
 
-    def will_seal(self, counts: Sequence[int]) -> bool:
-        """Whether `append` of so many tokens seals some (and so needs a quantizer)."""
-        return any(self.layout.num_blocks(n + c) for n, c in zip(self.lengths, counts, strict=True) if c)
+        list_nos : int32 (b, h, n) or None, where the quantizer decides when a token is sealed. rotated : the length at which
+        those of each sequence were rotated, 0 or None where the angles do not depend on it. What may fail is for the caller to
+        wrap in `whole`.
+        """
+        if list_nos is not None and self.pending is None:
+            self.pending = self._empty((self.batch, self.heads, self.capacity), torch.int32).fill_(-1)
+        if self.pending is not None:
+            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+                self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
+        if rotated is not None or any(self.rotated.runs):
+            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+                if count:
+                    self.rotated.append(i, start, 0 if rotated is None else rotated[i])
+        self.lengths = list(map(operator.add, self.lengths, counts))  # at once
 
     def _seal(self, i: int, assign: Assign) -> None:
         """Bring the segments of sequence i to the layout of its length; the rows past the last segment are in arrival order."""
@@ -402,10 +386,9 @@ class SegmentedInvertedLists:
             positions = self.positions(i, fresh)
             changes.append(SegmentChange(i, first, have, want, positions, self.layout.num_means(want, self.nlist)))
         self._reserve_tables(max(len(c.want) for c in changes))
-        arena = Arena(self.keys, self.values, self.ids, self.tables, self.mean_keys, self.mean_values, self.pending)
         undo = [] if final else self._about_to_change(changes)
         self._changed()
-        if not self.backend.seal_batch(arena, changes, *known):
+        if not self.backend.seal_batch(self.arena, changes, *known):
             return False
         if self._undo is not None:  # not before: it says that it moves nothing if it fails
             self._undo += undo

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..types import Rotation
+from ..types import Frequencies, Rotation
 from ..weights import RouterWeights
 from .launch import Launch, Runtime
 
@@ -30,15 +30,6 @@ PARAMS = np.dtype(
 H200_SHARED_BYTES = 227 * 1024
 UNIT_BYTES, MOST_RING, LEAST_RING = 1024, 16, 4
 MOST_F16 = 65504.0
-
-
-@dataclass(frozen=True)
-class Unturn:
-    """RoPE to be undone at the positions that the kernel reads from meta. inv_freq : float32 (r / 2,). See `Rotation`."""
-
-    inv_freq: Tensor
-    interleaved: bool
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -158,7 +149,7 @@ class Route:
         p["b"], p["h"], p["j"], p["q"], p["d"] = b, h, j, q, router.d
         p["l"], p["outputs"], p["out_tiles"] = router.nlist, router.outputs, out_tiles
 
-    def bind(self, rotation: Rotation | Unturn | None, meta: Tensor | None, z: Tensor, a: Tensor) -> Launch:
+    def bind(self, rotation: Rotation | Frequencies | None, meta: Tensor | None, z: Tensor, a: Tensor) -> Launch:
         """Scores of every query vector.
 
         rotation : angles of the b * q positions, sequence-major; or frequencies, and then query i of q is at position

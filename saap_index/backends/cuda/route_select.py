@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..types import Rotation
+from ..types import Frequencies, Rotation
 from .launch import Launch, Runtime
-from .route import CODES, PackedRouter, Unturn
+from .route import CODES, PackedRouter
 from .scan import Runs
 from .select import MOST_KNOTS
 
@@ -131,8 +131,8 @@ class RouteSelect:
         p["segments"], p["first_knot"] = shape.segments, shape.first_knot
 
     def bind(
-        self, rotation: Rotation | Unturn | None, meta: Tensor, tables: Tensor, centres: Tensor, budgets: Tensor, found: Runs,
-        miss: Tensor | None, tickets: Tensor | None, dependent: bool,
+        self, rotation: Rotation | Frequencies | None, meta: Tensor, tables: Tensor, centres: Tensor, budgets: Tensor,
+        found: Runs, miss: Tensor | None, tickets: Tensor | None, dependent: bool,
     ) -> Launch:  # fmt: skip
         """One selection per (sequence, KV head), as `Route.bind` and `Select.bind` make it, but for the order of the rows.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..types import Tail
 from .launch import CLUSTERS, Launch, Runtime
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
@@ -138,18 +139,6 @@ class Runs:
         return behind.gather(2, at) - (ends.gather(2, at) - entries)
 
 
-@dataclass(frozen=True)
-class Means:
-    """Runs to read through their means: runs : int32 (b, h, x), counts : int32 (b, h), keys : storage dtype (b, h, M, l, d),
-    values : (b, h, M, l, e), tables : int32 (b, h, S, l + 1), M <= S."""
-
-    runs: Tensor
-    counts: Tensor
-    keys: Tensor
-    values: Tensor
-    tables: Tensor
-
-
 class Scan:
     """Attention over listed rows for one shape: the kernel, compiled, and its grid. Holds no memory of the device.
 
@@ -188,7 +177,7 @@ class Scan:
         values: Tensor,
         meta: Tensor,
         listed: Listed | Runs | None,
-        means: Means | None,
+        means: Tail | None,
         scale: float,
         floats: Tensor,
         tickets: Tensor,

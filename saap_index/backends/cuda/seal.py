@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Frequencies, SegmentChange
+from ..base import SegmentChange
+from ..types import Frequencies
 from .append_assign import (
     ASSIGN_JOB,
     DTYPES,
