@@ -181,4 +181,5 @@ class Scene:
         size = self.size
         h, outputs = size.kv_heads, size.nlist + size.knots + 1
         shapes = ((h, size.units, size.d), (h, size.units), (h, outputs, size.units), (h, outputs, size.d), (h, outputs))
-        return RouterWeights(*(self._normal(x, 0.2) for x in shapes), size.nlist)
+        hidden, bias_hidden, out, skip, bias_out = (self._normal(x, 0.2) for x in shapes)
+        return RouterWeights(hidden, bias_hidden, out, skip, bias_out, size.nlist)

@@ -3,7 +3,7 @@
 # and how fast they are. A failing stage does not stop the others; failures are listed at the end, and are the exit status.
 #
 #   bench/gpu_session.sh                 results in bench/results/gpu-<date>, or in $OUT
-#   STAGES="environment step"            these stages alone, in this order
+#   STAGES="environment step"            these stages alone, in this order; `generate`, a model of 8 layers, is no part of the rest
 #   PYTHON=... WHEELS=folder             another interpreter; wheels to install beforehand, without a network
 #   SIZES=131072x1,131072x8              tokens and batch sizes of the stage `step`, LIMIT=520 seconds for everything
 #   RECORDING=file                       of `bench/gpu_replay.py record`, for the stage `bisect`; else it is made here, by g++
@@ -151,6 +151,7 @@ for name in $STAGES; do
     LINES_SHOWN=110 stage step 200 "$PYTHON" bench/gpu_step.py $dry --out "$WORK" --budget 150 ${SIZES:+--sizes "$SIZES"}
     ;;
   build) LINES_SHOWN=40 stage build 60 "$PYTHON" bench/gpu_build.py $dry --out "$WORK" --budget 45 ;;
+  generate) LINES_SHOWN=40 stage generate 120 "$PYTHON" bench/gpu_generate.py $dry --out "$WORK" ;;
   tests) tests ;;
   memcheck | racecheck) check "$name" ;;
   *) FAILED+=("$name: no such stage") ;;

@@ -33,12 +33,12 @@ def named_device(value: torch.device | str) -> torch.device:
 def device(value: torch.device | str) -> torch.device:
     """``value`` as a torch device, with the number of the current one if it has none ("cuda" alone would accept tensors of any).
     DeviceError for one that torch does not know, or that is not there."""
-    found = named_device(value)
+    device = named_device(value)
     try:
-        there = torch.empty(1, dtype=torch.uint8, device=found).device
+        there = torch.empty(1, dtype=torch.uint8, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device in its own words
-        raise DeviceError(f"device: expected one that is there, got {str(found)!r}: {str(error).splitlines()[0]}") from error
-    return there if found.index is None else found
+        raise DeviceError(f"device: expected one that is there, got {str(device)!r}: {str(error).splitlines()[0]}") from error
+    return there if device.index is None else device
 
 
 def tensor(value: Any, name: str) -> Tensor:
@@ -90,18 +90,18 @@ def counts(lengths: Any, batch: int, most: int, name: str = "lengths") -> list[i
     if lengths is None:
         return [most] * batch
     if isinstance(lengths, int | np.integer) and not isinstance(lengths, bool):
-        found = [int(lengths)] * batch
+        numbers = [int(lengths)] * batch
     else:
         try:
-            found = [operator.index(n) for n in lengths]
+            numbers = [operator.index(n) for n in lengths]
         except (TypeError, ValueError) as error:
             raise ShapeError(f"{name}: expected an integer or {batch} integers, got {lengths!r}") from error
-    if len(found) != batch:
-        raise ShapeError(f"{name}: expected one integer per sequence ({batch}), got {len(found)}")
-    for n in found:
+    if len(numbers) != batch:
+        raise ShapeError(f"{name}: expected one integer per sequence ({batch}), got {len(numbers)}")
+    for n in numbers:
         if not 0 <= n <= most:
             raise LengthError(f"{name}: expected integers in [0, {most}], got {n}")
-    return found
+    return numbers
 
 
 def list_numbers(x: Tensor, name: str, nlist: int, least: int = 0) -> None:
@@ -117,14 +117,14 @@ def positions(positions: Any, b: int, q: int, n: int) -> np.ndarray:
     if positions is None:
         positions = np.arange(n - q, n)
     listed = isinstance(positions, list | tuple | range)
-    found = tensor(np.asarray(positions) if listed else positions, "positions").cpu().numpy()
-    if found.size and found.dtype.kind not in "iu":
-        raise DTypeError(f"positions: expected integers, got {found.dtype}")
-    if found.shape not in ((q,), (b, q)):
-        raise ShapeError(f"positions: expected shape ({b}, {q}) or ({q},), got {found.shape}")
-    if found.size and (found.min() < 0 or found.max() >= n):
-        raise LengthError(f"positions: expected integers in [0, {n}), got {found.min()} to {found.max()}")
-    return np.broadcast_to(found, (b, q)).astype(np.int64)
+    places = tensor(np.asarray(positions) if listed else positions, "positions").cpu().numpy()
+    if places.size and places.dtype.kind not in "iu":
+        raise DTypeError(f"positions: expected integers, got {places.dtype}")
+    if places.shape not in ((q,), (b, q)):
+        raise ShapeError(f"positions: expected shape ({b}, {q}) or ({q},), got {places.shape}")
+    if places.size and (places.min() < 0 or places.max() >= n):
+        raise LengthError(f"positions: expected integers in [0, {n}), got {places.min()} to {places.max()}")
+    return np.broadcast_to(places, (b, q)).astype(np.int64)
 
 
 def ids(ids: Any, name: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,18 +18,22 @@ from torch import Tensor
 from typing_extensions import Self
 
 from . import checks, interop, ops
-from .backends import Frequencies, Rotation, get_backend
-from .backends.types import MAX_STEP_TOKENS, Routing
-from .errors import CompatibilityError, LengthError, NotTrainedError, ParameterError, ShapeError, StateError
-from .invlists.layout import MAX_QUERY_TOKENS, Layout
+from .backends import get_backend
+from .backends.types import MAX_STEP_TOKENS
+from .errors import LengthError, NotTrainedError, ParameterError, ShapeError, StateError
+from .invlists.layout import Layout
 from .invlists.segmented import SegmentedInvertedLists
+from .routing.assign import AssignRows
 from .routing.calibration import CONFIDENCE, Calibration, calibrate
-from .routing.quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
+from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.router import QueryRouter
-from .routing.two_tower import TwoTower
+from .routing.trained import TrainedLayer
+from .routing.two_tower import TwoTower, prompt_keys
+from .search.arguments import Arguments, Form
+from .search.options import IndexOptions
 from .search.params import SELECTIVITY, SearchParametersIVF
-from .search.plan import MOST_PLANS
+from .search.plan import unread_mass_for
 from .search.select import attend, best_of, extend_to_window, select_lists, side_by_side
 from .search.selection import Selection, read_ids
 from .search.session import SearchSession, Terms
@@ -38,46 +42,8 @@ from .training.config import TrainingConfig
 from .training.layer import train_layer
 from .whole import signals_wait
 
-MAX_DIM = 256
-
-_STATE = (
-    "_calibration", "_key_quantizer", "_last", "_layout", "_lists", "_miss", "_prepared_quantizer", "_prepared_router",
-    "_query_router", "_session", "_tower",
-)  # fmt: skip
+_STATE = "_last", "_lists", "_options", "_prepared_quantizer", "_prepared_router", "_session", "_trained"
 """What a change may set."""
-
-
-@dataclass(frozen=True)
-class Form:
-    """How an argument came, and so how results go back: as NumPy arrays, as (n, d)."""
-
-    numpy: bool
-    flat: bool
-
-    def output(self, x: Tensor) -> Any:
-        x = x[0, 0] if self.flat else x
-        return x.cpu().numpy() if self.numpy else x
-
-
-_PLAIN = Form(False, False)
-
-
-class AssignRows:
-    """`Assign` of an index."""
-
-    __slots__ = ("_index",)
-
-    def __init__(self, index: AsymmetricIndex) -> None:
-        self._index = index
-
-    def __call__(self, i: int, start: int, stop: int) -> Tensor:
-        return self._index._lists_of_rows(i, start, stop)
-
-    def by_position(self) -> tuple[Any, Frequencies | None] | None:
-        index, rope = self._index, self._index.rope
-        if rope is None:
-            return index._prepared_quantizer, None
-        return None if rope.is_dynamic else (index._prepared_quantizer, rope.frequencies(index.device))
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -151,35 +117,20 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__",
-        "_accepted",
-        "_accepted_new",
-        "_asked",
+        "_arguments",
         "_backend",
-        "_budget_shares",
-        "_calibration",
-        "_defaults",
-        "_key_quantizer",
         "_last",
-        "_layout",
         "_lists",
-        "_miss",
         "_number",
+        "_options",
         "_prepared_quantizer",
         "_prepared_router",
-        "_query_router",
         "_session",
         "_token",
-        "_tower",
+        "_trained",
+        "_unread_mass",
         "backend_name",
-        "d",
-        "d_v",
         "device",
-        "dtype",
-        "nlist",
-        "num_heads",
-        "num_kv_heads",
-        "rope",
-        "scale",
     )  # fmt: skip
 
     def __init__(
@@ -208,44 +159,20 @@ class AsymmetricIndex:
         tail: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        for name, dim in (("d", d), ("d_v", d if d_v is None else d_v)):
-            if checks.integer(dim, name, 8, MAX_DIM) % 8:
-                raise ParameterError(f"{name}: expected a multiple of 8, got {dim}")
-        self.d, self.d_v = int(d), int(d if d_v is None else d_v)
-        self.nlist = checks.integer(nlist, "nlist", 1, 65535)
-        self.num_heads = checks.integer(num_heads, "num_heads", 1)
-        self.num_kv_heads = self.num_heads if num_kv_heads is None else checks.integer(num_kv_heads, "num_kv_heads", 1)
-        if self.num_heads % self.num_kv_heads:
-            raise ParameterError(f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {num_heads}")
-        if dtype not in checks.STORAGE_DTYPES:
-            raise ParameterError(f"dtype: expected one of {checks.STORAGE_DTYPES}, got {dtype!r}")
-        if rope is not None and not isinstance(rope, Rope):
-            raise ParameterError(f"rope: expected a saap_index.Rope or None, got {type(rope).__name__}")
-        if rope is not None and rope.head_dim != self.d:
-            raise CompatibilityError(f"rope: expected head_dim = {self.d}, got {rope.head_dim}")
-        if scale is not None and (not isinstance(scale, int | float | np.number) or not 0 < float(scale) < np.inf):
-            raise ParameterError(f"scale: expected a positive number, got {scale!r}")
-        self.scale = float(self.d**-0.5 if scale is None else scale)
-        self._layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
-        asked = SearchParametersIVF(
+        layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
+        params = SearchParametersIVF(
             nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
-        )
-        self._defaults = self._checked(asked.over(SearchParametersIVF(selectivity=SELECTIVITY)))
-        self._budget_shares: np.ndarray | None = None
+        ).over(SearchParametersIVF(selectivity=SELECTIVITY))
+        dims, heads = (d, d if d_v is None else d_v), (num_heads, num_heads if num_kv_heads is None else num_kv_heads)
+        self._options = IndexOptions(*dims, nlist, *heads, dtype, layout, params)
+        self._trained = TrainedLayer(None, None, rope, rope, self.d**-0.5 if scale is None else scale)
         self.budget_shares = budget_shares
-        self.dtype, self.rope = dtype, rope
         named = checks.named_device(device)
         self._backend = get_backend(named, backend)  # which has the better words where its device cannot serve
         self.device = checks.device(getattr(self._backend, "device", named))
         self.backend_name = backend
-        self._key_quantizer: KeyQuantizer | None = None
-        self._query_router: QueryRouter | None = None
-        self._calibration: Calibration | None = None
-        self._miss: tuple[float, Tensor] | None = None
-        self._asked: tuple[Any, dict[Any, Any]] = (None, {})  # the defaults, and what the parameters of calls came to over them
-        self._accepted: tuple[Any, ...] = ()  # what the last queries that passed the checks were
-        self._accepted_new: tuple[Any, ...] = ()  # and the last keys and values
-        self._tower: TwoTower | None = None
+        self._arguments = Arguments(self._options, self.device)
+        self._unread_mass: tuple[Any, ...] = (None, None, None)  # a trained layer and a target, and what they allow
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
@@ -280,15 +207,27 @@ class AsymmetricIndex:
         """
         if self.ntotal:
             raise StateError(f"train: expected an empty index, got one with {self.ntotal} tokens; call reset first")
-        keys, queries, places = self._sequences(keys, queries, positions)
+        keys, queries, places = self._arguments.sequences(keys, queries, positions)
         none: list[Any] = [None] * len(keys)
         sequences = list(zip(keys, none if queries is None else queries, none if places is None else places, strict=True))
-        settings = self.nlist, self.rope, self._layout, self.scale, TrainingConfig() if config is None else config
-        found = train_layer(sequences, *settings)
+        settings = self.nlist, self.rope, self.layout, self.scale, TrainingConfig() if config is None else config
+        self.load_trained(train_layer(sequences, *settings))
+
+    def load_trained(self, layer: TrainedLayer) -> None:
+        """Take over quantizer, router, tower and calibration of a layer that was trained before; rope, scale and budget shares
+        are those of the constructor.
+
+        Raises CompatibilityError for another shape, StateError while tokens are stored; the index is unchanged then.
+        """
         with self._whole():
             self.tower = None
-            self.key_quantizer, self.query_router = found.quantizer, found.router
-            self.tower = found.tower
+            if layer.key_quantizer is not None:
+                self.key_quantizer = KeyQuantizer(layer.key_quantizer.centroids.contiguous())
+            if layer.tower is not None:
+                self.tower = layer.tower  # makes the router for the lists there are
+            elif layer.query_router is not None:
+                self.query_router = layer.query_router
+            self.calibration = layer.calibration
 
     def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE) -> None:
         """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
@@ -299,24 +238,14 @@ class AsymmetricIndex:
         Raises NotTrainedError, CompatibilityError for a router that does not predict the attention outside sinks and window,
         LengthError if no query lies past the window of a sealed sequence, and as `train` does. The index is unchanged then.
         """
-        if self._key_quantizer is None or self._query_router is None:
+        if not self.is_trained:
             raise NotTrainedError("calibrate: expected a trained index, got one without key_quantizer and query_router")
         if not isinstance(confidence, float) or not 0.5 <= confidence < 1:
             raise ParameterError(f"confidence: expected 0.5 <= confidence < 1, got {confidence!r}")
-        keys, queries, places = self._sequences(keys, queries, positions)
-        parts = self._key_quantizer, self._query_router, self.rope, self._layout, self.scale
+        keys, queries, places = self._arguments.sequences(keys, queries, positions)
+        layer = self._trained
+        parts = layer.quantizer, layer.router, layer.rope, self.layout, layer.scale
         self.calibration = calibrate(keys, queries, places, *parts, confidence)
-
-    def _sequences(self, keys: Any, queries: Any, positions: Any) -> tuple[Tensor, Any, Any]:
-        """Checked keys (b, h, n, d), queries (b, hq, q, d) and positions (b, q) of whole sequences; None without queries."""
-        keys = self._input(keys, "keys", "b h n d", (None, self.num_kv_heads, None, self.d), checks.STORAGE_DTYPES)
-        checks.finite(keys, "keys")
-        if queries is None:
-            return keys, None, None
-        shape = (keys.shape[0], self.num_heads, None, self.d)
-        queries = self._input(queries, "queries", "b hq q d", shape, checks.STORAGE_DTYPES)
-        checks.finite(queries, "queries")
-        return keys, queries, checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2])
 
     # -- adding -------------------------------------------------------------------------------------------------------
 
@@ -347,13 +276,13 @@ class AsymmetricIndex:
         capturing = self._capturing()
         if capturing is not None:
             return self._record_add(capturing, keys, values, lengths is None and coarse_keys is None)
-        keys, values, counts = self._new_tokens(keys, values, lengths)
+        stored = () if self._lists is None else self._lists.lengths
+        keys, values, counts = self._arguments.tokens(keys, values, lengths, stored)
         list_nos = None
         if coarse_keys is not None:
-            if self._tower is not None and (self._lists is None or not any(self._lists.segments)):
+            if self.tower is not None and (self._lists is None or not any(self._lists.segments)):
                 raise StateError("coarse_keys: expected lists to assign them to, got a tower, which is yet to make them")
-            coarse = self._input(coarse_keys, "coarse_keys", "b h n d", tuple(keys.shape), checks.STORAGE_DTYPES)
-            checks.finite(coarse, "coarse_keys")
+            coarse = self._arguments.coarse_keys(coarse_keys, keys.shape)
             list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
         self._append(keys, values, counts, list_nos, seal, self._rotated_at(counts, seq_len))
 
@@ -363,8 +292,9 @@ class AsymmetricIndex:
     ) -> None:  # fmt: skip
         """`add` with the list numbers given: int32 or int64 (b, h, n), in [0, nlist). Needs no trained quantizer."""
         self._refuse_capture("add_preassigned")
-        keys, values, counts = self._new_tokens(keys, values, lengths)
-        nos = self._list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0)
+        stored = () if self._lists is None else self._lists.lengths
+        keys, values, counts = self._arguments.tokens(keys, values, lengths, stored)
+        nos = self._arguments.list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0)
         self._append(keys, values, counts, nos, rotated=self._rotated_at(counts, seq_len))
 
     def note_rotation(self, n: int, seq_len: int) -> None:
@@ -381,8 +311,7 @@ class AsymmetricIndex:
         """Bring tokens that were added with ``seal=False`` to where a plain `add` would have put them."""
         if self._lists is not None:
             with self._changing():
-                if self._tower is not None:
-                    self._repartition(self._lists, self._lists.keys[:, :, :0], [0] * self._lists.batch)
+                self._make_lists(self._lists)
                 self._lists.seal(self._assign_rows, last=True)
 
     def advance(self, n: int | Sequence[int] | None = None, *, seal: bool = True) -> None:
@@ -405,8 +334,7 @@ class AsymmetricIndex:
                 raise problem
             return
         with self._whole():
-            if self._tower is not None:
-                self._repartition(session.lists, session.lists.keys[:, :, :0], [0] * session.lists.batch)
+            self._make_lists(session.lists)
             session.lists.seal(self._assign_rows, last=True)
         session.publish()
         if problem is not None:
@@ -421,28 +349,9 @@ class AsymmetricIndex:
         """
         session = self._device_session("seal_ahead")
         checks.integer(n, "n", 1, MAX_STEP_TOKENS)
-        if any(map(self._layout.num_blocks, (x + n for x in self.lengths))):
+        if any(map(self._options.layout.num_blocks, (x + n for x in self.lengths))):
             with self._changing():
                 session.lists.seal_ahead(n, self._assign_rows)
-
-    def _new_tokens(self, keys: Any, values: Any, lengths: Sequence[int] | None) -> tuple[Tensor, Tensor, list[int]]:
-        batch = self._lists.batch if self._lists is not None and self.ntotal else None
-        kind: tuple[Any, ...] = ()
-        if batch and lengths is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
-            kind = batch, *((x.shape, x.stride(), x.dtype, x.device) for x in (keys, values))
-            if kind == self._accepted_new and max(self.lengths) + keys.shape[2] < 2**31:  # a decode step is like the last
-                return keys.detach(), values.detach(), [keys.shape[2]] * batch
-        plain = kind if kind and keys.ndim == 4 == values.ndim else ()
-        keys = self._input(keys, "keys", "b h n d", (batch, self.num_kv_heads, None, self.d), (self.dtype,))
-        b, h, n, _ = keys.shape
-        if not b:
-            raise ShapeError("keys: expected at least one sequence, got none")
-        values = self._input(values, "values", "b h n e", (b, h, n, self.d_v), (self.dtype,))
-        counts = [n] * b if lengths is None else checks.counts(lengths, b, n)
-        if batch and max(self.lengths) + max(counts) >= 2**31:
-            raise LengthError(f"add: expected fewer than 2**31 tokens per sequence, got {max(self.lengths) + max(counts)}")
-        self._accepted_new = plain
-        return keys, values, counts
 
     def _append(
         self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None, seal: bool = True,
@@ -456,9 +365,9 @@ class AsymmetricIndex:
         with self._whole():
             if lists is None or (not same_batch and not self.ntotal):
                 lists = self._new_lists(keys.shape[0])
-            if self._tower is not None and list_nos is None and seal:
-                self._repartition(lists, keys, counts, rotated)
-            self._lists = lists  # assigning reads it
+            if list_nos is None and seal:
+                self._make_lists(lists, keys, counts, rotated)
+            self._lists = lists
             session = self._session_of(lists)
             session.append(keys, values, counts, list_nos, rotated)
             if seal:
@@ -472,21 +381,20 @@ class AsymmetricIndex:
         if self.rope is not None and self.rope.is_dynamic:
             session.refuse_capture("a rope whose angles depend on the length")
         self._refuse_lists_to_come(session)
-        shape = (session.lists.batch, self.num_kv_heads, None, self.d)
-        keys = self._input(keys, "keys", "b h n d", shape, (self.dtype,))
-        values = self._input(values, "values", "b h n e", (*keys.shape[:3], self.d_v), (self.dtype,))
+        keys, values = self._arguments.step_tokens(keys, values, session.lists.batch)
         session.record_append(keys, values)
 
     def _rotated_at(self, counts: list[int], seq_len: int | Sequence[int] | None) -> list[int] | None:
         """The length that the angles of counts[i] new tokens of each sequence belong to; None if they depend on none."""
         if seq_len is not None:
             lengths = checks.counts(seq_len, len(counts), 2**31 - 1, "seq_len")
-        if self.rope is None or not self.rope.is_dynamic:
+        rope = self.rope
+        if rope is None or not rope.is_dynamic:
             return None
         if seq_len is None:
             before = [self.invlists.next_position(i) for i in range(len(counts))] if self.ntotal else [0] * len(counts)
             lengths = [start + count for start, count in zip(before, counts, strict=True)]
-        return [self.rope.effective_length(n) for n in lengths]
+        return [rope.effective_length(n) for n in lengths]
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
@@ -514,16 +422,16 @@ class AsymmetricIndex:
         """
         if torch.compiler.is_compiling():
             return self._traced_search(queries, params, coarse_queries is None, return_lse)
-        x, form = self._queries(queries)
         lists = self._lists
+        x, form = self._arguments.queries(queries, None if lists is None else lists.batch)
         if lists is None:
             return self._nothing(x, form, return_lse)
         if coarse_queries is None:
             settings, session = self._settings(params), self._session_of(lists)
-            if not self._reads_more(settings):
+            if not self._options.exceeded_by(settings):
                 self._refuse_lists_to_come(session)
-                routing = self._routing(session, x.shape[3])
-                out, lse, self._last = session.run(x, self._terms(settings), routing, self.scale)
+                routing = session.routing_of(self._trained, self._prepared_router, x.shape[3])
+                out, lse, self._last = session.run(x, self._terms(settings), routing, self._trained.scale)
                 return self._result(out, lse, form, return_lse)
             session.refuse_capture("a larger window or more sinks than the index has")
         return self._attend(x, self._select(x, params, coarse_queries), form, return_lse)
@@ -536,8 +444,8 @@ class AsymmetricIndex:
         Sinks and recent tokens are read besides. Of ``params`` only window and sinks apply.
         """
         self._refuse_capture("search_attend_preassigned")
-        x, form = self._queries(queries)
-        nos = self._list_nos(list_nos, "b h p", (x.shape[0], self.num_kv_heads, None), least=-1)
+        x, form = self._arguments.queries(queries, self._batch)
+        nos = self._arguments.list_nos(list_nos, "b h p", (x.shape[0], self.num_kv_heads, None), least=-1)
         if self._lists is None:
             return self._nothing(x, form, return_lse)
         selection = select_lists(self._lists, nos, SearchParametersIVF() if params is None else params)
@@ -550,7 +458,7 @@ class AsymmetricIndex:
         not scaled, and ids : int64 (b, hq, q, k), positions; -inf and -1 where fewer than k tokens were read.
         """
         checks.integer(k, "k", 1)
-        x, form = self._queries(queries, any_number=True)
+        x, form = self._arguments.queries(queries, self._batch, any_number=True)
         b, h, g, q, _ = x.shape
         if self._lists is None or not q:
             scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=self.device)
@@ -562,7 +470,7 @@ class AsymmetricIndex:
 
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:
         """The first half of `search_attend`: which rows it would read. `read_ids` gives the tokens in them."""
-        x, _ = self._queries(queries)
+        x, _ = self._arguments.queries(queries, self._batch)
         return self._select(x, params, coarse_queries)
 
     def attend_selected(self, queries: Any, selection: Selection, *, return_lse: bool = False) -> Any:
@@ -571,7 +479,7 @@ class AsymmetricIndex:
         Raises StateError for one of before, and as `search_attend` does for the queries.
         """
         self._refuse_capture("attend_selected")
-        x, form = self._queries(queries)
+        x, form = self._arguments.queries(queries, self._batch)
         if selection.lengths != self.lengths:
             raise StateError(f"selection: expected one made at lengths {self.lengths}, got {selection.lengths}")
         selection.check(self.invlists)
@@ -581,28 +489,24 @@ class AsymmetricIndex:
         """Ids (positions) of every token that ``selection`` reads: [sequence][KV head] -> int64 (t,), ascending."""
         return read_ids(self.invlists, selection)
 
-    def _reads_more(self, params: SearchParametersIVF) -> bool:
-        """Whether the call asks for a larger window or more sinks than the index has."""
-        return (params.window or 0) > self._layout.window or (params.sinks or 0) > self._layout.sinks
-
     def _select(self, x: Tensor, params: SearchParametersIVF | None, coarse_queries: Any) -> Selection:
         self._refuse_capture("a selection apart from attention")
         lists, settings, queries = self.invlists, self._settings(params), x
         if coarse_queries is not None:
-            queries, _ = self._queries(coarse_queries)
+            queries, _ = self._arguments.queries(coarse_queries, self._batch)
             if queries.shape != x.shape:
                 raise ShapeError(f"coarse_queries: expected {x.shape[3]} queries per sequence, got {queries.shape[3]}")
         session = self._session_of(lists)
-        routing = self._routing(session, x.shape[3], coarse_queries is not None)
+        routing = session.routing_of(self._trained, self._prepared_router, x.shape[3], coarse_queries is not None)
         return extend_to_window(lists, session.select(queries, self._terms(settings), routing), settings)
 
     def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
         """`_select` for every query on its own, see `SearchSession.select_each`."""
         self._refuse_capture("a selection apart from attention")
         settings, session = self._settings(params), self._session_of(self.invlists)
-        if self._reads_more(settings) or self._backend.captures:
+        if self._options.exceeded_by(settings) or self._backend.captures:
             return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(x.shape[3])])
-        return session.select_each(x, self._terms(settings), self._routing(session, 1))
+        return session.select_each(x, self._terms(settings), session.routing_of(self._trained, self._prepared_router, 1))
 
     def _attend(self, x: Tensor, selection: Selection, form: Form, return_lse: bool) -> Any:
         self._last = selection
@@ -746,15 +650,11 @@ class AsymmetricIndex:
             if name != "__weakref__":
                 setattr(new, name, getattr(self, name))
         new._lists = new._session = new._last = None
-        new._accepted, new._accepted_new, new._asked = (), (), (None, {})
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
-            if self._key_quantizer is not None:
-                new.key_quantizer = self._key_quantizer
-            if self._query_router is not None:
-                new.query_router = self._query_router
-            new.calibration = self._calibration
-            new._tower = None if self._tower is None else self._tower.to(device)
+            new._trained = self._trained.to(device)
+            new._prepare(quantizer=True, router=True)
+        new._arguments = Arguments(new._options, new.device)
         new._name_for_compiler()
         return new
 
@@ -780,11 +680,11 @@ class AsymmetricIndex:
         session = self._present_session()
         if session is not None:
             self._last = session.newest(self._last)
-        return gather(self._lists, self._last, self._key_quantizer, self._query_router)
+        return gather(self._lists, self._last, self.key_quantizer, self.query_router)
 
     def _new_lists(self, batch: int) -> SegmentedInvertedLists:
         shape = (batch, self.num_kv_heads, self.d, self.d_v, self.nlist)
-        return SegmentedInvertedLists(self._backend, self._layout, *shape, self.dtype)
+        return SegmentedInvertedLists(self._backend, self._options.layout, *shape, self.dtype)
 
     # -- FAISS --------------------------------------------------------------------------------------------------------
 
@@ -806,6 +706,61 @@ class AsymmetricIndex:
     # -- attributes of a FAISS IVF index ------------------------------------------------------------------------------
 
     @property
+    def options(self) -> IndexOptions:
+        """Shapes, dtype, layout and default search parameters, as one record."""
+        return self._options
+
+    @property
+    def trained(self) -> TrainedLayer:
+        """What routes the queries of this layer, as one record; for `Routers`, and for `load_trained` of another index."""
+        return self._trained
+
+    @property
+    def rope(self) -> Rope | None:
+        """The rotary embedding that is undone to route, or None."""
+        return self._trained.rope
+
+    @property
+    def scale(self) -> float:
+        """Of the logits."""
+        return self._trained.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        if value != self._trained.scale:  # set before every step by a cache of transformers
+            self._trained = replace(self._trained, scale=value)
+
+    @property
+    def d(self) -> int:
+        """Key and query dim."""
+        return self._options.d
+
+    @property
+    def d_v(self) -> int:
+        """Value dim."""
+        return self._options.d_v
+
+    @property
+    def nlist(self) -> int:
+        """Inverted lists per KV head."""
+        return self._options.nlist
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self._options.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads; query head i uses KV head i // (num_heads / num_kv_heads)."""
+        return self._options.num_kv_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of stored keys and values."""
+        return self._options.dtype
+
+    @property
     def ntotal(self) -> int:
         """Tokens stored, summed over the sequences; a token counts once, whatever the heads."""
         return sum(self.lengths)
@@ -817,7 +772,7 @@ class AsymmetricIndex:
 
     @property
     def is_trained(self) -> bool:
-        return self._key_quantizer is not None and self._query_router is not None
+        return self._trained.is_trained
 
     @property
     def invlists(self) -> SegmentedInvertedLists:
@@ -829,32 +784,28 @@ class AsymmetricIndex:
     @property
     def key_quantizer(self) -> KeyQuantizer | None:
         """The k-means partition. Assigning one checks its shape; StateError while tokens are stored."""
-        return self._key_quantizer
+        return self._trained.key_quantizer
 
     @key_quantizer.setter
     def key_quantizer(self, quantizer: KeyQuantizer) -> None:
-        h, nlist, d = quantizer.centroids.shape
-        if (h, nlist, d) != (self.num_kv_heads, self.nlist, self.d):
-            want = (self.num_kv_heads, self.nlist, self.d)
-            raise CompatibilityError(f"key_quantizer: expected centroids {want}, got {(h, nlist, d)}")
+        trained = self._with(key_quantizer=quantizer.to(self.device))
         if self.ntotal:
             raise StateError(f"key_quantizer: expected an empty index, got one with {self.ntotal} tokens; call reset first")
         with self._whole():
-            self._key_quantizer = quantizer.to(self.device)
-            self._prepared_quantizer = self._backend.prepare_quantizer(self._key_quantizer.centroids)
+            self._trained = trained
+            self._prepare(quantizer=True)
 
     @property
     def query_router(self) -> QueryRouter | None:
         """The classifier of queries. May be replaced at any time by one for the same lists, which drops `calibration`."""
-        return self._query_router
+        return self._trained.query_router
 
     @query_router.setter
     def query_router(self, router: QueryRouter) -> None:
-        router.check_heads(self.num_kv_heads, self.d, self.nlist)
+        trained = self._with(query_router=router.to(self.device), calibration=None)
         with self._whole():
-            self._query_router = router.to(self.device)
-            self._prepared_router = self._backend.prepare_router(self._query_router.weights)
-            self._calibration = self._miss = None
+            self._trained = trained
+            self._prepare(router=True)
 
     @property
     def tower(self) -> TwoTower | None:
@@ -864,54 +815,47 @@ class AsymmetricIndex:
 
         Assigning one sets `query_router` for the lists there are. StateError without them, or while tokens are stored.
         """
-        return self._tower
+        return self._trained.tower
 
     @tower.setter
     def tower(self, tower: TwoTower | None) -> None:
-        if tower is not None:
-            tower.check_heads(self.num_kv_heads, self.d)
-            if self._key_quantizer is None or self.ntotal:
-                raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
-            here = tower.to(self.device)
-            with self._whole():
-                self.query_router = tower.at(self._key_quantizer.centroids.to(tower.weights.hidden.device))
-                self._tower = here
-        else:
-            self._tower = None
+        if tower is None:
+            self._trained = replace(self._trained, tower=None)
+            return
+        here, quantizer = self._with(tower=tower.to(self.device)).tower, self.key_quantizer
+        if quantizer is None or self.ntotal:
+            raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
+        with self._whole():
+            self.query_router = tower.at(quantizer.centroids.to(tower.weights.hidden.device))
+            self._trained = replace(self._trained, tower=here)
 
     @property
     def calibration(self) -> Calibration | None:
         """What `target_mass` makes of the router's word, see `calibrate`; None takes the router at its word."""
-        return self._calibration
+        return self._trained.calibration
 
     @calibration.setter
     def calibration(self, value: Calibration | None) -> None:
-        if value is not None and not isinstance(value, Calibration):
-            raise ParameterError(f"calibration: expected a Calibration or None, got {type(value).__name__}")
-        if value is not None and len(value.miss) != self.num_kv_heads:
-            raise CompatibilityError(f"calibration: expected {self.num_kv_heads} KV heads, got {len(value.miss)}")
-        self._miss, self._calibration = None, value
+        self._trained = self._with(calibration=value)
 
     @property
     def nprobe(self) -> int | None:
         """Lists visited per query, SAAP as published; setting it unsets `selectivity`, `target_mass` and `tail`. None: the budget
         decides."""
-        return self._defaults.nprobe
+        return self._options.params.nprobe
 
     @nprobe.setter
     def nprobe(self, value: int) -> None:
-        self._defaults = SearchParametersIVF(nprobe=value, max_codes=self.max_codes)
+        self._options = self._options.with_nprobe(value)
 
     @property
     def selectivity(self) -> float | None:
         """Share of the sealed tokens read, or the most of them with `target_mass`; setting it unsets `nprobe`."""
-        return self._defaults.selectivity
+        return self._options.params.selectivity
 
     @selectivity.setter
     def selectivity(self, value: float) -> None:
-        self._defaults = SearchParametersIVF(
-            selectivity=value, target_mass=self.target_mass, max_codes=self.max_codes, tail=self._defaults.tail
-        )
+        self._options = self._options.with_selectivity(value)
 
     @property
     def target_mass(self) -> float | None:
@@ -919,47 +863,45 @@ class AsymmetricIndex:
 
         Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.
         """
-        return self._defaults.target_mass
+        return self._options.params.target_mass
 
     @target_mass.setter
     def target_mass(self, value: float | None) -> None:
-        if value is None:
-            budget = SearchParametersIVF(nprobe=self.nprobe, selectivity=self.selectivity)
-        else:
-            budget = SearchParametersIVF(target_mass=value)
-        self._defaults = budget.over(self._defaults)
+        self._options = self._options.with_target_mass(value)
 
     @property
     def tail(self) -> float:
         """Share of the budget spent on the means of runs that are not read."""
-        return self._defaults.tail or 0.0
+        return self._options.params.tail or 0.0
 
     @tail.setter
     def tail(self, value: float) -> None:
-        self._defaults = self._checked(SearchParametersIVF(tail=value).over(self._defaults))
+        self._options = self._options.with_tail(value)
 
     @property
     def budget_shares(self) -> np.ndarray | None:
         """float32 (h,): what `selectivity` is multiplied with for each KV head; None for 1 each."""
-        return None if self._budget_shares is None else self._budget_shares.copy()
+        shares = self._trained.budget_shares
+        return None if shares is None else shares.copy()
 
     @budget_shares.setter
     def budget_shares(self, value: Any) -> None:
-        self._budget_shares = None if value is None else checks.shares(value, "budget_shares", self.num_kv_heads)
+        shares = None if value is None else checks.shares(value, "budget_shares", self.num_kv_heads)
+        self._trained = self._with(budget_shares=shares)
 
     @property
     def max_codes(self) -> int:
         """Most sealed tokens read per KV head; 0 means no limit."""
-        return self._defaults.max_codes or 0
+        return self._options.params.max_codes or 0
 
     @max_codes.setter
     def max_codes(self, value: int) -> None:
-        self._defaults = SearchParametersIVF(max_codes=value).over(self._defaults)
+        self._options = self._options.with_max_codes(value)
 
     @property
     def window(self) -> int:
         """Recent tokens always read, at least. Setting it re-sorts what is stored."""
-        return self._layout.window
+        return self._options.layout.window
 
     @window.setter
     def window(self, value: int) -> None:
@@ -968,7 +910,7 @@ class AsymmetricIndex:
     @property
     def sinks(self) -> int:
         """First tokens always read. Setting it re-sorts what is stored."""
-        return self._layout.sinks
+        return self._options.layout.sinks
 
     @sinks.setter
     def sinks(self, value: int) -> None:
@@ -977,18 +919,16 @@ class AsymmetricIndex:
     @property
     def mean_run_tokens(self) -> int:
         """Tokens that an average run of a segment needs for its runs to keep their means; 0: none do. Setting it re-sorts."""
-        return self._layout.mean_run_tokens
+        return self._options.layout.mean_run_tokens
 
     @mean_run_tokens.setter
     def mean_run_tokens(self, value: int) -> None:
-        if not value and self.tail:
-            raise ParameterError(f"mean_run_tokens: expected at least 1 while tail is {self.tail}, got {value!r}")
         self._relayout(mean_run_tokens=value)
 
     @property
     def break_even(self) -> int:
         """Shorter sequences are not sealed. Setting it re-sorts what is stored."""
-        return self._layout.break_even
+        return self._options.layout.break_even
 
     @break_even.setter
     def break_even(self, value: int) -> None:
@@ -996,182 +936,86 @@ class AsymmetricIndex:
 
     @property
     def layout(self) -> Layout:
-        return self._layout
+        """Which tokens are sinks, recent and sealed."""
+        return self._options.layout
 
-    # -- arguments and parameters -------------------------------------------------------------------------------------
+    # -- what is trained, and parameters ------------------------------------------------------------------------------
 
-    def _input(self, value: Any, name: str, axes: str, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> Tensor:
-        """A checked tensor of 4 axes; (n, d) becomes (1, 1, n, d)."""
-        x = checks.tensor(value, name)
-        if x.ndim == 2:
-            x = x[None, None]
-        checks.array(x, name, axes, shape, dtypes, self.device)
-        return x
+    @property
+    def _batch(self) -> int | None:
+        return None if self._lists is None else self._lists.batch
 
-    def _queries(self, queries: Any, any_number: bool = False) -> tuple[Tensor, Form]:
-        """Checked queries by KV head, (b, h, g, q, d), and the form of the results."""
-        batch = self._lists.batch if self._lists is not None else None
-        if isinstance(queries, list | tuple):
-            queries = checks.tensor(queries, "queries").numpy()
-        plain = isinstance(queries, Tensor) and queries.ndim == 4
-        kind: tuple[Any, ...] = ()
-        if plain:
-            kind = queries.shape, queries.stride(), queries.dtype, queries.device, batch, any_number
-        if plain and kind == self._accepted:  # a decode step is like the last: checking it again costs as much as choosing lists
-            x, form = queries.detach(), _PLAIN
-        else:
-            form = _PLAIN if plain else Form(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
-            x = self._input(queries, "queries", "b hq q d", (batch, self.num_heads, None, self.d), checks.STORAGE_DTYPES)
-        b, hq, q, d = x.shape
-        if not any_number and not 1 <= q <= MAX_QUERY_TOKENS:
-            raise ShapeError(f"queries: expected 1 to {MAX_QUERY_TOKENS} queries per sequence, got {q}")
-        self._accepted = kind
-        return x.reshape(b, self.num_kv_heads, hq // self.num_kv_heads, q, d).contiguous(), form
+    def _with(self, **parts: Any) -> TrainedLayer:
+        """What is trained, with other parts; checked."""
+        layer = replace(self._trained, **parts)
+        layer.check(self.num_kv_heads, self.d, self.nlist)
+        return layer
 
-    def _list_nos(self, list_nos: Any, axes: str, shape: Sequence[int | None], least: int) -> Tensor:
-        """Checked list numbers, int32 (b, h, ...); a vector becomes (1, 1, n)."""
-        nos = checks.tensor(list_nos, "list_nos")
-        nos = nos[None, None] if nos.ndim == 1 else nos
-        if nos.ndim:  # rows of a strided view are fine here: they are small, and read once
-            nos = nos.contiguous()
-        checks.array(nos, "list_nos", axes, shape, [torch.int32, torch.int64], self.device)
-        checks.list_numbers(nos, "list_nos", self.nlist, least)
-        return nos.int()
-
-    def _checked(self, params: SearchParametersIVF) -> SearchParametersIVF:
-        """``params``, unless they ask for means that this index does not keep."""
-        if params.tail and not self.mean_run_tokens:
-            raise ParameterError(f"tail: expected an index with mean_run_tokens of 1 or more, got tail={params.tail} and 0")
-        return params
+    def _prepare(self, quantizer: bool = False, router: bool = False) -> None:
+        """What is trained, as the backend keeps it."""
+        layer = self._trained
+        if quantizer and layer.key_quantizer is not None:
+            self._prepared_quantizer = self._backend.prepare_quantizer(layer.key_quantizer.centroids)
+        if router and layer.query_router is not None:
+            self._prepared_router = self._backend.prepare_router(layer.query_router.weights)
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""
-        if self._query_router is None:
+        if self._trained.query_router is None:
             raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
         if params is not None and not isinstance(params, SearchParametersIVF):
             raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
-        if params is None:
-            return self._defaults
-        defaults, known = self._asked
-        if defaults is not self._defaults or len(known) > MOST_PLANS:
-            known = {}
-            self._asked = self._defaults, known
-        found: SearchParametersIVF | None = known.get(params)
-        if found is None:
-            known[params] = found = self._checked(params.over(self._defaults))
-        return found
+        return self._options.params if params is None else self._options.merged(params)
 
     def _terms(self, params: SearchParametersIVF) -> Terms:
         """What a plan for these parameters follows from."""
-        assert self._query_router is not None
-        unread_mass = None if params.target_mass is None else self._allowed_miss(params.target_mass)
-        return params, self._query_router, self._budget_shares, unread_mass
-
-    def _allowed_miss(self, target: float) -> Tensor:
-        """Attention per query that every KV head may leave unread, by the router's estimate: float32 (h,)."""
-        assert self._query_router is not None
-        self._query_router.check_outside("target_mass")
-        known = self._miss
-        if known is None or known[0] != target:
-            table = Calibration.trusting(self.num_kv_heads) if self._calibration is None else self._calibration
-            self._miss = known = (target, table.at(target).to(self.device))
-        return known[1]
-
-    # -- routing ------------------------------------------------------------------------------------------------------
-
-    def _routing(self, session: SearchSession, q: int, coarse: bool = False) -> Routing:
-        """How queries of the last q tokens are routed; coarse : as they come."""
-        router, rope = self._query_router, None if coarse else self.rope
-        assert router is not None
-        if rope is not None and rope.is_dynamic:
-            session.refuse_capture("a rope whose angles depend on the length")
-            return Routing(self._prepared_router, router.first_knot, router.count_lists, self._query_rotation(q))
-        kept = session.routing.get(coarse)
-        if kept is None or kept.router is not self._prepared_router:
-            turn = None if rope is None else rope.frequencies(self.device)
-            kept = session.routing[coarse] = Routing(self._prepared_router, router.first_knot, router.count_lists, turn)
-        return kept
-
-    def _query_rotation(self, q: int) -> Rotation:
-        """Angles of the last q positions of every sequence, (b * q, r / 2), where they depend on the length.
-
-        A query was rotated in the call that brought its token.
-        """
-        assert self.rope is not None
-        lists, parts = self.invlists, []
-        for i, n in enumerate(lists.lengths):
-            each = lists.rotated.at(i, max(0, n - q), n) if n else np.zeros(1, np.int64)
-            length: Any = int(each[0]) if (each == each[0]).all() else np.pad(each, (q - len(each), 0), mode="edge")
-            end = lists.next_position(i)
-            parts.append(self.rope.rotation(range(max(0, end - q), max(q, end)), length, device=self.device))
-        if len(parts) == 1:
-            return parts[0]
-        cos, sin = torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts])
-        return Rotation(cos, sin, parts[0].interleaved, parts[0].scale)
+        layer, target = self._trained, params.target_mass
+        if target is None:
+            return params, layer.router, layer.budget_shares, None
+        last = self._unread_mass
+        if last[0] is not layer or last[1] != target:
+            self._unread_mass = last = layer, target, unread_mass_for(layer, target, self.num_kv_heads, self.device)
+        return params, layer.router, layer.budget_shares, last[2]
 
     @property
     def _assign_rows(self) -> AssignRows:
         """What the inverted lists ask when they seal."""
-        return AssignRows(self)
+        return AssignRows(self._backend, self.invlists, self._prepared_quantizer, self.rope)
 
-    def _lists_of_rows(self, i: int, start: int, stop: int) -> Tensor:
-        """List numbers of recent rows of sequence i."""
-        lists = self.invlists
-        rotation, rope, places = None, self.rope, lists.positions(i, np.arange(start, stop))
-        if rope is not None and rope.is_dynamic:
-            rotation = rope.rotation(places, lists.rotated.at(i, start, stop), device=self.device)
-        elif rope is not None:
-            rotation = rope.frequencies(self.device).at(places)
-        return self._backend.assign(self._prepared_quantizer, lists.keys[i, :, start:stop], rotation)
-
-    def _repartition(
-        self, lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int], rotated: Sequence[int] | None = None
-    ) -> None:
-        """If adding counts[i] of keys : storage dtype (b, h, n, d) seals the first tokens: lists of these very sequences.
+    def _make_lists(
+        self, lists: SegmentedInvertedLists, keys: Tensor | None = None, counts: Sequence[int] | None = None,
+        rotated: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """With a tower, if adding counts[i] of keys : storage dtype (b, h, n, d) seals the first tokens: lists of these very
+        sequences, before any token is in one. The calibration stays, for it was measured on lists of their kind.
 
         rotated : the length at which the new keys of each sequence were rotated, where the angles depend on it.
         """
-        totals = [n + count for n, count in zip(lists.lengths, counts, strict=True)]
-        if any(lists.segments) or not any(map(self._layout.num_blocks, totals)):
+        tower = self._trained.tower
+        if tower is None or any(lists.segments):
             return
-        assert self._tower is not None
+        if keys is None or counts is None:
+            keys, counts = lists.keys[:, :, :0], [0] * lists.batch
+        if not any(self.layout.num_blocks(n + count) for n, count in zip(lists.lengths, counts, strict=True)):
+            return
         session = self._session
         if session is not None and session.lists is lists and session.backend_session.captured:
             raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
-        step = max(1, sum(totals) // (self.nlist * MAX_POINTS_PER_CENTROID))
-        parts = []
-        for i, (n, total) in enumerate(zip(lists.lengths, totals, strict=True)):
-            ranks = np.arange(step // 2, total, step)
-            x = lists.keys[i, :, :n] if total == n else torch.cat([lists.keys[i, :, :n], keys[i, :, : total - n]], 1)
-            x = x[:, step // 2 :: step].float()
-            gone = lists.gaps[i].count
-            places = np.where(ranks < n, lists.positions(i, np.minimum(ranks, max(0, n - 1))), ranks + gone)
-            lengths = None
-            if self.rope is not None and self.rope.is_dynamic:
-                each = np.append(lists.rotated.at(i, 0, n), [0 if rotated is None else rotated[i]])
-                lengths = each[np.minimum(ranks, n)]
-            parts.append(x if self.rope is None else self.rope.unrotate(x, places, lengths))
 
         def assign(centroids: Tensor, keys: Tensor) -> Tensor:
             return self._backend.assign(self._backend.prepare_quantizer(centroids), keys, None)
 
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        self._adopt(*self._tower.for_prompt(x, self.nlist, assign if x.is_cpu else None))
-
-    def _adopt(self, quantizer: KeyQuantizer, router: QueryRouter) -> None:
-        """Lists of this batch's own, before any token is in one; the calibration was measured on lists of their kind."""
-        self._key_quantizer, calibration = quantizer, self._calibration
-        self._prepared_quantizer = self._backend.prepare_quantizer(quantizer.centroids)
-        self.query_router = router
-        self.calibration = calibration
+        x = prompt_keys(lists, keys, counts, rotated, self.rope)
+        quantizer, router = tower.for_prompt(x, self.nlist, assign if x.is_cpu else None)
+        self._trained = replace(self._trained, key_quantizer=quantizer, query_router=router)
+        self._prepare(quantizer=True, router=True)
 
     @_change
     def _relayout(self, **changes: int) -> None:
-        self._layout = replace(self._layout, **changes)
+        self._options = self._options.with_layout(**changes)
         if self._lists is not None:
-            if self._tower is not None:
-                self._repartition(self._lists, self._lists.keys[:, :, :0], [0] * self._lists.batch)
-            self._lists.relayout(self._layout, self._assign_rows)
+            self._make_lists(self._lists)
+            self._lists.relayout(self.layout, self._assign_rows)
 
     # -- changes and steps --------------------------------------------------------------------------------------------
 
@@ -1240,7 +1084,7 @@ class AsymmetricIndex:
 
     def _refuse_lists_to_come(self, session: SearchSession) -> None:
         """A graph cannot follow a router that is yet to be made."""
-        if self._tower is not None and not any(session.lists.segments):
+        if self.tower is not None and not any(session.lists.segments):
             session.refuse_capture("a two-tower router before any token is sealed, which is when it makes its lists")
 
     def release_graphs(self) -> None:
@@ -1256,7 +1100,8 @@ class AsymmetricIndex:
         """
         lists = self._lists
         moved = None if lists is None else lists.moved
-        return moved, self.scale, params, self._defaults, self._query_router, self._budget_shares, self._calibration
+        layer = self._trained
+        return moved, layer.scale, params, self._options.params, layer.query_router, layer.budget_shares, layer.calibration
 
     def same_graph(self, key: tuple[Any, ...], params: SearchParametersIVF | None = None) -> bool:
         """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""

@@ -46,22 +46,22 @@ def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndar
         if stop > start:
             fresh = index._assign_rows(sequence, start, stop)[head].cpu().numpy()
             if lists.pending is not None and start == sealed:
-                given = lists.pending[sequence, head, start:stop].cpu().numpy()
-                fresh = np.where(given < 0, fresh, given)
+                pending = lists.pending[sequence, head, start:stop].cpu().numpy()
+                fresh = np.where(pending < 0, fresh, pending)
             nos[start:stop] = fresh
     quantizer = faiss.IndexFlatIP(index.d)
     quantizer.add(index.key_quantizer.centroids[head].cpu().numpy())
-    found = faiss.IndexIVFFlat(quantizer, index.d, index.nlist, faiss.METRIC_INNER_PRODUCT)
+    target = faiss.IndexIVFFlat(quantizer, index.d, index.nlist, faiss.METRIC_INNER_PRODUCT)
     quantizer.this.disown()  # the index owns it now
-    found.own_fields = True
-    found.is_trained = True
+    target.own_fields = True
+    target.is_trained = True
     from faiss.contrib.ivf_tools import add_preassigned
 
     keys = lists.keys[sequence, head, :n].float().cpu().numpy()
-    add_preassigned(found, np.ascontiguousarray(keys), nos, ids)
+    add_preassigned(target, np.ascontiguousarray(keys), nos, ids)
     values = np.zeros((lists.next_position(sequence), index.d_v), np.float32)
     values[ids] = lists.values[sequence, head, :n].float().cpu().numpy()
-    return found, values
+    return target, values
 
 
 def from_faiss(cls: type[Index], faiss_index: Any, values: np.ndarray, options: dict[str, Any]) -> Index:
@@ -90,10 +90,10 @@ def from_faiss(cls: type[Index], faiss_index: Any, values: np.ndarray, options: 
     if not np.array_equal(ids[order], np.arange(n)):
         raise ParameterError(f"faiss_index: expected ids 0 to {n - 1}, each once, got others")
     made: Any = cls
-    found = made(d=source.d, nlist=source.nlist, d_v=values.shape[1], **options)
+    index = made(d=source.d, nlist=source.nlist, d_v=values.shape[1], **options)
     centroids = np.ascontiguousarray(source.quantizer.reconstruct_n(0, source.nlist), np.float32)[None]
-    found.key_quantizer = KeyQuantizer(torch.from_numpy(centroids))
-    found.query_router = QueryRouter.symmetric(torch.from_numpy(centroids))
-    k, v = (torch.from_numpy(x)[None, None].to(found.device, found.dtype) for x in (keys[order], values))
-    found.add_preassigned(k, v, torch.from_numpy(nos[order])[None, None].to(found.device))
-    return found
+    index.key_quantizer = KeyQuantizer(torch.from_numpy(centroids))
+    index.query_router = QueryRouter.symmetric(torch.from_numpy(centroids))
+    k, v = (torch.from_numpy(x)[None, None].to(index.device, index.dtype) for x in (keys[order], values))
+    index.add_preassigned(k, v, torch.from_numpy(nos[order])[None, None].to(index.device))
+    return index

@@ -49,9 +49,9 @@ def pack(params: SearchParametersIVF | None) -> list[float] | None:
 def _unpack(packed: Sequence[float] | None) -> SearchParametersIVF | None:
     if packed is None:
         return None
-    given: dict[str, Any] = {name: x for name, x in zip(_NAMES, packed, strict=True) if x >= 0}
+    values: dict[str, Any] = {name: x for name, x in zip(_NAMES, packed, strict=True) if x >= 0}
     whole = ("nprobe", "max_codes", "window", "sinks")
-    return SearchParametersIVF(**{name: int(x) if name in whole else x for name, x in given.items()})
+    return SearchParametersIVF(**{name: int(x) if name in whole else x for name, x in values.items()})
 
 
 @torch.library.custom_op("saap_index::add", mutates_args=("token",))

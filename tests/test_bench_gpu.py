@@ -10,7 +10,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from emu.runtime import available
+
+import gpu_baselines
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +82,14 @@ def test_what_fails_first_runs_again_under_memcheck(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize(("rows", "n"), [(64, 64), (64, 50), (50, 50)])
+def test_pages_of_a_baseline(rows: int, n: int) -> None:
+    cache = torch.randn((2, 3, rows, 8), generator=torch.Generator().manual_seed(0))
+    pages = gpu_baselines.paged(cache, n)
+    assert pages.shape == (2 * 4, 3, gpu_baselines.PAGE, 8)
+    assert torch.equal(pages.view(2, 4, 3, -1, 8).transpose(1, 2).flatten(2, 3)[:, :, :n], cache[:, :, :n])
+
+
 def test_generate(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "bench/gpu_generate.py", "--dry", "--out", str(tmp_path)]

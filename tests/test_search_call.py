@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from saap_index import AsymmetricIndex, LayoutError, LengthError, Rope, SearchParametersIVF, ShapeError, StateError
 from saap_index.backends import Budget, Plan, Routing, Session
+from saap_index.backends.codes import SEGMENTS, SINKS
 from saap_index.backends.cpu import CpuBackend, CpuSession
-from saap_index.backends.types import SEGMENTS, SINKS
 from saap_index.search.plan import new_plan
 
 PARAMETERS = [

@@ -91,7 +91,7 @@ CHANGES: dict[str, tuple[Callable[[str], AsymmetricIndex], Change]] = {
 
 def state(index: AsymmetricIndex) -> list[Any]:
     """All that a user can see of an index, in bits."""
-    found: list[Any] = [index.lengths, index.layout, index._defaults, index.calibration]
+    found: list[Any] = [index.lengths, index.layout, index.options.params, index.calibration]
     for part in (index.key_quantizer, index.query_router, index.tower):
         found += [] if part is None else ([part.centroids] if isinstance(part, KeyQuantizer) else list(part.tensors().values()))
     if index.lengths:

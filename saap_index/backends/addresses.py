@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ShapeError
+from .codes import DTYPE_CODES
 from .types import Budget, Probed, Rotation, Tail
-
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
 F32, I32 = torch.float32, torch.int32
 _NO_ROTATION = (0, 0, 0, False, 1.0)
@@ -67,14 +66,14 @@ def means_of(tail: Tail, dtype: torch.dtype, shape: tuple[int, int, int, int]) -
 
 
 def code_of(name: str, x: Tensor) -> int:
-    code = CODES.get(x.dtype)
+    code = DTYPE_CODES.get(x.dtype)
     if code is None:
         raise DTypeError(f"{name}: expected one of {dtype_names()}, got {x.dtype}")
     return code
 
 
 def dtype_names() -> str:
-    return ", ".join(str(t).removeprefix("torch.") for t in CODES)
+    return ", ".join(str(t).removeprefix("torch.") for t in DTYPE_CODES)
 
 
 def check_spans(sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], n: int, capacity: int) -> None:

@@ -27,12 +27,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NotFiniteError
+from .codes import LENGTH, NEXT, SEALED, SEGMENTS, SINKS
 from .types import (
-    LENGTH,
-    NEXT,
-    SEALED,
-    SEGMENTS,
-    SINKS,
     Arena,
     Budget,
     Frequencies,

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..errors import DTypeError, LengthError, MissingDependencyError, ShapeError
 from . import native
 from .addresses import (
-    CODES,
     F32,
     I32,
     NO_TAIL,
@@ -34,8 +33,9 @@ from .addresses import (
     rows_of,
 )
 from .base import Backend, Session
+from .codes import DTYPE_CODES, SEALED, SEGMENTS, SINKS
 from .threads import available_cores
-from .types import SEALED, SEGMENTS, SINKS, Arena, Budget, Frequencies, Plan, Probed, Rotation, Routing, Tail
+from .types import Arena, Budget, Frequencies, Plan, Probed, Rotation, Routing, Tail
 from .weights import RouterWeights
 
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
@@ -316,12 +316,13 @@ class CpuBackend(Backend):
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype = out_a.shape, out_a.dtype
-        if dtype not in CODES or out_b.dtype != dtype:
+        if dtype not in DTYPE_CODES or out_b.dtype != dtype:
             raise DTypeError(f"out_a, out_b: expected one of {dtype_names()} for both, got {dtype} and {out_b.dtype}")
         a_at, b_at = plain("out_a", out_a, dtype, shape), plain("out_b", out_b, dtype, shape)
         la_at, lb_at = plain("lse_a", lse_a, F32, shape[:-1]), plain("lse_b", lse_b, F32, shape[:-1])
         out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-        self._module().combine(CODES[dtype], a_at, la_at, b_at, lb_at, lse.numel(), shape[-1], out.data_ptr(), lse.data_ptr())
+        at = a_at, la_at, b_at, lb_at, lse.numel(), shape[-1], out.data_ptr(), lse.data_ptr()
+        self._module().combine(DTYPE_CODES[dtype], *at)
         return out, lse
 
 
@@ -352,8 +353,9 @@ class CpuSession(Session):
         assert lengths is not None, "publish comes first"
         b, h, capacity, e = search.arena.values.shape
         _, _, g, q, d = queries.shape
-        if queries.shape != (b, h, g, q, search.arena.keys.shape[3]) or not queries.is_contiguous() or queries.dtype not in CODES:
-            plain("queries", queries, queries.dtype, (b, h, g, q, search.arena.keys.shape[3]))
+        shape = (b, h, g, q, search.arena.keys.shape[3])
+        if queries.shape != shape or not queries.is_contiguous() or queries.dtype not in DTYPE_CODES:
+            plain("queries", queries, queries.dtype, shape)
             code_of("queries", queries)
         for sealed, length in zip(self._columns[SEALED], lengths, strict=True):
             if not sealed <= length <= capacity:
@@ -367,7 +369,7 @@ class CpuSession(Session):
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
         room = search.places.room(b, h)
-        call = queries.data_ptr(), CODES[queries.dtype], g, q, *angles, ends, lengths, out.data_ptr(), lse.data_ptr()
+        call = queries.data_ptr(), DTYPE_CODES[queries.dtype], g, q, *angles, ends, lengths, out.data_ptr(), lse.data_ptr()
         return out, lse, room.probed(*self._module().search(search.handle, *call, *room.addresses))
 
     def _pack(self, routing: Routing, plan: Plan, scale: float) -> _Search:

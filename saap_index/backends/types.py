@@ -132,15 +132,6 @@ MAX_STEP_TOKENS = 8
 """Tokens per sequence that one launch appends; more come in bulk, by `Backend.append`."""
 
 
-LENGTH, SINKS, SEALED, SEGMENTS, NEXT, MEANS, RESERVED, FLAGS = range(8)
-"""Columns of meta : int32 (b, 8): rows in use; sink rows; row past the last segment, 0 if there is none; segments; position of
-the token that comes next; leading segments with run means; nothing; error flags. Without segments every row is recent."""
-
-
-NOT_FINITE, FULL = 1, 2
-"""Error flags: a key or value was not finite; a sequence had no room for its tokens."""
-
-
 @dataclass(frozen=True)
 class Arena:
     """The memory of a batch. keys, values, ids, tables : as a backend's operations name them; mean_keys, mean_values : as in

@@ -19,7 +19,7 @@ class Call:
     def __init__(self) -> None:
         self._undo: dict[int, Callable[[], None]] = {}
 
-    def enter(self, layer: Any, undo: Callable[[], None]) -> None:
+    def begin(self, layer: Any, undo: Callable[[], None]) -> None:
         """The call reaches ``layer``; ``undo`` makes it what it is now. A layer that is reached again begins another call."""
         if id(layer) in self._undo:
             self._undo.clear()

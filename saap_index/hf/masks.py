@@ -59,8 +59,8 @@ def read_mask(mask: Tensor | None, batch: int, q: int, slots: int) -> Seen | Non
         seen = None if min(counts) == slots else Seen(visible, counts, not bool(visible[:, -q:].all()))
         note = (batch, q, slots), seen
         setattr(mask, _NOTE, note)
-    found: Seen | None = note[1]
-    return found
+    noted: Seen | None = note[1]
+    return noted
 
 
 def check_causal(mask: Tensor | None) -> None:

@@ -215,9 +215,9 @@ def _restore_indexed(
         "rotated": (sum(turns), 2),
         "tables": (b, h, max(map(len, segments)), index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }  # fmt: skip
-    found = {key: tuple(x.shape) for key, x in tensors.items()}
-    if found != want:
-        raise FormatError(f"{name}: expected tensors {want}, got {found}")
+    shapes = {key: tuple(x.shape) for key, x in tensors.items()}
+    if shapes != want:
+        raise FormatError(f"{name}: expected tensors {want}, got {shapes}")
     dtypes = {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "gaps": torch.int64, "rotated": torch.int64}
     for key, dtype in dtypes.items():
         if key in tensors and tensors[key].dtype != dtype:
@@ -254,7 +254,7 @@ def _check_slots(name: str, lengths: list[int], slots: int, ragged: Any, visible
 
 def _check_arena(name: str, plan: LayerPlan, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
     """FormatError unless keys and values are an arena of this layer with room for the lengths."""
-    h, d = plan.num_kv_heads // plan.shard[1], int(plan.key_quantizer.centroids.shape[2])
+    h, d = plan.num_kv_heads // plan.shard[1], int(plan.trained.quantizer.centroids.shape[2])
     least = len(lengths), h, max(1, *lengths), d
     fits = keys.ndim == values.ndim == 4 and keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype
     if not fits or (*keys.shape[:2], keys.shape[3]) != (least[0], h, d) or keys.shape[2] < least[2] or keys.dtype not in _NAMES:
@@ -282,16 +282,17 @@ def _restore_plain(layer: Any, number: int, about: dict[str, Any], tensors: dict
     if about["kind"] != type(layer).__name__:
         raise CompatibilityError(f"expected a {type(layer).__name__}, got a layer that was saved as {about['kind']}")
     slots = checks.integer(about["slots"], "slots", 0)
-    found = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
-    if found != about.get("shapes", found) or (tensors and sorted(tensors) != ["keys", "values"]) or bool(slots) > bool(tensors):
-        raise FormatError(f"layer {number}: expected keys and values {about.get('shapes', '')}, got {found}")
+    shapes = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+    odd = bool(tensors) and sorted(tensors) != ["keys", "values"]
+    if shapes != about.get("shapes", shapes) or odd or bool(slots) > bool(tensors):
+        raise FormatError(f"layer {number}: expected keys and values {about.get('shapes', '')}, got {shapes}")
     if not tensors:
         return
     keys, values = tensors["keys"].to(device), tensors["values"].to(device)
     is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
     n = keys.shape[2] if keys.ndim == 4 else -1
     if values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not (n == slots or (is_sliding and 0 <= n < slots)):
-        raise FormatError(f"layer {number}: expected keys and values of {slots} slots, got {found}")
+        raise FormatError(f"layer {number}: expected keys and values of {slots} slots, got {shapes}")
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
     if is_sliding:
@@ -336,9 +337,10 @@ def _routers(plan: Plan) -> dict[str, str]:
 
 
 def _router(plan: LayerPlan) -> str:
-    network = plan.query_router if plan.tower is None else plan.tower
-    tensors = {"centroids": plan.key_quantizer.centroids, **{f"router.{name}": x for name, x in network.tensors().items()}}
-    rope = "" if plan.rope is None else json.dumps(plan.rope.to_dict(), sort_keys=True)
+    layer = plan.trained
+    network = layer.router if layer.tower is None else layer.tower
+    tensors = {"centroids": layer.quantizer.centroids, **{f"router.{name}": x for name, x in network.tensors().items()}}
+    rope = "" if layer.rope is None else json.dumps(layer.rope.to_dict(), sort_keys=True)
     return _checksum({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, zlib.crc32(rope.encode()))
 
 

@@ -29,8 +29,8 @@ def check_version() -> None:
         import transformers
     except ImportError as error:
         raise MissingDependencyError("attaching an index to a model needs transformers: pip install 'transformers>=5'") from error
-    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if not OLDEST <= found < (6, 0):
+    installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not OLDEST <= installed < (6, 0):
         raise MissingDependencyError(
             f"transformers: expected {OLDEST[0]}.{OLDEST[1]} or later, below 6, got {transformers.__version__}"
         )
@@ -122,8 +122,8 @@ def _cache_layers(config: Any) -> list[Any]:
     """The layers of the cache that transformers makes for a decoder of this config."""
     from transformers.cache_utils import DynamicCache
 
-    found: list[Any] = DynamicCache(config=config).layers
-    return found
+    layers: list[Any] = DynamicCache(config=config).layers
+    return layers
 
 
 def kv_heads_of(config: Any) -> int:
@@ -133,12 +133,12 @@ def kv_heads_of(config: Any) -> int:
 
 def check_dense_layers(dense_layers: Iterable[int], count: int) -> frozenset[int]:
     """Numbers of layers to leave dense; negative ones count from the end. ParameterError for one that is not there."""
-    found = []
+    numbers = []
     for number in dense_layers:
         if isinstance(number, bool) or not isinstance(number, int) or not -count <= number < count:
             raise ParameterError(f"dense_layers: expected numbers of the {count} layers, got {number!r}")
-        found.append(number % count)
-    return frozenset(found)
+        numbers.append(number % count)
+    return frozenset(numbers)
 
 
 def check_head_dim(dim: int, number: int) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 from ..backends import Budget, Plan
 from ..errors import CompatibilityError
 from ..invlists.segmented import SegmentedInvertedLists
+from ..routing.calibration import Calibration
 from ..routing.router import QueryRouter
+from ..routing.trained import TrainedLayer
 from .params import SearchParametersIVF
 
 MOST_PLANS = 16
@@ -69,3 +71,13 @@ def covers_all(
     """Whether budgets (b, h) allow every sealed token of every sequence, ``sizes`` of them, so that nothing need be chosen."""
     nprobe = params.nprobe or 0
     return unread_mass is None and (not nprobe or nprobe >= router.nlist) and bool((budgets == np.array(sizes)[:, None]).all())
+
+
+def unread_mass_for(layer: TrainedLayer, target: float, heads: int, device: torch.device) -> Tensor:
+    """Attention per query that every KV head may leave unread for ``target``, by the router's estimate: float32 (h,).
+
+    CompatibilityError for a router that gives no estimate.
+    """
+    layer.router.check_outside("target_mass")
+    table = Calibration.trusting(heads) if layer.calibration is None else layer.calibration
+    return table.at(target).to(device)

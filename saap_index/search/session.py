@@ -10,16 +10,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..backends import Backend, Placement, Plan, Routing
-from ..backends import types as meta_of
+from ..backends.codes import FLAGS, MEANS, NEXT, SEGMENTS
 from ..backends.types import MAX_STEP_TOKENS, Probed
 from ..errors import CompatibilityError, StateError
 from ..invlists.segmented import SegmentedInvertedLists
+from ..routing.rotations import query_rotation
 from ..routing.router import QueryRouter
+from ..routing.trained import TrainedLayer
 from .params import SearchParametersIVF
 from .plan import MOST_PLANS, budget_of, new_plan
 from .selection import Selection, dense_selection
@@ -34,7 +37,7 @@ class SearchSession:
     def __init__(self, backend: Backend, lists: SegmentedInvertedLists) -> None:
         self.lists, self._captures = lists, backend.captures
         self.backend_session = backend.session(lists.batch, lists.heads, lists.d, lists.d_v, lists.nlist, lists.dtype)
-        self.routing: dict[bool, Routing] = {}  # kept for the next step by the index, whose business it is
+        self._routing: dict[bool, Routing] = {}  # kept for the next step, of coarse queries and of others
         self._version = self._moved = 0  # of the lists, as published
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._sinks: list[int] = []
@@ -71,11 +74,11 @@ class SearchSession:
 
     def _placement(self) -> Placement:
         lists = self.lists
-        meta = np.zeros((lists.batch, meta_of.FLAGS), np.int32)
+        meta = np.zeros((lists.batch, FLAGS), np.int32)
         centres = np.zeros((lists.batch, lists.tables.shape[2]), np.float64)
         for i, segments in enumerate(lists.segments):
-            meta[i, : meta_of.SEGMENTS + 1] = lists.lengths[i], self._sinks[i], self._sealed[i], len(segments)
-            meta[i, meta_of.NEXT : meta_of.MEANS + 1] = lists.next_position(i), lists.num_means(i)
+            meta[i, : SEGMENTS + 1] = lists.lengths[i], self._sinks[i], self._sealed[i], len(segments)
+            meta[i, NEXT : MEANS + 1] = lists.next_position(i), lists.num_means(i)
             centres[i, : len(segments)] = lists.centres(i)
         return Placement(lists.arena, meta, centres)
 
@@ -183,6 +186,21 @@ class SearchSession:
         self.backend_session.release_graphs()
 
     # -- searching ---------------------------------------------------------------------------------------------------
+
+    def routing_of(self, layer: TrainedLayer, prepared: Any, q: int, coarse: bool = False) -> Routing:
+        """How queries of the last q tokens are routed, with RoPE undone or, coarse, as they come.
+
+        prepared : the layer's router as the backend keeps it.
+        """
+        router, rope = layer.router, None if coarse else layer.rope
+        if rope is not None and rope.is_dynamic:
+            self.refuse_capture("a rope whose angles depend on the length")
+            return Routing(prepared, router.first_knot, router.count_lists, query_rotation(rope, self.lists, q))
+        kept = self._routing.get(coarse)
+        if kept is None or kept.router is not prepared:
+            turn = None if rope is None else rope.frequencies(self.lists.keys.device)
+            kept = self._routing[coarse] = Routing(prepared, router.first_knot, router.count_lists, turn)
+        return kept
 
     def run(self, queries: Tensor, terms: Terms, routing: Routing, scale: float) -> tuple[Tensor, Tensor, Selection]:
         """`search_attend` of queries (b, h, g, q, d): out, lse, and what was read."""

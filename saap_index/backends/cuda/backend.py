@@ -16,14 +16,9 @@ from torch import Tensor
 
 from ...errors import DTypeError
 from ..base import SegmentChange, Session
+from ..codes import DTYPE_CODES, LENGTH, MEANS, META, NEXT, SEALED, SEGMENTS, SINKS
 from ..plain_torch import TorchBackend
 from ..types import (
-    LENGTH,
-    MEANS,
-    NEXT,
-    SEALED,
-    SEGMENTS,
-    SINKS,
     Arena,
     Budget,
     Frequencies,
@@ -39,7 +34,7 @@ from . import scan as gpu_scan
 from . import seal as gpu_seal
 from . import select as gpu_select
 from .launch import Runtime
-from .session import META, CudaSession, Knobs, sent
+from .session import CudaSession, Knobs, sent
 
 MOST_SORTED_LISTS = 32768
 """More do not fit the shared memory of a block of every device; torch sorts then."""
@@ -197,8 +192,8 @@ class CudaBackend(TorchBackend):
         return out, lse
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        if out_a.dtype not in gpu_scan.CODES or out_b.dtype != out_a.dtype:
-            names = list(gpu_scan.CODES)
+        if out_a.dtype not in DTYPE_CODES or out_b.dtype != out_a.dtype:
+            names = list(DTYPE_CODES)
             raise DTypeError(f"out_a, out_b: expected one of {names} for both, got {out_a.dtype} and {out_b.dtype}")
         out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
         gpu_scan.combine(self.runtime, out_a, lse_a, out_b, lse_b, out, lse)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..codes import DTYPE_CODES
 from ..types import Frequencies, Rotation
 from ..weights import RouterWeights
 from .launch import Launch, Runtime
-
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
 _POINTERS = "queries hidden bias_hidden out bias_out inv_freq cosine sine meta z a"
 _INTS = "b h j q d pairs interleaved l outputs out_tiles"
@@ -104,7 +103,7 @@ def configuration(d: int, units: int, vectors: int, query: torch.dtype, max_shar
     d32, u32 = -(-d // 32), -(-units // 32)
     warps = 4 if 2 * u32 <= 4 else 8
     needed = -(-2 * u32 // warps) * d32 + d32 + u32
-    macros = {"SAAP_DTYPE": CODES[query], "SAAP_D32": d32, "SAAP_U32": u32, "SAAP_WARPS": warps}
+    macros = {"SAAP_DTYPE": DTYPE_CODES[query], "SAAP_D32": d32, "SAAP_U32": u32, "SAAP_WARPS": warps}
     for tiles in (1,) if vectors <= 8 else (4, 1) if vectors <= 32 else (16, 4, 1):
         for ring in range(max(LEAST_RING, min(needed, MOST_RING)), LEAST_RING - 1, -1):
             macros |= {"SAAP_TILES": tiles, "SAAP_RING": ring}
@@ -175,7 +174,7 @@ _WIDE = ((128, 256, 4), (128, 256, 128), (192, 64, 4), (256, 64, 4), (256, 256, 
 CONFIGURATIONS = tuple(
     ("route.cu", "saap_route", configuration(d, u, vectors, query, H200_SHARED_BYTES))
     for d, u, vectors in _SHAPES + _WIDE
-    for query in CODES
+    for query in DTYPE_CODES
     if query is torch.bfloat16 or (d, u) == (128, 64)
 )
 """What is shipped, a sample of it: (file, kernel, macros)."""

@@ -20,13 +20,9 @@ from torch import Tensor
 
 from ...errors import NotFiniteError, StateError
 from ..base import Backend, Session
+from ..codes import FLAGS, FULL, LENGTH, META, NEXT, NOT_FINITE
 from ..types import (
-    FLAGS,
-    FULL,
-    LENGTH,
     MAX_STEP_TOKENS,
-    NEXT,
-    NOT_FINITE,
     Arena,
     Budget,
     Placement,
@@ -47,8 +43,6 @@ from .scan import Listed, Runs, Scan, ScanShape, aligned
 from .select import Select, SelectShape
 
 Knobs = Mapping[str, dict[str, int]]
-
-META = FLAGS + 1
 
 _MEMORY = "keys", "values", "ids", "tables", "mean_keys", "mean_values"
 """What of an `Arena` launches read or write."""
