@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Arena, Backend, SegmentChange
-from ..errors import NotFiniteError, StateError
+from ..errors import StateError
 from . import arena
 from .common import common_prefix, diverged, picked
 from .gaps import Gaps
@@ -73,8 +73,6 @@ class SegmentedInvertedLists:
         self.gaps = [Gaps.none()] * batch
         self.rotated = RotationLengths(batch)
         self.version = self.moved = next(_VERSIONS)
-        self.decode: Any = None  # the state on the device that follows this batch (search/session.py), or None
-        self.plans: dict[int, Any] = {}  # what selections worked out for these segments, by parameters (search/plan.py)
         self.arena, self.capacity = arena.without_rows(backend, batch, heads, d, d_v, nlist, dtype), 0
         self._undo = UndoLog(backend)
         self._common = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
@@ -85,7 +83,6 @@ class SegmentedInvertedLists:
     def _changed(self, moved: bool = False) -> None:
         """Something that a search depends on is another from now on; ``moved``: memory lies elsewhere."""
         self.version = next(_VERSIONS)
-        self.plans.clear()  # they hold memory
         if moved:
             self.moved = self.version
 
@@ -131,6 +128,11 @@ class SegmentedInvertedLists:
         """Move everything in use to an arena of ``capacity`` rows."""
         used, means = max(self.lengths, default=0), self.layout.most_means(capacity, self.nlist)
         self._set_arena(arena.resized(self.backend, self.arena, rows=capacity, used=used, means=means))
+
+    def make_room(self, tokens: int) -> None:
+        """Room for ``tokens`` of a sequence that grows, and for more where memory has to move for it."""
+        if tokens > self.capacity:
+            self._allocate(max(tokens, self.capacity + self.capacity // 2))
 
     def reserve(self, tokens: int) -> None:
         """Room for ``tokens`` per sequence without further allocation."""
@@ -213,39 +215,9 @@ class SegmentedInvertedLists:
 
     # -- growing -----------------------------------------------------------------------------------------------------
 
-    def append(
-        self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None,
-        rotated: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
-        """Add counts[i] tokens to sequence i; seal and merge what the new length asks for, unless ``assign`` is None.
-
-        list_nos : int32 (b, h, n) or None, where ``assign`` decides when a token is sealed. rotated : the length at which
-        those of each sequence were rotated, 0 or None where the angles do not depend on it. Raises NotFiniteError, having changed
-        nothing, if a key or value is NaN or infinite. What else may fail is for the caller to wrap in `whole`.
-        """
-        need = max(map(sum, zip(self.lengths, counts, strict=True)), default=0)
-        if need > self.capacity:
-            if self.decode is not None:
-                self.decode.refuse_growth()
-            self._allocate(max(need, self.capacity + self.capacity // 2))
-        in_one_launch = self.decode is not None and list_nos is None and self.decode.append(keys, values, counts)
-        if not in_one_launch and not self.backend.append(keys, values, self.keys, self.values, self.lengths, counts):
-            raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
-        if list_nos is not None:
-            self.arena = arena.with_pending(self.backend, self.arena)
-        if self.pending is not None:
-            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
-                self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
-        for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
-            if count:
-                self.rotated.append(i, start, 0 if rotated is None else rotated[i])
-        self.lengths = [start + count for start, count in zip(self.lengths, counts, strict=True)]  # at once
-        if assign is not None:
-            self.seal(assign, last=True)
-
     def only_grows(self, counts: Sequence[int], seal: bool = True) -> bool:
-        """Whether `append` of so many tokens, to be sealed or not, writes behind the others and does nothing else."""
-        if self.pending is not None or (self.decode is not None and not self.decode.takes(max(counts))):
+        """Whether to add so many tokens, to be sealed or not, is to write them behind the others and nothing else."""
+        if self.pending is not None:
             return False
         for length, count, have in zip(self.lengths, counts, self.segments, strict=True):
             if length + count > self.capacity or (seal and self.layout.segments(length + count) != have):
@@ -269,12 +241,23 @@ class SegmentedInvertedLists:
         finally:
             self.lengths = lengths
 
-    def advance(self, counts: Sequence[int]) -> None:
-        """Take note of ``counts[i]`` tokens that were written behind those of sequence i without `append`."""
+    def advance(self, counts: Sequence[int], list_nos: Tensor | None = None, rotated: Sequence[int] | None = None) -> None:
+        """Take note of ``counts[i]`` tokens that were written behind those of sequence i; they are not sealed yet.
+
+        list_nos : int32 (b, h, n) or None, where the quantizer decides when a token is sealed. rotated : the length at which
+        those of each sequence were rotated, 0 or None where the angles do not depend on it. What may fail is for the caller to
+        wrap in `whole`.
+        """
+        if list_nos is not None:
+            self.arena = arena.with_pending(self.backend, self.arena)
         if self.pending is not None:
-            for i, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
-                self.pending[i, :, length : length + count] = -1
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+                self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
+        if rotated is not None or any(self.rotated.runs):
+            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+                if count:
+                    self.rotated.append(i, start, 0 if rotated is None else rotated[i])
+        self.lengths = list(map(operator.add, self.lengths, counts))  # at once
 
     def _seal(self, sequences: Iterable[int], assign: Assign, final: bool = False) -> None:
         """`seal` of these sequences; the rows past the last segment are in arrival order. final: it will not be taken back."""
