@@ -98,7 +98,7 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
     """
     blocks = max(0, (length - sinks - window) // block)
     sealed_at = window + blocks * block
-    found, i = [], 0
+    spans, i = [], 0
     while i < blocks:
         size = 1
         while True:
@@ -107,9 +107,9 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
             if i % bigger or i + bigger > blocks or bigger * block > min(max_segment, sealed_at - stop):
                 break
             size = bigger
-        found.append((sinks + i * block, sinks + (i + size) * block))
+        spans.append((sinks + i * block, sinks + (i + size) * block))
         i += size
-    return found
+    return spans
 
 
 def route(

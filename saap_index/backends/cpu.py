@@ -290,7 +290,7 @@ class CpuBackend(Backend):
             raise ShapeError("rows, counts: expected both or neither")
         check_spans(sinks, sealed, lengths, n, capacity)
         scores = torch.empty((b, h, g, q, k), dtype=F32, device="cpu")
-        found = torch.empty((b, h, g, q, k), dtype=torch.int64, device="cpu")
+        rows_of_best = torch.empty((b, h, g, q, k), dtype=torch.int64, device="cpu")
         self._module().best(
             q_at,
             code_of("queries", queries),
@@ -310,9 +310,9 @@ class CpuBackend(Backend):
             list(lengths),
             k,
             scores.data_ptr(),
-            found.data_ptr(),
+            rows_of_best.data_ptr(),
         )
-        return scores, found
+        return scores, rows_of_best
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype = out_a.shape, out_a.dtype

@@ -144,8 +144,8 @@ class TorchBackend(Backend):
         rows, counts = _rows(starts + open_ - taken, taken)
         if budget.entries is None:
             return Probed(rows, counts)
-        known = newest < _integers(budget.means, z)[:, None]  # (b, s)
-        unread = (taken.view_as(sizes) == 0) & (sizes > 0) & known[:, None, :, None]
+        with_means = newest < _integers(budget.means, z)[:, None]  # (b, s)
+        unread = (taken.view_as(sizes) == 0) & (sizes > 0) & with_means[:, None, :, None]
         mass = torch.where(unread, sizes * weights, -1.0)
         numbers = newest[:, None] * nlist + _arange(0, nlist, z)
         return Probed(rows, counts, *_best(mass.reshape(b, h, -1), numbers.flatten(), budget.entries))
@@ -303,6 +303,6 @@ def _best(mass: Tensor, numbers: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     chosen = (rank < most[:, :, None]) & (mass >= 0)
     counts = chosen.sum(-1)
     width = int(counts.max()) if counts.numel() else 0
-    found = torch.where(chosen, numbers, torch.iinfo(torch.int64).max).sort(-1).values[..., :width]
+    numbered = torch.where(chosen, numbers, torch.iinfo(torch.int64).max).sort(-1).values[..., :width]
     present = _arange(0, width, mass) < counts[:, :, None]
-    return torch.where(present, found, -1).int(), counts.int()
+    return torch.where(present, numbered, -1).int(), counts.int()

@@ -65,10 +65,10 @@ def rope_options(config: Any, layer_type: str | None, layer: int | None, interle
             "head_dim": _head_dim(config), "rotary_dim": _integer(_read(config, "rotary_dim"), "rotary_dim", 2),
             "interleaved": True if interleaved is None else interleaved,
         }  # fmt: skip
-    found = _rope_parameters(config, layer_type)
-    if found is None:
+    section = _rope_parameters(config, layer_type)
+    if section is None:
         return None
-    parameters, nested = found
+    parameters, nested = section
     theta = parameters.get("rope_theta")
     if theta is None:
         raise CompatibilityError(
@@ -135,17 +135,17 @@ def _head_dim(config: Any) -> int:
 
 def _rope_parameters(config: Any, layer_type: str | None) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
     """rope_parameters of the layer with its theta, and the outer dict if they were nested by layer type; None for no rotation."""
-    given = _read(config, "rope_parameters")
+    section = _read(config, "rope_parameters")
     theta = _read(config, "rope_theta", _read(config, "rotary_emb_base"))
     partial = _read(config, "partial_rotary_factor")
     nested: dict[str, Any] | None = None
-    if given and any(
-        isinstance(value, Mapping) or (value is None and str(name).endswith("_attention")) for name, value in given.items()
+    if section and any(
+        isinstance(value, Mapping) or (value is None and str(name).endswith("_attention")) for name, value in section.items()
     ):
-        if layer_type not in given:
-            raise ParameterError(f"layer_type: expected one of {list(given)}, got {layer_type!r}")
-        nested, given = dict(given), given[layer_type]
-        if given is None:
+        if layer_type not in section:
+            raise ParameterError(f"layer_type: expected one of {list(section)}, got {layer_type!r}")
+        nested, section = dict(section), section[layer_type]
+        if section is None:
             return None
     elif layer_type is not None:
         local = _read(config, "rope_local_base_freq")
@@ -156,12 +156,12 @@ def _rope_parameters(config: Any, layer_type: str | None) -> tuple[dict[str, Any
             return {"rope_theta": local}, None
     elif _read(config, "rope_local_base_freq") is not None:
         raise ParameterError("layer_type: expected full_attention or sliding_attention, their rope_theta differ, got None")
-    given = given or _read(config, "rope_scaling")
-    if not given and theta is None:
+    section = section or _read(config, "rope_scaling")
+    if not section and theta is None:
         raise CompatibilityError(
             "config: expected rope_parameters, rope_theta or rotary_dim, got none of them; has the model RoPE?"
         )
-    parameters = {**({} if theta is None else {"rope_theta": theta}), **(given or {})}
+    parameters = {**({} if theta is None else {"rope_theta": theta}), **(section or {})}
     if partial is not None:
         parameters.setdefault("partial_rotary_factor", partial)
     return parameters, nested
@@ -170,27 +170,27 @@ def _rope_parameters(config: Any, layer_type: str | None) -> tuple[dict[str, Any
 def _scaling(kind: str, parameters: dict[str, Any], config: Any, nested: dict[str, Any] | None) -> dict[str, Any]:
     """The fields of `Rope` that belong to the scaling, with transformers' defaults where they depend on the config."""
     names = set(_REQUIRED[kind]) | set(_OPTIONAL.get(kind, ()))
-    found = {name: parameters[name] for name in names if parameters.get(name) is not None}
+    scaling = {name: parameters[name] for name in names if parameters.get(name) is not None}
     longest = _read(config, "max_position_embeddings")
     if kind == "dynamic":
-        found["original_max_position"] = longest
+        scaling["original_max_position"] = longest
     elif "original_max_position" in names:
         original = parameters.get("original_max_position_embeddings")
         if nested is None:
             original = _read(config, "original_max_position_embeddings", original)
-        found["original_max_position"] = longest if original is None else original
+        scaling["original_max_position"] = longest if original is None else original
     if kind in ("yarn", "longrope"):
         factor = parameters.get("factor")
-        if factor is None and longest is not None and found["original_max_position"]:
-            factor = longest / found["original_max_position"]
+        if factor is None and longest is not None and scaling["original_max_position"]:
+            factor = longest / scaling["original_max_position"]
         if kind == "yarn":
-            found["factor"] = factor
+            scaling["factor"] = factor
             mscale, over = parameters.get("mscale"), parameters.get("mscale_all_dim")
-            if found.get("attention_factor") is None and factor and mscale and over:
-                found["attention_factor"] = _yarn_magnitude(factor, mscale) / _yarn_magnitude(factor, over)
+            if scaling.get("attention_factor") is None and factor and mscale and over:
+                scaling["attention_factor"] = _yarn_magnitude(factor, mscale) / _yarn_magnitude(factor, over)
             if nested is not None:  # transformers looks for it beside the layer types
-                found["truncate"] = nested.get("truncate", True)
-            found = {name: value for name, value in found.items() if value or name not in ("beta_fast", "beta_slow")}
-        elif found.get("attention_factor") is None and factor is not None and found["original_max_position"] is not None:
-            found["attention_factor"] = _longrope_magnitude(factor, found["original_max_position"])
-    return found
+                scaling["truncate"] = nested.get("truncate", True)
+            scaling = {name: value for name, value in scaling.items() if value or name not in ("beta_fast", "beta_slow")}
+        elif scaling.get("attention_factor") is None and factor is not None and scaling["original_max_position"] is not None:
+            scaling["attention_factor"] = _longrope_magnitude(factor, scaling["original_max_position"])
+    return scaling

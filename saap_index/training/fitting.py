@@ -62,9 +62,9 @@ def train_tower(
         shuffled = [
             m[torch.randperm(len(m), generator=network.generator, dtype=torch.int64, device="cpu")] for m in members if len(m)
         ]
-        found = [batch for m in shuffled for batch in m.split(config.batch)]
+        parts = [batch for m in shuffled for batch in m.split(config.batch)]
         return [
-            found[i] for i in torch.randperm(len(found), generator=network.generator, dtype=torch.int64, device="cpu").tolist()
+            parts[i] for i in torch.randperm(len(parts), generator=network.generator, dtype=torch.int64, device="cpu").tolist()
         ]
 
     def scores(y: Tensor, batch: Tensor) -> Tensor:

@@ -113,15 +113,15 @@ class CupyRuntime:
 
     def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
         key = file, name, gpu_source.options(macros)
-        found = self._kernels.get(key)
-        if found is None:
+        kernel = self._kernels.get(key)
+        if kernel is None:
             with torch.cuda.device(self.device), self._cupy.cuda.Device(self.device.index):
                 module = self._cupy.RawModule(code=gpu_source.source(file), options=("-std=c++17", *key[2]), backend="nvrtc")
                 raw = self._compiled(module, name)
                 # what the kernel keeps static (nothing, by the rules of cuda/) is no longer there for dynamic use
-                found = CupyKernel(raw, self.device, self.max_shared_bytes - int(raw.shared_size_bytes), self.capability)
-            self._kernels[key] = found
-        return found
+                kernel = CupyKernel(raw, self.device, self.max_shared_bytes - int(raw.shared_size_bytes), self.capability)
+            self._kernels[key] = kernel
+        return kernel
 
     def _compiled(self, module: Any, name: str) -> Any:
         """A function of ``module``. MissingDependencyError where CuPy finds nothing to compile with, DeviceError where it has no
