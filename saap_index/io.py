@@ -106,7 +106,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         router = index.query_router
         config["router"] = {
             "units": router.weights.hidden.shape[1], "outputs": router.weights.bias_out.shape[1], "first_knot": router.first_knot,
-            "count_lists": router.count_lists, "list_dims": 0 if router.weights.lists is None else router.weights.leading,
+            "count_lists": router.size_weighted, "list_dims": 0 if router.weights.lists is None else router.weights.leading,
         }  # fmt: skip
         # cloned, for those of a symmetric router are the centroids, and a file shares no memory
         tensors.update({f"router.{name}": x.clone() for name, x in router.tensors().items()})
@@ -114,7 +114,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         config["tower"] = {"units": index.tower.weights.hidden.shape[1], "outputs": index.tower.weights.bias_out.shape[1]}
         tensors.update({f"tower.{name}": x for name, x in index.tower.tensors().items()})
     if index.calibration is not None:
-        tensors["calibration"] = index.calibration.miss
+        tensors["calibration"] = index.calibration.unread_mass
     if lists is not None:
         tensors |= pack_lists(lists)
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config

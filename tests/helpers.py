@@ -14,7 +14,7 @@ SMALL = {"sinks": 2, "window": 8, "seal_tokens": 4, "max_segment": 64, "break_ev
 
 
 def random_router(
-    heads: int, nlist: int, d: int, knots: int = 3, units: int = 5, seed: int = 0, count_lists: bool = True
+    heads: int, nlist: int, d: int, knots: int = 3, units: int = 5, seed: int = 0, size_weighted: bool = True
 ) -> QueryRouter:
     """Random weights; knots = -1 for a router of lists alone."""
     g = torch.Generator().manual_seed(seed)
@@ -22,7 +22,7 @@ def random_router(
     shapes = ((heads, units, d), (heads, units), (heads, outputs, units), (heads, outputs, d), (heads, outputs))
     hidden, bias_hidden, out, skip, bias_out = (torch.randn(s, generator=g) * 0.5 for s in shapes)
     weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, nlist)
-    return QueryRouter(weights, first_knot=1, count_lists=count_lists)
+    return QueryRouter(weights, first_knot=1, size_weighted=size_weighted)
 
 
 def small_index(

@@ -274,13 +274,13 @@ def probes(draw: st.DrawFn) -> dict[str, Any]:
     nprobe = draw(st.one_of(st.just(0), st.integers(1, nlist)))
     return {
         "knots": torch.from_numpy(r.uniform(0, max(0, m - 2), (b, most)).astype(np.float32)),
-        "tables": torch.from_numpy(tables), "num_segments": num_segments, "count_lists": draw(st.booleans()),
+        "tables": torch.from_numpy(tables), "num_segments": num_segments, "size_weighted": draw(st.booleans()),
         "budget": Budget(torch.tensor(limits, dtype=torch.int32), nprobe), "shape": (b, h, j, nlist, m), "r": r,
     }  # fmt: skip
 
 
 def check_probe(name: str, case: dict[str, Any], z: Tensor, a: Tensor) -> None:
-    order = ("knots", "tables", "num_segments", "budget", "count_lists")
+    order = ("knots", "tables", "num_segments", "budget", "size_weighted")
     got, want = (x.probe(z, a, *(case[x] for x in order)) for x in (backend(name), SPEC))
     for rows, counts, want_rows, want_counts in (
         (got.rows, got.counts, want.rows, want.counts), (got.tail, got.tail_counts, want.tail, want.tail_counts)
@@ -317,12 +317,12 @@ def test_probe_with_ties(name: str, case: dict[str, Any], steps: int, minus: boo
 
 @over_backends
 @pytest.mark.parametrize("nprobe", [0, 1, 4])
-@pytest.mark.parametrize("count_lists", [True, False])
-def test_probe_of_equal_scores_takes_the_newest(name: str, nprobe: int, count_lists: bool) -> None:
+@pytest.mark.parametrize("size_weighted", [True, False])
+def test_probe_of_equal_scores_takes_the_newest(name: str, nprobe: int, size_weighted: bool) -> None:
     tables = torch.from_numpy(tables_of(np.full((1, 1, 3, 4), 2), 1))  # 3 segments of 4 runs of 2 rows, from row 1
     z, a, knots = torch.zeros((1, 1, 2, 4)), torch.zeros((1, 1, 2, 0)), torch.zeros((1, 3))
     budget = Budget(torch.tensor([[5]], dtype=torch.int32), nprobe)
-    found = backend(name).probe(z, a, knots, tables, [3], budget, count_lists)
+    found = backend(name).probe(z, a, knots, tables, [3], budget, size_weighted)
     want = {0: [17, 18, 19, 20, 22], 1: [2, 9, 10, 17, 18], 4: [2, 9, 10, 17, 18]}[nprobe]
     assert found.rows[0, 0].tolist() == want and found.counts.tolist() == [[5]] and found.tail is None
 
@@ -331,8 +331,8 @@ def test_probe_of_equal_scores_takes_the_newest(name: str, nprobe: int, count_li
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["one list", "one head", "every score", "a knot", "every knot", "the last knot"])
 @pytest.mark.parametrize("nprobe", [0, 2])
-@pytest.mark.parametrize("count_lists", [True, False])
-def test_probe_of_scores_that_are_no_numbers(name: str, bad: float, where: str, nprobe: int, count_lists: bool) -> None:
+@pytest.mark.parametrize("size_weighted", [True, False])
+def test_probe_of_scores_that_are_no_numbers(name: str, bad: float, where: str, nprobe: int, size_weighted: bool) -> None:
     """What a query that holds NaN or infinity leads to: any choice will do, but of rows that are there, and no more of them."""
     r = np.random.default_rng(0)
     sizes = np.repeat(r.integers(1, 4, (1, 1, 8, 5)), 2, 1)
@@ -345,12 +345,12 @@ def test_probe_of_scores_that_are_no_numbers(name: str, bad: float, where: str, 
     knots, tables, budget = torch.linspace(0, 1, 8)[None], torch.from_numpy(tables_of(sizes, 2)), 11
     limits = Budget(torch.full((1, 2), budget, dtype=torch.int32), nprobe)
     for _ in range(20):
-        found = backend(name).probe(z, a, knots, tables, [8], limits, count_lists)
+        found = backend(name).probe(z, a, knots, tables, [8], limits, size_weighted)
         rows = found.rows
         assert found.counts.tolist() == [[budget, budget]] and rows.shape == (1, 2, budget)
         assert bool((rows.diff() > 0).all()) and int(rows.min()) >= 2 and int(rows.max()) < 2 + sizes[0, 0].sum()
     if where == "every score" and bad == -torch.inf:
-        assert torch.equal(rows, SPEC.probe(z, a, knots, tables, [8], limits, count_lists).rows)
+        assert torch.equal(rows, SPEC.probe(z, a, knots, tables, [8], limits, size_weighted).rows)
 
 
 # -- scan -----------------------------------------------------------------------------------------------------------------

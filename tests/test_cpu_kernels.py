@@ -219,7 +219,7 @@ def everything(seed: int) -> list[Tensor]:
     for s in range(2):
         CPU.means(keys[0], values[0], tables[0, :, s], mean_keys[0, :, s], mean_values[0, :, s])
     entries = torch.full((1, h), 30, dtype=torch.int32)
-    more = replace(budget, entries=entries, means=[2], miss=torch.full((h,), 1e-3))
+    more = replace(budget, mean_entries=entries, means=[2], unread_mass=torch.full((h,), 1e-3))
     tailed = CPU.probe(z, a, knots, tables, [segments], more, True)
     assert tailed.tail is not None and tailed.tail_counts is not None
     tail = Tail(tailed.tail, tailed.tail_counts, mean_keys, mean_values, tables)
@@ -272,17 +272,17 @@ def test_survives_fork() -> None:
 
 
 def probe_head(
-    z: np.ndarray, a: np.ndarray, knots: np.ndarray, tables: np.ndarray, budget: int, nprobe: int, count_lists: bool
+    z: np.ndarray, a: np.ndarray, knots: np.ndarray, tables: np.ndarray, budget: int, nprobe: int, size_weighted: bool
 ) -> list[int]:
     """One head of the contract, run by run. z (j, l), a (j, m + 1), knots (s), tables (s, l + 1)."""
     segments, lists = len(tables), z.shape[1]
     lengths = np.diff(tables, axis=1)
     bend = np.zeros((len(z), segments))
-    if a.shape[1] > 1 and count_lists and not nprobe:
+    if a.shape[1] > 1 and size_weighted and not nprobe:
         bend = np.stack([[np.interp(x, range(a.shape[1] - 1), row[:-1]) for x in knots] for row in a])
     scores = np.exp(z[:, None, :] + bend[:, :, None])  # (j, s, l)
-    norm = (scores * lengths).sum((1, 2)) if count_lists else np.exp(z).sum(1)
-    norm = norm * (1 + np.exp(-a[:, -1])) if a.shape[1] and count_lists else norm
+    norm = (scores * lengths).sum((1, 2)) if size_weighted else np.exp(z).sum(1)
+    norm = norm * (1 + np.exp(-a[:, -1])) if a.shape[1] and size_weighted else norm
     if nprobe:
         weights = (np.exp(z) / norm[:, None]).sum(0) if norm.all() else np.zeros(lists)
         chosen = sorted(range(lists), key=lambda x: (-weights[x], x))[:nprobe]
@@ -298,8 +298,8 @@ def probe_head(
 
 
 @settings(max_examples=150)
-@given(data=st.data(), seed=SEEDS, count_lists=st.booleans(), ties=st.booleans())
-def test_probe(data: st.DataObject, seed: int, count_lists: bool, ties: bool) -> None:
+@given(data=st.data(), seed=SEEDS, size_weighted=st.booleans(), ties=st.booleans())
+def test_probe(data: st.DataObject, seed: int, size_weighted: bool, ties: bool) -> None:
     rng = np.random.default_rng(seed)
     b, h, j = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
     lists, segments, m = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 6)), data.draw(st.integers(0, 4))
@@ -320,14 +320,14 @@ def test_probe(data: st.DataObject, seed: int, count_lists: bool, ties: bool) ->
     budgets = [data.draw(st.one_of(st.integers(0, 60), st.just(10**6))) for _ in range(b)]
     to = lambda x: torch.from_numpy(np.ascontiguousarray(x)).float()  # noqa: E731
     budget = Budget(torch.tensor(budgets, dtype=torch.int32)[:, None].repeat(1, h), nprobe)
-    found = CPU.probe(to(z), to(a), to(knots), torch.from_numpy(tables), used, budget, count_lists)
+    found = CPU.probe(to(z), to(a), to(knots), torch.from_numpy(tables), used, budget, size_weighted)
     rows, counts = found.rows, found.counts
     assert rows.dtype == counts.dtype == torch.int32 and rows.is_contiguous()
     assert rows.shape == (b, h, counts.max())
     for i in range(b):
         for k in range(h):
             s = used[i]
-            want = probe_head(z[i, k], a[i, k], knots[i, :s], tables[i, k, :s], budgets[i], nprobe, count_lists)
+            want = probe_head(z[i, k], a[i, k], knots[i, :s], tables[i, k, :s], budgets[i], nprobe, size_weighted)
             assert rows[i, k, : counts[i, k]].tolist() == want
             assert (rows[i, k, counts[i, k] :] == -1).all()
 

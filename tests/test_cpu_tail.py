@@ -69,8 +69,8 @@ def test_enough_of_scores_beyond_float32() -> None:
     """The weights are those of float64: half of the attention lies in either of two runs, e**-200 of it in all the others."""
     z, a = torch.tensor([[[[0.0, -200.0, 0.0, -250.0]]]]), torch.full((1, 1, 1, 1), 50.0)
     tables, knots = torch.tensor([[[[0, 3, 6, 9, 12]]]], dtype=torch.int32), torch.zeros((1, 1))
-    for miss, want in ((0.6, [0, 1, 2]), (0.4, [0, 1, 2, 6, 7, 8]), (1e-30, [0, 1, 2, 6, 7, 8]), (1.1, [])):
-        budget = Budget(torch.tensor([[12]], dtype=torch.int32), miss=torch.tensor([miss]))
+    for unread_mass, want in ((0.6, [0, 1, 2]), (0.4, [0, 1, 2, 6, 7, 8]), (1e-30, [0, 1, 2, 6, 7, 8]), (1.1, [])):
+        budget = Budget(torch.tensor([[12]], dtype=torch.int32), unread_mass=torch.tensor([unread_mass]))
         assert CPU.probe(z, a, knots, tables, [1], budget, True).rows[0, 0].tolist() == want
 
 
@@ -85,12 +85,12 @@ def test_probe_refuses_budgets() -> None:
 
     refused(ShapeError, r"budget\.rows", Budget(ones[:, :1]))
     refused(DTypeError, r"budget\.rows", Budget(ones.long()))
-    refused(ShapeError, r"budget\.miss", Budget(ones, miss=torch.ones(3)))
-    refused(DTypeError, r"budget\.miss", Budget(ones, miss=torch.ones(2).double()))
-    refused(LengthError, r"budget\.means", Budget(ones, entries=ones))
-    refused(LengthError, r"budget\.means", Budget(ones, entries=ones, means=[2]))
-    refused(ShapeError, r"budget\.entries", Budget(ones, entries=ones[:, :1], means=[1]))
-    found = CPU.probe(z, a, torch.zeros((1, 1)), tables, [1], Budget(-ones, entries=-ones, means=[1]), True)
+    refused(ShapeError, r"budget\.miss", Budget(ones, unread_mass=torch.ones(3)))
+    refused(DTypeError, r"budget\.miss", Budget(ones, unread_mass=torch.ones(2).double()))
+    refused(LengthError, r"budget\.means", Budget(ones, mean_entries=ones))
+    refused(LengthError, r"budget\.means", Budget(ones, mean_entries=ones, means=[2]))
+    refused(ShapeError, r"budget\.entries", Budget(ones, mean_entries=ones[:, :1], means=[1]))
+    found = CPU.probe(z, a, torch.zeros((1, 1)), tables, [1], Budget(-ones, mean_entries=-ones, means=[1]), True)
     assert found.rows.shape == (1, 2, 0) and found.tail is not None and found.tail.shape == (1, 2, 0)
 
 

@@ -84,11 +84,12 @@ def everything(backend: str, tmp_path: Path) -> list[Any]:
     keys, queries = tokens(2, 2, 300, 32, seed=1), tokens(2, 4, 60, 32, seed=2)
     trained.train(keys, queries, config=config)
     trained.calibrate(keys, queries)
-    results: list[Any] = [trained.key_quantizer.centroids, *trained.query_router.tensors().values(), trained.calibration.miss]
+    results: list[Any] = [trained.key_quantizer.centroids, *trained.query_router.tensors().values()]
+    results.append(trained.calibration.unread_mass)
     two_tower = small_index(backend=backend, rope=rope)
     two_tower.tower = TwoTower.symmetric(2, 32)
     published = small_index(backend=backend)
-    published.query_router = random_router(2, 4, 32, knots=-1, count_lists=False)
+    published.query_router = random_router(2, 4, 32, knots=-1, size_weighted=False)
     symmetric = small_index(backend=backend, dtype=torch.bfloat16)
     symmetric.query_router = QueryRouter.symmetric(symmetric.key_quantizer.centroids)
     scaled = Rope(head_dim=32, theta=100.0, scaling="dynamic", factor=2.0, original_max_position=32)

@@ -462,7 +462,7 @@ def test_search_parameters(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"niter": 0}, {"hidden": -1}, {"epochs": 0}, {"batch": 0}, {"batch": 2.5}, {"distance": True, "count_lists": False},
+    {"niter": 0}, {"hidden": -1}, {"epochs": 0}, {"batch": 0}, {"batch": 2.5}, {"distance": True, "size_weighted": False},
 ])  # fmt: skip
 def test_training_config(options: dict[str, object]) -> None:
     with pytest.raises(ParameterError, match=r"expected .+, got ") as caught:

@@ -37,7 +37,7 @@ def runtime(schedule: tuple[str, int, int] = SCHEDULES[0]) -> EmulatedRuntime:
 
 @dataclass
 class Case:
-    """Axes as in `Select`. miss, entries: None for without."""
+    """Axes as in `Select`. unread mass, entries: None for without."""
 
     z: Array
     a: Array
@@ -45,10 +45,10 @@ class Case:
     centres: Array
     meta: Array
     budgets: Array
-    miss: Array | None = None
+    unread_mass: Array | None = None
     entries: Array | None = None
     nprobe: int = 0
-    count_lists: bool = True
+    size_weighted: bool = True
     t_cap: int = 400
     x_cap: int = 24
     knobs: dict[str, int] = field(default_factory=lambda: dict(SMALL))
@@ -57,7 +57,7 @@ class Case:
     def shape(self) -> gpu_select.SelectShape:
         b, h, j, nlist = self.z.shape
         return gpu_select.SelectShape(
-            b, h, j, nlist, self.tables.shape[2], self.a.shape[3] - 1, FIRST_KNOT, self.nprobe, self.count_lists
+            b, h, j, nlist, self.tables.shape[2], self.a.shape[3] - 1, FIRST_KNOT, self.nprobe, self.size_weighted
         )
 
     @property
@@ -93,7 +93,7 @@ def run(case: Case, on: EmulatedRuntime) -> Result:
     floats = guarded(torch.full((select.num_floats,), torch.nan))
     given = [to(x) for x in (case.z, case.a, case.tables, case.centres, case.meta, case.budgets)]
     tail = (found.tail, found.tail_counts) if case.entries is not None else (None, None)
-    select.bind(*given, found.rows, found.counts, to(case.miss), to(case.entries), *tail, floats)()  # type: ignore[arg-type]
+    select.bind(*given, found.rows, found.counts, to(case.unread_mass), to(case.entries), *tail, floats)()  # type: ignore[arg-type]
     return found
 
 
@@ -106,12 +106,12 @@ def head(case: Case, i: int, k: int) -> tuple[Array, Array, Array, Array]:
     return z, a, knots[:used].astype(np.float64), case.tables[i, k, :used].astype(np.int64)
 
 
-def wanted(case: Case, i: int, k: int, budget: int | None = None, miss: float | None = None) -> Array:
+def wanted(case: Case, i: int, k: int, budget: int | None = None, unread_mass: float | None = None) -> Array:
     z, a, knots, tables = head(case, i, k)
     most = min(int(case.budgets[i, k]), case.t_cap) if budget is None else budget
     if not len(tables) or most <= 0:
         return np.zeros(0, np.int64)
-    return reference.probe(z, a, knots, tables, most, case.nprobe, case.count_lists, miss)
+    return reference.probe(z, a, knots, tables, most, case.nprobe, case.size_weighted, unread_mass)
 
 
 def assert_as_specified(case: Case, found: Result) -> None:
@@ -119,8 +119,8 @@ def assert_as_specified(case: Case, found: Result) -> None:
         rows = found.row(i, k)
         assert (found.rows[i, k, len(rows) :] == UNTOUCHED).all()
         want = wanted(case, i, k)
-        if case.miss is not None:  # where it stops hangs on the rounding of a sum; what it has read by then does not
-            least, most = (wanted(case, i, k, miss=float(case.miss[k]) + x) for x in (2e-5, -2e-5))
+        if case.unread_mass is not None:  # where it stops hangs on the rounding of a sum; what it has read by then does not
+            least, most = (wanted(case, i, k, unread_mass=float(case.unread_mass[k]) + x) for x in (2e-5, -2e-5))
             assert len(least) <= len(rows) <= len(most)
             want = wanted(case, i, k, budget=len(rows))
         np.testing.assert_array_equal(rows, want)
@@ -192,11 +192,11 @@ def cases(draw: st.DrawFn, kind: str = "plain") -> Case:
     if mode in ("tail", "both"):
         case.entries = np.array([[5, 0], [24, 1000]], np.int32)
     if mode in ("miss", "both"):
-        case.miss = np.array(draw(st.sampled_from([[0.3, 0.02], [0.0, 5.0], [1e-4, -1.0]])), np.float32)
+        case.unread_mass = np.array(draw(st.sampled_from([[0.3, 0.02], [0.0, 5.0], [1e-4, -1.0]])), np.float32)
     if "nprobe" in mode:
         case.nprobe = draw(st.sampled_from([1, 4, 1000]))
         case.knobs["SAAP_LISTS"] = 1
-    case.count_lists = "published" not in mode
+    case.size_weighted = "published" not in mode
     if mode == "without c":
         case.a = case.a[..., :0]
     return case
@@ -370,7 +370,7 @@ def test_refusals() -> None:
         gpu_select.Select(runtime(), replace(case.shape, knots=33))
     with pytest.raises(ValueError, match="runs"):
         gpu_select.Select(runtime(), replace(case.shape, nlist=65535, segments=40_000))
-    case.nprobe, case.miss, case.knobs = 2, np.zeros(2, np.float32), {**SMALL, "SAAP_LISTS": 1}
+    case.nprobe, case.unread_mass, case.knobs = 2, np.zeros(2, np.float32), {**SMALL, "SAAP_LISTS": 1}
     with pytest.raises(ValueError, match="miss"):
         run(case, runtime())
 
@@ -382,7 +382,7 @@ def once() -> None:
     """What the sanitizers watch: several passes over the vectors, both ways to weigh, ties, tail, target mass."""
     on = runtime(SCHEDULES[-1])
     far = make_case(7, "far", "sparse", j=6)
-    far.entries, far.miss = np.full((2, 2), 20, np.int32), np.full(2, 0.1, np.float32)
+    far.entries, far.unread_mass = np.full((2, 2), 20, np.int32), np.full(2, 0.1, np.float32)
     run(far, on)
     alike = make_case(8, "plain", "plain", ties=True, nlist=200, j=2)
     alike.entries = np.full((2, 2), 20, np.int32)

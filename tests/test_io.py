@@ -90,7 +90,7 @@ def symmetric() -> AsymmetricIndex:
 
 def published() -> AsymmetricIndex:
     index = filled(nprobe=2)
-    index.query_router = random_router(H, NLIST, D, knots=-1, count_lists=False)
+    index.query_router = random_router(H, NLIST, D, knots=-1, size_weighted=False)
     return index
 
 
@@ -137,9 +137,9 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
         found["centroids"] = raw(index.key_quantizer.centroids)
     if index.query_router is not None:
         found["router"] = {name: raw(x) for name, x in index.query_router.tensors().items()}
-        found["knots"] = index.query_router.first_knot, index.query_router.count_lists
+        found["knots"] = index.query_router.first_knot, index.query_router.size_weighted
     found["budget_shares"] = None if index.budget_shares is None else index.budget_shares.tolist()
-    found["calibration"] = None if index.calibration is None else index.calibration.miss.tolist()
+    found["calibration"] = None if index.calibration is None else index.calibration.unread_mass.tolist()
     for i, n in enumerate(index.lengths):
         lists = index.invlists
         count = lists.num_means(i)

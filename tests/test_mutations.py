@@ -41,7 +41,7 @@ Check = Callable[[], None]
 
 def check_scan() -> None:
     mixed = scan.Case(((3, 300, 340), (0, 0, 30), (0, 0, 0), (2, 60, 63)), share=0.5, entries=12, q=2, causal=True)
-    for case in (mixed, replace(mixed, causal=False, entries=0), scan.CORNERS["junk"]):
+    for case in (mixed, replace(mixed, causal=False, mean_entries=0), scan.CORNERS["junk"]):
         out, lse = scan.smallest(case, order="random", seed=1, inflight=3)
         assert torch.isfinite(out).all()
         scan.check(case, scan.make(case, 32, 32, BF16, BF16), out, lse)
@@ -104,7 +104,7 @@ def check_select() -> None:
     alike = select.make_case(8, ties=True, nlist=100, j=2)
     alike.entries = np.full((2, 2), 20, np.int32)
     missing = select.make_case(3, nlist=40, j=5)
-    missing.miss = np.array([0.3, 0.02], np.float32)
+    missing.unread_mass = np.array([0.3, 0.02], np.float32)
     cut = select.make_case(5)
     cut.budgets[:] = [[3, 50], [7, 21]]  # where the last run does not fit
     for case in (alike, missing, cut):

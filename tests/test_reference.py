@@ -192,20 +192,20 @@ def scored_runs(draw: st.DrawFn) -> dict[str, object]:
     else:  # the same few scores for every query of the group, so that equal runs are equal to the last bit
         z, a = np.tile(r.integers(0, 2, nlist).astype(float), (j, 1)), np.tile(r.integers(0, 2, m).astype(float), (j, 1))
     knots = r.uniform(0, max(0, m - 2), s) if draw(st.booleans()) else r.integers(0, max(1, m - 1), s).astype(float)
-    return {"z": z, "a": a, "knots": knots, "tables": tables, "count_lists": draw(st.booleans())}
+    return {"z": z, "a": a, "knots": knots, "tables": tables, "size_weighted": draw(st.booleans())}
 
 
-def plain_run_weight(z: np.ndarray, a: np.ndarray, knots: np.ndarray, tables: np.ndarray, count_lists: bool) -> np.ndarray:
+def plain_run_weight(z: np.ndarray, a: np.ndarray, knots: np.ndarray, tables: np.ndarray, size_weighted: bool) -> np.ndarray:
     """Softmax over single tokens, each with its own score: what a run's weight means, without any grouping."""
     s, nlist = tables.shape[0], z.shape[1]
     m = max(0, a.shape[1] - 1)  # the last column tells how much the query counts
     weights = np.zeros((s, nlist))
     for z_j, a_j in zip(z, a, strict=True):
-        bend = np.interp(knots, np.arange(m), a_j[:m]) if m and count_lists else np.zeros(s)
+        bend = np.interp(knots, np.arange(m), a_j[:m]) if m and size_weighted else np.zeros(s)
         scores = z_j[None] + bend[:, None]
         sizes = np.diff(tables, axis=1)
-        tokens = np.repeat(scores.ravel(), sizes.ravel()) if count_lists else z_j
-        share = 1 / (1 + np.exp(-a_j[-1])) if a.shape[1] and count_lists else 1.0
+        tokens = np.repeat(scores.ravel(), sizes.ravel()) if size_weighted else z_j
+        share = 1 / (1 + np.exp(-a_j[-1])) if a.shape[1] and size_weighted else 1.0
         weights += share * np.exp(scores - np.logaddexp.reduce(tokens)) if tokens.size else 0.0
     return weights
 
@@ -223,27 +223,27 @@ def test_probe_takes_the_best_tokens_one_by_one(case: dict[str, np.ndarray], bud
     nprobe = data.draw(st.integers(0, nlist), label="nprobe")
     tokens = [(s, no, row) for s in range(len(tables)) for no in range(nlist) for row in range(tables[s, no], tables[s, no + 1])]
     if nprobe:
-        weights = reference.list_weights(case["z"], case["a"], np.diff(tables, axis=1).sum(0), case["count_lists"])
+        weights = reference.list_weights(case["z"], case["a"], np.diff(tables, axis=1).sum(0), case["size_weighted"])
         place = {no: rank for rank, no in enumerate(sorted(range(nlist), key=lambda no: (-weights[no], no)))}
         tokens = sorted((t for t in tokens if place[t[1]] < nprobe), key=lambda t: (place[t[1]], -t[0], -t[2]))
     else:
         weights = reference.run_weights(**case)
         tokens.sort(key=lambda t: (-weights[t[0], t[1]], -t[0], t[1], -t[2]))
-    got = reference.probe(case["z"], case["a"], case["knots"], tables, budget, nprobe, case["count_lists"])
+    got = reference.probe(case["z"], case["a"], case["knots"], tables, budget, nprobe, case["size_weighted"])
     assert got.tolist() == sorted(row for _, _, row in tokens[:budget])
 
 
-@given(case=scored_runs(), budget=st.integers(0, 40), miss=st.floats(0, 1))
-def test_probe_stops_when_little_is_left(case: dict[str, np.ndarray], budget: int, miss: float) -> None:
+@given(case=scored_runs(), budget=st.integers(0, 40), unread_mass=st.floats(0, 1))
+def test_probe_stops_when_little_is_left(case: dict[str, np.ndarray], budget: int, unread_mass: float) -> None:
     """What is left unread is at most what may be, or the budget is spent; with one run less it would have been more."""
-    case["count_lists"] = True
+    case["size_weighted"] = True
     weights, tables = reference.run_weights(**case), case["tables"]
     args = case["z"], case["a"], case["knots"], tables, budget, 0, True
-    everything, rows = reference.probe(*args).tolist(), reference.probe(*args, miss).tolist()
+    everything, rows = reference.probe(*args).tolist(), reference.probe(*args, unread_mass).tolist()
     assert set(rows) <= set(everything)
     per_row = {r: weights[s, no] for s, no in np.ndindex(weights.shape) for r in range(tables[s, no], tables[s, no + 1])}
     runs = {r: (s, no) for s, no in np.ndindex(weights.shape) for r in range(tables[s, no], tables[s, no + 1])}
-    allowed = miss * len(case["z"])
+    allowed = unread_mass * len(case["z"])
     unread = sum(w for r, w in per_row.items() if r not in rows)
     if len(rows) < len(everything):
         assert unread <= allowed * (1 + 1e-9) + 1e-12
@@ -288,10 +288,10 @@ def test_run_means_stand_for_their_runs(seed: int, sizes: list[int]) -> None:
 @given(case=scored_runs())
 def test_list_weights_ignore_distance(case: dict[str, np.ndarray]) -> None:
     sizes = np.diff(case["tables"], axis=1).sum(0)
-    got = reference.list_weights(case["z"], case["a"], sizes, case["count_lists"])
+    got = reference.list_weights(case["z"], case["a"], sizes, case["size_weighted"])
     one_segment = np.concatenate([[0], np.cumsum(sizes)])[None]
-    want = plain_run_weight(case["z"], case["a"][:, -1:], np.zeros(1), one_segment, case["count_lists"])[0]
-    if sizes.any() or not case["count_lists"]:
+    want = plain_run_weight(case["z"], case["a"][:, -1:], np.zeros(1), one_segment, case["size_weighted"])[0]
+    if sizes.any() or not case["size_weighted"]:
         np.testing.assert_allclose(got, want, rtol=1e-12)
 
 

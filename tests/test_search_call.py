@@ -98,7 +98,7 @@ def test_one_call_gives_what_three_give(
 
 def test_the_published_classifier() -> None:
     index = filled([150, 90])
-    index.query_router = random_router(2, 4, 32, 0, count_lists=False)
+    index.query_router = random_router(2, 4, 32, 0, size_weighted=False)
     assert_same(index, tokens(2, 6, 2, 32), SearchParametersIVF(nprobe=2))
 
 
@@ -197,7 +197,7 @@ def test_refusals() -> None:
     lists, router = index.invlists, index.query_router
     assert router is not None
     planned = new_plan(lists, SearchParametersIVF(selectivity=0.2, max_codes=0), router, None, None, for_good=False)
-    routing = Routing(index._prepared_router, router.first_knot, router.count_lists)
+    routing = Routing(index._prepared_router, router.first_knot, router.size_weighted)
     queries = tokens(2, 6, 1, 32).view(2, 2, 3, 1, 32)
     index.search_attend(tokens(2, 6, 1, 32))
     placement = index._session_of(lists).backend_session._placement

@@ -68,7 +68,7 @@ class Walk(RuleBasedStateMachine):
         options["budget_shares"] = None if shares is None else shares[: self.h]
         self.index = small_index(self.d, self.e, 4, self.hq, self.h, backend=self.backend, selectivity=0.2, **options)
         if published:
-            self.index.query_router = random_router(self.h, 4, self.d, knots=-1, count_lists=False)
+            self.index.query_router = random_router(self.h, 4, self.d, knots=-1, size_weighted=False)
         self.model: list[list[tuple[int, torch.Tensor, torch.Tensor]]] = [[] for _ in range(b)]
         self.next = [0] * b
         self.seed = 0
@@ -226,7 +226,7 @@ class Walk(RuleBasedStateMachine):
             for i in range(self.b) for low, high in [(self.index.invlists.sinks(i), self.index.invlists.sealed(i))]
             for share in ([1.0] if self.index.budget_shares is None else self.index.budget_shares)
         )  # fmt: skip
-        if asked.tail and not asked.nprobe and not self.index.query_router.count_lists and not everything:
+        if asked.tail and not asked.nprobe and not self.index.query_router.size_weighted and not everything:
             return CompatibilityError
         return None
 

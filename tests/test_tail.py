@@ -80,8 +80,8 @@ def tails(draw: st.DrawFn) -> dict[str, Any]:
     b, h, _, nlist, _ = case["shape"]
     limits = [[draw(st.one_of(st.integers(0, 2 * nlist), st.sampled_from([0, 7 * nlist]))) for _ in range(h)] for _ in range(b)]
     means = [draw(st.integers(0, s)) for s in case["num_segments"]]
-    budget = replace(case["budget"], nprobe=0, entries=torch.tensor(limits, dtype=torch.int32), means=means)
-    return {**case, "budget": budget, "count_lists": True}
+    budget = replace(case["budget"], nprobe=0, mean_entries=torch.tensor(limits, dtype=torch.int32), means=means)
+    return {**case, "budget": budget, "size_weighted": True}
 
 
 @over_backends
@@ -112,7 +112,7 @@ def test_the_tail_is_the_best_of_what_is_not_read(name: str) -> None:
 
     def probe(rows: int, entries: int, means: int) -> tuple[list[int], list[int]]:
         one = [torch.tensor([[x]], dtype=torch.int32) for x in (rows, entries)]
-        found = backend(name).probe(z, a, knots, tables, [3], Budget(one[0], entries=one[1], means=[means]), True)
+        found = backend(name).probe(z, a, knots, tables, [3], Budget(one[0], mean_entries=one[1], means=[means]), True)
         assert found.tail is not None and found.tail_counts is not None and found.tail_counts.tolist() == [[found.tail.shape[2]]]
         return found.rows[0, 0].tolist(), found.tail[0, 0].tolist()
 
@@ -133,7 +133,7 @@ def test_the_tail_of_scores_that_are_no_numbers(name: str, bad: float, where: st
     {"one list": z[:, 0, :, 1], "every score": z, "the last knot": a[:, 0, 0, -1]}[where].fill_(bad)
     limits = [torch.full((1, 2), x, dtype=torch.int32) for x in (11, 6)]
     tables, knots = torch.from_numpy(tables_of(sizes, 2)), torch.linspace(0, 1, 8)[None]
-    budget = Budget(limits[0], entries=limits[1], means=[4], miss=torch.tensor([0.1, 0.0]))
+    budget = Budget(limits[0], mean_entries=limits[1], means=[4], unread_mass=torch.tensor([0.1, 0.0]))
     found = backend(name).probe(z, a, knots, tables, [8], budget, True)
     for head in range(2):
         rows = found.rows[0, head, : found.counts[0, head]]

@@ -228,7 +228,7 @@ def test_parameters() -> None:
         with pytest.raises(ParameterError, match=r"tail: expected an index with mean_run_tokens of 1 or more, got"):
             call()
     assert bare.tail == 0
-    index.query_router = random_router(2, 4, 32, knots=-1, count_lists=False)
+    index.query_router = random_router(2, 4, 32, knots=-1, size_weighted=False)
     with pytest.raises(CompatibilityError, match=r"tail: expected a query_router of mass per token, got the published"):
         index.search_attend(queries)
     index.nprobe = 2

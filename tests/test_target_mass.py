@@ -70,15 +70,15 @@ def test_probe_until_enough(name: str, case: dict[str, Any], data: st.DataObject
     z, a = (torch.zeros_like(z), 0 * a + a[:, :, :1, :1]) if ties else (2 * z, a)
     if m <= 2:
         case["knots"] = torch.zeros_like(case["knots"])
-    miss = [between(x, data.draw(st.floats(0, 1))) for x in left_unread(case, z, a)]
+    unread_mass = [between(x, data.draw(st.floats(0, 1))) for x in left_unread(case, z, a)]
     if data.draw(st.booleans()):
-        miss[0] = 0.0
-    budget = replace(case["budget"], nprobe=0, miss=torch.tensor(miss, dtype=torch.float32))
+        unread_mass[0] = 0.0
+    budget = replace(case["budget"], nprobe=0, unread_mass=torch.tensor(unread_mass, dtype=torch.float32))
     if data.draw(st.booleans()):
         budget = replace(budget, rows=torch.full((b, h), 10**6, dtype=torch.int32))
     if tail:
-        budget = replace(budget, entries=torch.full((b, h), 3, dtype=torch.int32), means=case["num_segments"])
-    check_probe(name, {**case, "budget": budget, "count_lists": True}, z, a)
+        budget = replace(budget, mean_entries=torch.full((b, h), 3, dtype=torch.int32), means=case["num_segments"])
+    check_probe(name, {**case, "budget": budget, "size_weighted": True}, z, a)
 
 
 @INDEXES
@@ -88,8 +88,8 @@ def test_runs_are_taken_until_little_is_left(name: str) -> None:
     z = torch.tensor([[[[0.0, np.log(3.0)]]]], dtype=torch.float32).expand(-1, -1, 2, -1).contiguous()  # 24 parts: 2 9 1 12
     a = torch.full((1, 1, 2, 1), float(np.log(9.0)))
 
-    def rows(miss: float, most: int = 99) -> list[int]:
-        budget = Budget(torch.tensor([[most]], dtype=torch.int32), miss=torch.tensor([miss]))
+    def rows(unread_mass: float, most: int = 99) -> list[int]:
+        budget = Budget(torch.tensor([[most]], dtype=torch.int32), unread_mass=torch.tensor([unread_mass]))
         return backend(name).probe(z, a, torch.zeros((1, 2)), tables, [2], budget, True).rows[0, 0].tolist()
 
     assert rows(0.91) == []
@@ -104,7 +104,7 @@ def test_a_head_that_looks_nowhere_else_reads_nothing(name: str) -> None:
     """Shares far below what single precision holds, or none at all: their attention is less than any that may stay unread."""
     tables = torch.from_numpy(tables_of(np.full((1, 3, 2, 4), 3), 0))
     a = torch.tensor([-200.0, -3e4, -torch.inf]).view(1, 3, 1, 1).contiguous()
-    budget = Budget(torch.full((1, 3), 9, dtype=torch.int32), miss=torch.tensor([1e-6, 1e-6, 1e-6]))
+    budget = Budget(torch.full((1, 3), 9, dtype=torch.int32), unread_mass=torch.tensor([1e-6, 1e-6, 1e-6]))
     found = backend(name).probe(torch.zeros((1, 3, 1, 4)), a, torch.zeros((1, 2)), tables, [2], budget, True)
     assert found.counts.tolist() == [[0, 0, 0]]
 
@@ -233,7 +233,7 @@ def test_routers_that_cannot_tell_refuse(name: str) -> None:
     index.add(tokens(1, 2, 100, 32), tokens(1, 2, 100, 32))
     others = {
         "a symmetric one": QueryRouter.symmetric(index.key_quantizer.centroids),
-        "the published classifier": random_router(2, 4, 32, knots=-1, count_lists=False),
+        "the published classifier": random_router(2, 4, 32, knots=-1, size_weighted=False),
     }
     for kind, router in others.items():
         index.query_router = router
@@ -251,14 +251,14 @@ def test_tables() -> None:
     for target in (0.5, 0.77, 0.9, 0.9995):
         assert torch.allclose(trusting.at(target), torch.full((2,), 1 - target), atol=1e-6)
     assert torch.allclose(trusting.at(0.2), torch.full((2,), 0.5)), "below the first entry, that one serves"
-    miss = torch.linspace(0.4, 0.01, len(TARGETS)).repeat(3, 1)
-    table = Calibration(miss)
-    assert torch.allclose(table.at(TARGETS[3]), miss[:, 3]) and float(table.at(1.0).max()) == 0
-    for bad in (miss.flip(1), miss + 1, -miss.flip(1), miss * torch.nan):
+    unread_mass = torch.linspace(0.4, 0.01, len(TARGETS)).repeat(3, 1)
+    table = Calibration(unread_mass)
+    assert torch.allclose(table.at(TARGETS[3]), unread_mass[:, 3]) and float(table.at(1.0).max()) == 0
+    for bad in (unread_mass.flip(1), unread_mass + 1, -unread_mass.flip(1), unread_mass * torch.nan):
         with pytest.raises(ParameterError, match="calibration: expected misses"):
             Calibration(bad)
     with pytest.raises(ShapeError, match="calibration: expected shape"):
-        Calibration(miss[:, 1:])
+        Calibration(unread_mass[:, 1:])
 
 
 def test_a_calibration_belongs_to_a_router() -> None:
@@ -310,7 +310,7 @@ def test_the_promise_holds_on_unseen_text() -> None:
         torch.cat([p[0] for p in held]), torch.cat([p[1] for p in held]),
         positions=np.stack([np.asarray(p[2]).reshape(-1) for p in held]),
     )  # fmt: skip
-    most = WORD * Calibration.trusting(1).miss + 1e-6
-    assert bool((index.calibration.miss <= most).all()), "never as much as the router's own word"
+    most = WORD * Calibration.trusting(1).unread_mass + 1e-6
+    assert bool((index.calibration.unread_mass <= most).all()), "never as much as the router's own word"
     kept, share = measured(range(20, 26))
     assert trusted < 0.8 <= kept and share < 0.8, (trusted, kept, share)

@@ -132,7 +132,7 @@ def test_loss_falls_and_is_reported(config: TrainingConfig) -> None:
     assert [(epoch, of) for epoch, of, _ in seen] == [(i + 1, 6) for i in range(6)]
     losses = [loss for _, _, loss in seen]
     assert losses[-1] < losses[0] and all(map(math.isfinite, losses))
-    assert (router.nlist, router.num_knots, router.count_lists) == (5, knots, config.count_lists)
+    assert (router.nlist, router.num_knots, router.size_weighted) == (5, knots, config.size_weighted)
     assert router.weights.hidden.shape[1] == config.hidden
 
 
@@ -243,7 +243,7 @@ def test_the_published_classifier_finds_it_by_nprobe() -> None:
     symmetric, _ = captured(index, fresh_keys, fresh_queries, SearchParametersIVF(nprobe=1))
     index.reset()
     index.train(keys, queries, positions=positions, config=TrainingConfig.published())
-    assert index.query_router.num_knots == 0 and not index.query_router.count_lists
+    assert index.query_router.num_knots == 0 and not index.query_router.size_weighted
     trained, newest = captured(index, fresh_keys, fresh_queries, SearchParametersIVF(nprobe=1))
     assert trained > 0.6 and trained > 2 * symmetric and trained > 2 * newest, (trained, symmetric, newest)
 

@@ -187,7 +187,7 @@ class CpuBackend(Backend):
         tables: Tensor,
         num_segments: Sequence[int],
         budget: Budget,
-        count_lists: bool,
+        size_weighted: bool,
     ) -> Probed:
         b, h, j, lists = z.shape
         m, segments = a.shape[3], tables.shape[2]
@@ -207,7 +207,7 @@ class CpuBackend(Backend):
             lists,
             m,
             segments,
-            count_lists,
+            size_weighted,
             budget.nprobe,
             places.used,
             places.budgets_at,
@@ -393,7 +393,7 @@ class CpuSession(Session):
             angles_of(routing.rope.before([0], 1), 1, d)
         centres = torch.from_numpy(place.centres)
         handle = self._cpu.make_search(
-            routing.router, routing.first_knot, routing.count_lists, plain("centres", centres, torch.float64, (b, segments)),
+            routing.router, routing.first_knot, routing.size_weighted, plain("centres", centres, torch.float64, (b, segments)),
             b, h, segments, budget.nprobe, places.tables_at, places.used, places.budgets_at, places.miss_at, places.entries_at,
             places.means, plain("keys", arena.keys, dtype, (b, h, capacity, d)),
             plain("values", arena.values, dtype, (b, h, capacity, e)), code_of("keys", arena.keys), capacity, e,

@@ -92,7 +92,7 @@ class ReferenceBackend(Backend):
         tables: Tensor,
         num_segments: Sequence[int],
         budget: Budget,
-        count_lists: bool,
+        size_weighted: bool,
     ) -> Probed:
         b, h = z.shape[:2]
         selected, tails = [], []
@@ -100,12 +100,12 @@ class ReferenceBackend(Backend):
             s = num_segments[i]
             for head in range(h):
                 args = _f64(z[i, head]), _f64(a[i, head]), _f64(knots[i, :s]), tables[i, head, :s].numpy().astype(np.int64)
-                miss = None if budget.miss is None else float(budget.miss[head])
-                rows = reference.probe(*args, int(budget.rows[i, head]), budget.nprobe, count_lists, miss)
+                unread_mass = None if budget.unread_mass is None else float(budget.unread_mass[head])
+                rows = reference.probe(*args, int(budget.rows[i, head]), budget.nprobe, size_weighted, unread_mass)
                 selected.append(rows)
-                if budget.entries is not None:
-                    tails.append(reference.tail(*args, rows, int(budget.entries[i, head]), budget.means[i]))
-        if budget.entries is None:
+                if budget.mean_entries is not None:
+                    tails.append(reference.tail(*args, rows, int(budget.mean_entries[i, head]), budget.means[i]))
+        if budget.mean_entries is None:
             return Probed(*_padded(selected, b, h))
         return Probed(*_padded(selected, b, h), *_padded(tails, b, h))
 

@@ -132,7 +132,7 @@ def run_weights(
         1, runs, torch.ones_like(runs, dtype=z.dtype)
     )
     scores = z[:, :, None, :].expand(h, g, len(segments), nlist)
-    if not router.count_lists:
+    if not router.size_weighted:
         return torch.softmax(z, -1).sum(1).gather(1, lists.long())
     if router.num_knots:
         lower = place.long().clamp(max=router.num_knots - 1)

@@ -195,11 +195,11 @@ class SearchSession:
         router, rope = layer.router, None if coarse else layer.rope
         if rope is not None and rope.is_dynamic:
             self.refuse_capture("a rope whose angles depend on the length")
-            return Routing(prepared, router.first_knot, router.count_lists, query_rotation(rope, self.lists, q))
+            return Routing(prepared, router.first_knot, router.size_weighted, query_rotation(rope, self.lists, q))
         kept = self._routing.get(coarse)
         if kept is None or kept.router is not prepared:
             turn = None if rope is None else rope.frequencies(self.lists.keys.device)
-            kept = self._routing[coarse] = Routing(prepared, router.first_knot, router.count_lists, turn)
+            kept = self._routing[coarse] = Routing(prepared, router.first_knot, router.size_weighted, turn)
         return kept
 
     def run(self, queries: Tensor, terms: Terms, routing: Routing, scale: float) -> tuple[Tensor, Tensor, Selection]:

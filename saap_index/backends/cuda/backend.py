@@ -136,23 +136,24 @@ class CudaBackend(TorchBackend):
         return z, a
 
     def probe(
-        self, z: Tensor, a: Tensor, knots: Tensor, tables: Tensor, num_segments: Sequence[int], budget: Budget, count_lists: bool,
+        self, z: Tensor, a: Tensor, knots: Tensor, tables: Tensor, num_segments: Sequence[int], budget: Budget,
+        size_weighted: bool,
     ) -> Probed:  # fmt: skip
         b, h, j, nlist = z.shape
         segments, m = tables.shape[2], a.shape[3] - 1
-        shape = gpu_select.SelectShape(b, h, j, nlist, segments, m, 0, budget.nprobe, count_lists)
+        shape = gpu_select.SelectShape(b, h, j, nlist, segments, m, 0, budget.nprobe, size_weighted)
         select = gpu_select.Select(self.runtime, shape, self.knobs.get("select"))
         # the kernel takes the logarithm of distances itself: segments are put where theirs are the knots, before position 1
         centres = -torch.exp2(knots)
-        means = budget.means if budget.entries is not None else [0] * b
+        means = budget.means if budget.mean_entries is not None else [0] * b
         meta = self._meta({SEGMENTS: num_segments, MEANS: means, NEXT: [1] * b})
         rows, counts = self._lists(budget.rows)
         tail = tail_counts = None
-        if budget.entries is not None:
-            tail, tail_counts = self._lists(budget.entries)
+        if budget.mean_entries is not None:
+            tail, tail_counts = self._lists(budget.mean_entries)
         floats = torch.empty(select.num_floats, dtype=torch.float32, device=self.device)
-        miss, entries = budget.miss, budget.entries
-        select.bind(z, a, tables, centres, meta, budget.rows, rows, counts, miss, entries, tail, tail_counts, floats)()
+        limits = budget.unread_mass, budget.mean_entries
+        select.bind(z, a, tables, centres, meta, budget.rows, rows, counts, *limits, tail, tail_counts, floats)()
         rows = columns_in_use(rows, counts)
         if tail is None or tail_counts is None:
             return Probed(rows, counts)
