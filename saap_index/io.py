@@ -98,7 +98,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "lengths": index.lengths,
         **({"gaps": [], "rotated": []} if lists is None else stretches(lists)),
         "pending": lists is not None and lists.pending is not None,
-    }  # fmt: skip
+    }
     tensors: dict[str, Tensor] = {}
     if index.key_quantizer is not None:
         tensors["centroids"] = index.key_quantizer.centroids
@@ -107,7 +107,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         config["router"] = {
             "units": router.weights.hidden.shape[1], "outputs": router.weights.bias_out.shape[1], "first_knot": router.first_knot,
             "count_lists": router.size_weighted, "list_dims": 0 if router.weights.lists is None else router.weights.leading,
-        }  # fmt: skip
+        }
         # cloned, for those of a symmetric router are the centroids, and a file shares no memory
         tensors.update({f"router.{name}": x.clone() for name, x in router.tensors().items()})
     if index.tower is not None:

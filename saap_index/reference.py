@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 def attend(
     queries: Array, keys: Array, values: Array, scale: float, visible: NDArray[np.bool_] | None = None,
     counts: Array | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """Softmax attention of queries (j, d) over keys (n, d), values (n, e); visible : bool (j, n) hides pairs.
 
     counts (n,) : the tokens that each key stands for (a run read through its means), default 1 each.
@@ -115,7 +115,7 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
 def route(
     x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int,
     lists: Array | None = None, list_scales: Array | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m + 1), the distance term at m knots and c.
 
     lists (l, k), list_scales (k,): the first k outputs, scaled, are compared with the lists instead of being z.

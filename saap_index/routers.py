@@ -194,7 +194,7 @@ def pack_layer(layer: TrainedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "model_rope": None if layer.model_rope is None else layer.model_rope.to_dict(), "scale": layer.scale,
         "first_knot": layer.router.first_knot, "count_lists": layer.router.size_weighted,
         "two_tower": layer.tower is not None,
-    }  # fmt: skip
+    }
     if layer.tower is None:
         arrays, weights = {"centroids": layer.quantizer.centroids}, layer.router.tensors()
     else:

@@ -43,7 +43,7 @@ def tokens(b: int, heads: int, n: int, d: int, dtype: torch.dtype = torch.float3
 def dense(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: np.ndarray | None = None,
     stand_for: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:
     """Float64 attention of queries (g, q, d) over the keys (n, d), values (n, e) of one KV head; hidden : bool (q, n);
     stand_for : (n,) tokens that a key stands for, default 1."""
     g, q, d = queries.shape

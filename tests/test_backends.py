@@ -111,7 +111,7 @@ def test_append(name: str, data: st.DataObject, b: int, h: int, n: int, d: int, 
 @over_backends
 @given(
     data=st.data(), h=st.integers(1, 3), n=st.integers(0, 70), start=st.integers(0, 5), d=DIMS, e=DIMS, dtype=DTYPES, seed=SEEDS
-)  # fmt: skip
+)
 def test_seal(name: str, data: st.DataObject, h: int, n: int, start: int, d: int, e: int, dtype: torch.dtype, seed: int) -> None:
     """Bit for bit, whatever the lists: few, many, one with everything, or a permutation (as when a segment is undone)."""
     g = generator(seed)
@@ -148,7 +148,7 @@ ROTATIONS = st.one_of(st.none(), st.tuples(st.sampled_from([1, 2, 4]), st.boolea
 @given(
     data=st.data(), h=st.integers(1, 3), n=st.one_of(st.integers(0, 40), st.sampled_from([255, 300])), nlist=st.integers(1, 70),
     d=DIMS, dtype=DTYPES, turn=ROTATIONS, seed=SEEDS,
-)  # fmt: skip
+)
 def test_assign(
     name: str, data: st.DataObject, h: int, n: int, nlist: int, d: int, dtype: torch.dtype, turn: Any, seed: int
 ) -> None:
@@ -199,12 +199,12 @@ def weights(h: int, u: int, d: int, nlist: int, knots: int, seed: int, dims: int
     b=st.integers(1, 3), h=st.integers(1, 3), g=GROUPS, q=st.integers(1, 8), d=DIMS, u=st.sampled_from([0, 1, 5, 64]),
     nlist=st.sampled_from([1, 3, 16, 65]), knots=st.integers(0, 9), dims=st.sampled_from([0, 0, 1, 20, 64]),
     narrow=st.booleans(), dtype=DTYPES, turn=ROTATIONS, seed=SEEDS,
-)  # fmt: skip
+)
 @settings(max_examples=90)
 def test_route(
     name: str, b: int, h: int, g: int, q: int, d: int, u: int, nlist: int, knots: int, dims: int, narrow: bool,
     dtype: torch.dtype, turn: Any, seed: int,
-) -> None:  # fmt: skip
+) -> None:
     router = weights(h, u, d, nlist, knots, seed, dims, narrow)
     queries = torch.randn((b, h, g, q, d), generator=generator(seed + 1)).to(dtype)
     angles = None if turn is None else rotation(b * q, d // 2 // turn[0], turn[1], turn[2], seed)
@@ -276,7 +276,7 @@ def probes(draw: st.DrawFn) -> dict[str, Any]:
         "knots": torch.from_numpy(r.uniform(0, max(0, m - 2), (b, most)).astype(np.float32)),
         "tables": torch.from_numpy(tables), "num_segments": num_segments, "size_weighted": draw(st.booleans()),
         "budget": Budget(torch.tensor(limits, dtype=torch.int32), nprobe), "shape": (b, h, j, nlist, m), "r": r,
-    }  # fmt: skip
+    }
 
 
 def check_probe(name: str, case: dict[str, Any], z: Tensor, a: Tensor) -> None:
@@ -284,7 +284,7 @@ def check_probe(name: str, case: dict[str, Any], z: Tensor, a: Tensor) -> None:
     got, want = (x.probe(z, a, *(case[x] for x in order)) for x in (backend(name), SPEC))
     for rows, counts, want_rows, want_counts in (
         (got.rows, got.counts, want.rows, want.counts), (got.tail, got.tail_counts, want.tail, want.tail_counts)
-    ):  # fmt: skip
+    ):
         assert (rows is None) == (counts is None) == (want_rows is None)
         if rows is not None:
             assert rows.dtype == counts.dtype == torch.int32 and torch.equal(counts, want_counts)
@@ -340,7 +340,7 @@ def test_probe_of_scores_that_are_no_numbers(name: str, bad: float, where: str, 
     part = {
         "one list": z[:, 0, :, 1], "one head": z[:, 0, 1], "every score": z, "a knot": a[:, 0, :, 0], "every knot": a,
         "the last knot": a[:, 0, 0, -1],
-    }[where]  # fmt: skip
+    }[where]
     part.fill_(bad)
     knots, tables, budget = torch.linspace(0, 1, 8)[None], torch.from_numpy(tables_of(sizes, 2)), 11
     limits = Budget(torch.full((1, 2), budget, dtype=torch.int32), nprobe)
@@ -379,7 +379,7 @@ def scans(draw: st.DrawFn) -> dict[str, Any]:
         "shape": (b, h, g, q), "capacity": max(lengths) + draw(st.integers(0, 5)), "causal": draw(st.booleans()),
         "rows": None if dense else torch.from_numpy(rows), "counts": None if dense else torch.from_numpy(counts),
         "sinks": sinks, "sealed": sealed, "lengths": lengths, "seed": draw(SEEDS),
-    }  # fmt: skip
+    }
 
 
 def torch_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, seen: Tensor, tokens: Tensor) -> Tensor:
@@ -454,7 +454,7 @@ def test_scan_in_every_dim(name: str, d: int, stored: torch.dtype) -> None:
     case = {
         "shape": (1, 1, 3, 2), "causal": True, "rows": torch.arange(2, 60, 3, dtype=torch.int32)[None, None],
         "counts": torch.tensor([[20]], dtype=torch.int32), "sinks": [2], "sealed": [60], "lengths": [75],
-    }  # fmt: skip
+    }
     rng = generator(d)
     queries = torch.randn((1, 1, 3, 2, d), generator=rng)
     keys, values = (torch.randn((1, 1, 80, w), generator=rng).to(stored) for w in (d, 264 - d))

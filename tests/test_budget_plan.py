@@ -26,7 +26,7 @@ def curves(seed: int, layers: int, heads: int, convex: bool) -> np.ndarray:
 @given(
     seed=SEEDS, layers=st.integers(1, 5), heads=st.integers(1, 4), convex=st.booleans(), average=st.floats(0.001, 1.0),
     least=st.floats(0, 1), most=st.sampled_from([1.0, 1.5, 3.0, np.inf]),
-)  # fmt: skip
+)
 def test_spends_the_total_and_stays_within_bounds(
     seed: int, layers: int, heads: int, convex: bool, average: float, least: float, most: float
 ) -> None:

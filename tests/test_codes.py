@@ -16,7 +16,7 @@ NAMES = {
     "kErrors": codes.FLAGS, "kMetaWords": codes.META, "kNotFinite": codes.NOT_FINITE, "kFull": codes.FULL,
     "kF32": codes.DTYPE_CODES[torch.float32], "kBF16": codes.DTYPE_CODES[torch.bfloat16],
     "kF16": codes.DTYPE_CODES[torch.float16],
-}  # fmt: skip
+}
 """Constants of the kernels."""
 
 

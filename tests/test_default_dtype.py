@@ -31,7 +31,7 @@ FACTORIES = {
     "arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "empty", "empty_permuted", "empty_strided",
     "eye", "full", "hamming_window", "hann_window", "kaiser_window", "linspace", "logspace", "normal", "ones", "rand", "randint",
     "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
-}  # fmt: skip
+}
 OF_DEFAULT_DTYPE = {"Tensor", "FloatTensor", "set_default_dtype", "set_default_device", "set_default_tensor_type"}
 PACKAGE, LAB = Path(saap_index.__file__).parent, Path(saap_lab.__file__).parent
 FILES = sorted([*PACKAGE.rglob("*.py"), *LAB.rglob("*.py")])

@@ -28,7 +28,7 @@ from saap_lab.smollm2 import model as demo_model
 from saap_lab.smollm2 import routers as demo_routers
 
 LINES = ["numpy", "torch>=2.5,<2.14", 'transformers>=5.0,<5.25; extra == "train"', 'transformers!=5.3; extra == "transformers"',
-         'cupy-cuda12x; extra == "cuda12"', 'pytest<1; extra == "test"']  # fmt: skip
+         'cupy-cuda12x; extra == "cuda12"', 'pytest<1; extra == "test"']
 HERE = {"numpy": "2.4.6", "torch": "2.13.0+cpu", "transformers": "5.23.0", "pytest": "9.2.0"}
 MODEL_ROWS = ("RoPE", "dense parity", "captured attention", "needles", "crossover", "model memory")
 
@@ -101,7 +101,7 @@ def test_the_table_and_the_exit_status() -> None:
     rows = [Finding("a", OK, "well"), Finding("long row", WARN, "so so", "do this", {"x": float("nan"), "y": [1, (2.0,)]})]
     assert status(rows) == 0 and table(rows) == [
         "ok      a         well", "warn    long row  so so", " " * 18 + "-> do this", "", "1 ok, 1 warn",
-    ]  # fmt: skip
+    ]
     rows.append(check("c", broken))
     assert status(rows) == 1 and rows[2].verdict == FAIL and "KeyError: 'x'" in rows[2].found
     assert json.loads(as_json(rows))["rows"][1]["figures"] == {"x": None, "y": [1, [2.0]]}

@@ -27,7 +27,7 @@ CLUSTER = 4
 def plant(
     number: int, blocks: int = 1, order: str | EmulatedRuntime = "fifo", guard: bool = True, cluster: int = 1,
     dependent: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """out and flags after planted.cu; the tensors end where memory does."""
     emulated = EmulatedRuntime(order, cuda=EMULATOR) if isinstance(order, str) else order
     hide = guarded if guard else torch.clone
@@ -119,7 +119,7 @@ def test_unfinished_copies_and_unwritten_memory_are_nan() -> None:
 MEETINGS = {
     200: "divergence", 201: "divergence|deadlock", 202: "lane.*returned", 203: "divergence", 204: "not in its own mask",
     205: "reads lane 20", 206: "no progress", 207: "divergence", 208: "divergence", 209: "divergence|deadlock",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -142,7 +142,7 @@ ADDRESSES = {
     304: "out of bounds", 305: "out of bounds: byte 1024 of 1024", 306: "undefined|out of bounds", 307: "undefined",
     308: "aligned", 309: "no access to address", 310: "none of the tensors", 311: "none of the tensors", 312: "undefined",
     313: "division", 314: "out of bounds",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("number", ADDRESSES)
@@ -156,7 +156,7 @@ CLUSTER_ADDRESSES = {
     322: r"out of bounds: byte 1024 of 1024 of the dynamic shared memory of block \(1, 0, 0\)",
     323: r"of_block: block \(1, 0, 0\) has returned", 324: GONE, 325: f"atomic: {GONE}",
     326: "which may not have started", 327: "atomic: byte 2 of the shared memory is not aligned to 4",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("number", CLUSTER_ADDRESSES)
@@ -182,7 +182,7 @@ def test_parameters_and_sizes_are_checked() -> None:
     for grid, block, shared, data, cluster in [
         ((1, 1, 1), 64, 64, np.zeros(3), 1), ((0, 1, 1), 64, 64, params, 1), ((1, 1, 1), 2048, 64, params, 1),
         ((1, 1, 1), 64, 1 << 20, params, 1), ((6, 1, 1), 64, 64, params, 4), ((16, 1, 1), 64, 64, params, 16),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(EmulationError):
             kernel.launch(grid, block, shared, data, cluster)  # type: ignore[arg-type]
 

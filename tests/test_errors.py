@@ -168,7 +168,7 @@ ADD = {
         lambda x: x.add_preassigned(K, V, nos(B, H, 5, fill=2**32)), ParameterError, ("list_nos", "4294967296"),
     ),
     "list_nos: device": Case(lambda x: x.add_preassigned(K, V, nos(B, H, 5).to("meta")), DeviceError, ("list_nos", "meta")),
-}  # fmt: skip
+}
 
 Q = queries()
 LISTS = nos(B, H, 2)
@@ -206,7 +206,7 @@ SEARCH = {
     "search: k = 1.0": Case(lambda x: x.search(Q, 1.0), ParameterError, ("k", "got 1.0")),
     "search: dtype": Case(lambda x: x.search(Q.numpy().astype(np.float64), 3), DTypeError, ("queries", "float64")),
     "select: q = 9": Case(lambda x: x.select(queries(q=9)), ShapeError, ("queries", "got 9")),
-}  # fmt: skip
+}
 
 CHANGE = {
     "truncate: beyond": Case(lambda x: x.truncate([72, 93]), LengthError, ("n", "92", "sequence 1", "93")),
@@ -279,7 +279,7 @@ CHANGE = {
         lambda x: setattr(x, "query_router", random_router(2, 4, 40)), CompatibilityError, ("query_router", "40"),
     ),
     "train with tokens": Case(lambda x: x.train(tokens(1, H, 99, D)), StateError, ("train", "empty", "164 tokens", "reset")),
-}  # fmt: skip
+}
 
 
 def quantizer(h: int = H, nlist: int = NLIST, d: int = D) -> KeyQuantizer:
@@ -435,7 +435,7 @@ CONSTRUCTOR = {
     "max_segment 0": ({"max_segment": 0}, ParameterError, ("max_segment", "got 0")),
     "backend": ({"backend": "fast"}, DeviceError, ("backend", "cpu", "'fast'")),
     "backend of another device": ({"backend": "cpu", "device": "meta"}, DeviceError, ("backend", "'cpu'", "'meta'")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("options, error, words", CONSTRUCTOR.values(), ids=CONSTRUCTOR.keys())
@@ -452,7 +452,7 @@ def test_constructor(options: dict[str, object], error: type[SaapError], words: 
     {"max_codes": -1}, {"max_codes": 1.0}, {"window": -1}, {"window": 2.0}, {"sinks": -1}, {"sinks": "1"},
     {"nprobe": 1, "target_mass": 0.5}, {"nprobe": 1, "tail": 0.5}, {"target_mass": 0.0}, {"target_mass": 1}, {"target_mass": "1"},
     {"tail": -0.1}, {"tail": 1.0}, {"tail": True},
-])  # fmt: skip
+])
 def test_search_parameters(options: dict[str, object]) -> None:
     with pytest.raises(ParameterError, match=r"expected .+, got ") as caught:
         SearchParametersIVF(**options)
@@ -463,7 +463,7 @@ def test_search_parameters(options: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("options", [
     {"niter": 0}, {"hidden": -1}, {"epochs": 0}, {"batch": 0}, {"batch": 2.5}, {"distance": True, "size_weighted": False},
-])  # fmt: skip
+])
 def test_training_config(options: dict[str, object]) -> None:
     with pytest.raises(ParameterError, match=r"expected .+, got ") as caught:
         TrainingConfig(**options)
@@ -474,7 +474,7 @@ def weights(**changes: torch.Tensor) -> RouterWeights:
     parts = {
         "hidden": torch.zeros(2, 5, D), "bias_hidden": torch.zeros(2, 5), "out": torch.zeros(2, 6, 5),
         "skip": torch.zeros(2, 6, D), "bias_out": torch.zeros(2, 6),
-    }  # fmt: skip
+    }
     return RouterWeights(**{**parts, **changes}, nlist=4)
 
 
@@ -494,7 +494,7 @@ def weights(**changes: torch.Tensor) -> RouterWeights:
     ({"lists": torch.zeros(2, 4, 4).double(), "list_scales": torch.zeros(2, 4)}, DTypeError, "lists"),
     ({"lists": torch.zeros(2, 4, 4), "list_scales": torch.zeros(2, 3)}, ShapeError, "list_scales"),
     ({"lists": torch.zeros(2, 4, 4)}, ShapeError, "lists, list_scales"),
-])  # fmt: skip
+])
 def test_router_weights(changes: dict[str, torch.Tensor], error: type[SaapError], word: str) -> None:
     with pytest.raises(error, match=rf"router {word}: expected .+, got "):
         QueryRouter(weights(**changes))
@@ -503,7 +503,7 @@ def test_router_weights(changes: dict[str, torch.Tensor], error: type[SaapError]
 @pytest.mark.parametrize("centroids, error", [
     (torch.zeros(4, D), ShapeError), (torch.zeros(2, 4, D).double(), DTypeError),
     (torch.full((2, 4, D), torch.nan), NotFiniteError),
-])  # fmt: skip
+])
 def test_centroids(centroids: torch.Tensor, error: type[SaapError]) -> None:
     with pytest.raises(error, match=r"centroids: expected .+, got "):
         KeyQuantizer(centroids)
@@ -529,7 +529,7 @@ TRAIN = {
         lambda x: x.train(X, XQ, positions=[50.5] * 6), DTypeError, ("positions", "integers", "float64"),
     ),
     "positions: all recent": Case(lambda x: x.train(X, XQ, positions=range(6)), LengthError, ("positions", "none among 99")),
-}  # fmt: skip
+}
 
 
 @each(TRAIN)
@@ -548,7 +548,7 @@ S = torch.ones(2, 8), torch.ones(2)
     ((S[0], S[1], torch.ones(2, 7), S[1]), ShapeError), ((*S, S[0], torch.ones(3)), ShapeError),
     ((*S, S[0].half(), S[1]), DTypeError), ((S[0], S[1].double(), *S), DTypeError), ((*S, S[0], S[1].double()), DTypeError),
     ((*S, S[0].to("meta"), S[1]), DeviceError), ((*S, S[0], S[1].to("meta")), DeviceError),
-])  # fmt: skip
+])
 def test_merge_states(args: tuple[torch.Tensor, ...], error: type[SaapError]) -> None:
     with pytest.raises(error, match=r"expected .+ got "):
         merge_states(*args)
@@ -575,7 +575,7 @@ def test_files(tmp_path: Path) -> None:
     (ValueError, [ShapeError, DeviceError, LayoutError, NotFiniteError, ParameterError, FormatError, CompatibilityError]),
     (TypeError, [DTypeError]), (RuntimeError, [NotTrainedError, StateError]), (IndexError, [LengthError]),
     (ImportError, [saap_index.MissingDependencyError]),
-])  # fmt: skip
+])
 def test_each_error_is_also_a_built_in(built_in: type[Exception], errors: list[type[SaapError]]) -> None:
     assert all(issubclass(error, built_in) and issubclass(error, SaapError) for error in errors)
 
@@ -591,7 +591,7 @@ def test_tokens_unlike_the_last_are_checked(seal: bool) -> None:
         (DTypeError, good, good.half()), (ShapeError, good[:1], good[:1]), (ShapeError, good, good[:, :, :, :-8]),
         (ShapeError, good, good.expand(2, -1, 2, -1)), (LayoutError, good, good.transpose(0, 3).contiguous().transpose(0, 3)),
         (NotFiniteError, good, good / 0), (DTypeError, good, None),
-    ]  # fmt: skip
+    ]
     for error, keys, values in wrong:
         with pytest.raises(error):
             index.add(keys, values, seal=seal)

@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, str]]
     "write_index": (faiss.write_index, saap_index.write_index, {}),
     "read_index": (faiss.read_index, saap_index.read_index, {}),
     "invlists.imbalance_factor": (faiss.InvertedLists.imbalance_factor, AsymmetricIndex.stats, {}),
-}  # fmt: skip
+}
 # GpuIndexIVFFlat.reserveMemory(numVecs) and reclaimMemory(): only in builds of FAISS with a GPU, so by name
 GPU_METHODS = {"reserveMemory": (AsymmetricIndex.reserve_memory, ["n"]), "reclaimMemory": (AsymmetricIndex.reclaim_memory, [])}
 ATTRIBUTES = ["d", "ntotal", "is_trained", "nlist", "nprobe", "max_codes", "invlists"]

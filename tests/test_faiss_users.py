@@ -101,7 +101,7 @@ def test_a_device_that_is_not_there(device: str) -> None:
 PARAMS = [
     {}, {"nprobe": 2}, {"selectivity": 1.0}, {"selectivity": 0.1, "max_codes": 7}, {"target_mass": 0.6}, {"tail": 0.4},
     {"selectivity": 0.2, "window": 60, "sinks": 9},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
@@ -137,11 +137,11 @@ def test_many_queries_are_as_many_searches(params: dict[str, float], backend: st
     b=st.integers(1, 2), h=st.integers(1, 2), g=st.integers(1, 67), q=st.integers(1, 3), d=st.sampled_from([8, 24, 64, 72]),
     n=st.integers(1, 60), k=st.integers(1, 70), stored=st.sampled_from(DTYPES), asked=st.sampled_from(DTYPES),
     whole=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+)
 def test_best_rows_of_the_kernels(
     isa: str, b: int, h: int, g: int, q: int, d: int, n: int, k: int, stored: torch.dtype, asked: torch.dtype, whole: bool,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     """Whole numbers, so that sums are exact and ties happen: of equal products the row that is read first."""
     r = np.random.default_rng(seed)
     keys = torch.from_numpy(r.integers(-2, 3, (b, h, n, d))).to(stored)

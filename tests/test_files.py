@@ -141,7 +141,7 @@ else:
 @pytest.mark.parametrize(("kind", "step"), [
     *(("file", step) for step in ("lock", "write", "fsync", "replace")),
     *(("folder", step) for step in ("lock", "write", "fsync", "second rename", "after swap")),
-])  # fmt: skip
+])
 def test_a_killed_writer(tmp_path: Path, kind: str, step: str) -> None:
     path = tmp_path / "target"
     if kind == "folder":
@@ -313,7 +313,7 @@ def test_everything_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("raw", [
     b"", b"{", b"\xff\xfe", b'{"a": 1e999}', b'{"a": NaN}', b'{"a": -Infinity}', b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000,
     b'{"a": "\xc3"}',
-])  # fmt: skip
+])
 def test_json_that_is_none(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "file").write_bytes(raw)
     with pytest.raises(FormatError, match="expected notes"):
@@ -333,11 +333,11 @@ def test_json(tmp_path: Path) -> None:
 WRITING = {
     "write_text", "write_bytes", "save_file", "savefig", "touch", "mkdir", "makedirs", "mkdtemp", "mkstemp", "rename", "rmtree",
     "symlink_to", "NamedTemporaryFile", "TemporaryDirectory", "tofile", "savez", "dump",
-}  # fmt: skip
+}
 MODULES = {("os", "replace"), ("np", "save"), ("torch", "save"), ("os", "remove"), ("os", "unlink"), ("shutil", "move")}
 INSIDE = {  # what is called in a function that files.py calls with a draft, or on work in progress that is taken away
     ("routers.py", "write_text"), ("hf/saving.py", "write_text"), ("plots.py", "savefig"), ("pipeline/train.py", "rmtree"),
-}  # fmt: skip
+}
 
 
 def writing_calls(path: Path) -> set[str]:

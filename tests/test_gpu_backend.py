@@ -39,7 +39,7 @@ def emu() -> Iterator[Place]:
 SEAM = {
     (test_backends, "append"): 30, (test_backends, "seal"): 20, (test_backends, "assign"): 15,
     (test_backends, "assign_breaks_ties_downwards"): 10, (test_tail, "means"): 20,
-}  # fmt: skip
+}
 
 
 @emulation
@@ -141,7 +141,7 @@ def test_launches_of_a_step_that_seals(emu: Place, batch: int) -> None:
         kinds.add(tuple(launched))
         assert [x for x in launched if x != "saap_means"] == [
             "saap_append", "saap_assign", "saap_rank", "saap_permute", "saap_permute", "saap_publish"
-        ] and launched.count("saap_means") <= 1  # fmt: skip
+        ] and launched.count("saap_means") <= 1
         more = [x for x in seen.names if x not in FREE]
         assert all(more.count(x) <= SEALING.get(x, 0) for x in set(more)), more
         assert seen.names.count("empty") == 2 and len(seen.names) <= 19
@@ -152,7 +152,7 @@ def test_launches_of_a_step_that_seals(emu: Place, batch: int) -> None:
 TAKEN_BACK = (
     "a step that seals", "sealed later", "more than there is room for", "after list numbers", "truncate", "remove",
     "truncate, some wait", "remove, some wait", "window",
-)  # fmt: skip
+)
 """Of `test_whole.CHANGES`."""
 
 
@@ -213,7 +213,7 @@ STEPS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (1, {}), "rope": (1, {"rope": Rope(head_dim=64, theta=100.0)}), "three tokens": (3, {"seal_tokens": 16}),
     "dense": (1, {"selectivity": 1.0}), "tail": (1, {"mean_run_tokens": 2, "tail": 0.4, "selectivity": 0.3}),
     "target mass": (2, {"target_mass": 0.8}), "shares": (1, {"budget_shares": [0.5, 1.5], "selectivity": 0.2}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -244,7 +244,7 @@ def test_a_step_makes_nothing_anew(emu: Place, name: str) -> None:
 OF_THE_CALLER = {
     "saap_append": {"keys", "values"}, "saap_route": {"queries"}, "saap_route_select": {"queries"},
     "saap_scan": {"queries", "out", "lse"},
-}  # fmt: skip
+}
 """Pointers to what a call brings, and takes."""
 
 
@@ -310,7 +310,7 @@ CASES = {
     "nprobe": Case(64, 64, 4, 2, BF16, BF16, 1, (), SearchParametersIVF(nprobe=2)),
     "budget shares": Case(64, 64, 4, 2, BF16, BF16, 1, (("budget_shares", [0.5, 1.5]), ("selectivity", 0.2))),
     "wider window": Case(64, 64, 4, 2, BF16, BF16, 1, (), SearchParametersIVF(selectivity=0.1, window=25, sinks=6)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -95,7 +95,7 @@ def append_to_meta(run: EmulatedRuntime, keys: Tensor, values: Tensor, *where: T
 @given(
     schedules, dtypes, dims, dims, st.sampled_from(LAYOUTS), st.integers(1, 3), st.integers(1, 3),
     st.integers(0, 8) | st.sampled_from([33, 70]), st.booleans(), st.data(),
-)  # fmt: skip
+)
 @settings(max_examples=40)
 def test_append(
     run: EmulatedRuntime,
@@ -188,12 +188,12 @@ def assert_nearest(got: Tensor, exact: np.ndarray, error: float) -> None:
     schedules, dtypes, dims, st.integers(1, 300), st.sampled_from([0, 1, 5, 64, 67, 130]), st.integers(1, 2),
     st.sampled_from(["none", "angles", "positions", "range"]), st.booleans(), st.sampled_from([1.0, 0.5, 0.125]),
     st.sampled_from([1.0, 1e-6, 5e3]), st.sampled_from(["plain", "odd"]), st.sampled_from(gpu_build.KEYS_PER_BLOCK), seeds,
-)  # fmt: skip
+)
 @settings(max_examples=40)
 def test_assign(
     run: EmulatedRuntime, dtype: torch.dtype, d: int, nlist: int, n: int, h: int, how: str, interleaved: bool, share: float,
     size: float, layout: str, rows: int, seed: int,
-) -> None:  # fmt: skip
+) -> None:
     rng = np.random.default_rng(seed)
     keys = random_rows((h, n, d), dtype, seed) * size
     rotated = 0 if how == "none" else max(2, int(d * share) // 2 * 2)
@@ -243,12 +243,12 @@ def test_assign_reads_many_lists_and_finds_the_first_of_equals() -> None:
     schedules, dtypes, st.sampled_from([40, 64, 128]), st.integers(1, 200), st.integers(1, 2), st.booleans(), st.booleans(),
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.sampled_from([1, 5, 64, 67, 130])), min_size=1, max_size=4),
     seeds,
-)  # fmt: skip
+)
 @settings(max_examples=15)
 def test_assign_of_stretches_is_assign_of_each(
     run: EmulatedRuntime, dtype: torch.dtype, d: int, nlist: int, h: int, turned: bool, gaps: bool,
     stretches: list[tuple[int, int, int]], seed: int,
-) -> None:  # fmt: skip
+) -> None:
     rng = np.random.default_rng(seed)
     keys, centroids = random_rows((3, h, 170, d), dtype, seed), random_rows((h, nlist, d), torch.float32, seed + 1)
     packed, total = gpu_build.pack_centroids(centroids), sum(n for _, _, n in stretches)
@@ -362,7 +362,7 @@ def workspace(arena: gpu_seal.Arena, jobs: list[gpu_seal.Job], generous: float, 
 @given(
     schedules, dtypes, dims, dims, st.integers(1, 3), st.integers(1, 300) | st.just(6000),
     st.sampled_from([0, 1, 31, 64, 200, 700]), st.sampled_from(KINDS), st.sampled_from([0.0, 0.6, 1.0]), seeds,
-)  # fmt: skip
+)
 @settings(max_examples=30)
 def test_seal(
     run: EmulatedRuntime, dtype: torch.dtype, d: int, e: int, h: int, nlist: int, n: int, kind: str, generous: float, seed: int
@@ -380,7 +380,7 @@ def test_seal(
 @given(
     schedules, dtypes, st.integers(1, 3), st.integers(1, 70),
     st.lists(st.sampled_from([0, 1, 7, 32, 100, 260]), min_size=1, max_size=5), st.sampled_from([0.0, 0.5, 1.0]), seeds,
-)  # fmt: skip
+)
 @settings(max_examples=20)
 def test_seal_of_many_segments(
     run: EmulatedRuntime, dtype: torch.dtype, h: int, nlist: int, lengths: list[int], generous: float, seed: int
@@ -422,12 +422,12 @@ def changes(draw: st.DrawFn) -> Spans:
 @given(
     schedules, dtypes, st.integers(1, 2), st.integers(1, 70), st.lists(changes(), min_size=1, max_size=3),
     st.sampled_from(["assigned", "given", "both"]), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]), seeds,
-)  # fmt: skip
+)
 @settings(max_examples=40)
 def test_seal_of_a_batch(
     run: EmulatedRuntime, dtype: torch.dtype, h: int, nlist: int, spans: list[Spans], lists: str, gaps: bool, generous: float,
     seed: int,
-) -> None:  # fmt: skip
+) -> None:
     """Sequences that seal other segments with other merges, at once: each as if sorted anew, lists of old rows from tables."""
     rng, d, e = np.random.default_rng(seed), 32, 40
     capacity = max(want[-1][1] for _, want, _ in spans) + 3

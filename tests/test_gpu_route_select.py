@@ -102,7 +102,7 @@ def inputs(case: Case) -> Inputs:
         RouterWeights(*weights, case.nlist), queries.to(case.dtype), make_tables(rng, case.tables, (b, h, s, case.nlist)),
         centres.astype(np.float32), meta, budgets,
         None if case.unread_mass is None else np.array(case.unread_mass, np.float32), turn,
-    )  # fmt: skip
+    )
 
 
 def run(
@@ -183,7 +183,7 @@ def cases(draw: st.DrawFn) -> Case:
         tables=draw(st.sampled_from(["plain", "sparse", "one list", "nothing"])),
         kind="plain" if exact else draw(st.sampled_from(["plain", "far", "nan"])),
         unread_mass=draw(st.sampled_from([None, None, (0.3, 0.02), (0.0, 5.0), (1e-4, -1.0)])),
-    )  # fmt: skip
+    )
 
 
 @given(case=cases(), schedule=st.sampled_from(SCHEDULES), early=st.booleans())

@@ -105,7 +105,7 @@ class FakeCupy(SimpleNamespace):
                 CUDARuntimeError=DriverError, driverGetVersion=lambda: driver, runtimeGetVersion=lambda: built,
                 getDeviceCount=count, deviceGetAttribute=lambda attribute, index: {97: 232448}[attribute],
             )
-        )  # fmt: skip
+        )
 
     def RawModule(self, **options: Any) -> Any:
         self.modules.append(options)
@@ -130,7 +130,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
             "get_device_properties": lambda device: SimpleNamespace(name="fake", multi_processor_count=132),
             "current_stream": lambda device: SimpleNamespace(cuda_stream=next(streams)),
             "device": lambda device: contextlib.nullcontext(), "is_current_stream_capturing": lambda: False,
-        }  # fmt: skip
+        }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         # builds of torch with CUDA have this shorter way, which needs a driver
@@ -278,7 +278,7 @@ def test_launches_by_cupy(with_cuda: Any, no_driver: None) -> None:
     (module,) = cupy.modules
     assert module == {
         "code": gpu_source.source("append.cu"), "options": ("-std=c++17", "-DA=1", "-DB=2"), "backend": "nvrtc",
-    }  # fmt: skip
+    }
     assert cupy.kernel.max_dynamic_shared_size_bytes == 232448
     grids, blocks, data, shared, streams = zip(*cupy.kernel.kernel.launches, strict=True)
     assert set(grids) == {(4, 2, 1)} and set(blocks) == {(96,)} and set(shared) == {1024} and streams == (100, 101, 102)

@@ -62,7 +62,7 @@ class DeviceWalk(Walk):
         break_even=st.sampled_from([0, 30]), published=st.sampled_from([False, False, True]), means=st.sampled_from([0, 1, 3]),
         tail=st.sampled_from([0.0, 0.4]), shares=st.sampled_from([None, (0.2, 1.5, 9.0)]),
         target_mass=st.sampled_from([None, None, 0.8]),
-    )  # fmt: skip
+    )
     def start(self, **options: Any) -> None:
         Walk.start(self, dims=(40, 64), **options)
         self.index = Ferry(self.index.to(self.place.device)) if self.place.real else self.index
@@ -140,6 +140,6 @@ class CudaWalk(DeviceWalk):
 @pytest.mark.parametrize("walk, examples", [
     pytest.param(EmulatedWalk, 10, marks=emulation), pytest.param(FerriedWalk, 5, marks=emulation),
     pytest.param(CudaWalk, 30, marks=gpu),
-])  # fmt: skip
+])
 def test_walk(walk: type[DeviceWalk], examples: int) -> None:
     run_state_machine_as_test(walk, settings=settings(max_examples=examples, stateful_step_count=20))

@@ -66,7 +66,7 @@ def test_figures_are_those_of_dense_attention(dtype: torch.dtype, g: int, q: int
     rough = {} if dtype == torch.float32 else {"rel": 0.02}
     for got, want in (
         (found.total, totals), (found.outside, outsides), (found.read, reads), (found.error, errors),
-    ):  # fmt: skip
+    ):
         assert got == pytest.approx(float(torch.stack(want).mean()), **(rough or {"rel": 1e-4, "abs": 1e-6}))
 
 

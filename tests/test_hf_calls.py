@@ -84,7 +84,7 @@ CALLS = {
     "positions that skip": skipping, "a mask of numbers": numbers, "a tree": tree, "another batch size": other_batch,
     "NaN in the first layer": nan_in_layer(0), "NaN in a later layer": nan_in_layer(1), "dropout": dropout_in_layer_1,
     "no memory": interrupted,
-}  # fmt: skip
+}
 MODELS: dict[str, tuple[str, list[int], int, dict[str, Any]]] = {
     "one length": ("llama", [0, 0], 100, {}),
     "lengths differ": ("llama", [0, 30], 100, {}),
@@ -281,7 +281,7 @@ def test_the_first_slots_say_nothing_of_what_is_counted() -> None:
     places = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
     cache = saap.SaapCache(model)
     got = [model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], position_ids=places[:, t : t + 1], **{CACHE: cache}).logits
-           for t in range(80)]  # fmt: skip
+           for t in range(80)]
     with detached(model):
         want = model(ids, attention_mask=mask, position_ids=places).logits
     torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], want[mask.bool()], atol=2e-3, rtol=1e-3)

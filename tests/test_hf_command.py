@@ -116,7 +116,7 @@ def test_layers_that_training_would_leave_dense(files: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("arguments", [
     ["--prompt", "a", "--dense-layers", "x"], [], ["--prompt", "a", "--load", "b"],
     ["--prompt", "a", "--compare", "--temperature", 1],
-])  # fmt: skip
+])
 def test_flags_that_do_not_go_along(files: Path, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert command(files, *arguments) == 1
     assert "saap generate: error: --" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_on_the_cuda_backend(name: str) -> None:
     twice = prompt(1, 50).repeat(1, 2)
     uses: list[tuple[Any, dict[str, Any]]] = [
         (prompt(2), {}), (left_padded(prompt(2), [0, 30]), {"num_beams": 2}), (twice, {"prompt_lookup_num_tokens": 3}),
-    ]  # fmt: skip
+    ]
     for given, how in uses:
         inputs = given if isinstance(given, dict) else {"input_ids": given, "attention_mask": torch.ones_like(given)}
         inputs = {name: x.to(place.device) for name, x in inputs.items()}

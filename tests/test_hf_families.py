@@ -19,7 +19,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "pad_token_id": 0, "eos_token_id": None,
     "bos_token_id": 1, "num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "n_routed_experts": 2,
     "moe_intermediate_size": 32, "initializer_range": 0.2,
-}  # fmt: skip
+}
 MOST_PARAMETERS = 5_000_000
 GROUPED = ("num_key_value_heads", "head_dim")
 SERVED = {"llama", "qwen2", "qwen3", "mixtral", "phi3", "persimmon", "gemma", "olmo2"}

@@ -226,7 +226,7 @@ def test_a_decoder_inside_a_larger_model() -> None:
     vision = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 14,
-    }  # fmt: skip
+    }
     tokens = {"image_token_index": 209, "boi_token_index": 207, "eoi_token_index": 208, "mm_tokens_per_image": 4}
     torch.manual_seed(0)
     model = transformers.Gemma3ForConditionalGeneration(

@@ -31,7 +31,7 @@ def test_attention_that_is_not_a_plain_softmax() -> None:
     sinks = transformers.GptOssConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
-    )  # fmt: skip
+    )
     refused(transformers.GptOssForCausalLM(sinks), saap.CompatibilityError, "attention sinks in layer 0")
 
 

@@ -20,7 +20,7 @@ from saap_index.routing.rotations import query_rotation
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [1.5 + i / 4 for i in range(8)],
     "original_max_position_embeddings": 120,
-}  # fmt: skip
+}
 LENGTHS = {"max_position_embeddings": 480, "original_max_position_embeddings": 120}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),

@@ -287,7 +287,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     for name, other in (
         ("keys", tensors["keys"][:, :, :50].clone()), ("keys", tensors["keys"].double()), ("ids", tensors["ids"].long()),
         ("tables", tensors["tables"][:, :, :1].clone()), ("gaps", torch.zeros((3, 2), dtype=torch.int64)),
-    ):  # fmt: skip
+    ):
         save_file({**tensors, name: other}, layer)
         refuses("layer 1: expected|dtype: expected")
     save_file({name: x for name, x in tensors.items() if name != "values"}, layer)
@@ -297,7 +297,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
         {"version": 2}, {"version": 4}, {"format": "other"}, {"layers": about["layers"][:2]}, {"layers": None},
         {"layers": [{**about["layers"][0], "lengths": [10**6, 5]}, *about["layers"][1:]]},
         {"layers": [{**about["layers"][0], "lengths": [-1, 5]}, *about["layers"][1:]]},
-    ):  # fmt: skip
+    ):
         (folder / "cache.json").write_text(json.dumps({**about, **change}))
         refuses(".")
     (folder / "cache.json").write_text("{")

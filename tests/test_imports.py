@@ -165,7 +165,7 @@ def test_every_wing_is_there() -> None:
     ("saap_index.routing.router", "def f():\n    from ..hf import attach", "saap_index.hf"),
     ("saap_index.search.params", "import transformers", "transformers"),
     ("saap_index.hf.plan", "import cupy", "cupy"),
-])  # fmt: skip
+])
 def test_a_planted_import_is_seen(module: str, line: str, fault: str) -> None:
     assert any(fault in x for x in faults(module, f"{MODULES[module].read_text()}\n{line}\n"))
 

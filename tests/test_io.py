@@ -40,7 +40,7 @@ ROPES = {
         head_dim=D, scaling="longrope", original_max_position=32, attention_factor=1.1, short_factor=(1.0,) * 16,
         long_factor=tuple(1.0 + i / 7 for i in range(16)),
     ),
-}  # fmt: skip
+}
 
 
 def filled(b: int = 2, n: int = 90, lengths: list[int] | None = None, **options: Any) -> AsymmetricIndex:
@@ -131,7 +131,7 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
     names = (
         "d", "d_v", "nlist", "num_heads", "num_kv_heads", "scale", "dtype", "rope", "layout", "nprobe", "selectivity",
         "max_codes", "lengths", "is_trained", "target_mass", "tail",
-    )  # fmt: skip
+    )
     found = {name: getattr(index, name) for name in names}
     if index.key_quantizer is not None:
         found["centroids"] = raw(index.key_quantizer.centroids)
@@ -149,7 +149,7 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
             lists.segments[i], lists.gaps[i].array().tolist(), raw(lists.keys[i, :, :n]), raw(lists.values[i, :, :n]),
             lists.row_ids(i).tolist(), lists.tables[i, :, :count].tolist(),
             None if lists.pending is None else lists.pending[i, :, sealed:n].tolist(),
-        )  # fmt: skip
+        )
     return found
 
 
@@ -282,7 +282,7 @@ def test_a_stretch_overwritten_or_taken_out_or_put_in(good: Path, tmp_path: Path
     changed = {
         "over": whole[:at] + noise + whole[at + len(noise) :], "out": whole[:at] + whole[at + len(noise) :],
         "in": whole[:at] + noise + whole[at:],
-    }[data.draw(st.sampled_from(["over", "out", "in"]))]  # fmt: skip
+    }[data.draw(st.sampled_from(["over", "out", "in"]))]
     if changed != whole:
         refuse(changed, tmp_path / "changed")
 
@@ -509,13 +509,13 @@ def test_no_file_makes_the_reader_allocate_much(good: Path, tmp_path: Path) -> N
             c["index"].update(seal_tokens=1, max_segment=1),
         ),
         "deeply nested": CONFIGS["deeply nested"],
-    }  # fmt: skip
+    }
     for name, change in huge.items():
         forge(good, add(name), change)
     done = subprocess.run(
         [sys.executable, "-c", READ_ALL, str(good), *map(str, paths)], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY, "only the child was limited"
 

@@ -22,7 +22,7 @@ def model():
     config = LlamaConfig(
         vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -53,7 +53,7 @@ def methods(prompt, share: float) -> list[Method]:
     return [
         Dense(), TopK(share, **options), *(Selected(name, share, **options) for name in names),
         Saap("saap", indexes(prompt), share), Saap("published", indexes(prompt, nprobe=2), share),
-    ]  # fmt: skip
+    ]
 
 
 def test_prompt_is_what_the_model_saw(model, tokens, prompt) -> None:

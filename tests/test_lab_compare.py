@@ -69,7 +69,7 @@ def task():
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.2,
-    )  # fmt: skip
+    )
     g = torch.Generator().manual_seed(1)
     sequences = [(f"t{i}", torch.randint(0, VOCABULARY, (N,), generator=g).tolist()) for i in range(3)]
     model = LlamaForCausalLM(config).eval()
@@ -134,7 +134,7 @@ def test_needles_are_asked_with_the_layers_compared_replaced_alone(task, tmp_pat
 @pytest.mark.parametrize(("more", "message"), [
     (["--budgets", "5"], "budgets: expected shares in (0, 1], as 0.05 for 5 %, got 5.0"),
     (["--methods", "saap,magic"], "methods: expected some of dense, "), (["--routers", "absent"], "absent"),
-])  # fmt: skip
+])
 def test_what_cannot_be_is_said_before_anything_is_read(tmp_path, capsys, monkeypatch, more: list[str], message: str) -> None:
     for name in ("read_texts", "models.load_model"):
         monkeypatch.setattr(f"saap_lab.compare.{name}", lambda *args, **kwargs: pytest.fail("nothing is read"))
@@ -186,7 +186,7 @@ def test_drawings_are_well_formed_and_skip_what_is_not_there() -> None:
     for text in (
         svg.curves(lines, "x & y", "z", band=("a<b", "c")), svg.curves(lines, "x", "z", log_y=True),
         svg.heat_map({"a<b": {0: 12.0, 2: 99.0}}, [0, 1, 2], "%"), svg.strips([0.1, 0.9], {"a": [0.0, 1.0]}, {}, 64),
-    ):  # fmt: skip
+    ):
         ElementTree.fromstring(text)
     assert svg.curves([], "x", "y") == "" and svg.curves([svg.Curve("a", [(0.0, 1.0)], "#111")], "x", "y") == ""
 

@@ -94,7 +94,7 @@ def test_a_prompts_last_queries_are_shown() -> None:
     config = LlamaConfig(
         vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         initializer_range=0.3,  # attention of a model that was not trained is even otherwise
-    )  # fmt: skip
+    )
     model, tokens = LlamaForCausalLM(config).eval(), torch.randint(0, 99, (120,)).tolist()
     prompt = replace.read_prompt(model, tokens, None, torch.arange(80, 120, 8), 6, 60)
     every = replace.read_prompt(model, tokens, None, torch.arange(60, 120)).queries

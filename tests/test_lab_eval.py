@@ -97,7 +97,7 @@ def model() -> Any:
 def routers(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Routers:
     rng, settings = np.random.default_rng(0), TrainSettings(
         tokens=1024, context=512, held_out=1, queries=32, nlist=8, window=32,
-    )  # fmt: skip
+    )
     sequences = [(f"kind:{i}", rng.integers(3, VOCABULARY, 512).tolist()) for i in range(settings.sequences)]
     out = tmp_path_factory.mktemp("trained")
     train_model(LoadedModel(model, None, "tiny", "0"), sequences, settings, out)
@@ -108,12 +108,12 @@ def make_task(
     model: Any, routers: Routers, methods: tuple[str, ...] = ("saap", "dense", "topk_group", "ivf", "recent", "random"),
     budgets: tuple[float, ...] = (0.1, 0.3), masses: tuple[float, ...] = (0.5,), identity: str = "tiny",
     sequences: Any = None, **changes: Any,
-) -> Task:  # fmt: skip
+) -> Task:
     rng = np.random.default_rng(5)
     given = sequences or [(f"t{i}", rng.integers(3, VOCABULARY, LENGTH).tolist()) for i in range(2)]
     options: dict[str, Any] = {
         "continuation": 16, "queries": 4, "lengths": (LENGTH,), "depths": (0.5,), "filler": "some words and others " * 60,
-    }  # fmt: skip
+    }
     trained = TrainedMethods(routers, methods, budgets, masses)
     return router_task(model, Letters(), identity, trained, given, **{**options, **changes})
 
@@ -149,7 +149,7 @@ def test_everything_is_measured_and_reported(folder: Path) -> None:
     assert pictures == {
         "mass_all", "mass_late", "kl", "error_all", "layers_0.1", "layers_0.25", "layers_0.3", "needles_passkey",
         "needles_multi-key",
-    }  # fmt: skip
+    }
 
 
 def test_bytes_are_equal(folder: Path) -> None:
@@ -226,7 +226,7 @@ def test_what_cannot_be_measured_is_named(model: Any, routers: Routers, tmp_path
         ({"layers": (7,)}, ParameterError, "layers"), ({"continuation": 1}, ParameterError, "continuation"),
         ({"continuation": 300}, LengthError, "length"), ({"lengths": (40,)}, LengthError, "needle-lengths"),
         ({"model": tiny("llama")}, CompatibilityError, "num_hidden_layers"), ({"filler": "x"}, ParameterError, "filler"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=name):
             task = make_task(changes.get("model", model), routers, **{k: v for k, v in changes.items() if k != "model"})
             compare(task, tmp_path / "out")
@@ -247,7 +247,7 @@ def test_a_model_of_which_some_layers_are_indexed(tmp_path: Path) -> None:
 def test_the_published_classifier(model: Any, tmp_path: Path) -> None:
     rng, settings = np.random.default_rng(0), TrainSettings(
         router="mlp", partition="pre-rope", tokens=1024, context=512, held_out=1, queries=32, nlist=8, window=32,
-    )  # fmt: skip
+    )
     sequences = [(f"kind:{i}", rng.integers(3, VOCABULARY, 512).tolist()) for i in range(settings.sequences)]
     train_model(LoadedModel(model, None, "tiny", "0"), sequences, settings, tmp_path / "mlp")
     trained = load_routers(tmp_path / "mlp")
@@ -267,7 +267,7 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
         "eval", "--model", tmp_path / "tiny", "--routers", tmp_path / "routers", "--text", tmp_path / "a.txt", "--out",
         tmp_path / "out", "--sequences", 2, "--length", 400, "--continuation", 8, "--queries", 4, "--budgets", "0.2", "--depths",
         "0.5", "--needle-lengths", "300", "--methods", "saap,recent", "--threads", 2,
-    ]  # fmt: skip
+    ]
     given = [str(x) for x in arguments]
     assert cli.main(given) == 0
     out, err = capsys.readouterr()
@@ -283,7 +283,7 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
     (["--methods", "saap,magic"], "methods: expected some of saap, "), (["--tasks", "all"], "tasks: expected some of layers"),
     (["--layers", "99"], "layers: expected some of"), (["--depths", "50"], "depths: expected places in [0, 1]"),
     (["--target-mass", "90"], "target-mass: expected"),
-])  # fmt: skip
+])
 def test_what_cannot_be_is_said_before_anything_is_read(
     routers: Routers, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any, more: list[str], message: str
 ) -> None:

@@ -29,7 +29,7 @@ def model():
     config = LlamaConfig(
         vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=2048, initializer_range=0.2,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config).eval()
 
 

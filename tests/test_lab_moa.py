@@ -25,7 +25,7 @@ def model():
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         initializer_range=0.3,
-    )  # fmt: skip
+    )
     found = LlamaForCausalLM(config).eval()
     norm = torch.nn.RMSNorm(32, 1e-6)  # the model's own computes in float32 always, too coarse for finite differences
     found.model.norm = norm

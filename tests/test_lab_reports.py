@@ -28,17 +28,17 @@ def records(sequences: int = 2, replaced: int = 2, methods: tuple[str, ...] = tu
             for layer in (0, 3):
                 found[f"layer/{i}/{layer}/{method}/0.05"] = {
                     "captured": CAPTURED[method][i], "outside": 1.0, "error": 0.1, "total_per_head": [0.9], **reads,
-                }  # fmt: skip
+                }
             found[f"text/{i}/{method}/0.05"] = {
                 "kl": 0.1 + i, "top1": 0.9, "log_perplexity_ratio": 0.0, "seconds_per_token": 0.1,
                 "per_layer": {str(n): 9.0 for n in range(replaced)}, **reads,
-            }  # fmt: skip
+            }
     return found
 
 
 @pytest.mark.parametrize(("replaced", "said"), [
     (2, "2 of 4 layers replaced, the others as the model has them"), (4, "every layer replaced (4)"),
-])  # fmt: skip
+])
 def test_how_many_layers_were_replaced(replaced: int, said: str) -> None:
     rows = records(replaced=replaced)
     text, html = report.as_text(rows, 4), page.html(rows, "t", KINDS, 4, [], 16)
@@ -68,7 +68,7 @@ def test_each_index_has_a_verdict_of_its_own() -> None:
             "saap captures more than 2 of the 2 methods that can be deployed; the nearest, ivf, by 2.5 ± 10.6 points.",
             "saap-own captures more than 2 of the 2 methods that can be deployed; the nearest, ivf, by 5.0 ± 0.0 points.",
         )
-    ]  # fmt: skip
+    ]
     alone = "\n".join(page_tables.verdict(records(1), KINDS, [3]))
     assert "saap captures more than 1 of the 2 methods that can be deployed, not more than ivf (5.0 points)." in alone
     assert "saap-own captures more than 2" in alone and "±" not in alone
@@ -204,7 +204,7 @@ def test_the_comparison_in_the_documents_is_that_of_the_results() -> None:
         "CORM": "corm", "SAAP as published": "published", "SparseK, scorer on a frozen model": "sparsek",
         "recent window": "recent", "MoA": "moa", "Loki": "loki", "SCFA": "scfa",
         "exact best tokens per KV head (bound)": "topk_group",
-    }  # fmt: skip
+    }
     table = text[text.index("| | 2 % of the bytes |") :]
     for title, method in names.items():
         cells = [x.strip(" *") for x in re.search(rf"^\| {re.escape(title)} \|(.*)\|$", table, re.MULTILINE)[1].split("|")]  # type: ignore[index]

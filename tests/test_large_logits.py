@@ -33,7 +33,7 @@ def test_equal_logits_of_any_size(backend: str, size: float, sign: int) -> None:
 @settings(max_examples=40)
 @given(
     a=LSE, b=st.one_of(st.none(), st.floats(-20, 20, width=32), LSE), near=st.booleans(),
-)  # fmt: skip
+)
 def test_states_merge_at_any_size(backend: str, a: float, b: float | None, near: bool) -> None:
     lse_a = torch.tensor([a], dtype=torch.float32)
     lse_b = torch.tensor([-np.inf if b is None else (a + b if near else b)], dtype=torch.float32)

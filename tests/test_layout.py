@@ -14,7 +14,7 @@ from saap_index.invlists.layout import FANOUT, MAX_QUERY_TOKENS, MAX_SEAL_TOKENS
 LAYOUTS = st.builds(
     Layout, sinks=st.integers(0, 50), window=st.integers(0, 600), seal_tokens=st.one_of(st.just(0), st.integers(1, 300)),
     max_segment=st.one_of(st.integers(1, 3000), st.integers(1, 30_000)), break_even=st.one_of(st.just(0), st.integers(0, 4000)),
-)  # fmt: skip
+)
 LENGTHS = st.one_of(st.integers(0, 3000), st.integers(0, 100_000))
 
 
@@ -65,7 +65,7 @@ def test_growing_one_by_one_merges_few_tokens_at_a_time(layout: Layout, length: 
     assert layout.num_blocks(length + 1) - layout.num_blocks(length) in (0, 1)
     assert max((stop for _, stop in new), default=layout.sinks) - max((stop for _, stop in old), default=layout.sinks) in (
         0, layout.block,
-    )  # fmt: skip
+    )
 
 
 @given(LAYOUTS, LENGTHS)

@@ -181,7 +181,7 @@ VALUES = mutants({
         "rotated the other way": ("y[i] * cosine - x[i] * sine", "y[i] * cosine + x[i] * sine"),
         "hidden units not waited for": ("if (kU > 0) __syncthreads();", ""),
     },
-})  # fmt: skip
+})
 RACES = mutants({
     ("scan_body.cuh", check_scan): {
         "lanes do not wait for each other's copies": ("wait<kStages - 1>();\n      __syncwarp();", "wait<kStages - 1>();"),
@@ -200,7 +200,7 @@ RACES = mutants({
         "tallied before it is clear": ("clear();\n    __syncthreads();\n    find_unread", "clear();\n    find_unread"),
     },
     ("route.cu", check_route): {"rows overwritten early": ("if (first > 0) __syncthreads();", "")},
-})  # fmt: skip
+})
 
 
 @contextmanager

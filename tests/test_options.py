@@ -44,7 +44,7 @@ def test_they_are_frozen() -> None:
     ("target_mass", None, params(selectivity=0.1, target_mass=0.9), params(selectivity=0.1)),
     ("tail", 0.2, params(selectivity=0.1, max_codes=7), params(selectivity=0.1, max_codes=7, tail=0.2)),
     ("max_codes", 5, params(selectivity=0.1, tail=0.2), params(selectivity=0.1, tail=0.2, max_codes=5)),
-])  # fmt: skip
+])
 def test_another_budget(name: str, value: Any, before: SearchParametersIVF, after: SearchParametersIVF) -> None:
     start = IndexOptions(16, 24, 4, 6, 2, layout=PLAIN.layout, params=before)
     other = start.changed(name, value)

@@ -18,7 +18,7 @@ PACKAGE = Path(saap.__file__).parent
 CAST = {
     "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "cdist", "chain_matmul", "conv1d", "einsum", "linear", "lstsq",
     "matmul", "mm", "multi_dot", "mv", "pinv", "scaled_dot_product_attention", "solve", "tensordot",
-}  # fmt: skip
+}
 """What `torch.autocast` may compute in 16 bits."""
 
 ELSEWHERE = {"reference.py"}  # NumPy

@@ -17,7 +17,7 @@ SPECIAL = np.array(
     [0, -0.0, np.inf, -np.inf, np.nan, 1, -1, 1e-40, 2**-126, 2**-24, 2**-25, 3 * 2**-25, 2**-14, 65504, 65519.996, 65520, -65520,
      1e5, 3.4e38, 200, -200, -125.5, -130, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11],
     np.float32,
-)  # fmt: skip
+)
 SPECIAL_BITS = np.array(
     [0x7F800001, 0xFFC00000, 0x00010001, 0x7C007C00, 0x7C01FC01, 0x03FF83FF, 0x04008400, 0x80808080], np.uint32
 )
@@ -178,7 +178,7 @@ def check_warp(words: Words, out: Words) -> None:
             np.full(32, x.max() ^ np.bitwise_xor.reduce(x), np.uint32),
             np.full(32, (words & 2 > 0).sum(), np.uint32),
             np.full(32, 2 * (small == 6).any() + (small < 6).all(), np.uint32),
-        ]  # fmt: skip
+        ]
         for i, row in enumerate(want):
             np.testing.assert_array_equal(mine[i], row, f"column {i}")
 
@@ -204,7 +204,7 @@ def check_relay(words: Words, out: Words) -> None:
 CHECKS = {
     "convert": check_convert, "math": check_math, "copy": check_copy, "matrix": check_matrix, "mma": check_mma,
     "warp": check_warp, "order": check_order, "cluster": check_cluster, "relay": check_relay,
-}  # fmt: skip
+}
 assert tuple(CHECKS) == gpu_selftest.FAMILIES
 
 

@@ -26,7 +26,7 @@ def rng(seed: int) -> np.random.Generator:
 @given(
     seed=SEEDS, j=st.integers(1, 5), n=st.integers(1, 30), d=DIMS, e=DIMS, size=st.sampled_from([1e-3, 1.0, 1e4]),
     hide=st.booleans(),
-)  # fmt: skip
+)
 def test_attend_is_torch_attention(seed: int, j: int, n: int, d: int, e: int, size: float, hide: bool) -> None:
     r = rng(seed)
     queries, keys, values = r.normal(size=(j, d)) * size, r.normal(size=(n, d)), r.normal(size=(n, e))
@@ -170,7 +170,7 @@ def test_route_survives_huge_activations() -> None:
 @given(
     sinks=st.integers(0, 40), window=st.integers(0, 400), seal_tokens=st.integers(0, 300), break_even=st.integers(0, 3000),
     max_segment=st.integers(1, 20000), length=st.one_of(st.integers(0, 6000), st.integers(0, 200_000)),
-)  # fmt: skip
+)
 def test_segments_are_those_of_the_layout(
     sinks: int, window: int, seal_tokens: int, break_even: int, max_segment: int, length: int
 ) -> None:

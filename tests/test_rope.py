@@ -60,7 +60,7 @@ from saap_index.routing.rope import Rope
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 131072,
-}  # fmt: skip
+}
 WIDE = {"hidden_size": 128}  # head_dim 32, so that half and a quarter of it are even
 PHI3_FACTORS = {"short_factor": [1.0 + i / 16 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
 
@@ -98,13 +98,13 @@ def dynamic(original: int, factor: float) -> Case:
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096, **PHI3_FACTORS}
 GPT_OSS_YARN = {
     "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
     "original_max_position_embeddings": 4096,
-}  # fmt: skip
+}
 
 CASES = [
     Case("llama", llama(rope_type="default"), modeling_llama, "Llama"),
@@ -273,7 +273,7 @@ def test_gptj(rotary_dim: int) -> None:
 FAMILIES = [
     "cohere2", "ernie4_5", "exaone4", "gemma3_text", "glm4", "gpt_oss", "gptj", "granite", "helium", "llama", "llama4_text",
     "mixtral", "nemotron", "olmo2", "persimmon", "phi3", "qwen3_moe", "smollm3", "stablelm",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -330,7 +330,7 @@ def test_two_thetas_of_gemma3() -> None:
     old = {
         "model_type": "gemma3_text", "head_dim": 32, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
         "rope_scaling": scaling,
-    }  # fmt: skip
+    }
     assert Rope.from_config(old, "full_attention") == full
     assert Rope.from_config(old, "sliding_attention") == sliding
     for one in (config, old):
@@ -389,7 +389,7 @@ def test_interleaved_can_be_said() -> None:
         ({"layer_rope_theta": [1e4, 0], "rope_theta": 1e4}, "a rule of its own"),
         ({"model_type": "nanochat", "rope_theta": 1e4}, "'nanochat'"),
     ],
-)  # fmt: skip
+)
 def test_configs_we_cannot_follow_are_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CompatibilityError, match=message):
         Rope.from_config(OLD | change)
@@ -404,7 +404,7 @@ def test_configs_we_cannot_follow_are_refused_by_name(change: dict[str, Any], me
         ({"rope_type": "default", "partial_rotary_factor": 0.95}, "rotary_dim: expected an even number <= head_dim = 16, got 15"),
         ({"rope_type": "default", "partial_rotary_factor": 1.5}, "rotary_dim: expected an even number"),
     ],
-)  # fmt: skip
+)
 def test_bad_parameters_of_a_config(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         Rope.from_config(OLD | {"rope_theta": 1e4, "rope_parameters": parameters})
@@ -464,7 +464,7 @@ LONG = {"original_max_position": 9, "attention_factor": 1, "long_factor": [1] * 
             "short_factor: expected a positive",
         ),
     ],
-)  # fmt: skip
+)
 def test_wrong_parameters_are_refused_by_name(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         Rope(**{"head_dim": 16} | given)
@@ -503,7 +503,7 @@ def test_what_is_kept_is_never_mistaken() -> None:
     calls: list[tuple[Any, int]] = [
         (range(3, 5), 9), (range(3, 5), 20), (range(3, 5), 21), (range(3, 5), 20), (range(3, 4), 20), (range(4, 5), 20),
         (torch.tensor([3, 4]), 20), (torch.tensor([4, 3]), 20), (np.array([3]), 20), (range(3, 7, 2), 20), (range(3, 5), 10),
-    ]  # fmt: skip
+    ]
     for positions, length in calls:
         kept, fresh = rope.rotation(positions, length), replace(rope).rotation(positions, length)
         assert torch.equal(kept.cos, fresh.cos) and torch.equal(kept.sin, fresh.sin)
@@ -578,7 +578,7 @@ def ropes(draw: st.DrawFn) -> Rope:
     given: dict[str, Any] = {
         "head_dim": 2 * half + draw(st.integers(0, 5)), "rotary_dim": 2 * half, "interleaved": draw(st.booleans()),
         "theta": draw(st.floats(2.0, 1e7)), "scaling": draw(st.sampled_from(SCALINGS)),
-    }  # fmt: skip
+    }
     factor, original = draw(st.floats(1.0, 64.0)), draw(st.integers(2, 5000))
     magnitude = st.floats(0.5, 2.0)
     if given["scaling"] not in ("default", "longrope"):
@@ -654,7 +654,7 @@ def test_a_length_for_each_position(scaling: str) -> None:
             long_factor=(3.0,) * 8,
         ),
         "linear": Rope(16, scaling="linear", factor=2.0),
-    }  # fmt: skip
+    }
     rope, lengths = ropes[scaling], [5, 5, 12, 30, 12, 0]
     positions, x = list(range(20, 26)), torch.randn(2, 6, 16)
     found, turned = rope.rotation(positions, lengths), rope.rotate(x, positions, lengths)

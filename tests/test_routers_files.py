@@ -225,6 +225,6 @@ def test_no_folder_makes_the_reader_allocate_much(good: Path, tmp_path: Path) ->
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(good), *map(str, paths)], capture_output=True, text=True, timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("nlist: expected an integer in [1, 65536]") == 3

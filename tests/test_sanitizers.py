@@ -20,7 +20,7 @@ MACROS = ["-DPy_LIMITED_API=0x030A0000", "-DNB_BACKEND_MODULE=nanobind_backend",
 TESTS = [
     "tests/test_cpu_kernels.py", "tests/test_cpu_tail.py", "tests/test_backends.py", "tests/test_search_call.py",
     "tests/test_stateful.py",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,6 @@ def test_no_memory_error_and_no_undefined_behaviour(module: Path, isa: str) -> N
     result = subprocess.run(
         [*run, "-k", "not torch and not reference and not fork"], cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT / "tests")},
         capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     assert " passed" in result.stdout

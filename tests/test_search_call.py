@@ -24,7 +24,7 @@ from saap_index.search.plan import new_plan
 PARAMETERS = [
     {"selectivity": 0.2}, {"selectivity": 1e-6}, {"nprobe": 2}, {"target_mass": 0.5}, {"selectivity": 0.3, "tail": 0.4},
     {"target_mass": 0.7, "tail": 0.5, "max_codes": 9},
-]  # fmt: skip
+]
 
 
 class CountingSession(CpuSession):
@@ -85,7 +85,7 @@ def assert_same(index: AsymmetricIndex, queries: torch.Tensor, params: SearchPar
     lengths=st.lists(st.integers(0, 200), min_size=1, max_size=3), chosen=st.sampled_from(PARAMETERS), q=st.integers(1, 8),
     knots=st.integers(0, 5), rope=st.booleans(), seed=st.integers(0, 99), gone=st.integers(0, 60),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-)  # fmt: skip
+)
 def test_one_call_gives_what_three_give(
     lengths: list[int], chosen: dict[str, float], q: int, knots: int, rope: bool, seed: int, gone: int, dtype: torch.dtype
 ) -> None:
@@ -140,7 +140,7 @@ CHANGES: dict[str, Callable[[AsymmetricIndex, torch.Tensor, torch.Tensor], objec
     "anew": lambda x, k, v: (x.remove_ids(range(20, 60)), x.reset(), x.add(k[:, :, :110], v[:, :, :110])),
     "back and forth": lambda x, k, v: (x.remove_ids([145]), x.truncate(100), x.add(k[:, :, :49], v[:, :, :49])),
     "moved": lambda x, k, v: (x.remove_ids(range(30)), x.reserve_memory(900), x.reclaim_memory()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

@@ -38,7 +38,7 @@ PARAMS = st.one_of(
         SearchParametersIVF, target_mass=st.sampled_from([0.3, 0.9]), selectivity=st.sampled_from([None, 0.1, 1.0]),
         tail=st.sampled_from([None, 0.3]),
     ),
-)  # fmt: skip
+)
 
 
 class Walk(RuleBasedStateMachine):
@@ -53,7 +53,7 @@ class Walk(RuleBasedStateMachine):
         sinks=st.integers(0, 5), window=st.integers(0, 20), break_even=st.sampled_from([0, 30]),
         published=st.sampled_from([False, False, True]), means=st.sampled_from([0, 1, 3]), tail=st.sampled_from([0.0, 0.4]),
         shares=st.sampled_from([None, (0.2, 1.5, 9.0)]), target_mass=st.sampled_from([None, None, 0.8]),
-    )  # fmt: skip
+    )
     def start(
         self, b, heads, dims, dtype, rope, sinks, window, break_even, published, means, tail, shares, target_mass
     ) -> None:
@@ -225,7 +225,7 @@ class Walk(RuleBasedStateMachine):
             asked.budget(high - low, share) == high - low
             for i in range(self.b) for low, high in [(self.index.invlists.sinks(i), self.index.invlists.sealed(i))]
             for share in ([1.0] if self.index.budget_shares is None else self.index.budget_shares)
-        )  # fmt: skip
+        )
         if asked.tail and not asked.nprobe and not self.index.query_router.size_weighted and not everything:
             return CompatibilityError
         return None

@@ -96,7 +96,7 @@ LOOP = listing(
     ("//3", 0), ("@!P1 BRA `(.L_x_2)", control(5)), ("//4", 0), ("BAR.SYNC.DEFER_BLOCKING 0x0", control(6)),
     (".L_x_2:", 0), ("//5", 0), ("EXIT", control(5)),
     (".L_x_3:", 0), ("BRA `(.L_x_3)", control(0)),
-)  # fmt: skip
+)
 
 
 def test_blocks_and_loops() -> None:

@@ -37,7 +37,7 @@ INDEXES = pytest.mark.parametrize("name", ["cpu", "torch", "reference"])
 @given(
     h=st.integers(1, 3), nlist=st.integers(1, 9), longest=st.sampled_from([1, 3, 40]), start=st.integers(0, 5), d=DIMS, e=DIMS,
     dtype=DTYPES, offset=st.sampled_from([0.0, 100.0]), seed=SEEDS,
-)  # fmt: skip
+)
 def test_means(
     name: str, h: int, nlist: int, longest: int, start: int, d: int, e: int, dtype: torch.dtype, offset: float, seed: int
 ) -> None:
@@ -165,11 +165,11 @@ def scans_with_tails(draw: st.DrawFn) -> dict[str, Any]:
     rows = [[np.concatenate([np.empty(0, np.int32)] + [
         np.arange(tables[i, k, s, x], tables[i, k, s, x + 1]) for s in range(segments) for x in range(nlist)
         if choice[i, k, s, x] == 1 and kind in ("both", "rows only")
-    ]) for k in range(h)] for i in range(b)]  # fmt: skip
+    ]) for k in range(h)] for i in range(b)]
     runs = [[np.array([
         s * nlist + x for s in range(means) for x in range(nlist)
         if choice[i, k, s, x] == 2 and sizes[i, k, s, x] and kind in ("both", "entries only")
-    ], np.int32) for k in range(h)] for i in range(b)]  # fmt: skip
+    ], np.int32) for k in range(h)] for i in range(b)]
 
     def padded(found: list[list[np.ndarray]]) -> tuple[Tensor, Tensor]:
         counts = np.array([[len(x) for x in heads] for heads in found], np.int32)
@@ -182,13 +182,13 @@ def scans_with_tails(draw: st.DrawFn) -> dict[str, Any]:
         "shape": (b, h, g, q), "capacity": max(sealed) + recent + 2, "causal": draw(st.booleans()), "seed": draw(SEEDS),
         **dict(zip(("rows", "counts"), padded(rows), strict=True)), "runs": padded(runs), "means": (means, nlist),
         "sinks": [sinks] * b, "sealed": sealed, "lengths": [n + recent for n in sealed], "tables": torch.from_numpy(tables),
-    }  # fmt: skip
+    }
 
 
 @over_backends
 @given(
     case=scans_with_tails(), d=DIMS, e=DIMS, stored=DTYPES, asked=DTYPES, size=st.sampled_from([0.0, 1.0, 30.0]),
-)  # fmt: skip
+)
 @settings(max_examples=80)
 def test_scan_with_a_tail(
     name: str, case: dict[str, Any], d: int, e: int, stored: torch.dtype, asked: torch.dtype, size: float
@@ -224,6 +224,6 @@ def test_scan_of_many_entries(name: str, stored: torch.dtype) -> None:
     case = {
         "shape": (1, 1, 3, 2), "causal": True, "rows": None, "counts": None, "sinks": [0], "sealed": [2 * nlist],
         "lengths": [2 * nlist + 9], "tail": Tail(runs, torch.tensor([[nlist // 2]], dtype=torch.int32), *means, tables),
-    }  # fmt: skip
+    }
     keys, values = (torch.randn((1, 1, 2 * nlist + 9, x), generator=rng).to(stored) for x in (64, 40))
     check_scan(name, case, torch.randn((1, 1, 3, 2, 64), generator=rng), keys, values, 0.125)

@@ -32,7 +32,7 @@ def test_only_leading_segments_have_means() -> None:
     @given(
         length=st.integers(0, 100_000), window=st.integers(0, 300), seal=st.integers(0, 100), most=st.integers(1, 50_000),
         least=st.integers(1, 100), nlist=st.integers(1, 64),
-    )  # fmt: skip
+    )
     def check(length: int, window: int, seal: int, most: int, least: int, nlist: int) -> None:
         layout = Layout(4, window, seal, most, 0, least)
         segments = layout.segments(length)

@@ -309,7 +309,7 @@ def test_the_promise_holds_on_unseen_text() -> None:
     index.calibrate(
         torch.cat([p[0] for p in held]), torch.cat([p[1] for p in held]),
         positions=np.stack([np.asarray(p[2]).reshape(-1) for p in held]),
-    )  # fmt: skip
+    )
     most = WORD * Calibration.trusting(1).unread_mass + 1e-6
     assert bool((index.calibration.unread_mass <= most).all()), "never as much as the router's own word"
     kept, share = measured(range(20, 26))

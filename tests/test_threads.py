@@ -38,7 +38,7 @@ def threads_of(limit: str = "pass", preexec: Callable[[], None] | None = None, *
     done = subprocess.run(
         [sys.executable, "-c", STEP.replace("LIMIT", limit)], capture_output=True, text=True, timeout=300, preexec_fn=preexec,
         env={**inherited, "PYTHONPATH": os.pathsep.join(sys.path), **env},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
@@ -109,7 +109,7 @@ GROUPS: dict[str, tuple[dict[str, str], float]] = {
         1e9,
     ),
     "damaged": ({"proc/self/cgroup": "what\n::", "sys/fs/cgroup/cpu.max": "0 0"}, 1e9),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GROUPS)

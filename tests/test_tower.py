@@ -247,7 +247,7 @@ LENGTH_DEPENDENT = {
         head_dim=8, scaling="longrope", original_max_position=90, attention_factor=1.2, short_factor=(1.0,) * 4,
         long_factor=(2.0, 3.0, 4.0, 5.0),
     ),
-}  # fmt: skip
+}
 
 
 def sealed_lists(index: AsymmetricIndex, i: int) -> tuple[Tensor, Tensor]:

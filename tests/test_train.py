@@ -220,7 +220,7 @@ def test_resuming_something_else_is_refused_by_name(
 def test_without_faiss_nothing_is_begun(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], router: str,
     loaded: LoadedModel, sequences: list[texts.TokenSequence],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     monkeypatch.setattr(capture, "run", lambda *args: pytest.fail("no pass of the model without FAISS"))
     with pytest.raises(MissingDependencyError, match="FAISS"):
@@ -322,7 +322,7 @@ def test_room_on_the_disk_is_looked_at_before_the_capture(
 @pytest.mark.parametrize(("router", "partition"), [
     ("kmeans", "per-prompt"), ("kmeans", "pre-rope"), ("linear", "pre-rope"), ("mlp", "post-rope"), ("mlp-distance", "pre-rope"),
     ("two-tower", "post-rope"), ("two-tower", "pre-rope"),
-])  # fmt: skip
+])
 def test_every_router_and_partition(
     router: str, partition: str, loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path
 ) -> None:
@@ -385,7 +385,7 @@ def test_another_model_is_refused_by_name(whole: Path) -> None:
     for name, changes in {
         "num_key_value_heads": {"num_key_value_heads": 4}, "num_hidden_layers": {"num_hidden_layers": 3},
         "head_dim": {"head_dim": 32}, "vocab_size": {"vocab_size": 99},
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(CompatibilityError, match=name):
             routers.check(tiny("llama", **{"num_hidden_layers": 2, **changes}).config)
     with pytest.raises(CompatibilityError, match="model_type"):
@@ -444,7 +444,7 @@ def test_damaged_files_are_refused(whole: Path, tmp_path: Path) -> None:
     ({"router": "best"}, "router"), ({"partition": "none"}, "partition"), ({"router": "mlp"}, "partition"),
     ({"nlist": 0}, "nlist"), ({"context": 40}, "context"), ({"tokens": 100}, "tokens"), ({"held_out": 0}, "held_out"),
     ({"queries": 0}, "queries"), ({"seed": -1}, "seed"),
-])  # fmt: skip
+])
 def test_settings_out_of_range(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ParameterError, match=name):
         replace(SETTINGS, **changes)
@@ -548,7 +548,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     *((["--device", device, "--model", "absent"], "device: expected")
       for device in ("nonsense", "mps", "xpu", "cuda:99")),
     (["--text", "absent.txt"], "text: expected a file"),
-])  # fmt: skip
+])
 def test_errors_of_the_command(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:

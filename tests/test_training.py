@@ -32,7 +32,7 @@ def generator(seed: int) -> torch.Generator:
 @given(
     seed=SEEDS, h=st.integers(1, 2), g=st.integers(1, 3), q=st.integers(1, 6), n=st.integers(4, 60), nlist=st.integers(1, 5),
     sinks=st.integers(0, 5), window=st.integers(0, 20), scale=st.sampled_from([0.1, 1.0]),
-)  # fmt: skip
+)
 def test_targets(
     distance: bool, seed: int, h: int, g: int, q: int, n: int, nlist: int, sinks: int, window: int, scale: float
 ) -> None:
@@ -97,7 +97,7 @@ def test_loss_is_the_cross_entropy_over_tokens(seed: int) -> None:
         for j in range(2):
             fit = float(data.list_mass[0, i, j] @ z[0, i, j] + data.bin_mass[0, i, j] @ a[0, i, j])
             tokens = [float(z[0, i, j, no] + a[0, i, j, b]) for b in range(4) for no in range(5)
-                      for _ in range(int(data.counts[0, i, b, no]))]  # fmt: skip
+                      for _ in range(int(data.counts[0, i, b, no]))]
             total += math.log(sum(map(math.exp, tokens))) - fit
             published += float(z[0, i, j].exp().sum().log() - data.list_mass[0, i, j] @ z[0, i, j])
     got = cross_entropy(z[:, batch], a[:, batch], data, batch, True)
@@ -123,7 +123,7 @@ def test_same_seed_same_weights() -> None:
 @pytest.mark.parametrize("config", [
     TrainingConfig(**QUICK), TrainingConfig(**QUICK, distance=False), TrainingConfig.published(**QUICK),
     TrainingConfig(**{**QUICK, "hidden": 0}),
-], ids=["distance", "no distance", "published", "linear"])  # fmt: skip
+], ids=["distance", "no distance", "published", "linear"])
 def test_loss_falls_and_is_reported(config: TrainingConfig) -> None:
     seen: list[tuple[int, int, float]] = []
     config = TrainingConfig(**{**vars(config), "progress": lambda *args: seen.append(args)})

@@ -86,7 +86,7 @@ CHANGES: dict[str, tuple[Callable[[str], AsymmetricIndex], Change]] = {
     "router": (plain, lambda x: setattr(x, "query_router", random_router(2, 4, 32, seed=9))),
     "lists of the prompt": (with_tower, add(90)),
     "quantizer": (with_tower, lambda x: setattr(x, "key_quantizer", KeyQuantizer(KEYS[0, :, :4].contiguous()))),
-}  # fmt: skip
+}
 
 
 def state(index: AsymmetricIndex) -> list[Any]:

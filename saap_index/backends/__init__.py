@@ -17,7 +17,7 @@ from .weights import NETWORK, RouterWeights
 __all__ = [
     "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Placement", "Plan", "Rotation", "RouterWeights", "Routing",
     "SegmentChange", "Session", "Tail", "get_backend", "register_backend",
-]  # fmt: skip
+]
 
 Factory = Callable[[torch.device], Backend]
 

@@ -216,7 +216,7 @@ class Backend(ABC):
     def best(
         self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
         sealed: Sequence[int], lengths: Sequence[int], k: int,
-    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    ) -> tuple[Tensor, Tensor] | None:
         """The k largest inner products of every query with the keys of its own rows, in float32, and these rows; None for a
         backend without, in whose place `attend.best_of` multiplies with torch.
 

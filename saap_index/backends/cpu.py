@@ -277,7 +277,7 @@ class CpuBackend(Backend):
     def best(
         self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
         sealed: Sequence[int], lengths: Sequence[int], k: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         capacity, n = arena_keys.shape[2], b * q
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
@@ -398,5 +398,5 @@ class CpuSession(Session):
             places.means, plain("keys", arena.keys, dtype, (b, h, capacity, d)),
             plain("values", arena.values, dtype, (b, h, capacity, e)), code_of("keys", arena.keys), capacity, e,
             columns[SINKS], columns[SEALED], scale, *means_at, most,
-        )  # fmt: skip
+        )
         return _Search(routing.router, scale, handle, places, arena, budget)

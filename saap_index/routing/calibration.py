@@ -74,7 +74,7 @@ class Calibration:
 def calibrate(
     sequences: Sequence[tuple[Tensor, Tensor, np.ndarray]], quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
     layout: Layout, scale: float, confidence: float = CONFIDENCE,
-) -> Calibration:  # fmt: skip
+) -> Calibration:
     """The table of one layer from whole sequences that were in no training; checked arguments of `AsymmetricIndex.calibrate`.
 
     sequences : keys (h, n, d) and queries (hq, q, d) as attention sees them, and positions, int64 (q,), of the queries.
@@ -88,7 +88,7 @@ def calibrate(
 def replay(
     keys: Tensor, queries: Tensor, positions: np.ndarray, quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
     layout: Layout, scale: float,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """True attention captured by the queries of one sequence, for every unread mass: float64 (p, h, len(MISSES)), by position.
 
     keys : (h, n, d), queries : (hq, q, d), positions : int64 (q,). A query is replayed over the segments that the sequence had at
@@ -114,7 +114,7 @@ def replay(
 def _captured(
     keys: Tensor, queries: Tensor, routed: Tensor, position: int, lists: np.ndarray, router: QueryRouter, layout: Layout,
     scale: float,
-) -> np.ndarray | None:  # fmt: skip
+) -> np.ndarray | None:
     """True attention captured by one query position, for every unread mass: float64 (h, len(MISSES)); None if nothing is sealed.
 
     keys : (h, n, d); queries, routed : (h, g, d), as attention and as the router see them; lists : int (h, n).

@@ -11,28 +11,28 @@ from .rope_parameters import _OPTIONAL, _REQUIRED, _integer, _longrope_magnitude
 _INTERLEAVED = {
     "codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium", "llama4_text",
     "moonshine", "moonshine_streaming",
-}  # fmt: skip
+}
 # Families that rotate in sliding-window layers only; True: if the model has no window at all, every layer rotates.
 _ONLY_SLIDING = {
     "afmoe": False, "cohere2": False, "exaone4": True, "exaone4_5_text": True, "exaone_moe": True, "flint": False,
     "kolibri1": True,
-}  # fmt: skip
+}
 # Families of another rule: layers chosen otherwise, heads that differ by layer, angles of the other sign, a learnt norm after it.
 _OWN_RULE = {
     "blt", "blt_global_transformer", "blt_local_decoder", "blt_local_encoder", "blt_patcher", "cohere2_moe", "gemma4_text",
     "gemma4_unified_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "nanochat",
-}  # fmt: skip
+}
 # partial_rotary_factor of a config.json that does not state it; config objects always do.
 _PARTIAL = {
     "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "gpt_neox": 0.25, "nemotron": 0.5, "persimmon": 0.5, "phi": 0.5, "qwen3_next": 0.25,
     "stablelm": 0.25,
-}  # fmt: skip
+}
 # Entries of rope_parameters that a scaling of another name uses, or that do not concern the angles.
 _KNOWN = {
     "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "llama_4_scaling_beta",
     "long_factor", "low_freq_factor", "max_position_embeddings", "mscale", "mscale_all_dim", "original_max_position_embeddings",
     "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate", "type",
-}  # fmt: skip
+}
 _RENAMED = {"su": "longrope"}
 
 
@@ -64,7 +64,7 @@ def rope_options(config: Any, layer_type: str | None, layer: int | None, interle
         return {
             "head_dim": _head_dim(config), "rotary_dim": _integer(_read(config, "rotary_dim"), "rotary_dim", 2),
             "interleaved": True if interleaved is None else interleaved,
-        }  # fmt: skip
+        }
     section = _rope_parameters(config, layer_type)
     if section is None:
         return None
@@ -86,7 +86,7 @@ def rope_options(config: Any, layer_type: str | None, layer: int | None, interle
     return {
         "head_dim": head_dim, "theta": theta, "rotary_dim": int(head_dim * _positive(partial, "partial_rotary_factor")),
         "interleaved": model_type in _INTERLEAVED if interleaved is None else interleaved, "scaling": kind,
-    } | _scaling(kind, parameters, config, nested)  # fmt: skip
+    } | _scaling(kind, parameters, config, nested)
 
 
 def _layer_type(config: Any, layer_type: str | None, layer: int | None) -> str | None:

@@ -39,7 +39,7 @@ class QueryRouter:
         outputs = w.bias_out.shape[-1]
         shapes = {
             "bias_hidden": (h, u), "out": (h, outputs, u), "skip": (h, outputs, d), "bias_out": (h, outputs), "hidden": (h, u, d),
-        }  # fmt: skip
+        }
         if (w.lists is None) != (w.list_scales is None):
             raise ShapeError("router lists, list_scales: expected both or neither, got one")
         if w.lists is not None:

@@ -21,7 +21,7 @@ MOST_PLANS = 16
 def new_plan(
     lists: SegmentedInvertedLists, params: SearchParametersIVF, router: QueryRouter, shares: np.ndarray | None,
     unread_mass: Tensor | None, for_good: bool,
-) -> tuple[Plan, Budget]:  # fmt: skip
+) -> tuple[Plan, Budget]:
     """A plan and its first budget.
 
     shares : float32 (h,), factors of the budget, or None for 1 each; unread_mass : float32 (h,), see `Budget`, or None.

@@ -141,7 +141,7 @@ def attend(
     return backend.scan(
         queries, lists.keys, lists.values, selection.rows, selection.counts, selection.sinks, selection.sealed, selection.lengths,
         scale, causal, tail,
-    )  # fmt: skip
+    )
 
 
 def _always(selection: Selection, i: int, device: torch.device) -> Tensor:

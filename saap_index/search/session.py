@@ -115,7 +115,7 @@ class SearchSession:
     def append(
         self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None = None,
         rotated: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write counts[i] tokens behind those of sequence i. list_nos, rotated : as in `SegmentedInvertedLists.advance`.
 
         Raises NotFiniteError, having changed nothing, if a key or value is NaN or infinite, unless the device notes it for later.

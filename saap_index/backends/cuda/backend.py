@@ -138,7 +138,7 @@ class CudaBackend(TorchBackend):
     def probe(
         self, z: Tensor, a: Tensor, knots: Tensor, tables: Tensor, num_segments: Sequence[int], budget: Budget,
         size_weighted: bool,
-    ) -> Probed:  # fmt: skip
+    ) -> Probed:
         b, h, j, nlist = z.shape
         segments, m = tables.shape[2], a.shape[3] - 1
         shape = gpu_select.SelectShape(b, h, j, nlist, segments, m, 0, budget.nprobe, size_weighted)
@@ -176,7 +176,7 @@ class CudaBackend(TorchBackend):
     def scan(
         self, queries: Tensor, arena_keys: Tensor, arena_values: Tensor, rows: Tensor | None, counts: Tensor | None,
         sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], scale: float, causal: bool, tail: Tail | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         shape = gpu_scan.ScanShape(
             b, h, g * q, q, d, arena_values.shape[3], arena_keys.dtype, queries.dtype, arena_keys.shape[2], causal

@@ -40,7 +40,7 @@ CLUSTERS = 8, 4, 2
 
 STAGES = (
     "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted", "written",
-)  # fmt: skip
+)
 """What has been done when a stage is noted."""
 
 
@@ -134,7 +134,7 @@ class RouteSelect:
     def bind(
         self, rotation: Rotation | Frequencies | None, meta: Tensor, tables: Tensor, centres: Tensor, budgets: Tensor,
         found: Runs, unread_mass: Tensor | None, tickets: Tensor | None, dependent: bool,
-    ) -> Launch:  # fmt: skip
+    ) -> Launch:
         """One selection per (sequence, KV head), as `Route.bind` and `Select.bind` make it, but for the order of the rows.
 
         found : out, with room for every run, S * l; most_rows bounds every budget. tickets : int32, out: zeros.
@@ -174,5 +174,5 @@ CONFIGURATIONS = tuple(
         (4, 2, torch.float32, 4, 8), (2, 2, torch.bfloat16, 4, 8), (8, 2, torch.bfloat16, 8, 8), (4, 0, torch.bfloat16, 4, 8),
         (4, 8, torch.bfloat16, 4, 4),
     )
-)  # fmt: skip
+)
 """What is shipped, a sample of it: (file, kernel, macros)."""

@@ -45,7 +45,7 @@ class CupyKernel:
     def prepare(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
         dependent: bool = False,
-    ) -> Callable[[], None]:  # fmt: skip
+    ) -> Callable[[], None]:
         if (cluster > 1 or dependent) and self._capability < CLUSTERS:
             want, got = _dotted(CLUSTERS), _dotted(self._capability)
             raise DeviceError(f"launch: expected capability {want} for clusters and dependent launches, got {got}")
@@ -68,13 +68,13 @@ class CupyKernel:
     def launch(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
         dependent: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.prepare(grid, block, shared_bytes, params, cluster, dependent)()
 
     def _starter(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int,
         dependent: bool,
-    ) -> Callable[[int], None]:  # fmt: skip
+    ) -> Callable[[int], None]:
         """What starts it on a stream, on the current device."""
         if gpu_driver.available():
             function, address = int(self._function.ptr), params.ctypes.data

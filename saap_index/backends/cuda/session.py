@@ -120,7 +120,7 @@ class CudaSession(Session):
     def __init__(
         self, backend: Backend, device: torch.device, runtime: Runtime, knobs: Knobs, shape: tuple[int, int, int, int, int],
         dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(backend)
         self._runtime, self._device, self._shape, self._dtype, self._knobs = runtime, device, shape, dtype, knobs
         b = shape[0]
@@ -398,7 +398,7 @@ class CudaSession(Session):
         select = by.select.bind(
             by.z, by.a, tables, self._centres, self._meta, packed.budgets, selected.rows, selected.counts, packed.unread_mass,
             packed.mean_entries, selected.tail, selected.tail_counts, by.floats,
-        )  # fmt: skip
+        )
         return route, select
 
     def _scan_of(
