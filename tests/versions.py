@@ -30,8 +30,8 @@ RELEASES = (
 )
 """Of transformers, one of each minor version that is supported."""
 
-OF_A_RELEASE = ("tests/test_hf_generate.py", "tests/test_hf_versions.py")
-OF_THE_OLDEST = (*OF_A_RELEASE, "tests/test_hf_cache.py")
+OF_A_RELEASE = ("tests/hf/test_hf_generate.py", "tests/hf/test_hf_versions.py")
+OF_THE_OLDEST = (*OF_A_RELEASE, "tests/hf/test_hf_cache.py")
 
 EXTRAS = ("cpu", "train", "demo", "test")
 """What `make setup` installs."""

@@ -10,7 +10,7 @@ import torch
 
 from saap_index.backends import codes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = {
     "kLength": codes.LENGTH, "kNumSegments": codes.SEGMENTS, "kNextPosition": codes.NEXT, "kMeans": codes.MEANS,
     "kErrors": codes.FLAGS, "kMetaWords": codes.META, "kNotFinite": codes.NOT_FINITE, "kFull": codes.FULL,

@@ -16,7 +16,7 @@ import saap_index as saap
 from saap_index import cli
 from saap_index.hf.cache import ATTACHED
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "transformers.md"
 
 

@@ -13,7 +13,7 @@ from hf_models import greedy, left_padded, prompt, tiny
 
 import saap_index
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def test_two_processes_give_the_tokens_of_one(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from emu.runtime import CUDA, EmulatedRuntime, available
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu_replay  # noqa: E402

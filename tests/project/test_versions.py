@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 from saap_index.hf import support
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ON_A_GPU = {"cupy-cuda12x", "cupy-cuda13x", "faiss-gpu"}  # installed by hand where there is one
 PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
 

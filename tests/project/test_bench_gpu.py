@@ -15,7 +15,7 @@ from emu.runtime import available
 
 import gpu_baselines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def session(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -63,8 +63,9 @@ def test_a_failing_stage_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 def test_what_fails_first_runs_again_under_memcheck(tmp_path: Path) -> None:
+    failing = "tests/cuda/test_gpu_graphs.py::test_x[1]"
     for name, text in (
-        ("python", 'case "$*" in *test_gpu_graphs*) echo "FAILED tests/test_gpu_graphs.py::test_x[1] - boom"; exit 1;; esac'),
+        ("python", f'case "$*" in *test_gpu_graphs*) echo "FAILED {failing} - boom"; exit 1;; esac'),
         ("compute-sanitizer", 'echo "$CUDA_LAUNCH_BLOCKING $@"; exit 1'),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -78,7 +79,7 @@ def test_what_fails_first_runs_again_under_memcheck(tmp_path: Path) -> None:
         assert log is not None
         said = log.read().decode()
     assert said.startswith("1 --kernel-name") and "--tool memcheck" in said
-    assert said.strip().endswith("tests/test_gpu_graphs.py::test_x[1]")
+    assert said.strip().endswith(failing)
 
 
 @pytest.mark.skipif(not available(), reason="needs a C++ compiler")

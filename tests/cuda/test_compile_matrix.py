@@ -1,6 +1,6 @@
 """Every kernel in every shipped configuration compiles for every architecture, spills nothing and uses the registers on record.
 
-Needs neither GPU nor toolkit: NVRTC is a wheel. After a change of a kernel, `python tests/test_compile_matrix.py` writes the
+Needs neither GPU nor toolkit: NVRTC is a wheel. After a change of a kernel, `python tests/cuda/test_compile_matrix.py` writes the
 record again (registers.json beside this file, by file, kernel, macros and architecture); its diff is part of the change.
 """
 
@@ -24,7 +24,7 @@ from saap_index.backends.cuda import source as gpu_source
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 LAUNCHERS = ("append_assign", "route", "route_select", "scan", "seal", "select", "selftest")
-RECORD = Path(__file__).parent / "registers.json"
+RECORD = Path(__file__).parents[1] / "registers.json"
 SAMPLE = 1
 """The test compiles one in so many, and checks of all that the record is of their present text."""
 
@@ -73,7 +73,7 @@ def record() -> dict[str, Any]:
     return found
 
 
-AGAIN = "write the record again: python tests/test_compile_matrix.py"
+AGAIN = "write the record again: python tests/cuda/test_compile_matrix.py"
 
 
 def test_the_record_is_of_these_sources(record: dict[str, Any]) -> None:

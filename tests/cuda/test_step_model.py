@@ -16,7 +16,7 @@ from emu.runtime import available
 
 from saap_index.backends.cuda import nvrtc as gpu_nvrtc
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import gpu_model  # noqa: E402

@@ -16,7 +16,7 @@ from helpers import small_index, tokens
 from saap_index import _cpu
 from saap_index.backends.threads import available_cores
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 STEP = """

@@ -19,7 +19,7 @@ import saap_index.routing.rope
 import saap_index.search.states
 from saap_index import _cpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/compare.md"])

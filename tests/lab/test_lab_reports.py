@@ -14,7 +14,7 @@ from saap_lab import page, page_tables, quality, report
 from saap_lab.smollm2 import model as demo_model
 from saap_lab.smollm2.evaluate import Row, pooled
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KINDS = {"saap": "query-adaptive index", "saap-own": "query-adaptive index", "ivf": "yardstick", "recent": "yardstick"}
 CAPTURED = {"saap": (0.7, 0.9), "saap-own": (0.8, 0.85), "ivf": (0.75, 0.8), "recent": (0.2, 0.3)}
 """Of each sequence, the first half of it in each of two layers; saap-own is ahead by one point and a half on the whole."""

@@ -13,7 +13,7 @@ from hf_models import CACHE, attached, left_padded, prompt, tiny
 import saap_index as saap
 from saap_index.hf import detached
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "needles.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "needles.py"
 
 
 @torch.no_grad()

@@ -13,13 +13,13 @@ from pathlib import Path
 import nanobind
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-Wno-psabi", "-fno-omit-frame-pointer", "-DSAAP_EMULATE_AVX512", *SANITIZE]
 MACROS = ["-DPy_LIMITED_API=0x030A0000", "-DNB_BACKEND_MODULE=nanobind_backend", "-DNB_BACKEND_PYPI=nanobind-backend"]
 TESTS = [
-    "tests/test_cpu_kernels.py", "tests/test_cpu_tail.py", "tests/test_backends.py", "tests/test_search_call.py",
-    "tests/test_stateful.py",
+    "tests/backends/test_cpu_kernels.py", "tests/backends/test_cpu_tail.py", "tests/backends/test_backends.py",
+    "tests/index/test_search_call.py", "tests/index/test_stateful.py",
 ]
 
 

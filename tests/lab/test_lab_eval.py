@@ -306,7 +306,7 @@ def test_more_tokens_than_positions_are_refused(model: Any, routers: Routers, tm
 
 
 def test_the_documented_commands_can_be_given() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     lines = [line.split()[2:] for line in text.splitlines() if line.startswith("    saap eval")]
     assert len(lines) >= 3
     parser = argparse.ArgumentParser()

@@ -236,7 +236,7 @@ def test_the_routers_of_the_package_and_wrong_ones() -> None:
 
 
 def test_the_page_names_every_row() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "doctor.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
     rows = {line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")}
     named = {part.strip() for row in rows for part in row.split(",")}
     assert {"version of ...", "kernels", "GPU", "cache folder", "memory", "model", "routers", *MODEL_ROWS} <= named
