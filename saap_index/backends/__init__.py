@@ -9,13 +9,14 @@ import torch
 
 from ..errors import DeviceError
 from .base import Arena, Backend, Frequencies, SegmentChange
+from .codes import STORAGE_CODES, Coded, StorageCode
 from .plain_torch import TorchBackend
 from .reference import ReferenceBackend
 from .types import Budget, Rotation, Search, Tail
 from .weights import NETWORK, RouterWeights
 
 __all__ = [
-    "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Rotation", "RouterWeights", "Search", "SegmentChange", "Tail",
+    "NETWORK", "STORAGE_CODES", "Arena", "Backend", "Budget", "Coded", "Frequencies", "Rotation", "RouterWeights", "Search", "SegmentChange", "StorageCode", "Tail",
     "get_backend", "register_backend",
 ]  # fmt: skip
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .codes import Coded, StorageCode, encode
 from .types import Budget, Placement, Probed, Rotation, Routing, Search, Tail
 from .weights import RouterWeights
 
@@ -142,6 +143,15 @@ class Backend(ABC):
         """
         return False
 
+    def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
+        """Codes of rows that are about to be sealed, see `reference.encode`: the same bytes from every backend.
+
+        keys : float32, bfloat16 or float16 (h, n, d), values : (h, n, e), finite, strided freely over h and n. key_codes : uint8
+        (h, n, c) out, value_codes : uint8 (h, n, c_v) out, strided over h.
+        """
+        key_codes.copy_(encode(keys, code.key_bits))
+        value_codes.copy_(encode(values, code.value_bits))
+
     @abstractmethod
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         """Mean key and mean value of every run of a segment: float32 sums in row order, rounded once; zero for an empty run.
@@ -212,9 +222,11 @@ class Backend(ABC):
         scale: float,
         causal: bool,
         tail: Tail | None = None,
+        coded: Coded | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Softmax attention over rows [0, sinks[i]), ``rows`` and [sealed[i], lengths[i]) of each sequence, in one softmax,
-        and over the entries of ``tail``.
+        and over the entries of ``tail``. coded : which rows are codes; arena_keys and arena_values then hold the others, where it
+        says.
 
         queries : (b, h, g, q, d) float32, bfloat16 or float16; rows : int32 (b, h, t) as from `probe`, or None for none.
         causal: query i of q sees a recent row r only if r < lengths - q + 1 + i; sinks, ``rows`` and entries are seen by every

@@ -16,14 +16,17 @@ from torch import Tensor
 from ..errors import DTypeError, LengthError, MissingDependencyError, ShapeError
 from . import native
 from .addresses import (
+    BYTES,
     CODES,
     F32,
     I32,
+    NO_CODES,
     NO_TAIL,
     Places,
     angles_of,
     check_spans,
     code_of,
+    codes_of,
     dtype_names,
     lists_of,
     means_of,
@@ -32,6 +35,7 @@ from .addresses import (
     rows_of,
 )
 from .base import Backend, PreparedSearch
+from .codes import SCALE_BYTES, Coded, StorageCode
 from .threads import available_cores
 from .types import Budget, Probed, Rotation, Search, Tail
 from .weights import RouterWeights
@@ -119,7 +123,7 @@ class CpuBackend(Backend):
         if not 0 <= start <= capacity - n:
             raise LengthError(f"start: expected {n} rows within {capacity}, got them from row {start}")
         self._module().seal(
-            code_of("keys", keys),
+            BYTES if keys.dtype is torch.uint8 else code_of("keys", keys),
             plain("keys", keys, keys.dtype, (h, capacity, d)),
             plain("values", values, keys.dtype, (h, capacity, e)),
             plain("ids", ids, I32, (h, capacity)),
@@ -134,6 +138,17 @@ class CpuBackend(Backend):
             rows_of("table", table, I32, (h, lists + 1)),
             table.stride(0),
         )
+
+    def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
+        for name, x, bits, out in (
+            ("keys", keys, code.key_bits, key_codes),
+            ("values", values, code.value_bits, value_codes),
+        ):
+            h, n, dim = x.shape
+            size = dim * bits // 8 + SCALE_BYTES
+            x_at = rows_of(name, x, x.dtype, (h, n, dim))
+            out_at, stride = lists_of(f"{name} codes", out, torch.uint8, (h, n, size))
+            self._module().encode(bits, code_of(name, x), x_at, x.stride(0), x.stride(1), h, n, dim, out_at, stride)
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         h, capacity, d = keys.shape
@@ -236,6 +251,7 @@ class CpuBackend(Backend):
         scale: float,
         causal: bool,
         tail: Tail | None = None,
+        coded: Coded | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         capacity, e = arena_values.shape[2:]
@@ -249,7 +265,7 @@ class CpuBackend(Backend):
             rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
         elif rows is not counts:
             raise ShapeError("rows, counts: expected both or neither")
-        check_spans(sinks, sealed, lengths, b, capacity)
+        check_spans(sinks, sealed, lengths, b, capacity, coded)
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
         self._module().scan(
@@ -276,6 +292,7 @@ class CpuBackend(Backend):
             out.data_ptr(),
             lse.data_ptr(),
             *(NO_TAIL if tail is None else means_of(tail, dtype, (b, h, d, e))),
+            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
         )
         return out, lse
 
@@ -321,6 +338,7 @@ class CpuBackend(Backend):
             search.scale,
             *means_at,
             most,
+            *(NO_CODES if search.coded is None else codes_of(search.coded, (b, h, d, e))),
         )
         return _Prepared(self._module, handle, search, places)
 

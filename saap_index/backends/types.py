@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from .codes import Coded
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -136,7 +138,7 @@ class Search:
     centres : float64 (b, S), position of the middle of each segment; segments beyond num_segments[i] are not looked at.
     tables, num_segments, budget, count_lists : as in `Backend.probe`.
     keys, values, sinks, sealed, scale : as in `Backend.scan`.
-    mean_keys, mean_values : as in `Tail`, read with budget.entries only.
+    mean_keys, mean_values : as in `Tail`, read with budget.entries only. coded : as in `Backend.scan`.
     """
 
     router: Any
@@ -153,3 +155,4 @@ class Search:
     sinks: Sequence[int]
     sealed: Sequence[int]
     scale: float
+    coded: Coded | None = None
