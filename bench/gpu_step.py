@@ -35,6 +35,7 @@ import gpu_baselines
 import gpu_harness as harness
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF
 from saap_index.backends import RouterWeights, get_backend
+from saap_index.routing.rotations import query_rotation
 from saap_index.search.select import select
 
 CASES = [
@@ -151,10 +152,10 @@ def compare_selections(
     """The rows of ``got`` against those that plain torch selects on the same device; near the cut they may differ."""
     assert index.query_router is not None
     backend = get_backend(queries.device, "torch")
-    x, _ = index._queries(queries)
-    shares, miss = index._given(params)
+    x, _ = index._arguments.queries(queries, index.invlists)
+    shares, miss = index._budget_terms(params)
     prepared = backend.prepare_router(index.query_router.weights)
-    rotation = index._query_rotation(x.shape[3])
+    rotation = query_rotation(index.rope, index.invlists, x.shape[3])
     want = select(backend, index.invlists, index.query_router, prepared, x, rotation, params, shares, miss)
     got_rows, want_rows = got.rows, want.rows
     assert want_rows is not None

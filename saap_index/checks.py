@@ -104,6 +104,30 @@ def counts(lengths: Any, batch: int, most: int, name: str = "lengths") -> list[i
     return numbers
 
 
+def kept(n: Any, lengths: Sequence[int] | None) -> list[int]:
+    """How many tokens to keep of sequences of these lengths, from an int or one each; None: of a batch of any size, all empty.
+
+    LengthError beyond the end, ShapeError for another number of sequences.
+    """
+    if lengths is None:
+        return counts(n, 1 if isinstance(n, int | np.integer) else len(n), 0, "n")
+    numbers = counts(n, len(lengths), 2**31 - 1, "n")
+    for i, (count, length) in enumerate(zip(numbers, lengths, strict=True)):
+        if count > length:
+            raise LengthError(f"n: expected at most the {length} tokens of sequence {i}, got {count}")
+    return numbers
+
+
+def sequences(numbers: Any, batch: int, complete: bool = False) -> list[int]:
+    """Checked numbers of sequences of a batch, as many as there are if ``complete``; ParameterError or ShapeError otherwise."""
+    chosen = list(numbers)
+    if complete and len(chosen) != batch:
+        raise ShapeError(f"sequences: expected one per sequence ({batch}), got {len(chosen)}")
+    if not chosen:
+        raise ParameterError("sequences: expected at least one, got none")
+    return [integer(s, "sequences", 0, batch - 1) for s in chosen]
+
+
 def list_numbers(x: Tensor, name: str, nlist: int, least: int = 0) -> None:
     """ParameterError unless every list number lies in [least, nlist)."""
     if x.numel():
@@ -127,7 +151,7 @@ def positions(positions: Any, b: int, q: int, n: int) -> np.ndarray:
     return np.broadcast_to(places, (b, q)).astype(np.int64)
 
 
-def ids(ids: Any, name: str) -> np.ndarray:
+def token_ids(ids: Any, name: str) -> np.ndarray:
     """Checked token ids, int64 (n,)."""
     x = tensor(np.asarray(ids) if isinstance(ids, list | tuple | range) else ids, name).cpu().numpy()
     if x.size and x.dtype.kind not in "iu":
@@ -135,6 +159,15 @@ def ids(ids: Any, name: str) -> np.ndarray:
     if x.ndim != 1:
         raise ShapeError(f"{name}: expected shape (n,), got {x.shape}")
     return x.astype(np.int64)
+
+
+def ids_per_sequence(ids: Any, batch: int) -> list[np.ndarray]:
+    """Checked token ids of every sequence, int64 (n,), from one array for all or one each; ShapeError for another number."""
+    nested = isinstance(ids, list | tuple) and len(ids) > 0 and not isinstance(ids[0], int | np.integer)
+    arrays = list(ids) if nested else [ids] * batch
+    if len(arrays) != batch:
+        raise ShapeError(f"ids: expected one array per sequence ({batch}), got {len(arrays)}")
+    return [token_ids(x, f"ids[{i}]" if nested else "ids") for i, x in enumerate(arrays)]
 
 
 def shares(value: Any, name: str, heads: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from . import checks
 from .errors import CompatibilityError, MissingDependencyError, NotTrainedError, ParameterError, ShapeError
 from .routing.quantizer import KeyQuantizer
 from .routing.router import QueryRouter
@@ -31,6 +32,8 @@ def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndar
     float32 (next position, e) by id, zero where a token was removed. The coarse quantizer holds our centroids: where a RoPE is
     undone for routing, search it with `faiss.contrib.ivf_tools.search_preassigned`.
     """
+    checks.integer(sequence, "sequence", 0, max(0, len(index.lengths) - 1))
+    checks.integer(head, "head", 0, index.num_kv_heads - 1)
     faiss = _faiss()
     if index.key_quantizer is None:
         raise NotTrainedError("to_faiss: expected an index with a key_quantizer, got one without")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from .routing.calibration import TARGETS, Calibration
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.router import QueryRouter
+from .routing.trained import TrainedLayer
 from .routing.two_tower import TwoTower
 
 FORMAT, VERSION = "saap_index", "1"
@@ -231,20 +233,26 @@ def _empty_index(config: dict[str, Any], device: torch.device | str, backend: st
     return AsymmetricIndex(**config["index"], dtype=dtype, device=device, rope=rope, backend=backend)
 
 
+def _trained(index: AsymmetricIndex, config: dict[str, Any], tensors: dict[str, Tensor]) -> TrainedLayer:
+    """What ``index`` was trained to."""
+    quantizer = router = tower = None
+    if config["quantizer"]:
+        quantizer = KeyQuantizer(tensors["centroids"])
+    if config["router"] is not None:
+        weights = RouterWeights.of(tensors, index.nlist, "router.")
+        router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
+    if config.get("tower") is not None:
+        weights = RouterWeights.of(tensors, index.d, "tower.")
+        tower = TwoTower(weights, int(config["router"]["first_knot"]))
+    calibration = Calibration(tensors["calibration"]) if config.get("calibrated") else None
+    return replace(index.trained, key_quantizer=quantizer, query_router=router, tower=tower, calibration=calibration)
+
+
 def _restore(
     config: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str, backend: str | None
 ) -> AsymmetricIndex:
     index = _empty_index(config, device, backend)
-    if config["quantizer"]:
-        index.key_quantizer = KeyQuantizer(tensors["centroids"])
-    if config["router"] is not None:
-        weights = RouterWeights.of(tensors, index.nlist, "router.")
-        index.query_router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
-    if config.get("tower") is not None:
-        weights = RouterWeights.of(tensors, index.d, "tower.")
-        index.tower = TwoTower(weights, int(config["router"]["first_knot"]))
-    if config.get("calibrated"):
-        index.calibration = Calibration(tensors["calibration"])
+    index.load_trained(_trained(index, config, tensors))
     lengths = config["lengths"]
     if not lengths:
         return index
@@ -271,9 +279,9 @@ def _restore(
         if config["pending"]:
             for low, high in ((0, lists.sinks(i)), (lists.sealed(i), lengths[i])):
                 checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
-    lists._reserve_tables(tensors["tables"].shape[2], exact=True)
+    lists.resize_tables(tensors["tables"].shape[2])
     if config["pending"]:
-        lists.pending = tensors["pending"].to(index.device)
+        lists.arena = replace(lists.arena, pending=tensors["pending"].to(index.device))
     for name in ("keys", "values", "ids", "tables"):
         getattr(lists, name).copy_(tensors[name])
     for i in range(lists.batch):

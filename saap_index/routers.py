@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,46 +30,13 @@ from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.rope_config import _head_dim, _read, _text_config
 from .routing.router import QueryRouter
+from .routing.trained import MAX_LISTS, TrainedLayer, unmade_lists
 from .routing.two_tower import TwoTower
 
 FORMAT, VERSION = "saap_index routers", 1
 CONFIG, ARRAYS = "config.json", "model.safetensors"
-MAX_LISTS = 1 << 16
-"""Of a KV head, where each prompt makes its own: beyond it lists are no help, and a number in a file no reason to allocate."""
-
-
-@dataclass(frozen=True)
-class LayerRouters:
-    """One attention layer.
-
-    rope : what the index undoes to route, None for lists of keys as they are; model_rope : what the layer rotates by; scale : of
-    the logits. tower : set if the lists are made anew for each prompt; the lists of key_quantizer and query_router then only say
-    how many, and are zero once written and read. budget_shares : float32 (h,), mean 1 over the model. losses : float32 (h, s),
-    see `budget_plan`, at the shares of ``config["budget"]["grid"]``.
-    """
-
-    key_quantizer: KeyQuantizer
-    query_router: QueryRouter
-    rope: Rope | None
-    model_rope: Rope | None
-    scale: float
-    tower: TwoTower | None = None
-    calibration: Calibration | None = None
-    budget_shares: np.ndarray | None = None
-    losses: np.ndarray | None = None
-
-    def with_lists(self, nlist: int) -> LayerRouters:
-        """The same for another number of lists; ParameterError unless they are made anew for each prompt."""
-        checks.integer(nlist, "nlist", 1, MAX_LISTS)
-        if self.tower is None:
-            raise ParameterError(f"nlist: expected {self.key_quantizer.nlist}, as these lists were trained, got {nlist}")
-        quantizer, router = _unmade(self.tower, nlist)
-        return replace(self, key_quantizer=quantizer, query_router=router)
-
-    def to(self, device: torch.device | str) -> LayerRouters:
-        """The same on another device."""
-        tower = None if self.tower is None else self.tower.to(device)
-        return replace(self, key_quantizer=self.key_quantizer.to(device), query_router=self.query_router.to(device), tower=tower)
+LayerRouters = TrainedLayer
+"""One attention layer of `Routers`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +44,7 @@ class Routers:
     """config : plain data, as in config.json; layers : by number, those that are indexed."""
 
     config: Mapping[str, Any]
-    layers: Mapping[int, LayerRouters] = field(repr=False)
+    layers: Mapping[int, TrainedLayer] = field(repr=False)
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -105,19 +72,14 @@ class Routers:
         found = self.layers[layer]
         if "nlist" in options:
             found = found.with_lists(options.pop("nlist"))
-        kv_heads, nlist, d = found.key_quantizer.centroids.shape
+        kv_heads, nlist, d = found.quantizer.centroids.shape
         heads = self.config["model"].get("num_attention_heads")
         if heads is None:
             raise CompatibilityError("routers: expected a model with num_attention_heads in their config, got none")
         own: dict[str, Any] = {"rope": found.rope, "scale": found.scale, "budget_shares": found.budget_shares}
         own |= {name: value for name, value in self.config.get("layout", {}).items() if name in ("sinks", "window")}
         index = AsymmetricIndex(d, nlist, heads, kv_heads, **{**own, **options})
-        index.key_quantizer = KeyQuantizer(found.key_quantizer.centroids.contiguous())
-        if found.tower is not None:
-            index.tower = found.tower  # makes the router for the lists there are
-        else:
-            index.query_router = found.query_router
-        index.calibration = found.calibration
+        index.load_trained(found)
         return index
 
 
@@ -209,7 +171,7 @@ def _routers_of(config: Any, raw: bytes) -> Routers:
         prefix = f"layers.{number}."
         arrays = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
         layers[number] = unpack_layer(fact, arrays)
-        h, _, d = layers[number].key_quantizer.centroids.shape
+        h, _, d = layers[number].quantizer.centroids.shape
         if (h, d) != (heads, dim):
             raise FormatError(f"layer {number}: expected {heads} KV heads and {dim} dims, got {h} and {d}")
     if len(layers) != len(facts) or tensors:
@@ -222,7 +184,7 @@ def _checksum(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()[:32]
 
 
-def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def pack_layer(layer: TrainedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """One layer as plain data and as arrays on the CPU, in 16 bits where that loses nothing.
 
     Lists that are made anew for each prompt are none to be stored.
@@ -230,14 +192,14 @@ def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     facts = {
         "rope": None if layer.rope is None else layer.rope.to_dict(),
         "model_rope": None if layer.model_rope is None else layer.model_rope.to_dict(), "scale": layer.scale,
-        "first_knot": layer.query_router.first_knot, "count_lists": layer.query_router.count_lists,
+        "first_knot": layer.router.first_knot, "count_lists": layer.router.count_lists,
         "two_tower": layer.tower is not None,
     }  # fmt: skip
     if layer.tower is None:
-        arrays, weights = {"centroids": layer.key_quantizer.centroids}, layer.query_router.tensors()
+        arrays, weights = {"centroids": layer.quantizer.centroids}, layer.router.tensors()
     else:
         arrays, weights = {}, layer.tower.tensors()
-        facts["nlist"] = layer.key_quantizer.nlist
+        facts["nlist"] = layer.quantizer.nlist
     arrays |= {f"router.{name}": _narrow(x) for name, x in weights.items()}
     if layer.calibration is not None:
         arrays["calibration"] = layer.calibration.miss
@@ -249,7 +211,7 @@ def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, {name: x.detach().cpu().contiguous().clone() for name, x in arrays.items()}
 
 
-def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> LayerRouters:
+def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> TrainedLayer:
     """What `pack_layer` packed. Raises LookupError, TypeError, ValueError or SaapError for anything else."""
     rope, model_rope = (None if facts[name] is None else Rope.from_dict(facts[name]) for name in ("rope", "model_rope"))
     heads, _, d = map(int, arrays["router.hidden"].shape)
@@ -268,7 +230,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
             quantizer = KeyQuantizer(arrays["centroids"])
             router = tower.at(quantizer.centroids)
         else:
-            quantizer, router = _unmade(tower, checks.integer(facts["nlist"], "nlist", 1, MAX_LISTS))
+            quantizer, router = unmade_lists(tower, checks.integer(facts["nlist"], "nlist", 1, MAX_LISTS))
     else:
         quantizer = KeyQuantizer(arrays["centroids"])
         router = QueryRouter(RouterWeights.of(arrays, quantizer.nlist, "router.").map(_wide), first_knot, facts["count_lists"])
@@ -281,19 +243,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
         shares = checks.shares(shares, "budget_shares", heads)
     if losses is not None and (losses.ndim != 2 or len(losses) != heads or not np.isfinite(losses).all()):
         raise FormatError(f"losses: expected finite numbers ({heads}, s), got shape {losses.shape}")
-    return LayerRouters(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses)
-
-
-def _unmade(tower: TwoTower, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:
-    """So many lists that a prompt will make, and the router for them, as `TwoTower.at` gives it for centroids of zero.
-
-    All lists are one piece of memory: how many there are costs nothing before a prompt makes them.
-    """
-    zeros = torch.zeros((tower.heads, 1, tower.d), dtype=torch.float32, device=tower.weights.hidden.device)
-    one = tower.at(zeros).weights
-    assert one.lists is not None
-    weights = replace(one, nlist=nlist, lists=one.lists.expand(-1, nlist, -1))
-    return KeyQuantizer(zeros.expand(-1, nlist, -1)), QueryRouter(weights, tower.first_knot)
+    return TrainedLayer(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses)
 
 
 def _narrow(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class SegmentChange:
 @dataclass(frozen=True)
 class Arena:
     """The memory of a batch. keys, values, ids, tables : as a backend's operations name them; mean_keys, mean_values : as in
-    `Tail`; given : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere."""
+    `Tail`; pending : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere."""
 
     keys: Tensor
     values: Tensor
@@ -67,7 +67,7 @@ class Arena:
     tables: Tensor
     mean_keys: Tensor
     mean_values: Tensor
-    given: Tensor | None
+    pending: Tensor | None
 
 
 class Backend(ABC):
@@ -138,8 +138,8 @@ class Backend(ABC):
         """Bring the segments of several sequences to what they shall be: assign, sort, write ids and tables, means.
 
         The tables have room for ``want``. What comes out is that of `assign`, `seal` and `means` one after the other. quantizer :
-        as from `prepare_quantizer`, or None where ``arena.given`` has every list. Does not wait for the device. Raises before it
-        moves a row, or not at all. Returns False, having done nothing, if one after the other is how this backend does it.
+        as from `prepare_quantizer`, or None where ``arena.pending`` has every list. Does not wait for the device. Raises
+        before it moves a row, or not at all. Returns False, having done nothing, if a backend does one after the other.
         """
         return False
 

@@ -64,11 +64,12 @@ def key_of(
     layer: LayerPlan, dtype: torch.dtype, device: torch.device, batch: int = 1, graphs: bool = False
 ) -> dict[str, Any]:
     """What the times of a step depend on, beside the machine."""
-    weights = layer.query_router.weights if layer.tower is None else layer.tower.weights
+    trained = layer.trained
+    weights = trained.router.weights if trained.tower is None else trained.tower.weights
     names = ("selectivity", "nprobe", "target_mass", "max_codes", "tail", "mean_run_tokens", "window", "sinks", "backend")
     return {
         "heads": layer.num_heads, "kv_heads": layer.num_kv_heads, "ranks": layer.shard[1],
-        "lists": list(layer.key_quantizer.centroids.shape), "own_lists": layer.tower is not None,
+        "lists": list(trained.quantizer.centroids.shape), "own_lists": trained.tower is not None,
         "router": list(weights.hidden.shape), "dtype": str(dtype),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         **({"batch": batch} if batch > 1 else {}), **({"graphs": True} if graphs else {}),
@@ -91,7 +92,7 @@ class LayerTimes:
 
     @torch.no_grad()
     def __call__(self, tokens: int) -> tuple[float, float]:
-        h, _, d = self.layer.key_quantizer.centroids.shape
+        h, _, d = self.layer.trained.quantizer.centroids.shape
         h //= self.layer.shard[1]
         b, groups = self.batch, self.layer.num_heads // self.layer.num_kv_heads
         draw = torch.Generator(self.device).manual_seed(tokens)  # of its own: a user's random numbers stay what they are

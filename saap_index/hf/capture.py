@@ -48,7 +48,7 @@ def obstacle(decoder: Any, layers: Mapping[int, LayerPlan]) -> str | None:
         return "one whose forward something else has wrapped"
     if any(layer.shard[1] > 1 for layer in layers.values()):
         return "one that is split among processes"
-    if any(layer.rope is not None and layer.rope.is_dynamic for layer in layers.values()):
+    if any(layer.trained.rope is not None and layer.trained.rope.is_dynamic for layer in layers.values()):
         return "a rope whose angles depend on the length"
     if sliding:
         return f"layers with a window, {sliding}"

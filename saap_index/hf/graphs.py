@@ -220,7 +220,7 @@ def _level(cache: SaapCache) -> bool:
                 return False
             if not ragged and layer.visible is not None:
                 return False
-            if layer.plan.tower is not None and not any(layer.index.invlists.segments):
+            if layer.plan.trained.tower is not None and not any(layer.index.invlists.segments):
                 return False  # it makes its lists when tokens are first sealed
         elif type(layer) is not DynamicLayer or layer.get_seq_length() != slots or ragged:
             return False

@@ -254,7 +254,7 @@ def _check_slots(name: str, lengths: list[int], slots: int, ragged: Any, visible
 
 def _check_arena(name: str, plan: LayerPlan, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
     """FormatError unless keys and values are an arena of this layer with room for the lengths."""
-    h, d = plan.num_kv_heads // plan.shard[1], int(plan.key_quantizer.centroids.shape[2])
+    h, d = plan.num_kv_heads // plan.shard[1], int(plan.trained.quantizer.centroids.shape[2])
     least = len(lengths), h, max(1, *lengths), d
     fits = keys.ndim == values.ndim == 4 and keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype
     if not fits or (*keys.shape[:2], keys.shape[3]) != (least[0], h, d) or keys.shape[2] < least[2] or keys.dtype not in _NAMES:
@@ -337,9 +337,10 @@ def _routers(plan: Plan) -> dict[str, str]:
 
 
 def _router(plan: LayerPlan) -> str:
-    network = plan.query_router if plan.tower is None else plan.tower
-    tensors = {"centroids": plan.key_quantizer.centroids, **{f"router.{name}": x for name, x in network.tensors().items()}}
-    rope = "" if plan.rope is None else json.dumps(plan.rope.to_dict(), sort_keys=True)
+    layer = plan.trained
+    network = layer.router if layer.tower is None else layer.tower
+    tensors = {"centroids": layer.quantizer.centroids, **{f"router.{name}": x for name, x in network.tensors().items()}}
+    rope = "" if layer.rope is None else json.dumps(layer.rope.to_dict(), sort_keys=True)
     return _checksum({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, zlib.crc32(rope.encode()))
 
 

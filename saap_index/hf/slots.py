@@ -257,7 +257,7 @@ class SlotLayer(CacheLayerMixin):
 
     def _length_of_rotation(self, position_ids: Tensor | None) -> int | None:
         """The length that the angles of the newest tokens belong to; None if they depend on none."""
-        rope, newest = self.plan.rope, newest_position(position_ids)
+        rope, newest = self.plan.trained.rope, newest_position(position_ids)
         if rope is None or not rope.is_dynamic:
             return None
         return length_of_rotation(rope, self.rotary, self.plan.layer_type, self.slots - 1 if newest is None else newest)

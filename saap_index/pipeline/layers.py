@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..routers import LayerRouters
 from ..routing.calibration import replay, table
 from ..routing.rope import Rope
+from ..routing.trained import TrainedLayer
 from ..routing.two_tower import TwoTower
 from ..training.config import TrainingConfig
-from ..training.layer import Trained, TrainingSequence, train_layer
+from ..training.layer import TrainingSequence, train_layer
 from .budget import BudgetPlan
 from .measure import GRID, SHARES, Measured, measure
 from .settings import TrainSettings
@@ -31,7 +31,7 @@ Positions = Callable[[TrainSettings, int], np.ndarray]
 class LayerResult:
     """figures : plain data, of the sequences held out; see `_figures`."""
 
-    routers: LayerRouters
+    routers: TrainedLayer
     figures: dict[str, Any]
 
 
@@ -56,9 +56,7 @@ def train_one(
     total = sum(measured[1:], measured[0])
     losses = total.loss / max(1e-30, float(total.norm.sum())) * store.weight(layer)
     calibration = table(curves) if curves else None
-    routers = LayerRouters(
-        trained.quantizer, trained.router, rope, model_rope, scale, tower, calibration, None, losses.astype(np.float32)
-    )
+    routers = replace(trained, model_rope=model_rope, calibration=calibration, losses=losses.astype(np.float32))
     return LayerResult(routers, _figures(measured, store.weight(layer)))
 
 
@@ -67,7 +65,7 @@ def _without_queries(store: CaptureStore, layer: int, numbers: list[int], device
 
 
 def _measure(
-    store: CaptureStore, layer: int, number: int, positions: np.ndarray, trained: Trained, settings: TrainSettings,
+    store: CaptureStore, layer: int, number: int, positions: np.ndarray, trained: TrainedLayer, settings: TrainSettings,
     rope: Rope | None, scale: float, device: torch.device,
 ) -> tuple[Measured, np.ndarray | None]:  # fmt: skip
     """One sequence that was held out: its figures, and for calibration the attention captured by how much was left unread."""
@@ -120,7 +118,7 @@ def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def merge_budget(layers: Mapping[int, LayerRouters], plan: BudgetPlan) -> dict[int, LayerRouters]:
+def merge_budget(layers: Mapping[int, TrainedLayer], plan: BudgetPlan) -> dict[int, TrainedLayer]:
     """The layers with their shares of the budget."""
     shares = plan.shares.astype(np.float32)
     return {number: replace(layer, budget_shares=shares[at]) for at, (number, layer) in enumerate(layers.items())}

@@ -28,9 +28,10 @@ from ..errors import CompatibilityError, FormatError, LengthError, ParameterErro
 from ..hf import support
 from ..hf.models import LoadedModel, check_positions
 from ..hf.probe import check_rotation
-from ..routers import CONFIG, LayerRouters, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
+from ..routers import CONFIG, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
 from ..routing.quantizer import require_faiss
 from ..routing.rope import Rope
+from ..routing.trained import TrainedLayer
 from ..search.params import SELECTIVITY
 from ..version import __version__
 from . import capture
@@ -281,7 +282,7 @@ def _read_layer(path: Path) -> tuple[LayerResult, str]:
 
 def _assembled(results: Mapping[int, LayerResult], settings: TrainSettings, job: _Job) -> Routers:
     """One object of all layers, with the budget spread over them."""
-    layers: dict[int, LayerRouters] = {number: result.routers for number, result in results.items()}
+    layers: dict[int, TrainedLayer] = {number: result.routers for number, result in results.items()}
     losses = np.stack([layer.losses for layer in layers.values() if layer.losses is not None])
     grid = np.array(results[job.layers[0]].figures["grid"])
     plan = plan_budget(losses, grid, SELECTIVITY)

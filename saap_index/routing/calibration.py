@@ -71,16 +71,17 @@ class Calibration:
 
 @full_precision
 def calibrate(
-    keys: Tensor, queries: Tensor, positions: np.ndarray, quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
+    sequences: Sequence[tuple[Tensor, Tensor, np.ndarray]], quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
     layout: Layout, scale: float, confidence: float = CONFIDENCE,
 ) -> Calibration:  # fmt: skip
     """The table of one layer from whole sequences that were in no training; checked arguments of `AsymmetricIndex.calibrate`.
 
-    keys : (b, h, n, d), queries : (b, hq, q, d), as attention sees them; positions : int64 (b, q) of the queries.
-    Raises as `replay` and `table` do.
+    sequences : keys (h, n, d) and queries (hq, q, d) as attention sees them, and positions, int64 (q,), of the queries.
+    Raises ParameterError for a confidence outside [0.5, 1), and as `replay` and `table` do.
     """
-    parts = quantizer, router, rope, layout, scale
-    return table([replay(k, q, p, *parts) for k, q, p in zip(keys, queries, positions, strict=True)], confidence)
+    if not isinstance(confidence, float) or not 0.5 <= confidence < 1:
+        raise ParameterError(f"confidence: expected 0.5 <= confidence < 1, got {confidence!r}")
+    return table([replay(*sequence, quantizer, router, rope, layout, scale) for sequence in sequences], confidence)
 
 
 def replay(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..backends import Backend, Budget, Rotation, Search, Tail
+from ..invlists.ids import ids_of
 from ..invlists.segmented import SegmentedInvertedLists
 from ..precision import full_precision
 from ..routing.router import QueryRouter
@@ -104,7 +105,7 @@ def best_of(
     ids = torch.full_like(rows, -1)
     for i, head in np.ndindex(b, h) if any(selection.lengths) else ():
         at = rows[i, head]  # a row of no token has no score; one whose score is -inf is still a token's
-        ids[i, head] = torch.where(at < 0, -1, lists.ids_of(i, head, at.clamp(min=0)))
+        ids[i, head] = torch.where(at < 0, -1, ids_of(lists, i, head, at.clamp(min=0)))
     return scores, ids
 
 

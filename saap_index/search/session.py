@@ -21,6 +21,8 @@ from ..backends.base import Resident
 from ..backends.types import Placement, Routing
 from ..errors import NotFiniteError, StateError
 from ..invlists.segmented import SegmentedInvertedLists
+from ..routing.rope import Rope
+from ..routing.rotations import query_rotation
 from ..routing.router import QueryRouter
 from .params import SearchParametersIVF
 from .plan import everything_fits, spend
@@ -239,6 +241,20 @@ class DecodeState:
         return replace(recorded, sinks=self._sinks, sealed=self._sealed, lengths=lengths, version=version)
 
     # -- searching ---------------------------------------------------------------------------------------------------
+
+    def routing_of(self, router: QueryRouter, prepared: Any, rope: Rope | None, q: int) -> Routing:
+        """How queries of the last q tokens are routed; ``prepared`` is the router as the backend keeps it."""
+        known = self.routing
+        if known is None or known.router is not prepared:
+            known = Routing(prepared, router.first_knot, router.count_lists)
+            if rope is not None and not rope.is_dynamic:
+                turn = rope.inv_freq().to(self.lists.keys.device), rope.interleaved, 1.0 / rope.attention_scale
+                known = Routing(prepared, router.first_knot, router.count_lists, *turn)
+            self.routing = known
+        if rope is None or not rope.is_dynamic:
+            return known
+        self.refuse_capture("a rope whose angles depend on the length")
+        return Routing(known.router, known.first_knot, known.count_lists, rotation=query_rotation(rope, self.lists, q))
 
     def step(
         self, queries: Tensor, params: SearchParametersIVF, router: QueryRouter, routing: Routing, given: tuple[Any, Any],

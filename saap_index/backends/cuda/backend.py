@@ -105,7 +105,7 @@ class CudaBackend(TorchBackend):
         lists = gpu_seal.aligned(heads * plan.fresh * 4) if quantizer is not None else 0
         workspace = torch.empty(lists + max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
         means = arena.mean_keys, arena.mean_values
-        gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.given, workspace, means)
+        gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.pending, workspace, means)
         return True
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
