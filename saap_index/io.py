@@ -18,11 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import checks, files
-from .backends import NETWORK, RouterWeights
+from .backends import NETWORK, STORAGE_CODES, RouterWeights
 from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
+from .invlists.coded import plain_rows
 from .invlists.gaps import Gaps
 from .invlists.rotated import RotationLengths
+from .invlists.segmented import SegmentedInvertedLists
 from .routing.calibration import TARGETS, Calibration
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
@@ -84,6 +86,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "max_segment": layout.max_segment, "break_even": layout.break_even, "mean_run_tokens": layout.mean_run_tokens,
             "target_mass": index.target_mass, "tail": index.tail,
             "budget_shares": None if index.budget_shares is None else index.budget_shares.tolist(),
+            **({} if index.storage is None else {"storage": index.storage}),
         },
         "dtype": str(index.dtype).removeprefix("torch."),
         "rope": None if index.rope is None else index.rope.to_dict(),
@@ -95,6 +98,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "gaps": [] if lists is None else [len(x.starts) for x in lists.gaps],
         "rotated": [] if lists is None else [len(r) for r in lists.rotated.runs],
         "pending": lists is not None and lists.pending is not None,
+        **({} if lists is None or lists.code is None else {"coded": [list(span) for span in lists.coded_spans]}),
     }  # fmt: skip
     tensors: dict[str, Tensor] = {}
     if index.key_quantizer is not None:
@@ -119,17 +123,44 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
             x = getattr(lists, name)[:, :, :rows].clone()
             for i, n in enumerate(lists.lengths):
                 low, high = (lists.sinks(i), lists.sealed(i)) if name == "ids" else (0, n)
+                low, high = lists.coded_spans[i] if lists.code is not None and name in ("keys", "values") else (low, high)
                 x[i, :, :low] = 0  # memory that no token owns is not written to disk
                 x[i, :, high:] = 0
                 if name == "pending":
                     x[i, :, lists.sinks(i) : lists.sealed(i)] = -1  # the tables know
             tensors[name] = x
+        tensors |= plain_tensors(lists)
         tensors["tables"] = lists.tables[:, :, :count].clone()
         for i, segments in enumerate(lists.segments):
             tensors["tables"][i, :, len(segments) :] = 0
         tensors["gaps"] = torch.from_numpy(np.concatenate([x.array() for x in lists.gaps]))
         tensors["rotated"] = lists.rotated.tensor()
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config
+
+
+def plain_tensors(lists: SegmentedInvertedLists, room: int = 0) -> dict[str, Tensor]:
+    """plain_keys and plain_values of an arena with codes, with zeros where no token lies, ``room`` rows of them at the end."""
+    if lists.code is None:
+        return {}
+    counts = plain_rows(lists.lengths, lists.coded_spans)
+    tensors = {}
+    for name, x in zip(("plain_keys", "plain_values"), lists.arena.numbers, strict=True):
+        tensors[name] = x.new_zeros((*x.shape[:2], max(counts) + room, x.shape[3]))
+        for i, count in enumerate(counts):
+            tensors[name][i, :, :count] = x[i, :, :count]
+    return tensors
+
+
+def coded_spans(spans: Any, lengths: list[int], segments: list[tuple[tuple[int, int], ...]]) -> list[tuple[int, int]]:
+    """Which rows of each sequence are codes, from a file; FormatError unless they are some of its rows, the sealed ones among
+    them."""
+    found = []
+    for span, n, parts in zip(spans, lengths, segments, strict=True):
+        low, high = (checks.integer(x, "coded", 0, n) for x in span)
+        if low > high or (parts and not (low <= parts[0][0] and parts[-1][1] <= high)):
+            raise FormatError(f"coded: expected rows of {n} with the sealed ones among them, got {span}")
+        found.append((low, high))
+    return found
 
 
 def _checksum(tensors: dict[str, Tensor], config: str) -> str:
@@ -180,6 +211,11 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         b, rows = len(lengths), max(lengths)
         count = max(len(s) for s in _segments(config))
         want["keys"], want["values"] = ((b, h, rows, d), dtype), ((b, h, rows, e), dtype)
+        if c.get("storage") is not None:
+            sizes = STORAGE_CODES[c["storage"]].sizes(d, e)
+            plain = max(plain_rows(lengths, coded_spans(config["coded"], lengths, _segments(config))))
+            for side, dim, size in zip(("keys", "values"), (d, e), sizes, strict=True):
+                want[side], want[f"plain_{side}"] = ((b, h, rows, size), torch.uint8), ((b, h, plain, dim), dtype)
         want["ids"], want["tables"] = ((b, h, rows), torch.int32), ((b, h, count, nlist + 1), torch.int32)
         if "gaps" in config:
             want["gaps"] = ((sum(config["gaps"]), 2), torch.int64)
@@ -209,7 +245,9 @@ def _load(file: Any, config: dict[str, Any]) -> dict[str, Tensor]:
         found[name] = shape
     lengths, form = config["lengths"], config["index"]
     # before any list is made to the measure of a length that the file only claims
-    if lengths and found.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), form["d"]):
+    code = STORAGE_CODES.get(form.get("storage"))
+    size = form["d"] if code is None else code.sizes(form["d"], form["d_v"])[0]
+    if lengths and found.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), size):
         raise FormatError(f"expected tokens as in the configuration, got keys of shape {found.get('keys')}")
     want = _expected(config)
     if {n: s for n, (s, _) in want.items()} != found:
@@ -282,6 +320,10 @@ def _restore(
     lists.resize_tables(tensors["tables"].shape[2])
     if config["pending"]:
         lists.arena = replace(lists.arena, pending=tensors["pending"].to(index.device))
+    if lists.code is not None:
+        lists.coded_spans = coded_spans(config["coded"], lengths, segments)
+        plain = {name: tensors[name].to(index.device) for name in ("plain_keys", "plain_values")}
+        lists.arena = replace(lists.arena, **plain)
     for name in ("keys", "values", "ids", "tables"):
         getattr(lists, name).copy_(tensors[name])
     for i in range(lists.batch):

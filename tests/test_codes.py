@@ -25,7 +25,7 @@ DIMS = st.one_of(st.sampled_from([64, 128]), st.integers(1, 32).map(lambda x: 8 
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-@pytest.fixture(params=[*_cpu.isas(), "torch"])
+@pytest.fixture(params=[*_cpu.isas(), "torch"], scope="module")
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The compiled one on each instruction set that this processor has, and plain torch."""
     if request.param == "torch":
@@ -217,7 +217,8 @@ def test_the_number_of_threads_changes_nothing() -> None:
     for threads in (1, 2, 3):
         _cpu.set_num_threads(threads)
         coded = Coded(code, *codes, [0], [3000])
-        found.append(cpu.scan(rows(1, 2, 4, 1, 64, seed=3, dtype=torch.bfloat16), keys[:, :, :4], values[:, :, :4],
+        arena = (x[:, :, :4].contiguous() for x in (keys, values))
+        found.append(cpu.scan(rows(1, 2, 4, 1, 64, seed=3, dtype=torch.bfloat16), *arena,
                               None, None, [0], [0], [3000], 0.125, True, None, coded))  # fmt: skip
     _cpu.set_num_threads(0)
     for out, lse in found[1:]:

@@ -59,7 +59,11 @@ class SegmentChange:
 @dataclass(frozen=True)
 class Arena:
     """The memory of a batch. keys, values, ids, tables : as a backend's operations name them; mean_keys, mean_values : as in
-    `Tail`; pending : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere."""
+    `Tail`; pending : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere.
+
+    Where sealed rows are stored as codes, keys and values hold these, as in `Coded`, and plain_keys : storage dtype (b, h, R, d),
+    plain_values : (b, h, R, e) the other rows.
+    """
 
     keys: Tensor
     values: Tensor
@@ -68,6 +72,15 @@ class Arena:
     mean_keys: Tensor
     mean_values: Tensor
     pending: Tensor | None
+    plain_keys: Tensor | None = None
+    plain_values: Tensor | None = None
+
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """Where keys and values are written to as numbers."""
+        if self.plain_keys is None or self.plain_values is None:
+            return self.keys, self.values
+        return self.plain_keys, self.plain_values
 
 
 class Backend(ABC):
@@ -130,6 +143,9 @@ class Backend(ABC):
         for (start, stop), table in zip(segments, tables.unbind(1), strict=True):
             part = slice(start - segments[0][0], stop - segments[0][0])
             self.seal(keys, values, ids, start, list_nos[:, part].contiguous(), table)
+
+    reads_codes: ClassVar[bool] = False
+    """Whether `scan` takes ``coded``."""
 
     seals_batches: ClassVar[bool] = False
     """Whether `seal_batch` may be of use."""

@@ -86,6 +86,25 @@ def decode(codes: Tensor, dim: int, bits: int) -> Tensor:
     return rotate(_NUMBERS.to(codes.device, torch.float32)[number] * scale, back=True)
 
 
+def rows_at(arena: Tensor, index: Tensor, coded: Coded | None, i: int, side: str) -> Tensor:
+    """Rows index : int64 (h, t) of sequence i: float32 (h, t, dim). arena : (h, N, dim); side : "key" or "value", of the codes."""
+    h, t = index.shape
+    dim = arena.shape[-1]
+    if coded is None:
+        return arena.gather(1, index[:, :, None].expand(h, t, dim)).float()
+    low, high = coded.first[i], coded.last[i]
+    codes, bits = (coded.keys, coded.code.key_bits) if side == "key" else (coded.values, coded.code.value_bits)
+    within = (index >= low) & (index < high)
+    in_arena = torch.where(within, 0, torch.where(index < low, index, index - (high - low)))
+    rows = arena.new_zeros((h, t, dim), dtype=torch.float32)
+    if arena.shape[1]:
+        rows = arena.gather(1, in_arena[:, :, None].expand(h, t, dim)).float()
+    if high > low:
+        at = torch.where(within, index, low)[:, :, None].expand(h, t, codes.shape[-1])
+        rows = torch.where(within[:, :, None], decode(codes[i].gather(1, at), dim, bits), rows)
+    return rows
+
+
 def rotate(x: Tensor, back: bool = False) -> Tensor:
     """`reference.rotate` of rows x : float32 or float64 (..., dim), in that dtype."""
     dim = x.shape[-1]

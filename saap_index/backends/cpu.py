@@ -52,6 +52,7 @@ class CpuBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "cpu"
+    reads_codes = True
 
     def __init__(self) -> None:
         module = native.load()
@@ -304,9 +305,10 @@ class CpuBackend(Backend):
         places = places_of(self._cpu, search.tables, search.num_segments, budget, (b, h, lists))
         if not len(search.sinks) == len(search.sealed) == b:
             raise ShapeError(f"sinks, sealed: expected {b} each, got {len(search.sinks)}, {len(search.sealed)}")
-        for first, middle in zip(search.sinks, search.sealed, strict=True):
-            if not 0 <= first <= middle <= capacity:
-                raise LengthError(f"expected 0 <= sinks <= sealed <= {capacity}, got {first}, {middle}")
+        last_rows = [capacity] * b if search.coded is None else search.coded.last
+        for first, middle, last in zip(search.sinks, search.sealed, last_rows, strict=True):
+            if not 0 <= first <= middle <= last:
+                raise LengthError(f"expected 0 <= sinks <= sealed <= {last}, got {first}, {middle}")
         most, means_at = search.mean_keys.shape[2], (0, 0)
         if places.entries_at:
             means_at = (
@@ -409,9 +411,13 @@ class _Prepared(NamedTuple):
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, self.plan.keys.shape[3]))
         if not len(ends) == len(lengths) == b:
             raise ShapeError(f"ends, lengths: expected {b} each, got {len(ends)}, {len(lengths)}")
-        for middle, last in zip(self.plan.sealed, lengths, strict=True):
-            if not middle <= last <= capacity:
-                raise LengthError(f"lengths: expected {middle} to {capacity}, got {last}")
+        coded = self.plan.coded
+        for i, (middle, n) in enumerate(zip(self.plan.sealed, lengths, strict=True)):
+            least, most = middle, capacity
+            if coded is not None:
+                least, most = coded.last[i], capacity + coded.last[i] - coded.first[i]
+            if not least <= n <= most:
+                raise LengthError(f"lengths: expected {least} to {most}, got {n}")
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
         taken = self.places.memory(b, h)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..precision import full_precision
 from .base import Backend
-from .codes import Coded, decode
+from .codes import Coded, rows_at
 from .types import Budget, Probed, Rotation, Tail
 from .weights import RouterWeights
 
@@ -26,6 +26,7 @@ class TorchBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "torch"
+    reads_codes = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -178,8 +179,8 @@ class TorchBackend(Backend):
             recent = picked >= sealed[i]
             seen = (picked[:, None] >= 0) & (~recent[:, None] | (picked[:, None] < limit[None, :, None]))  # (h, q, t)
             index = picked.clamp(min=0)
-            k = _rows_at(arena_keys[i], index, coded, i, "key")
-            v = _rows_at(arena_values[i], index, coded, i, "value")
+            k = rows_at(arena_keys[i], index, coded, i, "key")
+            v = rows_at(arena_values[i], index, coded, i, "value")
             logits = torch.einsum("hgqd,htd->hgqt", queries[i].float() * scale, k)
             logits = logits.masked_fill(~seen[:, None], float("-inf"))
             if tail is not None:
@@ -208,25 +209,6 @@ class TorchBackend(Backend):
         pairs = (keep[..., None], out_a), (take[..., None], out_b)
         parts = [torch.where(w == 0, 0.0, w / whole[..., None] * x.float()) for w, x in pairs]
         return (parts[0] + parts[1]).to(out_a.dtype), top + torch.log(whole)
-
-
-def _rows_at(arena: Tensor, index: Tensor, coded: Coded | None, i: int, side: str) -> Tensor:
-    """Rows index : int64 (h, t) of sequence i: float32 (h, t, dim). arena : (h, N, dim); side : "key" or "value", of the codes."""
-    h, t = index.shape
-    dim = arena.shape[-1]
-    if coded is None:
-        return arena.gather(1, index[:, :, None].expand(h, t, dim)).float()
-    low, high = coded.first[i], coded.last[i]
-    codes, bits = (coded.keys, coded.code.key_bits) if side == "key" else (coded.values, coded.code.value_bits)
-    within = (index >= low) & (index < high)
-    in_arena = torch.where(within, 0, torch.where(index < low, index, index - (high - low)))
-    rows = arena.new_zeros((h, t, dim), dtype=torch.float32)
-    if arena.shape[1]:
-        rows = arena.gather(1, in_arena[:, :, None].expand(h, t, dim)).float()
-    if high > low:
-        at = torch.where(within, index, low)[:, :, None].expand(h, t, codes.shape[-1])
-        rows = torch.where(within[:, :, None], decode(codes[i].gather(1, at), dim, bits), rows)
-    return rows
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:

@@ -24,6 +24,7 @@ class ReferenceBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "reference"
+    reads_codes = True
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")

@@ -26,10 +26,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .. import checks, files
 from ..errors import CompatibilityError, FormatError
 from ..index import AsymmetricIndex
+from ..invlists.coded import NONE, plain_rows
 from ..invlists.gaps import Gaps
 from ..invlists.layout import NEVER
 from ..invlists.rotated import RotationLengths
-from ..io import check_gaps, check_ids, check_tables
+from ..io import check_gaps, check_ids, check_tables, coded_spans, plain_tensors
 from ..routing.quantizer import KeyQuantizer
 from . import support
 from .layer import IndexedLayer
@@ -142,9 +143,11 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         x = functional.pad(x, (0, 0, 0, ROOM_TOKENS) if x.ndim == 4 else (0, ROOM_TOKENS))
         for i, n in enumerate(lists.lengths):
             low, high = (lists.sinks(i), lists.sealed(i)) if name == "ids" else (0, n)
+            low, high = lists.coded_spans[i] if lists.code is not None and name in ("keys", "values") else (low, high)
             x[i, :, :low] = 0  # memory that no token owns is not written to disk
             x[i, :, high:] = 0
         tensors[name] = x
+    tensors |= plain_tensors(lists, ROOM_TOKENS)
     tensors["tables"] = lists.tables[:, :, : max(map(len, lists.segments))].cpu().contiguous()
     if index.tower is not None:  # the lists are this prompt's own
         assert index.key_quantizer is not None
@@ -152,7 +155,7 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         **about, "lengths": lists.lengths, "gaps": [len(x.starts) for x in lists.gaps],
         "rotated": [len(r) for r in lists.rotated.runs], "index": _form(index), "held": index.break_even == NEVER,
-        "break_even": index.break_even,
+        "break_even": index.break_even, **({} if lists.code is None else {"coded": lists.coded_spans}),
     }  # fmt: skip
 
 
@@ -162,7 +165,7 @@ def _form(index: AsymmetricIndex) -> dict[str, Any]:
     return {
         "d": index.d, "d_v": index.d_v, "nlist": index.nlist, "heads": index.num_kv_heads, "dtype": _NAMES[index.dtype],
         "sinks": layout.sinks, "window": layout.window, "seal_tokens": layout.seal_tokens, "max_segment": layout.max_segment,
-        "mean_run_tokens": layout.mean_run_tokens,
+        "mean_run_tokens": layout.mean_run_tokens, **({} if index.storage is None else {"storage": index.storage}),
     }  # fmt: skip
 
 
@@ -183,10 +186,11 @@ def _restore_indexed(
     visible = shared.get("visible")
     _check_slots(name, lengths, slots, ragged, visible)
     keys, values = tensors["keys"], tensors["values"]
-    _check_arena(name, layer.plan, keys, values, lengths)
+    numbers = ("plain_keys", "plain_values") if "plain_keys" in tensors else ("keys", "values")
+    _check_arena(name, layer.plan, *(tensors[x] for x in numbers), lengths if numbers[0] == "keys" else [0] * len(lengths))
     centroids = tensors.pop("centroids", None)
     tensors = {key: x.to(device) for key, x in tensors.items()}
-    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.lazy_initialization(*(tensors[x] for x in numbers))
     index = layer.index
     assert index is not None
     held = _boolean(about["held"], "held")
@@ -210,15 +214,25 @@ def _restore_indexed(
     segments = [index.layout.segments(n) for n in lengths]
     counts = checks.counts(about["gaps"], b, 2**31 - 1, "gaps")
     turns = checks.counts(about["rotated"], b, 2**31 - 1, "rotated")
+    spans, sizes = [NONE] * b, (index.d, index.d_v)
+    if lists.code is not None:
+        spans, sizes = coded_spans(about["coded"], lengths, segments), lists.code.sizes(index.d, index.d_v)
+    if rows < max(lengths) or tensors[numbers[0]].shape[2] < max(plain_rows(lengths, spans)):
+        raise FormatError(f"{name}: expected room for {max(lengths)} rows, got {rows} and {tensors[numbers[0]].shape[2]}")
     want = {
-        "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows), "gaps": (sum(counts), 2),
+        "keys": (b, h, rows, sizes[0]), "values": (b, h, rows, sizes[1]), "ids": (b, h, rows), "gaps": (sum(counts), 2),
         "rotated": (sum(turns), 2),
         "tables": (b, h, max(map(len, segments)), index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }  # fmt: skip
+    if lists.code is not None:
+        plain = tensors["plain_keys"].shape[2] if "plain_keys" in tensors else 0
+        want |= {"plain_keys": (b, h, plain, index.d), "plain_values": (b, h, plain, index.d_v)}
     shapes = {key: tuple(x.shape) for key, x in tensors.items()}
     if shapes != want:
         raise FormatError(f"{name}: expected tensors {want}, got {shapes}")
     dtypes = {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "gaps": torch.int64, "rotated": torch.int64}
+    if lists.code is not None:
+        dtypes |= {"keys": torch.uint8, "values": torch.uint8}
     for key, dtype in dtypes.items():
         if key in tensors and tensors[key].dtype != dtype:
             raise FormatError(f"{name}: expected {key} of {dtype}, got {tensors[key].dtype}")
@@ -233,7 +247,7 @@ def _restore_indexed(
             check_ids(tensors["ids"][i], torch.from_numpy(of.positions(np.arange(n))).to(device), parts)
     layer.slots, layer.ragged, layer.visible = slots, ragged, None if visible is None else visible.to(device)
     rotated = RotationLengths.of(tensors.pop("rotated").cpu(), turns, lengths)
-    lists.adopt(lengths, gaps, tensors)
+    lists.adopt(lengths, gaps, tensors, spans)
     lists.rotated = rotated
     if layer.room_tokens:
         index.reserve_memory(layer.room_tokens)
