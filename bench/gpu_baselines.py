@@ -1,5 +1,6 @@
-"""Dense attention of one decode step as others compute it, over the same memory. Whatever is not installed is left out, and
-what SAAP_LEAVE_OUT names.
+"""Dense attention of one decode step as others compute it, over the same memory; FlashInfer over pages of its own.
+
+Whatever is not installed is left out, and what SAAP_LEAVE_OUT names.
 
     python bench/gpu_baselines.py     # one call of FlashInfer at a tiny size: it compiles its kernels then, and keeps them
 """
@@ -19,6 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Calls = list[Callable[[], Any]]
 Caches = list[tuple[Tensor, Tensor]]
+
+PAGE = 16
+"""Tokens of a page of FlashInfer's."""
 
 DENSE = ("torch SDPA", "FlashInfer", "flash-attn")
 """How the names of dense baselines begin."""
@@ -57,8 +61,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, kind: Any, gqa: bool) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
 
 
+def paged(cache: Tensor, n: int) -> Tensor:
+    """The first ``n`` rows of (b, h, N, d), rounded up to whole pages, as a pool of pages, (b * pages, h, PAGE, d): a copy.
+
+    Rows behind the last are zero where N has no more.
+    """
+    b, h, _, d = cache.shape
+    pages = -(-n // PAGE)
+    rows = functional.pad(cache[:, :, : pages * PAGE], (0, 0, 0, max(0, pages * PAGE - cache.shape[2])))
+    return rows.view(b, h, pages, PAGE, d).transpose(1, 2).reshape(b * pages, h, PAGE, d)
+
+
 def _flashinfer(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> dict[str, Calls]:
-    """FlashInfer's batch decode: the arena is a pool of one page per sequence, of as many tokens as there is room."""
+    """FlashInfer's batch decode over pages of the size that engines use; it is not planned for pages as long as a sequence."""
     if os.environ.get("SAAP_LEAVE_OUT") == "flashinfer":
         return {}
     try:
@@ -68,13 +83,15 @@ def _flashinfer(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> di
     calls: Calls = []
     for queries, (keys, values) in pairs:
         b, hq, _, d = queries.shape
-        h, capacity, device = keys.shape[1], keys.shape[2], keys.device
+        h, device = keys.shape[1], keys.device
         workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-        pages = torch.arange(b + 1, dtype=torch.int32, device=device)
-        last = torch.full((b,), n, dtype=torch.int32, device=device)
-        wrapper.plan(pages, pages[:b], last, hq, h, d, capacity, q_data_type=queries.dtype, kv_data_type=keys.dtype)
-        calls.append(partial(wrapper.run, queries[:, :, 0].contiguous(), (keys, values)))
+        pages = -(-n // PAGE)
+        starts = torch.arange(b + 1, dtype=torch.int32, device=device) * pages
+        numbers = torch.arange(b * pages, dtype=torch.int32, device=device)
+        last = torch.full((b,), n - (pages - 1) * PAGE, dtype=torch.int32, device=device)
+        wrapper.plan(starts, numbers, last, hq, h, d, PAGE, q_data_type=queries.dtype, kv_data_type=keys.dtype)
+        calls.append(partial(wrapper.run, queries[:, :, 0].contiguous(), (paged(keys, n), paged(values, n))))
     return {"FlashInfer batch decode": calls}
 
 

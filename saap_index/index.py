@@ -20,8 +20,8 @@ from . import checks, interop, ops
 from .backends import Backend, get_backend
 from .backends.types import MAX_STEP_TOKENS
 from .errors import DeviceError, LengthError, NotTrainedError, ShapeError, StateError
-from .invlists.ids import rows_of
 from .invlists.layout import Layout
+from .invlists.runs import rows_of
 from .invlists.segmented import SegmentedInvertedLists
 from .routing.assign import AssignRows, prompt_lists
 from .routing.calibration import CONFIDENCE, Calibration, calibrate
@@ -220,7 +220,7 @@ class AsymmetricIndex:
                 raise StateError("coarse_keys: expected lists to assign them to, got a tower, which is yet to make them")
             coarse = self._arguments.coarse_keys(coarse_keys, keys.shape)
             list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
-        self._append(keys, values, counts, list_nos, seal, rotation_lengths(self.rope, self._lists, counts, seq_len))
+        self._append(keys, values, counts, list_nos, seal, rotation_lengths(self._trained.rope, self._lists, counts, seq_len))
 
     def add_preassigned(
         self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None,
@@ -230,7 +230,7 @@ class AsymmetricIndex:
         self._refuse_capture("add_preassigned")
         keys, values, counts = self._arguments.tokens(keys, values, lengths, self.lengths)
         nos = self._arguments.list_nos(list_nos, "b h n", tuple(keys.shape[:3]), least=0)
-        self._append(keys, values, counts, nos, rotated=rotation_lengths(self.rope, self._lists, counts, seq_len))
+        self._append(keys, values, counts, nos, rotated=rotation_lengths(self._trained.rope, self._lists, counts, seq_len))
 
     def note_rotation(self, n: int, seq_len: int) -> None:
         """Correct the ``seq_len`` of `add` for the n newest tokens of every sequence, which are not sealed yet."""
@@ -512,7 +512,7 @@ class AsymmetricIndex:
         sequence = checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
         if not self.ntotal and len(positions):
             raise LengthError(f"ids: expected ids that are stored, got {positions[0]}")
-        return self.invlists.rows(sequence, rows_of(self.invlists, sequence, positions))
+        return self.invlists.rows(sequence, rows_of(self.invlists.row_ids(sequence), positions))
 
     @within("_in_step")
     def fork(self, sequences: Sequence[int] | None = None) -> Self:
@@ -600,7 +600,8 @@ class AsymmetricIndex:
     def _require_codes(self, backend: Backend, device: torch.device) -> None:
         """DeviceError for codes where nothing reads them."""
         if self.storage is not None and not (backend.reads_codes and device.type == "cpu"):
-            raise DeviceError(f"storage: expected device 'cpu' for codes, got {self.storage!r} on {str(device)!r} ({backend.name})")
+            where = f"{str(device)!r}, backend {backend.name!r}"
+            raise DeviceError(f"storage: expected device 'cpu' for codes, got {self.storage!r} on {where}")
 
     # -- FAISS --------------------------------------------------------------------------------------------------------
 
@@ -780,7 +781,7 @@ class AsymmetricIndex:
     def _budget_terms(self, params: SearchParametersIVF) -> tuple[Any, Tensor | None]:
         """Shares of the budget, and attention that may stay unread, float32 (h,), or None: see `select.select`."""
         layer, target = self._trained, params.target_mass
-        return layer.budget_shares, None if target is None else layer.unread_mass(target, self.num_kv_heads, self.device)
+        return layer.budget_shares, None if target is None else layer.unread_mass(target, self.device)
 
     @property
     def _assign_rows(self) -> AssignRows:

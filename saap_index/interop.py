@@ -8,21 +8,11 @@ import numpy as np
 import torch
 
 from . import checks
-from .errors import CompatibilityError, MissingDependencyError, NotTrainedError, ParameterError, ShapeError
-from .routing.quantizer import KeyQuantizer
+from .errors import CompatibilityError, NotTrainedError, ParameterError, ShapeError
+from .routing.quantizer import KeyQuantizer, require_faiss
 from .routing.router import QueryRouter
 
 Index = TypeVar("Index")
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingDependencyError(
-            "to_faiss and from_faiss need FAISS: pip install faiss-cpu"
-        ) from error
-    return faiss
 
 
 def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndarray]:
@@ -34,7 +24,7 @@ def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndar
     """
     checks.integer(sequence, "sequence", 0, max(0, len(index.lengths) - 1))
     checks.integer(head, "head", 0, index.num_kv_heads - 1)
-    faiss = _faiss()
+    faiss = require_faiss("to_faiss and from_faiss")
     if index.key_quantizer is None:
         raise NotTrainedError("to_faiss: expected an index with a key_quantizer, got one without")
     lists = index.invlists
@@ -70,7 +60,7 @@ def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndar
 
 def from_faiss(cls: type[Index], faiss_index: Any, values: np.ndarray, options: dict[str, Any]) -> Index:
     """An index of one head with the lists of a FAISS `IndexIVFFlat`, routed symmetrically; see `AsymmetricIndex.from_faiss`."""
-    faiss = _faiss()
+    faiss = require_faiss("to_faiss and from_faiss")
     source = faiss.downcast_index(faiss_index)
     if not isinstance(source, faiss.IndexIVFFlat):
         raise CompatibilityError(f"faiss_index: expected an IndexIVFFlat, got {type(source).__name__}")

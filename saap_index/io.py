@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +22,10 @@ from . import checks, files
 from .backends import NETWORK, STORAGE_CODES, RouterWeights
 from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
+from .invlists.arena import PLAIN_ARRAYS, ROW_ARRAYS
 from .invlists.coded import plain_rows
 from .invlists.gaps import Gaps
+from .invlists.layout import Layout, Segment
 from .invlists.rotated import RotationLengths
 from .invlists.segmented import SegmentedInvertedLists
 from .routing.calibration import TARGETS, Calibration
@@ -95,10 +98,8 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "tower": None,
         "calibrated": index.calibration is not None,
         "lengths": index.lengths,
-        "gaps": [] if lists is None else [len(x.starts) for x in lists.gaps],
-        "rotated": [] if lists is None else [len(r) for r in lists.rotated.runs],
+        **({"gaps": [], "rotated": []} if lists is None else stretches(lists)),
         "pending": lists is not None and lists.pending is not None,
-        **({} if lists is None or lists.code is None else {"coded": [list(span) for span in lists.coded_spans]}),
     }  # fmt: skip
     tensors: dict[str, Tensor] = {}
     if index.key_quantizer is not None:
@@ -117,50 +118,8 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if index.calibration is not None:
         tensors["calibration"] = index.calibration.miss
     if lists is not None:
-        rows, count = max(lists.lengths), max(map(len, lists.segments))
-        names = ("keys", "values", "ids") + (("pending",) if config["pending"] else ())
-        for name in names:
-            x = getattr(lists, name)[:, :, :rows].clone()
-            for i, n in enumerate(lists.lengths):
-                low, high = (lists.sinks(i), lists.sealed(i)) if name == "ids" else (0, n)
-                low, high = lists.coded_spans[i] if lists.code is not None and name in ("keys", "values") else (low, high)
-                x[i, :, :low] = 0  # memory that no token owns is not written to disk
-                x[i, :, high:] = 0
-                if name == "pending":
-                    x[i, :, lists.sinks(i) : lists.sealed(i)] = -1  # the tables know
-            tensors[name] = x
-        tensors |= plain_tensors(lists)
-        tensors["tables"] = lists.tables[:, :, :count].clone()
-        for i, segments in enumerate(lists.segments):
-            tensors["tables"][i, :, len(segments) :] = 0
-        tensors["gaps"] = torch.from_numpy(np.concatenate([x.array() for x in lists.gaps]))
-        tensors["rotated"] = lists.rotated.tensor()
+        tensors |= pack_lists(lists)
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config
-
-
-def plain_tensors(lists: SegmentedInvertedLists, room: int = 0) -> dict[str, Tensor]:
-    """plain_keys and plain_values of an arena with codes, with zeros where no token lies, ``room`` rows of them at the end."""
-    if lists.code is None:
-        return {}
-    counts = plain_rows(lists.lengths, lists.coded_spans)
-    tensors = {}
-    for name, x in zip(("plain_keys", "plain_values"), lists.arena.numbers, strict=True):
-        tensors[name] = x.new_zeros((*x.shape[:2], max(counts) + room, x.shape[3]))
-        for i, count in enumerate(counts):
-            tensors[name][i, :, :count] = x[i, :, :count]
-    return tensors
-
-
-def coded_spans(spans: Any, lengths: list[int], segments: list[tuple[tuple[int, int], ...]]) -> list[tuple[int, int]]:
-    """Which rows of each sequence are codes, from a file; FormatError unless they are some of its rows, the sealed ones among
-    them."""
-    found = []
-    for span, n, parts in zip(spans, lengths, segments, strict=True):
-        low, high = (checks.integer(x, "coded", 0, n) for x in span)
-        if low > high or (parts and not (low <= parts[0][0] and parts[-1][1] <= high)):
-            raise FormatError(f"coded: expected rows of {n} with the sealed ones among them, got {span}")
-        found.append((low, high))
-    return found
 
 
 def _checksum(tensors: dict[str, Tensor], config: str) -> str:
@@ -240,18 +199,18 @@ def _segments(config: dict[str, Any]) -> list[tuple[tuple[int, int], ...]]:
 
 def _load(file: Any, config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors, after their names and shapes were compared with the configuration."""
-    names, found = set(file.keys()), {}
+    names, shapes = set(file.keys()), {}
     for name, shape in ((n, tuple(file.get_slice(n).get_shape())) for n in names):
-        found[name] = shape
+        shapes[name] = shape
     lengths, form = config["lengths"], config["index"]
     # before any list is made to the measure of a length that the file only claims
     code = STORAGE_CODES.get(form.get("storage"))
     size = form["d"] if code is None else code.sizes(form["d"], form["d_v"])[0]
-    if lengths and found.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), size):
-        raise FormatError(f"expected tokens as in the configuration, got keys of shape {found.get('keys')}")
+    if lengths and shapes.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), size):
+        raise FormatError(f"expected tokens as in the configuration, got keys of shape {shapes.get('keys')}")
     want = _expected(config)
-    if {n: s for n, (s, _) in want.items()} != found:
-        raise FormatError(f"expected tensors {sorted((n, s) for n, (s, _) in want.items())}, got {sorted(found.items())}")
+    if {n: s for n, (s, _) in want.items()} != shapes:
+        raise FormatError(f"expected tensors {sorted((n, s) for n, (s, _) in want.items())}, got {sorted(shapes.items())}")
     tensors = {name: file.get_tensor(name) for name in sorted(names)}
     for name, x in tensors.items():
         if x.dtype != want[name][1]:
@@ -309,14 +268,7 @@ def _restore(
         lists.rotated = RotationLengths.of(tensors["rotated"], counts, lengths)
     elif index.rope is not None and index.rope.is_dynamic:
         raise FormatError("expected the lengths at which tokens were rotated, got a file of before they were kept")
-    for i, parts in enumerate(segments):
-        check_gaps(lists.gaps[i], lengths[i])
-        positions = torch.from_numpy(lists.positions(i, np.arange(lengths[i])))
-        check_tables(tensors["tables"][i, :, : len(parts)], parts)
-        check_ids(tensors["ids"][i], positions, parts)
-        if config["pending"]:
-            for low, high in ((0, lists.sinks(i)), (lists.sealed(i), lengths[i])):
-                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
+    check_lists(lists.layout, lengths, lists.gaps, tensors)
     lists.resize_tables(tensors["tables"].shape[2])
     if config["pending"]:
         lists.arena = replace(lists.arena, pending=tensors["pending"].to(index.device))
@@ -329,6 +281,63 @@ def _restore(
     for i in range(lists.batch):
         lists.update_means(i)
     return index
+
+
+def stretches(lists: SegmentedInvertedLists) -> dict[str, list[Any]]:
+    """How many gaps, and runs of tokens rotated at one length, each sequence has, and which of its rows are codes."""
+    counts = {"gaps": [len(x.starts) for x in lists.gaps], "rotated": [len(runs) for runs in lists.rotated.runs]}
+    return counts if lists.code is None else {**counts, "coded": [list(span) for span in lists.coded_spans]}
+
+
+def pack_lists(lists: SegmentedInvertedLists, room: int = 0) -> dict[str, Tensor]:
+    """The tokens of a batch as arrays on the CPU, with ``room`` rows behind them. Memory that no token owns is zero."""
+    tensors = {"gaps": torch.from_numpy(np.concatenate([x.array() for x in lists.gaps])), "rotated": lists.rotated.tensor()}
+    sizes = {**dict.fromkeys(ROW_ARRAYS, max(lists.lengths) + room), "tables": max(map(len, lists.segments))}
+    plain = plain_rows(lists.lengths, lists.coded_spans)
+    sizes |= dict.fromkeys(PLAIN_ARRAYS, max(plain) + room)
+    for name, size in sizes.items():
+        source = getattr(lists.arena, name)
+        if source is None:
+            continue
+        x = torch.zeros((*source.shape[:2], size, *source.shape[3:]), dtype=source.dtype, device="cpu")
+        for i, n in enumerate(lists.lengths):
+            spans = {"ids": (lists.sinks(i), lists.sealed(i)), "tables": (0, len(lists.segments[i]))}
+            spans |= dict.fromkeys(PLAIN_ARRAYS, (0, plain[i]))
+            if lists.code is not None:
+                spans |= {"keys": lists.coded_spans[i], "values": lists.coded_spans[i]}
+            low, high = spans.get(name, (0, n))
+            x[i, :, low:high] = source[i, :, low:high]
+            if name == "pending":
+                x[i, :, lists.sinks(i) : lists.sealed(i)] = -1  # the tables know
+        tensors[name] = x
+    return tensors
+
+
+def coded_spans(spans: Any, lengths: Sequence[int], segments: Sequence[Sequence[Segment]]) -> list[Segment]:
+    """Which rows of each sequence are codes, from a file; FormatError unless they are some of its rows, the sealed ones among
+    them."""
+    found = []
+    for span, n, parts in zip(spans, lengths, segments, strict=True):
+        low, high = (checks.integer(x, "coded", 0, n) for x in span)
+        if low > high or (parts and not (low <= parts[0][0] and parts[-1][1] <= high)):
+            raise FormatError(f"coded: expected rows of {n} with the sealed ones among them, got {span}")
+        found.append((low, high))
+    return found
+
+
+def check_lists(
+    layout: Layout, lengths: Sequence[int], gaps: Sequence[Gaps], tensors: Mapping[str, Tensor], ids: bool = True
+) -> None:
+    """FormatError or ParameterError unless arrays as of `pack_lists` are those of sequences of these lengths; ``ids`` too."""
+    for i, (n, gap) in enumerate(zip(lengths, gaps, strict=True)):
+        parts, tables = layout.segments(n), tensors["tables"][i]
+        check_gaps(gap, n)
+        check_tables(tables[:, : len(parts)], parts)
+        for low, high in ((0, parts[0][0] if parts else 0), (parts[-1][1] if parts else 0, n)):
+            if "pending" in tensors:
+                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", tables.shape[2] - 1, -1)
+        if ids:
+            check_ids(tensors["ids"][i], torch.from_numpy(gap.positions(np.arange(n))).to(tables.device), parts)
 
 
 def check_tables(tables: Tensor, segments: tuple[tuple[int, int], ...]) -> None:

@@ -219,8 +219,9 @@ def code_size(dim: int, bits: int) -> int:
 def encode(x: Array, bits: int) -> NDArray[np.uint8]:
     """Codes (n, code_size) of rows x (n, dim), which hold what a float32 can; a function of the row alone, bit for bit.
 
-    8 bits: whole numbers of a scale, the largest magnitude / 127. 4 bits: the row is rotated, its numbers are then nearly Gaussian
-    and become the nearest of a codebook, and the scale is the one of least squared error. Two numbers share a byte, see `nibbles`.
+    8 bits: whole numbers of a scale, the largest magnitude / 127. 4 bits: the row is rotated, its numbers are then nearly
+    Gaussian and become the nearest of a codebook, and the scale is the one of least squared error. Two numbers share a byte, see
+    `nibbles`.
     """
     x32 = x.astype(np.float32)
     if bits == 8:
@@ -236,7 +237,7 @@ def encode(x: Array, bits: int) -> NDArray[np.uint8]:
         scale = (pairwise_sum(rotated * levels) / pairwise_sum(levels**2)).astype(np.float32)
         low, high = nibbles(x.shape[1])
         number = (index + 8 * (parts < 0)).astype(np.uint8)
-        payload = number[:, low] | number[:, high] << 4
+        payload = (number[:, low] | number[:, high] << 4).astype(np.uint8)
     return np.concatenate([payload, scale.astype("<f4")[:, None].view(np.uint8)], 1)
 
 

@@ -69,17 +69,17 @@ class Routers:
         """
         if layer not in self.layers:
             raise ParameterError(f"layer: expected one of {sorted(self.layers)}, got {layer!r}")
-        found = self.layers[layer]
+        trained = self.layers[layer]
         if "nlist" in options:
-            found = found.with_lists(options.pop("nlist"))
-        kv_heads, nlist, d = found.quantizer.centroids.shape
+            trained = trained.with_lists(options.pop("nlist"))
+        kv_heads, nlist, d = trained.quantizer.centroids.shape
         heads = self.config["model"].get("num_attention_heads")
         if heads is None:
             raise CompatibilityError("routers: expected a model with num_attention_heads in their config, got none")
-        own: dict[str, Any] = {"rope": found.rope, "scale": found.scale, "budget_shares": found.budget_shares}
+        own: dict[str, Any] = {"rope": trained.rope, "scale": trained.scale, "budget_shares": trained.budget_shares}
         own |= {name: value for name, value in self.config.get("layout", {}).items() if name in ("sinks", "window")}
         index = AsymmetricIndex(d, nlist, heads, kv_heads, **{**own, **options})
-        index.load_trained(found)
+        index.load_trained(trained)
         return index
 
 
@@ -89,12 +89,12 @@ def model_shape(config: Any) -> dict[str, Any]:
     if _read(config, "per_layer_config" if isinstance(config, Mapping) else "is_heterogeneous"):
         raise CompatibilityError(f"config: expected layers of one shape, got a {_read(config, 'model_type')} model of several")
     names = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-    found = {name: _read(config, name) for name in names}
-    found["num_key_value_heads"] = _read(config, "num_key_value_heads", found["num_attention_heads"])
-    missing = [name for name, value in found.items() if value is None]
+    shape = {name: _read(config, name) for name in names}
+    shape["num_key_value_heads"] = _read(config, "num_key_value_heads", shape["num_attention_heads"])
+    missing = [name for name, value in shape.items() if value is None]
     if missing:
-        raise CompatibilityError(f"config: expected {', '.join(missing)}, got none of a {found['model_type']} model")
-    return {**found, "head_dim": _head_dim(config)}
+        raise CompatibilityError(f"config: expected {', '.join(missing)}, got none of a {shape['model_type']} model")
+    return {**shape, "head_dim": _head_dim(config)}
 
 
 def save_routers(routers: Routers, path: str | os.PathLike[str]) -> None:
@@ -215,9 +215,9 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
     """What `pack_layer` packed. Raises LookupError, TypeError, ValueError or SaapError for anything else."""
     rope, model_rope = (None if facts[name] is None else Rope.from_dict(facts[name]) for name in ("rope", "model_rope"))
     heads, _, d = map(int, arrays["router.hidden"].shape)
-    for found in (rope, model_rope):
-        if found is not None and found.head_dim != d:
-            raise FormatError(f"rope: expected head_dim {d}, got {found.head_dim}")
+    for each in (rope, model_rope):
+        if each is not None and each.head_dim != d:
+            raise FormatError(f"rope: expected head_dim {d}, got {each.head_dim}")
     scale, first_knot, own = facts["scale"], facts["first_knot"], facts["two_tower"]
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < float(scale) < math.inf:
         raise FormatError(f"scale: expected a positive finite number, got {scale!r}")

@@ -150,7 +150,9 @@ def check(
             for head in range(h):
                 decoded = reference.decode(part[i, head, low:high].numpy(), x.shape[-1], bits)
                 exact[i, head, low:high] = torch.from_numpy(decoded)
-    chosen = [[sorted(r.permutation(np.arange(a, z))[: round(share * (z - a))].tolist()) for _ in range(h)] for a, z, *_ in shapes]
+    chosen = [
+        [sorted(r.permutation(np.arange(a, z))[: round(share * (z - a))].tolist()) for _ in range(h)] for a, z, *_ in shapes
+    ]
     width = max(len(x) for sequence in chosen for x in sequence)
     listed = torch.full((b, h, width), -1, dtype=torch.int32)
     counts = torch.tensor([[len(x) for x in sequence] for sequence in chosen], dtype=torch.int32)
@@ -240,4 +242,5 @@ def test_spans_outside_the_codes_are_refused() -> None:
         with pytest.raises(LengthError):
             scan(*spans_of)
     with pytest.raises(ShapeError):
-        cpu.scan(queries, arena[0], arena[1], None, None, [0], [0], [8], 1.0, True, None, Coded(code, codes[0][..., 1:], codes[1], [0], [4]))
+        narrow = Coded(code, codes[0][..., 1:], codes[1], [0], [4])
+        cpu.scan(queries, arena[0], arena[1], None, None, [0], [0], [8], 1.0, True, None, narrow)

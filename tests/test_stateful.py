@@ -409,7 +409,6 @@ class Walk(RuleBasedStateMachine):
                     for low, high in zip(tables[head, :-1], tables[head, 1:], strict=True):
                         assert (np.diff(row_ids[head, low:high]) > 0).all(), "time order inside a run"
 
-
     @invariant()
     def codes_are_of_the_tokens_as_they_came(self) -> None:
         """Bit for bit, whatever happened to a token since it was sealed: made once, from the token alone."""
@@ -465,7 +464,7 @@ def test_walk(backend: str) -> None:
 
 @pytest.mark.parametrize("storage", [None, "SQ8", "SQ8/SQ4"])
 def test_one_by_one_equals_at_once(storage: str | None) -> None:
-    """The state is a function of the tokens alone, however they were added or truncated: bit for bit. Of codes, what is sealed."""
+    """The state (with codes, what is sealed) is a function of the tokens alone, however they came or were truncated: bit for bit."""
     keys, values = tokens(1, 2, 300, 32, seed=1), tokens(1, 2, 300, 32, seed=2)
 
     def state(index: AsymmetricIndex) -> list[torch.Tensor]:

@@ -16,7 +16,8 @@ from .types import Budget, Rotation, Search, Tail
 from .weights import NETWORK, RouterWeights
 
 __all__ = [
-    "NETWORK", "STORAGE_CODES", "Arena", "Backend", "Budget", "Coded", "Frequencies", "Rotation", "RouterWeights", "Search", "SegmentChange", "StorageCode", "Tail",
+    "NETWORK", "STORAGE_CODES", "Arena", "Backend", "Budget", "Coded", "Frequencies", "Rotation", "RouterWeights",
+    "Search", "SegmentChange", "StorageCode", "Tail",
     "get_backend", "register_backend",
 ]  # fmt: skip
 

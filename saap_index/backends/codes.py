@@ -23,7 +23,7 @@ _BETWEEN = torch.from_numpy((reference.LEVELS[:-1] + reference.LEVELS[1:]) / 2)
 
 @dataclass(frozen=True)
 class StorageCode:
-    """How sealed tokens are stored. name : as FAISS names scalar quantizers, keys before values; key_bits, value_bits : 8 or 4."""
+    """How sealed tokens are stored. name : as FAISS names them, keys before values; key_bits, value_bits : 8 or 4."""
 
     name: str
     key_bits: int
@@ -87,7 +87,7 @@ def decode(codes: Tensor, dim: int, bits: int) -> Tensor:
 
 
 def rows_at(arena: Tensor, index: Tensor, coded: Coded | None, i: int, side: str) -> Tensor:
-    """Rows index : int64 (h, t) of sequence i: float32 (h, t, dim). arena : (h, N, dim); side : "key" or "value", of the codes."""
+    """Rows index : int64 (h, t) of sequence i: float32 (h, t, dim). arena : (h, N, dim); side : "key" or "value"."""
     h, t = index.shape
     dim = arena.shape[-1]
     if coded is None:

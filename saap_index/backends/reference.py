@@ -168,10 +168,11 @@ def _in_order(coded: Coded, i: int, head: int, keys: reference.Array, values: re
     """Keys and values of every row of one sequence and KV head, the coded ones decoded."""
     low, high = coded.first[i], coded.last[i]
     bits = coded.code.key_bits, coded.code.value_bits
-    parts = zip((keys, values), (coded.keys, coded.values), bits, strict=True)
-    return tuple(
-        np.concatenate([x[:low], reference.decode(codes[i, head, low:high].numpy(), x.shape[1], b), x[low:]]) for x, codes, b in parts
-    )
+    found = []
+    for x, codes, n in zip((keys, values), (coded.keys, coded.values), bits, strict=True):
+        decoded = reference.decode(codes[i, head, low:high].numpy(), x.shape[1], n)
+        found.append(np.concatenate([x[:low], decoded, x[low:]]))
+    return tuple(found)
 
 
 def _padded(found: list[reference.Ints], b: int, h: int) -> tuple[Tensor, Tensor]:

@@ -137,7 +137,7 @@ def attach(
         step (docs/gpu.md). "auto": for a model on a GPU, with a `GraphWarning` if it is none that a graph can hold; True: or
         CompatibilityError, and StateError in the call whose step cannot be recorded; False: never. A model that moves to a GPU
         later is attached to there.
-    options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend; nlist, if lists are made
+    options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, storage, backend; nlist, if lists are made
         for each prompt: more for contexts far longer than those of the training.
 
     Returns the same model.

@@ -20,17 +20,17 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .. import checks, files
 from ..errors import CompatibilityError, FormatError
 from ..index import AsymmetricIndex
+from ..invlists.arena import PLAIN_ARRAYS
 from ..invlists.coded import NONE, plain_rows
 from ..invlists.gaps import Gaps
 from ..invlists.layout import NEVER
 from ..invlists.rotated import RotationLengths
-from ..io import check_gaps, check_ids, check_tables, coded_spans, plain_tensors
+from ..io import check_lists, coded_spans, pack_lists, stretches
 from ..routing.quantizer import KeyQuantizer
 from . import support
 from .layer import IndexedLayer
@@ -135,27 +135,13 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     index = layer.index
     index.seal()
     lists = index.invlists
-    rows = max(lists.lengths)
-    tensors = {"gaps": torch.from_numpy(np.concatenate([x.array() for x in lists.gaps])), "rotated": lists.rotated.tensor()}
-    names = ("keys", "values", "ids") + (() if lists.pending is None else ("pending",))
-    for name in names:
-        x = getattr(lists, name)[:, :, :rows].cpu()
-        x = functional.pad(x, (0, 0, 0, ROOM_TOKENS) if x.ndim == 4 else (0, ROOM_TOKENS))
-        for i, n in enumerate(lists.lengths):
-            low, high = (lists.sinks(i), lists.sealed(i)) if name == "ids" else (0, n)
-            low, high = lists.coded_spans[i] if lists.code is not None and name in ("keys", "values") else (low, high)
-            x[i, :, :low] = 0  # memory that no token owns is not written to disk
-            x[i, :, high:] = 0
-        tensors[name] = x
-    tensors |= plain_tensors(lists, ROOM_TOKENS)
-    tensors["tables"] = lists.tables[:, :, : max(map(len, lists.segments))].cpu().contiguous()
+    tensors = pack_lists(lists, ROOM_TOKENS)
     if index.tower is not None:  # the lists are this prompt's own
         assert index.key_quantizer is not None
         tensors["centroids"] = index.key_quantizer.centroids.cpu()
     return tensors, {
-        **about, "lengths": lists.lengths, "gaps": [len(x.starts) for x in lists.gaps],
-        "rotated": [len(r) for r in lists.rotated.runs], "index": _form(index), "held": index.break_even == NEVER,
-        "break_even": index.break_even, **({} if lists.code is None else {"coded": lists.coded_spans}),
+        **about, "lengths": lists.lengths, **stretches(lists), "index": _form(index), "held": index.break_even == NEVER,
+        "break_even": index.break_even,
     }  # fmt: skip
 
 
@@ -185,9 +171,10 @@ def _restore_indexed(
         return
     visible = shared.get("visible")
     _check_slots(name, lengths, slots, ragged, visible)
-    keys, values = tensors["keys"], tensors["values"]
-    numbers = ("plain_keys", "plain_values") if "plain_keys" in tensors else ("keys", "values")
-    _check_arena(name, layer.plan, *(tensors[x] for x in numbers), lengths if numbers[0] == "keys" else [0] * len(lengths))
+    coded = PLAIN_ARRAYS[0] in tensors
+    numbers = PLAIN_ARRAYS if coded else ("keys", "values")
+    keys, values = (tensors[x] for x in numbers)
+    _check_arena(name, layer.plan, keys, values, [0] * len(lengths) if coded else lengths)
     centroids = tensors.pop("centroids", None)
     tensors = {key: x.to(device) for key, x in tensors.items()}
     layer.lazy_initialization(*(tensors[x] for x in numbers))
@@ -208,13 +195,14 @@ def _restore_indexed(
         index.key_quantizer = KeyQuantizer(centroids.to(device))
         index.tower = index.tower  # which makes the router for these lists
         index.calibration = calibration  # as where lists are made: it holds for those of this kind
-    b, h, rows = keys.shape[:3]
+    b, h, rows = tensors["keys"].shape[:3]
     index.reserve_memory(0, batch=b)
     lists = index.invlists
     segments = [index.layout.segments(n) for n in lengths]
+    most = max(map(len, segments))
     counts = checks.counts(about["gaps"], b, 2**31 - 1, "gaps")
     turns = checks.counts(about["rotated"], b, 2**31 - 1, "rotated")
-    spans, sizes = [NONE] * b, (index.d, index.d_v)
+    spans, sizes = [NONE] * len(lengths), (index.d, index.d_v)
     if lists.code is not None:
         spans, sizes = coded_spans(about["coded"], lengths, segments), lists.code.sizes(index.d, index.d_v)
     if rows < max(lengths) or tensors[numbers[0]].shape[2] < max(plain_rows(lengths, spans)):
@@ -222,10 +210,10 @@ def _restore_indexed(
     want = {
         "keys": (b, h, rows, sizes[0]), "values": (b, h, rows, sizes[1]), "ids": (b, h, rows), "gaps": (sum(counts), 2),
         "rotated": (sum(turns), 2),
-        "tables": (b, h, max(map(len, segments)), index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
+        "tables": (b, h, most, index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }  # fmt: skip
     if lists.code is not None:
-        plain = tensors["plain_keys"].shape[2] if "plain_keys" in tensors else 0
+        plain = tensors[numbers[0]].shape[2]
         want |= {"plain_keys": (b, h, plain, index.d), "plain_values": (b, h, plain, index.d_v)}
     shapes = {key: tuple(x.shape) for key, x in tensors.items()}
     if shapes != want:
@@ -237,14 +225,7 @@ def _restore_indexed(
         if key in tensors and tensors[key].dtype != dtype:
             raise FormatError(f"{name}: expected {key} of {dtype}, got {tensors[key].dtype}")
     gaps = [Gaps.of_array(part) for part in np.split(tensors.pop("gaps").cpu().numpy(), np.cumsum(counts)[:-1])]
-    for i, (n, parts, of) in enumerate(zip(lengths, segments, gaps, strict=True)):
-        check_gaps(of, n)
-        check_tables(tensors["tables"][i, :, : len(parts)], parts)
-        if "pending" in tensors:
-            for low, high in ((0, parts[0][0] if parts else 0), (parts[-1][1] if parts else 0, n)):
-                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
-        if verify:
-            check_ids(tensors["ids"][i], torch.from_numpy(of.positions(np.arange(n))).to(device), parts)
+    check_lists(index.layout, lengths, gaps, tensors, ids=verify)
     layer.slots, layer.ragged, layer.visible = slots, ragged, None if visible is None else visible.to(device)
     rotated = RotationLengths.of(tensors.pop("rotated").cpu(), turns, lengths)
     lists.adopt(lengths, gaps, tensors, spans)

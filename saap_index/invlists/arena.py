@@ -14,6 +14,7 @@ from ..backends import Arena, Backend, StorageCode
 from .layout import Segment
 
 ROW_ARRAYS = ("keys", "values", "ids", "pending")
+PLAIN_ARRAYS = ("plain_keys", "plain_values")
 MEAN_ARRAYS = ("mean_keys", "mean_values")
 
 Parts = dict[str, tuple[int, Tensor]]
@@ -38,7 +39,7 @@ def without_rows(
     dtypes = {**dict.fromkeys(shapes, dtype), "ids": torch.int32, "tables": torch.int32}
     if code is not None:
         shapes |= {"plain_keys": (0, d), "plain_values": (0, d_v)}
-        dtypes |= dict.fromkeys(("plain_keys", "plain_values"), dtype)
+        dtypes |= dict.fromkeys(PLAIN_ARRAYS, dtype)
         for name, size in zip(("keys", "values"), code.sizes(d, d_v), strict=True):
             shapes[name], dtypes[name] = (0, size), torch.uint8
     arrays: dict[str, Any] = {name: empty(backend, (batch, heads, *shape), dtypes[name]) for name, shape in shapes.items()}

@@ -106,7 +106,9 @@ def _around(before: slice, behind: slice) -> Part:
     return lambda x: torch.cat([x[:, before], x[:, behind]], 1)
 
 
-def removed(backend: Backend, memory: Arena, spans: Sequence[Segment], lengths: Sequence[int], i: int, ranks: np.ndarray) -> Arena:
+def removed(
+    backend: Backend, memory: Arena, spans: Sequence[Segment], lengths: Sequence[int], i: int, ranks: np.ndarray
+) -> Arena:
     """Take the plain ones of these rows of sequence i out."""
     first, last = spans[i]
     rows = np.setdiff1d(np.concatenate([np.arange(first), np.arange(last, lengths[i])]), ranks)

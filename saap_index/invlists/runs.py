@@ -1,14 +1,16 @@
-"""List numbers of rows: of sealed ones by the offsets of their runs, of recent ones by whoever assigns them."""
+"""List numbers of rows, of sealed ones by the offsets of their runs, of recent ones by whoever assigns them; rows of ids."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..backends import Frequencies
+from ..errors import LengthError
 from .layout import Segment
 
 
@@ -62,3 +64,13 @@ def merged_lists(
         if stop > sealed:
             parts.append(recent_lists(max(start, sealed), stop))
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def rows_of(row_ids: Tensor, ids: np.ndarray) -> Tensor:
+    """Rows of the tokens with these ids : int64 (n,), by KV head: int64 (h, n). row_ids : int (h, N). LengthError for others."""
+    stored, order = row_ids.long().sort(dim=1)
+    missing = np.setdiff1d(ids, stored[0].cpu().numpy())
+    if len(missing):
+        raise LengthError(f"ids: expected ids that are stored, got {missing[0]}")
+    targets = torch.from_numpy(ids).to(stored.device).expand(len(stored), -1).contiguous()
+    return order.gather(1, torch.searchsorted(stored, targets))

@@ -175,7 +175,9 @@ class SegmentedInvertedLists:
         if count > self.tables.shape[2]:
             self.resize_tables(count + 8)
 
-    def adopt(self, lengths: Sequence[int], gaps: Sequence[Gaps], arrays: Mapping[str, Any], spans: Sequence[Segment] = ()) -> None:
+    def adopt(
+        self, lengths: Sequence[int], gaps: Sequence[Gaps], arrays: Mapping[str, Any], spans: Sequence[Segment] = ()
+    ) -> None:
         """Hold what is in these arrays in place of what there is: keys, values, ids and tables, and pending if there is one, with
         the segments of these lengths; plain_keys and plain_values besides, where rows of these spans are codes. They are not
         copied, and later tokens are written to them."""
@@ -198,7 +200,7 @@ class SegmentedInvertedLists:
         self._common = np.zeros((self.batch, self.batch), np.int64)
 
     def forget_lists(self) -> None:
-        """Lists are others from now on, and no token is in one: recent rows that are codes kept to which of the old they belonged."""
+        """Lists are others from now on, and no token is in one: drop what recent rows that are codes knew of the old ones."""
         if self.code is not None:
             self.arena = replace(self.arena, pending=None)
 
@@ -365,7 +367,7 @@ class SegmentedInvertedLists:
             self.arena = replace(self.arena, pending=None)
 
     def _code(self, due: Sequence[int], code: StorageCode, assign: Assign) -> Assign:
-        """Make codes of the rows of these sequences that are about to be sealed; returns their lists, from the rows themselves."""
+        """Make codes of the rows of these sequences that are about to be sealed; returns their lists, from the numbers."""
         spans, lists = {}, {}
         for i in due:
             want = self.layout.segments(self.lengths[i])
@@ -423,11 +425,12 @@ class SegmentedInvertedLists:
                 continue
             start, stop = self.segments[i][s]
             bits, sizes = (self.code.key_bits, self.code.value_bits), (self.d, self.d_v)
-            rows = [decode(x[i, :, start:stop], *how) for x, *how in zip((self.keys, self.values), sizes, bits, strict=True)]
-            exact = [torch.empty_like(x, dtype=torch.float32) for x in outs]
-            self.backend.means(*rows, table - start, *exact)
-            for mean, x in zip(outs, exact, strict=True):
-                mean.copy_(x)
+            arrays = zip((self.keys, self.values), sizes, bits, strict=True)
+            keys, values = (decode(x[i, :, start:stop], size, n) for x, size, n in arrays)
+            mean_keys, mean_values = (torch.empty_like(x, dtype=torch.float32) for x in outs)
+            self.backend.means(keys, values, table - start, mean_keys, mean_values)
+            outs[0].copy_(mean_keys)
+            outs[1].copy_(mean_values)
 
     def _recent_lists(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
         """List numbers of recent rows about to be sealed, whose ids are written: int32 (h, n)."""
@@ -435,8 +438,8 @@ class SegmentedInvertedLists:
         if not self._lists_missing(i, start, stop):
             assert self.pending is not None
             return self.pending[i, :, start:stop]
-        lists = assign(i, start, stop)
-        return lists if self.pending is None else torch.where(self.pending[i, :, start:stop] < 0, lists, self.pending[i, :, start:stop])
+        lists, given = assign(i, start, stop), None if self.pending is None else self.pending[i, :, start:stop]
+        return lists if given is None else torch.where(given < 0, lists, given)
 
     def _lists_given(self, i: int) -> bool:
         """Whether the list of one of the recent rows is settled."""

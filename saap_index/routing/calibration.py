@@ -65,8 +65,8 @@ class Calibration:
     def at(self, target: float) -> Tensor:
         """The miss of every KV head for a target, linear between the targets of the table: float32 (h,)."""
         table = self.miss.cpu().numpy()
-        found = [np.interp(target, [*TARGETS, 1.0], [*row, 0.0]) for row in table]
-        return torch.tensor(found, dtype=torch.float32, device="cpu")
+        misses = [np.interp(target, [*TARGETS, 1.0], [*row, 0.0]) for row in table]
+        return torch.tensor(misses, dtype=torch.float32, device="cpu")
 
 
 @full_precision
@@ -101,11 +101,11 @@ def replay(
     lists = quantizer.assign(coarse).cpu().numpy()
     grouped = queries.float().reshape(h, queries.shape[0] // h, -1, d)
     routed = grouped if rope is None else rope.unrotate(grouped, positions, n)
-    found = [
+    captured = [
         _captured(keys, grouped[:, :, j], routed[:, :, j], int(positions[j]), lists, router, layout, scale)
         for j in np.argsort(positions, kind="stable")
     ]
-    kept = [x for x in found if x is not None]
+    kept = [x for x in captured if x is not None]
     return np.stack(kept) if kept else np.empty((0, h, len(MISSES)))
 
 
@@ -129,7 +129,7 @@ def _captured(
     weights = {name: w.double().cpu().numpy() for name, w in router.tensors().items()}
     true = torch.softmax(torch.einsum("hgd,hnd->hgn", queries, keys[:, :length].float()) * scale, -1).double().cpu().numpy()
     x = routed.double().cpu().numpy()
-    found = np.empty((heads, len(MISSES)))
+    by_miss = np.empty((heads, len(MISSES)))
     for head in range(heads):
         z, a = reference.route(x[head], nlist=nlist, **{name: w[head] for name, w in weights.items()})
         runs = of_segment * nlist + lists[head, low:high]
@@ -141,9 +141,9 @@ def _captured(
         best = np.argsort(-predicted, kind="stable")
         left = np.cumsum((sizes * predicted)[best][::-1])[::-1] / len(z)  # before each run, it included
         captured = np.concatenate([[0.0], np.cumsum(held[best])]) + (1 - mean[low:high].sum())
-        taken = np.searchsorted(-left, -np.array(MISSES), side="left")  # the runs before which more than the miss is left
-        found[head] = captured[taken]
-    return found
+        read_runs = np.searchsorted(-left, -np.array(MISSES), side="left")  # the runs before which more than the miss is left
+        by_miss[head] = captured[read_runs]
+    return by_miss
 
 
 def table(replays: Sequence[np.ndarray], confidence: float = CONFIDENCE) -> Calibration:

@@ -99,7 +99,7 @@ class TrainedLayer:
         if self.budget_shares is not None:
             checks.shares(self.budget_shares, "budget_shares", num_kv_heads)
 
-    def unread_mass(self, target: float, heads: int, device: torch.device) -> Tensor:
+    def unread_mass(self, target: float, device: torch.device) -> Tensor:
         """Attention per query that every KV head may leave unread for ``target``, by the router's estimate: float32 (h,).
 
         The same tensor for the same target. CompatibilityError for a router that gives no estimate.
@@ -107,7 +107,7 @@ class TrainedLayer:
         mass = self._unread_mass.get((target, device))
         if mass is None:
             self.router.check_outside("target_mass")
-            table = Calibration.trusting(heads) if self.calibration is None else self.calibration
+            table = self.calibration or Calibration.trusting(len(self.router.weights.hidden))
             if len(self._unread_mass) >= MOST_TARGETS:
                 self._unread_mass.clear()
             self._unread_mass[target, device] = mass = table.at(target).to(device)
@@ -136,13 +136,8 @@ class TrainedLayer:
 
     def to(self, device: torch.device | str) -> TrainedLayer:
         """The same on another device."""
-        quantizer, router, tower = self.key_quantizer, self.query_router, self.tower
-        return replace(
-            self,
-            key_quantizer=None if quantizer is None else quantizer.to(device),
-            query_router=None if router is None else router.to(device),
-            tower=None if tower is None else tower.to(device),
-        )
+        parts = {name: getattr(self, name) for name in ("key_quantizer", "query_router", "tower")}
+        return replace(self, **{name: x.to(device) for name, x in parts.items() if x is not None})
 
 
 def unmade_lists(tower: TwoTower, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -131,17 +130,19 @@ class Field(property, Generic[Value]):
     """
 
     def __init__(self, path: str, doc: str, unset: Any = None) -> None:
-        read, (record, _, name) = attrgetter(path), path.rpartition(".")
+        record, _, name = path.rpartition(".")
+        names = path.split(".")
 
-        def read_set(index: Any) -> Any:
-            value = read(index)
+        def read(index: Any) -> Any:
+            value = index
+            for part in names:  # as torch.compile can trace it
+                value = getattr(value, part)
             return unset if value is None else value
 
         def write(index: Any, value: Any) -> None:
             index._set_option(name, value)
 
-        writable = record in ("_options.layout", "_options.params")
-        super().__init__(read if unset is None else read_set, write if writable else None, doc=doc)
+        super().__init__(read, write if record in ("_options.layout", "_options.params") else None, doc=doc)
         self.__doc__ = doc  # of a subclass, Python shows the docstring of the class otherwise
 
     if TYPE_CHECKING:

@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..backends import Backend, Budget, Rotation, Search, Tail
-from ..invlists.ids import ids_of
 from ..invlists.segmented import SegmentedInvertedLists
 from ..precision import full_precision
 from ..routing.router import QueryRouter
 from .params import SearchParametersIVF
 from .plan import _Plan, _plan
-from .selection import Selection, _leave_out, _padded, everything
+from .selection import Selection, _leave_out, _padded, everything, ids_of
 
 
 def select(

@@ -46,8 +46,8 @@ class SearchStats:
 class IndexStats:
     """What an index holds. Token counts are summed over the sequences; a token counts once, whatever the heads.
 
-    kv_bytes : K and V of the stored tokens, as numbers or codes; metadata_bytes : ids, offset tables, pending list numbers of the stored tokens and
-    means of runs; mean_bytes : those means alone;
+    kv_bytes : K and V of the stored tokens, as numbers or codes; metadata_bytes : ids, offset tables, pending list numbers of the
+    stored tokens and means of runs; mean_bytes : those means alone;
     slack_bytes : allocated but unused; shared_bytes : quantizer and router, shared by every cache of this layer.
     imbalance_factor : l * sum of squared list sizes / (their sum)^2, averaged over sequences and heads; 1 is balanced
     (FAISS's definition).

@@ -46,10 +46,10 @@ def train_layer(
     num_knots = max(1, math.ceil(math.log2(max(2, longest))) - first_knot + 1) if config.distance else 0
     parts, centroids, of_sequence = [], [], []
     for number, sequence in enumerate(sequences):
-        found, own = _targets(sequence, quantizer, nlist, rope, layout, scale, edges, config.two_tower)
-        parts.append(found)
+        sequence_targets, own = _targets(sequence, quantizer, nlist, rope, layout, scale, edges, config.two_tower)
+        parts.append(sequence_targets)
         centroids.append(own.centroids)
-        of_sequence.append(torch.full((found.x.shape[1],), number, dtype=torch.int64, device="cpu"))
+        of_sequence.append(torch.full((sequence_targets.x.shape[1],), number, dtype=torch.int64, device="cpu"))
     data = RouterTargets.cat(parts)
     if not data.x.shape[1]:
         raise LengthError(f"positions: expected queries past window and sinks, got none among {longest} tokens")
@@ -88,5 +88,4 @@ def _targets(
         quantizer = KeyQuantizer.of_prompt(coarse, nlist)
     lists = quantizer.assign(coarse)
     where = torch.from_numpy(positions)
-    found = targets(keys.float(), grouped, routed, where, lists, nlist, layout.sinks, layout.window, scale, edges)
-    return found, quantizer
+    return targets(keys.float(), grouped, routed, where, lists, nlist, layout.sinks, layout.window, scale, edges), quantizer
