@@ -164,6 +164,6 @@ def test_refusals() -> None:
         reads_codes = False
 
     register_backend("without codes", lambda device: Without(device))
-    with pytest.raises(DeviceError, match="storage.*SQ8"):
+    with pytest.raises(DeviceError, match=r"storage.*SQ8"):
         AsymmetricIndex(32, 4, storage="SQ8", backend="without codes")
     AsymmetricIndex(32, 4, backend="without codes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -30,8 +31,7 @@ def logits_of(model: Any, inputs: dict[str, torch.Tensor], later: torch.Tensor, 
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     steps = [*range(0, n, chunk), *range(n, ids.shape[1] + 1)]
     with torch.no_grad():
-        for start, stop in zip(steps, steps[1:], strict=False):
-            stop = min(stop, n) if start < n else stop
+        for start, stop in itertools.pairwise(steps):
             given = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop], CACHE: cache}
             out = model(input_ids=ids[:, start:stop], **given)
             if start >= n:

@@ -464,7 +464,7 @@ def test_walk(backend: str) -> None:
 
 @pytest.mark.parametrize("storage", [None, "SQ8", "SQ8/SQ4"])
 def test_one_by_one_equals_at_once(storage: str | None) -> None:
-    """The state (with codes, what is sealed) is a function of the tokens alone, however they came or were truncated: bit for bit."""
+    """The state (with codes, what is sealed) is a function of the tokens alone, however they came: bit for bit."""
     keys, values = tokens(1, 2, 300, 32, seed=1), tokens(1, 2, 300, 32, seed=2)
 
     def state(index: AsymmetricIndex) -> list[torch.Tensor]:

@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import TextStreamer
 
 from .. import checks
+from ..backends import STORAGE_CODES
 from ..errors import ParameterError
 from ..routers import load_routers
 from . import models, support
