@@ -76,7 +76,8 @@ def main() -> None:
         error = (index.search_attend(queries[0].float(), params=full) - exact).norm() / exact.norm()
         best, middle = min(times[storage]) * 1e6, statistics.median(times[storage]) * 1e6
         print(f"{storage or 'bfloat16':9} step {best:6.0f} us at best, {middle:6.0f} in the middle", end=", ")
-        print(f"sealing {sealing[storage]:5.2f} s, {memory[storage] / memory[None]:.3f} of the bytes, output error {float(error):.4f}")
+        share = memory[storage] / memory[None]
+        print(f"sealing {sealing[storage]:5.2f} s, {share:.3f} of the bytes, output error {float(error):.4f}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ struct TailArgs {
   int l;
 };
 
-// Rows that are stored as codes, see Coded in saap_index/backends/codes.py; keys null: none.
+// Rows that are stored as codes, see Coded in saap_index/backends/scalar_quantizer.py; keys null: none.
 struct CodedRows {
   const uint8_t *k = nullptr, *v = nullptr;  // (b, h, N, code size)
   int64_t N = 0;

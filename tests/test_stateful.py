@@ -24,7 +24,7 @@ from saap_index import (
     read_index,
     write_index,
 )
-from saap_index.backends.codes import decode, encode
+from saap_index.backends.scalar_quantizer import decode, encode
 from saap_index.invlists.segmented import SegmentedInvertedLists
 
 BACKENDS = ("cpu", "torch", "reference")

@@ -9,9 +9,9 @@ import torch
 
 from ..errors import DeviceError
 from .base import Arena, Backend, Frequencies, SegmentChange
-from .codes import STORAGE_CODES, Coded, StorageCode
 from .plain_torch import TorchBackend
 from .reference import ReferenceBackend
+from .scalar_quantizer import STORAGE_CODES, Coded, StorageCode
 from .types import Budget, Rotation, Search, Tail
 from .weights import NETWORK, RouterWeights
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ShapeError
-from .codes import Coded
+from .scalar_quantizer import Coded
 from .types import Budget, Probed, Rotation, Tail
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .codes import Coded, StorageCode, encode
+from .scalar_quantizer import Coded, StorageCode, encode
 from .types import Budget, Placement, Probed, Rotation, Routing, Search, Tail
 from .weights import RouterWeights
 

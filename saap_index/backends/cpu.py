@@ -35,7 +35,7 @@ from .addresses import (
     rows_of,
 )
 from .base import Backend, PreparedSearch
-from .codes import SCALE_BYTES, Coded, StorageCode
+from .scalar_quantizer import SCALE_BYTES, Coded, StorageCode
 from .threads import available_cores
 from .types import Budget, Probed, Rotation, Search, Tail
 from .weights import RouterWeights

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ..precision import full_precision
 from .base import Backend
-from .codes import Coded, rows_at
+from .scalar_quantizer import Coded, rows_at
 from .types import Budget, Probed, Rotation, Tail
 from .weights import RouterWeights
 

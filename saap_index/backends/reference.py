@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from .base import Backend
-from .codes import Coded, StorageCode
+from .scalar_quantizer import Coded, StorageCode
 from .types import Budget, Probed, Rotation, Tail
 from .weights import RouterWeights
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from .codes import Coded
+from .scalar_quantizer import Coded
 
 
 @dataclass(frozen=True)

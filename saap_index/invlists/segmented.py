@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Arena, Backend, Coded, SegmentChange, StorageCode
-from ..backends.codes import decode, rows_at
+from ..backends.scalar_quantizer import decode, rows_at
 from ..errors import NotFiniteError, StateError
 from . import arena, coded
 from .common import common_prefix, diverged, picked

@@ -43,7 +43,7 @@ class IndexOptions:
     params: SearchParametersIVF = field(default_factory=lambda: SearchParametersIVF(selectivity=SELECTIVITY))
     """Of searches that say nothing else."""
     storage: str | None = None
-    """Of sealed keys and values: None, as ``dtype`` says, or "SQ8" or "SQ8/SQ4", see `backends.codes`."""
+    """Of sealed keys and values: None, as ``dtype`` says, or "SQ8" or "SQ8/SQ4", see `backends.scalar_quantizer`."""
     _merged: dict[SearchParametersIVF, SearchParametersIVF] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -21,8 +21,8 @@ from saap_index import (
     register_backend,
     write_index,
 )
-from saap_index.backends.codes import decode, encode
 from saap_index.backends.plain_torch import TorchBackend
+from saap_index.backends.scalar_quantizer import decode, encode
 from saap_index.invlists.arena import nbytes
 
 STORAGES = ("SQ8", "SQ8/SQ4")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from saap_index import reference
 from saap_index.backends import Backend, Coded, Tail, get_backend
-from saap_index.backends.codes import STORAGE_CODES, decode, encode
 from saap_index.backends.reference import ReferenceBackend
+from saap_index.backends.scalar_quantizer import STORAGE_CODES, decode, encode
 from saap_index.errors import LengthError, ShapeError
 
 _cpu = pytest.importorskip("saap_index._cpu", reason="the native kernels were not built")
