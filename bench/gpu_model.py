@@ -290,7 +290,7 @@ def counted_step(size: Size) -> list[tuple[Start, Lines, int]]:
 
     scene = Scene(Watched(runtime, around), size, drawn=False)
     scene.step()
-    heads, listed = size.batch * size.kv_heads, int(scene.limits.found.counts.sum())
+    heads, listed = size.batch * size.kv_heads, int(scene.plan.packed.selected.counts.sum())
     router = scene.routing.router
     weights = sum(getattr(router, x).nbytes for x in ("hidden", "bias_hidden", "out", "bias_out"))
     tables = 4 * heads * len(size.layout.segments(size.tokens)) * (size.nlist + 1)

@@ -35,8 +35,7 @@ import gpu_baselines
 import gpu_harness as harness
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF
 from saap_index.backends import RouterWeights, get_backend
-from saap_index.routing.rotations import query_rotation
-from saap_index.search.select import select
+from saap_index.search.session import SearchSession
 
 CASES = [
     (131072, 1), (131072, 8), (524288, 1), (524288, 8), (32768, 1), (32768, 8), (131072, 4), (1048576, 1), (524288, 4),
@@ -153,10 +152,9 @@ def compare_selections(
     assert index.query_router is not None
     backend = get_backend(queries.device, "torch")
     x, _ = index._arguments.queries(queries, index.invlists)
-    shares, miss = index._budget_terms(params)
-    prepared = backend.prepare_router(index.query_router.weights)
-    rotation = query_rotation(index.rope, index.invlists, x.shape[3])
-    want = select(backend, index.invlists, index.query_router, prepared, x, rotation, params, shares, miss)
+    session = SearchSession(backend, index.invlists)
+    routing = session.routing_of(index._trained, backend.prepare_router(index.query_router.weights), x.shape[3])
+    want = session.select(x, index._terms(params), routing)
     got_rows, want_rows = got.rows, want.rows
     assert want_rows is not None
     for i in range(len(index.lengths)):
@@ -240,10 +238,9 @@ def use_knobs(indexes: list[AsymmetricIndex], text: str) -> None:
     for index in indexes:
         index._backend.knobs.clear()  # type: ignore[attr-defined]
         index._backend.knobs.update(harness.parse_knobs(text))  # type: ignore[attr-defined]
-        state = index.invlists.decode
-        if state is not None:
-            state.resident._selecting.clear()
-            state.resident._scanning.clear()
+        session: Any = index._session_of(index.invlists).backend_session
+        session._selecting.clear()
+        session._scanning.clear()
 
 
 def measure(

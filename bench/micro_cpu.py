@@ -15,13 +15,14 @@ from functools import partial
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads would take the cores measured here
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saap_index import _cpu
 from saap_index.backends.cpu import CpuBackend
 from saap_index.backends.plain_torch import TorchBackend
-from saap_index.backends.types import Budget, Rotation, Search
+from saap_index.backends.types import Arena, Budget, Placement, Plan, Rotation, Routing
 from saap_index.backends.weights import RouterWeights
 
 
@@ -197,12 +198,16 @@ def run(shape: Shape, seconds: float) -> None:
     report.line("route + probe + scan", median_us([partial(step, x) for x in case.queries], seconds), read + weight_bytes)
     # centres whose distance from the next position is that of the knots, the first of which is an octave away
     centres = (n - 1 - torch.exp2(case.knots.double() + 1)).contiguous()
-    no_means = torch.empty((1, h, 0, shape.nlist, d))
-    where = case.tables, [case.segments], budget, case.keys, case.values, no_means, no_means
-    whole = CPU.prepare_search(Search(router, 1, True, centres, *where, [shape.sinks], [sealed], d**-0.5))
+    no_means, no_ids = torch.empty((1, h, 0, shape.nlist, d)), torch.empty((1, h, 0), dtype=torch.int32)
+    arena = Arena(case.keys, case.values, no_ids, case.tables, no_means, no_means, None)
+    meta = np.array([[n, shape.sinks, sealed, case.segments, n, 0, 0]], np.int32)
+    session, plan = CPU.session(1, h, d, d, shape.nlist, case.keys.dtype), Plan(())
+    session.publish(Placement(arena, meta, centres.numpy()), ())
+    session.plan(plan, budget)
+    routing = Routing(router, 1, True, case.rotation)
 
     def search(x: Tensor) -> Tensor:
-        return whole(x, case.rotation, [n], [n])[0]
+        return session.run(x, routing, plan, d**-0.5)[0]
 
     assert all(worst(search(x), step(x)[0]) < 2e-3 for x in case.queries[:3])
     report.line("the same in one call", median_us([partial(search, x) for x in case.queries], seconds), read + weight_bytes)

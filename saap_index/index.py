@@ -27,23 +27,23 @@ from .routing.assign import AssignRows, prompt_lists
 from .routing.calibration import CONFIDENCE, Calibration, calibrate
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
-from .routing.rotations import note_rotation, query_rotation, rotation_lengths
+from .routing.rotations import note_rotation, rotation_lengths
 from .routing.router import QueryRouter
 from .routing.trained import TrainedLayer
 from .routing.two_tower import TwoTower
 from .search.arguments import Arguments, ArrayForm
 from .search.options import Field, IndexOptions
 from .search.params import SELECTIVITY, SearchParametersIVF
-from .search.select import attend, best_of, search, select, select_each, select_lists, side_by_side, widen
+from .search.select import attend, best_of, extend_to_window, select_lists, side_by_side
 from .search.selection import Selection, read_ids
-from .search.session import DecodeState
+from .search.session import SearchSession, Terms
 from .search.states import empty_state
 from .search.stats import IndexStats, gather
 from .training.config import TrainingConfig
 from .training.layer import train_layer
 from .whole import restored, signals_wait, within
 
-_STATE = "_last", "_lists", "_options", "_prepared_quantizer", "_prepared_router", "_trained"
+_STATE = "_last", "_lists", "_options", "_prepared_quantizer", "_prepared_router", "_session", "_trained"
 """What a change may set."""
 
 
@@ -95,7 +95,7 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
-        "_prepared_router", "_token", "_trained", "backend_name", "device",
+        "_prepared_router", "_session", "_token", "_trained", "backend_name", "device",
     )  # fmt: skip
 
     def __init__(
@@ -124,6 +124,7 @@ class AsymmetricIndex:
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
+        self._session: SearchSession | None = None  # of these lists, or of earlier ones
         self._last: Selection | None = None
         self._number, self._token = ops.register(self)
 
@@ -253,16 +254,16 @@ class AsymmetricIndex:
         Raises StateError for a backend without graphs, and if a replay found no room (what it brought is lost) or the device
         holds another number of tokens; NotFiniteError if a step brought NaN or infinity. The index can be used further.
         """
-        state = self._state_on_device("advance")
+        session = self._device_session("advance")
         if not seal and type(n) is int and n >= 0:  # after every replay, in every layer of a model
-            return state.count(n)
-        counts = None if n is None else checks.counts(n, state.lists.batch, 2**31 - 1, "n")
-        problem = state.advance(counts)
+            return session.count(n)
+        counts = None if n is None else checks.counts(n, session.lists.batch, 2**31 - 1, "n")
+        problem = session.advance(counts)
         if seal:
             with self._whole():
-                self._make_lists(state.lists)
-                state.lists.seal(self._assign_rows, last=True)
-            state.follow()
+                self._make_lists(session.lists)
+                session.lists.seal(self._assign_rows, last=True)
+            session.publish()
         if problem is not None:
             raise problem
 
@@ -273,11 +274,11 @@ class AsymmetricIndex:
         Raises StateError for a backend without graphs, inside a capture, or if the device holds another number of tokens than the
         index; NotFiniteError if a step brought NaN or infinity.
         """
-        state = self._state_on_device("seal_ahead")
+        session = self._device_session("seal_ahead")
         checks.integer(n, "n", 1, MAX_STEP_TOKENS)
         if any(map(self._options.layout.num_blocks, (x + n for x in self.lengths))):
             with self._changing():
-                state.lists.seal_ahead(n, self._assign_rows)
+                session.lists.seal_ahead(n, self._assign_rows)
 
     def _append(
         self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None, seal: bool = True,
@@ -286,7 +287,7 @@ class AsymmetricIndex:
         lists = self._lists
         same_batch = lists is not None and lists.batch == keys.shape[0]
         if lists is not None and same_batch and list_nos is None and keys.shape[2] and lists.only_grows(counts, seal):
-            lists.append(keys, values, counts, None, None, rotated)  # nearly every step: nothing that could be left half done
+            self._session_of(lists).append(keys, values, counts, None, rotated)  # nearly every step: nothing is left half done
             return
         with self._whole():
             if lists is None or (not same_batch and not self.ntotal):
@@ -294,22 +295,21 @@ class AsymmetricIndex:
             if list_nos is None and seal:
                 self._make_lists(lists, keys, counts, rotated)
             self._lists = lists
-            state = self._decode_state()
-            if state is not None and (list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS):
-                state.settle()
-            lists.append(keys, values, counts, list_nos, self._assign_rows if seal else None, rotated)
-        if state is not None:
-            state.follow()
+            session = self._session_of(lists)
+            session.append(keys, values, counts, list_nos, rotated)
+            if seal:
+                lists.seal(self._assign_rows, last=True)
+        session.changed(step_next=True)
 
-    def _record_add(self, state: DecodeState, keys: Any, values: Any, plain: bool) -> None:
+    def _record_add(self, session: SearchSession, keys: Any, values: Any, plain: bool) -> None:
         """`add` inside a capture."""
         if not plain:
             raise StateError("capture: expected add of keys and values alone, got coarse_keys or lengths")
         if self.rope is not None and self.rope.is_dynamic:
-            state.refuse_capture("a rope whose angles depend on the length")
-        self._refuse_lists_to_come(state)
-        keys, values = self._arguments.step_tokens(keys, values, state.lists.batch)
-        state.record_append(keys, values)
+            session.refuse_capture("a rope whose angles depend on the length")
+        self._refuse_lists_to_come(session)
+        keys, values = self._arguments.step_tokens(keys, values, session.lists.batch)
+        session.record_append(keys, values)
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
@@ -341,9 +341,14 @@ class AsymmetricIndex:
         x, form = self._arguments.queries(queries, lists)
         if lists is None:
             return form.attention(*empty_state(x, self.d_v), return_lse)
-        found = self._fused(x, self._settings(params)) if coarse_queries is None else None
-        if found is not None:
-            return form.attention(*found, return_lse)
+        if coarse_queries is None:
+            settings, session = self._settings(params), self._session_of(lists)
+            if not self._options.exceeded_by(settings):
+                self._refuse_lists_to_come(session)
+                routing = session.routing_of(self._trained, self._prepared_router, x.shape[3])
+                out, lse, self._last = session.run(x, self._terms(settings), routing, self._trained.scale)
+                return form.attention(out, lse, return_lse)
+            session.refuse_capture("a larger window or more sinks than the index has")
         return self._attend(x, self._select(x, params, coarse_queries), form, return_lse)
 
     def search_attend_preassigned(
@@ -399,65 +404,22 @@ class AsymmetricIndex:
         """Ids (positions) of every token that ``selection`` reads: [sequence][KV head] -> int64 (t,), ascending."""
         return read_ids(self.invlists, selection)
 
-    def _fused(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
-        """Selection and attention in one go, for queries (b, h, g, q, d); None where the general way must be taken."""
-        state = self._decode_state()
-        if self._options.exceeded_by(params):
-            if state is not None:
-                state.refuse_capture("a larger window or more sinks than the index has")
-            return None
-        if state is None:
-            return self._in_one_call(x, params)
-        self._refuse_lists_to_come(state)
-        layer = self._trained
-        routing = state.routing_of(layer.router, self._prepared_router, layer.rope, x.shape[3])
-        out, lse, self._last = state.step(x, params, layer.router, routing, self._budget_terms(params), layer.scale)
-        return out, lse
-
-    def _in_one_call(self, x: Tensor, params: SearchParametersIVF) -> tuple[Tensor, Tensor] | None:
-        """`_fused` for a backend that keeps no state."""
-        layer, lists = self._trained, self.invlists
-        rotation = query_rotation(layer.rope, lists, x.shape[3])
-        router, terms = (layer.router, self._prepared_router), self._budget_terms(params)
-        found = search(self._backend, lists, *router, x, rotation, params, *terms, layer.scale)
-        if found is None:
-            return None
-        out, lse, self._last = found
-        return out, lse
-
     def _select(self, x: Tensor, params: SearchParametersIVF | None, coarse_queries: Any) -> Selection:
         self._refuse_capture("a selection apart from attention")
-        lists, layer, params = self.invlists, self._trained, self._settings(params)
-        found = self._resident_select(x, params) if coarse_queries is None else None
-        if found is not None:
-            return widen(lists, found, params)
-        routed, rotation = x, None
+        lists, settings, queries = self.invlists, self._settings(params), x
         if coarse_queries is not None:
-            routed = self._arguments.coarse_queries(coarse_queries, lists, x.shape)
-        else:
-            rotation = query_rotation(layer.rope, lists, x.shape[3])
-        terms = self._budget_terms(params)
-        return select(self._backend, lists, layer.router, self._prepared_router, routed, rotation, params, *terms)
-
-    def _resident_select(self, x: Tensor, params: SearchParametersIVF) -> Selection | None:
-        """The selection that `_fused` attends to; None for a backend without state."""
-        state = self._decode_state()
-        if state is None:
-            return None
-        layer = self._trained
-        routing = state.routing_of(layer.router, self._prepared_router, layer.rope, x.shape[3])
-        return state.select(x, params, layer.router, routing, self._budget_terms(params))
+            queries = self._arguments.coarse_queries(coarse_queries, lists, x.shape)
+        session = self._session_of(lists)
+        routing = session.routing_of(self._trained, self._prepared_router, x.shape[3], coarse_queries is not None)
+        return extend_to_window(lists, session.select(queries, self._terms(settings), routing), settings)
 
     def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
-        """`_select` for every query on its own, see `select.select_each`."""
+        """`_select` for every query on its own, see `SearchSession.select_each`."""
         self._refuse_capture("a selection apart from attention")
-        settings, q = self._settings(params), x.shape[3]
-        if self._options.exceeded_by(settings) or self._decode_state() is not None:
-            return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(q)])
-        layer, lists = self._trained, self.invlists
-        rotation = query_rotation(layer.rope, lists, 1)
-        router, terms = (layer.router, self._prepared_router), self._budget_terms(settings)
-        return select_each(self._backend, lists, *router, x, rotation, settings, *terms)
+        settings, session = self._settings(params), self._session_of(self.invlists)
+        if self._options.exceeded_by(settings) or self._backend.captures:
+            return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(x.shape[3])])
+        return session.select_each(x, self._terms(settings), session.routing_of(self._trained, self._prepared_router, 1))
 
     def _attend(self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool) -> Any:
         self._last = selection
@@ -468,14 +430,15 @@ class AsymmetricIndex:
 
     def reset(self) -> None:
         """Forget every token; keep the training and the memory. The next `add` may bring another batch size."""
-        state = self._decode_state()
-        if state is not None:
-            state.forget()
+        session = self._present_session()
+        if session is not None:
+            session.invalidate()
         with self._whole():
             if self._lists is not None:
                 self._lists.clear()
             self._last = None
-        self._follow()
+        if session is not None:
+            session.changed()
 
     @within("_changing")
     def truncate(self, n: int | Sequence[int]) -> None:
@@ -559,7 +522,7 @@ class AsymmetricIndex:
         for name in type(self).__slots__:
             if name != "__weakref__":
                 setattr(new, name, getattr(self, name))
-        new._lists = new._last = None
+        new._lists = new._session = new._last = None
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
             new._require_codes(new._backend, device)
@@ -588,9 +551,9 @@ class AsymmetricIndex:
     @within("_in_step")
     def stats(self) -> IndexStats:
         """What the index holds, and what its last search read. Reads device memory: not for the decode path."""
-        state = self._decode_state()
-        if state is not None:
-            self._last = state.newest(self._last)
+        session = self._present_session()
+        if session is not None:
+            self._last = session.newest(self._last)
         return gather(self._lists, self._last, self.key_quantizer, self.query_router)
 
     def _new_lists(self, batch: int) -> SegmentedInvertedLists:
@@ -778,10 +741,11 @@ class AsymmetricIndex:
             raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
         return self._options.merged(params)
 
-    def _budget_terms(self, params: SearchParametersIVF) -> tuple[Any, Tensor | None]:
-        """Shares of the budget, and attention that may stay unread, float32 (h,), or None: see `select.select`."""
+    def _terms(self, params: SearchParametersIVF) -> Terms:
+        """What a plan for these parameters follows from."""
         layer, target = self._trained, params.target_mass
-        return layer.budget_shares, None if target is None else layer.unread_mass(target, self.device)
+        unread = None if target is None else layer.unread_mass(target, self.device)
+        return params, layer.router, layer.budget_shares, unread
 
     @property
     def _assign_rows(self) -> AssignRows:
@@ -803,7 +767,8 @@ class AsymmetricIndex:
         if keys is None or counts is None:
             keys, counts = lists.arena.numbers[0][:, :, :0], [0] * lists.batch
         if any(map(self.layout.num_blocks, map(sum, zip(lists.lengths, counts, strict=True)))):
-            if lists.decode is not None and lists.decode.captured:
+            session = self._session
+            if session is not None and session.lists is lists and session.backend_session.captured:
                 raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
             quantizer, router = prompt_lists(self._backend, tower, lists, keys, counts, rotated, self.rope)
             self._set_trained(key_quantizer=quantizer, query_router=router)
@@ -840,59 +805,57 @@ class AsymmetricIndex:
     @contextmanager
     def _in_step(self) -> Iterator[None]:
         """Host and device agree before it, and after it where a graph may be replayed next."""
-        state = self._decode_state()
-        if state is not None:
-            state.settle()
+        session = self._present_session()
+        if session is not None:
+            session.synchronize()
         yield
-        self._follow()
+        session = self._present_session()
+        if session is not None:
+            session.changed()
 
-    def _follow(self) -> None:
-        state = self._decode_state()
-        if state is not None and state.captured:
-            state.follow()
+    def _session_of(self, lists: SegmentedInvertedLists) -> SearchSession:
+        """The session of the lists there are, made on first use."""
+        session = self._session
+        if session is None or session.lists is not lists:
+            self._session = session = SearchSession(self._backend, lists)
+        return session
 
-    def _decode_state(self) -> DecodeState | None:
-        """The device state of this batch, made on first use; None for a backend that keeps none, or without a batch."""
-        lists = self._lists
-        if not self._backend.keeps_state or lists is None:
+    def _present_session(self) -> SearchSession | None:
+        """The session of the lists there are, if there is anything that it may have to say."""
+        lists, session = self._lists, self._session
+        if lists is not None and self._backend.captures:
+            return self._session_of(lists)
+        return session if session is not None and session.lists is lists else None
+
+    def _device_session(self, what: str) -> SearchSession:
+        """The session; StateError for a backend that keeps none on its device, or without a batch."""
+        if self._lists is None or not self._backend.captures:
+            raise StateError(f"{what}: expected an index whose state lies on its device, got backend {self._backend.name!r}")
+        return self._session_of(self._lists)
+
+    def _capturing(self) -> SearchSession | None:
+        """The session while a graph is captured, else None."""
+        if not self._backend.captures or self._lists is None:
             return None
-        if lists.decode is not None:
-            state: DecodeState = lists.decode
-            return state
-        resident = self._backend.resident(lists.batch, lists.heads, lists.d, lists.d_v, lists.nlist, lists.dtype)
-        if resident is not None:
-            lists.decode = DecodeState(resident, lists)
-        return lists.decode
-
-    def _state_on_device(self, method: str) -> DecodeState:
-        """`_decode_state`; StateError for a backend that keeps none."""
-        state = self._decode_state()
-        if state is None:
-            raise StateError(f"{method}: expected an index whose state lies on its device, got backend {self._backend.name!r}")
-        return state
-
-    def _capturing(self) -> DecodeState | None:
-        """The device state while a graph is captured, else None."""
-        state = self._decode_state()
-        return state if state is not None and state.resident.capturing else None
+        session = self._session_of(self._lists)
+        return session if session.backend_session.capturing else None
 
     def _refuse_capture(self, what: str) -> None:
         """StateError while a graph is captured."""
-        state = self._capturing()
-        if state is not None:
-            state.refuse_capture(what)
+        session = self._capturing()
+        if session is not None:
+            session.refuse_capture(what)
 
-    def _refuse_lists_to_come(self, state: DecodeState) -> None:
+    def _refuse_lists_to_come(self, session: SearchSession) -> None:
         """A graph cannot follow a router that is yet to be made."""
-        if self.tower is not None and not any(state.lists.segments):
-            state.refuse_capture("a two-tower router before any token is sealed, which is when it makes its lists")
+        if self.tower is not None and not any(session.lists.segments):
+            session.refuse_capture("a two-tower router before any token is sealed, which is when it makes its lists")
 
     def release_graphs(self) -> None:
         """Say that no CUDA graph captured over this index is replayed any more: its memory may move again, as `add` asks for."""
-        state = self._decode_state()
-        if state is not None:
-            state.refuse_capture("release_graphs")
-            state.release()
+        session = self._present_session()
+        if session is not None:
+            session.release_graphs()
 
     def graph_key(self, params: SearchParametersIVF | None = None) -> tuple[Any, ...]:
         """What a graph of `add` and of `search_attend` with these parameters was made for, beside the shapes of their arguments.

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError
-from .base import Arena, Backend, Frequencies, SegmentChange
+from .base import Backend, SegmentChange, Session
 from .plain_torch import TorchBackend
 from .reference import ReferenceBackend
 from .scalar_quantizer import STORAGE_CODES, Coded, StorageCode
-from .types import Budget, Rotation, Search, Tail
+from .types import Arena, Budget, Frequencies, Placement, Plan, Rotation, Routing, Tail
 from .weights import NETWORK, RouterWeights
 
 __all__ = [
-    "NETWORK", "STORAGE_CODES", "Arena", "Backend", "Budget", "Coded", "Frequencies", "Rotation", "RouterWeights",
-    "Search", "SegmentChange", "StorageCode", "Tail",
-    "get_backend", "register_backend",
+    "NETWORK", "STORAGE_CODES", "Arena", "Backend", "Budget", "Coded", "Frequencies", "Placement", "Plan", "Rotation",
+    "RouterWeights", "Routing", "SegmentChange", "Session", "StorageCode", "Tail", "get_backend", "register_backend",
 ]  # fmt: skip
 
 Factory = Callable[[torch.device], Backend]

@@ -6,7 +6,8 @@ kernels check themselves. Every decode step calls here, hence the plain style: n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,8 +17,6 @@ from torch import Tensor
 from ..errors import DTypeError, LengthError, MissingDependencyError, ShapeError
 from . import native
 from .addresses import (
-    BYTES,
-    CODES,
     F32,
     I32,
     NO_CODES,
@@ -30,14 +29,16 @@ from .addresses import (
     dtype_names,
     lists_of,
     means_of,
+    new_tokens,
     places_of,
     plain,
     rows_of,
 )
-from .base import Backend, PreparedSearch
+from .base import Backend, Session
+from .codes import BYTES_CODE, DTYPE_CODES, SEALED, SEGMENTS, SINKS
 from .scalar_quantizer import SCALE_BYTES, Coded, StorageCode
 from .threads import available_cores
-from .types import Budget, Probed, Rotation, Search, Tail
+from .types import Budget, Frequencies, Plan, Probed, Rotation, Routing, Tail
 from .weights import RouterWeights
 
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
@@ -80,16 +81,15 @@ class CpuBackend(Backend):
         skip = -raw.ctypes.data % ALIGN_BYTES
         return torch.from_numpy(raw[skip : skip + count * dtype.itemsize]).view(dtype).view(tuple(shape))
 
+    def session(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Session:
+        return CpuSession(self)
+
     def append(
         self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
     ) -> bool:
         b, h, n, d = keys.shape
-        e = values.shape[-1]
-        capacity, dtype = arena_keys.shape[2], arena_keys.dtype
-        code = code_of("arena_keys", arena_keys)
-        k_at, v_at = rows_of("keys", keys, dtype, (b, h, n, d)), rows_of("values", values, dtype, (b, h, n, e))
-        ak_at = plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
-        av_at = plain("arena_values", arena_values, dtype, (b, h, capacity, e))
+        capacity = arena_keys.shape[2]
+        tokens = new_tokens(keys, values, arena_keys, arena_values)
         if len(starts) != b or len(counts) != b:
             raise ShapeError(f"starts, counts: expected {b} numbers each, got {len(starts)} and {len(counts)}")
         for start, count in zip(starts, counts, strict=True):
@@ -97,13 +97,7 @@ class CpuBackend(Backend):
                 raise LengthError(
                     f"starts, counts: expected at most {n} tokens within {capacity} rows, got {count} tokens from row {start}"
                 )
-        kb, kh, kn, _ = keys.stride()
-        vb, vh, vn, _ = values.stride()
-        return bool(
-            self._module().append(
-                code, k_at, kb, kh, kn, v_at, vb, vh, vn, ak_at, av_at, b, h, capacity, d, e, list(starts), list(counts)
-            )
-        )
+        return bool(self._module().append(*tokens, b, h, capacity, d, values.shape[-1], starts, counts))
 
     def prepare_quantizer(self, centroids: Tensor) -> Any:
         h, lists, d = centroids.shape
@@ -124,7 +118,7 @@ class CpuBackend(Backend):
         if not 0 <= start <= capacity - n:
             raise LengthError(f"start: expected {n} rows within {capacity}, got them from row {start}")
         self._module().seal(
-            BYTES if keys.dtype is torch.uint8 else code_of("keys", keys),
+            BYTES_CODE if keys.dtype is torch.uint8 else code_of("keys", keys),
             plain("keys", keys, keys.dtype, (h, capacity, d)),
             plain("values", values, keys.dtype, (h, capacity, e)),
             plain("ids", ids, I32, (h, capacity)),
@@ -216,7 +210,7 @@ class CpuBackend(Backend):
         a_at = plain("a", a, F32, (b, h, j, m))
         knots_at = plain("knots", knots, F32, (b, segments))
         places = places_of(self._cpu, tables, num_segments, budget, (b, h, lists))
-        taken = places.memory(b, h)
+        room = places.room(b, h)
         widths = self._module().probe(
             z_at,
             a_at,
@@ -235,9 +229,9 @@ class CpuBackend(Backend):
             places.miss_at,
             places.entries_at,
             places.means,
-            *taken.at(),
+            *room.addresses,
         )
-        return taken.probed(*widths)
+        return room.probed(*widths)
 
     def scan(
         self,
@@ -297,53 +291,6 @@ class CpuBackend(Backend):
         )
         return out, lse
 
-    def prepare_search(self, search: Search) -> PreparedSearch:
-        h, _, d, lists, _ = search.router.shape
-        b, _, segments, _ = search.tables.shape
-        capacity, e = search.values.shape[2:]
-        dtype, budget = search.keys.dtype, search.budget
-        places = places_of(self._cpu, search.tables, search.num_segments, budget, (b, h, lists))
-        if not len(search.sinks) == len(search.sealed) == b:
-            raise ShapeError(f"sinks, sealed: expected {b} each, got {len(search.sinks)}, {len(search.sealed)}")
-        last_rows = [capacity] * b if search.coded is None else search.coded.last
-        for first, middle, last in zip(search.sinks, search.sealed, last_rows, strict=True):
-            if not 0 <= first <= middle <= last:
-                raise LengthError(f"expected 0 <= sinks <= sealed <= {last}, got {first}, {middle}")
-        most, means_at = search.mean_keys.shape[2], (0, 0)
-        if places.entries_at:
-            means_at = (
-                plain("mean_keys", search.mean_keys, dtype, (b, h, most, lists, d)),
-                plain("mean_values", search.mean_values, dtype, (b, h, most, lists, e)),
-            )
-        handle = self._cpu.make_search(
-            search.router,
-            search.first_knot,
-            search.count_lists,
-            plain("centres", search.centres, torch.float64, (b, segments)),
-            b,
-            h,
-            segments,
-            budget.nprobe,
-            places.tables_at,
-            places.used,
-            places.budgets_at,
-            places.miss_at,
-            places.entries_at,
-            places.means,
-            plain("keys", search.keys, dtype, (b, h, capacity, d)),
-            plain("values", search.values, dtype, (b, h, capacity, e)),
-            code_of("keys", search.keys),
-            capacity,
-            e,
-            list(search.sinks),
-            list(search.sealed),
-            search.scale,
-            *means_at,
-            most,
-            *(NO_CODES if search.coded is None else codes_of(search.coded, (b, h, d, e))),
-        )
-        return _Prepared(self._module, handle, search, places)
-
     def best(
         self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
         sealed: Sequence[int], lengths: Sequence[int], k: int,
@@ -386,52 +333,94 @@ class CpuBackend(Backend):
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype = out_a.shape, out_a.dtype
-        if dtype not in CODES or out_b.dtype != dtype:
+        if dtype not in DTYPE_CODES or out_b.dtype != dtype:
             raise DTypeError(f"out_a, out_b: expected one of {dtype_names()} for both, got {dtype} and {out_b.dtype}")
         a_at, b_at = plain("out_a", out_a, dtype, shape), plain("out_b", out_b, dtype, shape)
         la_at, lb_at = plain("lse_a", lse_a, F32, shape[:-1]), plain("lse_b", lse_b, F32, shape[:-1])
         out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-        self._module().combine(CODES[dtype], a_at, la_at, b_at, lb_at, lse.numel(), shape[-1], out.data_ptr(), lse.data_ptr())
+        at = a_at, la_at, b_at, lb_at, lse.numel(), shape[-1], out.data_ptr(), lse.data_ptr()
+        self._module().combine(DTYPE_CODES[dtype], *at)
         return out, lse
 
 
-class _Prepared(NamedTuple):
-    """See `PreparedSearch`. Holds the tensors whose addresses the handle holds."""
+class _Search(NamedTuple):
+    """A search of one plan, packed for one call of the module. Holds the tensors whose addresses the handle holds."""
 
-    module: Callable[[], Any]
+    router: Any
+    scale: float
     handle: Any
-    plan: Search
     places: Places
+    d: int
+    values: Tensor
+    least: Sequence[int]
+    most: Sequence[int]
+    held: Any
 
-    def __call__(
-        self, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Probed]:
-        b, h, capacity, e = self.plan.values.shape
-        g, q = queries.shape[2:4]
-        q_at = plain("queries", queries, queries.dtype, (b, h, g, q, self.plan.keys.shape[3]))
-        if not len(ends) == len(lengths) == b:
-            raise ShapeError(f"ends, lengths: expected {b} each, got {len(ends)}, {len(lengths)}")
-        coded = self.plan.coded
-        for i, (middle, n) in enumerate(zip(self.plan.sealed, lengths, strict=True)):
-            least, most = middle, capacity
-            if coded is not None:
-                least, most = coded.last[i], capacity + coded.last[i] - coded.first[i]
-            if not least <= n <= most:
-                raise LengthError(f"lengths: expected {least} to {most}, got {n}")
+
+class CpuSession(Session):
+    """See `Session`. `run` is one call of the compiled module."""
+
+    def __init__(self, backend: CpuBackend) -> None:
+        super().__init__(backend)
+        self._cpu, self._module = backend._cpu, backend._module
+
+    def run(self, queries: Tensor, routing: Routing, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Probed | None]:
+        if plan.dense:
+            return super().run(queries, routing, plan, scale)
+        search, lengths = plan.packed, self.lengths
+        if search is None or search.router is not routing.router or search.scale != scale:
+            plan.packed = search = self._pack(routing, plan, scale)
+        assert lengths is not None, "publish comes first"
+        b, h, _, e = search.values.shape
+        _, _, g, q, d = queries.shape
+        shape = (b, h, g, q, search.d)
+        if queries.shape != shape or not queries.is_contiguous() or queries.dtype not in DTYPE_CODES:
+            plain("queries", queries, queries.dtype, shape)
+            code_of("queries", queries)
+        for least, length, most in zip(search.least, lengths, search.most, strict=True):
+            if not least <= length <= most:
+                raise LengthError(f"lengths: expected {least} to {most}, got {length}")
+        ends, rope = list(map(operator.add, lengths, self._gaps)), routing.rope
+        if isinstance(rope, Frequencies):
+            turn = rope.before(ends, q)
+            angles = turn.cos.data_ptr(), turn.sin.data_ptr(), 2 * turn.cos.shape[1], turn.interleaved, turn.scale
+        else:
+            angles = angles_of(rope, b * q, d)
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
-        taken = self.places.memory(b, h)
-        widths = self.module().search(
-            self.handle,
-            q_at,
-            code_of("queries", queries),
-            g,
-            q,
-            *angles_of(rotation, b * q, queries.shape[4]),
-            list(ends),
-            list(lengths),
-            out.data_ptr(),
-            lse.data_ptr(),
-            *taken.at(),
-        )
-        return out, lse, taken.probed(*widths)
+        room = search.places.room(b, h)
+        call = queries.data_ptr(), DTYPE_CODES[queries.dtype], g, q, *angles, ends, lengths, out.data_ptr(), lse.data_ptr()
+        return out, lse, room.probed(*self._module().search(search.handle, *call, *room.addresses))
+
+    def _pack(self, routing: Routing, plan: Plan, scale: float) -> _Search:
+        """What a search needs besides queries, all of it checked."""
+        place, columns = self._published, self._columns
+        arena, budget, used = place.arena, plan.budget, columns[SEGMENTS]
+        assert budget is not None
+        h, _, d, lists, _ = routing.router.shape
+        b, _, segments, _ = arena.tables.shape
+        (keys, values), coded = arena.numbers, place.coded
+        capacity, e = values.shape[2:]
+        dtype, most = keys.dtype, arena.mean_keys.shape[2]
+        lengths = columns[SEALED], [capacity] * b
+        if coded is not None:
+            lengths = list(coded.last), [capacity + high - low for low, high in zip(coded.first, coded.last, strict=True)]
+        places = places_of(self._cpu, arena.tables, used, budget, (b, h, lists))
+        check_spans(columns[SINKS], columns[SEALED], lengths[1], b, capacity, coded)
+        means_at = (0, 0)
+        if places.entries_at:
+            means_at = (
+                plain("mean_keys", arena.mean_keys, dtype, (b, h, most, lists, d)),
+                plain("mean_values", arena.mean_values, dtype, (b, h, most, lists, e)),
+            )
+        if isinstance(routing.rope, Frequencies):
+            angles_of(routing.rope.before([0], 1), 1, d)
+        centres = torch.from_numpy(place.centres)
+        handle = self._cpu.make_search(
+            routing.router, routing.first_knot, routing.count_lists, plain("centres", centres, torch.float64, (b, segments)),
+            b, h, segments, budget.nprobe, places.tables_at, places.used, places.budgets_at, places.miss_at, places.entries_at,
+            places.means, plain("keys", keys, dtype, (b, h, capacity, d)), plain("values", values, dtype, (b, h, capacity, e)),
+            code_of("keys", keys), capacity, e, columns[SINKS], columns[SEALED], scale, *means_at, most,
+            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
+        )  # fmt: skip
+        return _Search(routing.router, scale, handle, places, d, values, *lengths, (place, budget))

@@ -52,6 +52,10 @@ class Coded:
     first: Sequence[int]
     last: Sequence[int]
 
+    def plain_rows(self, lengths: Sequence[int]) -> list[int]:
+        """How many rows of sequences of these lengths lie in the arena."""
+        return [n - (high - low) for n, low, high in zip(lengths, self.first, self.last, strict=True)]
+
 
 def encode(x: Tensor, bits: int) -> Tensor:
     """Codes of rows x : float32, bfloat16 or float16 (..., dim), finite: uint8 (..., code size)."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..backends import Arena, Backend, Coded, SegmentChange, StorageCode
 from ..backends.scalar_quantizer import decode, rows_at
-from ..errors import NotFiniteError, StateError
+from ..errors import StateError
 from . import arena, coded
 from .common import common_prefix, diverged, picked
 from .gaps import Gaps
@@ -76,8 +76,6 @@ class SegmentedInvertedLists:
         self.gaps = [Gaps.none()] * batch
         self.rotated = RotationLengths(batch)
         self.version = self.moved = next(_VERSIONS)
-        self.decode: Any = None  # the state on the device that follows this batch (search/session.py), or None
-        self.plans: dict[int, Any] = {}  # what selections worked out for these segments, by parameters (search/plan.py)
         self.arena, self.capacity = arena.without_rows(backend, batch, heads, d, d_v, nlist, dtype, code), 0
         self.coded_spans: list[Segment] = [coded.NONE] * batch
         self._undo = UndoLog(backend)
@@ -89,7 +87,6 @@ class SegmentedInvertedLists:
     def _changed(self, moved: bool = False) -> None:
         """Something that a search depends on is another from now on; ``moved``: memory lies elsewhere."""
         self.version = next(_VERSIONS)
-        self.plans.clear()  # they hold memory
         if moved:
             self.moved = self.version
 
@@ -136,16 +133,21 @@ class SegmentedInvertedLists:
         used, means = max(self.lengths, default=0), self.layout.most_means(capacity, self.nlist)
         self._set_arena(arena.resized(self.backend, self.arena, rows=capacity, used=used, means=means))
 
-    def _make_room(self, counts: Sequence[int], exact: bool = False) -> None:
-        """Room for counts[i] tokens more of each sequence, and for more besides unless ``exact``, where memory has to move."""
+    def has_room(self, counts: Sequence[int]) -> bool:
+        """Whether counts[i] tokens more of each sequence find room where memory lies."""
         lengths = list(map(operator.add, self.lengths, counts))
-        need = max(lengths, default=0)
-        if need > self.capacity:
-            self._allocate(need if exact else max(need, self.capacity + self.capacity // 2))
-        if self.code is not None:
-            plain, have = max(coded.plain_rows(lengths, self.coded_spans), default=0), self.arena.numbers[0].shape[2]
-            if plain > have:
-                self._resize_plain(plain if exact else max(plain, have + have // 2))
+        if self.code is not None and max(coded.plain_rows(lengths, self.coded_spans)) > self.arena.numbers[0].shape[2]:
+            return False
+        return max(lengths) <= self.capacity
+
+    def make_room(self, counts: Sequence[int]) -> None:
+        """Room for counts[i] tokens more of each sequence, and for more where memory has to move for it."""
+        lengths = list(map(operator.add, self.lengths, counts))
+        if max(lengths) > self.capacity:
+            self._allocate(max(*lengths, self.capacity + self.capacity // 2))
+        plain, have = max(coded.plain_rows(lengths, self.coded_spans)), self.arena.numbers[0].shape[2]
+        if self.code is not None and plain > have:
+            self._resize_plain(max(plain, have + have // 2))
 
     def _resize_plain(self, rows: int) -> None:
         used = coded.plain_rows(self.lengths, self.coded_spans)
@@ -288,46 +290,14 @@ class SegmentedInvertedLists:
 
     # -- growing -----------------------------------------------------------------------------------------------------
 
-    def append(
-        self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None, assign: Assign | None,
-        rotated: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
-        """Add counts[i] tokens to sequence i; seal and merge what the new length asks for, unless ``assign`` is None.
-
-        list_nos : int32 (b, h, n) or None, where ``assign`` decides when a token is sealed. rotated : the length at which
-        those of each sequence were rotated, 0 or None where the angles do not depend on it. Raises NotFiniteError, having changed
-        nothing, if a key or value is NaN or infinite. What else may fail is for the caller to wrap in `whole`.
-        """
-        need = max(map(sum, zip(self.lengths, counts, strict=True)), default=0)
-        if need > self.capacity and self.decode is not None:
-            self.decode.refuse_growth()
-        self._make_room(counts)
-        in_one_launch = self.decode is not None and list_nos is None and self.decode.append(keys, values, counts)
-        starts = coded.plain_rows(self.lengths, self.coded_spans)
-        if not in_one_launch and not self.backend.append(keys, values, *self.arena.numbers, starts, counts):
-            raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
-        if list_nos is not None:
-            self.arena = arena.with_pending(self.backend, self.arena)
-        if self.pending is not None:
-            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
-                self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
-        for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
-            if count:
-                self.rotated.append(i, start, 0 if rotated is None else rotated[i])
-        self.lengths = [start + count for start, count in zip(self.lengths, counts, strict=True)]  # at once
-        if assign is not None:
-            self.seal(assign, last=True)
-
     def only_grows(self, counts: Sequence[int], seal: bool = True) -> bool:
-        """Whether `append` of so many tokens, to be sealed or not, writes behind the others and does nothing else."""
-        if self.pending is not None or (self.decode is not None and not self.decode.takes(max(counts))):
+        """Whether to add so many tokens, to be sealed or not, is to write them behind the others and nothing else."""
+        if self.pending is not None:
             return False
-        if self.code is not None:
-            plain, room = coded.plain_rows(self.lengths, self.coded_spans), self.arena.numbers[0].shape[2]
-            if any(row + count > room for row, count in zip(plain, counts, strict=True)):
-                return False
+        if not self.has_room(counts):
+            return False
         for length, count, have in zip(self.lengths, counts, self.segments, strict=True):
-            if length + count > self.capacity or (seal and self.layout.segments(length + count) != have):
+            if seal and self.layout.segments(length + count) != have:
                 return False
         return True
 
@@ -348,12 +318,23 @@ class SegmentedInvertedLists:
         finally:
             self.lengths = lengths
 
-    def advance(self, counts: Sequence[int]) -> None:
-        """Take note of ``counts[i]`` tokens that were written behind those of sequence i without `append`."""
+    def advance(self, counts: Sequence[int], list_nos: Tensor | None = None, rotated: Sequence[int] | None = None) -> None:
+        """Take note of ``counts[i]`` tokens that were written behind those of sequence i; they are not sealed yet.
+
+        list_nos : int32 (b, h, n) or None, where the quantizer decides when a token is sealed. rotated : the length at which
+        those of each sequence were rotated, 0 or None where the angles do not depend on it. What may fail is for the caller to
+        wrap in `whole`.
+        """
+        if list_nos is not None:
+            self.arena = arena.with_pending(self.backend, self.arena)
         if self.pending is not None:
-            for i, (length, count) in enumerate(zip(self.lengths, counts, strict=True)):
-                self.pending[i, :, length : length + count] = -1
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+                self.pending[i, :, start : start + count] = -1 if list_nos is None else list_nos[i, :, :count]
+        if rotated is not None or any(self.rotated.runs):
+            for i, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+                if count:
+                    self.rotated.append(i, start, 0 if rotated is None else rotated[i])
+        self.lengths = list(map(operator.add, self.lengths, counts))  # at once
 
     def _seal(self, sequences: Iterable[int], assign: Assign, final: bool = False) -> None:
         """`seal` of these sequences; the rows past the last segment are in arrival order. final: it will not be taken back."""

@@ -40,7 +40,7 @@ class Selection:
             raise StateError("selection: expected one made since the last change of the index, got one of before")
 
 
-def everything(lists: SegmentedInvertedLists) -> Selection:
+def dense_selection(lists: SegmentedInvertedLists) -> Selection:
     """Dense attention: every token that is stored."""
     none = [0] * lists.batch
     return Selection(None, None, none, none, list(lists.lengths))
