@@ -23,13 +23,14 @@ constexpr bool kWideFile = false;
 #endif
 
 #define TABLE(title)                                                                                                              \
-  const Kernels table = {title,   W,     2 * W,    scan,        scores,      pack_queries, unpack_values,                           \
-                         nearest, dense, load_row, run_weights, list_weights};
+  const Kernels table = {title,       W,      2 * W,   scan,  scores,   pack_queries, unpack_values, scan_codes,                     \
+                         rotate_back, encode, nearest, dense, load_row, run_weights,  list_weights};
 
 namespace baseline {
 #define W 4
 #include "simd.inl.h"
 #include "scan.inl.h"
+#include "codes.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
 TABLE("baseline")
@@ -53,6 +54,7 @@ namespace avx2 {
 #define W 8
 #include "simd.inl.h"
 #include "scan.inl.h"
+#include "codes.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
 TABLE("avx2")
@@ -74,6 +76,7 @@ namespace avx512 {
 #define W 16
 #include "simd.inl.h"
 #include "scan.inl.h"
+#include "codes.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
 TABLE("avx512")

@@ -71,6 +71,13 @@ struct Kernels {
   // The inverse for one accumulated row: packed (ep) to plain (e).
   void (*unpack_values)(DType, const float* packed, int e, float* row);
 
+  // scan over rows of codes (codes.inl.h): keys of 8 bits, values of 8 or 4. q and o in plain order; no bias. Values of 4 bits are
+  // added up rotated, and rotate_back of an accumulated row gives its numbers.
+  void (*scan_codes)(int value_bits, const ScanItem&);
+  void (*rotate_back)(float* row, int dim);
+  // The code of a row of dim floats, finite, with zeros behind them up to a multiple of `lanes`.
+  void (*encode)(int bits, const float* row, int dim, uint8_t* code);
+
   // best[i] = argmax over columns of x_i w + bias, the lower on ties. Wide panels only.
   void (*nearest)(const PanelProduct&, int32_t* best);
   // y (n, ldy) = x w + bias, columns [0, cols) of panels [0, num_panels); silu: y silu(y).

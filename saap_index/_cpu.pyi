@@ -64,6 +64,9 @@ def seal(
     arg13: int,
     /,
 ) -> None: ...
+def encode(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, arg9: int, /
+) -> None: ...
 def make_router(
     arg0: int,
     arg1: int,
@@ -172,6 +175,12 @@ def scan(
     arg28: int,
     arg29: int,
     arg30: int,
+    arg31: int,
+    arg32: int,
+    arg33: int,
+    arg34: int,
+    arg35: Sequence[int],
+    arg36: Sequence[int],
     /,
 ) -> None: ...
 def best(
@@ -226,6 +235,12 @@ def make_search(
     arg22: int,
     arg23: int,
     arg24: int,
+    arg25: int,
+    arg26: int,
+    arg27: int,
+    arg28: int,
+    arg29: Sequence[int],
+    arg30: Sequence[int],
     /,
 ) -> SearchPlan: ...
 def search(

@@ -11,12 +11,13 @@ from ..errors import DeviceError
 from .base import Backend, SegmentChange, Session
 from .plain_torch import TorchBackend
 from .reference import ReferenceBackend
+from .scalar_quantizer import STORAGE_CODES, Coded, StorageCode
 from .types import Arena, Budget, Frequencies, Placement, Plan, Rotation, Routing, Tail
 from .weights import NETWORK, RouterWeights
 
 __all__ = [
-    "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Placement", "Plan", "Rotation", "RouterWeights", "Routing",
-    "SegmentChange", "Session", "Tail", "get_backend", "register_backend",
+    "NETWORK", "STORAGE_CODES", "Arena", "Backend", "Budget", "Coded", "Frequencies", "Placement", "Plan", "Rotation",
+    "RouterWeights", "Routing", "SegmentChange", "Session", "StorageCode", "Tail", "get_backend", "register_backend",
 ]
 
 Factory = Callable[[torch.device], Backend]

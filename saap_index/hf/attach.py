@@ -137,8 +137,9 @@ def attach(
         step (docs/gpu.md). "auto": for a model on a GPU, with a `GraphWarning` if it is none that a graph can hold; True: or
         CompatibilityError, and StateError in the call whose step cannot be recorded; False: never. A model that moves to a GPU
         later is attached to there.
-    options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend; nlist, if lists are made
-        for each prompt: more for contexts far longer than those of the training.
+    options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend; storage, "SQ8" or
+        "SQ8/SQ4", of indexed keys and values; nlist, if lists are made for each prompt: more for contexts far longer than those
+        of the training.
 
     Returns the same model.
 

@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import TextStreamer
 
 from .. import checks
+from ..backends import STORAGE_CODES
 from ..errors import ParameterError
 from ..routers import load_routers
 from . import models, support
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save what was read, to --load it later")
     parser.add_argument("--new", type=int, default=200, metavar="TOKENS", help="most tokens to generate; default 200")
     parser.add_argument("--selectivity", type=float, help="share of the indexed tokens that a step reads; default 0.05")
+    parser.add_argument("--storage", choices=sorted(STORAGE_CODES), help="of indexed keys and values; numbers if nothing is said")
     parser.add_argument("--dense-layers", help="layers to leave dense, as 0,1; none if nothing is said")
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, takes the likeliest token")
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help="read the prompt so many tokens at a time")
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     advised = ",".join(str(layer) for layer in routers.dense_layers if layer not in dense)
     if advised and args.dense_layers is None:
         note(f"the routers advise to leave layers {advised} dense: --dense-layers {advised}")
-    tokenizer, model = loaded.tokenizer, attach(loaded.model, routers, args.selectivity, dense_layers=dense)
+    tokenizer, model = loaded.tokenizer, attach(loaded.model, routers, args.selectivity, dense_layers=dense, storage=args.storage)
     cache = SaapCache.load(args.load, model) if args.load else SaapCache(model)
     if args.load and cache.tokens is None:
         raise ParameterError(f"--load: expected a prompt that was saved with its tokens, got {args.load} without")

@@ -50,6 +50,15 @@ def test_an_answer(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "first token" in err and "tokens/s" in err and "100.0% of 2311 tokens read" in err
 
 
+def test_storage(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer of the same model attached with these codes."""
+    assert command(files, "--prompt", files / "text", "--selectivity", 0.5, "--storage", "SQ8/SQ4") == 0
+    model = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32).eval()
+    saap.attach(model, saap.load_routers(files / "routers"), 0.5, storage="SQ8/SQ4")
+    ids = torch.tensor([[3 + 7 * i % 208 for i in range(LONG)]])
+    assert capsys.readouterr().out.split() == [f"w{token}" for token in greedy(model, ids, 12)[0].tolist()]
+
+
 @pytest.mark.parametrize("computes_bfloat16", [False, True])
 def test_the_dtype_that_the_processor_computes_in(
     computes_bfloat16: bool, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
