@@ -248,7 +248,7 @@ def test_lists_of_each_prompt_s_own(inputs: Inputs) -> None:
     model = attached(tiny("llama"), 0.2, own_lists=True)
     cache = saap.SaapCache(model)
     greedy(model, inputs, **{CACHE: cache})
-    index, trained = cache.layers[0].index, cache.plan.layers[0].key_quantizer
+    index, trained = cache.layers[0].index, cache.plan.layers[0].trained.quantizer
     assert not torch.equal(index.key_quantizer.centroids, trained.centroids) and min(sealed_tokens(cache)) > 100
     again = saap.SaapCache(model)
     greedy(model, inputs, 1, **{CACHE: again})
