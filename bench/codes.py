@@ -32,7 +32,8 @@ def random_router(args: argparse.Namespace, g: torch.Generator) -> QueryRouter:
     units, outputs = 64, args.nlist + 9
     h, d = args.kv_heads, args.d
     shapes = ((h, units, d), (h, units), (h, outputs, units), (h, outputs, d), (h, outputs))
-    return QueryRouter(RouterWeights(*(torch.randn(s, generator=g) * 0.3 for s in shapes), args.nlist), first_knot=7)
+    hidden, bias_hidden, out, skip, bias_out = (torch.randn(s, generator=g) * 0.3 for s in shapes)
+    return QueryRouter(RouterWeights(hidden, bias_hidden, out, skip, bias_out, args.nlist), first_knot=7)
 
 
 def main() -> None:
