@@ -36,7 +36,7 @@ def symmetric_routers(config: Any, nlist: int = 256) -> saap.Routers:
     layers = {}
     for layer in range(config.num_hidden_layers):
         rope = saap.Rope.from_config(config, layer=layer)
-        layers[layer] = saap.LayerRouters(quantizer, tower.at(quantizer.centroids), rope, rope, d**-0.5, tower)
+        layers[layer] = saap.LayerRouters(quantizer, tower.for_lists(quantizer.centroids), rope, rope, d**-0.5, tower)
     return saap.Routers({"model": model_shape(config), "layout": {"sinks": 4, "window": 128}}, layers)
 
 

@@ -50,7 +50,7 @@ def untrained_routers(config: Any, own_lists: bool = False, nlist: int = 256, un
     for layer in range(config.num_hidden_layers):
         quantizer = saap.KeyQuantizer(random(h, nlist, d) * 10)
         tower = saap.TwoTower(network(d)) if own_lists else None
-        router = saap.QueryRouter(network(nlist)) if tower is None else tower.at(quantizer.centroids)
+        router = saap.QueryRouter(network(nlist)) if tower is None else tower.for_lists(quantizer.centroids)
         rope = saap.Rope.from_config(config, layer=layer)
         layers[layer] = saap.LayerRouters(quantizer, router, rope, rope, d**-0.5, tower)
     return saap.Routers({"model": model_shape(config), "layout": {"sinks": 4, "window": 128}}, layers)

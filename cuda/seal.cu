@@ -21,12 +21,12 @@ struct Job {
 
 struct RankParams {
   const int* jobs;      // (jobs, kJobInts)
-  const int* list_nos;  // (h, f), any stride over h: lists of the fresh rows; or null: all are in `given`
-  const int* given;     // (b, h, N), any strides: list of each row of the arena, or negative: see list_nos; or null
+  const int* list_nos;  // (h, f), any stride over h: lists of the fresh rows; or null: all are in `pending`
+  const int* pending;   // (b, h, N), any strides: list of each row of the arena, or negative: see list_nos; or null
   const int* tables;    // (b, h, S, l + 1), any strides but the last: of old segments
   int* order;           // out (h, t): the row of the arena that comes to each place
   int* new_tables;      // out (jobs, h, l + 1): first row of every run, then the row past the segment
-  i64 list_head, given_sequence, given_head, table_sequence, table_head, table_segment, order_head;  // strides in elements
+  i64 list_head, pending_sequence, pending_head, table_sequence, table_head, table_segment, order_head;  // strides in elements
   int lists;
 };
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ int list_of(const RankParams& p, const Job& job, int 
     }
     return low;
   }
-  int list = p.given ? p.given[job.sequence * p.given_sequence + head * p.given_head + row] : -1;
+  int list = p.pending ? p.pending[job.sequence * p.pending_sequence + head * p.pending_head + row] : -1;
   if (list < 0 && p.list_nos) list = p.list_nos[head * p.list_head + job.fresh_at + row - job.fresh];
   return min(max(list, 0), p.lists - 1);
 }

@@ -31,14 +31,18 @@ def named_device(value: torch.device | str) -> torch.device:
 
 
 def device(value: torch.device | str) -> torch.device:
-    """``value`` as a torch device, with the number of the current one if it has none ("cuda" alone would accept tensors of any).
-    DeviceError for one that torch does not know, or that is not there."""
+    """``value`` as a torch device, with the number that tensors there have: the current one's if it has none ("cuda" alone would
+    accept tensors of any), and none for "cpu:0". DeviceError for one that torch does not know, that is not there, or that holds
+    no numbers."""
     device = named_device(value)
+    if device.type == "meta":
+        raise DeviceError("device: expected one that holds numbers, got 'meta'")
     try:
         there = torch.empty(1, dtype=torch.uint8, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device in its own words
-        raise DeviceError(f"device: expected one that is there, got {str(device)!r}: {str(error).splitlines()[0]}") from error
-    return there if device.index is None else device
+        why = str(error).splitlines()[0].split(". ")[0]  # of mps torch goes on with a page of its backends
+        raise DeviceError(f"device: expected one that is there, got {str(device)!r}: {why}") from error
+    return there
 
 
 def tensor(value: Any, name: str) -> Tensor:

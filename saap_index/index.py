@@ -733,7 +733,7 @@ class AsymmetricIndex:
         tower.check_heads(self.num_kv_heads, self.d)
         if quantizer is None or self.ntotal:
             raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
-        return tower.at(quantizer.centroids.to(tower.weights.hidden.device)).to(self.device)
+        return tower.for_lists(quantizer.centroids.to(tower.weights.hidden.device)).to(self.device)
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""

@@ -228,7 +228,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
         tower = TwoTower(RouterWeights.of(arrays, d, "router.").map(_wide), first_knot)
         if "centroids" in arrays:
             quantizer = KeyQuantizer(arrays["centroids"])
-            router = tower.at(quantizer.centroids)
+            router = tower.for_lists(quantizer.centroids)
         else:
             quantizer, router = unmade_lists(tower, checks.integer(facts["nlist"], "nlist", 1, MAX_LISTS))
     else:

@@ -347,7 +347,7 @@ class Session:
         Returns out : dtype of queries (b, h, g, q, e), lse : float32 (b, h, g, q), newly allocated, and the selection: its
         counts, and rows or ``in_runs``; None for every row. It may lie in memory of the session, valid until the next step.
         """
-        place, lengths = self._published, self._known_lengths
+        place, lengths = self._published, self._lengths_published
         arena = place.arena
         memory = queries, *arena.numbers
         if plan.dense:
@@ -361,7 +361,7 @@ class Session:
 
     def _ends(self) -> list[int]:
         """Position of the token that comes next in each sequence."""
-        return list(map(operator.add, self._known_lengths, self._gaps))
+        return list(map(operator.add, self._lengths_published, self._gaps))
 
     @property
     def _published(self) -> Placement:
@@ -369,7 +369,7 @@ class Session:
         return self._placement
 
     @property
-    def _known_lengths(self) -> list[int]:
+    def _lengths_published(self) -> list[int]:
         assert self.lengths is not None, "publish comes first"
         return self.lengths
 
@@ -385,13 +385,13 @@ class Session:
         """
         return None
 
-    def noted(self) -> Exception | None:
+    def published_error(self) -> Exception | None:
         """`synchronize` as of the last `publish`; nothing that came later, so as not to wait for it."""
         return None
 
     def read_lengths(self) -> tuple[list[int], Exception | None]:
         """Wait for the device: rows in use there, and what it noted."""
-        return self._known_lengths, None
+        return self._lengths_published, None
 
     def invalidate(self) -> None:
         """The tokens are about to go, and what the device noted about them with them."""

@@ -83,17 +83,17 @@ def check_causal(mask: Tensor | None, call: int) -> None:
 class Positions:
     """Positions of the new slots of a call, as the model rotated them.
 
-    numbers : int64 (b, n); newest : the largest of them; agreed : what they were last seen to agree with.
+    numbers : int64 (b, n); newest : the largest of them; checked : what they were last checked against.
     """
 
     call: int
     numbers: np.ndarray
     newest: int
-    agreed: Any = None
+    checked: Any = None
 
 
 def read_positions(position_ids: Tensor | None, batch: int, call: int) -> Positions | None:
-    """None if they were not told; CompatibilityError for positions of another form."""
+    """None if there are none; CompatibilityError for positions of another form."""
     if position_ids is None or not position_ids.numel():
         return None
     note: Positions | None = getattr(position_ids, _NOTE, None)

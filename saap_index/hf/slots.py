@@ -192,6 +192,9 @@ class SlotLayer(CacheLayerMixin):
         remove = max(0, min(remove, self.slots))
         if not remove or self.index is None:
             return
+        if remove == self.slots:  # what comes next may be padded, and counted, in another way
+            self.reset()
+            return
         lengths = self.index.lengths
         if self.ragged:
             assert self.visible is not None
@@ -262,8 +265,9 @@ class SlotLayer(CacheLayerMixin):
         if rope is None or not rope.is_dynamic:
             return None
         assert self.index is not None
-        told = read_positions(position_ids, len(self.index.lengths), self.call.number)
-        return length_of_rotation(rope, self.rotary, self.plan.layer_type, self.slots - 1 if told is None else told.newest)
+        positions = read_positions(position_ids, len(self.index.lengths), self.call.number)
+        newest = self.slots - 1 if positions is None else positions.newest
+        return length_of_rotation(rope, self.rotary, self.plan.layer_type, newest)
 
     def _note_rotation(self, n: int, length: int | None) -> None:
         """The n newest tokens in the index, not sealed yet, were rotated at this length."""
@@ -304,20 +308,20 @@ class SlotLayer(CacheLayerMixin):
 
         CompatibilityError if they do neither, or if those of the calls before did the other.
         """
-        told = read_positions(position_ids, len(seen.counts), self.call.number)
-        if told is None:
+        positions = read_positions(position_ids, len(seen.counts), self.call.number)
+        if positions is None:
             return bool(self.by_slot)
-        n = told.numbers.shape[1]
+        n = positions.numbers.shape[1]
         padded = [i for i, count in enumerate(seen.counts) if count < self.slots]
-        fresh, says = seen.visible[:, -n:].cpu().numpy(), set()
+        fresh, votes = seen.visible[:, -n:].cpu().numpy(), set()
         for i in padded:  # padding before a token tells, not that behind it
             for at in np.flatnonzero(fresh[i])[-1:]:
                 place = self.slots - n + int(at)
                 if place != seen.counts[i] - 1:
-                    says.add(bool(told.numbers[i, at] == place))
-        by_slot = says == {True}
-        if not says:
-            behind = self.slots > 2 and bool((told.numbers[padded, -1] >= self.slots - 1).all())  # 0, 1 or a slot
+                    votes.add(bool(positions.numbers[i, at] == place))
+        by_slot = votes == {True}
+        if not votes:
+            behind = self.slots > 2 and bool((positions.numbers[padded, -1] >= self.slots - 1).all())  # 0, 1 or a slot
             by_slot = behind if self.by_slot is None else self.by_slot
         if self.by_slot not in (None, by_slot):
             kinds = {True: "slots", False: "tokens"}
@@ -325,19 +329,19 @@ class SlotLayer(CacheLayerMixin):
                 f"position_ids: expected them to count {kinds[not by_slot]}, as in the calls before, got {kinds[by_slot]}"
             )
         self._check_positions([self.slots] * len(seen.counts) if by_slot else seen.counts, position_ids, by_slot)
-        if says:
+        if votes:
             self.by_slot = by_slot
         return by_slot
 
     def _check_positions(self, ends: list[int], position_ids: Tensor | None, by_slot: bool = False) -> None:
         """CompatibilityError unless the new tokens of every sequence were rotated by their places, the last ``ends`` less one:
         routing undoes RoPE by that. by_slot : padding among them counts too."""
-        told = read_positions(position_ids, len(ends), self.call.number)
-        if told is None or told.agreed == (ends, by_slot):
+        positions = read_positions(position_ids, len(ends), self.call.number)
+        if positions is None or positions.checked == (ends, by_slot):
             return
-        n = told.numbers.shape[1]
+        n = positions.numbers.shape[1]
         fresh = np.ones((len(ends), n), dtype=np.bool_) if self.visible is None else self.visible[:, -n:].cpu().numpy()
-        for i, (end, row, tokens) in enumerate(zip(ends, told.numbers, fresh, strict=True)):
+        for i, (end, row, tokens) in enumerate(zip(ends, positions.numbers, fresh, strict=True)):
             want = np.arange(end - n, end) if by_slot else end - tokens[::-1].cumsum()[::-1]
             wrong = np.flatnonzero(tokens & (row != want))
             if len(wrong):
@@ -356,4 +360,4 @@ class SlotLayer(CacheLayerMixin):
                     f"position_ids: expected {which} of sequence {i} at {want[at]}, counting its tokens or its slots from 0, got "
                     f"{row[at]}{hint}"
                 )
-        told.agreed = ends, by_slot
+        positions.checked = ends, by_slot

@@ -111,13 +111,13 @@ def compact(arena: Arena, i: int, ranks: np.ndarray, length: int, note: Callable
     moved, lost = ([getattr(arena, name)[i].index_select(1, rows) for name in names] for rows in (kept, gone))
     ids = arena.ids[i, :, first:length].clone()
 
-    def take_back(arena: Arena) -> None:
+    def restore(arena: Arena) -> None:
         arena.ids[i, :, first:length] = ids
         for name, rows in zip(names, lost, strict=True):
             x = getattr(arena, name)[i]
             x[:, kept] = x[:, target].clone()
             x[:, gone] = rows
 
-    note(take_back)
+    note(restore)
     for name, rows in zip(names, moved, strict=True):
         getattr(arena, name)[i, :, target] = rows

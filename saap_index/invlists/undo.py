@@ -31,8 +31,8 @@ class UndoLog:
 
     def undo(self, arena: Arena) -> bool:
         """Take everything back in ``arena``, which is the memory of before the change; returns whether there was something."""
-        for take_back in reversed(self._steps):
-            take_back(arena)
+        for step in reversed(self._steps):
+            step(arena)
         return bool(self._steps)
 
     def forget(self) -> None:
@@ -60,13 +60,13 @@ class UndoLog:
         tables = tables.clone() if any(c.first < len(c.have) for c in changes) else tables[:, :, :0]
         keys = arena.keys
 
-        def take_back(c: SegmentChange, start: int, end: int, arena: Arena) -> None:
+        def restore(c: SegmentChange, start: int, end: int, arena: Arena) -> None:
             fresh = torch.from_numpy(c.positions).to(ids).expand(ids.shape[1], -1)
             before = torch.cat([ids[c.sequence, :, start - low : end - low], fresh], 1)
             replaced = tables[c.sequence, :, c.first - first : len(c.have) - first]
             _put_back(self.backend, keys, c.sequence, c.first, start, before, replaced, arena)
 
-        return [partial(take_back, *what) for what in zip(changes, starts, ends, strict=True)]
+        return [partial(restore, *what) for what in zip(changes, starts, ends, strict=True)]
 
 
 def _put_back(backend: Backend, keys: Tensor, i: int, first: int, start: int, ids: Tensor, tables: Tensor, arena: Arena) -> None:

@@ -141,12 +141,12 @@ class TrainedLayer:
 
 
 def unmade_lists(tower: TwoTower, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:
-    """So many lists that a prompt will make, and the router for them, as `TwoTower.at` gives it for centroids of zero.
+    """So many lists that a prompt will make, and the router for them, as `TwoTower.for_lists` gives it for centroids of zero.
 
     All lists are one piece of memory: how many there are costs nothing before a prompt makes them.
     """
     zeros = torch.zeros((tower.heads, 1, tower.d), dtype=torch.float32, device=tower.weights.hidden.device)
-    one = tower.at(zeros).weights
+    one = tower.for_lists(zeros).weights
     assert one.lists is not None
     weights = replace(one, nlist=nlist, lists=one.lists.expand(-1, nlist, -1))
     return KeyQuantizer(zeros.expand(-1, nlist, -1)), QueryRouter(weights, tower.first_knot)

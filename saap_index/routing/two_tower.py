@@ -66,7 +66,7 @@ class TwoTower:
     def heads(self) -> int:
         return int(self.weights.hidden.shape[0])
 
-    def at(self, centroids: Tensor) -> QueryRouter:
+    def for_lists(self, centroids: Tensor) -> QueryRouter:
         """The router for lists with these centroids : float32 (h, l, d).
 
         Centroids are compared without their mean, which says nothing of any list, and with 8 bits a dim: a step reads them all,
@@ -88,7 +88,7 @@ class TwoTower:
         assign : as in `KeyQuantizer.of_prompt`.
         """
         quantizer = KeyQuantizer.of_prompt(keys, nlist, assign=assign)
-        return quantizer, self.at(quantizer.centroids)
+        return quantizer, self.for_lists(quantizer.centroids)
 
     def to(self, device: torch.device | str) -> TwoTower:
         return TwoTower(self.weights.map(lambda x: x.to(device)), self.first_knot)

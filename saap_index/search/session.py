@@ -55,7 +55,7 @@ class SearchSession:
         if self._version == lists.version and session.lengths == lists.lengths:
             return
         self.refuse_capture("a change of the index since the last step outside a capture")
-        problem = session.noted()
+        problem = session.published_error()
         if self._moved != lists.moved:  # sizes follow from the capacity, and graphs of before hold addresses of before
             self._plans.clear()
         batch = range(lists.batch)

@@ -58,7 +58,7 @@ def train_layer(
     if not config.two_tower:
         return TrainedLayer(quantizer, train_router(data, nlist, config, first_knot, num_knots), *about)
     tower = train_tower(data, torch.stack(centroids), torch.cat(of_sequence), config, first_knot, num_knots)
-    return TrainedLayer(quantizer, tower.at(quantizer.centroids), *about, tower)
+    return TrainedLayer(quantizer, tower.for_lists(quantizer.centroids), *about, tower)
 
 
 def _sample(sequences: Sequence[TrainingSequence], nlist: int, rope: Rope | None) -> Tensor:

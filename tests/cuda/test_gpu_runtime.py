@@ -334,15 +334,20 @@ def test_a_device_without_number_is_the_current_one(with_cuda: Any, monkeypatch:
 
 
 def test_checks_give_a_device_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = torch.device("cuda", 1)
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: SimpleNamespace(device=there))
-    assert checks.device("cuda") == there and checks.device("cuda:0") == CUDA
+    current = torch.device("cuda", 1)
+
+    def empty(*shape: int, device: torch.device, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(device=device if device.index is not None else current)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert checks.device("cuda") == current and checks.device("cuda:0") == CUDA
 
 
 def test_an_index_is_on_its_backends_device() -> None:
-    """Checks of tensors then ask for this very device."""
+    """Checks of tensors then ask for this very device, as tensors there name it."""
     register_backend("numbered", lambda device: TorchBackend(torch.device("cpu", 0)))
-    assert AsymmetricIndex(d=64, backend="numbered").device == torch.device("cpu", 0)
+    assert AsymmetricIndex(d=64, backend="numbered").device == torch.device("cpu")
+    assert AsymmetricIndex(d=64, backend="numbered", device="cuda").device == torch.device("cpu")
     assert AsymmetricIndex(d=64, backend="reference").device == torch.device("cpu")
 
 

@@ -41,7 +41,7 @@ Check = Callable[[], None]
 
 def check_scan() -> None:
     mixed = scan.Case(((3, 300, 340), (0, 0, 30), (0, 0, 0), (2, 60, 63)), share=0.5, entries=12, q=2, causal=True)
-    for case in (mixed, replace(mixed, causal=False, mean_entries=0), scan.CORNERS["junk"]):
+    for case in (mixed, replace(mixed, causal=False, entries=0), scan.CORNERS["junk"]):
         out, lse = scan.smallest(case, order="random", seed=1, inflight=3)
         assert torch.isfinite(out).all()
         scan.check(case, scan.make(case, 32, 32, BF16, BF16), out, lse)

@@ -274,6 +274,21 @@ def test_positions_go_on_counting_what_they_counted(first: int) -> None:
 
 
 @torch.no_grad()
+def test_an_emptied_cache_may_count_anew() -> None:
+    model, ids = attached(tiny("llama")), prompt(2, 80)
+    mask = left_padded(ids, [0, 9])["attention_mask"]
+    slots, tokens = torch.arange(80)[None].expand(2, -1), (mask.cumsum(1) - 1).clamp(min=0)
+    cache = saap.SaapCache(model)
+    for places in (tokens, slots, tokens):
+        got = [model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=places[:, a:b], **{CACHE: cache}).logits
+               for a, b in ((0, 60), (60, 80))]
+        with detached(model):
+            want = model(ids, attention_mask=mask, position_ids=places).logits
+        torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], want[mask.bool()], atol=2e-3, rtol=1e-3)
+        cache.crop(-80)
+
+
+@torch.no_grad()
 def test_the_first_slots_say_nothing_of_what_is_counted() -> None:
     """One slot at a time, some of them padding: until a token comes behind padding, both ways of counting agree."""
     model, ids = attached(tiny("llama")), prompt(2, 80)

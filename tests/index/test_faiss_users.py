@@ -88,14 +88,24 @@ def test_another_metric_is_refused() -> None:
         AsymmetricIndex.from_faiss(source, x)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:99", "mps", "xpu", "nonsense"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "mps", "xpu", "meta", "nonsense"])
 def test_a_device_that_is_not_there(device: str) -> None:
     if device.split(":")[0] == "cuda" and torch.cuda.device_count() > 99 * (":" in device):
         device = "mps"
-    with pytest.raises(DeviceError, match="device: expected"):
-        AsymmetricIndex(32, 4, device=device)
-    with pytest.raises(DeviceError, match="device: expected"):
-        filled().to(device)
+    for call in (lambda: AsymmetricIndex(32, 4, device=device), lambda: filled().to(device)):
+        with pytest.raises(DeviceError, match="device: expected") as refusal:
+            call()
+        assert len(str(refusal.value)) < 200
+
+
+def test_the_cpu_may_have_a_number() -> None:
+    """Tensors there have none, whatever they are asked for."""
+    k, v, q = tokens(1, 1, 40, 32), tokens(1, 1, 40, 32, seed=1), tokens(1, 1, 1, 32, seed=2)
+    index = AsymmetricIndex(32, 4, device="cpu:0")
+    index.train(k)
+    index.add(k, v)
+    for other in (index, index.to("cpu:0")):
+        assert other.device == torch.device("cpu") and other.search_attend(q).shape == (1, 1, 1, 32)
 
 
 PARAMS = [

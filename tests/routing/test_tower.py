@@ -43,7 +43,7 @@ def test_a_list_scores_the_product_of_its_centroid_and_the_wanted_key(seed: int,
     tower = some_tower(seed, heads, hidden=hidden)
     rng = torch.Generator().manual_seed(seed + 1)
     centroids, queries = torch.randn((heads, nlist, 8), generator=rng), torch.randn((1, heads, 2, 3, 8), generator=rng)
-    router = tower.at(centroids)
+    router = tower.for_lists(centroids)
     assert (router.nlist, router.num_knots, router.first_knot, router.predicts_outside) == (nlist, 3, 5, True)
     z, a = TorchBackend().route(router.weights, queries, None)
     wanted, same = TorchBackend().route(tower.weights, queries, None)
@@ -57,7 +57,7 @@ def test_a_list_scores_the_product_of_its_centroid_and_the_wanted_key(seed: int,
 
 def test_the_symmetric_tower_is_plain_ivf() -> None:
     centroids, queries = torch.randn(2, 5, 8), torch.randn(1, 2, 1, 1, 8)
-    z, _ = TorchBackend().route(TwoTower.symmetric(2, 8).at(centroids).weights, queries, None)
+    z, _ = TorchBackend().route(TwoTower.symmetric(2, 8).for_lists(centroids).weights, queries, None)
     want = torch.einsum("hd,hld->hl", queries[0, :, 0, 0], centroids)  # but for a constant, which a softmax does not see
     torch.testing.assert_close(z[0, :, 0] - z[0, :, 0].mean(-1, True), want - want.mean(-1, True), atol=0.05, rtol=0)
 
@@ -82,7 +82,7 @@ def test_refusals() -> None:
         KeyQuantizer.of_prompt(torch.zeros(1, 0, 4), 2)
     tower = some_tower(0)
     with pytest.raises(CompatibilityError, match="centroids"):
-        tower.at(torch.zeros(2, 3, 4))
+        tower.for_lists(torch.zeros(2, 3, 4))
     with pytest.raises(ShapeError, match="two-tower"):
         w = tower.weights
         TwoTower(RouterWeights(w.hidden, w.bias_hidden, w.out, w.skip, w.bias_out, w.nlist - 1))
@@ -124,7 +124,7 @@ def test_the_first_tokens_sealed_decide_the_lists(rope: Rope | None) -> None:
     coarse = keys[0, :, :150] if rope is None else rope.unrotate(keys[0, :, :150], range(150))
     want = KeyQuantizer.of_prompt(coarse, 4)
     torch.testing.assert_close(index.key_quantizer.centroids, want.centroids, atol=1e-5, rtol=1e-4)
-    wanted = some_tower(4).at(want.centroids).weights.out
+    wanted = some_tower(4).for_lists(want.centroids).weights.out
     torch.testing.assert_close(index.query_router.weights.out, wanted, atol=1e-4, rtol=1e-4)
     held = index.key_quantizer.centroids.clone()
     index.add(keys[:, :, 150:], values[:, :, 150:])
@@ -183,7 +183,7 @@ def test_it_learns_what_the_symmetric_router_cannot_and_serves_lists_it_never_sa
     own, _ = captured(index, fresh_keys, fresh_queries, budget)
     tower, shared = index.tower, index_for()
     shared.train(keys)
-    shared.query_router = tower.at(shared.key_quantizer.centroids)
+    shared.query_router = tower.for_lists(shared.key_quantizer.centroids)
     offline, _ = captured(shared, fresh_keys, fresh_queries, budget)
     assert min(own, offline) > 0.5 and min(own, offline) > 1.6 * symmetric, (own, offline, symmetric)
 

@@ -44,7 +44,9 @@ def made(value: float = 1.0) -> Routers:
     tower = TwoTower(weights(D))
     layers = {
         0: LayerRouters(KeyQuantizer(centroids), QueryRouter(weights(NLIST)), rope, rope, value, None, calibration, shares),
-        2: LayerRouters(KeyQuantizer(centroids), tower.at(centroids), None, rope, value, tower, None, shares, shares[:, None]),
+        2: LayerRouters(
+            KeyQuantizer(centroids), tower.for_lists(centroids), None, rope, value, tower, None, shares, shares[:, None]
+        ),
     }
     model = {"num_attention_heads": 4, "num_key_value_heads": HEADS, "head_dim": D, "num_hidden_layers": 3}
     return Routers({"model": model, "layout": {"sinks": 4, "window": 16}, "trained": value}, layers)

@@ -42,8 +42,8 @@ TILE_ROWS = 32
 _MEANS_SHARED_BYTES = 8 * 8 * 32 * 4
 
 RANK_PARAMS = np.dtype(
-    [(x, "u8") for x in ("jobs", "list_nos", "given", "tables", "order", "new_tables")]
-    + [(x, "i8") for x in ("list_head", "given_sequence", "given_head", "table_sequence", "table_head", "table_segment")]
+    [(x, "u8") for x in ("jobs", "list_nos", "pending", "tables", "order", "new_tables")]
+    + [(x, "i8") for x in ("list_head", "pending_sequence", "pending_head", "table_sequence", "table_head", "table_segment")]
     + [("order_head", "i8"), ("lists", "i4")],
     align=True,
 )
@@ -109,11 +109,11 @@ class Arena(NamedTuple):
 
 @dataclass(frozen=True)
 class Fresh:
-    """What is known of rows in arrival order. list_nos : int32 (h, f), strided over h, or None; given : int32 (b, h, N), a list
+    """What is known of rows in arrival order. list_nos : int32 (h, f), strided over h, or None; pending : int32 (b, h, N), a list
     for each row of the arena or a negative number for what list_nos says, or None; positions : int32 (f) or None."""
 
     list_nos: Tensor | None
-    given: Tensor | None = None
+    pending: Tensor | None = None
     positions: Tensor | None = None
 
 
@@ -210,21 +210,21 @@ def _prepare_seal(
     most = (order + workspace.numel() - scratch) // unit
 
     warps = rank_warps(runtime, max(job.rows for job in jobs), nlist)
-    given = fresh.given
-    given_sequence, given_head = (0, 0) if given is None else given.stride()[:2]
+    pending = fresh.pending
+    pending_sequence, pending_head = (0, 0) if pending is None else pending.stride()[:2]
     at_tables, at_jobs, strides = address(tables), address(device_jobs), tables.stride()
     table_strides = {"table_sequence": strides[0], "table_head": strides[1], "table_segment": strides[2]}
     params = pack_params(
         RANK_PARAMS,
         jobs=at_jobs,
         list_nos=address(fresh.list_nos),
-        given=address(given),
+        pending=address(pending),
         tables=at_tables,
         order=order,
         new_tables=new_tables,
         list_head=0 if fresh.list_nos is None else fresh.list_nos.stride(0),
-        given_sequence=given_sequence,
-        given_head=given_head,
+        pending_sequence=pending_sequence,
+        pending_head=pending_head,
         **table_strides,
         order_head=rows,
         lists=nlist,
@@ -339,13 +339,13 @@ def seal_batch(
     numbers: Tensor,
     centroids: PackedCentroids | None,
     angles: Frequencies | None,
-    given: Tensor | None,
+    pending: Tensor | None,
     workspace: Tensor,
     outs: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Assign, rank, permute and back: four launches for all sequences of ``plan``. numbers : those of the plan on the device.
 
-    given : as in `Fresh`; with it alone, without centroids, nothing is assigned. workspace : uint8, 16-byte aligned, of
+    pending : as in `Fresh`; with it alone, without centroids, nothing is assigned. workspace : uint8, 16-byte aligned, of
     `workspace_bytes` and, with centroids, before that the lists : int32 (h, plan.fresh), up to a multiple of 16 bytes.
     outs : mean_keys and mean_values as in `means`, for a fifth launch that computes those of the plan; None: it is not made.
     Raises before it moves a row, or not at all.
@@ -361,7 +361,7 @@ def seal_batch(
             turns = None if angles is None else Turns(angles.inv_freq, positions, 0, angles.interleaved, angles.scale)
             jobs = AssignJobs(numbers[plan.stretches_at :], plan.stretches, plan.longest)
             assign_jobs(runtime, centroids, arena.keys, jobs, list_nos, turns)
-    starts = _prepare_seal(runtime, arena, plan.jobs, numbers, Fresh(list_nos, given, positions), workspace)
+    starts = _prepare_seal(runtime, arena, plan.jobs, numbers, Fresh(list_nos, pending, positions), workspace)
     if outs is not None and plan.means:
         due = numbers[plan.means_at :], plan.means
         starts.append(_prepare_means(runtime, arena.keys, arena.values, arena.tables, *outs, *due))

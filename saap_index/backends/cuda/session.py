@@ -11,7 +11,6 @@ import operator
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,8 +38,9 @@ from . import seal as gpu_seal
 from .launch import Launch, Runtime
 from .route import Route
 from .route_select import RouteSelect, RouteSelectShape
-from .scan import Listed, Runs, Scan, ScanShape, aligned
+from .scan import Runs, Scan, ScanShape, aligned
 from .select import Select, SelectShape
+from .workspace import OneLaunch, Packed, Scanning, Selecting, TwoLaunches, evict, listed_of, queries_key, runs_of, selecting_key
 
 Knobs = Mapping[str, dict[str, int]]
 
@@ -52,63 +52,6 @@ _KEPT = 8
 
 _BOUND = 32
 """Launches that are kept of each of these, and of new tokens."""
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """Budgets of a plan, and the lists that a selection within them is written to."""
-
-    budgets: Tensor
-    mean_entries: Tensor | None
-    unread_mass: Tensor | None
-    nprobe: int
-    selected: Probed
-
-
-@dataclass(frozen=True, eq=False)
-class _TwoLaunches:
-    """Route, then select, and what one hands to the other."""
-
-    route: Route
-    select: Select
-    z: Tensor
-    a: Tensor
-    floats: Tensor
-
-    def memory(self) -> Iterator[Tensor]:
-        router = self.route.router
-        yield from (self.z, self.a, self.floats, router.hidden, router.bias_hidden, router.out, router.bias_out)
-
-
-@dataclass(frozen=True, eq=False)
-class _OneLaunch:
-    """Both in one, where the device has clusters and the search is of the usual kind; and the runs that it finds."""
-
-    launcher: RouteSelect
-    runs: Tensor
-    run_counts: Tensor
-
-    def memory(self) -> Iterator[Tensor]:
-        router = self.launcher.router
-        yield from (self.runs, self.run_counts, router.hidden, router.bias_hidden, router.out, router.bias_out)
-
-
-@dataclass(frozen=True, eq=False)
-class _Selecting:
-    """How queries of one shape, dtype and router are routed and selected: launchers; and launches, the first of which takes the
-    queries, with what the ids in their keys stand for."""
-
-    by: _TwoLaunches | _OneLaunch
-    bound: dict[Any, tuple[tuple[Launch, ...], Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class _Scanning:
-    """Scan for queries of one shape and dtype; launches as in `_Selecting`."""
-
-    scan: Scan
-    floats: Tensor
-    bound: dict[Any, tuple[Launch, Probed | None, Any]] = field(default_factory=dict)
 
 
 class CudaSession(Session):
@@ -127,8 +70,8 @@ class CudaSession(Session):
         self._meta = torch.zeros((b, META), dtype=torch.int32, device=device)
         self._counts = torch.zeros((b,), dtype=torch.int32, device=device)
         self._centres = torch.zeros((b, 0), dtype=torch.float32, device=device)
-        self._selecting: dict[Any, _Selecting] = {}
-        self._scanning: dict[Any, _Scanning] = {}
+        self._selecting: dict[Any, Selecting] = {}
+        self._scanning: dict[Any, Scanning] = {}
         # Of every scan: each appended token makes them zeros again, so that what a misuse left in them is gone a step later.
         # As many as a step of few query vectors has; more move to other memory, and launches are bound anew.
         self._tickets = torch.zeros((b * shape[1],), dtype=torch.int32, device=device)
@@ -243,9 +186,9 @@ class CudaSession(Session):
         host = torch.empty(self._meta.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         host.copy_(self._meta, non_blocking=True)
         event = torch.cuda.current_stream(self._device).record_event() if on_gpu else None
-        self._watched = host, event, self._known_lengths
+        self._watched = host, event, self._lengths_published
 
-    def noted(self) -> Exception | None:
+    def published_error(self) -> Exception | None:
         if self._watched is None or self.lengths is None:
             return None
         host, event, lengths = self._watched
@@ -310,7 +253,7 @@ class CudaSession(Session):
             if launch is None:
                 memory = place.arena.keys, place.arena.values, self._meta, by, self._tickets
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
-                _evict(self._appending, _BOUND)
+                evict(self._appending, _BOUND)
             if self.capturing:
                 self._held.append(launch)
             launch(keys=keys, values=values)
@@ -327,9 +270,9 @@ class CudaSession(Session):
             selected = packed.selected
             counts = selected.counts.clone()
             by = self._selecting_of(queries, routing, packed).by
-            listed = _listed(by, packed)
+            listed = listed_of(by, packed)
             rows = listed.rows() if isinstance(listed, Runs) else listed.rows
-            rows = columns_in_use(rows, counts, isinstance(by, _TwoLaunches))
+            rows = columns_in_use(rows, counts, isinstance(by, TwoLaunches))
             if selected.tail is None or selected.tail_counts is None:
                 return Probed(rows, counts)
             tail_counts = selected.tail_counts.clone()
@@ -360,11 +303,11 @@ class CudaSession(Session):
 
     def _ready(self, queries: Tensor, routing: Routing, packed: Packed, dense: bool) -> bool:
         """Whether a step with such queries finds its memory and kernels in place, as it does from the second time on."""
-        return (_key(queries), dense) in self._scanning and (
-            dense or _selecting_key(queries, routing, packed) in self._selecting
+        return (queries_key(queries), dense) in self._scanning and (
+            dense or selecting_key(queries, routing, packed) in self._selecting
         )
 
-    def _select(self, queries: Tensor, routing: Routing, packed: Packed) -> _TwoLaunches | _OneLaunch:
+    def _select(self, queries: Tensor, routing: Routing, packed: Packed) -> TwoLaunches | OneLaunch:
         """Launch what routes and selects; it writes to ``packed.selected``, or runs to what is returned and counts of rows."""
         s = self._selecting_of(queries, routing, packed)
         key = id(routing), id(packed)
@@ -373,11 +316,11 @@ class CudaSession(Session):
             bound = self._bind_selecting(s.by, queries, routing, packed), (routing, packed)
             if not isinstance(routing.rope, Rotation):  # else of this step alone
                 s.bound[key] = bound
-                _evict(s.bound, _BOUND)
+                evict(s.bound, _BOUND)
         if self.capturing:
             self._held.append(bound)
         first, *others = bound[0]
-        if isinstance(s.by, _OneLaunch):
+        if isinstance(s.by, OneLaunch):
             first.params["early"] = self.capturing or not self._just_published
         first(queries=queries)
         for launch in others:
@@ -386,13 +329,13 @@ class CudaSession(Session):
         return s.by
 
     def _bind_selecting(
-        self, by: _TwoLaunches | _OneLaunch, queries: Tensor, routing: Routing, packed: Packed
+        self, by: TwoLaunches | OneLaunch, queries: Tensor, routing: Routing, packed: Packed
     ) -> tuple[Launch, ...]:
         turn = routing.rope
         selected, tables = packed.selected, self._published.arena.tables
-        if isinstance(by, _OneLaunch):
+        if isinstance(by, OneLaunch):
             self._scanning_of(queries, False)  # its tickets are there
-            memory = self._meta, tables, self._centres, packed.budgets, _runs(by, packed), packed.unread_mass, self._tickets
+            memory = self._meta, tables, self._centres, packed.budgets, runs_of(by, packed), packed.unread_mass, self._tickets
             return (by.launcher.bind(turn, *memory, dependent=True),)
         route = by.route.bind(turn, self._meta, by.z, by.a)
         select = by.select.bind(
@@ -402,7 +345,7 @@ class CudaSession(Session):
         return route, select
 
     def _scan_of(
-        self, queries: Tensor, by: _TwoLaunches | _OneLaunch | None, packed: Packed, scale: float
+        self, queries: Tensor, by: TwoLaunches | OneLaunch | None, packed: Packed, scale: float
     ) -> tuple[Launch, Probed | None]:
         """The scan of what a selection within ``packed`` comes to, or, without one, of every row; and that."""
         s = self._scanning_of(queries, by is None)
@@ -411,14 +354,14 @@ class CudaSession(Session):
         if bound is None:
             at, listed, means, seen = self._published.arena, None, None, None
             if by is not None:
-                seen, listed = packed.selected, _listed(by, packed)
+                seen, listed = packed.selected, listed_of(by, packed)
                 if seen.tail is not None and seen.tail_counts is not None:
                     means = Tail(seen.tail, seen.tail_counts, at.mean_keys, at.mean_values, at.tables)
                 if isinstance(listed, Runs):
                     seen = Probed(seen.rows[..., :0], seen.counts, in_runs=listed)
             launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, self._tickets)
             bound = s.bound[key] = launch, seen, (by, packed)
-            _evict(s.bound, _BOUND)
+            evict(s.bound, _BOUND)
         if self.capturing:
             self._held.append(bound)
         return bound[:2]
@@ -433,15 +376,15 @@ class CudaSession(Session):
 
     # -- workspaces --------------------------------------------------------------------------------------------------
 
-    def _selecting_of(self, queries: Tensor, routing: Routing, packed: Packed) -> _Selecting:
-        key = _selecting_key(queries, routing, packed)
+    def _selecting_of(self, queries: Tensor, routing: Routing, packed: Packed) -> Selecting:
+        key = selecting_key(queries, routing, packed)
         made = self._selecting.get(key)
         if made is None:
-            made = self._selecting[key] = _Selecting(self._launchers(queries, routing, packed))
-            _evict(self._selecting, _KEPT)
+            made = self._selecting[key] = Selecting(self._launchers(queries, routing, packed))
+            evict(self._selecting, _KEPT)
         return made
 
-    def _launchers(self, queries: Tensor, routing: Routing, packed: Packed) -> _TwoLaunches | _OneLaunch:
+    def _launchers(self, queries: Tensor, routing: Routing, packed: Packed) -> TwoLaunches | OneLaunch:
         b, h, g, q, _ = queries.shape
         router, segments = routing.router, self._published.arena.tables.shape[2]
         shape = RouteSelectShape(b, h, g * q, q, segments, routing.first_knot, queries.dtype)
@@ -449,7 +392,7 @@ class CudaSession(Session):
         if usual and gpu_route_select.covers(self._runtime, router, shape):
             sizes = (b, h, segments * router.nlist, 2), (b, h)
             runs, run_counts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in sizes)
-            return _OneLaunch(RouteSelect(self._runtime, router, shape, self._knobs.get("route_select")), runs, run_counts)
+            return OneLaunch(RouteSelect(self._runtime, router, shape, self._knobs.get("route_select")), runs, run_counts)
         route = Route(self._runtime, router, b, g * q, q, queries.dtype, self._knobs.get("route"))
         knots = router.outputs - router.nlist - 1
         settings = routing.first_knot, packed.nprobe, routing.size_weighted
@@ -459,10 +402,10 @@ class CudaSession(Session):
         z, a = (
             torch.empty((b, h, g * q, n), dtype=torch.float32, device=self._device) for n in (router.nlist, knots + 1)
         )
-        return _TwoLaunches(route, select, z, a, floats)
+        return TwoLaunches(route, select, z, a, floats)
 
-    def _scanning_of(self, queries: Tensor, dense: bool) -> _Scanning:
-        key = (_key(queries), dense)
+    def _scanning_of(self, queries: Tensor, dense: bool) -> Scanning:
+        key = (queries_key(queries), dense)
         made = self._scanning.get(key)
         if made is None:
             b, h, g, q, d = queries.shape
@@ -473,18 +416,9 @@ class CudaSession(Session):
             if scan.num_tickets > self._tickets.numel():
                 self._tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device)
                 self._unbind()
-            made = self._scanning[key] = _Scanning(scan, floats)
-            _evict(self._scanning, _KEPT)
+            made = self._scanning[key] = Scanning(scan, floats)
+            evict(self._scanning, _KEPT)
         return made
-
-
-def _runs(by: _OneLaunch, packed: Packed) -> Runs:
-    return Runs(by.runs, by.run_counts, packed.selected.counts, packed.selected.rows.shape[2])
-
-
-def _listed(by: _TwoLaunches | _OneLaunch, packed: Packed) -> Listed | Runs:
-    """Where that puts what it selects within ``packed``."""
-    return _runs(by, packed) if isinstance(by, _OneLaunch) else Listed(packed.selected.rows, packed.selected.counts)
 
 
 def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
@@ -504,19 +438,6 @@ def _numbers(packed: Packed, budget: Budget) -> list[tuple[int, np.ndarray[Any, 
         most = none if budget.mean_entries is None else budget.mean_entries.numpy()
         writes.append((packed.mean_entries.data_ptr(), most))
     return writes
-
-
-def _key(queries: Tensor) -> tuple[Any, ...]:
-    return (*queries.shape[2:4], queries.dtype)
-
-
-def _selecting_key(queries: Tensor, routing: Routing, packed: Packed) -> tuple[Any, ...]:
-    return _key(queries), packed.nprobe, packed.mean_entries is None, id(routing.router)
-
-
-def _evict(kept: dict[Any, Any], most: int) -> None:
-    while len(kept) > most:
-        kept.pop(next(iter(kept)))
 
 
 def _error(flags: int) -> Exception | None:
