@@ -24,7 +24,7 @@ constexpr bool kWideFile = false;
 
 #define TABLE(title)                                                                                                              \
   const Kernels table = {title,   W,     2 * W,    scan,        scores,      pack_queries, unpack_values,                           \
-                         nearest, dense, load_row, run_weights, list_weights};
+                         nearest, dense, load_row, run_weights, list_weights, find_lists};
 
 namespace baseline {
 #define W 4
@@ -32,6 +32,7 @@ namespace baseline {
 #include "scan.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
+#include "paged.inl.h"
 TABLE("baseline")
 #undef W
 }  // namespace baseline
@@ -55,6 +56,7 @@ namespace avx2 {
 #include "scan.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
+#include "paged.inl.h"
 TABLE("avx2")
 #undef W
 }  // namespace avx2
@@ -76,6 +78,7 @@ namespace avx512 {
 #include "scan.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
+#include "paged.inl.h"
 TABLE("avx512")
 #undef W
 }  // namespace avx512

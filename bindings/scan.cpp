@@ -143,6 +143,8 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     }
   }
   const bool limited = p.causal && p.n_queries > 1;
+  // The least place that is not seen by every query: of an arena a row, of a pool one in the order of reading.
+  auto first_limited = [&](const Source& s, int head) { return (p.row ? s.total() : lengths[head / p.h]) - p.n_queries + 1; };
   float* memory = plan.floats.get<float>(floats + p.d);
   int32_t* limits = plan.ints.get<int32_t>(ints);
   float* row = memory + floats;
@@ -157,7 +159,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     memory += t.items * part_size(columns, ep);
     t.limits = limits;
     limits += columns;
-    const int64_t first_seen = lengths[t.head / p.h] - p.n_queries + 1;
+    const int64_t first_seen = first_limited(plan.sources[t.head], t.head);
     for (int c = 0; c < columns; c++) {
       // Columns that only fill the last chunk up have a zero query and are never read.
       t.limits[c] = static_cast<int32_t>(std::max<int64_t>(first_seen + (t.column + c) % p.n_queries, 0));
@@ -183,6 +185,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     const Source& s = shared.sources[t.head];
     const int columns = t.chunks * t.group;
     alignas(64) int32_t rows[kMostRows + kScanPad];
+    int32_t places[kMostRows];
     float bias[kMostRows];
     const bool of_rows = k < t.row_items;
     const Entries& tail = shared.entries[t.head];
@@ -191,15 +194,22 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     ScanItem it{};
     if (of_rows ? s.read(from, count, p.N, rows) : tail.read(p.tail, head, from, count, rows, bias)) {
       const int64_t first = of_rows ? head * p.N : head * p.tail.M * p.tail.l, size = static_cast<int64_t>(size_of(p.type));
+      const bool pool = of_rows && p.row;
+      it.k_row = pool ? p.row : p.d, it.v_row = pool ? p.row : p.e;
       it.q = t.q;
-      it.k = static_cast<const char*>(of_rows ? p.k : p.tail.k) + first * p.d * size;
-      it.v = static_cast<const char*>(of_rows ? p.v : p.tail.v) + first * p.e * size;
+      it.k = static_cast<const char*>(of_rows ? p.k : p.tail.k) + (pool ? head % p.h * p.head_step : first * p.d) * size;
+      it.v = static_cast<const char*>(of_rows ? p.v : p.tail.v) + (pool ? head % p.h * p.head_step : first * p.e) * size;
       it.d = p.d, it.e = p.e, it.dp = dp, it.ep = ep;
       it.rows = rows;
       it.n = count;
       it.bias = of_rows ? nullptr : bias;
       it.limits = limited && of_rows ? t.limits : nullptr;
-      it.limits_from = static_cast<int32_t>(std::max<int64_t>(lengths[t.head / p.h] - p.n_queries + 1, 0));
+      it.limits_from = static_cast<int32_t>(std::max<int64_t>(first_limited(s, t.head), 0));
+      it.places = rows;
+      if (pool && it.limits) {
+        for (int i = 0; i < count; i++) places[i] = static_cast<int32_t>(from) + i;
+        it.places = places;
+      }
       it.group = t.group, it.chunks = t.chunks;
       it.o = t.part + k * part_size(columns, ep);
       it.m = it.o + static_cast<int64_t>(columns) * ep;
