@@ -45,7 +45,8 @@ class LayerRouters:
     rope : what the index undoes to route, None for lists of keys as they are; model_rope : what the layer rotates by; scale : of
     the logits. tower : set if the lists are made anew for each prompt; the lists of key_quantizer and query_router then only say
     how many, and are zero once written and read. budget_shares : float32 (h,), mean 1 over the model. losses : float32 (h, s),
-    see `budget_plan`, at the shares of ``config["budget"]["grid"]``.
+    see `budget_plan`, at the shares of ``config["budget"]["grid"]``. shared_lists : beside a tower, lists of the training texts,
+    for where no prompt can have its own: in an engine that shares pages between prompts. None of a folder without.
     """
 
     key_quantizer: KeyQuantizer
@@ -57,6 +58,13 @@ class LayerRouters:
     calibration: Calibration | None = None
     budget_shares: np.ndarray | None = None
     losses: np.ndarray | None = None
+    shared_lists: KeyQuantizer | None = None
+
+    def shared(self) -> tuple[KeyQuantizer, QueryRouter] | None:
+        """Lists that are the same for every prompt, and the router for them; None if there are none."""
+        if self.tower is None:
+            return self.key_quantizer, self.query_router
+        return None if self.shared_lists is None else (self.shared_lists, self.tower.at(self.shared_lists.centroids))
 
     def with_lists(self, nlist: int) -> LayerRouters:
         """The same for another number of lists; ParameterError unless they are made anew for each prompt."""
@@ -69,7 +77,9 @@ class LayerRouters:
     def to(self, device: torch.device | str) -> LayerRouters:
         """The same on another device."""
         tower = None if self.tower is None else self.tower.to(device)
-        return replace(self, key_quantizer=self.key_quantizer.to(device), query_router=self.query_router.to(device), tower=tower)
+        shared = None if self.shared_lists is None else self.shared_lists.to(device)
+        quantizer, router = self.key_quantizer.to(device), self.query_router.to(device)
+        return replace(self, key_quantizer=quantizer, query_router=router, tower=tower, shared_lists=shared)
 
 
 @dataclass(frozen=True)
@@ -238,6 +248,8 @@ def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     else:
         arrays, weights = {}, layer.tower.tensors()
         facts["nlist"] = layer.key_quantizer.nlist
+        if layer.shared_lists is not None:
+            arrays["shared_lists"] = _narrow(layer.shared_lists.centroids)
     arrays |= {f"router.{name}": _narrow(x) for name, x in weights.items()}
     if layer.calibration is not None:
         arrays["calibration"] = layer.calibration.miss
@@ -281,7 +293,10 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
         shares = checks.shares(shares, "budget_shares", heads)
     if losses is not None and (losses.ndim != 2 or len(losses) != heads or not np.isfinite(losses).all()):
         raise FormatError(f"losses: expected finite numbers ({heads}, s), got shape {losses.shape}")
-    return LayerRouters(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses)
+    shared = KeyQuantizer(_wide(arrays["shared_lists"])) if own and "shared_lists" in arrays else None
+    if shared is not None and (shared.centroids.shape[0], shared.centroids.shape[2]) != (heads, d):
+        raise FormatError(f"shared_lists: expected {heads} KV heads and {d} dims, got {tuple(shared.centroids.shape)}")
+    return LayerRouters(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses, shared)
 
 
 def _unmade(tower: TwoTower, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:

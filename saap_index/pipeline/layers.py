@@ -11,6 +11,7 @@ import torch
 
 from ..routers import LayerRouters
 from ..routing.calibration import replay, table
+from ..routing.quantizer import KeyQuantizer
 from ..routing.rope import Rope
 from ..routing.two_tower import TwoTower
 from ..training.config import TrainingConfig
@@ -57,9 +58,15 @@ def train_one(
     losses = total.loss / max(1e-30, float(total.norm.sum())) * store.weight(layer)
     calibration = table(curves) if curves else None
     routers = LayerRouters(
-        trained.quantizer, trained.router, rope, model_rope, scale, tower, calibration, None, losses.astype(np.float32)
-    )
+        trained.quantizer, trained.router, rope, model_rope, scale, tower, calibration, None, losses.astype(np.float32),
+        None if tower is None else shared_lists(trained.quantizer),
+    )  # fmt: skip
     return LayerResult(routers, _figures(measured, store.weight(layer)))
+
+
+def shared_lists(quantizer: KeyQuantizer) -> KeyQuantizer:
+    """As a file keeps them, in 16 bits."""
+    return KeyQuantizer(quantizer.centroids.bfloat16().float())
 
 
 def _without_queries(store: CaptureStore, layer: int, numbers: list[int], device: torch.device) -> list[TrainingSequence]:
