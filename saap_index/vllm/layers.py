@@ -1,0 +1,128 @@
+"""The routers of a model as the layers of one process use them. Knows no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from ..backends.paged import MAX_LISTS
+from ..errors import CompatibilityError, ParameterError
+from ..routers import LayerRouters, Routers
+from ..routing.calibration import Calibration
+from ..routing.rope import Rope
+from .options import Options
+
+
+@dataclass(frozen=True)
+class ServedLayer:
+    """place : among the served layers of this process. quantizer, router : prepared by the backend. shares : float32 (h,);
+    miss : float32 (h,) or None, as in `Budget`."""
+
+    number: int
+    place: int
+    rope: Rope | None
+    quantizer: Any
+    router: Any
+    nlist: int
+    first_knot: int
+    count_lists: bool
+    shares: np.ndarray
+    miss: Tensor | None
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """sinks, window : what every query reads; layers : by number; ropes : those that differ."""
+
+    options: Options
+    sinks: int
+    window: int
+    layers: dict[int, ServedLayer]
+    ropes: tuple[Rope, ...]
+    shares: np.ndarray
+
+    def budgets(self, sealed: Sequence[int]) -> Tensor:
+        """Most tokens that each layer, sequence and KV head may read of so many, int32 (layers, b, h): for each what
+        `SearchParametersIVF.budget` says."""
+        params = self.options.params
+        n = np.array(sealed, np.float64)[None, :, None]
+        shares = np.ones_like(self.shares) if params.target_mass is not None else self.shares
+        wanted = np.ceil((params.selectivity or 1.0) * shares[:, None].astype(np.float64) * n - 1e-6)
+        return torch.from_numpy(np.minimum(n, wanted).astype(np.int32))
+
+
+def heads_of_rank(total: int, rank: int, ranks: int) -> slice:
+    """The KV heads that one of so many processes of tensor parallelism holds, as vLLM deals them out: equal parts, or one head
+    for several processes. CompatibilityError if they do not divide."""
+    if total % ranks == 0:
+        each = total // ranks
+        return slice(rank * each, (rank + 1) * each)
+    if ranks % total == 0:
+        one = rank * total // ranks
+        return slice(one, one + 1)
+    raise CompatibilityError(f"tensor parallelism: expected {total} KV heads that divide among {ranks} processes")
+
+
+def serve(
+    routers: Routers, options: Options, backend: Backend, numbers: Sequence[int], rank: int = 0, ranks: int = 1
+) -> ServedModel:
+    """What the layers with these numbers need in process ``rank`` of ``ranks``.
+
+    Raises ParameterError for options.layers without routers, CompatibilityError for routers that have no lists that all prompts
+    share, or more than a byte can number, or angles that depend on the length of the text.
+    """
+    if options.layers is not None and (missing := sorted(set(options.layers) - set(routers.layers))):
+        raise ParameterError(f"layers: expected some of those with routers, {sorted(routers.layers)}, got {missing}")
+    chosen = set(routers.layers) - set(routers.dense_layers) if options.layers is None else set(options.layers)
+    layout = routers.config.get("layout", {})
+    found: dict[int, ServedLayer] = {}
+    ropes: list[Rope] = []
+    for number in sorted(chosen & set(numbers)):
+        found[number] = layer = _served(routers.layers[number], number, len(found), options, backend, ropes, rank, ranks)
+        if layer.rope is not None and layer.rope not in ropes:
+            ropes.append(layer.rope)
+    shares = np.stack([x.shares for x in found.values()]) if found else np.ones((0, 0), np.float32)
+    return ServedModel(options, layout.get("sinks", 4), layout.get("window", 128), found, tuple(ropes), shares)
+
+
+def _served(
+    layer: LayerRouters, number: int, place: int, options: Options, backend: Backend, ropes: Sequence[Rope], rank: int, ranks: int
+) -> ServedLayer:
+    parts = layer.shared()
+    if parts is None:
+        raise CompatibilityError(
+            f"routers: expected lists that all prompts share in layer {number}, got those that each prompt makes its own: in an "
+            "engine prompts share pages. `saap train` makes both; saap_index.pipeline.shared_lists adds them to older routers"
+        )
+    quantizer, router = parts
+    total, nlist, _ = quantizer.centroids.shape
+    if nlist > MAX_LISTS:
+        raise CompatibilityError(f"routers: expected at most {MAX_LISTS} lists, a byte's worth, got {nlist} in layer {number}")
+    if layer.rope is not None and layer.rope.is_dynamic:
+        raise CompatibilityError(
+            f"routers: expected RoPE that depends on positions alone, got {layer.rope.scaling!r} in layer {number}, whose angles "
+            "change with the length: pages that prompts share have no one length"
+        )
+    own = heads_of_rank(total, rank, ranks)
+
+    def part(x: Tensor) -> Tensor:
+        return x[own].contiguous()
+
+    shares = np.ones(total, np.float32) if layer.budget_shares is None else np.asarray(layer.budget_shares, np.float32)
+    miss = None
+    if options.target_mass is not None:
+        router.check_outside("target_mass")
+        calibration = Calibration.trusting(total) if layer.calibration is None else layer.calibration
+        miss = part(calibration.at(options.target_mass))
+    router = replace(router, weights=router.weights.map(part))
+    rope = next((x for x in ropes if x == layer.rope), layer.rope)
+    return ServedLayer(
+        number, place, rope, backend.prepare_quantizer(part(quantizer.centroids)), backend.prepare_router(router.weights),
+        nlist, router.first_knot, router.count_lists, shares[own], miss,
+    )  # fmt: skip
