@@ -30,6 +30,7 @@ from saap_index.vllm.options import Options
 from saap_index.vllm.pages import pages_of
 from saap_index.vllm.refusals import check_engine, check_layer, layer_number, untested
 from saap_index.vllm.step import Step, plan_step
+from saap_lab.smollm2.routers import SHIPPED
 
 CPU = get_backend(torch.device("cpu"))
 H, D, L = 3, 16, 8
@@ -301,3 +302,8 @@ def test_four_files_know_vllm() -> None:
     folder = Path(saap_index.vllm.__file__).parent
     found = {path.name for path in folder.glob("*.py") if re.search(r"^ *(from|import) vllm", path.read_text(), re.MULTILINE)}
     assert found == {"register.py", "backend.py", "builder.py", "impl.py"}
+
+
+def test_shipped_routers_have_shared_lists() -> None:
+    found = load_routers(SHIPPED)
+    assert all(layer.shared() is not None for layer in found.layers.values())
