@@ -72,7 +72,7 @@ test-gpu: ## minutes | what needs a CUDA device, in the Python at hand: torch wi
 
 lint: setup ## 1 min | ruff and mypy
 	$(BIN)/ruff check .
-	$(BIN)/mypy saap_index bench/saap_lab
+	$(BIN)/mypy saap_index bench
 
 stubs: setup ## 5 s | saap_index/_cpu.pyi, the types of the compiled module, from the module
 	$(BIN)/python -m nanobind.stubgen -q -m saap_index._cpu -o saap_index/_cpu.pyi

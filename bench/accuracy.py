@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -54,12 +55,13 @@ def main() -> int:
         table |= evaluate(held_out, indexes, BASELINES, [layer], SHARES)
         took = time.perf_counter() - began - trained
         print(f"layer {layer}: trained in {trained:.0f} s, measured in {took:.0f} s", file=sys.stderr, flush=True)
-    report = {"training_sequences": len(training), "unseen_sequences": len(unseen), "groups": {}}
+    averages: dict[str, Any] = {}
     groups = {"all": layers, "late": [x for x in layers if x >= LATE], "early": [x for x in layers if x < LATE]}
     for name, group in {**groups, **{f"layer {x}": [x] for x in layers}}.items():
         if group:
-            report["groups"][name] = _print(table, name, group)
+            averages[name] = _print(table, name, group)
     if options.json:
+        report = {"training_sequences": len(training), "unseen_sequences": len(unseen), "groups": averages}
         options.json.write_text(json.dumps(report, indent=1))
     return 0
 

@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> None:
     encode = partial(model.encode, tokenizer)
 
     def sequences(documents: Iterable[tuple[str, str]], count: int) -> list[tuple[str, list[int]]]:
-        return texts.take(documents, encode, count, options.length) if count else []
+        return texts.pack_sequences(documents, encode, count, options.length) if count else []
 
     training = sequences(texts.texts_from_files(options.text) if options.text else texts.training_texts(), options.training)
     unseen = sequences(

@@ -1,5 +1,6 @@
-"""Dense attention of one decode step as others compute it, over the same memory. Whatever is not installed is left out, and
-what SAAP_LEAVE_OUT names.
+"""Dense attention of one decode step as others compute it, over the same memory; FlashInfer over pages of its own.
+
+Whatever is not installed is left out, and what SAAP_LEAVE_OUT names.
 
     python bench/gpu_baselines.py     # one call of FlashInfer at a tiny size: it compiles its kernels then, and keeps them
 """
@@ -20,6 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 Calls = list[Callable[[], Any]]
 Caches = list[tuple[Tensor, Tensor]]
 
+PAGE = 16
+"""Tokens of a page of FlashInfer's."""
+
 DENSE = ("torch SDPA", "FlashInfer", "flash-attn")
 """How the names of dense baselines begin."""
 
@@ -30,18 +34,18 @@ def dense(queries: list[Tensor], caches: Caches, n: int, kv_heads: int) -> dict[
     kinds = {"": None}
     if queries[0].is_cuda:
         kinds = {f" {name}": getattr(SDPBackend, name) for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")}
-    found: dict[str, Calls] = {}
+    methods: dict[str, Calls] = {}
     for label, kind in kinds.items():
         name = f"torch SDPA{label.lower()}"
         used = [(q, k[:, :, :n], v[:, :, :n]) for q, (k, v) in pairs]
-        found[f"{name} folded"] = [partial(_sdpa, _fold(q, kv_heads), k, v, kind, False) for q, k, v in used]
-        found[f"{name} gqa"] = [partial(_sdpa, q, k, v, kind, True) for q, k, v in used]
+        methods[f"{name} folded"] = [partial(_sdpa, _fold(q, kv_heads), k, v, kind, False) for q, k, v in used]
+        methods[f"{name} gqa"] = [partial(_sdpa, q, k, v, kind, True) for q, k, v in used]
     for make in (_flashinfer, _flash_attn):
         try:
-            found.update(make(pairs, n))
+            methods.update(make(pairs, n))
         except Exception as error:
             print(f"{make.__name__[1:]}: {type(error).__name__}: {error}")
-    return found
+    return methods
 
 
 def _fold(queries: Tensor, kv_heads: int) -> Tensor:
@@ -57,8 +61,19 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, kind: Any, gqa: bool) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
 
 
+def paged(cache: Tensor, n: int) -> Tensor:
+    """The first ``n`` rows of (b, h, N, d), rounded up to whole pages, as a pool of pages, (b * pages, h, PAGE, d): a copy.
+
+    Rows behind the last are zero where N has no more.
+    """
+    b, h, _, d = cache.shape
+    pages = -(-n // PAGE)
+    rows = functional.pad(cache[:, :, : pages * PAGE], (0, 0, 0, max(0, pages * PAGE - cache.shape[2])))
+    return rows.view(b, h, pages, PAGE, d).transpose(1, 2).reshape(b * pages, h, PAGE, d)
+
+
 def _flashinfer(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> dict[str, Calls]:
-    """FlashInfer's batch decode: the arena is a pool of one page per sequence, of as many tokens as there is room."""
+    """FlashInfer's batch decode over pages of the size that engines use; it is not planned for pages as long as a sequence."""
     if os.environ.get("SAAP_LEAVE_OUT") == "flashinfer":
         return {}
     try:
@@ -68,18 +83,20 @@ def _flashinfer(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> di
     calls: Calls = []
     for queries, (keys, values) in pairs:
         b, hq, _, d = queries.shape
-        h, capacity, device = keys.shape[1], keys.shape[2], keys.device
+        h, device = keys.shape[1], keys.device
         workspace = torch.empty(256 << 20, dtype=torch.uint8, device=device)
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
-        pages = torch.arange(b + 1, dtype=torch.int32, device=device)
-        last = torch.full((b,), n, dtype=torch.int32, device=device)
-        wrapper.plan(pages, pages[:b], last, hq, h, d, capacity, q_data_type=queries.dtype, kv_data_type=keys.dtype)
-        calls.append(partial(wrapper.run, queries[:, :, 0].contiguous(), (keys, values)))
+        pages = -(-n // PAGE)
+        starts = torch.arange(b + 1, dtype=torch.int32, device=device) * pages
+        numbers = torch.arange(b * pages, dtype=torch.int32, device=device)
+        last = torch.full((b,), n - (pages - 1) * PAGE, dtype=torch.int32, device=device)
+        wrapper.plan(starts, numbers, last, hq, h, d, PAGE, q_data_type=queries.dtype, kv_data_type=keys.dtype)
+        calls.append(partial(wrapper.run, queries[:, :, 0].contiguous(), (paged(keys, n), paged(values, n))))
     return {"FlashInfer batch decode": calls}
 
 
 def _flash_attn(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> dict[str, Calls]:
-    found: dict[str, Calls] = {}
+    methods: dict[str, Calls] = {}
     for name, module in (("flash-attn 3", "flash_attn_interface"), ("flash-attn", "flash_attn")):
         try:
             function = __import__(module).flash_attn_with_kvcache
@@ -89,8 +106,8 @@ def _flash_attn(pairs: list[tuple[Tensor, tuple[Tensor, Tensor]]], n: int) -> di
         for q, (k, v) in pairs:
             used = torch.full((q.shape[0],), n, dtype=torch.int32, device=q.device)
             calls.append(partial(function, *(x.transpose(1, 2) for x in (q, k, v)), cache_seqlens=used))
-        found[f"{name} with kvcache"] = calls
-    return found
+        methods[f"{name} with kvcache"] = calls
+    return methods
 
 
 def gathered(queries: list[Tensor], caches: Caches, selections: list[Any], n: int, kv_heads: int) -> Calls:

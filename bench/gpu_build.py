@@ -97,42 +97,43 @@ def sealing(device: harness.Device, shape: Shape, n: int, batch: int) -> Figures
     for _ in range(rounds):
         index.add(tokens[:, :, 1:], tokens[:, :, 1:], seal=False)
         seconds, spent, waits = _queued(device, partial(index.add, last, last))
-        times.append(seconds), host.append(spent)
+        times.append(seconds)
+        host.append(spent)
         waited += waits
     if waited > rounds // 8:
         raise RuntimeError(f"expected a host that never waits for the device, got {waited} of {rounds} long calls")
     index.add(tokens[:, :, 1:], tokens[:, :, 1:], seal=False)
-    found: Figures = []
+    rows: Figures = []
     for where, x in (("device", times), ("host", host)):
         mean, median = sum(x) / len(x), sorted(x)[len(x) // 2]
         figures = {"mean with merges": mean, "median": median, "longest": max(x), "a token and layer": mean / block}
         for name, seconds in figures.items():
-            found.append({"name": f"seal {block} x {batch}, {where}, {name}", "us": 1e6 * seconds, "bytes": 0})
+            rows.append({"name": f"seal {block} x {batch}, {where}, {name}", "us": 1e6 * seconds, "bytes": 0})
     kernels = _launches(device, partial(index.add, last, last))
     count = sum(len(x) for x in kernels.values())
-    found.append({"name": f"seal {block} x {batch}, {count} launches", "us": sum(map(sum, kernels.values())), "bytes": 0})
+    rows.append({"name": f"seal {block} x {batch}, {count} launches", "us": sum(map(sum, kernels.values())), "bytes": 0})
     for name, each in kernels.items():
-        found.append({"name": f"    {len(each)} {name}", "us": sum(each), "bytes": 0})
-    return found
+        rows.append({"name": f"    {len(each)} {name}", "us": sum(each), "bytes": 0})
+    return rows
 
 
 def _launches(device: harness.Device, call: Any) -> dict[str, list[float]]:
     """Microseconds of all that ``call`` has the device do, copies among them, by name."""
-    found: dict[str, list[float]] = {}
+    durations: dict[str, list[float]] = {}
     if isinstance(device, harness.Dry):
         device.runtime.clear()
         call()
         for name in device.runtime.launched:
-            found.setdefault(name, []).append(0.0)
-        return found
+            durations.setdefault(name, []).append(0.0)
+        return durations
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
     for x in profile.events():
         if x.device_type == torch.autograd.DeviceType.CUDA and x.time_range.end > 0:
-            found.setdefault(x.name.split("(")[0][:32], []).append(x.time_range.elapsed_us())
-    return found
+            durations.setdefault(x.name.split("(")[0][:32], []).append(x.time_range.elapsed_us())
+    return durations
 
 
 def _round(index: AsymmetricIndex, tokens: Tensor, last: Tensor) -> Tensor:
@@ -224,8 +225,8 @@ def layers(device: harness.Device, shape: Shape, n: int, batch: int, count: int)
         for index, more in zip(indexes, waiting, strict=True):
             index.advance(more)
         mean, median = sum(times) / len(times), sorted(times)[len(times) // 2]
-        found = {"median": median, "longest": max(times), "more than the median, a token and layer": (mean - median) / count}
-        for what, seconds in found.items():
+        summary = {"median": median, "longest": max(times), "more than the median, a token and layer": (mean - median) / count}
+        for what, seconds in summary.items():
             figures.append({"name": f"{count} layers x {batch}, sealed {name}, {what}", "us": 1e6 * seconds, "bytes": 0})
     return figures
 
@@ -252,10 +253,10 @@ def training(device: harness.Device, shape: Shape) -> Figures:
         figures.append({"name": f"k-means, 2 iterations of {keys.shape[1]} keys a head", "bytes": 0})
         figures[-1]["us"] = 1e6 * (time.perf_counter() - began)
     h, positions, g, bins = shape.kv_heads, 16 if device.dry else 512, shape.heads // shape.kv_heads, 12
-    mass = [torch.rand((h, positions, g, x), device=device.device) for x in (shape.nlist, bins)]
+    mass, near = (torch.rand((h, positions, g, x), device=device.device) for x in (shape.nlist, bins))
     data = RouterTargets(
         torch.randn((h, positions, g, shape.d), device=device.device), torch.rand((h, positions, g), device=device.device),
-        *(x / x.sum(-1, keepdim=True) for x in mass),
+        mass / mass.sum(-1, keepdim=True), near / near.sum(-1, keepdim=True),
         torch.randint(0, 99, (h, positions, bins, shape.nlist), device=device.device, dtype=torch.int16),
         torch.arange(bins) * 1.0 + 7,
     )  # fmt: skip
@@ -293,8 +294,8 @@ def main() -> int:
         device.release()
     lines = [[x["name"], f"{x['us']:.2f}", f"{x['bytes'] / x['us'] / 1e3:.1f}" if x["bytes"] else "-"] for x in figures]
     table = harness.rows(["what", "us", "GB/s"], lines) + "".join(f"\nfailed: {x}" for x in failed)
-    found = {"environment": harness.environment(device), "figures": figures, "failed": failed}
-    harness.save(options.out, "gpu_build", found, table)
+    results = {"environment": harness.environment(device), "figures": figures, "failed": failed}
+    harness.save(options.out, "gpu_build", results, table)
     return 1 if failed else 0
 
 

@@ -26,8 +26,8 @@ HEADS, GROUP, RUN, SINKS, RECENT, LAUNCHES = 8, 4, 32, 4, 192, 5
 
 def listed_rows(b: int, n: int, share: float, device: torch.device, by_row: bool) -> Listed | Runs:
     """Runs of RUN rows, evenly many to each head, ascending."""
-    runs = (n - SINKS - RECENT) // RUN
-    chosen = torch.stack([torch.randperm(runs)[: max(1, int(share * runs))].sort()[0] for _ in range(b * HEADS)])
+    most = (n - SINKS - RECENT) // RUN
+    chosen = torch.stack([torch.randperm(most)[: max(1, int(share * most))].sort()[0] for _ in range(b * HEADS)])
     rows = (SINKS + chosen[..., None] * RUN + torch.arange(RUN)).reshape(b, HEADS, -1)
     counts = torch.full((b, HEADS), rows.shape[2], dtype=torch.int32)
     if by_row:
@@ -39,14 +39,14 @@ def listed_rows(b: int, n: int, share: float, device: torch.device, by_row: bool
     return Runs(runs, run_counts.to(device), counts.to(device), rows.shape[2])
 
 
-def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs: dict[str, int], by_row: bool) -> dict[str, Any]:
+def measure(device: Any, on: Any, b: int, n: int, d: int, share: float, knobs: dict[str, int], by_row: bool) -> dict[str, Any]:
     """Median and largest cycles of each interval over the blocks, the median of some launches; and those of all together."""
     dtype = torch.bfloat16
     keys, values = (torch.randn((b, HEADS, n, d), dtype=dtype, device=device.device) for _ in range(2))
     queries = torch.randn((b, HEADS, GROUP, d), dtype=dtype, device=device.device)
     meta = torch.tensor([[n, SINKS, n - RECENT, 0, n, 0, 0, 0]] * b, dtype=torch.int32, device=device.device)
     shape = ScanShape(b, HEADS, GROUP, 1, d, d, dtype, dtype, n, causal=True)
-    scan = Scan(device.scan_runtime, shape, {**knobs, "SAAP_CLOCK": 1})
+    scan = Scan(on, shape, {**knobs, "SAAP_CLOCK": 1})
     floats = torch.empty(scan.num_floats, device=device.device)
     tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=device.device)
     clocks = torch.zeros((scan.grid[0] * scan.grid[1], len(POINTS)), dtype=torch.int64, device=device.device)
@@ -54,7 +54,7 @@ def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs:
     launch = scan.bind(keys, values, meta, rows, None, d**-0.5, floats, tickets, clocks)
     out, lse = torch.empty_like(queries), torch.empty((b, HEADS, GROUP), device=device.device)
     other = torch.empty(max(64, 4 * device.l2_bytes), dtype=torch.uint8, device=device.device)
-    found: dict[str, list[tuple[float, float]]] = {}
+    cycles: dict[str, list[tuple[float, float]]] = {}
     for i in range(LAUNCHES + 1):
         other.fill_(i)
         clocks.zero_()
@@ -68,8 +68,8 @@ def measure(device: harness.Device, b: int, n: int, d: int, share: float, knobs:
             both = (at[:, a] > 0) & (at[:, z] > 0)
             took = (at[both, z] - at[both, a]).tolist() or [0.0]
             name = f"{POINTS[a]} to {POINTS[z]}" if (a, z) != pairs[-1] else "all"
-            found.setdefault(name, []).append((sorted(took)[len(took) // 2], max(took)))
-    middle = {name: [sorted(x[i] for x in of)[len(of) // 2] for i in range(2)] for name, of in found.items()}
+            cycles.setdefault(name, []).append((sorted(took)[len(took) // 2], max(took)))
+    middle = {name: [sorted(x[i] for x in of)[len(of) // 2] for i in range(2)] for name, of in cycles.items()}
     return {"batch": b, "tokens": n, "share": share, "grid": scan.grid, "macros": scan.macros, "cycles": middle}
 
 
@@ -80,16 +80,16 @@ def main() -> int:
     options = parser.parse_args()
     device: Any = harness.Dry() if options.dry else harness.Cuda()
     if options.dry:
-        device.scan_runtime = device.runtime
+        on = device.runtime
     else:
         from saap_index.backends.cuda.runtime import runtime
 
-        device.scan_runtime = runtime(device.device)
+        on = runtime(device.device)
     knobs = harness.parse_knobs(options.knobs).get("scan", {})
     cases = [(1, 500, 32), (2, 400, 32)] if options.dry else [(1, 131072, 128), (8, 131072, 128)]
     results = []
     for b, n, d in cases:
-        results.append(measure(device, b, n, d, 0.05, knobs, options.rows))
+        results.append(measure(device, on, b, n, d, 0.05, knobs, options.rows))
         print(f"batch {b}, {n} tokens, 5 %: cycles, median and largest of the blocks")
         for name, (median, largest) in results[-1]["cycles"].items():
             print(f"  {name:24} {median:9.0f} {largest:9.0f}")

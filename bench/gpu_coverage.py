@@ -54,13 +54,13 @@ class CountingRuntime(emu.EmulatedRuntime):
         run = ["gcov", "--json-format", "--stdout", data.name]
         done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=True)
         data.unlink()
-        found: Counter[tuple[str, int]] = Counter()
+        executed: Counter[tuple[str, int]] = Counter()
         for line in done.stdout.splitlines():
             for of in json.loads(line)["files"] if line.startswith("{") else []:
                 if Path(of["file"]).suffix in (".cu", ".cuh"):
                     for x in of["lines"]:  # once for each instance of a template
-                        found[Path(of["file"]).name, x["line_number"]] += x["count"]
-        return dict(found)
+                        executed[Path(of["file"]).name, x["line_number"]] += x["count"]
+        return dict(executed)
 
 
 def _build(folder: Path, file: Path, name: str, macros: Mapping[str, int]) -> Path:

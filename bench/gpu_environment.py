@@ -67,8 +67,8 @@ class Floor:
         for _ in range(2):
             zeros.zero_()
             self.launch("cluster_clocks", 8, 256, params, cluster=8)()
-        found: Tensor = zeros[:4].cpu()
-        return dict(zip(("cluster_barrier", "shared_of_another_block", "l2", "block_barrier"), found.tolist(), strict=True))
+        numbers: Tensor = zeros[:4].cpu()
+        return dict(zip(("cluster_barrier", "shared_of_another_block", "l2", "block_barrier"), numbers.tolist(), strict=True))
 
     def chased(self) -> dict[str, int]:
         """Cycles of a load from device memory, and of a line of code the first time."""
@@ -79,8 +79,8 @@ class Floor:
         fields = [("cycles", np.uint64), ("zeros", np.uint64), ("step", np.int64)]
         params = np.array([(cycles.data_ptr(), zeros.data_ptr(), step)], fields)
         self.launch("chase", 1, 32, params)()  # once: its code is not there yet
-        found: Tensor = cycles.cpu()
-        return dict(zip(("dram", "cold_line"), found.tolist(), strict=True))
+        numbers: Tensor = cycles.cpu()
+        return dict(zip(("dram", "cold_line"), numbers.tolist(), strict=True))
 
     def _multiprocessors(self) -> int:
         return torch.cuda.get_device_properties(self.device.device).multi_processor_count
@@ -89,18 +89,18 @@ class Floor:
 def main() -> int:
     options = harness.arguments(__doc__).parse_args()
     device: harness.Device = harness.Dry() if options.dry else harness.Cuda()
-    found: dict[str, Any] = harness.environment(device)
-    found["copy_gb_per_s"] = round(device.copy_bandwidth() / 1e9, 1)
+    results: dict[str, Any] = harness.environment(device)
+    results["copy_gb_per_s"] = round(device.copy_bandwidth() / 1e9, 1)
     if isinstance(device, harness.Cuda):
         properties = torch.cuda.get_device_properties(device.device)
-        found |= {
+        results |= {
             "multiprocessors": properties.multi_processor_count, "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": round(device.l2_bytes / 2**20, 1), "capability": f"{properties.major}.{properties.minor}",
         }  # fmt: skip
         floor = Floor(device)
-        found |= {"read_gb_per_s": round(floor.read_bandwidth(4 << 30) / 1e9, 1), "cycles": floor.cycles() | floor.chased()}
-        found["launch_us"] = {"graph": round(floor.launch_us(False), 2), "graph, dependent": round(floor.launch_us(True), 2)}
-    harness.save(options.out, "environment", found, json.dumps(found, indent=1))
+        results |= {"read_gb_per_s": round(floor.read_bandwidth(4 << 30) / 1e9, 1), "cycles": floor.cycles() | floor.chased()}
+        results["launch_us"] = {"graph": round(floor.launch_us(False), 2), "graph, dependent": round(floor.launch_us(True), 2)}
+    harness.save(options.out, "environment", results, json.dumps(results, indent=1))
     return 0
 
 

@@ -171,9 +171,9 @@ class Bench:
         saap_index.attach(self.model, self.routers, 0.05, cuda_graphs=graphs, **options)
 
     def logits(self, cache: Any) -> list[Tensor]:
-        found: list[Tensor] = []
-        decode(self.model, cache, self.tokens, self.size.tokens, found)
-        return found
+        logits: list[Tensor] = []
+        decode(self.model, cache, self.tokens, self.size.tokens, logits)
+        return logits
 
     def time(self, name: str, cache: Any, count: int) -> None:
         """Seconds of a step, after those that a cache needs to get going."""
@@ -261,7 +261,10 @@ def emulate(device: Any) -> None:
             step()
         return graph.replay  # type: ignore[no-any-return]
 
-    capture.capture_on = lambda where: record
+    def emulated(device: torch.device) -> capture.Capture | None:
+        return record
+
+    capture.capture_on = emulated
 
 
 def main() -> int:

@@ -91,14 +91,14 @@ class Cuda:
                 call()
             torch.cuda.synchronize()
         events = [x for x in profile.events() if x.device_type == torch.autograd.DeviceType.CUDA and x.time_range.end > 0]
-        found: dict[str, float] = {}
+        kernels: dict[str, float] = {}
         for x in events:
             name = x.name.split("(")[0][:48]
-            found[name] = found.get(name, 0.0) + x.time_range.elapsed_us() / repeat / calls
+            kernels[name] = kernels.get(name, 0.0) + x.time_range.elapsed_us() / repeat / calls
         if events:
             whole = max(x.time_range.end for x in events) - min(x.time_range.start for x in events)
-            found["gaps"] = whole / repeat / calls - sum(found.values())
-        return found
+            kernels["gaps"] = whole / repeat / calls - sum(kernels.values())
+        return kernels
 
     def graph(self, call: Call, warm: bool = True) -> Call:
         """``call`` as a replay of what it launches, warmed up as torch asks."""
@@ -202,23 +202,23 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 def environment(device: Device) -> dict[str, Any]:
     """GPU, driver, versions and commit."""
-    found: dict[str, Any] = {"gpu": device.name, "torch": torch.__version__, "python": sys.version.split()[0]}
-    found["date"] = time.strftime("%Y-%m-%d")
+    about: dict[str, Any] = {"gpu": device.name, "torch": torch.__version__, "python": sys.version.split()[0]}
+    about["date"] = time.strftime("%Y-%m-%d")
     commands = {"commit": ["git", "-C", str(ROOT), "log", "-1", "--format=%h %cs"]}
     if not device.dry:
-        found["cuda"] = torch.version.cuda
+        about["cuda"] = torch.version.cuda
         commands["driver"] = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem", "--format=csv,noheader"]
     for module in ("cupy", "flashinfer", "flash_attn", "triton"):
         try:
-            found[module] = str(getattr(__import__(module), "__version__", "?"))
+            about[module] = str(getattr(__import__(module), "__version__", "?"))
         except Exception as error:  # a broken install is as good as none, and worth a line
-            found[module] = f"none ({type(error).__name__})"
+            about[module] = f"none ({type(error).__name__})"
     for name, command in commands.items():
         try:
-            found[name] = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+            about[name] = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError):
-            found[name] = "unknown"
-    return found
+            about[name] = "unknown"
+    return about
 
 
 def save(folder: Path | None, name: str, figures: Any, table: str) -> None:

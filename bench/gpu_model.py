@@ -184,21 +184,21 @@ def frequencies(blocks: Sequence[Block], lines: Lines, threads: int) -> tuple[li
     heads = {loop: min(loop) for block in blocks for loop in block.loops}
     mean, before = [], 0.0
     for i, block in enumerate(blocks):
-        known = []
+        executions = []
         for x in block.instructions:
             line = counted(x, lines)
             if line is not None:
                 count = lines[line] / threads
-                known.append(count / max(1, sum(copies.get(line, {}).values())) if block.loops else min(count, 1.0))
-        known.sort()
+                executions.append(count / max(1, sum(copies.get(line, {}).values())) if block.loops else min(count, 1.0))
+        executions.sort()
         if not block.reached:
             often = 0.0
-        elif not known:  # of the library alone: as what stands in front of it
+        elif not executions:  # of the library alone: as what stands in front of it
             often = before
-        elif sum(x > 0 for x in known) < 0.5 * len(known):
+        elif sum(x > 0 for x in executions) < 0.5 * len(executions):
             often = 0.0
         else:
-            above = [x for x in known if x > 0]
+            above = [x for x in executions if x > 0]
             often = above[0 if i in heads.values() else len(above) // 4]
         before = often
         mean.append(often)
@@ -210,20 +210,20 @@ def frequencies(blocks: Sequence[Block], lines: Lines, threads: int) -> tuple[li
 
 def counted(x: gpu_sass.Instruction, lines: Lines) -> gpu_sass.Line | None:
     """The innermost line of ``x`` that is counted; one of those that it is inlined at, where that never ran."""
-    known = [line for line in x.lines if line in lines and line[0] != PRIMITIVES]
-    for line in known:
+    sources = [line for line in x.lines if line in lines and line[0] != PRIMITIVES]
+    for line in sources:
         if not lines[line]:
             return line
-    return known[0] if known else None
+    return sources[0] if sources else None
 
 
 def streaming(blocks: Sequence[Block], each: list[float]) -> set[int]:
     """Blocks of the loops that copy from memory, as far as they run as often as the copies."""
-    found: set[int] = set()
+    members: set[int] = set()
     for i, block in enumerate(blocks):
         if block.loops and each[i] > 1 and any(x.base == "LDGSTS" for x in block.instructions):
-            found |= {k for k in block.loops[-1] if each[k] >= each[i] / 2}
-    return found
+            members |= {k for k in block.loops[-1] if each[k] >= each[i] / 2}
+    return members
 
 
 def predict(start: Start, blocks: list[Block], lines: Lines, nbytes: int, constants: dict[str, float]) -> Prediction:
@@ -290,7 +290,7 @@ def counted_step(size: Size) -> list[tuple[Start, Lines, int]]:
 
     scene = Scene(Watched(runtime, around), size, drawn=False)
     scene.step()
-    heads, listed = size.batch * size.kv_heads, int(scene.limits.found.counts.sum())
+    heads, listed = size.batch * size.kv_heads, int(scene.plan.packed.selected.counts.sum())
     router = scene.routing.router
     weights = sum(getattr(router, x).nbytes for x in ("hidden", "bias_hidden", "out", "bias_out"))
     tables = 4 * heads * len(size.layout.segments(size.tokens)) * (size.nlist + 1)
@@ -323,11 +323,11 @@ def step(size: Size) -> list[tuple[Start, Lines, int]]:
 
 
 def model(size: Size, constants: dict[str, float], arch: str = "sm_90") -> list[Prediction]:
-    found = []
+    predictions = []
     for start, lines, nbytes in step(size):
         blocks = machine_code(start.file, start.kernel, tuple(sorted(start.macros.items())), arch)
-        found.append(predict(start, blocks, lines, nbytes, constants))
-    return found
+        predictions.append(predict(start, blocks, lines, nbytes, constants))
+    return predictions
 
 
 # -- on record
@@ -361,11 +361,11 @@ def label(start: Start, arch: str) -> str:
 
 def configurations() -> dict[str, tuple[Start, str]]:
     """The kernels of the steps of SIZES, by label."""
-    found = {}
+    starts: dict[str, tuple[Start, str]] = {}
     for arch in CAPABILITIES:
         for tokens, batch in SIZES:
-            found |= {label(x, arch): (x, arch) for x in launches(Size(tokens, batch), arch)}
-    return found
+            starts |= {label(x, arch): (x, arch) for x in launches(Size(tokens, batch), arch)}
+    return starts
 
 
 def text_hash(file: str) -> str:
@@ -375,31 +375,33 @@ def text_hash(file: str) -> str:
 def code(start: Start, arch: str) -> dict[str, Any]:
     """What the machine code says, whatever it is run on: instructions, bytes, and those that wait for others, in number."""
     blocks = machine_code(start.file, start.kernel, tuple(sorted(start.macros.items())), arch)
-    found = [x for block in blocks for x in block.instructions]
-    kinds = {"barriers": ("BAR",), "cluster_barriers": ("UCGABAR_WAIT",), "loads": ("LDG",), "copies": ("LDGSTS",)}
+    instructions = [x for block in blocks for x in block.instructions]
+    kinds: dict[str, tuple[str, ...]] = {"barriers": ("BAR",), "cluster_barriers": ("UCGABAR_WAIT",)}
+    kinds |= {"loads": ("LDG",), "copies": ("LDGSTS",)}
     kinds |= {"fences": ("MEMBAR",), "atomics": ("ATOM", "ATOMG", "RED", "REDG"), "shuffles": ("SHFL",), "matrix": ("HMMA",)}
-    counts = {name: sum(x.base in of for x in found) for name, of in kinds.items()}
-    return {"instructions": len(found), "bytes": len(found) * gpu_sass.BYTES, **{k: v for k, v in counts.items() if v}}
+    counts = {name: sum(x.base in of for x in instructions) for name, of in kinds.items()}
+    size = len(instructions)
+    return {"instructions": size, "bytes": size * gpu_sass.BYTES, **{k: v for k, v in counts.items() if v}}
 
 
-def predicted(found: list[Prediction]) -> dict[str, Any]:
+def predicted(predictions: list[Prediction]) -> dict[str, Any]:
     """As it stands on record."""
     of = {}
-    for x in found:
+    for x in predictions:
         fields = {"cold_bytes": x.cold_bytes, "executed": x.executed, **x.barriers, "trips": sum(x.trips.values())}
         fields |= {"before": x.before, "after": x.after, "nbytes": x.nbytes}
         of[x.kernel] = fields | {f"{name}_us": round(us, 2) for name, us in x.us.items()}
     return of
 
 
-def record(known: dict[str, Any]) -> dict[str, Any]:
+def record(previous: dict[str, Any]) -> dict[str, Any]:
     """Everything anew, but machine code whose text is as it was."""
     wanted, files = configurations(), {}
-    same = known.get("nvrtc") == list(gpu_nvrtc.version())
+    same = previous.get("nvrtc") == list(gpu_nvrtc.version())
     codes = {}
     for name, (start, arch) in sorted(wanted.items()):
         files[start.file] = text_hash(start.file)
-        old = known.get("code", {}).get(name) if same and known["sources"].get(start.file) == files[start.file] else None
+        old = previous.get("code", {}).get(name) if same and previous["sources"].get(start.file) == files[start.file] else None
         codes[name] = old or code(start, arch)
     constants = constants_of(None)
     steps = {}
@@ -409,12 +411,12 @@ def record(known: dict[str, Any]) -> dict[str, Any]:
     return {"nvrtc": list(gpu_nvrtc.version()), "sources": files, "constants": constants, "code": codes, "steps": steps}
 
 
-def dumps(found: dict[str, Any]) -> str:
+def dumps(tables: dict[str, Any]) -> str:
     """A line for each kernel, so that a diff names it."""
-    parts = [f'"{name}": {json.dumps(found[name])}' for name in ("nvrtc", "sources", "constants")]
-    parts.append('"code": {\n' + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in found["code"].items()) + "\n}")
+    parts = [f'"{name}": {json.dumps(tables[name])}' for name in ("nvrtc", "sources", "constants")]
+    parts.append('"code": {\n' + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in tables["code"].items()) + "\n}")
     steps = []
-    for size, kernels in found["steps"].items():
+    for size, kernels in tables["steps"].items():
         lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in kernels.items())
         steps.append(f"  {json.dumps(size)}: {{\n{lines}\n  }}")
     parts.append('"steps": {\n' + ",\n".join(steps) + "\n}")
@@ -460,31 +462,32 @@ def measured_step(folder: Path | None, size: Size) -> tuple[float | None, dict[s
 
 def constants_of(folder: Path | None) -> dict[str, float]:
     """Those on record, with what the session in ``folder`` measured in their place."""
-    found = {name: value for name, (value, _) in CONSTANTS.items()}
+    constants = {name: value for name, (value, _) in CONSTANTS.items()}
     if folder is not None and (folder / "environment.json").exists():
         of = json.loads((folder / "environment.json").read_text())
-        found |= {name: value for name, value in of.get("cycles", {}).items() if name in found}
+        constants |= {name: value for name, value in of.get("cycles", {}).items() if name in constants}
         launch = of.get("launch_us", {})
-        found |= {"launch_plain_us": launch["graph"], "launch_us": launch["graph, dependent"]} if launch else {}
-    return found
+        constants |= {"launch_plain_us": launch["graph"], "launch_us": launch["graph, dependent"]} if launch else {}
+    return constants
 
 
 def table(results: dict[str, list[Prediction]], measured: dict[str, tuple[float | None, dict[str, float]]]) -> str:
     head = ["tokens x batch, launch", "code", "cold", "warp instr.", "barriers", "trips", "wait", "cycles"]
     head += [f"{x.name} us" for x in DEVICES] + ["bytes alone", "measured", "off"]
     rows = []
-    for name, found in results.items():
+    for name, predictions in results.items():
         whole, kernels = measured[name]
-        for x in found:
+        for x in predictions:
             barriers = "+".join(str(x.barriers.get(k, 0)) for k in ("block_barrier", "cluster_barrier"))
             cells = [f"{name}  {x.kernel}", str(x.code_bytes), str(x.cold_bytes), str(x.executed), barriers]
             cells += [str(sum(x.trips.values())), str(x.before), str(x.after), *(f"{x.us[d.name]:.1f}" for d in DEVICES)]
             cells += [f"{x.roofline[DEVICES[0].name]:.1f}"]
             rows.append([*cells, f"({kernels[x.kernel]:.1f})" if x.kernel in kernels else "-", ""])
-        total = [sum(x.us[d.name] for x in found) for d in DEVICES]
-        cells = [f"{name}  step", *(str(sum(getattr(x, of) for x in found)) for of in ("code_bytes", "cold_bytes", "executed"))]
-        cells += ["", "", "", str(sum(x.after for x in found)), *(f"{x:.1f}" for x in total)]
-        cells += [f"{sum(x.roofline[DEVICES[0].name] for x in found):.1f}"]
+        total = [sum(x.us[d.name] for x in predictions) for d in DEVICES]
+        sums = (str(sum(getattr(x, of) for x in predictions)) for of in ("code_bytes", "cold_bytes", "executed"))
+        cells = [f"{name}  step", *sums]
+        cells += ["", "", "", str(sum(x.after for x in predictions)), *(f"{x:.1f}" for x in total)]
+        cells += [f"{sum(x.roofline[DEVICES[0].name] for x in predictions):.1f}"]
         rows.append([*cells, f"{whole:.1f}" if whole else "-", f"{total[0] / whole - 1:+.0%}" if whole else ""])
     return harness.rows(head, rows)
 
@@ -511,8 +514,8 @@ def main() -> int:
         name = f"{tokens // 1024}k x {batch}"
         results[name], measured[name] = model(size, constants), measured_step(options.measured, size)
         print(f"{name}: counted", file=sys.stderr, flush=True)
-    found = {"constants": constants, "steps": {name: [asdict(x) for x in of] for name, of in results.items()}}
-    harness.save(options.out, "gpu_model", found, table(results, measured))
+    tables = {"constants": constants, "steps": {name: [asdict(x) for x in of] for name, of in results.items()}}
+    harness.save(options.out, "gpu_model", tables, table(results, measured))
     return 0
 
 

@@ -102,7 +102,8 @@ class Recorder:
     def save(self, path: Path) -> None:
         said = np.frombuffer(json.dumps(self.launches).encode(), np.uint8)
         with path.open("wb") as file:
-            np.savez(file, launches=said, **{f"memory_{name}": content for name, content in self.contents.items()})
+            contents: dict[str, Any] = {f"memory_{name}": content for name, content in self.contents.items()}
+            np.savez(file, launches=said, **contents)
 
 
 def _field(name: str, address: int, tensors: list[Tensor]) -> tuple[Field, Any]:
@@ -179,7 +180,7 @@ def _seal(backend: CudaBackend) -> None:
 
 def replay(path: Path, runtime: Runtime, device: torch.device) -> list[str]:
     """What differs, launch by launch: nothing where all is as recorded. A launch that fails is named and ends it."""
-    found: list[str] = []
+    problems: list[str] = []
     with np.load(path) as file:
         contents = {name.removeprefix("memory_"): file[name] for name in file.files}
     for i, launch in enumerate(json.loads(contents.pop("launches").tobytes())):
@@ -187,13 +188,13 @@ def replay(path: Path, runtime: Runtime, device: torch.device) -> list[str]:
         if runtime.capability < CLUSTERS and (launch["cluster"] > 1 or launch["dependent"]):
             continue
         try:
-            found += [f"{title}: {x}" for x in _replay(launch, contents, runtime, device)]
+            problems += [f"{title}: {x}" for x in _replay(launch, contents, runtime, device)]
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
-            found.append(f"{title}: {type(error).__name__}: {reason}")
+            problems.append(f"{title}: {type(error).__name__}: {reason}")
             if device.type == "cuda":  # an illegal access fails every later call
                 break
-    return found
+    return problems
 
 
 def _replay(
@@ -249,9 +250,9 @@ def compare(name: str, want: Tensor, got: Tensor, lengths: list[Tensor] | None =
         return None
     if lengths is not None and want.dim() > 1:
         for at in np.ndindex(*want.shape[:-1]):
-            mine, other = (set(x[at][: int(n[at])].tolist()) for x, n in zip((want, got), lengths, strict=True))
-            if len(mine & other) < ALIKE * max(len(mine), len(other)) or len(other) != int(lengths[1][at]):
-                return f"{name}{list(at)}: expected {len(mine)} numbers, got {int(lengths[1][at])}, {len(mine & other)} in both"
+            here, there = (set(x[at][: int(n[at])].tolist()) for x, n in zip((want, got), lengths, strict=True))
+            if len(here & there) < ALIKE * max(len(here), len(there)) or len(there) != int(lengths[1][at]):
+                return f"{name}{list(at)}: expected {len(here)} numbers, got {int(lengths[1][at])}, {len(here & there)} in both"
         return None
     if want.dtype in NEAR:
         x, y = want.double(), got.double()

@@ -94,63 +94,65 @@ def kernel_blocks(file: str, name: str, macros: dict[str, int], arch: str) -> li
 
 def blocks(text: str) -> list[Block]:
     """The blocks of one disassembled function, without the padding behind it. Loops are found by jumps back."""
-    found, labels, jumps = [Block()], {}, []
+    blocks: list[Block] = [Block()]
+    labels: dict[str, int] = {}
+    jumps: list[tuple[int, str]] = []
     at_lines: list[Line] = []
     fresh = True
     rows = text.splitlines()
     for i, row in enumerate(rows):
         if label := _LABEL.match(row):
-            if found[-1].instructions:
-                found.append(Block())
-            labels[label.group(1)] = len(found) - 1
-        elif at := _LINE.match(row):
+            if blocks[-1].instructions:
+                blocks.append(Block())
+            labels[label.group(1)] = len(blocks) - 1
+        elif line := _LINE.match(row):
             at_lines = [] if fresh else at_lines
-            at_lines.append((Path(at.group(1)).name, int(at.group(2))))
+            at_lines.append((Path(line.group(1)).name, int(line.group(2))))
             fresh = False
         elif words := _TEXT.match(row):
             control = _CONTROL.match(rows[i + 1])
             assert control is not None, row
             one = _instruction(words.group(2), int(control.group(1), 16) >> 41, tuple(at_lines))
             fresh = True
-            found[-1].instructions.append(one)
+            blocks[-1].instructions.append(one)
             if one.base in ("BRA", "EXIT", "RET", "CALL", "BRX", "JMP"):
                 if one.target is not None:
-                    jumps.append((len(found) - 1, one.target))
-                found.append(Block())
-    while found and all(x.base in ("NOP", "BRA") for x in found[-1].instructions):
-        found.pop()  # a jump to itself and what fills the line of the cache
-    for at, block in enumerate(found):
+                    jumps.append((len(blocks) - 1, one.target))
+                blocks.append(Block())
+    while blocks and all(x.base in ("NOP", "BRA") for x in blocks[-1].instructions):
+        blocks.pop()  # a jump to itself and what fills the line of the cache
+    for at, block in enumerate(blocks):
         last = block.instructions[-1]
         ends = last.base in ("BRA", "EXIT", "RET", "BRX", "JMP") and not last.opcode.startswith("BRA.DIV")
-        if at + 1 < len(found) and (last.predicated or not ends):
+        if at + 1 < len(blocks) and (last.predicated or not ends):
             block.follows.append(at + 1)
     for at, target in jumps:
-        if at < len(found) and labels.get(target, len(found)) < len(found):
-            found[at].follows.append(labels[target])
+        if at < len(blocks) and labels.get(target, len(blocks)) < len(blocks):
+            blocks[at].follows.append(labels[target])
     todo = [0]
     while todo:
         at = todo.pop()
-        if not found[at].reached:
-            found[at].reached = True
-            todo += found[at].follows
-    for loop in sorted(_loops(found), key=len, reverse=True):
+        if not blocks[at].reached:
+            blocks[at].reached = True
+            todo += blocks[at].follows
+    for loop in sorted(_loops(blocks), key=len, reverse=True):
         for i in loop:
-            found[i].loops.append(loop)
-    return found
+            blocks[i].loops.append(loop)
+    return blocks
 
 
-def _loops(found: list[Block]) -> list[frozenset[int]]:
+def _loops(blocks: list[Block]) -> list[frozenset[int]]:
     """Natural loops: of a jump back to a block that all ways to the jump pass. Those of one head are one."""
-    before: list[list[int]] = [[] for _ in found]
-    for i, block in enumerate(found):
+    before: list[list[int]] = [[] for _ in blocks]
+    for i, block in enumerate(blocks):
         for k in block.follows:
             before[k].append(i)
-    every = (1 << len(found)) - 1
-    over = [1] + [every] * (len(found) - 1)  # bit k of over[i]: all ways to block i pass block k
+    every = (1 << len(blocks)) - 1
+    over = [1] + [every] * (len(blocks) - 1)  # bit k of over[i]: all ways to block i pass block k
     changed = True
     while changed:
         changed = False
-        for i in range(1, len(found)):
+        for i in range(1, len(blocks)):
             ways = every  # of what nothing leads to, code that is called: it takes no part
             for k in before[i]:
                 ways &= over[k]
@@ -158,7 +160,7 @@ def _loops(found: list[Block]) -> list[frozenset[int]]:
             if ways != over[i]:
                 over[i], changed = ways, True
     bodies: dict[int, set[int]] = {}
-    for i, block in enumerate(found):
+    for i, block in enumerate(blocks):
         for head in block.follows:
             if over[i] >> head & 1:
                 body = bodies.setdefault(head, {head})

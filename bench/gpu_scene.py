@@ -1,7 +1,7 @@
-"""A step of a layer without the index around it: the resident state of a batch over memory that is laid out as the index would.
+"""A step of a layer without the index around it: the session of a batch over memory that is laid out as the index would.
 
 For whoever looks at launches: `gpu_model.py` counts what they execute, `gpu_replay.py` records and replays them. A scene goes
-through the seam that an index decodes through (`Resident`), so it launches what is shipped, whatever kernels that are.
+through the seam that an index decodes through (`Session`), so it launches what is shipped, whatever kernels that are.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from saap_index import Rope
+from saap_index.backends.cuda.backend import CudaBackend
 from saap_index.backends.cuda.launch import Kernel, Runtime
 from saap_index.backends.cuda.route import pack_router
-from saap_index.backends.cuda.session import CudaResident
-from saap_index.backends.types import Budget, Placement, Routing
+from saap_index.backends.types import Arena, Budget, Frequencies, Placement, Plan, Routing
 from saap_index.backends.weights import RouterWeights
 from saap_index.invlists.layout import Layout
 
@@ -131,35 +131,36 @@ class Scene:
         most = size.layout.most_segments(capacity)
         memory = (b, h, capacity, d)
         keys, values = (self._normal(memory).to(size.dtype) if drawn else untouched(memory, size.dtype) for _ in range(2))
-        meta, centres = np.zeros((b, 7), np.int32), np.zeros((b, most), np.float32)
+        meta, centres = np.zeros((b, 7), np.int32), np.zeros((b, most), np.float64)
         sealed = segments[-1][1] if segments else 0
         meta[:] = (size.tokens, size.layout.sinks, sealed, len(segments), size.tokens, 0, 0)
         centres[:, : len(segments)] = [(start + stop - 1) / 2 for start, stop in segments]
         no_means = torch.zeros((b, h, 0, size.nlist, d), dtype=size.dtype, device=self.device)
         ids = torch.arange(capacity, dtype=torch.int32, device=self.device).expand(b, h, capacity).contiguous()
-        place = Placement(keys, values, ids, self._tables(segments, most), no_means, no_means, meta, centres)
-        self.state = CudaResident(runtime, self.device, (b, h, d, d, size.nlist), size.dtype, {})
-        self.state.publish(place, False, ())
+        arena = Arena(keys, values, ids, self._tables(segments, most), no_means, no_means, None)
+        self.session = CudaBackend(self.device, runtime).session(b, h, d, d, size.nlist, size.dtype)
+        self.session.publish(Placement(arena, meta, centres), ())
         rows = int(size.share * (sealed - size.layout.sinks))
         budgets = torch.full((b, h), rows, dtype=torch.int32, device=self.device)
-        self.limits = self.state.limits(Budget(budgets), rows, 0)
+        self.plan = Plan((), max_rows=rows)
+        self.session.plan(self.plan, Budget(budgets))
         frequencies = Rope(head_dim=d, theta=500000.0).inv_freq().to(self.device, torch.float32)
-        self.routing = Routing(pack_router(self._router()), 7, True, frequencies)
+        self.routing = Routing(pack_router(self._router()), 7, True, Frequencies(frequencies, False, 1.0))
         self.queries = self._normal((b, h, size.group, 1, d)).to(size.dtype)
         self.new = self._normal((b, h, 1, d)).to(size.dtype)
 
     def step(self) -> tuple[Tensor, Tensor]:
         """`add` of a token and `search_attend`: out, lse."""
         self.runtime.watching = True
-        self.state.append(self.new, self.new, None)
-        out, lse, _ = self.state.step(self.queries, self.routing, self.limits, self.size.d**-0.5)
+        self.session.append(self.new, self.new, [1] * self.size.batch)
+        out, lse, _ = self.session.run(self.queries, self.routing, self.plan, self.size.d**-0.5)
         return out, lse
 
     def rows_read(self) -> int:
         """Of all heads, in the last step: listed ones, sinks and recent ones."""
-        meta = self.state.read()
+        meta = self.session.read()
         near = int((meta[:, 1] + meta[:, 0] - meta[:, 2]).sum()) * self.size.kv_heads
-        return int(self.limits.found.counts.sum()) + near
+        return int(self.plan.packed.selected.counts.sum()) + near
 
     def _normal(self, shape: tuple[int, ...], deviation: float = 1.0) -> Tensor:
         return torch.from_numpy(self._random.standard_normal(shape, np.float32) * np.float32(deviation))
@@ -180,4 +181,5 @@ class Scene:
         size = self.size
         h, outputs = size.kv_heads, size.nlist + size.knots + 1
         shapes = ((h, size.units, size.d), (h, size.units), (h, outputs, size.units), (h, outputs, size.d), (h, outputs))
-        return RouterWeights(*(self._normal(x, 0.2) for x in shapes), size.nlist)
+        hidden, bias_hidden, out, skip, bias_out = (self._normal(x, 0.2) for x in shapes)
+        return RouterWeights(hidden, bias_hidden, out, skip, bias_out, size.nlist)

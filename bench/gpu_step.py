@@ -35,7 +35,7 @@ import gpu_baselines
 import gpu_harness as harness
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, Rope, SearchParametersIVF
 from saap_index.backends import RouterWeights, get_backend
-from saap_index.search.select import select
+from saap_index.search.session import SearchSession
 
 CASES = [
     (131072, 1), (131072, 8), (524288, 1), (524288, 8), (32768, 1), (32768, 8), (131072, 4), (1048576, 1), (524288, 4),
@@ -86,8 +86,9 @@ def router(device: harness.Device, shape: Shape, deviation: float, seed: int) ->
     g = torch.Generator(device.device).manual_seed(seed)
     h, outputs = shape.kv_heads, shape.nlist + shape.knots + 1
     sizes = ((h, shape.units, shape.d), (h, shape.units), (h, outputs, shape.units), (h, outputs, shape.d), (h, outputs))
-    weights = [torch.randn(s, generator=g, device=device.device, dtype=torch.float32) * deviation for s in sizes]
-    return QueryRouter(RouterWeights(*weights, shape.nlist), first_knot=7)
+    weights = (torch.randn(s, generator=g, device=device.device, dtype=torch.float32) * deviation for s in sizes)
+    hidden, bias_hidden, out, skip, bias_out = weights
+    return QueryRouter(RouterWeights(hidden, bias_hidden, out, skip, bias_out, shape.nlist), first_knot=7)
 
 
 def build(device: harness.Device, shape: Shape, n: int, batch: int, copies: int) -> list[AsymmetricIndex]:
@@ -150,14 +151,15 @@ def compare_selections(
     """The rows of ``got`` against those that plain torch selects on the same device; near the cut they may differ."""
     assert index.query_router is not None
     backend = get_backend(queries.device, "torch")
-    x, _ = index._queries(queries)
-    shares, miss = index._given(params)
-    prepared = backend.prepare_router(index.query_router.weights)
-    rotation = index._query_rotation(x.shape[3])
-    want = select(backend, index.invlists, index.query_router, prepared, x, rotation, params, shares, miss)
+    x, _ = index._arguments.queries(queries, index.invlists)
+    session = SearchSession(backend, index.invlists)
+    routing = session.routing_of(index._trained, backend.prepare_router(index.query_router.weights), x.shape[3])
+    want = session.select(x, index._terms(params), routing)
+    got_rows, want_rows = got.rows, want.rows
+    assert want_rows is not None
     for i in range(len(index.lengths)):
         for head in range(index.num_kv_heads):
-            mine, other = (x.rows[i, head][x.rows[i, head] >= 0] for x in (got, want))
+            mine, other = (rows[i, head][rows[i, head] >= 0] for rows in (got_rows, want_rows))
             if bool((mine.diff() <= 0).any()):
                 report.wrong.append(f"{what}: sequence {i} head {head}: rows are not ascending")
             both = int(torch.isin(mine, other).sum())
@@ -236,10 +238,9 @@ def use_knobs(indexes: list[AsymmetricIndex], text: str) -> None:
     for index in indexes:
         index._backend.knobs.clear()  # type: ignore[attr-defined]
         index._backend.knobs.update(harness.parse_knobs(text))  # type: ignore[attr-defined]
-        state = index.invlists.decode
-        if state is not None:
-            state.resident._selecting.clear()
-            state.resident._scanning.clear()
+        session: Any = index._session_of(index.invlists).backend_session
+        session._selecting.clear()
+        session._scanning.clear()
 
 
 def measure(
@@ -400,9 +401,9 @@ def main() -> int:
         spent = time.perf_counter() - began
         print(f"{n} tokens x {batch}: {len(report.figures)} figures, {spent:.0f} s", file=sys.stderr, flush=True)
     compare(figures, read, shape)
-    found = {"environment": harness.environment(device), "read_bytes_per_s": read, "skipped": skipped, "figures": figures}
-    found |= {"kernels_us": whole.kernels, "wrong": whole.wrong, "knobs": options.knobs}
-    harness.save(options.out, "gpu_step", found, table(figures, whole, read))
+    results = {"environment": harness.environment(device), "read_bytes_per_s": read, "skipped": skipped, "figures": figures}
+    results |= {"kernels_us": whole.kernels, "wrong": whole.wrong, "knobs": options.knobs}
+    harness.save(options.out, "gpu_step", results, table(figures, whole, read))
     return 0 if figures and not whole.wrong else 1
 
 

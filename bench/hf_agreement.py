@@ -21,8 +21,9 @@ import torch
 import saap_index as saap
 from harness import THREADS, save
 from saap_index.hf import attach, detached
-from saap_index.hf.support import cache_argument
-from saap_index.pipeline.texts import read_texts, take
+from saap_index.hf.cache import adopt, plan_of
+from saap_index.hf.support import cache_argument, decoder_of
+from saap_index.pipeline.texts import pack_sequences, read_texts
 from saap_index.routers import model_shape
 from saap_lab.smollm2 import model as demo_model
 from saap_lab.smollm2 import texts
@@ -51,8 +52,10 @@ def compare(model: Any, ids: torch.Tensor, forced: int, params: dict[str, saap.S
         model(document, **{name: cache}, logits_to_keep=1)
         dense = model(text, **{name: cache}).logits[0].log_softmax(-1)
         cache.crop(-forced)
-    cache = saap.hf.cache.adopt(cache, saap.hf.cache.plan_of(model))
-    found = {}
+    plan = plan_of(model)
+    assert plan is not None
+    cache = adopt(cache, plan, decoder_of(model))
+    results = {}
     for name, search in params.items():
         cache.set_search(search)
         same, divergence, read = 0, 0.0, []
@@ -61,9 +64,9 @@ def compare(model: Any, ids: torch.Tensor, forced: int, params: dict[str, saap.S
             same += int(logits.argmax() == dense[i].argmax())
             divergence += float((dense[i].exp() * (dense[i] - logits)).sum())
             read.append(cache.tokens_read())
-        found[name] = {"agreement": same / forced, "kl": divergence / forced, "read": statistics.mean(read)}
+        results[name] = {"agreement": same / forced, "kl": divergence / forced, "read": statistics.mean(read)}
         cache.crop(-forced)
-    return found
+    return results
 
 
 def spread(values: list[float]) -> float:
@@ -85,16 +88,16 @@ def main() -> None:
     model = model.to(getattr(torch, args.dtype))
     attach(model, saap.from_pretrained(args.routers) if args.routers else symmetric_routers(model.config))
     documents = read_texts(args.text) if args.text else texts.unseen_texts()
-    sequences = take(documents, partial(demo_model.encode, tokenizer), args.prompts, args.tokens)
+    sequences = pack_sequences(documents, partial(demo_model.encode, tokenizer), args.prompts, args.tokens)
     params = {f"{share:.0%}": saap.SearchParametersIVF(selectivity=share) for share in args.selectivity}
     kind = "trained routers" if args.routers else "plain IVF"
     print(f"SmolLM2-135M, {args.dtype}, {args.tokens} tokens, {args.forced} forced, {kind}, {THREADS} threads")
     rows: list[dict[str, Any]] = []
     for name, tokens in sequences:
         began = time.perf_counter()
-        found = compare(model, torch.tensor([list(tokens)]), args.forced, params)
-        rows.append({"prompt": name, **found})
-        cells = "   ".join(f"{share} {x['agreement']:6.1%} KL {x['kl']:.4f}" for share, x in found.items())
+        results = compare(model, torch.tensor([list(tokens)]), args.forced, params)
+        rows.append({"prompt": name, **results})
+        cells = "   ".join(f"{share} {x['agreement']:6.1%} KL {x['kl']:.4f}" for share, x in results.items())
         print(f"  {cells}   {time.perf_counter() - began:4.0f} s   {name[:60]}", flush=True)
     for share in params:
         same, kl, read = ([row[share][what] for row in rows] for what in ("agreement", "kl", "read"))

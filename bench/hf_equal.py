@@ -35,9 +35,9 @@ def margin(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[float, fl
     with torch.no_grad():
         cache = saap.SaapCache(model)
         model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], **{CACHE: cache})
-        found = model(ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], **{CACHE: cache}).logits[0, -1]
+        sparse = model(ids[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], **{CACHE: cache}).logits[0, -1]
     best = dense.topk(2).values
-    return float(best[0] - best[1]), float((dense - found).abs().max())
+    return float(best[0] - best[1]), float((dense - sparse).abs().max())
 
 
 def read(path: Path | None, new: int) -> dict[str, Any]:

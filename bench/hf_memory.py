@@ -34,7 +34,8 @@ KINDS = ("batch", "beams", "looked-up candidates", "padded batch", "chat")
 def make_model(layers: int) -> Any:
     config = LlamaConfig(
         vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=16384, rope_theta=1e5, eos_token_id=None, pad_token_id=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, num_key_value_heads=3, max_position_embeddings=16384,
+        eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
@@ -56,10 +57,10 @@ def generation(model: Any, kind: str, rng: np.random.Generator, most: int) -> in
     cache = saap.SaapCache(model)
     name = cache_argument(model)
     model.generate(ids, attention_mask=mask, **{name: cache}, **options)
-    asked = copy.deepcopy(cache)
-    asked.crop(-int(rng.integers(1, 200)))
+    reused = copy.deepcopy(cache)
+    reused.crop(-int(rng.integers(1, 200)))
     ids = torch.cat([ids, ids[:, :64]], 1)
-    model.generate(ids, attention_mask=torch.ones_like(ids), **{name: asked}, **options)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **{name: reused}, **options)
     cache.crop(-cache.get_seq_length())
     return n + 64
 

@@ -11,16 +11,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads would take the cores measured here
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saap_index import _cpu
 from saap_index.backends.cpu import CpuBackend
 from saap_index.backends.plain_torch import TorchBackend
-from saap_index.backends.types import Budget, Rotation, Search
+from saap_index.backends.types import Arena, Budget, Placement, Plan, Rotation, Routing
 from saap_index.backends.weights import RouterWeights
 
 
@@ -106,7 +108,8 @@ def median_us(calls: list[Callable[[], object]], seconds: float) -> tuple[float,
     """Median and least time of one call; the calls take turns, so that none finds what it reads in a cache."""
     for call in calls[:3]:
         call()
-    times, end = [], time.perf_counter() + seconds
+    times: list[float] = []
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 10:
         for call in calls:
             begin = time.perf_counter()
@@ -165,8 +168,8 @@ def run(shape: Shape, seconds: float) -> None:
     budget = Budget(torch.full((1, h), case.budget, dtype=torch.int32))
 
     def probe(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        found = CPU.probe(z, a, case.knots, case.tables, [case.segments], budget, True)
-        return found.rows, found.counts
+        probed = CPU.probe(z, a, case.knots, case.tables, [case.segments], budget, True)
+        return probed.rows, probed.counts
 
     rows, counts = probe(*got)
     other = TORCH.probe(*got, case.knots, case.tables, [case.segments], budget, True).rows
@@ -179,31 +182,35 @@ def run(shape: Shape, seconds: float) -> None:
     selections = [probe(*CPU.route(router, x, case.rotation)) for x in case.queries]
     read = h * (case.budget + shape.sinks + n - sealed) * row_bytes
     runs = float((rows[0, :, 1:] != rows[0, :, :-1] + 1).sum() + h)
-    us = median_us([lambda x=x, s=s: scan(x, *s, False) for x, s in zip(case.queries, selections, strict=True)], seconds)
+    us = median_us([partial(scan, x, *s, False) for x, s in zip(case.queries, selections, strict=True)], seconds)
     report.line(f"scan, {shape.selectivity:.0%} of the rows", us, read, f"runs of {float(counts.sum()) / runs:.0f} rows")
     weight_bytes = 4 * h * (shape.units * d + (shape.nlist + shape.knots + 1) * (shape.units + d))
-    route_us = median_us([lambda x=x: CPU.route(router, x, case.rotation) for x in case.queries], seconds)
+    route_us = median_us([partial(CPU.route, router, x, case.rotation) for x in case.queries], seconds)
     report.line("route", route_us, weight_bytes)
     scores = [CPU.route(router, x, case.rotation) for x in case.queries]
-    probe_us = median_us([lambda s=s: probe(*s) for s in scores], seconds)
+    probe_us = median_us([partial(probe, *s) for s in scores], seconds)
     report.line("probe", probe_us, 4 * case.tables.numel())
     print(f"  route + probe: {(route_us[0] + probe_us[0]) / us[0]:.0%} of the sparse scan")
 
     def step(x: Tensor) -> tuple[Tensor, Tensor]:
         return scan(x, *probe(*CPU.route(router, x, case.rotation)), False)
 
-    report.line("route + probe + scan", median_us([lambda x=x: step(x) for x in case.queries], seconds), read + weight_bytes)
+    report.line("route + probe + scan", median_us([partial(step, x) for x in case.queries], seconds), read + weight_bytes)
     # centres whose distance from the next position is that of the knots, the first of which is an octave away
     centres = (n - 1 - torch.exp2(case.knots.double() + 1)).contiguous()
-    no_means = torch.empty((1, h, 0, shape.nlist, d))
-    where = case.tables, [case.segments], budget, case.keys, case.values, no_means, no_means
-    whole = CPU.prepare_search(Search(router, 1, True, centres, *where, [shape.sinks], [sealed], d**-0.5))
+    no_means, no_ids = torch.empty((1, h, 0, shape.nlist, d)), torch.empty((1, h, 0), dtype=torch.int32)
+    arena = Arena(case.keys, case.values, no_ids, case.tables, no_means, no_means, None)
+    meta = np.array([[n, shape.sinks, sealed, case.segments, n, 0, 0]], np.int32)
+    session, plan = CPU.session(1, h, d, d, shape.nlist, case.keys.dtype), Plan(())
+    session.publish(Placement(arena, meta, centres.numpy()), ())
+    session.plan(plan, budget)
+    routing = Routing(router, 1, True, case.rotation)
 
     def search(x: Tensor) -> Tensor:
-        return whole(x, case.rotation, [n], [n])[0]
+        return session.run(x, routing, plan, d**-0.5)[0]
 
     assert all(worst(search(x), step(x)[0]) < 2e-3 for x in case.queries[:3])
-    report.line("the same in one call", median_us([lambda x=x: search(x) for x in case.queries], seconds), read + weight_bytes)
+    report.line("the same in one call", median_us([partial(search, x) for x in case.queries], seconds), read + weight_bytes)
 
     token = torch.randn((1, h, 1, d)).to(torch.bfloat16)
     append_us = median_us([lambda: CPU.append(token, token, case.keys, case.values, [n - 1], [1])] * 100, seconds / 4)
@@ -240,7 +247,7 @@ def run(shape: Shape, seconds: float) -> None:
     CPU.seal(case.keys[0], case.values[0], ids, 0, list_nos, table)
     assert torch.equal(before, case.keys[0, :, :prompt])
     shuffles = [torch.randint(0, shape.nlist, (h, prompt), dtype=torch.int32) for _ in range(4)]
-    seal_us = median_us([lambda s=s: CPU.seal(case.keys[0], case.values[0], ids, 0, s, table) for s in shuffles], seconds)
+    seal_us = median_us([partial(CPU.seal, case.keys[0], case.values[0], ids, 0, s, table) for s in shuffles], seconds)
     report.line(f"seal, {prompt} tokens", seal_us, 2 * h * prompt * (row_bytes + 4), "read and written once")
     few = shuffles[0][:, :256].contiguous()
     small_us = median_us([lambda: CPU.seal(case.keys[0], case.values[0], ids, 0, few, table)] * 10, seconds / 4)

@@ -40,9 +40,9 @@ TRAINING = 16384
 def methods(share: float, index: AsymmetricIndex, layer: Layer, sample: Tensor) -> dict[str, Method]:
     loki = Loki(share, 16)
     loki.calibrate(layer, [sample], [sample], [])
-    found: list[Method] = [Saap("saap", {layer.number: index}, share), Dense(), TopK(share), loki, Corm(128, share)]
-    found += [Selected(name, share) for name in ("topk_group", "ivf", "quest", "recent", "random")]
-    return {method.name: method for method in found}
+    methods: list[Method] = [Saap("saap", {layer.number: index}, share), Dense(), TopK(share), loki, Corm(128, share)]
+    methods += [Selected(name, share) for name in ("topk_group", "ivf", "quest", "recent", "random")]
+    return {method.name: method for method in methods}
 
 
 def check(name: str, method: Method, layer: Layer, keys: Tensor, values: Tensor, query: Tensor) -> None:

@@ -25,8 +25,9 @@ import torch
 
 from saap_index import Layout, Rope, TwoTower
 from saap_index.pipeline.measure import SHARES, Measured, measure
+from saap_index.routing.trained import TrainedLayer
 from saap_index.training.config import TrainingConfig
-from saap_index.training.layer import Trained, TrainingSequence, train_layer
+from saap_index.training.layer import TrainingSequence, train_layer
 from saap_lab.smollm2 import capture
 from saap_lab.smollm2.capture import Capture
 
@@ -39,7 +40,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def train(router: str, partition: str, sequences: list[TrainingSequence], nlist: int) -> Trained:
+def train(router: str, partition: str, sequences: list[TrainingSequence], nlist: int) -> TrainedLayer:
     rope = None if partition == "post-rope" else ROPE
     given = [(keys, None, None) for keys, _, _ in sequences] if router == "kmeans" else sequences
     found = train_layer(given, nlist, rope, LAYOUT, SCALE, TrainingConfig.named(router))
@@ -48,7 +49,7 @@ def train(router: str, partition: str, sequences: list[TrainingSequence], nlist:
     return replace(found, tower=TwoTower.symmetric(3, 64)) if found.tower is None else found
 
 
-def score(trained: Trained, partition: str, unseen: list[Capture], layer: int, nlist: int) -> list[Measured]:
+def score(trained: TrainedLayer, partition: str, unseen: list[Capture], layer: int, nlist: int) -> list[Measured]:
     rope, found = None if partition == "post-rope" else ROPE, []
     for sequence in unseen:
         row, positions = sequence.layers[layer], sequence.positions.numpy()

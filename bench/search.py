@@ -10,6 +10,7 @@ tokens, and once the same share of tokens by the router of an index (`selectivit
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,10 +34,9 @@ def main() -> None:
     args = parser.parse_args()
 
     generator = torch.Generator("cpu").manual_seed(0)
-    kind = {"dtype": torch.float32, "device": "cpu"}
-    centres = torch.randn((args.nlist, args.dim), generator=generator, **kind)
+    centres = torch.randn((args.nlist, args.dim), generator=generator, dtype=torch.float32, device="cpu")
     which = torch.randint(args.nlist, (args.tokens,), generator=generator, dtype=torch.int64, device="cpu")
-    keys = centres[which] + 0.7 * torch.randn((args.tokens, args.dim), generator=generator, **kind)
+    keys = centres[which] + 0.7 * torch.randn((args.tokens, args.dim), generator=generator, dtype=torch.float32, device="cpu")
     faiss.omp_set_num_threads(harness.THREADS)
     source = faiss.IndexIVFFlat(faiss.IndexFlatIP(args.dim), args.dim, args.nlist, faiss.METRIC_INNER_PRODUCT)
     source.train(keys[:16384].numpy())
@@ -50,15 +50,15 @@ def main() -> None:
     print(f"{args.tokens} keys, d = {args.dim}, {args.nprobe} of {args.nlist} lists, k = {args.k}, {harness.THREADS} threads")
     for q in args.queries:
         queries = centres[torch.arange(q, dtype=torch.int64, device="cpu") % args.nlist]
-        queries = queries + 0.7 * torch.randn((q, args.dim), generator=generator, **kind)
+        queries = queries + 0.7 * torch.randn((q, args.dim), generator=generator, dtype=torch.float32, device="cpu")
         theirs, ours = source.search(queries.numpy(), args.k)[1], index.search(queries, args.k, params=whole)[1]
         same = float((torch.from_numpy(theirs) == ours).float().mean())
         assert same > 0.99, f"the same tokens in {same:.1%} of places"
         times = harness.race(
             {
-                "FAISS, nprobe": lambda x=queries: source.search(x.numpy(), args.k),
-                "index, nprobe": lambda x=queries: index.search(x, args.k, params=whole),
-                "index, selectivity": lambda x=queries: index.search(x, args.k, params=share),
+                "FAISS, nprobe": partial(source.search, queries.numpy(), args.k),
+                "index, nprobe": partial(index.search, queries, args.k, params=whole),
+                "index, selectivity": partial(index.search, queries, args.k, params=share),
             },
             args.seconds,
         )

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,8 +45,9 @@ def build(shape: str, n: int, nlist: int, dtype: torch.dtype, copies: int) -> li
         (kv_heads, nlist + KNOTS, d),
         (kv_heads, nlist + KNOTS),
     )
-    weights = [(torch.randn(s, generator=g) * 0.2).bfloat16().float() for s in sizes]  # as training leaves them
-    index.query_router = QueryRouter(RouterWeights(*weights, nlist), first_knot=7)
+    weights = ((torch.randn(s, generator=g) * 0.2).bfloat16().float() for s in sizes)  # as training leaves them
+    hidden, bias_hidden, out, skip, bias_out = weights
+    index.query_router = QueryRouter(RouterWeights(hidden, bias_hidden, out, skip, bias_out, nlist), first_knot=7)
     found = []
     for _ in range(copies):
         new = index.fork()
@@ -109,22 +112,30 @@ def main() -> int:
         lists = next(turn).invlists
         return harness.bare_read(lists.keys) + harness.bare_read(lists.values)
 
-    candidates = {
+    def attend(params: SearchParametersIVF) -> torch.Tensor:
+        out: torch.Tensor = next(turn).search_attend(next(fresh), params=params)
+        return out
+
+    def select(params: SearchParametersIVF) -> object:
+        return next(turn).select(queries, params=params)
+
+    candidates: dict[str, Callable[[], object]] = {
         READ: bare_read,
         "torch SDPA, enable_gqa": lambda: functional.scaled_dot_product_attention(queries, *dense_keys(), enable_gqa=True),
         "torch SDPA, group folded into rows": lambda: functional.scaled_dot_product_attention(folded, *dense_keys()),
         "torch matmul, softmax, matmul": matmul,
         "ours, dense": lambda: next(turn).search_attend(queries, params=SearchParametersIVF(selectivity=1.0)),
     }
-    plain = functional.scaled_dot_product_attention(folded.float(), *(x.float() for x in dense_keys())).view(1, heads, 1, d)
+    k, v = (x.float() for x in dense_keys())
+    plain = functional.scaled_dot_product_attention(folded.float(), k, v).view(1, heads, 1, d)
     ours = indexes[0].search_attend(queries, params=SearchParametersIVF(selectivity=1.0))
     if copies == 1 and (ours.float() - plain).abs().max() > 8 * torch.finfo(dtype).eps:
         raise SystemExit("our dense pass differs from SDPA")
     for share in options.selectivity:
         params = SearchParametersIVF(selectivity=share)
-        candidates[f"ours, selectivity {share:.0%}"] = lambda params=params: next(turn).search_attend(next(fresh), params=params)
+        candidates[f"ours, selectivity {share:.0%}"] = partial(attend, params)
         # what `search_attend` does first, but by calls of its own: what it takes inside is less
-        candidates[f"  select() by itself, {share:.0%}"] = lambda params=params: next(turn).select(queries, params=params)
+        candidates[f"  select() by itself, {share:.0%}"] = partial(select, params)
     times = harness.race(candidates, options.seconds)
     bandwidth = bare_read() / times[READ]
     best_torch = min(t for name, t in times.items() if name.startswith("torch"))

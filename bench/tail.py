@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from saap_index import AsymmetricIndex, KeyQuantizer, Rope, Routers, SearchParametersIVF, TwoTower, load_routers
 from saap_index.hf import models, support
-from saap_index.pipeline.texts import read_texts, take
+from saap_index.pipeline.texts import pack_sequences, read_texts
 from saap_lab.replace import Prompt, read_prompt
 
 TAILS, RUNS, SHARES = (0.0, 0.1, 0.2, 0.35, 0.5), (2, 4, 8, 16, 32), (0.02, 0.05)
@@ -81,7 +81,7 @@ def main() -> int:
     whole = support.global_layers(support.decoder_of(loaded.model)) if routers is None else sorted(routers.layers)
     layers = whole if options.layers is None else [int(x) for x in options.layers.split(",")]
     positions = torch.cat([torch.linspace(n - SPAN, n - 1, QUERIES).long() for n in lengths])
-    sequences = take(read_texts(options.text), partial(models.encode, loaded.tokenizer), options.texts, lengths[-1])
+    sequences = pack_sequences(read_texts(options.text), partial(models.encode, loaded.tokenizer), options.texts, lengths[-1])
     found: dict[tuple[int, int, Case], list[float]] = {}
     for name, tokens in sequences:
         print(f"reading {name[:60]}", file=sys.stderr, flush=True)
@@ -115,8 +115,10 @@ def _layer(
         index = routers.index(number, mean_run_tokens=run)
     else:
         rope = Rope.from_config(config, layer=number)
-        options = {"d_v": layer.e, "rope": rope, "scale": layer.scale, "mean_run_tokens": run}
-        index = AsymmetricIndex(layer.d, LISTS, layer.heads * layer.group, layer.heads, **options)
+        index = AsymmetricIndex(
+            layer.d, LISTS, layer.heads * layer.group, layer.heads,
+            d_v=layer.e, rope=rope, scale=layer.scale, mean_run_tokens=run,
+        )  # fmt: skip
         index.key_quantizer = KeyQuantizer(torch.zeros(layer.heads, LISTS, layer.d))  # the context makes others
         index.tower = TwoTower.symmetric(layer.heads, layer.d)
     return errors(index, prompt.keys[at], prompt.values[at], prompt.queries[at][:, :, some], prompt.positions[some], cases)

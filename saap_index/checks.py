@@ -33,12 +33,12 @@ def named_device(value: torch.device | str) -> torch.device:
 def device(value: torch.device | str) -> torch.device:
     """``value`` as a torch device, with the number of the current one if it has none ("cuda" alone would accept tensors of any).
     DeviceError for one that torch does not know, or that is not there."""
-    found = named_device(value)
+    device = named_device(value)
     try:
-        there = torch.empty(1, dtype=torch.uint8, device=found).device
+        there = torch.empty(1, dtype=torch.uint8, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:  # each kind of device in its own words
-        raise DeviceError(f"device: expected one that is there, got {str(found)!r}: {str(error).splitlines()[0]}") from error
-    return there if found.index is None else found
+        raise DeviceError(f"device: expected one that is there, got {str(device)!r}: {str(error).splitlines()[0]}") from error
+    return there if device.index is None else device
 
 
 def tensor(value: Any, name: str) -> Tensor:
@@ -90,18 +90,42 @@ def counts(lengths: Any, batch: int, most: int, name: str = "lengths") -> list[i
     if lengths is None:
         return [most] * batch
     if isinstance(lengths, int | np.integer) and not isinstance(lengths, bool):
-        found = [int(lengths)] * batch
+        numbers = [int(lengths)] * batch
     else:
         try:
-            found = [operator.index(n) for n in lengths]
+            numbers = [operator.index(n) for n in lengths]
         except (TypeError, ValueError) as error:
             raise ShapeError(f"{name}: expected an integer or {batch} integers, got {lengths!r}") from error
-    if len(found) != batch:
-        raise ShapeError(f"{name}: expected one integer per sequence ({batch}), got {len(found)}")
-    for n in found:
+    if len(numbers) != batch:
+        raise ShapeError(f"{name}: expected one integer per sequence ({batch}), got {len(numbers)}")
+    for n in numbers:
         if not 0 <= n <= most:
             raise LengthError(f"{name}: expected integers in [0, {most}], got {n}")
-    return found
+    return numbers
+
+
+def kept(n: Any, lengths: Sequence[int] | None) -> list[int]:
+    """How many tokens to keep of sequences of these lengths, from an int or one each; None: of a batch of any size, all empty.
+
+    LengthError beyond the end, ShapeError for another number of sequences.
+    """
+    if lengths is None:
+        return counts(n, 1 if isinstance(n, int | np.integer) else len(n), 0, "n")
+    numbers = counts(n, len(lengths), 2**31 - 1, "n")
+    for i, (count, length) in enumerate(zip(numbers, lengths, strict=True)):
+        if count > length:
+            raise LengthError(f"n: expected at most the {length} tokens of sequence {i}, got {count}")
+    return numbers
+
+
+def sequences(numbers: Any, batch: int, complete: bool = False) -> list[int]:
+    """Checked numbers of sequences of a batch, as many as there are if ``complete``; ParameterError or ShapeError otherwise."""
+    chosen = list(numbers)
+    if complete and len(chosen) != batch:
+        raise ShapeError(f"sequences: expected one per sequence ({batch}), got {len(chosen)}")
+    if not chosen:
+        raise ParameterError("sequences: expected at least one, got none")
+    return [integer(s, "sequences", 0, batch - 1) for s in chosen]
 
 
 def list_numbers(x: Tensor, name: str, nlist: int, least: int = 0) -> None:
@@ -117,17 +141,17 @@ def positions(positions: Any, b: int, q: int, n: int) -> np.ndarray:
     if positions is None:
         positions = np.arange(n - q, n)
     listed = isinstance(positions, list | tuple | range)
-    found = tensor(np.asarray(positions) if listed else positions, "positions").cpu().numpy()
-    if found.size and found.dtype.kind not in "iu":
-        raise DTypeError(f"positions: expected integers, got {found.dtype}")
-    if found.shape not in ((q,), (b, q)):
-        raise ShapeError(f"positions: expected shape ({b}, {q}) or ({q},), got {found.shape}")
-    if found.size and (found.min() < 0 or found.max() >= n):
-        raise LengthError(f"positions: expected integers in [0, {n}), got {found.min()} to {found.max()}")
-    return np.broadcast_to(found, (b, q)).astype(np.int64)
+    places = tensor(np.asarray(positions) if listed else positions, "positions").cpu().numpy()
+    if places.size and places.dtype.kind not in "iu":
+        raise DTypeError(f"positions: expected integers, got {places.dtype}")
+    if places.shape not in ((q,), (b, q)):
+        raise ShapeError(f"positions: expected shape ({b}, {q}) or ({q},), got {places.shape}")
+    if places.size and (places.min() < 0 or places.max() >= n):
+        raise LengthError(f"positions: expected integers in [0, {n}), got {places.min()} to {places.max()}")
+    return np.broadcast_to(places, (b, q)).astype(np.int64)
 
 
-def ids(ids: Any, name: str) -> np.ndarray:
+def token_ids(ids: Any, name: str) -> np.ndarray:
     """Checked token ids, int64 (n,)."""
     x = tensor(np.asarray(ids) if isinstance(ids, list | tuple | range) else ids, name).cpu().numpy()
     if x.size and x.dtype.kind not in "iu":
@@ -135,6 +159,15 @@ def ids(ids: Any, name: str) -> np.ndarray:
     if x.ndim != 1:
         raise ShapeError(f"{name}: expected shape (n,), got {x.shape}")
     return x.astype(np.int64)
+
+
+def ids_per_sequence(ids: Any, batch: int) -> list[np.ndarray]:
+    """Checked token ids of every sequence, int64 (n,), from one array for all or one each; ShapeError for another number."""
+    nested = isinstance(ids, list | tuple) and len(ids) > 0 and not isinstance(ids[0], int | np.integer)
+    arrays = list(ids) if nested else [ids] * batch
+    if len(arrays) != batch:
+        raise ShapeError(f"ids: expected one array per sequence ({batch}), got {len(arrays)}")
+    return [token_ids(x, f"ids[{i}]" if nested else "ids") for i, x in enumerate(arrays)]
 
 
 def shares(value: Any, name: str, heads: int) -> np.ndarray:

@@ -38,7 +38,7 @@ def commands() -> dict[str, tuple[str, str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 for an error that has a name, 2 for wrong usage, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    asked = arguments[0] if arguments else ""
+    command = arguments[0] if arguments else ""
     parser = argparse.ArgumentParser(prog="saap", description="A KV cache that is a vector-search index.")
     parser.add_argument("--version", action="version", version=f"saap_index {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = subparsers.add_parser(
                 name, help=description, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
             )
-            if name == asked:
+            if name == command:
                 module = importlib.import_module(path)
                 options.description = module.__doc__ or description
                 module.add_arguments(options)
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = run(parsed)
         return status
     except (SaapError, OSError) as error:
-        print(f"saap {asked}: error: {error}", file=sys.stderr)
+        print(f"saap {command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nsaap {asked}: interrupted", file=sys.stderr)
+        print(f"\nsaap {command}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -216,7 +216,7 @@ def _target(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def _draft(target: Path) -> Iterator[tuple[Path, int]]:
-    """A draft beside ``target``, locked, and the mode of a new file; nothing is left of it. Old drafts there are taken away."""
+    """A draft beside ``target``, locked, and the mode of a new file; nothing is left of it. Old drafts there are removed."""
     folder = target.parent
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "expected a folder to write to, got none", str(folder))

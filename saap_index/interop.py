@@ -7,21 +7,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from .errors import CompatibilityError, MissingDependencyError, NotTrainedError, ParameterError, ShapeError
-from .routing.quantizer import KeyQuantizer
+from . import checks
+from .errors import CompatibilityError, NotTrainedError, ParameterError, ShapeError
+from .routing.quantizer import KeyQuantizer, require_faiss
 from .routing.router import QueryRouter
 
 Index = TypeVar("Index")
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise MissingDependencyError(
-            "to_faiss and from_faiss need FAISS: pip install faiss-cpu"
-        ) from error
-    return faiss
 
 
 def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndarray]:
@@ -31,7 +22,9 @@ def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndar
     float32 (next position, e) by id, zero where a token was removed. The coarse quantizer holds our centroids: where a RoPE is
     undone for routing, search it with `faiss.contrib.ivf_tools.search_preassigned`.
     """
-    faiss = _faiss()
+    checks.integer(sequence, "sequence", 0, max(0, len(index.lengths) - 1))
+    checks.integer(head, "head", 0, index.num_kv_heads - 1)
+    faiss = require_faiss("to_faiss and from_faiss")
     if index.key_quantizer is None:
         raise NotTrainedError("to_faiss: expected an index with a key_quantizer, got one without")
     lists = index.invlists
@@ -46,27 +39,27 @@ def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndar
         if stop > start:
             fresh = index._assign_rows(sequence, start, stop)[head].cpu().numpy()
             if lists.pending is not None and start == sealed:
-                given = lists.pending[sequence, head, start:stop].cpu().numpy()
-                fresh = np.where(given < 0, fresh, given)
+                pending = lists.pending[sequence, head, start:stop].cpu().numpy()
+                fresh = np.where(pending < 0, fresh, pending)
             nos[start:stop] = fresh
     quantizer = faiss.IndexFlatIP(index.d)
     quantizer.add(index.key_quantizer.centroids[head].cpu().numpy())
-    found = faiss.IndexIVFFlat(quantizer, index.d, index.nlist, faiss.METRIC_INNER_PRODUCT)
+    target = faiss.IndexIVFFlat(quantizer, index.d, index.nlist, faiss.METRIC_INNER_PRODUCT)
     quantizer.this.disown()  # the index owns it now
-    found.own_fields = True
-    found.is_trained = True
+    target.own_fields = True
+    target.is_trained = True
     from faiss.contrib.ivf_tools import add_preassigned
 
     keys = lists.keys[sequence, head, :n].float().cpu().numpy()
-    add_preassigned(found, np.ascontiguousarray(keys), nos, ids)
+    add_preassigned(target, np.ascontiguousarray(keys), nos, ids)
     values = np.zeros((lists.next_position(sequence), index.d_v), np.float32)
     values[ids] = lists.values[sequence, head, :n].float().cpu().numpy()
-    return found, values
+    return target, values
 
 
 def from_faiss(cls: type[Index], faiss_index: Any, values: np.ndarray, options: dict[str, Any]) -> Index:
     """An index of one head with the lists of a FAISS `IndexIVFFlat`, routed symmetrically; see `AsymmetricIndex.from_faiss`."""
-    faiss = _faiss()
+    faiss = require_faiss("to_faiss and from_faiss")
     source = faiss.downcast_index(faiss_index)
     if not isinstance(source, faiss.IndexIVFFlat):
         raise CompatibilityError(f"faiss_index: expected an IndexIVFFlat, got {type(source).__name__}")
@@ -90,10 +83,10 @@ def from_faiss(cls: type[Index], faiss_index: Any, values: np.ndarray, options: 
     if not np.array_equal(ids[order], np.arange(n)):
         raise ParameterError(f"faiss_index: expected ids 0 to {n - 1}, each once, got others")
     made: Any = cls
-    found = made(d=source.d, nlist=source.nlist, d_v=values.shape[1], **options)
+    index = made(d=source.d, nlist=source.nlist, d_v=values.shape[1], **options)
     centroids = np.ascontiguousarray(source.quantizer.reconstruct_n(0, source.nlist), np.float32)[None]
-    found.key_quantizer = KeyQuantizer(torch.from_numpy(centroids))
-    found.query_router = QueryRouter.symmetric(torch.from_numpy(centroids))
-    k, v = (torch.from_numpy(x)[None, None].to(found.device, found.dtype) for x in (keys[order], values))
-    found.add_preassigned(k, v, torch.from_numpy(nos[order])[None, None].to(found.device))
-    return found
+    index.key_quantizer = KeyQuantizer(torch.from_numpy(centroids))
+    index.query_router = QueryRouter.symmetric(torch.from_numpy(centroids))
+    k, v = (torch.from_numpy(x)[None, None].to(index.device, index.dtype) for x in (keys[order], values))
+    index.add_preassigned(k, v, torch.from_numpy(nos[order])[None, None].to(index.device))
+    return index

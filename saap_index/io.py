@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,16 @@ from . import checks, files
 from .backends import NETWORK, RouterWeights
 from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
+from .invlists.arena import ROW_ARRAYS
 from .invlists.gaps import Gaps
+from .invlists.layout import Layout
 from .invlists.rotated import RotationLengths
+from .invlists.segmented import SegmentedInvertedLists
 from .routing.calibration import TARGETS, Calibration
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.router import QueryRouter
+from .routing.trained import TrainedLayer
 from .routing.two_tower import TwoTower
 
 FORMAT, VERSION = "saap_index", "1"
@@ -90,8 +96,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "tower": None,
         "calibrated": index.calibration is not None,
         "lengths": index.lengths,
-        "gaps": [] if lists is None else [len(x.starts) for x in lists.gaps],
-        "rotated": [] if lists is None else [len(r) for r in lists.rotated.runs],
+        **({"gaps": [], "rotated": []} if lists is None else stretches(lists)),
         "pending": lists is not None and lists.pending is not None,
     }  # fmt: skip
     tensors: dict[str, Tensor] = {}
@@ -111,22 +116,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if index.calibration is not None:
         tensors["calibration"] = index.calibration.miss
     if lists is not None:
-        rows, count = max(lists.lengths), max(map(len, lists.segments))
-        names = ("keys", "values", "ids") + (("pending",) if config["pending"] else ())
-        for name in names:
-            x = getattr(lists, name)[:, :, :rows].clone()
-            for i, n in enumerate(lists.lengths):
-                low, high = (lists.sinks(i), lists.sealed(i)) if name == "ids" else (0, n)
-                x[i, :, :low] = 0  # memory that no token owns is not written to disk
-                x[i, :, high:] = 0
-                if name == "pending":
-                    x[i, :, lists.sinks(i) : lists.sealed(i)] = -1  # the tables know
-            tensors[name] = x
-        tensors["tables"] = lists.tables[:, :, :count].clone()
-        for i, segments in enumerate(lists.segments):
-            tensors["tables"][i, :, len(segments) :] = 0
-        tensors["gaps"] = torch.from_numpy(np.concatenate([x.array() for x in lists.gaps]))
-        tensors["rotated"] = lists.rotated.tensor()
+        tensors |= pack_lists(lists)
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config
 
 
@@ -202,16 +192,16 @@ def _segments(config: dict[str, Any]) -> list[tuple[tuple[int, int], ...]]:
 
 def _load(file: Any, config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors, after their names and shapes were compared with the configuration."""
-    names, found = set(file.keys()), {}
+    names, shapes = set(file.keys()), {}
     for name, shape in ((n, tuple(file.get_slice(n).get_shape())) for n in names):
-        found[name] = shape
+        shapes[name] = shape
     lengths, form = config["lengths"], config["index"]
     # before any list is made to the measure of a length that the file only claims
-    if lengths and found.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), form["d"]):
-        raise FormatError(f"expected tokens as in the configuration, got keys of shape {found.get('keys')}")
+    if lengths and shapes.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), form["d"]):
+        raise FormatError(f"expected tokens as in the configuration, got keys of shape {shapes.get('keys')}")
     want = _expected(config)
-    if {n: s for n, (s, _) in want.items()} != found:
-        raise FormatError(f"expected tensors {sorted((n, s) for n, (s, _) in want.items())}, got {sorted(found.items())}")
+    if {n: s for n, (s, _) in want.items()} != shapes:
+        raise FormatError(f"expected tensors {sorted((n, s) for n, (s, _) in want.items())}, got {sorted(shapes.items())}")
     tensors = {name: file.get_tensor(name) for name in sorted(names)}
     for name, x in tensors.items():
         if x.dtype != want[name][1]:
@@ -231,20 +221,26 @@ def _empty_index(config: dict[str, Any], device: torch.device | str, backend: st
     return AsymmetricIndex(**config["index"], dtype=dtype, device=device, rope=rope, backend=backend)
 
 
+def _trained(index: AsymmetricIndex, config: dict[str, Any], tensors: dict[str, Tensor]) -> TrainedLayer:
+    """What ``index`` was trained to."""
+    quantizer = router = tower = None
+    if config["quantizer"]:
+        quantizer = KeyQuantizer(tensors["centroids"])
+    if config["router"] is not None:
+        weights = RouterWeights.of(tensors, index.nlist, "router.")
+        router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
+    if config.get("tower") is not None:
+        weights = RouterWeights.of(tensors, index.d, "tower.")
+        tower = TwoTower(weights, int(config["router"]["first_knot"]))
+    calibration = Calibration(tensors["calibration"]) if config.get("calibrated") else None
+    return replace(index.trained, key_quantizer=quantizer, query_router=router, tower=tower, calibration=calibration)
+
+
 def _restore(
     config: dict[str, Any], tensors: dict[str, Tensor], device: torch.device | str, backend: str | None
 ) -> AsymmetricIndex:
     index = _empty_index(config, device, backend)
-    if config["quantizer"]:
-        index.key_quantizer = KeyQuantizer(tensors["centroids"])
-    if config["router"] is not None:
-        weights = RouterWeights.of(tensors, index.nlist, "router.")
-        index.query_router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
-    if config.get("tower") is not None:
-        weights = RouterWeights.of(tensors, index.d, "tower.")
-        index.tower = TwoTower(weights, int(config["router"]["first_knot"]))
-    if config.get("calibrated"):
-        index.calibration = Calibration(tensors["calibration"])
+    index.load_trained(_trained(index, config, tensors))
     lengths = config["lengths"]
     if not lengths:
         return index
@@ -263,22 +259,53 @@ def _restore(
         lists.rotated = RotationLengths.of(tensors["rotated"], counts, lengths)
     elif index.rope is not None and index.rope.is_dynamic:
         raise FormatError("expected the lengths at which tokens were rotated, got a file of before they were kept")
-    for i, parts in enumerate(segments):
-        check_gaps(lists.gaps[i], lengths[i])
-        positions = torch.from_numpy(lists.positions(i, np.arange(lengths[i])))
-        check_tables(tensors["tables"][i, :, : len(parts)], parts)
-        check_ids(tensors["ids"][i], positions, parts)
-        if config["pending"]:
-            for low, high in ((0, lists.sinks(i)), (lists.sealed(i), lengths[i])):
-                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
-    lists._reserve_tables(tensors["tables"].shape[2], exact=True)
+    check_lists(lists.layout, lengths, lists.gaps, tensors)
+    lists.resize_tables(tensors["tables"].shape[2])
     if config["pending"]:
-        lists.pending = tensors["pending"].to(index.device)
+        lists.arena = replace(lists.arena, pending=tensors["pending"].to(index.device))
     for name in ("keys", "values", "ids", "tables"):
         getattr(lists, name).copy_(tensors[name])
     for i in range(lists.batch):
         lists.update_means(i)
     return index
+
+
+def stretches(lists: SegmentedInvertedLists) -> dict[str, list[int]]:
+    """How many gaps, and runs of tokens rotated at one length, each sequence has."""
+    return {"gaps": [len(x.starts) for x in lists.gaps], "rotated": [len(runs) for runs in lists.rotated.runs]}
+
+
+def pack_lists(lists: SegmentedInvertedLists, room: int = 0) -> dict[str, Tensor]:
+    """The tokens of a batch as arrays on the CPU, with ``room`` rows behind them. Memory that no token owns is zero."""
+    tensors = {"gaps": torch.from_numpy(np.concatenate([x.array() for x in lists.gaps])), "rotated": lists.rotated.tensor()}
+    sizes = {**dict.fromkeys(ROW_ARRAYS, max(lists.lengths) + room), "tables": max(map(len, lists.segments))}
+    for name, size in sizes.items():
+        source = getattr(lists, name)
+        if source is None:
+            continue
+        x = torch.zeros((*source.shape[:2], size, *source.shape[3:]), dtype=source.dtype, device="cpu")
+        for i, n in enumerate(lists.lengths):
+            low, high = {"ids": (lists.sinks(i), lists.sealed(i)), "tables": (0, len(lists.segments[i]))}.get(name, (0, n))
+            x[i, :, low:high] = source[i, :, low:high]
+            if name == "pending":
+                x[i, :, lists.sinks(i) : lists.sealed(i)] = -1  # the tables know
+        tensors[name] = x
+    return tensors
+
+
+def check_lists(
+    layout: Layout, lengths: Sequence[int], gaps: Sequence[Gaps], tensors: Mapping[str, Tensor], ids: bool = True
+) -> None:
+    """FormatError or ParameterError unless arrays as of `pack_lists` are those of sequences of these lengths; ``ids`` too."""
+    for i, (n, gap) in enumerate(zip(lengths, gaps, strict=True)):
+        parts, tables = layout.segments(n), tensors["tables"][i]
+        check_gaps(gap, n)
+        check_tables(tables[:, : len(parts)], parts)
+        for low, high in ((0, parts[0][0] if parts else 0), (parts[-1][1] if parts else 0, n)):
+            if "pending" in tensors:
+                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", tables.shape[2] - 1, -1)
+        if ids:
+            check_ids(tensors["ids"][i], torch.from_numpy(gap.positions(np.arange(n))).to(tables.device), parts)
 
 
 def check_tables(tables: Tensor, segments: tuple[tuple[int, int], ...]) -> None:

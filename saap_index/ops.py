@@ -4,7 +4,8 @@ An index is Python state and cannot be traced. What the compiler sees instead ar
 `saap_index::search_attend`, each with the number of an index and its token: a tensor of one element that `add` claims to change
 and `search_attend` to read, which is what keeps the calls on one index in order, and lets those on another pass.
 
-The methods of an index call these by themselves while they are traced; nothing here need be called by a user.
+The methods of an index call `trace_add` and `trace_search` by themselves while they are traced; nothing here need be called by
+a user.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _NUMBERS = itertools.count(1)
 _NAMES = ("nprobe", "selectivity", "max_codes", "window", "sinks", "target_mass", "tail")
 
 
-def register(index: Any) -> int:
-    """A number for ``index``, valid as long as it lives."""
+def register(index: Any) -> tuple[int, Tensor]:
+    """A number for ``index``, valid as long as it lives, and its token."""
     number = next(_NUMBERS)
     _INDEXES[number] = index
-    return number
+    return number, torch.zeros(1, dtype=torch.int32, device=index.device)
 
 
 def _index(number: int) -> Any:
@@ -49,9 +50,9 @@ def pack(params: SearchParametersIVF | None) -> list[float] | None:
 def _unpack(packed: Sequence[float] | None) -> SearchParametersIVF | None:
     if packed is None:
         return None
-    given: dict[str, Any] = {name: x for name, x in zip(_NAMES, packed, strict=True) if x >= 0}
+    values: dict[str, Any] = {name: x for name, x in zip(_NAMES, packed, strict=True) if x >= 0}
     whole = ("nprobe", "max_codes", "window", "sinks")
-    return SearchParametersIVF(**{name: int(x) if name in whole else x for name, x in given.items()})
+    return SearchParametersIVF(**{name: int(x) if name in whole else x for name, x in values.items()})
 
 
 @torch.library.custom_op("saap_index::add", mutates_args=("token",))
@@ -73,3 +74,18 @@ def search_attend(token: Tensor, queries: Tensor, number: int, d_v: int, params:
 @search_attend.register_fake
 def _(token: Tensor, queries: Tensor, number: int, d_v: int, params: list[float] | None) -> tuple[Tensor, Tensor]:
     return queries.new_empty((*queries.shape[:-1], d_v)), queries.new_empty(queries.shape[:-1], dtype=torch.float32)
+
+
+def trace_add(index: Any, keys: Any, values: Any, plain: bool, seal: bool) -> None:
+    """`AsymmetricIndex.add` as the compiler sees it; StateError unless its other arguments are ``plain``, their defaults."""
+    if not plain:
+        raise StateError("compile: expected add of keys and values alone, got coarse_keys or lengths")
+    add(index._token, keys, values, index._number, seal)
+
+
+def trace_search(index: Any, queries: Any, params: SearchParametersIVF | None, plain: bool, return_lse: bool) -> Any:
+    """`AsymmetricIndex.search_attend` as the compiler sees it; StateError unless its other arguments are ``plain``."""
+    if not plain:
+        raise StateError("compile: expected search_attend of queries alone, got coarse_queries")
+    out, lse = search_attend(index._token, queries, index._number, index.d_v, pack(params))
+    return (out, lse) if return_lse else out

@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,56 +30,13 @@ from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.rope_config import _head_dim, _read, _text_config
 from .routing.router import QueryRouter
+from .routing.trained import MAX_LISTS, TrainedLayer, unmade_lists
 from .routing.two_tower import TwoTower
 
 FORMAT, VERSION = "saap_index routers", 1
 CONFIG, ARRAYS = "config.json", "model.safetensors"
-MAX_LISTS = 1 << 16
-"""Of a KV head, where each prompt makes its own: beyond it lists are no help, and a number in a file no reason to allocate."""
-
-
-@dataclass(frozen=True)
-class LayerRouters:
-    """One attention layer.
-
-    rope : what the index undoes to route, None for lists of keys as they are; model_rope : what the layer rotates by; scale : of
-    the logits. tower : set if the lists are made anew for each prompt; the lists of key_quantizer and query_router then only say
-    how many, and are zero once written and read. budget_shares : float32 (h,), mean 1 over the model. losses : float32 (h, s),
-    see `budget_plan`, at the shares of ``config["budget"]["grid"]``. shared_lists : beside a tower, lists of the training texts,
-    for where no prompt can have its own: in an engine that shares pages between prompts. None of a folder without.
-    """
-
-    key_quantizer: KeyQuantizer
-    query_router: QueryRouter
-    rope: Rope | None
-    model_rope: Rope | None
-    scale: float
-    tower: TwoTower | None = None
-    calibration: Calibration | None = None
-    budget_shares: np.ndarray | None = None
-    losses: np.ndarray | None = None
-    shared_lists: KeyQuantizer | None = None
-
-    def shared(self) -> tuple[KeyQuantizer, QueryRouter] | None:
-        """Lists that are the same for every prompt, and the router for them; None if there are none."""
-        if self.tower is None:
-            return self.key_quantizer, self.query_router
-        return None if self.shared_lists is None else (self.shared_lists, self.tower.at(self.shared_lists.centroids))
-
-    def with_lists(self, nlist: int) -> LayerRouters:
-        """The same for another number of lists; ParameterError unless they are made anew for each prompt."""
-        checks.integer(nlist, "nlist", 1, MAX_LISTS)
-        if self.tower is None:
-            raise ParameterError(f"nlist: expected {self.key_quantizer.nlist}, as these lists were trained, got {nlist}")
-        quantizer, router = _unmade(self.tower, nlist)
-        return replace(self, key_quantizer=quantizer, query_router=router)
-
-    def to(self, device: torch.device | str) -> LayerRouters:
-        """The same on another device."""
-        tower = None if self.tower is None else self.tower.to(device)
-        shared = None if self.shared_lists is None else self.shared_lists.to(device)
-        quantizer, router = self.key_quantizer.to(device), self.query_router.to(device)
-        return replace(self, key_quantizer=quantizer, query_router=router, tower=tower, shared_lists=shared)
+LayerRouters = TrainedLayer
+"""One attention layer of `Routers`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +44,7 @@ class Routers:
     """config : plain data, as in config.json; layers : by number, those that are indexed."""
 
     config: Mapping[str, Any]
-    layers: Mapping[int, LayerRouters] = field(repr=False)
+    layers: Mapping[int, TrainedLayer] = field(repr=False)
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -112,22 +69,17 @@ class Routers:
         """
         if layer not in self.layers:
             raise ParameterError(f"layer: expected one of {sorted(self.layers)}, got {layer!r}")
-        found = self.layers[layer]
+        trained = self.layers[layer]
         if "nlist" in options:
-            found = found.with_lists(options.pop("nlist"))
-        kv_heads, nlist, d = found.key_quantizer.centroids.shape
+            trained = trained.with_lists(options.pop("nlist"))
+        kv_heads, nlist, d = trained.quantizer.centroids.shape
         heads = self.config["model"].get("num_attention_heads")
         if heads is None:
             raise CompatibilityError("routers: expected a model with num_attention_heads in their config, got none")
-        own: dict[str, Any] = {"rope": found.rope, "scale": found.scale, "budget_shares": found.budget_shares}
+        own: dict[str, Any] = {"rope": trained.rope, "scale": trained.scale, "budget_shares": trained.budget_shares}
         own |= {name: value for name, value in self.config.get("layout", {}).items() if name in ("sinks", "window")}
         index = AsymmetricIndex(d, nlist, heads, kv_heads, **{**own, **options})
-        index.key_quantizer = KeyQuantizer(found.key_quantizer.centroids.contiguous())
-        if found.tower is not None:
-            index.tower = found.tower  # makes the router for the lists there are
-        else:
-            index.query_router = found.query_router
-        index.calibration = found.calibration
+        index.load_trained(trained)
         return index
 
 
@@ -137,12 +89,12 @@ def model_shape(config: Any) -> dict[str, Any]:
     if _read(config, "per_layer_config" if isinstance(config, Mapping) else "is_heterogeneous"):
         raise CompatibilityError(f"config: expected layers of one shape, got a {_read(config, 'model_type')} model of several")
     names = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
-    found = {name: _read(config, name) for name in names}
-    found["num_key_value_heads"] = _read(config, "num_key_value_heads", found["num_attention_heads"])
-    missing = [name for name, value in found.items() if value is None]
+    shape = {name: _read(config, name) for name in names}
+    shape["num_key_value_heads"] = _read(config, "num_key_value_heads", shape["num_attention_heads"])
+    missing = [name for name, value in shape.items() if value is None]
     if missing:
-        raise CompatibilityError(f"config: expected {', '.join(missing)}, got none of a {found['model_type']} model")
-    return {**found, "head_dim": _head_dim(config)}
+        raise CompatibilityError(f"config: expected {', '.join(missing)}, got none of a {shape['model_type']} model")
+    return {**shape, "head_dim": _head_dim(config)}
 
 
 def save_routers(routers: Routers, path: str | os.PathLike[str]) -> None:
@@ -219,7 +171,7 @@ def _routers_of(config: Any, raw: bytes) -> Routers:
         prefix = f"layers.{number}."
         arrays = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
         layers[number] = unpack_layer(fact, arrays)
-        h, _, d = layers[number].key_quantizer.centroids.shape
+        h, _, d = layers[number].quantizer.centroids.shape
         if (h, d) != (heads, dim):
             raise FormatError(f"layer {number}: expected {heads} KV heads and {dim} dims, got {h} and {d}")
     if len(layers) != len(facts) or tensors:
@@ -232,7 +184,7 @@ def _checksum(raw: bytes) -> str:
     return hashlib.sha256(raw).hexdigest()[:32]
 
 
-def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def pack_layer(layer: TrainedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """One layer as plain data and as arrays on the CPU, in 16 bits where that loses nothing.
 
     Lists that are made anew for each prompt are none to be stored.
@@ -240,14 +192,14 @@ def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     facts = {
         "rope": None if layer.rope is None else layer.rope.to_dict(),
         "model_rope": None if layer.model_rope is None else layer.model_rope.to_dict(), "scale": layer.scale,
-        "first_knot": layer.query_router.first_knot, "count_lists": layer.query_router.count_lists,
+        "first_knot": layer.router.first_knot, "count_lists": layer.router.count_lists,
         "two_tower": layer.tower is not None,
     }  # fmt: skip
     if layer.tower is None:
-        arrays, weights = {"centroids": layer.key_quantizer.centroids}, layer.query_router.tensors()
+        arrays, weights = {"centroids": layer.quantizer.centroids}, layer.router.tensors()
     else:
         arrays, weights = {}, layer.tower.tensors()
-        facts["nlist"] = layer.key_quantizer.nlist
+        facts["nlist"] = layer.quantizer.nlist
         if layer.shared_lists is not None:
             arrays["shared_lists"] = _narrow(layer.shared_lists.centroids)
     arrays |= {f"router.{name}": _narrow(x) for name, x in weights.items()}
@@ -261,13 +213,13 @@ def pack_layer(layer: LayerRouters) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, {name: x.detach().cpu().contiguous().clone() for name, x in arrays.items()}
 
 
-def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> LayerRouters:
+def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> TrainedLayer:
     """What `pack_layer` packed. Raises LookupError, TypeError, ValueError or SaapError for anything else."""
     rope, model_rope = (None if facts[name] is None else Rope.from_dict(facts[name]) for name in ("rope", "model_rope"))
     heads, _, d = map(int, arrays["router.hidden"].shape)
-    for found in (rope, model_rope):
-        if found is not None and found.head_dim != d:
-            raise FormatError(f"rope: expected head_dim {d}, got {found.head_dim}")
+    for each in (rope, model_rope):
+        if each is not None and each.head_dim != d:
+            raise FormatError(f"rope: expected head_dim {d}, got {each.head_dim}")
     scale, first_knot, own = facts["scale"], facts["first_knot"], facts["two_tower"]
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < float(scale) < math.inf:
         raise FormatError(f"scale: expected a positive finite number, got {scale!r}")
@@ -280,7 +232,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
             quantizer = KeyQuantizer(arrays["centroids"])
             router = tower.at(quantizer.centroids)
         else:
-            quantizer, router = _unmade(tower, checks.integer(facts["nlist"], "nlist", 1, MAX_LISTS))
+            quantizer, router = unmade_lists(tower, checks.integer(facts["nlist"], "nlist", 1, MAX_LISTS))
     else:
         quantizer = KeyQuantizer(arrays["centroids"])
         router = QueryRouter(RouterWeights.of(arrays, quantizer.nlist, "router.").map(_wide), first_knot, facts["count_lists"])
@@ -296,19 +248,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Laye
     shared = KeyQuantizer(_wide(arrays["shared_lists"])) if own and "shared_lists" in arrays else None
     if shared is not None and (shared.centroids.shape[0], shared.centroids.shape[2]) != (heads, d):
         raise FormatError(f"shared_lists: expected {heads} KV heads and {d} dims, got {tuple(shared.centroids.shape)}")
-    return LayerRouters(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses, shared)
-
-
-def _unmade(tower: TwoTower, nlist: int) -> tuple[KeyQuantizer, QueryRouter]:
-    """So many lists that a prompt will make, and the router for them, as `TwoTower.at` gives it for centroids of zero.
-
-    All lists are one piece of memory: how many there are costs nothing before a prompt makes them.
-    """
-    zeros = torch.zeros((tower.heads, 1, tower.d), dtype=torch.float32, device=tower.weights.hidden.device)
-    one = tower.at(zeros).weights
-    assert one.lists is not None
-    weights = replace(one, nlist=nlist, lists=one.lists.expand(-1, nlist, -1))
-    return KeyQuantizer(zeros.expand(-1, nlist, -1)), QueryRouter(weights, tower.first_knot)
+    return TrainedLayer(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses, shared)
 
 
 def _narrow(x: Tensor) -> Tensor:

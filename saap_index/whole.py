@@ -1,12 +1,13 @@
-"""Signals wait while something changes, so that a change is whole when one is answered. Knows nothing of what changes."""
+"""Changes that happen whole: methods within a context of their object, and signals that wait for its end."""
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 try:  # the functions beneath those of `signal`, which spend a hundred times as long on looking for an enum
     from _signal import getsignal  # type: ignore[import-not-found]
@@ -17,6 +18,34 @@ except ImportError:
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _SIGNALS = [int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name)]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def within(name: str) -> Callable[[_Method], _Method]:
+    """Decorator of a method: it runs inside the context manager that the method ``name`` of its object returns."""
+
+    def decorate(method: _Method) -> _Method:
+        @functools.wraps(method)
+        def wrapped(self: Any, *args: Any, **options: Any) -> Any:
+            with getattr(self, name)():
+                return method(self, *args, **options)
+
+        return wrapped  # type: ignore[return-value]
+
+    return decorate
+
+
+@contextmanager
+def restored(owner: Any, names: Sequence[str]) -> Iterator[None]:
+    """If the block raises, these attributes of ``owner`` are what they were."""
+    before = [(name, getattr(owner, name)) for name in names]
+    try:
+        yield
+    except BaseException:
+        for name, value in before:
+            setattr(owner, name, value)
+        raise
 
 
 @contextmanager

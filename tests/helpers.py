@@ -20,8 +20,9 @@ def random_router(
     g = torch.Generator().manual_seed(seed)
     outputs = nlist + knots + 1
     shapes = ((heads, units, d), (heads, units), (heads, outputs, units), (heads, outputs, d), (heads, outputs))
-    parts = [torch.randn(s, generator=g) * 0.5 for s in shapes]
-    return QueryRouter(RouterWeights(*parts, nlist), first_knot=1, count_lists=count_lists)
+    hidden, bias_hidden, out, skip, bias_out = (torch.randn(s, generator=g) * 0.5 for s in shapes)
+    weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, nlist)
+    return QueryRouter(weights, first_knot=1, count_lists=count_lists)
 
 
 def small_index(

@@ -10,14 +10,17 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from emu.runtime import available
+
+import gpu_baselines
 
 ROOT = Path(__file__).parent.parent
 
 
 def session(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "OUT": str(out), "DRY": "1", **variables}
-    return subprocess.run([str(ROOT / "bench/gpu_session.sh")], env=env, capture_output=True, text=True, timeout=500)
+    return subprocess.run([str(ROOT / "bench/gpu_session.sh")], env=env, capture_output=True, text=True, timeout=1600)
 
 
 @pytest.mark.skipif(not available(), reason="needs a C++ compiler")
@@ -79,10 +82,18 @@ def test_what_fails_first_runs_again_under_memcheck(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize(("rows", "n"), [(64, 64), (64, 50), (50, 50)])
+def test_pages_of_a_baseline(rows: int, n: int) -> None:
+    cache = torch.randn((2, 3, rows, 8), generator=torch.Generator().manual_seed(0))
+    pages = gpu_baselines.paged(cache, n)
+    assert pages.shape == (2 * 4, 3, gpu_baselines.PAGE, 8)
+    assert torch.equal(pages.view(2, 4, 3, -1, 8).transpose(1, 2).flatten(2, 3)[:, :, :n], cache[:, :, :n])
+
+
 def test_generate(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "bench/gpu_generate.py", "--dry", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "gpu_generate.json").read_text())
     assert [x["name"] for x in found["figures"]][:3] == ["dense, DynamicCache", "ours 5 %, eager", "ours 5 %, graphs"]

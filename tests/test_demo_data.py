@@ -77,9 +77,9 @@ def test_pack_fills_sequences_from_one_kind() -> None:
 
 
 def test_take_says_when_the_text_is_too_short() -> None:
-    assert len(texts.take([("a:1", "x" * 80)], lambda text: list(text.strip().encode()), 2, 40)) == 2
+    assert len(texts.pack_sequences([("a:1", "x" * 80)], lambda text: list(text.strip().encode()), 2, 40)) == 2
     with pytest.raises(LengthError, match="expected 3 sequences of 40 tokens, got enough text for 2"):
-        texts.take([("a:1", "x" * 80)], lambda text: list(text.strip().encode()), 3, 40)
+        texts.pack_sequences([("a:1", "x" * 80)], lambda text: list(text.strip().encode()), 3, 40)
 
 
 def test_positions_of_queries() -> None:

@@ -66,7 +66,7 @@ def holding(backend: str, **options: object) -> AsymmetricIndex:
 
 def digest(index: AsymmetricIndex) -> list[object]:
     """All that an index is, as values that compare: training, parameters, and every array as far as tokens own it."""
-    found: list[object] = [index.lengths, index.layout, index._defaults, index.is_trained]
+    found: list[object] = [index.lengths, index.layout, index.options.params, index.is_trained]
     found += [index.calibration, None if index.budget_shares is None else index.budget_shares.tolist()]
     if index.key_quantizer is not None:
         found.append(index.key_quantizer.centroids.numpy().tobytes())

@@ -262,8 +262,8 @@ def test_memory_waits_for_the_streams_that_use_it(
         RUNTIME.clear()
         index.add(emu.tokens(2, 2, 1, 64, BF16), emu.tokens(2, 2, 1, 64, BF16), seal=False)
         index.search_attend(emu.tokens(2, 4, 1, 64, BF16))
-    state, waited, known = index._decode_state(), [], []
-    assert state is not None and RUNTIME.launched == ["saap_append", *selecting, "saap_scan"]
+    session, waited, known = index._session_of(index.invlists).backend_session, [], []
+    assert RUNTIME.launched == ["saap_append", *selecting, "saap_scan"]
 
     class Stream(str):
         def wait_stream(self, other: str) -> None:
@@ -273,11 +273,11 @@ def test_memory_waits_for_the_streams_that_use_it(
         if x.numel():
             known.append((stream, x.data_ptr(), x.untyped_storage().nbytes()))
 
-    monkeypatch.setattr(state.resident, "_device", torch.device("cuda", 0))
+    monkeypatch.setattr(session, "_device", torch.device("cuda", 0))
     monkeypatch.setattr(Tensor, "record_stream", record)
     for name in "aabb":
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: Stream(name))
-        state.resident.enter()
+        session.wait_stream()
         assert waited == [("b", "a")] * (name == "b") and bool(known) == (name == "b")
     assert {stream for stream, _, _ in known} == {"b"} and len(known) == len(set(known)), "once"
     for name, struct in zip(RUNTIME.launched, RUNTIME.structs, strict=True):

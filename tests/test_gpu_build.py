@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saap_index import reference
-from saap_index.backends.base import Frequencies, SegmentChange
+from saap_index.backends import Frequencies, SegmentChange
+from saap_index.backends.codes import FLAGS, FULL, NOT_FINITE
 from saap_index.backends.cuda import append_assign as gpu_build
 from saap_index.backends.cuda import seal as gpu_seal
 from saap_index.backends.types import Rotation
@@ -125,18 +126,18 @@ def test_append(
         for i in range(b):
             count = n if counts is None else min(max(counts[i], 0), n)
             if lengths[i] + count > capacity:
-                errors[i] |= gpu_build.FULL
+                errors[i] |= FULL
                 continue
             at = slice(lengths[i], lengths[i] + count)
             for to, x in zip(want, (keys, values), strict=True):
                 to[i, :, at] = x[i, :, :count]
-                errors[i] |= 0 if x[i, :, :count].isfinite().all() else gpu_build.NOT_FINITE
+                errors[i] |= 0 if x[i, :, :count].isfinite().all() else NOT_FINITE
             if by_meta:
                 lengths[i] += count
         device_counts = None if counts is None else ints(counts)
         given_keys, given_values = strided(keys, layout), strided(values, layout)
         flags.zero_()
-        meta[:, gpu_build.META_ERRORS] = 0
+        meta[:, FLAGS] = 0
         starts = ints(lengths)
         tickets = torch.full((data.draw(st.sampled_from([1, 70, 3000])),), 5 + step, dtype=torch.int32)
         with run.allow(given_keys, given_values, flags, meta, tickets):
@@ -147,9 +148,9 @@ def test_append(
                 gpu_build.append(run, given_keys, given_values, *arena, starts, device_counts, flags)
         assert all(same_bits(a, w) for a, w in zip(arena, want, strict=True))
         if n:
-            assert (meta[:, gpu_build.META_ERRORS] if by_meta else flags).tolist() == errors
+            assert (meta[:, FLAGS] if by_meta else flags).tolist() == errors
     # both rose by the same, and by nothing where starts were given
-    assert meta[:, : gpu_build.META_ERRORS].tolist() == [[length, 1, 2, 3, length + 5, 6, 7] for length in lengths]
+    assert meta[:, : FLAGS].tolist() == [[length, 1, 2, 3, length + 5, 6, 7] for length in lengths]
 
 
 # -- assign ----------------------------------------------------------------------------------------------------------------

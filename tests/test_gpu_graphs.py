@@ -266,7 +266,7 @@ def test_wrong_tickets_last_until_the_next_token(place: Place, name: str, in_gra
         x.reserve_memory(760, batch=1)  # enough for two blocks, which share tickets
         x.add(place.tokens(1, 1, 720, 32, BF16), place.tokens(1, 1, 720, 32, BF16, seed=1))
     replay, k, v, queries, out = captured_step(place, index, params=params)
-    state = index.invlists.decode.resident
+    state = index._session_of(index.invlists).backend_session
     assert state._tickets.numel(), "one for each KV head and pass"
     for t in range(6):
         new = [place.tokens(1, heads, 1, 32, BF16, seed=10 * t + i) for i, heads in enumerate((1, 1, 4))]

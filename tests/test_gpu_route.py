@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from saap_index import reference
 from saap_index.backends.cuda import route as gpu_route
-from saap_index.backends.types import Rotation
+from saap_index.backends.types import Frequencies, Rotation
 from saap_index.backends.weights import RouterWeights
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
@@ -131,11 +131,11 @@ def angles(case: Case, given: Inputs) -> Tensor:
 
 def run(case: Case, given: Inputs, on: EmulatedRuntime, guard: bool = False) -> tuple[Tensor, Tensor]:
     at = angles(case, given).flatten(0, 1)
-    rotation: Rotation | gpu_route.Unturn | None = None
+    rotation: Rotation | Frequencies | None = None
     if case.pairs and case.arrays:
         rotation = Rotation(at.cos(), at.sin(), case.interleaved, case.scale)
     elif case.pairs:
-        rotation = gpu_route.Unturn(given.inv_freq, case.interleaved, case.scale)
+        rotation = Frequencies(given.inv_freq, case.interleaved, case.scale)
     packed = gpu_route.pack_router(given.weights)
     z = torch.full((case.b, case.h, case.j, case.l), torch.nan)
     a = torch.full((case.b, case.h, case.j, case.extra), torch.nan)

@@ -20,7 +20,7 @@ from saap_index.backends.cuda import route_select as gpu_route_select
 from saap_index.backends.cuda import select as gpu_select
 from saap_index.backends.cuda.route_select import RouteSelect, RouteSelectShape
 from saap_index.backends.cuda.scan import Runs
-from saap_index.backends.types import Rotation
+from saap_index.backends.types import Frequencies, Rotation
 from saap_index.backends.weights import RouterWeights
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
@@ -62,7 +62,7 @@ class Inputs:
     meta: Array
     budgets: Array
     miss: Array | None
-    rotation: Rotation | gpu_route.Unturn | None
+    rotation: Rotation | Frequencies | None
 
 
 def inputs(case: Case) -> Inputs:
@@ -91,13 +91,13 @@ def inputs(case: Case) -> Inputs:
     meta[:, 3], meta[:, 4] = rng.integers(0, s + 1, b), 6000
     centres = np.sort(5999 - np.round(np.minimum(2 ** rng.uniform(FIRST_KNOT - 2, FIRST_KNOT + case.knots + 1, (b, s)), 5000)))
     budgets = rng.choice([0, 1, 7, 40, 150, 399, 10_000], (b, h)).astype(np.int32)
-    turn: Rotation | gpu_route.Unturn | None = None
+    turn: Rotation | Frequencies | None = None
     pairs = case.d // 2
     if case.rotation == "angles":
         angles = torch.from_numpy(rng.normal(size=(b * case.q, pairs)).astype(np.float32))
         turn = Rotation(angles.cos(), angles.sin(), bool(case.seed % 2), 0.7)
     elif case.rotation == "frequencies":
-        turn = gpu_route.Unturn(torch.from_numpy((1e-4 ** rng.random(pairs)).astype(np.float32)), bool(case.seed % 2), 1.0)
+        turn = Frequencies(torch.from_numpy((1e-4 ** rng.random(pairs)).astype(np.float32)), bool(case.seed % 2), 1.0)
     return Inputs(
         RouterWeights(*weights, case.nlist), queries.to(case.dtype), make_tables(rng, case.tables, (b, h, s, case.nlist)),
         centres.astype(np.float32), meta, budgets, None if case.miss is None else np.array(case.miss, np.float32), turn,

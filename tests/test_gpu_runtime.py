@@ -133,6 +133,8 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
         }  # fmt: skip
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        # builds of torch with CUDA have this shorter way, which needs a driver
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: next(streams), raising=False)
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         gpu_runtime._runtime.cache_clear()
 
@@ -157,8 +159,9 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_driver, "library", absent)
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="of a torch without CUDA")
-def test_torch_without_cuda() -> None:
+def test_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match=r"device: expected a CUDA device .* built without CUDA; device='cpu' needs none"):
         AsymmetricIndex(d=64, device="cuda")
     assert AsymmetricIndex(d=64, device="cpu")._backend.name == "cpu"

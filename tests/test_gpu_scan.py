@@ -20,7 +20,8 @@ from torch import Tensor
 
 from saap_index import reference
 from saap_index.backends.cuda import scan as gpu_scan
-from saap_index.backends.cuda.scan import Listed, Means, Runs, Scan, ScanShape
+from saap_index.backends.cuda.scan import Listed, Runs, Scan, ScanShape
+from saap_index.backends.types import Tail
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs a C++ compiler")
 
@@ -90,7 +91,7 @@ class Data:
     values: Tensor
     meta: Tensor
     listed: Listed
-    means: Means
+    means: Tail
     rows: list[list[np.ndarray]]
     runs: list[list[np.ndarray]]
 
@@ -132,7 +133,7 @@ def make(case: Case, d: int, e: int, storage: torch.dtype, query: torch.dtype) -
     meta = torch.full((b, 8), -7, dtype=torch.int32)
     meta[:, :3] = torch.tensor([(n, s, m) for s, m, n in case.sequences], dtype=torch.int32)
     queries = (case.logit * randn(b, h, case.g * case.q, d)).to(query)
-    listed, means = Listed(rows, counts), Means(tail, tail_counts, mean_keys, mean_values, tables)
+    listed, means = Listed(rows, counts), Tail(tail, tail_counts, mean_keys, mean_values, tables)
     return Data(queries, keys, values, meta, listed, means, chosen, runs)
 
 

@@ -81,7 +81,7 @@ class DeviceWalk(Walk):
 
     def refusal(self, params: Any) -> type[SaapError] | None:
         """A device makes room for what a search may read at once: a tail that the router does not fit is refused then."""
-        asked = params.over(self.index._defaults) if params else self.index._defaults
+        asked = params.over(self.index.options.params) if params else self.index.options.params
         router: Any = self.index.query_router
         early = asked.tail and not asked.nprobe and not router.count_lists
         return Walk.refusal(self, params) or (CompatibilityError if early else None)

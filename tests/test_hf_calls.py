@@ -206,3 +206,82 @@ def test_positions_of_a_step_that_skip(padding: list[int]) -> None:
         model(ids[:, 100:], **{CACHE: cache}, **wrong)
     assert cache.get_seq_length() == 100
     model(ids[:, 100:], **{CACHE: cache}, **given(mask, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("q", [1, 3, 20])
+@pytest.mark.parametrize("case", ["llama", "llama_dynamic"])
+def test_positions_may_be_written_into_the_same_tensor(case: str, q: int) -> None:
+    """What was read of a tensor in one call says nothing of the next; in inference mode tensors do not count their changes."""
+    model, ids = attached(tiny(case)), prompt(2, 160)
+    cache = saap.SaapCache(model)
+    model(ids[:, :100], **{CACHE: cache})
+    places = torch.arange(100, 100 + q)[None].expand(2, q).contiguous()
+    got = []
+    for start in range(100, 160, q):
+        got.append(model(ids[:, start : start + q], position_ids=places, **{CACHE: cache}).logits)
+        places += q
+    if case == "llama":  # the other's angles are those of the length of each call
+        with detached(model):
+            torch.testing.assert_close(torch.cat(got, 1), model(ids).logits[:, 100:], atol=2e-3, rtol=1e-3)
+    places -= 2 * q
+    with pytest.raises(saap.CompatibilityError, match="position_ids"):
+        model(ids[:, :q], position_ids=places, **{CACHE: cache})
+
+
+def moved(places: Tensor) -> Tensor:
+    """All but the newest token of each sequence elsewhere than it is."""
+    return torch.cat([places[:, :-1].flip(1), places[:, -1:]], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [50, 100])
+@pytest.mark.parametrize("padding", [[0, 0], [0, 30]])
+def test_positions_within_a_call_that_skip(padding: list[int], length: int) -> None:
+    """The newest is where it should be, those before it are not: routing would undo another rotation than theirs."""
+    model, ids = attached(tiny("llama")), prompt(2, length + 20)
+    mask = None if padding == [0, 0] else left_padded(ids, padding)["attention_mask"]
+    places = torch.arange(length + 20)[None].expand(2, -1) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    cache, start = saap.SaapCache(model), 0
+    for stop in (length, length + 4, length + 20):
+        call: dict[str, Any] = {CACHE: cache}
+        if mask is not None:
+            call["attention_mask"] = mask[:, :stop]
+        part = places[:, start:stop]
+        with pytest.raises(saap.CompatibilityError, match="position_ids: expected new token"):
+            model(ids[:, start:stop], position_ids=moved(part), **call)
+        assert cache.get_seq_length() == start
+        model(ids[:, start:stop], position_ids=part, **call)
+        start = stop
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [2, 50, 100])
+def test_positions_go_on_counting_what_they_counted(first: int) -> None:
+    """Tokens, as `generate` has them, or slots, as a model that is called with a mask alone; not the one and then the other."""
+    model, ids = attached(tiny("llama")), prompt(2, first + 60)
+    mask = left_padded(ids, [0, 1])["attention_mask"]
+    slots = torch.arange(first + 60)[None].expand(2, -1)
+    tokens = (mask.cumsum(1) - 1).clamp(min=0)
+    for one, other in ((slots, tokens), (tokens, slots)):
+        cache = saap.SaapCache(model)
+        for start, stop in ((0, first), (first, first + 20), (first + 20, first + 21), (first + 21, first + 60)):
+            call = {CACHE: cache, "attention_mask": mask[:, :stop]}
+            if start:
+                with pytest.raises(saap.CompatibilityError, match="position_ids"):
+                    model(ids[:, start:stop], position_ids=other[:, start:stop], **call)
+            model(ids[:, start:stop], position_ids=one[:, start:stop], **call)
+
+
+@torch.no_grad()
+def test_the_first_slots_say_nothing_of_what_is_counted() -> None:
+    """One slot at a time, some of them padding: until a token comes behind padding, both ways of counting agree."""
+    model, ids = attached(tiny("llama")), prompt(2, 80)
+    mask = left_padded(ids, [0, 3])["attention_mask"]
+    places = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    cache = saap.SaapCache(model)
+    got = [model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], position_ids=places[:, t : t + 1], **{CACHE: cache}).logits
+           for t in range(80)]  # fmt: skip
+    with detached(model):
+        want = model(ids, attention_mask=mask, position_ids=places).logits
+    torch.testing.assert_close(torch.cat(got, 1)[mask.bool()], want[mask.bool()], atol=2e-3, rtol=1e-3)

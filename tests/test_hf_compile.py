@@ -65,4 +65,4 @@ def test_a_cache_that_is_gone() -> None:
     x = torch.zeros(1, 2, 1, 16)
     with pytest.raises(saap.StateError, match="one that is gone"):
         torch.ops.saap_index.attend_layer(torch.tensor(10**9), x, x, x, None, None, 1.0, 1)
-    assert traced.take() is None
+    assert traced.pop_layer() is None

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import saap_index as saap
+from saap_index.invlists.runs import run_lists
+from saap_index.routing.rotations import query_rotation
 
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [1.5 + i / 4 for i in range(8)],
@@ -61,7 +63,7 @@ def lists_of(index: saap.AsymmetricIndex, i: int) -> Tensor:
     lists = index.invlists
     found = torch.full((2, lists.next_position(i)), -1)
     for s, (start, stop) in enumerate(lists.segments[i]):
-        found.scatter_(1, lists.ids[i, :, start:stop].long(), lists._run_lists(i, s).long())
+        found.scatter_(1, lists.ids[i, :, start:stop].long(), run_lists(lists.tables[i, :, s], lists.segments[i][s]).long())
     return found
 
 
@@ -83,7 +85,7 @@ def routed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     def spy(index: saap.AsymmetricIndex, queries: Tensor, **options: Any) -> Any:
         q, d = queries.shape[2:]
-        turn = index._query_rotation(q)
+        turn = query_rotation(index.rope, index.invlists, q)
         cos, sin = (x.view(-1, 1, q, d // 2) * turn.scale for x in (turn.cos, turn.sin))
         first, second = queries[..., : d // 2], queries[..., d // 2 :]
         found.append(torch.cat([first * cos + second * sin, second * cos - first * sin], -1))

@@ -246,6 +246,26 @@ def test_quantised_weights_have_a_checksum() -> None:
     assert len({found, checksum(codes + 1, scales), checksum(codes, scales * 2)}) == 3
 
 
+def test_a_row_or_a_column_that_changes_is_another_model() -> None:
+    """Tokens that are trained anew, heads that are cut out, biases, experts, and packed weights, which are buffers."""
+    model = tiny("llama")
+    model.model.layers[2].register_buffer("packed", torch.zeros((6, 9), dtype=torch.int32))
+    model.model.layers[2].register_buffer("experts", torch.zeros(3, 4, 5))
+    model.model.layers[2].register_buffer("angles", torch.zeros(4), persistent=False)
+    found = support.fingerprint(model.model)
+    unseen = []
+    tensors = [*model.model.named_parameters(), *model.model.layers[2].named_buffers(recurse=False)]
+    for name, x in tensors:
+        lines = [x[-1:]] if x.ndim == 1 else [x[len(x) // 2], x[-1], x[..., x.shape[-1] // 2], x[..., -1]]
+        for line in lines:
+            before = line.clone()
+            line.data += 1
+            if support.fingerprint(model.model) == found:
+                unseen.append(name)
+            line.data.copy_(before)
+    assert set(unseen) == {"angles"}, "what is made from the configuration belongs to no checkpoint, the rest does"
+
+
 def test_damage_is_refused(tmp_path: Path) -> None:
     model = attached(tiny("llama"))
     folder = tmp_path / "prompt"

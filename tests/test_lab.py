@@ -130,7 +130,7 @@ def test_needles_stand_where_they_should() -> None:
 def test_bad_input_is_named(model, tokens) -> None:
     with pytest.raises(LengthError, match="positions"):
         replace.read_prompt(model, tokens, None, torch.tensor([N]))
-    with pytest.raises(ShapeError, match="dense, found"):
+    with pytest.raises(ShapeError, match="dense, sparse"):
         quality.agreement(torch.zeros(2, 3), torch.zeros(3, 3), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ParameterError, match="name"):
         Selected("best", 0.1)

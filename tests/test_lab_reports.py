@@ -62,19 +62,20 @@ def test_one_sequence_has_no_spread() -> None:
 
 def test_each_index_has_a_verdict_of_its_own() -> None:
     """The better one of two is known only after measuring."""
-    lines = re.findall("<li>(.*?)</li>", page_tables.verdict(records(), KINDS, [3]))
+    lines = page_tables.verdict(records(), KINDS, [3])
     assert lines == [
         f"5 %{where}: {said}" for where in ("", ", late layers") for said in (
             "saap captures more than 2 of the 2 methods that can be deployed; the nearest, ivf, by 2.5 ± 10.6 points.",
             "saap-own captures more than 2 of the 2 methods that can be deployed; the nearest, ivf, by 5.0 ± 0.0 points.",
         )
     ]  # fmt: skip
-    alone = page_tables.verdict(records(1), KINDS, [3])
+    alone = "\n".join(page_tables.verdict(records(1), KINDS, [3]))
     assert "saap captures more than 1 of the 2 methods that can be deployed, not more than ivf (5.0 points)." in alone
     assert "saap-own captures more than 2" in alone and "±" not in alone
     only = {name: kind for name, kind in KINDS.items() if name != "saap-own"}
-    assert "saap-own" not in page_tables.verdict(records(methods=("saap", "ivf")), only, [3])
-    assert "saap-own was not measured" in page_tables.verdict(records(methods=("saap", "ivf")), KINDS, [3])
+    fewer = records(methods=("saap", "ivf"))
+    assert "saap-own" not in "\n".join(page_tables.verdict(fewer, only, [3]))
+    assert "saap-own was not measured" in "\n".join(page_tables.verdict(fewer, KINDS, [3]))
 
 
 def page_text(name: str) -> str:

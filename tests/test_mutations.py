@@ -6,6 +6,7 @@ A mutant that survives is a hole in what the emulated tests look at. One whose t
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -272,4 +273,5 @@ def report_of(mutant: Mutant | None) -> str:
 
 if __name__ == "__main__":
     named = {mutant.name: mutant for mutant in RACES}
-    print(json.dumps({name: report_of(named.get(name)) for name in sys.argv[1:]}))
+    print(json.dumps({name: report_of(named.get(name)) for name in sys.argv[1:]}), flush=True)
+    os._exit(0)  # what libraries do when a process ends is not asked here, and not all of them end well under ThreadSanitizer

@@ -15,12 +15,11 @@ from helpers import random_router, small_index, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saap_index import AsymmetricIndex, LengthError, Rope, SearchParametersIVF, ShapeError, StateError
-from saap_index.backends import Budget, Search
-from saap_index.backends.base import PreparedSearch
-from saap_index.backends.cpu import CpuBackend
-from saap_index.search.plan import _plan
-from saap_index.search.select import _search
+from saap_index import AsymmetricIndex, LayoutError, LengthError, Rope, SearchParametersIVF, ShapeError, StateError
+from saap_index.backends import Budget, Plan, Routing, Session
+from saap_index.backends.codes import SEGMENTS, SINKS
+from saap_index.backends.cpu import CpuBackend, CpuSession
+from saap_index.search.plan import new_plan
 
 PARAMETERS = [
     {"selectivity": 0.2}, {"selectivity": 1e-6}, {"nprobe": 2}, {"target_mass": 0.5}, {"selectivity": 0.3, "tail": 0.4},
@@ -28,22 +27,30 @@ PARAMETERS = [
 ]  # fmt: skip
 
 
-class Counting(CpuBackend):
-    """Counts searches in one call."""
+class CountingSession(CpuSession):
+    """Counts searches in one call, and what is packed for them, for its backend."""
 
+    def run(self, queries: torch.Tensor, routing: Routing, plan: Plan, scale: float) -> Any:
+        counts = self.backend.counts  # type: ignore[attr-defined]
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("route", "probe", "scan") if not plan.dense else ():  # none of these
+                patch.setattr(self.backend, name, None)
+            found = super().run(queries, routing, plan, scale)
+        counts["calls"] += not plan.dense
+        return found
+
+    def _pack(self, *args: Any) -> Any:
+        self.backend.counts["packed"] += 1  # type: ignore[attr-defined]
+        return super()._pack(*args)
+
+
+class Counting(CpuBackend):
     def __init__(self) -> None:
         super().__init__()
-        self.calls = self.prepared = 0
+        self.counts = {"calls": 0, "packed": 0}
 
-    def prepare_search(self, search: Search) -> PreparedSearch:
-        self.prepared += 1
-        prepared = super().prepare_search(search)
-
-        def counted(*args: Any) -> Any:
-            self.calls += 1
-            return prepared(*args)
-
-        return counted
+    def session(self, *shape: Any) -> Session:
+        return CountingSession(self)
 
 
 def filled(lengths: list[int], **options: Any) -> AsymmetricIndex:
@@ -54,17 +61,17 @@ def filled(lengths: list[int], **options: Any) -> AsymmetricIndex:
     return index
 
 
-def counting(index: AsymmetricIndex) -> Counting:
+def counts(index: AsymmetricIndex) -> dict[str, int]:
     assert isinstance(index._backend, Counting)
-    return index._backend
+    return index._backend.counts
 
 
 def assert_same(index: AsymmetricIndex, queries: torch.Tensor, params: SearchParametersIVF) -> None:
-    before = counting(index).calls
+    before = counts(index)["calls"]
     out, lse = index.search_attend(queries, params=params, return_lse=True)
     last = index._last
     assert last is not None
-    assert counting(index).calls == before + (last.rows is not None)
+    assert counts(index)["calls"] == before + (last.rows is not None)
     selection = index.select(queries, params=params)
     want, want_lse = index.attend_selected(queries, selection, return_lse=True)
     assert torch.equal(out, want) and torch.equal(lse, want_lse)
@@ -96,20 +103,20 @@ def test_the_published_classifier() -> None:
 
 
 def test_it_follows_the_index() -> None:
-    """Prepared once while nothing but lengths changes; anew when tokens are sealed or memory moves, never with what was."""
+    """Packed once while nothing but lengths changes; anew when tokens are sealed or memory moves, never with what was."""
     index, params = filled([100]), SearchParametersIVF(selectivity=0.2)
     queries, key, value = tokens(1, 6, 1, 32, seed=5), tokens(1, 2, 1, 32, seed=6), tokens(1, 2, 1, 40, seed=7)
     index.reserve_memory(400)
     assert_same(index, queries, params)
     assert_same(index, queries, params)
-    assert counting(index).prepared == 1
+    assert counts(index)["packed"] == 1
     index.add(key, value)
     assert_same(index, queries, params)
-    assert counting(index).prepared == 1
+    assert counts(index)["packed"] == 1
     for _ in range(60):
         index.add(key, value)
         assert_same(index, queries, params)
-    assert 1 < counting(index).prepared < 40
+    assert 1 < counts(index)["packed"] < 40
     index.reserve_memory(5000)
     assert_same(index, queries, params)
     index.truncate(70)
@@ -172,54 +179,72 @@ def test_where_it_is_not_for() -> None:
     queries = tokens(1, 6, 1, 32)
     for params in (SearchParametersIVF(selectivity=0.1, window=60), SearchParametersIVF(selectivity=1.0)):
         index.search_attend(queries, params=params)
-        assert counting(index).calls == 0
+        assert counts(index)["calls"] == 0
     index.search_attend(queries, coarse_queries=queries, params=SearchParametersIVF(selectivity=0.1))
-    assert counting(index).calls == 0
+    assert counts(index)["calls"] == 0
 
 
 def test_a_backend_without_it_is_asked_for_the_three() -> None:
     index = small_index(backend="torch", selectivity=0.2)
-    assert index._backend.prepare_search(None) is None  # type: ignore[arg-type]
     index.add(tokens(1, 2, 150, 32, seed=1), tokens(1, 2, 150, 32, seed=2))
+    assert type(index._session_of(index.invlists).backend_session) is Session
     queries = tokens(1, 4, 1, 32)
     assert torch.equal(index.search_attend(queries), index.attend_selected(queries, index.select(queries)))
 
 
 def test_refusals() -> None:
     index = filled([150, 120])
-    lists, router, cpu = index.invlists, index.query_router, counting(index)
+    lists, router = index.invlists, index.query_router
     assert router is not None
-    params = SearchParametersIVF(selectivity=0.2, max_codes=0)
-    plan = _plan(lists, router, params, None, None)
-    assert plan.budget is not None
-    found = _search(lists, router, index._prepared_router, plan, plan.budget, 1.0)
+    planned = new_plan(lists, SearchParametersIVF(selectivity=0.2, max_codes=0), router, None, None, for_good=False)
+    routing = Routing(index._prepared_router, router.first_knot, router.count_lists)
     queries = tokens(2, 6, 1, 32).view(2, 2, 3, 1, 32)
-    prepared = cpu.prepare_search(found)
-    prepared(queries, None, [150, 120], [150, 120])
+    index.search_attend(tokens(2, 6, 1, 32))
+    placement = index._session_of(lists).backend_session._placement
+    assert placement is not None
+
+    def run(queries: torch.Tensor = queries, lengths: Any = (150, 120), budget: Budget | None = None, **changes: Any) -> Any:
+        session = index._backend.session(2, 2, 32, 40, 4, index.dtype)
+        arena = replace(placement.arena, tables=changes.pop("tables", lists.tables))
+        session.publish(replace(placement, arena=arena, **changes), ())
+        session.plan(planned[0], planned[1] if budget is None else budget)
+        session.lengths = list(lengths)
+        return session.run(queries, routing, planned[0], 1.0)
+
+    def meta(column: int, value: int) -> np.ndarray:
+        changed = placement.meta.copy()
+        changed[1, column] = value
+        return changed
+
+    run()
     with pytest.raises(LengthError, match=r"lengths: expected \d+ to \d+, got 5"):
-        prepared(queries, None, [150, 120], [150, 5])
+        run(lengths=[150, 5])
     with pytest.raises(LengthError, match="got 100000"):
-        prepared(queries, None, [150, 120], [100000, 120])
-    with pytest.raises(ShapeError, match="ends, lengths: expected 2 each, got 1, 2"):
-        prepared(queries, None, [150], [150, 120])
+        run(lengths=[100000, 120])
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        run(lengths=[150])
     with pytest.raises(ShapeError, match="queries: expected shape"):
-        prepared(queries[:1], None, [150, 120], [150, 120])
+        run(queries[:1])
+    with pytest.raises(LayoutError, match="queries: expected rows contiguous"):
+        run(queries.transpose(1, 2).contiguous().transpose(1, 2))
     with pytest.raises(LengthError, match="sinks <= sealed"):
-        cpu.prepare_search(replace(found, sinks=[0, 200]))
-    with pytest.raises(ShapeError, match="sinks, sealed: expected 2 each, got 1, 2"):
-        cpu.prepare_search(replace(found, sinks=[0]))
+        run(meta=meta(SINKS, 200))
+    with pytest.raises(LengthError, match="num_segments: expected 0 to"):
+        run(meta=meta(SEGMENTS, 99))
     with pytest.raises(ShapeError, match="centres: expected shape"):
-        cpu.prepare_search(replace(found, centres=found.centres[:, :1].contiguous()))
+        run(centres=placement.centres[:, :1].copy())
     broken = lists.tables.clone()
     broken[0, 0, 0, 2] = -7
     with pytest.raises(IndexError, match="not ascending"):
-        cpu.prepare_search(replace(found, tables=broken))(queries, None, [150, 120], [150, 120])
+        run(tables=broken)
     broken = lists.tables.clone()
-    plenty = Budget(torch.full((2, 2), 10**6, dtype=torch.int32))
-    prepared = cpu.prepare_search(replace(found, tables=broken, budget=plenty))
+    session = index._backend.session(2, 2, 32, 40, 4, index.dtype)
+    session.publish(replace(placement, arena=replace(placement.arena, tables=broken)), ())
+    session.plan(planned[0], Budget(torch.full((2, 2), 10**6, dtype=torch.int32)))
+    session.run(queries, routing, planned[0], 1.0)
     broken[1, 1, 1, -1] += 10**5
     with pytest.raises(IndexError, match="more rows than they did"):
-        prepared(queries, None, [150, 120], [150, 120])
+        session.run(queries, routing, planned[0], 1.0)
 
 
 def test_nan_stays_in_its_own_query() -> None:

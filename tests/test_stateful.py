@@ -187,7 +187,7 @@ class Walk(RuleBasedStateMachine):
             path = Path(folder) / "index.safetensors"
             write_index(self.index, path)
             before, self.index = self.index, read_index(path, backend=self.backend)
-        assert self.index._defaults == before._defaults and self.index.layout == before.layout
+        assert self.index.options.params == before.options.params and self.index.layout == before.layout
         assert np.array_equal(self.index.budget_shares, before.budget_shares)
 
     @rule(n=st.integers(0, 300))
@@ -216,7 +216,7 @@ class Walk(RuleBasedStateMachine):
 
     def refusal(self, params) -> type[SaapError] | None:
         """What a search with these parameters raises on an index that holds tokens."""
-        asked = params.over(self.index._defaults) if params else self.index._defaults
+        asked = params.over(self.index.options.params) if params else self.index.options.params
         if asked.tail and not self.index.mean_run_tokens:
             return ParameterError
         if asked.target_mass is not None and not self.index.query_router.predicts_outside:
@@ -315,7 +315,7 @@ class Walk(RuleBasedStateMachine):
         return *means, np.array(sizes, np.float64)
 
     def check_budget(self, selection, params) -> None:
-        settings_ = params.over(self.index._defaults) if params else self.index._defaults
+        settings_ = params.over(self.index.options.params) if params else self.index.options.params
         wide = (settings_.window or 0) > self.index.window or (settings_.sinks or 0) > self.index.sinks
         if selection.counts is None or wide:
             return

@@ -55,7 +55,7 @@ def test_the_output_is_a_softmax_over_tokens_and_means(name: str, dtype: torch.d
     assert torch.equal(out, index.search_attend(queries))
     lists, entries = index.invlists, 0
     for i in range(3):
-        budget = index._defaults.budget(lists.sealed(i) - lists.sinks(i))
+        budget = index.options.params.budget(lists.sealed(i) - lists.sinks(i))
         for head in range(2):
             rows = selection.rows[i, head, : selection.counts[i, head]].long()
             runs = selection.tail[i, head, : selection.tail_counts[i, head]].long()

@@ -15,6 +15,7 @@ from torch import Tensor
 from saap_index import AsymmetricIndex, KeyQuantizer, Rope, SearchParametersIVF, TrainingConfig, TwoTower, read_index, write_index
 from saap_index.backends import RouterWeights, TorchBackend
 from saap_index.errors import CompatibilityError, ParameterError, ShapeError, StateError
+from saap_index.invlists.runs import run_lists
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -252,7 +253,7 @@ LENGTH_DEPENDENT = {
 def sealed_lists(index: AsymmetricIndex, i: int) -> tuple[Tensor, Tensor]:
     """Positions of the sealed tokens of a sequence, per head, and their lists: (h, n) each."""
     lists = index.invlists
-    numbers = [lists._run_lists(i, s) for s in range(len(lists.segments[i]))]
+    numbers = [run_lists(lists.tables[i, :, s], lists.segments[i][s]) for s in range(len(lists.segments[i]))]
     return lists.ids[i, :, lists.sinks(i) : lists.sealed(i)].long(), torch.cat(numbers, 1).long()
 
 

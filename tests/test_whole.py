@@ -91,7 +91,7 @@ CHANGES: dict[str, tuple[Callable[[str], AsymmetricIndex], Change]] = {
 
 def state(index: AsymmetricIndex) -> list[Any]:
     """All that a user can see of an index, in bits."""
-    found: list[Any] = [index.lengths, index.layout, index._defaults, index.calibration]
+    found: list[Any] = [index.lengths, index.layout, index.options.params, index.calibration]
     for part in (index.key_quantizer, index.query_router, index.tower):
         found += [] if part is None else ([part.centroids] if isinstance(part, KeyQuantizer) else list(part.tensors().values()))
     if index.lengths:
@@ -104,7 +104,7 @@ def state(index: AsymmetricIndex) -> list[Any]:
             found += [lists.tables[i, :, : len(lists.segments[i])]]
             found += [lists.mean_keys[i, :, :count], lists.mean_values[i, :, :count]]
             found += [] if lists.pending is None else [lists.pending[i, :, :sinks], lists.pending[i, :, sealed:n]]
-        found.append(lists._same)
+        found.append(lists._common)
         found += index.search_attend(tokens(len(index.lengths), 4, 1, 32, seed=5), return_lse=True)
     return [x.clone() if isinstance(x, torch.Tensor) else np.array(x) if isinstance(x, np.ndarray) else x for x in found]
 

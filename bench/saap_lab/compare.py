@@ -22,7 +22,7 @@ from saap_index import files
 from saap_index.errors import MissingDependencyError, ParameterError
 from saap_index.hf import models
 from saap_index.pipeline.command import say
-from saap_index.pipeline.texts import TokenSequence, digest, read_texts, take
+from saap_index.pipeline.texts import TokenSequence, digest, pack_sequences, read_texts
 from saap_index.routers import Routers, load_routers
 from saap_index.routing.rope import Rope
 
@@ -331,7 +331,7 @@ def run(options: argparse.Namespace) -> int:
     models.check_positions("length", loaded.model.config, options.length)
     documents = list(read_texts(options.text))
     encode, flags = partial(models.encode, loaded.tokenizer), "--training, --sequences or --length"
-    sequences = take(documents, encode, options.training + options.sequences, options.length, flags)
+    sequences = pack_sequences(documents, encode, options.training + options.sequences, options.length, flags)
     needles = haystacks(filler(documents, options.length * 3), options.needles)  # a token has three characters at least
     task = Task(
         loaded.model, loaded.tokenizer, loaded.name, sequences, options.training, methods, settings, needles,

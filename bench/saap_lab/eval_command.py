@@ -27,7 +27,7 @@ import torch
 from saap_index.errors import LengthError, ParameterError
 from saap_index.hf import models, support
 from saap_index.pipeline.command import say
-from saap_index.pipeline.texts import TokenSequence, read_texts, take
+from saap_index.pipeline.texts import TokenSequence, pack_sequences, read_texts
 from saap_index.routers import Routers, load_routers
 
 from . import compare, evaluate, flags, needles, trained
@@ -142,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare.compare` raise."""
     torch.set_num_threads(max(1, options.threads))
-    folder = options.routers or demo_routers.found()
+    folder = options.routers or demo_routers.newest()
     routers = load_routers(folder)
     if options.nlist is not None:
         routers = replace(routers, layers={n: layer.with_lists(options.nlist) for n, layer in routers.layers.items()})
@@ -164,7 +164,8 @@ def run(options: argparse.Namespace) -> int:
     for name, tokens in (("length", options.length), ("needle-lengths", max(lengths))):
         models.check_positions(name, model.config, tokens)
     documents = list(read_texts(options.text) if options.text else demo_texts.unseen_texts())
-    sequences = take(documents, partial(models.encode, tokenizer), options.sequences, options.length, "--sequences or --length")
+    encode = partial(models.encode, tokenizer)
+    sequences = pack_sequences(documents, encode, options.sequences, options.length, "--sequences or --length")
     identity = f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}"
     task = router_task(
         model, tokenizer, identity + (f" {options.nlist}" if options.nlist else ""), methods, sequences, tasks=tasks,

@@ -285,8 +285,8 @@ def profile(
     for number, tokens in enumerate(sequences):
         for saved in gradients(model, tokens, first):
             group, layer = saved.layer.group, saved.layer.number
-            found, before = rule_losses(influence(saved), rules, len(tokens)), total[layer]
-            total[layer] = found if before is None else before + found
+            loss, before = rule_losses(influence(saved), rules, len(tokens)), total[layer]
+            total[layer] = loss if before is None else before + loss
         progress(f"moa: profiled {number + 1} of {len(sequences)} sequences")
     losses = torch.stack([x for x in total if x is not None])
     return Profile(tuple(rules), tuple(lengths), losses.float().cpu(), group)

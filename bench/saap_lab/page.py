@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from . import page_style, page_tables, palette, svg
-from .page_tables import charged, percent, section
+import jinja2
+
+from . import page_tables, palette, svg
+from .page_tables import Section, charged, percent
 from .palette import MARKERS, ORACLE, OURS, WINDOW
 from .quality import spread
 from .report import LayerRow, late_layers, layer_rows, layers_replaced, text_rows
@@ -25,24 +26,25 @@ def html(records: Mapping[str, Any], title: str, kinds: Mapping[str, str], depth
     colours = {m: palette.colour(m, "var(--ink)", i) for i, m in enumerate(methods)}
     style = _Style(colours, kinds, batch)
     layers = len({key.split("/")[-3] for key in records if key.startswith("layer/")})
-    body = [
-        f"<h1>Sparse attention compared on {escape(title)}</h1>",
-        "<ul>" + "".join(f"<li>{escape(fact)}</li>" for fact in facts) + "</ul>",
-        page_tables.verdict(records, kinds, late),
+    sections = [
         _curves("Attention captured", rows, style, False, f"all {layers} layers measured"),
         _curves("Attention captured in late layers", late_rows, style, False, f"layers {late.start} to {depth - 1}"),
         _curves("Error of the output", rows, style, True, f"all {layers} layers measured"),
         _text_curves(records, style, depth),
-        page_tables.budgets(records, rows, texts, methods, kinds, colours, batch),
-        page_tables.paired(records, methods),
+        *page_tables.budgets(records, rows, texts, methods, kinds, colours, batch),
+        *page_tables.paired(records, methods),
         _heat(records, methods),
         _looks(records, methods, colours),
         page_tables.missing(records),
         page_tables.cost(records),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    head += f"<style>{page_style.CSS}</style>"
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(body)}</main></body></html>'
+    shown = [section for section in sections if section.drawing or section.table]
+    return _template().render(title=title, facts=facts, verdict=page_tables.verdict(records, kinds, late), sections=shown)
+
+
+def _template() -> Any:
+    loader = jinja2.PackageLoader("saap_lab")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template("report.html")
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ class _Style:
         marker = {m: MARKERS.get(self.kinds[m], "circle") for m in order}
         return [svg.Curve(m, points[m], self.colours[m], m in bounds, m in OURS, marker[m]) for m in order]
 
-    def legend(self, points: Mapping[str, svg.Points]) -> str:
+    def legend(self, points: Mapping[str, svg.Points]) -> list[tuple[str, str]]:
         kinds = [kind for kind in page_tables.KINDS if any(self.kinds[m] == kind for m in points)]
-        return '<p class="legend">' + "".join(f"<span>{svg.MARKERS[MARKERS[k]]} {escape(k)}</span>" for k in kinds) + "</p>"
+        return [(svg.MARKERS[MARKERS[kind]], kind) for kind in kinds]
 
 
-def _curves(title: str, rows: Sequence[LayerRow], style: _Style, error: bool, where: str) -> str:
+def _curves(title: str, rows: Sequence[LayerRow], style: _Style, error: bool, where: str) -> Section:
     points: dict[str, list[tuple[float, float]]] = {}
     for r in rows:
         y = r.error[0] if error else r.captured[0]
@@ -76,10 +78,10 @@ def _curves(title: str, rows: Sequence[LayerRow], style: _Style, error: bool, wh
     ) + "The shaded band lies between the best tokens per KV head, the most so many bytes can capture, and a longer window."
     label = "relative error" if error else "% of the attention"
     drawn = svg.curves(style.lines(points), "kB read per layer and step", label, error, (ORACLE, WINDOW))
-    return section(title, note, drawn and style.legend(points) + drawn)
+    return Section(title, note, drawing=drawn, legend=style.legend(points))
 
 
-def _text_curves(records: Mapping[str, Any], style: _Style, depth: int) -> str:
+def _text_curves(records: Mapping[str, Any], style: _Style, depth: int) -> Section:
     read: dict[tuple[str, float], list[float]] = {}
     for key, row in records.items():
         if key.startswith("text/"):
@@ -92,17 +94,17 @@ def _text_curves(records: Mapping[str, Any], style: _Style, depth: int) -> str:
     where = layers_replaced(records, depth)
     note = f"KL divergence of the next token's distribution from the dense model's, {where}. Lower is better."
     drawn = svg.curves(style.lines(points), "MB read per token, these layers", "KL, nats", True, (ORACLE, WINDOW))
-    return section("The model's answers", note, drawn and style.legend(points) + drawn)
+    return Section("The model's answers", note, drawing=drawn, legend=style.legend(points))
 
 
 def _middle(shares: Sequence[float]) -> float:
     return sorted(shares)[len(shares) // 2]
 
 
-def _heat(records: Mapping[str, Any], methods: Sequence[str]) -> str:
+def _heat(records: Mapping[str, Any], methods: Sequence[str]) -> Section:
     parts = [key.split("/") for key in records if key.startswith("layer/")]
     if not parts:
-        return ""
+        return Section("Layer by layer", "")
     share = _middle(sorted({float(p[-1]) for p in parts}))
     sums: dict[str, dict[int, list[float]]] = {m: {} for m in methods if m != "dense"}
     for p in parts:
@@ -112,13 +114,13 @@ def _heat(records: Mapping[str, Any], methods: Sequence[str]) -> str:
             pair[0], pair[1] = pair[0] + row["captured"], pair[1] + row["outside"]
     rows = {m: {x: 100 * a / b for x, (a, b) in layers.items() if b} for m, layers in sums.items() if layers}
     note = f"Attention mass captured outside sinks and window at {percent(share)}, percent; columns are layers."
-    return section("Layer by layer", note, svg.heat_map(rows, sorted({int(p[-3]) for p in parts}), "%"))
+    return Section("Layer by layer", note, drawing=svg.heat_map(rows, sorted({int(p[-3]) for p in parts}), "%"))
 
 
-def _looks(records: Mapping[str, Any], methods: Sequence[str], colours: Mapping[str, str]) -> str:
+def _looks(records: Mapping[str, Any], methods: Sequence[str], colours: Mapping[str, str]) -> Section:
     looks = {key.split("/")[2]: (key.split("/"), row) for key, row in records.items() if key.startswith("looks/")}
     if not looks:
-        return ""
+        return Section("Where each method looks", "")
     (_, layer, _, share), row = next(iter(looks.values()))
     lanes = {m: looks[m][1]["read"] for m in methods if m in looks and m != "dense"}
     note = (
@@ -126,4 +128,5 @@ def _looks(records: Mapping[str, Any], methods: Sequence[str], colours: Mapping[
         "mean over the heads, on a square-root scale. Below: the share of each stretch that a method reads, mean over the KV "
         "heads."
     )
-    return section("Where each method looks", note, svg.strips(row["mass"], lanes, colours, int(row["tokens"])))
+    drawn = svg.strips(row["mass"], lanes, colours, int(row["tokens"]))
+    return Section("Where each method looks", note, drawing=drawn)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from html import escape
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from .palette import OURS
 from .quality import spread
@@ -34,8 +34,48 @@ Key = tuple[str, float]
 """(method, share)"""
 
 
-def section(title: str, note: str, inner: str) -> str:
-    return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p>{inner}</section>" if inner else ""
+class Mean(NamedTuple):
+    """A mean and its deviation over sequences, as they are written."""
+
+    mean: str
+    deviation: str
+
+
+Cell = str | Mean
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table, or, with ``group``, a heading across it."""
+
+    cells: Sequence[Cell] = ()
+    group: str = ""
+    note: str = ""
+    """Behind the heading."""
+    colour: str = ""
+    """Of the dot before the first cell."""
+    ours: bool = False
+    text: bool = False
+    """Whether the last cell is a sentence."""
+
+
+@dataclass(frozen=True)
+class Table:
+    head: Sequence[str]
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; without table and drawing it is left out."""
+
+    title: str
+    note: str
+    table: Table | None = None
+    drawing: str = ""
+    """SVG."""
+    legend: Sequence[tuple[str, str]] = ()
+    """(mark, what it stands for)"""
 
 
 def percent(share: float) -> str:
@@ -50,10 +90,10 @@ def charged(row: LayerRow, batch: int) -> float:
 def budgets(
     records: Mapping[str, Any], rows: Sequence[LayerRow], texts: Sequence[TextRow], methods: Sequence[str],
     kinds: Mapping[str, str], colours: Mapping[str, str], batch: int,
-) -> str:  # fmt: skip
+) -> list[Section]:  # fmt: skip
     """A table per budget."""
     by, text, needles = {(r.method, r.share): r for r in rows}, {(t.method, t.share): t for t in texts}, needle_rows(records)
-    times, tables = _times(records), []
+    times, sections = _times(records), []
     note = (
         "Mean ± standard deviation over sequences; one sequence has none. Captured is pooled by mass over layers. "
         "In all: keys, values, tables that decide what to read, and weights by the "
@@ -64,26 +104,23 @@ def budgets(
         here = [m for m in methods if (m, share) in by or (m, share) in text]
         cells = {m: _cells(by, text, needles, times, (m, share), batch) for m in here}
         shown = [i for i in range(len(_HEAD)) if any(row[i] != "–" for row in cells.values())]
-        lines = []
+        lines: list[Row] = []
         for kind in [*KINDS, *sorted({kinds[m] for m in methods} - set(KINDS))]:
             members = [m for m in here if kinds[m] == kind]
             if members:
-                about = f"<b>{escape(kind)}</b> {escape(NOTES.get(kind, ''))}"
-                lines.append(f'<tr class="kind"><td colspan="{len(shown) + 1}">{about}</td></tr>')
-            for m in members:
-                name = f'<td><span class="dot" style="background:{colours[m]}"></span>{escape(m)}</td>'
-                style = ' class="ours"' if m in OURS else ""
-                lines.append(f"<tr{style}>{name}{''.join(f'<td>{cells[m][i]}</td>' for i in shown)}</tr>")
-        tables.append(section(f"Budget {percent(share)}", note, table(["method", *(_HEAD[i] for i in shown)], lines)))
-    return "".join(tables)
+                lines.append(Row(group=kind, note=NOTES.get(kind, "")))
+            lines += [Row([m, *(cells[m][i] for i in shown)], colour=colours[m], ours=m in OURS) for m in members]
+        head = ["method", *(_HEAD[i] for i in shown)]
+        sections.append(Section(f"Budget {percent(share)}", note, _table(head, lines)))
+    return sections
 
 
 def _cells(
     by: Mapping[Key, LayerRow], text: Mapping[Key, TextRow], needles: Mapping[Key, tuple[int, int]], times: Mapping[Key, float],
     key: Key, batch: int,
-) -> list[str]:  # fmt: skip
+) -> list[Cell]:  # fmt: skip
     r, t, right, dense = by.get(key), text.get(key), needles.get(key), by.get(("dense", key[1]))
-    cells = ["–"] * len(_HEAD)
+    cells: list[Cell] = ["–"] * len(_HEAD)
     if r:
         whole, alone = charged(r, batch), charged(r, 1)
         cells[:4] = [f"{x / 1e3:.0f}" for x in (r.kv_bytes, r.other_bytes, r.shared_bytes / batch, whole)]
@@ -99,19 +136,16 @@ def _cells(
     return cells
 
 
-def table(head: Sequence[str], lines: Sequence[str]) -> str:
-    if not lines:
-        return ""
-    heads, rows = "".join(f"<th>{h}</th>" for h in head), "".join(lines)
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+def _table(head: Sequence[str], rows: Sequence[Row]) -> Table | None:
+    return Table(head, rows) if rows else None
 
 
-def plus_minus(value: tuple[float, float], digits: int) -> str:
+def plus_minus(value: tuple[float, float], digits: int) -> Cell:
     if math.isnan(value[0]):
         return "–"
     if math.isnan(value[1]):  # of one sequence
         return f"{value[0]:.{digits}f}"
-    return f'{value[0]:.{digits}f} <span class="pm">±{value[1]:.{digits}f}</span>'
+    return Mean(f"{value[0]:.{digits}f}", f"{value[1]:.{digits}f}")
 
 
 def _times(records: Mapping[str, Any]) -> dict[Key, float]:
@@ -147,35 +181,34 @@ def _difference(first: Mapping[str, float], second: Mapping[str, float]) -> tupl
     return spread([first[x] - second[x] for x in first if x in second] or [math.nan])
 
 
-def paired(records: Mapping[str, Any], methods: Sequence[str]) -> str:
+def paired(records: Mapping[str, Any], methods: Sequence[str]) -> list[Section]:
     """Captured mass and KL of this library's indexes against each other method, on the same sequence at the same budget."""
-    mass, kl, tables = _captured(records), _divergence(records), []
+    mass, kl, sections = _captured(records), _divergence(records), []
     shares, decoded = sorted({s for _, s in [*mass, *kl]}), {s for _, s in kl}
     for ours in OURS:
         lines = []
         for m in methods:
-            cells = []
+            cells: list[Cell] = []
             for share in shares:
                 gained = _difference(mass.get((ours, share), {}), mass.get((m, share), {}))
                 saved = _difference(kl.get((m, share), {}), kl.get((ours, share), {}))
                 cells += [plus_minus(gained, 1)] + ([plus_minus(saved, 4)] if share in decoded else [])
             if m not in (*OURS, "dense") and any(cell != "–" for cell in cells):
-                lines.append(f"<tr><td>{escape(m)}</td>{''.join(f'<td>{c}</td>' for c in cells)}</tr>")
+                lines.append(Row([m, *cells]))
         columns = [(what, share) for share in shares for what in ("points", "KL") if what == "points" or share in decoded]
         head = ("against", *(f"{what}, {percent(share)}" for what, share in columns))
         note = (
             f"{ours} and each other method on the same sequences, mean ± standard deviation: points of captured attention "
             "gained, and KL saved in nats. Positive where this library's index is ahead."
         )
-        tables.append(section(f"In pairs: {ours}", note, table(head, lines)))
-    return "".join(tables)
+        sections.append(Section(f"In pairs: {ours}", note, _table(head, lines)))
+    return sections
 
 
-def verdict(records: Mapping[str, Any], kinds: Mapping[str, str], late: Collection[int]) -> str:
+def verdict(records: Mapping[str, Any], kinds: Mapping[str, str], late: Collection[int]) -> list[str]:
     """A sentence per budget and index of this library, for all layers and for the late ones: whom it is ahead of, and whom not,
     of the methods that can be deployed. Each index has its own: to name the better one is to choose after measuring."""
-    lines = [*_verdict(_captured(records), kinds, ""), *_verdict(_captured(records, late), kinds, ", late layers")]
-    return f'<ul class="verdict">{"".join(lines)}</ul>' if lines else ""
+    return [*_verdict(_captured(records), kinds, ""), *_verdict(_captured(records, late), kinds, ", late layers")]
 
 
 def _verdict(mass: Mapping[Key, Mapping[str, float]], kinds: Mapping[str, str], where: str) -> list[str]:
@@ -183,13 +216,13 @@ def _verdict(mass: Mapping[Key, Mapping[str, float]], kinds: Mapping[str, str], 
     for share in sorted({s for _, s in mass}):
         for ours in (x for x in OURS if x in kinds):
             if (ours, share) not in mass:
-                lines.append(f"<li>{percent(share)}{where}: {ours} was not measured, or cannot read so little, see below.</li>")
+                lines.append(f"{percent(share)}{where}: {ours} was not measured, or cannot read so little, see below.")
                 continue
             against = {
                 m: _difference(mass[ours, share], mass[m, share])
                 for m in kinds if m not in (*OURS, *ORACLES) and (m, share) in mass
             }  # fmt: skip
-            behind = [f"{escape(m)} ({_points((-d[0], d[1]))})" for m, d in against.items() if d[0] <= 0]
+            behind = [f"{m} ({_points((-d[0], d[1]))})" for m, d in against.items() if d[0] <= 0]
             ahead = len(against) - len(behind)
             of = f"{ahead} of the {len(against)} methods that can be deployed"
             said = f"{percent(share)}{where}: {ours} captures more than {of}"
@@ -197,8 +230,8 @@ def _verdict(mass: Mapping[Key, Mapping[str, float]], kinds: Mapping[str, str], 
                 said += f", not more than {', '.join(behind)}"
             elif against:
                 near = min(against, key=lambda m: against[m][0])
-                said += f"; the nearest, {escape(near)}, by {_points(against[near])}"
-            lines.append(f"<li>{said}.</li>")
+                said += f"; the nearest, {near}, by {_points(against[near])}"
+            lines.append(f"{said}.")
     return lines
 
 
@@ -206,22 +239,20 @@ def _points(value: tuple[float, float]) -> str:
     return f"{value[0]:.1f} points" if math.isnan(value[1]) else f"{value[0]:.1f} ± {value[1]:.1f} points"
 
 
-def missing(records: Mapping[str, Any]) -> str:
+def missing(records: Mapping[str, Any]) -> Section:
     lines = []
     for key, row in records.items():
         kind, *rest = key.split("/")
         if kind == "missing":
-            method, why = escape(rest[0]), escape(row["reason"])
-            lines.append(f'<tr><td>{method}</td><td>{percent(float(rest[1]))}</td><td class="text">{why}</td></tr>')
+            lines.append(Row([rest[0], percent(float(rest[1])), row["reason"]], text=True))
     note = "Methods that were asked for and cannot read so little: what they read when set to the least."
-    return section("Not possible at a budget", note, table(("method", "budget", "why"), lines))
+    return Section("Not possible at a budget", note, _table(("method", "budget", "why"), lines))
 
 
-def cost(records: Mapping[str, Any]) -> str:
-    lines = []
+def cost(records: Mapping[str, Any]) -> Section:
+    rows = []
     for c in records.get("cost", ()):
-        cells = escape(c["name"]), escape(c["kind"]), f"{c['bytes'] / 1e3:.1f}", f"{1e6 * c['seconds']:.0f}"
-        lines.append("<tr>" + "".join(f"<td>{x}</td>" for x in cells) + "</tr>")
+        rows.append(Row([c["name"], c["kind"], f"{c['bytes'] / 1e3:.1f}", f"{1e6 * c['seconds']:.0f}"]))
     note = "These replace softmax and need a model trained with them, so they have no quality here: only what a step costs."
     head = ("operator", "kind", "kB per layer and step", "µs per layer and step")
-    return section("Other architectures", note, table(head, lines))
+    return Section("Other architectures", note, _table(head, rows))

@@ -96,15 +96,15 @@ class Agreement:
     """Mean negative log-likelihood of the text minus the dense model's."""
 
 
-def agreement(dense: Tensor, found: Tensor, targets: Tensor) -> Agreement:
-    """dense, found : logits (n, vocabulary); targets : int64 (n,), the tokens that follow."""
-    if dense.shape != found.shape or targets.shape != dense.shape[:1]:
-        shapes = [tuple(x.shape) for x in (dense, found, targets)]
-        raise ShapeError(f"dense, found, targets: expected equal lengths, got {shapes}")
-    p, q = dense.double().log_softmax(-1), found.double().log_softmax(-1)
+def agreement(dense: Tensor, sparse: Tensor, targets: Tensor) -> Agreement:
+    """dense, sparse : logits (n, vocabulary); targets : int64 (n,), the tokens that follow."""
+    if dense.shape != sparse.shape or targets.shape != dense.shape[:1]:
+        shapes = [tuple(x.shape) for x in (dense, sparse, targets)]
+        raise ShapeError(f"dense, sparse, targets: expected equal lengths, got {shapes}")
+    p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean()
     gained = (p - q).gather(1, targets[:, None]).mean()
-    return Agreement(float(kl), float((dense.argmax(-1) == found.argmax(-1)).double().mean()), float(gained))
+    return Agreement(float(kl), float((dense.argmax(-1) == sparse.argmax(-1)).double().mean()), float(gained))
 
 
 def spread(values: Mapping[str, float] | list[float]) -> tuple[float, float]:

@@ -41,9 +41,9 @@ class SpanPlan:
     @classmethod
     def read(cls, path: Path) -> SpanPlan:
         """A plan from ``{"alphas": [[...]], "betas": [[...]]}``. Raises FormatError for anything else."""
-        found = files.read_json(path, "a JSON object with alphas and betas")
+        rules = files.read_json(path, "a JSON object with alphas and betas")
         try:
-            alphas, betas = (tuple(tuple(map(float, row)) for row in found[x]) for x in ("alphas", "betas"))
+            alphas, betas = (tuple(tuple(map(float, row)) for row in rules[x]) for x in ("alphas", "betas"))
         except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise FormatError(
                 f"{path.name}: expected a JSON object with alphas and betas, rows of numbers, got {error!r}"

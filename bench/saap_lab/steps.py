@@ -113,8 +113,8 @@ def _largest(method: TopK | Selected, scores: Tensor, lengths: Tensor) -> Tensor
     )
     most = min(int(budgets.max()), scores.shape[3])
     best = scores.masked_fill(~between, -torch.inf).topk(most, dim=-1).indices
-    taken = (torch.arange(most, dtype=torch.int64, device="cpu") < budgets[:, None]).expand_as(best)
-    chosen = torch.zeros(scores.shape, dtype=torch.bool, device="cpu").scatter_(3, best, taken)
+    within = (torch.arange(most, dtype=torch.int64, device="cpu") < budgets[:, None]).expand_as(best)
+    chosen = torch.zeros(scores.shape, dtype=torch.bool, device="cpu").scatter_(3, best, within)
     return (chosen & between) | ((place < until) & ~between)
 
 

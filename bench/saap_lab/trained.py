@@ -103,7 +103,7 @@ class TrainedMethods:
     def equal_share(self, length: int, share: float) -> float:
         """The share that a method without tables may read for the bytes that the index reads at ``share``, near that length."""
         layer = next(iter(self.routers.layers.values()))
-        _, nlist, d = layer.key_quantizer.centroids.shape
+        _, nlist, d = layer.quantizer.centroids.shape
         between = length - self.layout.sinks - self.layout.window
         segments = self.layout.segments(length)
         if not segments or between <= 0:
@@ -115,4 +115,4 @@ class TrainedMethods:
 
 def publishable(routers: Routers) -> bool:
     """Whether the routers are the published classifier's, of lists and not of tokens."""
-    return all(layer.tower is None and not layer.query_router.count_lists for layer in routers.layers.values())
+    return all(layer.tower is None and not layer.router.count_lists for layer in routers.layers.values())

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError
-from .base import Arena, Backend, Frequencies, SegmentChange
+from .base import Backend, SegmentChange, Session
 from .paged import PagedBackend
 from .plain_torch import TorchBackend
 from .reference import ReferenceBackend
-from .types import Budget, Rotation, Search, Tail
+from .types import Arena, Budget, Frequencies, Placement, Plan, Rotation, Routing, Tail
 from .weights import NETWORK, RouterWeights
 
 __all__ = [
-    "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Rotation", "RouterWeights", "Search", "SegmentChange", "Tail",
-    "get_backend", "get_paged", "register_backend",
+    "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Placement", "Plan", "Rotation", "RouterWeights", "Routing",
+    "SegmentChange", "Session", "Tail", "get_backend", "get_paged", "register_backend",
 ]  # fmt: skip
 
 Factory = Callable[[torch.device], Backend]

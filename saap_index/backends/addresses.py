@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ShapeError
+from .codes import DTYPE_CODES
 from .types import Budget, Probed, Rotation, Tail
-
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
 F32, I32 = torch.float32, torch.int32
 _NO_ROTATION = (0, 0, 0, False, 1.0)
@@ -67,14 +66,14 @@ def means_of(tail: Tail, dtype: torch.dtype, shape: tuple[int, int, int, int]) -
 
 
 def code_of(name: str, x: Tensor) -> int:
-    code = CODES.get(x.dtype)
+    code = DTYPE_CODES.get(x.dtype)
     if code is None:
         raise DTypeError(f"{name}: expected one of {dtype_names()}, got {x.dtype}")
     return code
 
 
 def dtype_names() -> str:
-    return ", ".join(str(t).removeprefix("torch.") for t in CODES)
+    return ", ".join(str(t).removeprefix("torch.") for t in DTYPE_CODES)
 
 
 def check_spans(sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], n: int, capacity: int) -> None:
@@ -109,40 +108,46 @@ class Places(NamedTuple):
     bound: int
     tail_bound: int
 
-    def memory(self, b: int, h: int) -> Taken:
-        """Room for what may be taken."""
-        rows = torch.empty((b, h, self.bound), dtype=I32, device="cpu"), torch.empty((b, h), dtype=I32, device="cpu")
-        tail = None
-        if self.entries_at:
-            tail = torch.empty((b, h, self.tail_bound), dtype=I32, device="cpu"), torch.empty((b, h), dtype=I32, device="cpu")
-        return Taken(rows, tail)
+    def room(self, b: int, h: int) -> ProbeRoom:
+        """Room for what may be selected."""
+        rows, counts = torch.empty((b, h, self.bound), dtype=I32, device="cpu"), torch.empty((b, h), dtype=I32, device="cpu")
+        at = self.bound, rows.data_ptr(), counts.data_ptr()
+        if not self.entries_at:
+            return ProbeRoom((*at, 0, 0, 0), rows, counts)
+        runs, run_counts = torch.empty((b, h, self.tail_bound), dtype=I32, device="cpu"), torch.empty_like(counts)
+        return ProbeRoom((*at, self.tail_bound, runs.data_ptr(), run_counts.data_ptr()), rows, counts, runs, run_counts)
 
 
-class Taken(NamedTuple):
-    """Numbers and counts of rows, and of runs where there may be entries, as the module writes them."""
+class ProbeRoom(NamedTuple):
+    """Numbers and counts of rows, and of runs where there may be entries, as the module writes them, and their addresses."""
 
-    rows: tuple[Tensor, Tensor]
-    tail: tuple[Tensor, Tensor] | None
-
-    def at(self) -> tuple[int, ...]:
-        """Bound, numbers and counts of rows, the same of the tail, as the module takes them."""
-        rows, counts = self.rows
-        if self.tail is None:
-            return rows.shape[2], rows.data_ptr(), counts.data_ptr(), 0, 0, 0
-        runs, run_counts = self.tail
-        return rows.shape[2], rows.data_ptr(), counts.data_ptr(), runs.shape[2], runs.data_ptr(), run_counts.data_ptr()
+    addresses: tuple[int, ...]
+    rows: Tensor
+    counts: Tensor
+    runs: Tensor | None = None
+    run_counts: Tensor | None = None
 
     def probed(self, t: int, x: int) -> Probed:
         """What was written, of widths t and x."""
-        if self.tail is None:
-            return Probed(_packed(self.rows[0], t), self.rows[1])
-        return Probed(_packed(self.rows[0], t), self.rows[1], _packed(self.tail[0], x), self.tail[1])
+        return Probed(_packed(self.rows, t), self.counts, None if self.runs is None else _packed(self.runs, x), self.run_counts)
 
 
 def _packed(x: Tensor, width: int) -> Tensor:
     """The leading b * h * width elements of x (b, h, n) as (b, h, width)."""
     b, h, n = x.shape
     return x if width == n else x.view(-1)[: b * h * width].view(b, h, width)
+
+
+def new_tokens(keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor) -> tuple[int, ...]:
+    """dtype, address and strides of new keys, the same of values, addresses of the arena as the module takes them."""
+    (b, h, n, d), e = keys.shape, values.shape[-1]
+    capacity, dtype = arena_keys.shape[2], arena_keys.dtype
+    k_at, v_at = rows_of("keys", keys, dtype, keys.shape), rows_of("values", values, dtype, (b, h, n, e))
+    ak_at = plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
+    av_at = plain("arena_values", arena_values, dtype, (b, h, capacity, e))
+    kb, kh, kn, _ = keys.stride()
+    vb, vh, vn, _ = values.stride()
+    return code_of("arena_keys", arena_keys), k_at, kb, kh, kn, v_at, vb, vh, vn, ak_at, av_at
 
 
 def places_of(module: Any, tables: Tensor, num_segments: Sequence[int], budget: Budget, shape: tuple[int, int, int]) -> Places:

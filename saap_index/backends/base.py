@@ -16,27 +16,30 @@ segments may keep the mean key and the mean value of each run, by which a run th
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .types import Budget, Placement, Probed, Rotation, Routing, Search, Tail
+from ..errors import NotFiniteError
+from .codes import LENGTH, NEXT, SEALED, SEGMENTS, SINKS
+from .types import (
+    Arena,
+    Budget,
+    Frequencies,
+    Placement,
+    Plan,
+    Probed,
+    Rotation,
+    Routing,
+    Tail,
+)
 from .weights import RouterWeights
-
-
-@dataclass(frozen=True)
-class Frequencies:
-    """RoPE whose angles follow from the position alone. inv_freq : float32 (r / 2), radians per position, on the backend's
-    device; interleaved, scale : as in `Rotation`."""
-
-    inv_freq: Tensor
-    interleaved: bool
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,6 @@ class SegmentChange:
     means: int
 
 
-@dataclass(frozen=True)
-class Arena:
-    """The memory of a batch. keys, values, ids, tables : as a backend's operations name them; mean_keys, mean_values : as in
-    `Tail`; given : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere."""
-
-    keys: Tensor
-    values: Tensor
-    ids: Tensor
-    tables: Tensor
-    mean_keys: Tensor
-    mean_values: Tensor
-    given: Tensor | None
-
-
 class Backend(ABC):
     """One way to execute the index. Tensors are C-contiguous and on the backend's device unless said otherwise."""
 
@@ -78,12 +67,12 @@ class Backend(ABC):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for an arena or a table, placed as this backend scans it best."""
 
-    keeps_state: ClassVar[bool] = False
-    """Whether `resident` returns something: asked several times a step, so not by a call."""
+    captures: ClassVar[bool] = False
+    """Whether steps of its sessions can be captured in a graph; the host may then know less of lengths than the device."""
 
-    def resident(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Resident | None:
-        """State on the device for the decode step of a batch of this shape, see `Resident`; None for a backend without."""
-        return None
+    def session(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Session:
+        """What this backend keeps of a batch of that shape from step to step."""
+        return Session(self)
 
     @abstractmethod
     def append(
@@ -137,8 +126,8 @@ class Backend(ABC):
         """Bring the segments of several sequences to what they shall be: assign, sort, write ids and tables, means.
 
         The tables have room for ``want``. What comes out is that of `assign`, `seal` and `means` one after the other. quantizer :
-        as from `prepare_quantizer`, or None where ``arena.given`` has every list. Does not wait for the device. Raises before it
-        moves a row, or not at all. Returns False, having done nothing, if one after the other is how this backend does it.
+        as from `prepare_quantizer`, or None where ``arena.pending`` has every list. Does not wait for the device. Raises
+        before it moves a row, or not at all. Returns False, having done nothing, if a backend does one after the other.
         """
         return False
 
@@ -224,11 +213,6 @@ class Backend(ABC):
         Nothing to attend: out = 0, lse = -inf. The result does not depend on the number of threads.
         """
 
-    def prepare_search(self, search: Search) -> PreparedSearch | None:
-        """`route`, `probe` and the causal `scan` over what that took as one call, for a step to cost little besides; None for a
-        backend without."""
-        return None
-
     def best(
         self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
         sealed: Sequence[int], lengths: Sequence[int], k: int,
@@ -252,91 +236,164 @@ class Backend(ABC):
         """
 
 
-class PreparedSearch(Protocol):
-    """A search as `Backend.prepare_search` packed it."""
+class Session:
+    """The decode step of one batch: publish what changed, append, select, run.
 
-    def __call__(
-        self, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Probed]:
-        """queries, rotation : as in `Backend.route`; lengths : as in `Backend.scan`; ends : position of the token that comes next
-        in each sequence. A segment lies on the knots where log2 of the distance of its middle from the newest token, at least 1,
-        less first_knot does. Returns out and lse as `Backend.scan`, and what was taken.
-        """
-
-
-class Resident(ABC):
-    """The state of one batch on the device.
-
-    `append` and `step` only launch kernels. `step` writes the selection into memory of the batch, where it is valid until the
-    next one.
+    What is published holds until the next time; a plan holds budgets, and is brought up to date then. Lengths change with every
+    token, and a session counts them itself. This one asks its backend for one operation after the other.
     """
 
-    @property
-    @abstractmethod
-    def capturing(self) -> bool:
-        """Whether launches are recorded now, for a graph, instead of run."""
+    capturing: Any = False
+    """Whether launches are recorded now, for a graph, instead of run."""
 
-    @abstractmethod
-    def enter(self) -> None:
-        """What follows, on the current stream, waits for what was started before on another; not inside a capture."""
+    captured = False
+    """Whether a graph may hold addresses of this batch."""
 
-    @abstractmethod
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.lengths: list[int] | None = None
+        """Rows in use of each sequence, as far as the host knows; None if nothing is published."""
+        self._placement: Placement | None = None
+        self._gaps: list[int] = []  # how far the next position is from the length
+        self._columns: dict[int, list[int]] = {}  # of meta
+
+    def publish(self, placement: Placement, budgets: Sequence[tuple[Plan, Budget]]) -> None:
+        """Use this memory and these numbers from now on, and in each plan this budget. Does not wait for the device."""
+        columns = dict(enumerate(placement.meta.T.tolist()))
+        self._placement, self._columns, self.lengths = placement, columns, columns[LENGTH]
+        self._gaps = (placement.meta[:, NEXT] - placement.meta[:, LENGTH]).tolist()
+        for plan, budget in budgets:
+            self.plan(plan, budget)
+
     def release(self) -> None:
-        """No graph that was captured is replayed any more: what is kept for them may go."""
+        """Memory has moved, and need not be held any longer."""
+        self._placement = self.lengths = None
 
-    @abstractmethod
-    def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
-        """Whether a `step` with such queries finds its memory and kernels in place, as it does from the second time on."""
+    def plan(self, plan: Plan, budget: Budget) -> None:
+        """Get ready for searches within this budget, here and in `publish` on the host, by a plan that is new, or up to date."""
+        device = self._published.arena.keys.device
+        if device.type != "cpu":
+            entries = None if budget.entries is None else budget.entries.to(device)
+            budget = replace(budget, rows=budget.rows.to(device), entries=entries)
+        plan.budget, plan.packed = budget, None
 
-    @abstractmethod
-    def prepare(self, queries: Tensor, routing: Routing | None, limits: Any) -> None:
-        """Put memory and kernels in place for a `step` with such queries."""
+    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], check: bool = False) -> None:
+        """Append ``counts[i]`` leading tokens of sequence i.
 
-    @abstractmethod
-    def publish(self, placement: Placement, counted: bool, budgets: Sequence[tuple[Any, Budget]]) -> None:
-        """Use this memory and these numbers from now on, and write each budget to the memory of its limits.
-
-        Flags stay as they are. counted : so do lengths and next positions, for the device has counted them itself. Does not wait
-        for the device.
+        keys : storage dtype (b, h, n, d), values : (b, h, n, e), any strides but the last. Raises NotFiniteError, having written
+        nothing; a device may note it instead, for later, unless ``check``.
         """
+        place, lengths = self._placement, self.lengths
+        assert place is not None and lengths is not None, "publish comes first"
+        if not self.backend.append(keys, values, place.arena.keys, place.arena.values, lengths, counts):
+            raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
+        self.lengths = list(map(operator.add, lengths, counts))
 
-    @abstractmethod
-    def watch(self) -> None:
-        """Have meta fetched as it is now, for `watched`. Does not wait for the device."""
+    def select(self, queries: Tensor, routing: Routing, plan: Plan) -> Probed:
+        """Route and probe queries (b, h, g, q, d) of the last q tokens."""
+        ends = self._ends()
+        rotation = routing.rope.before(ends, queries.shape[3]) if isinstance(routing.rope, Frequencies) else routing.rope
+        return self._route_and_probe(queries, rotation, routing, _budget(plan), ends, 1)
 
-    @abstractmethod
-    def watched(self) -> np.ndarray[Any, Any]:
-        """meta : int32 (b, 8) as it was when `watch` was called last; waits until then, and no longer."""
-
-    @abstractmethod
-    def limits(self, budget: Budget, most_rows: int, most_entries: int) -> Any:
-        """What a search may take, on the device for as long as its parameters are in use. No later budget exceeds the sizes.
-
-        budget : rows and entries on the host, here and in `publish`.
+    def select_each(self, queries: Tensor, routing: Routing, plan: Plan) -> Probed:
+        """`select` for every query on its own, as if it were the newest token's: as of b * q sequences, those of one beside
+        each other. Nothing enters through means.
         """
+        b, h, g, q, d = queries.shape
+        ends, rotation, budget = self._ends(), routing.rope, _budget(plan)
+        if isinstance(rotation, Frequencies):
+            rotation = rotation.before(ends, 1)
+        if rotation is not None:
+            cos, sin = rotation.cos.repeat_interleave(q, 0), rotation.sin.repeat_interleave(q, 0)
+            rotation = Rotation(cos, sin, rotation.interleaved, rotation.scale)
+        queries = queries.permute(0, 3, 1, 2, 4).reshape(b * q, h, g, 1, d).contiguous()
+        budget = Budget(budget.rows.repeat_interleave(q, 0), budget.nprobe, budget.miss)
+        return self._route_and_probe(queries, rotation, routing, budget, ends, q)
 
-    @abstractmethod
-    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> None:
-        """Append ``counts[i]`` leading tokens of sequence i, or all n <= MAX_STEP_TOKENS, and advance lengths and positions.
+    def _route_and_probe(
+        self, queries: Tensor, rotation: Rotation | None, routing: Routing, budget: Budget, ends: Sequence[int], times: int
+    ) -> Probed:
+        """times : how often each sequence stands in ``queries``."""
+        place, used = self._published, self._columns[SEGMENTS]
+        z, a = self.backend.route(routing.router, queries, rotation)
+        distances = np.array(ends)[:, None] - 1 - place.centres
+        knots = torch.from_numpy(knots_of(distances, routing.first_knot, a.shape[3] - 1))
+        tables = place.arena.tables
+        if times > 1:
+            knots, tables = knots.repeat_interleave(times, 0), tables.repeat_interleave(times, 0)
+            used = [number for number in used for _ in range(times)]
+        knots = knots if z.is_cpu else knots.to(z.device)
+        return self.backend.probe(z, a, knots, tables, used, budget, routing.count_lists)
 
-        keys : storage dtype (b, h, n, d), values : (b, h, n, e), any strides but the last. What is not finite is stored, and
-        noted in the flags; a sequence without room is left alone, and that is noted.
-        """
-
-    @abstractmethod
-    def select(self, queries: Tensor, routing: Routing, limits: Any) -> Probed:
-        """Route and probe queries (b, h, g, q, d) of the last q tokens, into new memory, as wide as ``limits`` allow."""
-
-    @abstractmethod
-    def step(
-        self, queries: Tensor, routing: Routing | None, limits: Any, scale: float
-    ) -> tuple[Tensor, Tensor, Probed | None]:
-        """`select` and the causal `Backend.scan` over it, with nothing in between; without routing over every row.
+    def run(self, queries: Tensor, routing: Routing, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Probed | None]:
+        """`select` and the causal `Backend.scan` over it, with nothing in between; over every row where the plan is dense.
 
         Returns out : dtype of queries (b, h, g, q, e), lse : float32 (b, h, g, q), newly allocated, and the selection: its
-        counts, and rows or ``in_runs``.
+        counts, and rows or ``in_runs``; None for every row. It may lie in memory of the session, valid until the next step.
         """
+        arena, lengths = self._published.arena, self._known_lengths
+        memory = queries, arena.keys, arena.values
+        if plan.dense:
+            none = [0] * len(lengths)
+            return *self.backend.scan(*memory, None, None, none, none, lengths, scale, True), None
+        probed, tail = self.select(queries, routing, plan), None
+        if probed.tail is not None and probed.tail_counts is not None:
+            tail = Tail(probed.tail, probed.tail_counts, arena.mean_keys, arena.mean_values, arena.tables)
+        spans = self._columns[SINKS], self._columns[SEALED], lengths
+        return *self.backend.scan(*memory, probed.rows, probed.counts, *spans, scale, True, tail), probed
 
-    @abstractmethod
-    def read(self) -> np.ndarray[Any, Any]:
-        """Wait for the device and return meta : int32 (b, 8); its flags are reset."""
+    def _ends(self) -> list[int]:
+        """Position of the token that comes next in each sequence."""
+        return list(map(operator.add, self._known_lengths, self._gaps))
+
+    @property
+    def _published(self) -> Placement:
+        assert self._placement is not None, "publish comes first"
+        return self._placement
+
+    @property
+    def _known_lengths(self) -> list[int]:
+        assert self.lengths is not None, "publish comes first"
+        return self.lengths
+
+    # -- where the device counts, and graphs are replayed; nothing to do elsewhere ------------------------------------
+
+    def wait_stream(self) -> None:
+        """What follows, on the current stream, waits for what was started before on another; not inside a capture."""
+
+    def synchronize(self) -> Exception | None:
+        """Wait for the device: what it noted of the tokens appended since the last time.
+
+        StateError if it holds other lengths than the host knows.
+        """
+        return None
+
+    def noted(self) -> Exception | None:
+        """`synchronize` as of the last `publish`; nothing that came later, so as not to wait for it."""
+        return None
+
+    def read_lengths(self) -> tuple[list[int], Exception | None]:
+        """Wait for the device: rows in use there, and what it noted."""
+        return self._known_lengths, None
+
+    def invalidate(self) -> None:
+        """The tokens are about to go, and what the device noted about them with them."""
+        self.lengths = None
+
+    def release_graphs(self) -> None:
+        """No graph that was captured is replayed any more: what is kept for them may go."""
+
+
+def _budget(plan: Plan) -> Budget:
+    assert plan.budget is not None, "plan comes first"
+    return plan.budget
+
+
+def knots_of(distances: np.ndarray[Any, Any], first_knot: int, num_knots: int) -> np.ndarray[Any, Any]:
+    """Where distances in tokens lie on the knots, an octave apart: float32 in [0, m - 1], clamped at both ends."""
+    place = np.maximum(distances, 1.0)
+    np.log2(place, out=place)
+    np.subtract(place, first_knot, out=place)
+    np.maximum(place, 0.0, out=place)  # np.clip costs four times this
+    np.minimum(place, max(0, num_knots - 1), out=place)
+    return place.astype(np.float32)

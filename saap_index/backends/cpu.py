@@ -6,7 +6,8 @@ kernels check themselves. Every decode step calls here, hence the plain style: n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,7 +17,6 @@ from torch import Tensor
 from ..errors import DTypeError, LengthError, MissingDependencyError, ShapeError
 from . import native
 from .addresses import (
-    CODES,
     F32,
     I32,
     NO_TAIL,
@@ -27,13 +27,15 @@ from .addresses import (
     dtype_names,
     lists_of,
     means_of,
+    new_tokens,
     places_of,
     plain,
     rows_of,
 )
-from .base import Backend, PreparedSearch
+from .base import Backend, Session
+from .codes import DTYPE_CODES, SEALED, SEGMENTS, SINKS
 from .threads import available_cores
-from .types import Budget, Probed, Rotation, Search, Tail
+from .types import Arena, Budget, Frequencies, Plan, Probed, Rotation, Routing, Tail
 from .weights import RouterWeights
 
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
@@ -75,16 +77,15 @@ class CpuBackend(Backend):
         skip = -raw.ctypes.data % ALIGN_BYTES
         return torch.from_numpy(raw[skip : skip + count * dtype.itemsize]).view(dtype).view(tuple(shape))
 
+    def session(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Session:
+        return CpuSession(self)
+
     def append(
         self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
     ) -> bool:
         b, h, n, d = keys.shape
-        e = values.shape[-1]
-        capacity, dtype = arena_keys.shape[2], arena_keys.dtype
-        code = code_of("arena_keys", arena_keys)
-        k_at, v_at = rows_of("keys", keys, dtype, (b, h, n, d)), rows_of("values", values, dtype, (b, h, n, e))
-        ak_at = plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
-        av_at = plain("arena_values", arena_values, dtype, (b, h, capacity, e))
+        capacity = arena_keys.shape[2]
+        tokens = new_tokens(keys, values, arena_keys, arena_values)
         if len(starts) != b or len(counts) != b:
             raise ShapeError(f"starts, counts: expected {b} numbers each, got {len(starts)} and {len(counts)}")
         for start, count in zip(starts, counts, strict=True):
@@ -92,13 +93,7 @@ class CpuBackend(Backend):
                 raise LengthError(
                     f"starts, counts: expected at most {n} tokens within {capacity} rows, got {count} tokens from row {start}"
                 )
-        kb, kh, kn, _ = keys.stride()
-        vb, vh, vn, _ = values.stride()
-        return bool(
-            self._module().append(
-                code, k_at, kb, kh, kn, v_at, vb, vh, vn, ak_at, av_at, b, h, capacity, d, e, list(starts), list(counts)
-            )
-        )
+        return bool(self._module().append(*tokens, b, h, capacity, d, values.shape[-1], starts, counts))
 
     def prepare_quantizer(self, centroids: Tensor) -> Any:
         h, lists, d = centroids.shape
@@ -200,7 +195,7 @@ class CpuBackend(Backend):
         a_at = plain("a", a, F32, (b, h, j, m))
         knots_at = plain("knots", knots, F32, (b, segments))
         places = places_of(self._cpu, tables, num_segments, budget, (b, h, lists))
-        taken = places.memory(b, h)
+        room = places.room(b, h)
         widths = self._module().probe(
             z_at,
             a_at,
@@ -219,9 +214,9 @@ class CpuBackend(Backend):
             places.miss_at,
             places.entries_at,
             places.means,
-            *taken.at(),
+            *room.addresses,
         )
-        return taken.probed(*widths)
+        return room.probed(*widths)
 
     def scan(
         self,
@@ -279,51 +274,6 @@ class CpuBackend(Backend):
         )
         return out, lse
 
-    def prepare_search(self, search: Search) -> PreparedSearch:
-        h, _, d, lists, _ = search.router.shape
-        b, _, segments, _ = search.tables.shape
-        capacity, e = search.values.shape[2:]
-        dtype, budget = search.keys.dtype, search.budget
-        places = places_of(self._cpu, search.tables, search.num_segments, budget, (b, h, lists))
-        if not len(search.sinks) == len(search.sealed) == b:
-            raise ShapeError(f"sinks, sealed: expected {b} each, got {len(search.sinks)}, {len(search.sealed)}")
-        for first, middle in zip(search.sinks, search.sealed, strict=True):
-            if not 0 <= first <= middle <= capacity:
-                raise LengthError(f"expected 0 <= sinks <= sealed <= {capacity}, got {first}, {middle}")
-        most, means_at = search.mean_keys.shape[2], (0, 0)
-        if places.entries_at:
-            means_at = (
-                plain("mean_keys", search.mean_keys, dtype, (b, h, most, lists, d)),
-                plain("mean_values", search.mean_values, dtype, (b, h, most, lists, e)),
-            )
-        handle = self._cpu.make_search(
-            search.router,
-            search.first_knot,
-            search.count_lists,
-            plain("centres", search.centres, torch.float64, (b, segments)),
-            b,
-            h,
-            segments,
-            budget.nprobe,
-            places.tables_at,
-            places.used,
-            places.budgets_at,
-            places.miss_at,
-            places.entries_at,
-            places.means,
-            plain("keys", search.keys, dtype, (b, h, capacity, d)),
-            plain("values", search.values, dtype, (b, h, capacity, e)),
-            code_of("keys", search.keys),
-            capacity,
-            e,
-            list(search.sinks),
-            list(search.sealed),
-            search.scale,
-            *means_at,
-            most,
-        )
-        return _Prepared(self._module, handle, search, places)
-
     def best(
         self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
         sealed: Sequence[int], lengths: Sequence[int], k: int,
@@ -366,48 +316,87 @@ class CpuBackend(Backend):
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype = out_a.shape, out_a.dtype
-        if dtype not in CODES or out_b.dtype != dtype:
+        if dtype not in DTYPE_CODES or out_b.dtype != dtype:
             raise DTypeError(f"out_a, out_b: expected one of {dtype_names()} for both, got {dtype} and {out_b.dtype}")
         a_at, b_at = plain("out_a", out_a, dtype, shape), plain("out_b", out_b, dtype, shape)
         la_at, lb_at = plain("lse_a", lse_a, F32, shape[:-1]), plain("lse_b", lse_b, F32, shape[:-1])
         out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
-        self._module().combine(CODES[dtype], a_at, la_at, b_at, lb_at, lse.numel(), shape[-1], out.data_ptr(), lse.data_ptr())
+        at = a_at, la_at, b_at, lb_at, lse.numel(), shape[-1], out.data_ptr(), lse.data_ptr()
+        self._module().combine(DTYPE_CODES[dtype], *at)
         return out, lse
 
 
-class _Prepared(NamedTuple):
-    """See `PreparedSearch`. Holds the tensors whose addresses the handle holds."""
+class _Search(NamedTuple):
+    """A search of one plan, packed for one call of the module. Holds the tensors whose addresses the handle holds."""
 
-    module: Callable[[], Any]
+    router: Any
+    scale: float
     handle: Any
-    plan: Search
     places: Places
+    arena: Arena
+    held: Any
 
-    def __call__(
-        self, queries: Tensor, rotation: Rotation | None, ends: Sequence[int], lengths: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Probed]:
-        b, h, capacity, e = self.plan.values.shape
-        g, q = queries.shape[2:4]
-        q_at = plain("queries", queries, queries.dtype, (b, h, g, q, self.plan.keys.shape[3]))
-        if not len(ends) == len(lengths) == b:
-            raise ShapeError(f"ends, lengths: expected {b} each, got {len(ends)}, {len(lengths)}")
-        for middle, last in zip(self.plan.sealed, lengths, strict=True):
-            if not middle <= last <= capacity:
-                raise LengthError(f"lengths: expected {middle} to {capacity}, got {last}")
+
+class CpuSession(Session):
+    """See `Session`. `run` is one call of the compiled module."""
+
+    def __init__(self, backend: CpuBackend) -> None:
+        super().__init__(backend)
+        self._cpu, self._module = backend._cpu, backend._module
+
+    def run(self, queries: Tensor, routing: Routing, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Probed | None]:
+        if plan.dense:
+            return super().run(queries, routing, plan, scale)
+        search, lengths = plan.packed, self.lengths
+        if search is None or search.router is not routing.router or search.scale != scale:
+            plan.packed = search = self._pack(routing, plan, scale)
+        assert lengths is not None, "publish comes first"
+        b, h, capacity, e = search.arena.values.shape
+        _, _, g, q, d = queries.shape
+        shape = (b, h, g, q, search.arena.keys.shape[3])
+        if queries.shape != shape or not queries.is_contiguous() or queries.dtype not in DTYPE_CODES:
+            plain("queries", queries, queries.dtype, shape)
+            code_of("queries", queries)
+        for sealed, length in zip(self._columns[SEALED], lengths, strict=True):
+            if not sealed <= length <= capacity:
+                raise LengthError(f"lengths: expected {sealed} to {capacity}, got {length}")
+        ends, rope = list(map(operator.add, lengths, self._gaps)), routing.rope
+        if isinstance(rope, Frequencies):
+            turn = rope.before(ends, q)
+            angles = turn.cos.data_ptr(), turn.sin.data_ptr(), 2 * turn.cos.shape[1], turn.interleaved, turn.scale
+        else:
+            angles = angles_of(rope, b * q, d)
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
-        taken = self.places.memory(b, h)
-        widths = self.module().search(
-            self.handle,
-            q_at,
-            code_of("queries", queries),
-            g,
-            q,
-            *angles_of(rotation, b * q, queries.shape[4]),
-            list(ends),
-            list(lengths),
-            out.data_ptr(),
-            lse.data_ptr(),
-            *taken.at(),
-        )
-        return out, lse, taken.probed(*widths)
+        room = search.places.room(b, h)
+        call = queries.data_ptr(), DTYPE_CODES[queries.dtype], g, q, *angles, ends, lengths, out.data_ptr(), lse.data_ptr()
+        return out, lse, room.probed(*self._module().search(search.handle, *call, *room.addresses))
+
+    def _pack(self, routing: Routing, plan: Plan, scale: float) -> _Search:
+        """What a search needs besides queries, all of it checked."""
+        place, columns = self._published, self._columns
+        arena, budget, used = place.arena, plan.budget, columns[SEGMENTS]
+        assert budget is not None
+        h, _, d, lists, _ = routing.router.shape
+        b, _, segments, _ = arena.tables.shape
+        capacity, e = arena.values.shape[2:]
+        dtype, most = arena.keys.dtype, arena.mean_keys.shape[2]
+        places = places_of(self._cpu, arena.tables, used, budget, (b, h, lists))
+        check_spans(columns[SINKS], columns[SEALED], [capacity] * b, b, capacity)
+        means_at = (0, 0)
+        if places.entries_at:
+            means_at = (
+                plain("mean_keys", arena.mean_keys, dtype, (b, h, most, lists, d)),
+                plain("mean_values", arena.mean_values, dtype, (b, h, most, lists, e)),
+            )
+        if isinstance(routing.rope, Frequencies):
+            angles_of(routing.rope.before([0], 1), 1, d)
+        centres = torch.from_numpy(place.centres)
+        handle = self._cpu.make_search(
+            routing.router, routing.first_knot, routing.count_lists, plain("centres", centres, torch.float64, (b, segments)),
+            b, h, segments, budget.nprobe, places.tables_at, places.used, places.budgets_at, places.miss_at, places.entries_at,
+            places.means, plain("keys", arena.keys, dtype, (b, h, capacity, d)),
+            plain("values", arena.values, dtype, (b, h, capacity, e)), code_of("keys", arena.keys), capacity, e,
+            columns[SINKS], columns[SEALED], scale, *means_at, most,
+        )  # fmt: skip
+        return _Search(routing.router, scale, handle, places, arena, budget)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LengthError, ShapeError
-from .addresses import CODES, F32, I32, angles_of, code_of, plain, rows_of
+from .addresses import F32, I32, angles_of, code_of, plain, rows_of
 from .cpu import CpuBackend
 from .paged import MAX_LISTS, PagedBackend, PagedBatch, PagedRouting, Pages
 from .types import Rotation
@@ -128,14 +128,13 @@ class PagedCpu(PagedBackend):
             miss_at = 0 if miss is None else plain("budget.miss", miss, F32, (h,))
         read = self.backend._module().search_pages(
             pages.shape, pages.k, pages.v, pages.lists, batch.handle, routing.router, routing.first_knot, routing.count_lists,
-            *angles_of(routing.rotation, b * q, d), routing.budget.nprobe, budgets_at, miss_at, q_at, CODES[queries.dtype], g, q,
-            scale, out.data_ptr(), lse.data_ptr(),
+            *angles_of(routing.rotation, b * q, d), routing.budget.nprobe, budgets_at, miss_at, q_at,
+            code_of("queries", queries), g, q, scale, out.data_ptr(), lse.data_ptr(),
         )  # fmt: skip
         return out, lse, int(read)
 
     def _queries(self, pages: _Pool, queries: Tensor) -> int:
         _, h, _, d = pages.pages.keys.shape
-        code_of("queries", queries)
         b, _, g, q, _ = queries.shape
         return plain("queries", queries, queries.dtype, (b, h, g, q, d))
 

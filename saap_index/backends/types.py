@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -22,6 +23,52 @@ class Rotation:
     sin: Tensor
     interleaved: bool
     scale: float
+
+
+_MOST_KEPT = 256
+"""Positions whose angles are kept: a block that an index seals at once."""
+
+
+@dataclass(eq=False)
+class Frequencies:
+    """RoPE whose angles follow from the position alone. inv_freq : float32 (r / 2), radians per position, on the backend's
+    device; interleaved, scale : as in `Rotation`."""
+
+    inv_freq: Tensor
+    interleaved: bool
+    scale: float
+    _last: tuple[Any, Rotation] | None = field(init=False, repr=False, default=None)
+
+    def before(self, ends: Sequence[int], q: int) -> Rotation:
+        """Angles of the q positions before each of ``ends``, b of them, but of none before 0: (b * q, r / 2).
+
+        Do not write to the results, here and in `at`: the last is kept, for the other layers of a model ask the same.
+        """
+        last, key = self._last, (*ends, q)
+        if last is not None and last[0] == key:
+            return last[1]
+        rotation = self._angles(np.array([[*range(max(0, end - q), max(q, end))] for end in ends], np.float32))
+        self._last = key, rotation
+        return rotation
+
+    def at(self, positions: np.ndarray[Any, Any]) -> Rotation:
+        """Angles of positions : int (n,)."""
+        if len(positions) > _MOST_KEPT:
+            return self._angles(positions)
+        last, key = self._last, positions.tobytes()
+        if last is not None and last[0] == key:
+            return last[1]
+        rotation = self._angles(positions)
+        self._last = key, rotation
+        return rotation
+
+    def _angles(self, positions: np.ndarray[Any, Any]) -> Rotation:
+        place = positions.astype(np.float32, copy=False).reshape(-1, 1)
+        if self.inv_freq.is_cpu:
+            angles = torch.from_numpy(place * self.inv_freq.numpy())  # in half the time that torch takes for a few
+        else:
+            angles = torch.from_numpy(place).to(self.inv_freq.device) * self.inv_freq
+        return Rotation(angles.cos(), angles.sin_(), self.interleaved, self.scale)
 
 
 @dataclass(frozen=True)
@@ -85,21 +132,10 @@ MAX_STEP_TOKENS = 8
 """Tokens per sequence that one launch appends; more come in bulk, by `Backend.append`."""
 
 
-LENGTH, SINKS, SEALED, SEGMENTS, NEXT, MEANS, RESERVED, FLAGS = range(8)
-"""Columns of meta : int32 (b, 8): rows in use; sink rows; row past the last segment, 0 if there is none; segments; position of
-the token that comes next; leading segments with run means; nothing; error flags. Without segments every row is recent."""
-
-
-NOT_FINITE, FULL = 1, 2
-"""Error flags: a key or value was not finite; a sequence had no room for its tokens."""
-
-
 @dataclass(frozen=True)
-class Placement:
-    """Where a batch lies. keys, values, ids, tables : as in `Backend`; mean_keys, mean_values : as in `Tail`.
-
-    meta : int32 (b, 7), the columns before the flags; centres : float32 (b, S), position of the middle of each segment.
-    """
+class Arena:
+    """The memory of a batch. keys, values, ids, tables : as a backend's operations name them; mean_keys, mean_values : as in
+    `Tail`; pending : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere."""
 
     keys: Tensor
     values: Tensor
@@ -107,49 +143,61 @@ class Placement:
     tables: Tensor
     mean_keys: Tensor
     mean_values: Tensor
+    pending: Tensor | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a batch lies.
+
+    meta : int32 (b, 7), the columns before the flags; centres : float64 (b, S), position of the middle of each segment.
+    """
+
+    arena: Arena
     meta: np.ndarray[Any, Any]
     centres: np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """How a step routes. router : as from `Backend.prepare_router`; first_knot : log2 of the distance of the first knot.
 
-    frequencies : float32 (r / 2), radians per token, interleaved and scale as in `Rotation`; or rotation, the angles themselves,
-    where they depend on more than the position; or neither.
+    rope : what undoes RoPE, from the position alone; or the angles of this very step, (b * q, r / 2), where they depend on more;
+    or None.
     """
 
     router: Any
     first_knot: int
     count_lists: bool
-    frequencies: Tensor | None = None
-    interleaved: bool = False
-    scale: float = 1.0
-    rotation: Rotation | None = None
+    rope: Frequencies | Rotation | None = None
 
 
-@dataclass(frozen=True)
-class Search:
-    """What a search needs besides queries: the same from step to step until tokens are sealed or memory moves.
+@dataclass(eq=False)
+class Plan:
+    """What searches with one set of parameters may read: made when it is first used, brought up to date with the segments.
 
-    router : as from `Backend.prepare_router`; first_knot : log2 of the distance of the first knot.
-    centres : float64 (b, S), position of the middle of each segment; segments beyond num_segments[i] are not looked at.
-    tables, num_segments, budget, count_lists : as in `Backend.probe`.
-    keys, values, sinks, sealed, scale : as in `Backend.scan`.
-    mean_keys, mean_values : as in `Tail`, read with budget.entries only.
+    key : the objects that it follows from.
+    dense : whether every row is read now; always_dense : and whatever else is sealed.
+    max_rows, max_entries : no later budget is larger; of a session that `captures`.
+    budget : of the segments there are now, where the session reads it; packed : what else it made of the plan.
+    captured : whether a graph may read it.
     """
 
-    router: Any
-    first_knot: int
-    count_lists: bool
-    centres: Tensor
-    tables: Tensor
-    num_segments: Sequence[int]
-    budget: Budget
-    keys: Tensor
-    values: Tensor
-    mean_keys: Tensor
-    mean_values: Tensor
-    sinks: Sequence[int]
-    sealed: Sequence[int]
-    scale: float
+    key: tuple[Any, ...]
+    dense: bool = False
+    always_dense: bool = False
+    max_rows: int = 0
+    max_entries: int = 0
+    budget: Budget | None = None
+    packed: Any = None
+    captured: bool = False
+
+
+def columns_in_use(lists: Tensor, counts: Tensor, in_order: bool = True) -> Tensor:
+    """A copy of lists : int32 (b, h, t), of which counts : int32 (b, h) numbers are written, as wide as the longest: ascending,
+    then -1."""
+    lists = lists[:, :, : int(counts.max()) if counts.numel() else 0]
+    behind = torch.arange(lists.shape[2], dtype=torch.int32, device=lists.device) >= counts[..., None]
+    if in_order:
+        return lists.masked_fill(behind, -1)
+    return lists.masked_fill(behind, torch.iinfo(torch.int32).max).sort(2).values.masked_fill(behind, -1)

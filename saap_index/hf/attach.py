@@ -161,14 +161,14 @@ def attach(
     return model
 
 
-def _graphs(decoder: Any, asked: bool | str, why_not: str | None) -> bool | str:
+def _graphs(decoder: Any, cuda_graphs: bool | str, why_not: str | None) -> bool | str:
     """``asked``, or False where no graph is to be made."""
-    if asked not in (True, False, "auto"):
-        raise ParameterError(f"cuda_graphs: expected True, False or 'auto', got {asked!r}")
-    if not asked or why_not is None:
-        return asked
+    if cuda_graphs not in (True, False, "auto"):
+        raise ParameterError(f"cuda_graphs: expected True, False or 'auto', got {cuda_graphs!r}")
+    if not cuda_graphs or why_not is None:
+        return cuda_graphs
     what = f"cuda_graphs: expected a model whose decode steps a CUDA graph can hold, got {why_not}"
-    if asked is True:
+    if cuda_graphs is True:
         raise CompatibilityError(what)
     if any(x.device.type == "cuda" for x in decoder.parameters()):
         warnings.warn(f"{what}; decoding stays eager, which cuda_graphs=False asks for", GraphWarning, stacklevel=5)

@@ -32,7 +32,7 @@ def attention(
     cache, are attended to by transformers' SDPA, with the same arguments. A layer that routers are attached to gets none but its
     index's, or StateError: what brought them past `attach` may be named as it will.
     """
-    layer: IndexedLayer | None = traced.take() if torch.compiler.is_compiling() else getattr(key, LAYER, None)
+    layer: IndexedLayer | None = traced.pop_layer() if torch.compiler.is_compiling() else getattr(key, LAYER, None)
     if kwargs.get("cache") is not None:
         raise CompatibilityError("generate_batch: expected generate, got continuous batching, whose paged cache has no index")
     if layer is None:

@@ -155,15 +155,15 @@ def compare(index: AsymmetricIndex, query: Tensor, params: SearchParametersIVF |
 def _before_window(index: AsymmetricIndex, query: Tensor, dense_lse: Tensor) -> Tensor:
     """Share of each query's attention on recent tokens that lie before the window of the newest one: float64 (b, hq, q)."""
     lists, layout, (b, hq, q, d) = index.invlists, index.layout, query.shape
-    found = torch.zeros((b, hq, q), dtype=torch.float64, device=query.device)
+    captured = torch.zeros((b, hq, q), dtype=torch.float64, device=query.device)
     for i, n in enumerate(index.lengths):
         first = max(lists.sealed(i), min(layout.sinks, n))
         keys = lists.keys[i, :, first : max(first, n - min(layout.window, n))].float()
         logits = (query[i].float().view(keys.shape[0], -1, q, d) @ keys[:, None].transpose(2, 3) * index.scale).view(hq, q, -1)
         ends = n - q + 1 + torch.arange(q, dtype=torch.int64, device=query.device)  # query j belongs to token n - q + j
         seen = torch.arange(first, first + keys.shape[1], dtype=torch.int64, device=query.device) < ends[:, None]
-        found[i] = (logits.double() - dense_lse[i, ..., None].double()).exp().mul(seen).sum(-1)
-    return found
+        captured[i] = (logits.double() - dense_lse[i, ..., None].double()).exp().mul(seen).sum(-1)
+    return captured
 
 
 class Audit:
@@ -211,26 +211,26 @@ class Audit:
     ) -> Tensor:
         """Search as `AsymmetricIndex.search_attend` does, and keep what the comparison says."""
         began = time.perf_counter()
-        found = compare(index, query, params)
+        compared = compare(index, query, params)
         seconds = time.perf_counter() - began
         # a comparison without tokens to choose from says nothing; NaN in a query would stay in every sum
-        if all(map(math.isfinite, (found.total, found.outside, found.read, found.error))):
-            self._keep(number, layer, found, tokens, seconds)
-        return found.out
+        if all(map(math.isfinite, (compared.total, compared.outside, compared.read, compared.error))):
+            self._keep(number, layer, compared, tokens, seconds)
+        return compared.out
 
-    def _keep(self, number: int, layer: Any, found: Compared, tokens: int, seconds: float) -> None:
-        promised = found.outside * self._promised.get(number, math.nan)
+    def _keep(self, number: int, layer: Any, compared: Compared, tokens: int, seconds: float) -> None:
+        promised = compared.outside * self._promised.get(number, math.nan)
         if self._target_mass is not None:
-            promised = max(0.0, self._target_mass - (1 - found.outside))
-        bound = max(0.0, promised - TOLERATED * found.outside) if self._bound is None else found.outside * self._bound
+            promised = max(0.0, self._target_mass - (1 - compared.outside))
+        bound = max(0.0, promised - TOLERATED * compared.outside) if self._bound is None else compared.outside * self._bound
         with self._lock:
             age = max(0, tokens - self._first.get(layer, tokens))
             key = number, (age // AGE_TOKENS).bit_length()
-            one = _Sums(1, found.read, found.outside, found.total, found.error, promised)
+            one = _Sums(1, compared.read, compared.outside, compared.total, compared.error, promised)
             self._sums[key] = self._sums.get(key, _Sums()) + one
             self._seconds += seconds
             if math.isfinite(bound):
-                self._recent.append((found.read, bound, found.outside))
+                self._recent.append((compared.read, bound, compared.outside))
             newest, least = self._newest()
             warn = newest < least and not self._warned
             self._warned = warn or (self._warned and not newest > least + WELL_AGAIN)
@@ -288,7 +288,7 @@ def promised_shares(evaluation: Mapping[str, Any], shares: Mapping[int, float]) 
     Returns by layer the share of the attention outside that is read, 0 to 1; layers without figures are left out. Linear in the
     logarithm of the share, in proportion below the least that was measured; everything read is everything captured.
     """
-    found = {}
+    promised = {}
     for number, share in shares.items():
         row = evaluation.get(str(number))
         if not row:
@@ -296,10 +296,10 @@ def promised_shares(evaluation: Mapping[str, Any], shares: Mapping[int, float]) 
         points = [*((float(s), float(c) / 100) for s, c in zip(row["shares"], row["captured"], strict=True) if s < 1), (1.0, 1.0)]
         low = points[0]
         if share <= low[0]:
-            found[number] = low[1] * share / low[0]
+            promised[number] = low[1] * share / low[0]
             continue
         for (s, c), (t, d) in itertools.pairwise(points):
             if s <= share <= t:
-                found[number] = c + (d - c) * (math.log(share / s) / math.log(t / s))
+                promised[number] = c + (d - c) * (math.log(share / s) / math.log(t / s))
                 break
-    return found
+    return promised

@@ -44,7 +44,7 @@ def break_evens(
     modules : the decoder layers by number; dtype : of keys and values; graphs : whether steps are to be replayed. Layers whose
     weights are not in memory, and dtypes that no index stores, are left out: for them holds what `Layout` says.
     """
-    found: dict[int, dict[int, int]] = {}
+    lengths: dict[int, dict[int, int]] = {}
     done: dict[str, dict[int, int]] = {}
     for number, layer in layers.items():
         device = next(iter(modules[number].self_attn.parameters())).device
@@ -56,19 +56,20 @@ def break_evens(
             for batch in BATCHES.get(device.type, (1,)):
                 times = LayerTimes(layer, dtype, device, batch, graphs)
                 done[kind][batch] = crossover.measured(key_of(layer, dtype, device, batch, graphs), times).tokens
-        found[number] = done[kind]
-    return found
+        lengths[number] = done[kind]
+    return lengths
 
 
 def key_of(
     layer: LayerPlan, dtype: torch.dtype, device: torch.device, batch: int = 1, graphs: bool = False
 ) -> dict[str, Any]:
     """What the times of a step depend on, beside the machine."""
-    weights = layer.query_router.weights if layer.tower is None else layer.tower.weights
+    trained = layer.trained
+    weights = trained.router.weights if trained.tower is None else trained.tower.weights
     names = ("selectivity", "nprobe", "target_mass", "max_codes", "tail", "mean_run_tokens", "window", "sinks", "backend")
     return {
         "heads": layer.num_heads, "kv_heads": layer.num_kv_heads, "ranks": layer.shard[1],
-        "lists": list(layer.key_quantizer.centroids.shape), "own_lists": layer.tower is not None,
+        "lists": list(trained.quantizer.centroids.shape), "own_lists": trained.tower is not None,
         "router": list(weights.hidden.shape), "dtype": str(dtype),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         **({"batch": batch} if batch > 1 else {}), **({"graphs": True} if graphs else {}),
@@ -91,7 +92,7 @@ class LayerTimes:
 
     @torch.no_grad()
     def __call__(self, tokens: int) -> tuple[float, float]:
-        h, _, d = self.layer.key_quantizer.centroids.shape
+        h, _, d = self.layer.trained.quantizer.centroids.shape
         h //= self.layer.shard[1]
         b, groups = self.batch, self.layer.num_heads // self.layer.num_kv_heads
         draw = torch.Generator(self.device).manual_seed(tokens)  # of its own: a user's random numbers stay what they are

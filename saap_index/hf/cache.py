@@ -97,9 +97,9 @@ class SaapCache(DynamicCache):
         """What transformers calls in every layer, see `IndexedLayer.update`."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if isinstance(layer, DynamicLayer) and not torch.compiler.is_compiling():
-            self.call.enter(layer, undo_of(layer))
-        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return found
+            self.call.begin(layer, undo_of(layer))
+        pair: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return pair
 
     # -- what it holds -------------------------------------------------------------------------------------------------
 
@@ -164,8 +164,8 @@ class SaapCache(DynamicCache):
         plan = plan_of(model)
         if plan is None:
             raise StateError("model: expected one that routers are attached to, got one without; call attach first")
-        found: SaapCache = load(cls, path, model, plan, max_tokens, verify)
-        return found
+        cache: SaapCache = load(cls, path, model, plan, max_tokens, verify)
+        return cache
 
     tokens: Tensor | None = None
 

@@ -6,23 +6,33 @@ shared by the layers of one cache; each notes what it was when the call reaches 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from transformers.cache_utils import DynamicLayer
 from typing_extensions import Self
 
+_numbers = itertools.count(1)
+
 
 class Call:
-    """The forward call in progress, of one cache."""
+    """The forward call in progress, of one cache.
+
+    number : tells it from all others; what was read of the arguments of one call says nothing of the next, whose arguments may
+    be the same tensors with other contents.
+    """
 
     def __init__(self) -> None:
+        self.number = 0
         self._undo: dict[int, Callable[[], None]] = {}
 
-    def enter(self, layer: Any, undo: Callable[[], None]) -> None:
+    def begin(self, layer: Any, undo: Callable[[], None]) -> None:
         """The call reaches ``layer``; ``undo`` makes it what it is now. A layer that is reached again begins another call."""
         if id(layer) in self._undo:
             self._undo.clear()
+        if not self._undo:
+            self.number = next(_numbers)
         self._undo[id(layer)] = undo
 
     def finish(self) -> None:

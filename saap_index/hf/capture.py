@@ -42,13 +42,13 @@ def obstacle(decoder: Any, layers: Mapping[int, LayerPlan]) -> str | None:
     odd = {n: d for n, d in dims.items() if not isinstance(d, int) or d % support.DIM_STEP or not 0 < d <= support.MAX_DIM}
     if len(devices) != 1 or capture_on(next(iter(devices))) is None:
         return f"one on {', '.join(sorted(map(str, devices))) or 'no device'}"
-    if not all(get_backend(next(iter(devices)), x.options.get("backend")).keeps_state for x in layers.values()):
+    if not all(get_backend(next(iter(devices)), x.options.get("backend")).captures for x in layers.values()):
         return "a backend that keeps no state on the device"
     if "forward" in vars(decoder) or any(hasattr(module, "_hf_hook") for module in decoder.modules()):
         return "one whose forward something else has wrapped"
     if any(layer.shard[1] > 1 for layer in layers.values()):
         return "one that is split among processes"
-    if any(layer.rope is not None and layer.rope.is_dynamic for layer in layers.values()):
+    if any(layer.trained.rope is not None and layer.trained.rope.is_dynamic for layer in layers.values()):
         return "a rope whose angles depend on the length"
     if sliding:
         return f"layers with a window, {sliding}"

@@ -80,15 +80,15 @@ def processor() -> str:
 def kept(key: Mapping[str, Any]) -> Crossover | None:
     """What was measured before for ``key``, plain data; None if nothing was, or the file cannot be read."""
     try:
-        found = json.loads((cache_folder() / FILE).read_text())[_name(key)]
-        steps = tuple((int(n), float(dense), float(sparse)) for n, dense, sparse in found["steps"])
-        tokens = found["tokens"]
+        entry = json.loads((cache_folder() / FILE).read_text())[_name(key)]
+        steps = tuple((int(n), float(dense), float(sparse)) for n, dense, sparse in entry["steps"])
+        tokens = entry["tokens"]
         return Crossover(tokens, steps) if isinstance(tokens, int) and 0 < tokens <= NOWHERE else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None  # a cache: what is damaged is measured anew
 
 
-def keep(key: Mapping[str, Any], found: Crossover) -> None:
+def keep(key: Mapping[str, Any], measured: Crossover) -> None:
     """Keep a measurement; a folder that cannot be written to keeps none."""
     path = cache_folder() / FILE
     try:
@@ -98,17 +98,17 @@ def keep(key: Mapping[str, Any], found: Crossover) -> None:
         before = {}
     with contextlib.suppress(OSError):
         files.make_folder(path.parent)
-        files.write_json(path, {**before, _name(key): asdict(found)}, sort_keys=True)
+        files.write_json(path, {**before, _name(key): asdict(measured)}, sort_keys=True)
 
 
 def measured(key: Mapping[str, Any], times: Times) -> Crossover:
     """`kept`, or measured now and kept."""
     key = {**machine(), **key}
-    found = kept(key)
-    if found is None:
-        found = crossover(times)
-        keep(key, found)
-    return found
+    measured = kept(key)
+    if measured is None:
+        measured = crossover(times)
+        keep(key, measured)
+    return measured
 
 
 def _name(key: Mapping[str, Any]) -> str:

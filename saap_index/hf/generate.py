@@ -112,8 +112,8 @@ def encode(tokenizer: Any, text: str, question: str, chat: bool) -> tuple[Tensor
         question = f"\n\n{question}\n"
 
     def tokens(part: str) -> Tensor:
-        found = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if part else []
-        return torch.tensor([found], dtype=torch.int64, device="cpu")
+        tokens = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if part else []
+        return torch.tensor([tokens], dtype=torch.int64, device="cpu")
 
     return tokens(text), tokens(question)
 
@@ -227,13 +227,13 @@ class Compared:
 
     def lines(self) -> list[str]:
         """A table."""
-        found = [f"{'':8}{'first token':>13}{'tokens/s':>10}{'read':>9}"]
+        table = [f"{'':8}{'first token':>13}{'tokens/s':>10}{'read':>9}"]
         for name, side, share in (("dense", self.dense, 1.0), ("sparse", self.sparse, self.read)):
-            found.append(f"{name:8}{side.first_s:>11.2f} s{side.speed:>10.1f}{share:>9.1%}")
+            table.append(f"{name:8}{side.first_s:>11.2f} s{side.speed:>10.1f}{share:>9.1%}")
         pairs = list(zip(self.sparse.tokens, self.dense.tokens, strict=False))
         alike = next((number for number, (a, b) in enumerate(pairs) if a != b), len(pairs))
         of = f"sparse takes {self.forced} of {len(self.dense.tokens) - 1} as dense does."
-        return [*found, f"The first {alike} tokens are the same. Behind dense's own text, {of}"]
+        return [*table, f"The first {alike} tokens are the same. Behind dense's own text, {of}"]
 
 
 @torch.inference_mode()
@@ -269,9 +269,9 @@ def compare(model: Any, tokenizer: Any, ids: Tensor, new: int, chunk: int | None
             texts[side] = TextStreamer(tokenizer, skip_special_tokens=True)
         texts[side].put(torch.tensor([token], dtype=torch.int64, device="cpu"))
 
-    found = both(model, ids, new, chunk, stop, show)
+    comparison = both(model, ids, new, chunk, stop, show)
     end_of(texts)
-    print("---", *found.lines(), sep="\n")
+    print("---", *comparison.lines(), sep="\n")
 
 
 def end_of(texts: dict[str, TextStreamer]) -> None:

@@ -80,10 +80,10 @@ class GraphedDecoder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and not self.off and not torch.is_grad_enabled():
-            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            cache = given.pop(self._cache_name, None)
+            arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            cache = arguments.pop(self._cache_name, None)
             if isinstance(cache, SaapCache) and cache.plan is self.plan:
-                output = self._replay(cache, given)
+                output = self._replay(cache, arguments)
                 if output is not None:
                     return output
         return type(self.decoder).forward(self.decoder, *args, **kwargs)
@@ -98,15 +98,15 @@ class GraphedDecoder:
         decoding = self._decoding.get(_first(cache))
         return None if decoding is None else decoding.graph
 
-    def _replay(self, cache: SaapCache, given: dict[str, Any]) -> Any:
+    def _replay(self, cache: SaapCache, arguments: dict[str, Any]) -> Any:
         """The output of a step that is in a graph, or None: it has to go the eager way."""
         decoding = self._decoding.setdefault(_first(cache), _Decoding())
         level = _level(cache)
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        tokens = arguments.get("input_ids") if arguments.get("input_ids") is not None else arguments.get("inputs_embeds")
         graph = decoding.graph
         if graph is not None and not (level and graph.stands(cache, 0 if tokens is None else tokens.shape[1])):
             decoding.drop()
-        step = self._step(cache, given, tokens) if level else None
+        step = self._step(cache, arguments, tokens) if level else None
         if step is None:
             decoding.steps = 0
             return None
@@ -120,12 +120,12 @@ class GraphedDecoder:
             return None
         return None if decoding.graph is None else decoding.graph.run(cache, step)
 
-    def _step(self, cache: SaapCache, given: dict[str, Any], tokens: Tensor | None) -> _Step | None:
+    def _step(self, cache: SaapCache, arguments: dict[str, Any], tokens: Tensor | None) -> _Step | None:
         """What of a call a graph takes; None if it is not a step of one token behind others, as decoding brings it."""
         if tokens is None or tokens.shape[1] != 1:
             return None
         device = tokens.device
-        mask = given.pop("attention_mask", None)
+        mask = arguments.pop("attention_mask", None)
         if capture.capture_on(device) is None or torch.is_autocast_enabled(device.type):
             return None
         if mask is not None and not isinstance(mask, Tensor):
@@ -133,7 +133,7 @@ class GraphedDecoder:
         slots = cache.get_seq_length()
         inputs: dict[str, Any] = {name: slots for name in self._asks}
         settings: dict[str, Any] = {}
-        for name, value in given.items():
+        for name, value in arguments.items():
             if isinstance(value, Tensor):
                 if name not in _INPUTS or value.device != device:
                     return None
@@ -220,7 +220,7 @@ def _level(cache: SaapCache) -> bool:
                 return False
             if not ragged and layer.visible is not None:
                 return False
-            if layer.plan.tower is not None and not any(layer.index.invlists.segments):
+            if layer.plan.trained.tower is not None and not any(layer.index.invlists.segments):
                 return False  # it makes its lists when tokens are first sealed
         elif type(layer) is not DynamicLayer or layer.get_seq_length() != slots or ragged:
             return False
@@ -390,9 +390,9 @@ class RecordedStep:
             layers, outputs = list(cache.layers), []
             plans = [getattr(layer, "plan", _Numbered(number)) for number, layer in enumerate(layers)]
             cache.layers[:] = [_Recorder(step.slots, *x) for x in zip(self._parts, plans, strict=True)]
-            given = {**self._inputs, **step.settings, cache_name: cache}
+            arguments = {**self._inputs, **step.settings, cache_name: cache}
             try:
-                self._start = record(step.device, lambda: outputs.append(type(decoder).forward(decoder, **given)))
+                self._start = record(step.device, lambda: outputs.append(type(decoder).forward(decoder, **arguments)))
             finally:
                 cache.layers[:] = layers
         output: Mapping[str, Any] = outputs[0]

@@ -43,13 +43,13 @@ class IndexedLayer(SlotLayer):
         if not self.ragged:
             self._note_rotation(q, self._seq_len)
         self.index.scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        seen = read_mask(mask, b, q, self.slots)
+        seen = read_mask(mask, b, q, self.slots, self.call.number)
         if self.ragged or seen is not None:
             return self._attend_padded(module, query, keys, values, mask, seen, position_ids, kwargs)
         if q > self.max_sparse_tokens or query.is_cpu:  # reading one position of an accelerator costs a step much
             self._check_positions([self.slots] * b, position_ids)
         if self._seals(self.slots) and 0 < q <= self.max_sparse_tokens and q < self.slots:
-            check_causal(mask)
+            check_causal(mask, self.call.number)
             if q <= MAX_QUERY_TOKENS:
                 self._seal()
                 return self._search(query)
@@ -78,15 +78,16 @@ class IndexedLayer(SlotLayer):
                 if seals:
                     self._take_padding_out(seen, position_ids)
                 else:
+                    self._counts_slots(seen, position_ids)
                     self._hold()
                 return out
             self._take_padding_out(seen, position_ids)
             if q <= MAX_QUERY_TOKENS:
-                check_causal(mask)
+                check_causal(mask, self.call.number)
                 return self._search(query)
             self.index.truncate([n - q for n in self.index.lengths])
         if few:
-            check_causal(mask)
+            check_causal(mask, self.call.number)
             if query.is_cpu:
                 self._check_positions([n + q for n in self._ends()], position_ids)
             return self._search_in_pieces(query, keys, values)

@@ -8,15 +8,10 @@ from typing import Any
 
 import torch
 
-from ..backends import RouterWeights
 from ..errors import CompatibilityError
 from ..index import AsymmetricIndex
 from ..invlists.layout import Layout
-from ..routing.calibration import Calibration
-from ..routing.quantizer import KeyQuantizer
-from ..routing.rope import Rope
-from ..routing.router import QueryRouter
-from ..routing.two_tower import TwoTower
+from ..routing.trained import TrainedLayer
 from .audit import Audit
 
 
@@ -25,7 +20,7 @@ class LayerPlan:
     """One layer: what an empty index of it is made of.
 
     num_heads, num_kv_heads : of the whole model; shard : (rank, ranks), the share of them in this process.
-    rope : what the index undoes to route; tower : makes lists of each prompt's own, or None. options : of `AsymmetricIndex`.
+    trained : of all its KV heads. options : of `AsymmetricIndex`, but what is trained.
     layer_type : what the config calls it, if it tells layers apart. audit : compares some searches with dense attention, or None.
     break_evens : what was measured, by sequences of a batch; empty where it was given.
     """
@@ -33,11 +28,7 @@ class LayerPlan:
     number: int
     num_heads: int
     num_kv_heads: int
-    rope: Rope | None
-    key_quantizer: KeyQuantizer
-    query_router: QueryRouter
-    tower: TwoTower | None
-    calibration: Calibration | None
+    trained: TrainedLayer
     options: Mapping[str, Any]
     shard: tuple[int, int]
     layer_type: str | None = None
@@ -61,7 +52,7 @@ class LayerPlan:
         Raises CompatibilityError for keys of another shape than the routers were trained on.
         """
         rank, ranks = self.shard
-        dim = self.key_quantizer.centroids.shape[2]
+        _, nlist, dim = self.trained.quantizer.centroids.shape
         if kv_heads * ranks != self.num_kv_heads or d != dim:
             raise CompatibilityError(
                 f"layer {self.number}: expected keys of {self.num_kv_heads // ranks} KV heads and {dim} dims, "
@@ -69,28 +60,11 @@ class LayerPlan:
             )
         key = d_v, dtype, device
         if key not in self._empty:
-            share = slice(rank * kv_heads, (rank + 1) * kv_heads)
-            options = dict(self.options)
-            if options.get("budget_shares") is not None:
-                options["budget_shares"] = options["budget_shares"][share]
+            mine = self.trained.of_heads(slice(rank * kv_heads, (rank + 1) * kv_heads))
             heads = self.num_heads // self.num_kv_heads * kv_heads
-            nlist = self.key_quantizer.nlist
-            index = AsymmetricIndex(d, nlist, heads, kv_heads, d_v=d_v, dtype=dtype, device=device, rope=self.rope, **options)
-            index.key_quantizer = KeyQuantizer(self.key_quantizer.centroids[share].contiguous())
-            if self.tower is not None:
-                index.tower = TwoTower(_weights_of(self.tower.weights, share), self.tower.first_knot)
-            else:
-                index.query_router = _share_of(self.query_router, share)
-            if self.calibration is not None:
-                index.calibration = Calibration(self.calibration.miss[share].contiguous())
+            kinds: dict[str, Any] = {"d_v": d_v, "dtype": dtype, "device": device}
+            parts: dict[str, Any] = {"rope": mine.rope, "budget_shares": mine.budget_shares}
+            index = AsymmetricIndex(d, nlist, heads, kv_heads, **kinds, **parts, **self.options)
+            index.load_trained(mine)
             self._empty[key] = index
         return self._empty[key].fork()
-
-
-def _share_of(router: QueryRouter, share: slice) -> QueryRouter:
-    """The router of some of the KV heads."""
-    return QueryRouter(_weights_of(router.weights, share), router.first_knot, router.count_lists)
-
-
-def _weights_of(w: RouterWeights, share: slice) -> RouterWeights:
-    return w.map(lambda x: x[share].contiguous())

@@ -106,11 +106,11 @@ def _where(path: Path) -> tuple[Path, str | None]:
         return path.parent, path.name
     if (path / "config.json").is_file():
         return path, None
-    found = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if len(found) != 1:
-        what = f"a folder with {len(found)} GGUF files and no config.json" if path.is_dir() else "neither folder nor GGUF file"
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if len(files) != 1:
+        what = f"a folder with {len(files)} GGUF files and no config.json" if path.is_dir() else "neither folder nor GGUF file"
         raise ParameterError(f"model: expected a folder with config.json, a GGUF file or a folder with one, got {path}: {what}")
-    return path, found[0].name
+    return path, files[0].name
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

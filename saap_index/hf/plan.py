@@ -60,7 +60,7 @@ class Plan:
     @property
     def rotates_by_length(self) -> bool:
         """Whether the angles of a layer depend on the length of the text."""
-        return any(layer.rope is not None and layer.rope.is_dynamic for layer in self.layers.values())
+        return any(layer.trained.rope is not None and layer.trained.rope.is_dynamic for layer in self.layers.values())
 
     @property
     def dense_layers(self) -> list[int]:
@@ -98,7 +98,8 @@ def make_plan(
         )
     modules = support.attention_layers(decoder)
     layers = {number: _layer_plan(config, number, modules[number].self_attn, routers, selectivity, options) for number in chosen}
-    check_rotation(decoder, {n: plan.rope for n, plan in layers.items() if plan.rope == routers.layers[n].model_rope})
+    ropes = {number: plan.trained.rope for number, plan in layers.items()}
+    check_rotation(decoder, {n: rope for n, rope in ropes.items() if rope == routers.layers[n].model_rope})
     graphs = cuda_graphs(decoder, layers)
     if "break_even" not in options:
         for number, by_batch in break_evens(layers, modules, decoder.dtype, bool(graphs)).items():
@@ -117,12 +118,11 @@ def make_plan(
 def _layer_plan(
     config: Any, number: int, attention: Any, routers: Routers, selectivity: float | None, options: Mapping[str, Any]
 ) -> LayerPlan:
-    found = routers.layers[number]
+    trained = routers.layers[number]
     if "nlist" in options:
-        found = found.with_lists(options["nlist"])
-    quantizer, router = found.key_quantizer, found.query_router
+        trained = trained.with_lists(options["nlist"])
     heads, kv_heads = config.num_attention_heads, support.kv_heads_of(config)
-    h, nlist, d = quantizer.centroids.shape
+    h, nlist, d = trained.quantizer.centroids.shape
     support.check_head_dim(d, number)
     model_rope = Rope.from_config(config, layer=number)
     dim = getattr(attention, "head_dim", d)
@@ -130,7 +130,7 @@ def _layer_plan(
         raise CompatibilityError(
             f"routers: expected those of a model with {kv_heads} KV heads and {dim} dims in layer {number}, got {h} and {d}"
         )
-    router.check_heads(h, d, nlist)
+    trained.check(h, d, nlist)
     shard = support.head_shard(attention)
     if kv_heads % shard[1]:
         raise CompatibilityError(f"model: expected KV heads that divide among {shard[1]} processes, got {kv_heads}")
@@ -138,13 +138,12 @@ def _layer_plan(
     mine = {name: layout[name] for name in ("sinks", "window") if name in layout}  # what they were trained outside of
     mine |= {**({} if selectivity is None else {"selectivity": selectivity}), **options}
     mine.pop("nlist", None)
-    if found.budget_shares is not None and "budget_shares" not in mine:
-        mine["budget_shares"] = checks.shares(found.budget_shares, "budget_shares", kv_heads)
-    parts = found.rope, quantizer, router, found.tower, found.calibration
+    shares = mine.pop("budget_shares", trained.budget_shares)
+    trained = replace(trained, budget_shares=None if shares is None else checks.shares(shares, "budget_shares", kv_heads))
     types = getattr(config, "layer_types", None)
-    plan = LayerPlan(number, heads, kv_heads, *parts, mine, shard, types[number] if types else None)
+    plan = LayerPlan(number, heads, kv_heads, trained, mine, shard, types[number] if types else None)
     try:
-        AsymmetricIndex(d, nlist, heads, kv_heads, rope=found.rope, **mine)  # what is wrong with an option is said now
+        AsymmetricIndex(d, nlist, heads, kv_heads, rope=trained.rope, **mine)  # what is wrong with an option is said now
     except TypeError as error:
         raise ParameterError(f"options: expected those of AsymmetricIndex, got {sorted(options)}: {error}") from error
     return plan

@@ -98,12 +98,12 @@ def _one_key(calls: list[_Call], where: str, n: int) -> Tensor:
 @torch.no_grad()
 def _calls(decoder: Any, layers: list[int], positions: list[int]) -> dict[int, list[_Call]]:
     """What attention was called with for one token at these positions: queries, keys, values, mask and options, by layer."""
-    found: dict[int, list[_Call]] = {number: [] for number in layers}
+    calls: dict[int, list[_Call]] = {number: [] for number in layers}
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
         number = getattr(module, "layer_idx", None)
-        if number in found:
-            found[number].append((query, key, value, attention_mask, options))
+        if number in calls:
+            calls[number].append((query, key, value, attention_mask, options))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     def stop(*_: Any) -> None:
@@ -132,7 +132,7 @@ def _calls(decoder: Any, layers: list[int], positions: list[int]) -> dict[int, l
             last.remove()
             for module in training:
                 module.training = True
-    return found
+    return calls
 
 
 @contextmanager

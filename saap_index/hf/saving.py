@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn import functional
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .. import checks, files
@@ -29,7 +28,7 @@ from ..index import AsymmetricIndex
 from ..invlists.gaps import Gaps
 from ..invlists.layout import NEVER
 from ..invlists.rotated import RotationLengths
-from ..io import check_gaps, check_ids, check_tables
+from ..io import check_lists, pack_lists, stretches
 from ..routing.quantizer import KeyQuantizer
 from . import support
 from .layer import IndexedLayer
@@ -134,24 +133,12 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     index = layer.index
     index.seal()
     lists = index.invlists
-    rows = max(lists.lengths)
-    tensors = {"gaps": torch.from_numpy(np.concatenate([x.array() for x in lists.gaps])), "rotated": lists.rotated.tensor()}
-    names = ("keys", "values", "ids") + (() if lists.pending is None else ("pending",))
-    for name in names:
-        x = getattr(lists, name)[:, :, :rows].cpu()
-        x = functional.pad(x, (0, 0, 0, ROOM_TOKENS) if x.ndim == 4 else (0, ROOM_TOKENS))
-        for i, n in enumerate(lists.lengths):
-            low, high = (lists.sinks(i), lists.sealed(i)) if name == "ids" else (0, n)
-            x[i, :, :low] = 0  # memory that no token owns is not written to disk
-            x[i, :, high:] = 0
-        tensors[name] = x
-    tensors["tables"] = lists.tables[:, :, : max(map(len, lists.segments))].cpu().contiguous()
+    tensors = pack_lists(lists, ROOM_TOKENS)
     if index.tower is not None:  # the lists are this prompt's own
         assert index.key_quantizer is not None
         tensors["centroids"] = index.key_quantizer.centroids.cpu()
     return tensors, {
-        **about, "lengths": lists.lengths, "gaps": [len(x.starts) for x in lists.gaps],
-        "rotated": [len(r) for r in lists.rotated.runs], "index": _form(index), "held": index.break_even == NEVER,
+        **about, "lengths": lists.lengths, **stretches(lists), "index": _form(index), "held": index.break_even == NEVER,
         "break_even": index.break_even,
     }  # fmt: skip
 
@@ -207,30 +194,23 @@ def _restore_indexed(
     b, h, rows = keys.shape[:3]
     index.reserve_memory(0, batch=b)
     lists = index.invlists
-    segments = [index.layout.segments(n) for n in lengths]
+    most = max(len(index.layout.segments(n)) for n in lengths)
     counts = checks.counts(about["gaps"], b, 2**31 - 1, "gaps")
     turns = checks.counts(about["rotated"], b, 2**31 - 1, "rotated")
     want = {
         "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows), "gaps": (sum(counts), 2),
         "rotated": (sum(turns), 2),
-        "tables": (b, h, max(map(len, segments)), index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
+        "tables": (b, h, most, index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }  # fmt: skip
-    found = {key: tuple(x.shape) for key, x in tensors.items()}
-    if found != want:
-        raise FormatError(f"{name}: expected tensors {want}, got {found}")
+    shapes = {key: tuple(x.shape) for key, x in tensors.items()}
+    if shapes != want:
+        raise FormatError(f"{name}: expected tensors {want}, got {shapes}")
     dtypes = {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "gaps": torch.int64, "rotated": torch.int64}
     for key, dtype in dtypes.items():
         if key in tensors and tensors[key].dtype != dtype:
             raise FormatError(f"{name}: expected {key} of {dtype}, got {tensors[key].dtype}")
     gaps = [Gaps.of_array(part) for part in np.split(tensors.pop("gaps").cpu().numpy(), np.cumsum(counts)[:-1])]
-    for i, (n, parts, of) in enumerate(zip(lengths, segments, gaps, strict=True)):
-        check_gaps(of, n)
-        check_tables(tensors["tables"][i, :, : len(parts)], parts)
-        if "pending" in tensors:
-            for low, high in ((0, parts[0][0] if parts else 0), (parts[-1][1] if parts else 0, n)):
-                checks.list_numbers(tensors["pending"][i, :, low:high], "pending", index.nlist, -1)
-        if verify:
-            check_ids(tensors["ids"][i], torch.from_numpy(of.positions(np.arange(n))).to(device), parts)
+    check_lists(index.layout, lengths, gaps, tensors, ids=verify)
     layer.slots, layer.ragged, layer.visible = slots, ragged, None if visible is None else visible.to(device)
     rotated = RotationLengths.of(tensors.pop("rotated").cpu(), turns, lengths)
     lists.adopt(lengths, gaps, tensors)
@@ -254,7 +234,7 @@ def _check_slots(name: str, lengths: list[int], slots: int, ragged: Any, visible
 
 def _check_arena(name: str, plan: LayerPlan, keys: Tensor, values: Tensor, lengths: list[int]) -> None:
     """FormatError unless keys and values are an arena of this layer with room for the lengths."""
-    h, d = plan.num_kv_heads // plan.shard[1], int(plan.key_quantizer.centroids.shape[2])
+    h, d = plan.num_kv_heads // plan.shard[1], int(plan.trained.quantizer.centroids.shape[2])
     least = len(lengths), h, max(1, *lengths), d
     fits = keys.ndim == values.ndim == 4 and keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype
     if not fits or (*keys.shape[:2], keys.shape[3]) != (least[0], h, d) or keys.shape[2] < least[2] or keys.dtype not in _NAMES:
@@ -282,16 +262,17 @@ def _restore_plain(layer: Any, number: int, about: dict[str, Any], tensors: dict
     if about["kind"] != type(layer).__name__:
         raise CompatibilityError(f"expected a {type(layer).__name__}, got a layer that was saved as {about['kind']}")
     slots = checks.integer(about["slots"], "slots", 0)
-    found = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
-    if found != about.get("shapes", found) or (tensors and sorted(tensors) != ["keys", "values"]) or bool(slots) > bool(tensors):
-        raise FormatError(f"layer {number}: expected keys and values {about.get('shapes', '')}, got {found}")
+    shapes = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+    odd = bool(tensors) and sorted(tensors) != ["keys", "values"]
+    if shapes != about.get("shapes", shapes) or odd or bool(slots) > bool(tensors):
+        raise FormatError(f"layer {number}: expected keys and values {about.get('shapes', '')}, got {shapes}")
     if not tensors:
         return
     keys, values = tensors["keys"].to(device), tensors["values"].to(device)
     is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
     n = keys.shape[2] if keys.ndim == 4 else -1
     if values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not (n == slots or (is_sliding and 0 <= n < slots)):
-        raise FormatError(f"layer {number}: expected keys and values of {slots} slots, got {found}")
+        raise FormatError(f"layer {number}: expected keys and values of {slots} slots, got {shapes}")
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
     if is_sliding:
@@ -336,9 +317,10 @@ def _routers(plan: Plan) -> dict[str, str]:
 
 
 def _router(plan: LayerPlan) -> str:
-    network = plan.query_router if plan.tower is None else plan.tower
-    tensors = {"centroids": plan.key_quantizer.centroids, **{f"router.{name}": x for name, x in network.tensors().items()}}
-    rope = "" if plan.rope is None else json.dumps(plan.rope.to_dict(), sort_keys=True)
+    layer = plan.trained
+    network = layer.router if layer.tower is None else layer.tower
+    tensors = {"centroids": layer.quantizer.centroids, **{f"router.{name}": x for name, x in network.tensors().items()}}
+    rope = "" if layer.rope is None else json.dumps(layer.rope.to_dict(), sort_keys=True)
     return _checksum({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, zlib.crc32(rope.encode()))
 
 

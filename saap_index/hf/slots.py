@@ -25,7 +25,7 @@ from ..search.stats import SearchStats
 from . import traced
 from .calls import Call
 from .layer_plan import LayerPlan
-from .masks import Seen, last_positions, newest_position
+from .masks import Seen, read_positions
 from .rotation import length_of_rotation
 
 LAYER = "saap_layer"
@@ -49,6 +49,7 @@ class SlotLayer(CacheLayerMixin):
         self.slots = 0
         self.ragged = False
         self.visible: Tensor | None = None
+        self.by_slot: bool | None = None  # whether positions count padding too; None before there was any
         self.params: SearchParametersIVF | None = None  # in place of the index's own
         self.call = Call()  # shared by the layers of a cache
         self.rotary: Any = None  # what made the angles, asked for the length they belong to
@@ -76,7 +77,7 @@ class SlotLayer(CacheLayerMixin):
         """
         if torch.compiler.is_compiling():
             return traced.update(self, key_states, value_states)
-        self.call.enter(self, self._undo())
+        self.call.begin(self, self._undo())
         try:
             return self._update(key_states, value_states)
         except BaseException:
@@ -178,7 +179,7 @@ class SlotLayer(CacheLayerMixin):
         if self.index is not None:
             self.index.reset()
             self.index.break_even = self._break_even
-        self.slots, self.ragged, self.visible, self._new = 0, False, None, None
+        self.slots, self.ragged, self.visible, self.by_slot, self._new = 0, False, None, None, None
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget that many of the newest slots, a number below zero; one above zero is the number to keep, as it once was.
@@ -257,10 +258,12 @@ class SlotLayer(CacheLayerMixin):
 
     def _length_of_rotation(self, position_ids: Tensor | None) -> int | None:
         """The length that the angles of the newest tokens belong to; None if they depend on none."""
-        rope, newest = self.plan.rope, newest_position(position_ids)
+        rope = self.plan.trained.rope
         if rope is None or not rope.is_dynamic:
             return None
-        return length_of_rotation(rope, self.rotary, self.plan.layer_type, self.slots - 1 if newest is None else newest)
+        assert self.index is not None
+        told = read_positions(position_ids, len(self.index.lengths), self.call.number)
+        return length_of_rotation(rope, self.rotary, self.plan.layer_type, self.slots - 1 if told is None else told.newest)
 
     def _note_rotation(self, n: int, length: int | None) -> None:
         """The n newest tokens in the index, not sealed yet, were rotated at this length."""
@@ -291,29 +294,66 @@ class SlotLayer(CacheLayerMixin):
         """Leave nothing but tokens, and seal what their number asks for."""
         assert self.index is not None
         self._hold()
+        by_slot = self._counts_slots(seen, position_ids)
         hidden = ~seen.visible.cpu().numpy()
-        last = last_positions(position_ids, len(hidden))
-        # positions count tokens, as generate has them, or slots, where a model was called with a mask alone
-        by_token = last is None or any(p < self.slots - 1 for p, row in zip(last, hidden, strict=True) if row.any())
-        self._check_positions(seen.counts if by_token else [self.slots] * len(hidden), position_ids)
-        self.index.remove_ids([np.flatnonzero(row) for row in hidden], close_gaps=by_token)
+        self.index.remove_ids([np.flatnonzero(row) for row in hidden], close_gaps=not by_slot)
         self.ragged = True
         self.index.break_even = self._break_even
 
-    def _check_positions(self, ends: list[int], position_ids: Tensor | None) -> None:
-        """CompatibilityError unless the newest token of every sequence was rotated by its place, ``ends`` less one: routing
-        undoes RoPE by that."""
-        last = last_positions(position_ids, len(ends))
-        for i, end in enumerate(ends):
-            at_end = self.visible is None or bool(self.visible[i, -1])
-            if last is not None and end and at_end and last[i] != end - 1:
-                n, hint = last[i] + 1, ""
-                if 0 < n < end:  # generate reads a prompt once more, behind itself, where the cache leaves nothing of it to read
+    def _counts_slots(self, seen: Seen, position_ids: Tensor | None) -> bool:
+        """Whether positions count slots, as where a model is called with a mask alone, and not tokens, as `generate` has them.
+
+        CompatibilityError if they do neither, or if those of the calls before did the other.
+        """
+        told = read_positions(position_ids, len(seen.counts), self.call.number)
+        if told is None:
+            return bool(self.by_slot)
+        n = told.numbers.shape[1]
+        padded = [i for i, count in enumerate(seen.counts) if count < self.slots]
+        fresh, says = seen.visible[:, -n:].cpu().numpy(), set()
+        for i in padded:  # padding before a token tells, not that behind it
+            for at in np.flatnonzero(fresh[i])[-1:]:
+                place = self.slots - n + int(at)
+                if place != seen.counts[i] - 1:
+                    says.add(bool(told.numbers[i, at] == place))
+        by_slot = says == {True}
+        if not says:
+            behind = self.slots > 2 and bool((told.numbers[padded, -1] >= self.slots - 1).all())  # 0, 1 or a slot
+            by_slot = behind if self.by_slot is None else self.by_slot
+        if self.by_slot not in (None, by_slot):
+            kinds = {True: "slots", False: "tokens"}
+            raise CompatibilityError(
+                f"position_ids: expected them to count {kinds[not by_slot]}, as in the calls before, got {kinds[by_slot]}"
+            )
+        self._check_positions([self.slots] * len(seen.counts) if by_slot else seen.counts, position_ids, by_slot)
+        if says:
+            self.by_slot = by_slot
+        return by_slot
+
+    def _check_positions(self, ends: list[int], position_ids: Tensor | None, by_slot: bool = False) -> None:
+        """CompatibilityError unless the new tokens of every sequence were rotated by their places, the last ``ends`` less one:
+        routing undoes RoPE by that. by_slot : padding among them counts too."""
+        told = read_positions(position_ids, len(ends), self.call.number)
+        if told is None or told.agreed == (ends, by_slot):
+            return
+        n = told.numbers.shape[1]
+        fresh = np.ones((len(ends), n), dtype=np.bool_) if self.visible is None else self.visible[:, -n:].cpu().numpy()
+        for i, (end, row, tokens) in enumerate(zip(ends, told.numbers, fresh, strict=True)):
+            want = np.arange(end - n, end) if by_slot else end - tokens[::-1].cumsum()[::-1]
+            wrong = np.flatnonzero(tokens & (row != want))
+            if len(wrong):
+                at = int(wrong[-1])
+                which = "the newest token" if at == np.flatnonzero(tokens)[-1] else f"new token {at} of {n}"
+                hint = ""
+                if self.visible is None and 0 < row[at] + 1 < end and n == 1:
+                    # generate reads the end of a prompt once more, behind itself, where the cache leaves nothing of it to read
+                    length = int(row[at]) + 1
                     hint = (
-                        f"; if the cache holds the prompt of {n} tokens already, generate needs one of them to read: call "
-                        f"cache.crop({n - 1}) first, or bring what comes after it"
+                        f"; if the cache holds the prompt of {length} tokens already, generate needs one of them to read: call "
+                        f"cache.crop({length - 1}) first, or bring what comes after it"
                     )
                 raise CompatibilityError(
-                    f"position_ids: expected the newest token of sequence {i} at {end - 1}, counting its tokens or its slots "
-                    f"from 0, got {last[i]}{hint}"
+                    f"position_ids: expected {which} of sequence {i} at {want[at]}, counting its tokens or its slots from 0, got "
+                    f"{row[at]}{hint}"
                 )
+        told.agreed = ends, by_slot

@@ -29,8 +29,8 @@ def check_version() -> None:
         import transformers
     except ImportError as error:
         raise MissingDependencyError("attaching an index to a model needs transformers: pip install 'transformers>=5'") from error
-    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if not OLDEST <= found < (6, 0):
+    installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if not OLDEST <= installed < (6, 0):
         raise MissingDependencyError(
             f"transformers: expected {OLDEST[0]}.{OLDEST[1]} or later, below 6, got {transformers.__version__}"
         )
@@ -122,8 +122,8 @@ def _cache_layers(config: Any) -> list[Any]:
     """The layers of the cache that transformers makes for a decoder of this config."""
     from transformers.cache_utils import DynamicCache
 
-    found: list[Any] = DynamicCache(config=config).layers
-    return found
+    layers: list[Any] = DynamicCache(config=config).layers
+    return layers
 
 
 def kv_heads_of(config: Any) -> int:
@@ -133,12 +133,12 @@ def kv_heads_of(config: Any) -> int:
 
 def check_dense_layers(dense_layers: Iterable[int], count: int) -> frozenset[int]:
     """Numbers of layers to leave dense; negative ones count from the end. ParameterError for one that is not there."""
-    found = []
+    numbers = []
     for number in dense_layers:
         if isinstance(number, bool) or not isinstance(number, int) or not -count <= number < count:
             raise ParameterError(f"dense_layers: expected numbers of the {count} layers, got {number!r}")
-        found.append(number % count)
-    return frozenset(found)
+        numbers.append(number % count)
+    return frozenset(numbers)
 
 
 def check_head_dim(dim: int, number: int) -> None:
@@ -166,17 +166,18 @@ def head_shard(attention: Any) -> tuple[int, int]:
 
 
 def fingerprint(decoder: Any) -> str:
-    """A checksum of a few numbers of every parameter in this process: tells two checkpoints of one architecture apart.
+    """A checksum of some numbers of every row and every column of each weight in this process: tells two checkpoints of one
+    architecture apart, and one from what it became by training, merging or cutting out heads, of one row too.
 
-    Of quantised weights (torchao, bitsandbytes) it is that of what they are packed into. Of adapters (PEFT) it says too which of
-    them are at work, and by how much.
+    Of quantised weights (torchao, bitsandbytes, GPTQ) it is that of what they are packed into. Of adapters (PEFT) it says too
+    which of them are at work, and by how much.
     """
     value = 0
-    for name, parameter in decoder.named_parameters():
-        for part in _plain_tensors(parameter.detach()):
+    for name, x in _weights(decoder):
+        for part in _plain_tensors(x.detach()):
             if part.device.type == "meta":  # on disk: its values are not here
                 continue
-            some = part.reshape(-1)[:256].cpu()
+            some = _some_numbers(part).cpu()
             some = some.float() if some.is_floating_point() else some.contiguous().view(torch.uint8)
             value = zlib.crc32(some.numpy().tobytes(), zlib.crc32(name.encode(), value))
     for name, module in decoder.named_modules():
@@ -185,6 +186,24 @@ def fingerprint(decoder: Any) -> str:
             active = [(adapter, scaling.get(adapter)) for adapter in names]
             value = zlib.crc32(f"{name} {active}".encode(), value)
     return f"{value:08x}"
+
+
+def _weights(decoder: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters, and the buffers that a checkpoint holds: packed weights may be those; angles of RoPE are not among them."""
+    yield from decoder.named_parameters()
+    for prefix, module in decoder.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def _some_numbers(x: torch.Tensor) -> torch.Tensor:
+    """A number of every row and of every column of ``x``, its leading axes taken as one; all of a vector."""
+    if x.ndim < 2 or not x.numel():
+        return x.reshape(-1)
+    rows, columns = x.shape[:-1].numel(), x.shape[-1]
+    turn = torch.arange(max(rows, columns), dtype=torch.int64, device=x.device)
+    return x.reshape(rows, columns)[turn % rows, turn % columns]
 
 
 def _plain_tensors(x: Any) -> Iterator[Any]:

@@ -44,7 +44,7 @@ def update(layer: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def take() -> Any:
+def pop_layer() -> Any:
     """The layer whose `update` was traced last, once; None for a layer that is not indexed."""
     layer, _HANDOVER.layer = _HANDOVER.layer, None
     return layer

@@ -107,7 +107,7 @@ class Layout:
 @lru_cache(maxsize=256)
 def _segments(blocks: int, sinks: int, recent: int, block: int, max_segment: int) -> tuple[Segment, ...]:
     length = recent + blocks * block  # without sinks, when the newest block was sealed
-    found, i = [], 0
+    segments, i = [], 0
     while i < blocks:
         size = 1
         while True:
@@ -116,6 +116,6 @@ def _segments(blocks: int, sinks: int, recent: int, block: int, max_segment: int
             if i % bigger or stop > blocks or bigger * block > min(max_segment, length - stop * block):
                 break
             size = bigger
-        found.append((sinks + i * block, sinks + (i + size) * block))
+        segments.append((sinks + i * block, sinks + (i + size) * block))
         i += size
-    return tuple(found)
+    return tuple(segments)

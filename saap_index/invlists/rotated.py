@@ -39,13 +39,13 @@ class RotationLengths:
     def at(self, i: int, start: int, stop: int) -> np.ndarray:
         """Of the tokens with ranks in [start, stop): int64 (stop - start,)."""
         runs = self.runs[i]
-        found = np.zeros(max(0, stop - start), np.int64)
+        lengths = np.zeros(max(0, stop - start), np.int64)
         low = max(0, bisect_right(runs, start, key=lambda run: run[0]) - 1)
         for rank, length in runs[low:]:
             if rank >= stop:
                 break
-            found[max(0, rank - start) :] = length
-        return found
+            lengths[max(0, rank - start) :] = length
+        return lengths
 
     def truncated(self, i: int, count: int) -> RotationLengths:
         """The same with no more than the first ``count`` tokens of sequence i."""

@@ -83,9 +83,9 @@ def _spend(heads: np.ndarray, grid: np.ndarray, average: float, low: float, high
                 pieces.append((rate, number, order, max(start, low), min(stop, high)))
     shares, left = np.full(len(heads), low), (average - low) * len(heads)
     for _, number, _, start, stop in sorted(pieces, key=lambda piece: (-piece[0], piece[2], piece[1])):
-        taken = min(stop - start, left)
-        shares[number] += taken
-        left -= taken
+        moved = min(stop - start, left)
+        shares[number] += moved
+        left -= moved
         if left <= 0:
             break
     return shares

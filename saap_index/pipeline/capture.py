@@ -83,23 +83,23 @@ def weighing(model: Any, layers: Sequence[int], first: int) -> Iterator[dict[int
     from ..hf import support
 
     modules = support.attention_layers(support.decoder_of(model))
-    found: dict[int, float] = {}
+    added_energy: dict[int, float] = {}
     before: dict[int, Tensor] = {}
     handles = []
     for layer in layers:
 
-        def enter(_: Any, given: tuple[Any, ...], options: dict[str, Any], layer: int = layer) -> None:
-            hidden = given[0] if given else options["hidden_states"]
+        def enter(_: Any, args: tuple[Any, ...], options: dict[str, Any], layer: int = layer) -> None:
+            hidden = args[0] if args else options["hidden_states"]
             before[layer] = hidden[:, first:].float().square().sum()
 
-        def leave(_: Any, given: Any, added: Any, layer: int = layer) -> None:
+        def leave(_: Any, args: Any, added: Any, layer: int = layer) -> None:
             out = added[0] if isinstance(added, tuple) else added
-            found[layer] = float(out[:, first:].float().square().sum() / before.pop(layer))
+            added_energy[layer] = float(out[:, first:].float().square().sum() / before.pop(layer))
 
         handles.append(modules[layer].register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(modules[layer].self_attn.register_forward_hook(leave))
     try:
-        yield found
+        yield added_energy
     finally:
         for handle in handles:
             handle.remove()
@@ -117,18 +117,18 @@ def capture(model: Any, tokens: Sequence[int], layers: Iterable[int], positions:
         raise ParameterError(f"layers: expected at least one number of [0, {depth}), got {wanted}")
     if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= len(tokens)):
         raise LengthError(f"positions: expected positions in [0, {len(tokens)}), got {positions.tolist()}")
-    found: dict[int, LayerCapture] = {}
+    captured: dict[int, LayerCapture] = {}
 
     def keep(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         if layer in wanted:
             arrays = (key, value, query[:, :, positions.to(query.device)])
-            found[layer] = LayerCapture(*(array.to("cpu", torch.float32, copy=True).contiguous() for array in arrays))
+            captured[layer] = LayerCapture(*(array.to("cpu", torch.float32, copy=True).contiguous() for array in arrays))
         if layer == wanted[-1]:
             raise Finished
 
     run(model, tokens, keep)
     # Tensors made in inference mode could not be trained on.
-    kept = {layer: LayerCapture(row.keys.clone(), row.values.clone(), row.queries.clone()) for layer, row in found.items()}
+    kept = {layer: LayerCapture(row.keys.clone(), row.values.clone(), row.queries.clone()) for layer, row in captured.items()}
     return Capture(name, torch.tensor(list(tokens), dtype=torch.int64, device="cpu"), positions.clone(), kept)
 
 

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = models.load_model(args.model, args.device, args.dtype)
     models.check_positions("context", loaded.model.config, settings.context)
     encode, flags = partial(models.encode, loaded.tokenizer), "--tokens, --held-out or --context"
-    sequences = texts.take(documents, encode, settings.sequences, settings.context, flags)
+    sequences = texts.pack_sequences(documents, encode, settings.sequences, settings.context, flags)
     with progress() as step:
         routers = train_model(loaded, sequences, settings, args.out, args.resume, step)
     print("\n".join(report(routers)))

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..routers import LayerRouters
 from ..routing.calibration import replay, table
 from ..routing.quantizer import KeyQuantizer
 from ..routing.rope import Rope
+from ..routing.trained import TrainedLayer
 from ..routing.two_tower import TwoTower
 from ..training.config import TrainingConfig
-from ..training.layer import Trained, TrainingSequence, train_layer
+from ..training.layer import TrainingSequence, train_layer
 from .budget import BudgetPlan
 from .measure import GRID, SHARES, Measured, measure
 from .settings import TrainSettings
@@ -32,7 +32,7 @@ Positions = Callable[[TrainSettings, int], np.ndarray]
 class LayerResult:
     """figures : plain data, of the sequences held out; see `_figures`."""
 
-    routers: LayerRouters
+    routers: TrainedLayer
     figures: dict[str, Any]
 
 
@@ -45,22 +45,22 @@ def train_one(
     numbers = [n for n in range(store.shape.sequences) if n not in store.shape.held_out]
     config = TrainingConfig.named(settings.router, seed=settings.seed * 1009 + layer)
     sequences = store.layer(layer, numbers, [positions_of(settings, n) for n in numbers], device)
-    given = _without_queries(store, layer, numbers, device) if settings.router == "kmeans" else sequences
-    trained = train_layer(given, settings.nlist, rope, settings.layout, scale, config)
+    source = _without_queries(store, layer, numbers, device) if settings.router == "kmeans" else sequences
+    trained = train_layer(source, settings.nlist, rope, settings.layout, scale, config)
     tower = trained.tower if settings.partition == "per-prompt" else None
     if settings.partition == "per-prompt" and tower is None:
         tower = TwoTower.symmetric(store.shape.kv_heads, store.shape.d).to(device)
     trained = replace(trained, tower=tower)
     rest = trained, settings, rope, scale, device
-    found = [_measure(store, layer, n, positions_of(settings, n), *rest) for n in store.shape.held_out]
-    measured, curves = [m for m, _ in found], [c for _, c in found if c is not None]
+    results = [_measure(store, layer, n, positions_of(settings, n), *rest) for n in store.shape.held_out]
+    measured, curves = [m for m, _ in results], [c for _, c in results if c is not None]
     total = sum(measured[1:], measured[0])
     losses = total.loss / max(1e-30, float(total.norm.sum())) * store.weight(layer)
     calibration = table(curves) if curves else None
-    routers = LayerRouters(
-        trained.quantizer, trained.router, rope, model_rope, scale, tower, calibration, None, losses.astype(np.float32),
-        None if tower is None else shared_lists(trained.quantizer),
-    )  # fmt: skip
+    shared = None if tower is None else shared_lists(trained.quantizer)
+    routers = replace(
+        trained, model_rope=model_rope, calibration=calibration, losses=losses.astype(np.float32), shared_lists=shared
+    )
     return LayerResult(routers, _figures(measured, store.weight(layer)))
 
 
@@ -74,7 +74,7 @@ def _without_queries(store: CaptureStore, layer: int, numbers: list[int], device
 
 
 def _measure(
-    store: CaptureStore, layer: int, number: int, positions: np.ndarray, trained: Trained, settings: TrainSettings,
+    store: CaptureStore, layer: int, number: int, positions: np.ndarray, trained: TrainedLayer, settings: TrainSettings,
     rope: Rope | None, scale: float, device: torch.device,
 ) -> tuple[Measured, np.ndarray | None]:  # fmt: skip
     """One sequence that was held out: its figures, and for calibration the attention captured by how much was left unread."""
@@ -92,16 +92,16 @@ def _measure(
     parts = trained.quantizer, trained.router
     if trained.tower is not None:
         parts = trained.tower.for_prompt(coarse[:, : int(positions.min())], settings.nlist)
-    found = measure(keys, values, grouped, routed, places, parts[0].assign(coarse), parts[1], settings.layout, scale)
+    measured = measure(keys, values, grouped, routed, places, parts[0].assign(coarse), parts[1], settings.layout, scale)
     # the symmetric tower has the output, but learnt nothing
     trusts = trained.router.predicts_outside and settings.router != "kmeans"
-    return found, replay(keys, queries, places, *parts, rope, settings.layout, scale) if trusts else None
+    return measured, replay(keys, queries, places, *parts, rope, settings.layout, scale) if trusts else None
 
 
 def _spread(count: int) -> np.ndarray:
     """Evenly spaced places of up to MEASURED_QUERIES of ``count`` queries."""
-    found: np.ndarray = np.unique(np.linspace(0, count - 1, min(count, MEASURED_QUERIES)).round().astype(np.int64))
-    return found
+    places: np.ndarray = np.unique(np.linspace(0, count - 1, min(count, MEASURED_QUERIES)).round().astype(np.int64))
+    return places
 
 
 def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def merge_budget(layers: Mapping[int, LayerRouters], plan: BudgetPlan) -> dict[int, LayerRouters]:
+def merge_budget(layers: Mapping[int, TrainedLayer], plan: BudgetPlan) -> dict[int, TrainedLayer]:
     """The layers with their shares of the budget."""
     shares = plan.shares.astype(np.float32)
     return {number: replace(layer, budget_shares=shares[at]) for at, (number, layer) in enumerate(layers.items())}

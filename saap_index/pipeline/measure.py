@@ -97,10 +97,10 @@ def _one(
     exact = outs[high - low]
 
     def numbers(value: Tensor) -> np.ndarray:
-        found: np.ndarray = value.double().cpu().numpy()
-        return found
+        array: np.ndarray = value.double().cpu().numpy()
+        return array
 
-    squares = {budget: (found - exact).square().sum(-1) for budget, found in outs.items()}  # (h, g)
+    squares = {budget: (out - exact).square().sum(-1) for budget, out in outs.items()}  # (h, g)
     norm = exact.square().sum(-1)
     top = sealed.sum(1).double().sort(dim=1, descending=True).values.cumsum(1)
     top = torch.nn.functional.pad(top, (1, 0))

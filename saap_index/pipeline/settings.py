@@ -37,9 +37,9 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("router", ROUTERS), ("partition", PARTITIONS)):
-            if getattr(self, name) not in known:
-                raise ParameterError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name, allowed in (("router", ROUTERS), ("partition", PARTITIONS)):
+            if getattr(self, name) not in allowed:
+                raise ParameterError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.partition == "per-prompt" and self.router not in ("two-tower", "kmeans"):
             raise ParameterError(
                 f"partition: expected pre-rope or post-rope for router {self.router!r}, bound to its lists, got per-prompt"

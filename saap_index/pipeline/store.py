@@ -101,8 +101,8 @@ class CaptureStore:
 
     def weight(self, layer: int) -> float:
         """Mean weight of a layer over the sequences held out."""
-        found = [self.done[number][str(layer)] for number in self.shape.held_out]
-        return sum(found) / len(found)
+        figures = [self.done[number][str(layer)] for number in self.shape.held_out]
+        return sum(figures) / len(figures)
 
     def keys(self, layer: int, number: int) -> Tensor:
         """(h, n, d), in 16 bits."""

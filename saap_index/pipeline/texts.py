@@ -31,8 +31,8 @@ def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Document]:
 
     Raises ParameterError for a path that is not there or holds no text, MissingDependencyError for a data set without `datasets`.
     """
-    for number, given in enumerate(paths):
-        path, found = Path(given), 0
+    for number, name in enumerate(paths):
+        path, count = Path(name), 0
         if path.is_dir() and any((path / name).is_file() for name in _DATASET):
             documents: Iterable[Document] = _dataset(path)
         elif path.is_dir():
@@ -44,9 +44,9 @@ def read_texts(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Document]:
             raise ParameterError(f"text: expected a file, a folder or a data set on disk, got {path}")
         for source, text in documents:
             if text.strip():
-                found += 1
+                count += 1
                 yield f"{number}.{path.stem}:{source}", text
-        if not found:
+        if not count:
             raise ParameterError(f"text: expected text in {path}, got none")
 
 
@@ -80,7 +80,7 @@ def pack(documents: Iterable[Document], encode: Callable[[str], list[int]], leng
             yield f"{kind}:{','.join(names)}", tokens[:length]
 
 
-def take(
+def pack_sequences(
     documents: Iterable[Document], encode: Callable[[str], list[int]], count: int, length: int = 8192, flags: str = ""
 ) -> list[TokenSequence]:
     """The first ``count`` sequences of `pack`. Raises LengthError if the texts are too short for so many.

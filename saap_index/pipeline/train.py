@@ -28,9 +28,10 @@ from ..errors import CompatibilityError, FormatError, LengthError, ParameterErro
 from ..hf import support
 from ..hf.models import LoadedModel, check_positions
 from ..hf.probe import check_rotation
-from ..routers import CONFIG, LayerRouters, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
+from ..routers import CONFIG, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
 from ..routing.quantizer import require_faiss
 from ..routing.rope import Rope
+from ..routing.trained import TrainedLayer
 from ..search.params import SELECTIVITY
 from ..version import __version__
 from . import capture
@@ -179,10 +180,10 @@ def _anew(where: Path) -> str:
     return f"and to begin anew delete {where} or name another --out"
 
 
-def _agree(found: Any, job: _Job, where: Path) -> None:
+def _agree(recorded: Any, job: _Job, where: Path) -> None:
     """CompatibilityError naming the first thing in which two jobs differ. What is captured does not depend on FAISS's version."""
     for part, values in job.identity.items():
-        said = found.get(part) if isinstance(found, dict) else None
+        said = recorded.get(part) if isinstance(recorded, dict) else None
         for name, value in values.items():
             got = said.get(name) if isinstance(said, dict) else None
             if (part, name) != ("versions", "faiss") and json.loads(json.dumps(value)) != got:
@@ -241,11 +242,11 @@ def _captured(
 def query_positions(settings: TrainSettings, number: int) -> np.ndarray:
     """Positions of the queries of a sequence, int64 (q,): random ones to train on; of one held out, evenly spaced ones of its
     last eighth, so that what is measured comes after a prompt."""
-    found = capture.training_positions(settings.context, settings.seed * 1_000_003 + number, settings.queries)
+    positions = capture.training_positions(settings.context, settings.seed * 1_000_003 + number, settings.queries)
     if number in settings.held_out_numbers:
         first = settings.context - settings.context // 8
-        found = torch.linspace(first, settings.context - 1, len(found), dtype=torch.float32, device="cpu").long()
-    return found.numpy()
+        positions = torch.linspace(first, settings.context - 1, len(positions), dtype=torch.float32, device="cpu").long()
+    return positions.numpy()
 
 
 def _layers(
@@ -281,7 +282,7 @@ def _read_layer(path: Path) -> tuple[LayerResult, str]:
 
 def _assembled(results: Mapping[int, LayerResult], settings: TrainSettings, job: _Job) -> Routers:
     """One object of all layers, with the budget spread over them."""
-    layers: dict[int, LayerRouters] = {number: result.routers for number, result in results.items()}
+    layers: dict[int, TrainedLayer] = {number: result.routers for number, result in results.items()}
     losses = np.stack([layer.losses for layer in layers.values() if layer.losses is not None])
     grid = np.array(results[job.layers[0]].figures["grid"])
     plan = plan_budget(losses, grid, SELECTIVITY)

@@ -65,22 +65,23 @@ class Calibration:
     def at(self, target: float) -> Tensor:
         """The miss of every KV head for a target, linear between the targets of the table: float32 (h,)."""
         table = self.miss.cpu().numpy()
-        found = [np.interp(target, [*TARGETS, 1.0], [*row, 0.0]) for row in table]
-        return torch.tensor(found, dtype=torch.float32, device="cpu")
+        misses = [np.interp(target, [*TARGETS, 1.0], [*row, 0.0]) for row in table]
+        return torch.tensor(misses, dtype=torch.float32, device="cpu")
 
 
 @full_precision
 def calibrate(
-    keys: Tensor, queries: Tensor, positions: np.ndarray, quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
+    sequences: Sequence[tuple[Tensor, Tensor, np.ndarray]], quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
     layout: Layout, scale: float, confidence: float = CONFIDENCE,
 ) -> Calibration:  # fmt: skip
     """The table of one layer from whole sequences that were in no training; checked arguments of `AsymmetricIndex.calibrate`.
 
-    keys : (b, h, n, d), queries : (b, hq, q, d), as attention sees them; positions : int64 (b, q) of the queries.
-    Raises as `replay` and `table` do.
+    sequences : keys (h, n, d) and queries (hq, q, d) as attention sees them, and positions, int64 (q,), of the queries.
+    Raises ParameterError for a confidence outside [0.5, 1), and as `replay` and `table` do.
     """
-    parts = quantizer, router, rope, layout, scale
-    return table([replay(k, q, p, *parts) for k, q, p in zip(keys, queries, positions, strict=True)], confidence)
+    if not isinstance(confidence, float) or not 0.5 <= confidence < 1:
+        raise ParameterError(f"confidence: expected 0.5 <= confidence < 1, got {confidence!r}")
+    return table([replay(*sequence, quantizer, router, rope, layout, scale) for sequence in sequences], confidence)
 
 
 def replay(
@@ -100,11 +101,11 @@ def replay(
     lists = quantizer.assign(coarse).cpu().numpy()
     grouped = queries.float().reshape(h, queries.shape[0] // h, -1, d)
     routed = grouped if rope is None else rope.unrotate(grouped, positions, n)
-    found = [
+    captured = [
         _captured(keys, grouped[:, :, j], routed[:, :, j], int(positions[j]), lists, router, layout, scale)
         for j in np.argsort(positions, kind="stable")
     ]
-    kept = [x for x in found if x is not None]
+    kept = [x for x in captured if x is not None]
     return np.stack(kept) if kept else np.empty((0, h, len(MISSES)))
 
 
@@ -128,7 +129,7 @@ def _captured(
     weights = {name: w.double().cpu().numpy() for name, w in router.tensors().items()}
     true = torch.softmax(torch.einsum("hgd,hnd->hgn", queries, keys[:, :length].float()) * scale, -1).double().cpu().numpy()
     x = routed.double().cpu().numpy()
-    found = np.empty((heads, len(MISSES)))
+    by_miss = np.empty((heads, len(MISSES)))
     for head in range(heads):
         z, a = reference.route(x[head], nlist=nlist, **{name: w[head] for name, w in weights.items()})
         runs = of_segment * nlist + lists[head, low:high]
@@ -140,9 +141,9 @@ def _captured(
         best = np.argsort(-predicted, kind="stable")
         left = np.cumsum((sizes * predicted)[best][::-1])[::-1] / len(z)  # before each run, it included
         captured = np.concatenate([[0.0], np.cumsum(held[best])]) + (1 - mean[low:high].sum())
-        taken = np.searchsorted(-left, -np.array(MISSES), side="left")  # the runs before which more than the miss is left
-        found[head] = captured[taken]
-    return found
+        read_runs = np.searchsorted(-left, -np.array(MISSES), side="left")  # the runs before which more than the miss is left
+        by_miss[head] = captured[read_runs]
+    return by_miss
 
 
 def table(replays: Sequence[np.ndarray], confidence: float = CONFIDENCE) -> Calibration:

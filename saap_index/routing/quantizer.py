@@ -102,12 +102,12 @@ class KeyQuantizer:
         return cls(centroids)
 
 
-def require_faiss() -> Any:
-    """The module; MissingDependencyError without FAISS, for whoever will need it later."""
+def require_faiss(what: str = "training key quantizers") -> Any:
+    """The module; MissingDependencyError without FAISS, for ``what`` will need it later."""
     try:
         import faiss
     except ImportError as error:
-        raise MissingDependencyError(f"training key quantizers needs FAISS: pip install faiss-cpu ({error})") from error
+        raise MissingDependencyError(f"{what}: expected FAISS, got none; pip install faiss-cpu ({error})") from error
     return faiss
 
 

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends.base import Frequencies
-from ..backends.types import Rotation
+from ..backends.types import Frequencies, Rotation
 from ..errors import DTypeError, FormatError, ParameterError, ShapeError
 from . import positions as _positions
 from .positions import Positions
@@ -302,9 +301,15 @@ class Rope:
 
     def frequencies(self, device: torch.device | str) -> Frequencies:
         """What undoes this embedding wherever a token is. ParameterError if `is_dynamic`. Do not write to it."""
-        length = self._length_of_rotation(None)
-        assert not isinstance(length, tuple), "one for all tokens"
-        return Frequencies(self._frequencies(length, torch.device(device)), self.interleaved, 1.0 / self.attention_scale)
+        held = self._memo.get("shared")
+        if held is None or held[0] != device:
+            length = self._length_of_rotation(None)
+            assert not isinstance(length, tuple), "one for all tokens"
+            inv_freq = self._frequencies(length, torch.device(device))
+            held = device, Frequencies(inv_freq, self.interleaved, 1.0 / self.attention_scale)
+            self._memo["shared"] = held
+        shared: Frequencies = held[1]
+        return shared
 
     # -- applying ------------------------------------------------------------------------------------------------------
 

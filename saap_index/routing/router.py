@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..backends import RouterWeights
+from ..backends.base import knots_of
 from ..errors import CompatibilityError, ShapeError
 
 
@@ -69,12 +70,7 @@ class QueryRouter:
 
     def knots(self, distances: np.ndarray) -> np.ndarray:
         """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends. Of the shape of distances."""
-        place = np.maximum(distances, 1.0)
-        np.log2(place, out=place)
-        np.subtract(place, self.first_knot, out=place)
-        np.maximum(place, 0.0, out=place)  # np.clip costs four times this
-        np.minimum(place, max(0, self.num_knots - 1), out=place)
-        return place.astype(np.float32)
+        return knots_of(distances, self.first_knot, self.num_knots)
 
     def to(self, device: torch.device | str) -> QueryRouter:
         return QueryRouter(self.weights.map(lambda x: x.to(device)), self.first_knot, self.count_lists)

@@ -8,14 +8,18 @@ of all if the text is of another kind. Knows queries and centroids, not tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..backends import RouterWeights
 from ..errors import CompatibilityError, ShapeError
-from .quantizer import Assign, KeyQuantizer
+from ..invlists.segmented import SegmentedInvertedLists
+from .quantizer import MAX_POINTS_PER_CENTROID, Assign, KeyQuantizer
+from .rope import Rope
 from .router import QueryRouter
 
 
@@ -96,3 +100,28 @@ class TwoTower:
         """CompatibilityError if the router belongs to another head shape."""
         if (self.heads, self.d) != (num_kv_heads, d):
             raise CompatibilityError(f"tower: expected {num_kv_heads} KV heads and d = {d}, got {self.heads} and {self.d}")
+
+
+def prompt_keys(
+    lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int], rotated: Sequence[int] | None, rope: Rope | None
+) -> Tensor:
+    """What the lists of a batch are made from: its keys with RoPE undone, float32 (h, m, d), of all sequences behind each other.
+
+    keys : storage dtype (b, h, n, d), of which counts[i] are about to follow those that are stored; rotated : the length at which
+    those of each sequence were rotated, where the angles depend on it. All keys, or every so many-th of each sequence if there
+    are more than k-means takes.
+    """
+    totals = [n + count for n, count in zip(lists.lengths, counts, strict=True)]
+    step = max(1, sum(totals) // (lists.nlist * MAX_POINTS_PER_CENTROID))
+    parts = []
+    for i, (n, total) in enumerate(zip(lists.lengths, totals, strict=True)):
+        ranks = np.arange(step // 2, total, step)
+        x = lists.keys[i, :, :n] if total == n else torch.cat([lists.keys[i, :, :n], keys[i, :, : total - n]], 1)
+        x = x[:, step // 2 :: step].float()
+        places = np.where(ranks < n, lists.positions(i, np.minimum(ranks, max(0, n - 1))), ranks + lists.gaps[i].count)
+        lengths = None
+        if rope is not None and rope.is_dynamic:
+            each = np.append(lists.rotated.at(i, 0, n), [0 if rotated is None else rotated[i]])
+            lengths = each[np.minimum(ranks, n)]
+        parts.append(x if rope is None else rope.unrotate(x, places, lengths))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

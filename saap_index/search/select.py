@@ -1,77 +1,24 @@
-"""Selection and attention over it: which rows a query reads, and the one softmax over them. Stateless."""
+"""What is made of a selection: a wider one, attention over it, its best rows; and selections that no router makes. Stateless."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..backends import Backend, Budget, Rotation, Search, Tail
+from ..backends import Backend, Tail
 from ..invlists.segmented import SegmentedInvertedLists
 from ..precision import full_precision
-from ..routing.router import QueryRouter
 from .params import SearchParametersIVF
-from .plan import _Plan, _plan
-from .selection import Selection, _leave_out, _padded, everything
-
-
-def select(
-    backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor,
-    rotation: Rotation | None, params: SearchParametersIVF, shares: np.ndarray | None, miss: Tensor | None,
-) -> Selection:  # fmt: skip
-    """Route queries (b, h, g, q, d) and spend the budget on the best runs: one selection per (sequence, KV head).
-
-    shares : float32 (h,), factors of the budget, or None for 1 each; miss : float32 (h,), see `Budget`, or None.
-    """
-    plan = _plan(lists, router, params, shares, miss)
-    if plan.budget is None:
-        return everything(lists)
-    z, a = backend.route(prepared, queries, rotation)
-    distances = np.ones((lists.batch, lists.tables.shape[2]))  # beyond a sequence's segments any number will do
-    for i, count in enumerate(plan.num_segments):
-        np.subtract(lists.next_position(i) - 1, lists.centres(i), out=distances[i, :count])
-    knots = torch.from_numpy(router.knots(distances))
-    knots = knots if z.is_cpu else knots.to(z.device)
-    found = backend.probe(z, a, knots, lists.tables, plan.num_segments, plan.budget, router.count_lists)
-    spans = plan.sinks, plan.sealed, list(lists.lengths)
-    return widen(lists, Selection(found.rows, found.counts, *spans, found.tail, found.tail_counts, lists.version), params)
-
-
-def select_each(
-    backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor,
-    rotation: Rotation | None, params: SearchParametersIVF, shares: np.ndarray | None, miss: Tensor | None,
-) -> Selection:  # fmt: skip
-    """`select` for every one of queries (b, h, g, q, d) on its own: as if there were b * q sequences, those of one side by side.
-
-    rotation : angles of the newest position of each sequence, (b, r / 2). Not for a larger window or more sinks than the lists
-    have; nothing enters through means.
-    """
-    b, h, g, q, d = queries.shape
-    plan, lengths = _plan(lists, router, params, shares, miss), _repeated(lists.lengths, q)
-    if plan.budget is None:
-        none = [0] * (b * q)
-        return Selection(None, None, none, none, lengths)
-    if rotation is not None:
-        cos, sin = rotation.cos.repeat_interleave(q, 0), rotation.sin.repeat_interleave(q, 0)
-        rotation = Rotation(cos, sin, rotation.interleaved, rotation.scale)
-    z, a = backend.route(prepared, queries.permute(0, 3, 1, 2, 4).reshape(b * q, h, g, 1, d).contiguous(), rotation)
-    distances = np.ones((b, lists.tables.shape[2]))
-    for i, count in enumerate(plan.num_segments):
-        np.subtract(lists.next_position(i) - 1, lists.centres(i), out=distances[i, :count])
-    knots = torch.from_numpy(router.knots(distances)).repeat_interleave(q, 0).to(z.device)
-    budget = Budget(plan.budget.rows.repeat_interleave(q, 0), plan.budget.nprobe, plan.budget.miss)
-    tables, used = lists.tables.repeat_interleave(q, 0), _repeated(plan.num_segments, q)
-    found = backend.probe(z, a, knots, tables, used, budget, router.count_lists)
-    return Selection(found.rows, found.counts, _repeated(plan.sinks, q), _repeated(plan.sealed, q), lengths, version=plan.version)
+from .selection import Selection, _leave_out, _padded, ids_of
 
 
 def side_by_side(selections: Sequence[Selection]) -> Selection:
-    """Selections of one query each, of the same sequences, as `select_each` returns them; without their tails."""
+    """Selections of one query each, of the same sequences, as `SearchSession.select_each` returns them; without their tails."""
     b = len(selections[0].lengths)
     sinks, sealed, lengths = (
         [getattr(s, name)[i] for i in range(b) for s in selections] for name in ("sinks", "sealed", "lengths")
@@ -85,16 +32,13 @@ def side_by_side(selections: Sequence[Selection]) -> Selection:
     return Selection(rows, number, sinks, sealed, lengths, version=first.version)
 
 
-def _repeated(values: Sequence[int], times: int) -> list[int]:
-    return [value for value in values for _ in range(times)]
-
-
 def best_of(
     backend: Backend, lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, k: int
 ) -> tuple[Tensor, Tensor]:
     """The k largest inner products of queries (b, h, g, q, d) with the keys that each would read, and the ids of these tokens.
 
-    selection : of `select_each`. Returns float32 (b, h, g, q, k), descending, and int64 of the same shape; -inf and -1 for none.
+    selection : of `SearchSession.select_each`. Returns float32 (b, h, g, q, k), descending, and int64 of the same shape; -inf and
+    -1 for none.
     """
     b, h = queries.shape[:2]
     counts = None if selection.rows is None else selection.counts
@@ -104,7 +48,7 @@ def best_of(
     ids = torch.full_like(rows, -1)
     for i, head in np.ndindex(b, h) if any(selection.lengths) else ():
         at = rows[i, head]  # a row of no token has no score; one whose score is -inf is still a token's
-        ids[i, head] = torch.where(at < 0, -1, lists.ids_of(i, head, at.clamp(min=0)))
+        ids[i, head] = torch.where(at < 0, -1, ids_of(lists, i, head, at.clamp(min=0)))
     return scores, ids
 
 
@@ -145,41 +89,6 @@ def _best_rows(lists: SegmentedInvertedLists, queries: Tensor, selection: Select
     return scores, best
 
 
-def search(
-    backend: Backend, lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, queries: Tensor,
-    rotation: Rotation | None, params: SearchParametersIVF, shares: np.ndarray | None, miss: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Selection] | None:  # fmt: skip
-    """`select` and `attend` over it, in one call of the backend; None where there is no such call, or nothing to choose.
-
-    Not for parameters with a larger window or more sinks than the lists have: see `widen`.
-    """
-    plan = _plan(lists, router, params, shares, miss)
-    if plan.budget is None:
-        return None
-    known = plan.search
-    if known is None or known[0] is not prepared or known[1] != scale:
-        found = backend.prepare_search(_search(lists, router, prepared, plan, plan.budget, scale))
-        plan.search = known = prepared, scale, found
-    if known[2] is None:
-        return None
-    lengths = list(lists.lengths)
-    ends = [lists.next_position(i) for i in range(lists.batch)]
-    out, lse, taken = known[2](queries, rotation, ends, lengths)
-    rows, spans = (taken.rows, taken.counts), (plan.sinks, plan.sealed, lengths)
-    return out, lse, Selection(*rows, *spans, taken.tail, taken.tail_counts, plan.version)
-
-
-def _search(
-    lists: SegmentedInvertedLists, router: QueryRouter, prepared: Any, plan: _Plan, budget: Budget, scale: float
-) -> Search:
-    centres = torch.zeros((lists.batch, lists.tables.shape[2]), dtype=torch.float64, device="cpu")
-    for i, count in enumerate(plan.num_segments):
-        centres[i, :count] = torch.from_numpy(lists.centres(i))
-    memory = lists.keys, lists.values, lists.mean_keys, lists.mean_values
-    how = router.first_knot, router.count_lists, centres, lists.tables, plan.num_segments, budget
-    return Search(prepared, *how, *memory, plan.sinks, plan.sealed, scale)
-
-
 GATHER_BYTES = 64 << 20
 """Most memory for keys that `best_of` looks at together."""
 
@@ -195,10 +104,10 @@ def select_lists(lists: SegmentedInvertedLists, list_nos: Tensor, params: Search
         for head in range(h):
             keep = chosen[i, head, :-1].expand_as(sizes[head]).reshape(-1).repeat_interleave(sizes[head].reshape(-1).long())
             picked.append(torch.nonzero(keep)[:, 0].int() + lists.sinks(i))
-    return widen(lists, _padded(picked, b, h, lists), params)
+    return extend_to_window(lists, _padded(picked, b, h, lists), params)
 
 
-def widen(lists: SegmentedInvertedLists, selection: Selection, params: SearchParametersIVF) -> Selection:
+def extend_to_window(lists: SegmentedInvertedLists, selection: Selection, params: SearchParametersIVF) -> Selection:
     """Add the sealed tokens that a larger window or more sinks, asked for in this call, read besides."""
     layout = lists.layout
     window, sinks = params.window or 0, params.sinks or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class Selection:
             raise StateError("selection: expected one made since the last change of the index, got one of before")
 
 
-def everything(lists: SegmentedInvertedLists) -> Selection:
+def dense_selection(lists: SegmentedInvertedLists) -> Selection:
     """Dense attention: every token that is stored."""
     none = [0] * lists.batch
     return Selection(None, None, none, none, list(lists.lengths))
@@ -59,6 +60,13 @@ def _leave_out(runs: Tensor, tables: Tensor, rows: Tensor) -> None:
     untouched = real[torch.searchsorted(rows, first) == torch.searchsorted(rows, past)]
     runs.fill_(-1)
     runs[: len(untouched)] = untouched.int()
+
+
+def ids_of(lists: SegmentedInvertedLists, i: int, head: int, rows: Tensor) -> Tensor:
+    """Positions of the tokens in these rows of one sequence and KV head: int64, of the shape of ``rows``."""
+    in_order = torch.from_numpy(np.asarray(lists.positions(i, rows.cpu().numpy()))).to(rows.device)
+    sealed = (rows >= lists.sinks(i)) & (rows < lists.sealed(i))
+    return torch.where(sealed, lists.ids[i, head][rows].long(), in_order)
 
 
 def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[Tensor]]:

@@ -1,232 +1,238 @@
-"""Keeps what lies on the device in step with a batch, so that decoding launches kernels and nothing else. Knows no kernel.
+"""The decode step of one batch: plans once what searches may read, and runs append and search by the session of a backend.
 
 The host decides segments, budgets and where memory lies, and publishes them when they change: when tokens are sealed, once in
-some hundred steps. Lengths change with every token; the device counts them itself. In between, host and device agree unless a
+some hundred steps. Lengths change with every token; a device counts them itself. In between, host and device agree unless a
 CUDA graph was replayed, of which the host learns by `AsymmetricIndex.advance`.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..backends import Budget
-from ..backends import types as device
-from ..backends.base import Resident
-from ..backends.types import Placement, Routing
-from ..errors import NotFiniteError, StateError
+from ..backends import Backend, Placement, Plan, Routing
+from ..backends.codes import FLAGS, MEANS, NEXT, SEGMENTS
+from ..backends.types import MAX_STEP_TOKENS, Probed
+from ..errors import CompatibilityError, StateError
 from ..invlists.segmented import SegmentedInvertedLists
+from ..routing.rotations import query_rotation
 from ..routing.router import QueryRouter
+from ..routing.trained import TrainedLayer
 from .params import SearchParametersIVF
-from .plan import everything_fits, spend
-from .selection import Selection, everything
+from .plan import MOST_PLANS, budget_of, new_plan
+from .selection import Selection, dense_selection
 
-MOST_LIMITS = 16
-"""Sets of search parameters whose budgets are kept on the device, beside those a graph uses."""
-
-
-_HOST = torch.device("cpu")
-
-NOT_BEFORE = "capture: expected a step that ran once before, got one with other"
+Terms = tuple[SearchParametersIVF, QueryRouter, np.ndarray | None, Tensor | None]
+"""What a plan follows from: parameters, router, budget shares and unread mass, as in `new_plan`. Kept by identity."""
 
 
-class _Limits:
-    """The budgets of one set of search parameters: what they are made from, and where they lie."""
+class SearchSession:
+    """What an index keeps of its batch from step to step. ``backend_session``: the half of it that runs; see `Session`."""
 
-    __slots__ = ("always_dense", "dense", "given", "kept", "on_device")
-
-    def __init__(self, given: tuple[Any, ...]) -> None:
-        self.given = given
-        self.kept: Routing | None = None  # a graph reads them, and this
-        self.on_device: Any = None
-        self.dense = self.always_dense = False
-
-
-class DecodeState:
-    """The resident state of one batch and what the host knows of it."""
-
-    def __init__(self, resident: Resident, lists: SegmentedInvertedLists) -> None:
-        self.resident, self.lists = resident, lists
-        self.captured = False  # a graph may hold addresses of this batch
-        self._lengths: list[int] | None = None  # on the device, as far as the host knows
-        self._published, self._moved = 0, 0  # versions of the lists, see there
-        self._gaps: list[int] = []  # how far the next position is from the length, on the device
-        self._watched: list[int] | None = None  # the host's lengths when the device was asked for its own last
-        self._limits: dict[Any, _Limits] = {}
+    def __init__(self, backend: Backend, lists: SegmentedInvertedLists) -> None:
+        self.lists, self._captures = lists, backend.captures
+        self.backend_session = backend.session(lists.batch, lists.heads, lists.d, lists.d_v, lists.nlist, lists.dtype)
+        self._routing: dict[bool, Routing] = {}  # kept for the next step, of coarse queries and of others
+        self._version = self._moved = 0  # of the lists, as published
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self._sinks: list[int] = []
         self._sealed: list[int] = []
-        self.routing: Routing | None = None  # kept for the next step
         self._recorded: Selection | None = None  # of the newest capture
         self._replayed = False  # since the last step outside a graph
 
-    # -- in step -----------------------------------------------------------------------------------------------------
+    # -- what changed ------------------------------------------------------------------------------------------------
 
-    def follow(self) -> None:
+    def publish(self) -> None:
         """Publish what changed on the host since the last time; raises what the device had noted when that last was so.
 
         Cheap if nothing changed, and never waits for the device. StateError inside a capture, for it would be part of the graph.
         """
-        self.resident.enter()
-        lists = self.lists
-        if self._lengths == lists.lengths and self._published == lists.version:
+        lists, session = self.lists, self.backend_session
+        if self._version == lists.version and session.lengths == lists.lengths:
             return
         self.refuse_capture("a change of the index since the last step outside a capture")
-        problem = self._noted_last_time()
-        self._sinks = [lists.sinks(i) for i in range(lists.batch)]
-        self._sealed = [lists.sealed(i) for i in range(lists.batch)]
+        problem = session.noted()
         if self._moved != lists.moved:  # sizes follow from the capacity, and graphs of before hold addresses of before
-            self._limits.clear()
-            self._moved, self.captured = lists.moved, False
-        gaps = [gap.count for gap in lists.gaps]
-        counted = self._lengths == lists.lengths and self._gaps == gaps
-        budgets = [(limits.on_device, self._budget(limits)[0]) for limits in self._limits.values()]
-        self.resident.publish(self._placement(), counted, budgets)
-        self.resident.watch()
-        self._watched, self._gaps = list(lists.lengths), gaps
-        self._lengths, self._published = list(lists.lengths), lists.version
+            self._plans.clear()
+        batch = range(lists.batch)
+        self._sinks, self._sealed = [lists.sinks(i) for i in batch], [lists.sealed(i) for i in batch]
+        budgets = []
+        for key, plan in list(self._plans.items()):
+            try:
+                budgets.append((plan, budget_of(plan, lists)))
+            except CompatibilityError:  # for whoever asks for it again
+                del self._plans[key]
+        session.publish(self._placement(), budgets)
+        self._version, self._moved = lists.version, lists.moved
         if problem is not None:
             raise problem
 
     def _placement(self) -> Placement:
         lists = self.lists
-        meta = np.zeros((lists.batch, device.FLAGS), np.int32)
-        centres = np.zeros((lists.batch, lists.tables.shape[2]), np.float32)
+        meta = np.zeros((lists.batch, FLAGS), np.int32)
+        centres = np.zeros((lists.batch, lists.tables.shape[2]), np.float64)
         for i, segments in enumerate(lists.segments):
-            meta[i, : device.SEGMENTS + 1] = lists.lengths[i], self._sinks[i], self._sealed[i], len(segments)
-            meta[i, device.NEXT : device.MEANS + 1] = lists.next_position(i), lists.num_means(i)
+            meta[i, : SEGMENTS + 1] = lists.lengths[i], self._sinks[i], self._sealed[i], len(segments)
+            meta[i, NEXT : MEANS + 1] = lists.next_position(i), lists.num_means(i)
             centres[i, : len(segments)] = lists.centres(i)
-        memory = lists.keys, lists.values, lists.ids, lists.tables, lists.mean_keys, lists.mean_values
-        return Placement(*memory, meta, centres)
+        return Placement(lists.arena, meta, centres)
 
-    def refuse_capture(self, what: str) -> None:
-        """StateError while a graph is captured."""
-        if self.resident.capturing:
-            raise StateError(f"capture: expected steps that only launch kernels, got {what}")
-
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Before a change of the index: make sure that host and device agree, and raise what the device noted."""
-        self.resident.enter()
         self.refuse_capture("an operation other than add and search_attend")
-        problem = self._noted()
+        problem = self.backend_session.synchronize()
         if problem is not None:
             raise problem
 
-    def forget(self) -> None:
+    def changed(self, step_next: bool = False) -> None:
+        """After a change of the index: a graph may be replayed next, and memory that is not the lists' any more is let go.
+
+        step_next : a step comes next, which may be one to capture.
+        """
+        if self.backend_session.captured or (step_next and self._captures):
+            self.publish()
+        elif self._moved != self.lists.moved:
+            self._plans.clear()
+            self.backend_session.release()
+
+    def invalidate(self) -> None:
         """The tokens are about to go, and what the device noted about them with them."""
         self.refuse_capture("reset")
-        self.resident.enter()
-        if self._lengths is not None:
-            self.resident.read()
-            self._lengths = self._watched = None
+        self.backend_session.invalidate()
 
-    def _noted_last_time(self) -> Exception | None:
-        """What the device had noted when something was published last; nothing that came later, so as not to wait for it."""
-        if self._watched is None or self._lengths is None:
-            return None
-        meta = self.resident.watched()
-        if meta[:, device.LENGTH].tolist() == self._watched and not meta[:, device.FLAGS].any():
-            return None
-        problem = self._noted()
-        self._watched = None
-        return problem
-
-    def _noted(self) -> Exception | None:
-        """What the device noted since the last time. StateError if it holds other lengths than the host knows."""
-        if self._lengths is None:
-            return None
-        meta = self.resident.read()
-        found = meta[:, device.LENGTH].tolist()
-        problem = _error(int(np.bitwise_or.reduce(meta[:, device.FLAGS])))
-        if found != self._lengths:
-            raise problem or StateError(
-                f"lengths: expected {self._lengths} on the device, got {found}; call advance after replays of a captured step"
-            )
-        self._watched = None  # all is known
-        return problem
-
-    def refuse_growth(self) -> None:
-        """StateError if memory is about to move whose addresses a graph holds."""
-        if self.captured:
-            raise StateError(
-                "add: expected room, for a CUDA graph holds the addresses of this index; call reserve_memory and capture again"
-            )
+    def refuse_capture(self, what: str) -> None:
+        """StateError while a graph is captured."""
+        if self.backend_session.capturing:
+            raise StateError(f"capture: expected steps that only launch kernels, got {what}")
 
     # -- appending ---------------------------------------------------------------------------------------------------
 
-    def takes(self, n: int) -> bool:
-        """Whether so many tokens per sequence are appended in one launch."""
-        return 0 < n <= device.MAX_STEP_TOKENS
+    def append(
+        self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None = None,
+        rotated: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Write counts[i] tokens behind those of sequence i. list_nos, rotated : as in `SegmentedInvertedLists.advance`.
 
-    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> bool:
-        """Append by one launch what a step brings; False for what has to come in bulk."""
-        n = keys.shape[2]
-        if not self.takes(n):
-            return False
-        self.follow()
-        self.resident.append(keys, values, None if all(c == n for c in counts) else counts)
-        assert self._lengths is not None
-        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
-        return True
+        Raises NotFiniteError, having changed nothing, if a key or value is NaN or infinite, unless the device notes it for later.
+        """
+        lists, session = self.lists, self.backend_session
+        in_bulk, most = list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS, max(map(operator.add, lists.lengths, counts))
+        if in_bulk:
+            self.synchronize()
+        if most > lists.capacity:
+            if session.captured:
+                what = "a CUDA graph holds the addresses of this index; call reserve_memory and capture again"
+                raise StateError(f"add: expected room, for {what}")
+            lists.make_room(most)
+        self.publish()
+        session.append(keys, values, counts, in_bulk)
+        lists.advance(counts, list_nos, rotated)
+        if session.captured and session.lengths != lists.lengths:
+            self.publish()
 
     def record_append(self, keys: Tensor, values: Tensor) -> None:
         """`append` inside a capture: nothing is appended now, and the host's lengths stay."""
         lists, n = self.lists, keys.shape[2]
-        if not self.takes(n):
-            raise StateError(f"capture: expected 1 to {device.MAX_STEP_TOKENS} tokens per sequence, got {n}")
-        self.follow()
+        if not 0 < n <= MAX_STEP_TOKENS:
+            raise StateError(f"capture: expected 1 to {MAX_STEP_TOKENS} tokens per sequence, got {n}")
+        self.publish()
         tables = lists.layout.most_segments(lists.capacity)
         if max(lists.lengths) + n > lists.capacity or tables > lists.tables.shape[2]:
             raise StateError(
                 f"capture: expected room to grow, got {lists.capacity} rows and {lists.tables.shape[2]} segments for "
                 f"{max(lists.lengths)} tokens; call reserve_memory first"
             )
-        self.resident.append(keys, values, None)
-        self.captured = True
+        self.backend_session.append(keys, values, [n] * lists.batch)
 
     def advance(self, counts: Sequence[int] | None) -> Exception | None:
         """Take note of tokens that replays appended, as many as the device says where None. Returns what it noted."""
         self.refuse_capture("advance")
-        self.resident.enter()
-        lists, problem = self.lists, None
-        if self._lengths is None:
-            self.follow()
-        assert self._lengths is not None
+        lists, session, problem = self.lists, self.backend_session, None
+        session.wait_stream()
+        if session.lengths is None:
+            self.publish()
+        lengths: list[int] = session.lengths or []
         if counts is None:
-            meta = self.resident.read()
-            found = meta[:, device.LENGTH].tolist()
-            problem, self._watched = _error(int(np.bitwise_or.reduce(meta[:, device.FLAGS]))), None
-            counts = [now - before for now, before in zip(found, self._lengths, strict=True)]
-        elif max(map(sum, zip(self._lengths, counts, strict=True))) > lists.capacity:
-            room = [lists.capacity - length for length in self._lengths]
+            now, problem = session.read_lengths()
+            counts = [after - before for after, before in zip(now, lengths, strict=True)]
+        elif max(map(sum, zip(lengths, counts, strict=True))) > lists.capacity:
+            room = [lists.capacity - length for length in lengths]
             raise StateError(f"advance: expected at most {room} tokens, for which there was room, got {list(counts)}")
         if min(counts) < 0:
-            raise StateError(f"advance: expected at least {self._lengths} tokens on the device, got {list(counts)} more")
-        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
+            raise StateError(f"advance: expected at least {lengths} tokens on the device, got {list(counts)} more")
+        session.lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
         self._replayed = True
         lists.advance(counts)
         return problem
 
     def count(self, n: int) -> None:
         """`advance` by n tokens of every sequence, of which nothing is asked but that there was room."""
-        lists = self.lists
+        lists, session = self.lists, self.backend_session
         lengths = [length + n for length in lists.lengths]
-        if self._lengths != lists.lengths or max(lengths) > lists.capacity:
+        if session.lengths != lists.lengths or max(lengths) > lists.capacity:
             self.advance([n] * lists.batch)
             return
-        self._lengths, self._replayed = lengths, True
+        session.lengths, self._replayed = lengths, True
         lists.advance([n] * lists.batch)
 
-    def release(self) -> None:
+    def release_graphs(self) -> None:
         """No graph is replayed any more."""
-        self.captured = False
-        for limits in self._limits.values():
-            limits.kept = None
-        self.resident.release()
+        self.refuse_capture("release_graphs")
+        self.backend_session.release_graphs()
+
+    # -- searching ---------------------------------------------------------------------------------------------------
+
+    def routing_of(self, layer: TrainedLayer, prepared: Any, q: int, coarse: bool = False) -> Routing:
+        """How queries of the last q tokens are routed, with RoPE undone or, coarse, as they come.
+
+        prepared : the layer's router as the backend keeps it.
+        """
+        router, rope = layer.router, None if coarse else layer.rope
+        if rope is not None and rope.is_dynamic:
+            self.refuse_capture("a rope whose angles depend on the length")
+            return Routing(prepared, router.first_knot, router.count_lists, query_rotation(rope, self.lists, q))
+        kept = self._routing.get(coarse)
+        if kept is None or kept.router is not prepared:
+            turn = None if rope is None else rope.frequencies(self.lists.keys.device)
+            kept = self._routing[coarse] = Routing(prepared, router.first_knot, router.count_lists, turn)
+        return kept
+
+    def run(self, queries: Tensor, terms: Terms, routing: Routing, scale: float) -> tuple[Tensor, Tensor, Selection]:
+        """`search_attend` of queries (b, h, g, q, d): out, lse, and what was read."""
+        self.publish()
+        session = self.backend_session
+        out, lse, probed = session.run(queries, routing, self._plan(terms), scale)
+        selection = self._selection(probed)
+        self._replayed = False
+        if session.capturing:
+            self._recorded = selection
+        return out, lse, selection
+
+    def select(self, queries: Tensor, terms: Terms, routing: Routing) -> Selection:
+        """What `run` would read, as the caller's own copy."""
+        self.publish()
+        self.refuse_capture("select")
+        plan = self._plan(terms)
+        return self._selection(None if plan.dense else self.backend_session.select(queries, routing, plan))
+
+    def select_each(self, queries: Tensor, terms: Terms, routing: Routing) -> Selection:
+        """`select` for every one of queries (b, h, g, q, d) on its own: of b * q sequences, those of one side by side.
+
+        routing : of the newest token. Nothing enters through means.
+        """
+        self.publish()
+        self.refuse_capture("select")
+        plan, q = self._plan(terms), queries.shape[3]
+        chosen = self._selection(None if plan.dense else self.backend_session.select_each(queries, routing, plan))
+        sinks, sealed, lengths = (
+            [x for x in values for _ in range(q)] for values in (chosen.sinks, chosen.sealed, chosen.lengths)
+        )
+        return replace(chosen, sinks=sinks, sealed=sealed, lengths=lengths)
 
     def newest(self, last: Selection | None) -> Selection | None:
         """What the last search read: ``last``, or what the replays since then did."""
@@ -234,96 +240,33 @@ class DecodeState:
         if not self._replayed or recorded is None:
             return last
         if recorded.rows is None:
-            return everything(self.lists)
+            return dense_selection(self.lists)
         lengths, version = list(self.lists.lengths), self.lists.version
         return replace(recorded, sinks=self._sinks, sealed=self._sealed, lengths=lengths, version=version)
 
-    # -- searching ---------------------------------------------------------------------------------------------------
-
-    def step(
-        self, queries: Tensor, params: SearchParametersIVF, router: QueryRouter, routing: Routing, given: tuple[Any, Any],
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Selection]:  # fmt: skip
-        """`search_attend` of queries (b, h, g, q, d). given : shares and miss, as in `select.select`."""
-        self.follow()
-        limits = self._budgets(params, router, given)
-        if self.resident.capturing:
-            routing_of = None if limits.always_dense else routing
-            if not self.resident.ready(queries, routing_of, limits.on_device):
-                raise StateError(f"{NOT_BEFORE} queries")
-            limits.kept, self.captured = routing, True
-        else:
-            routing_of = None if limits.dense else routing
-            if limits.dense and not limits.always_dense and not self.resident.ready(queries, routing, limits.on_device):
-                self.resident.prepare(queries, routing, limits.on_device)  # a graph of this step will not be dense for ever
-        out, lse, found = self.resident.step(queries, routing_of, limits.on_device, scale)
-        if found is None:
-            selection = everything(self.lists)
-        else:
-            spans = self._sinks, self._sealed, list(self.lists.lengths)
-            tail = found.tail, found.tail_counts
-            selection = Selection(found.rows, found.counts, *spans, *tail, self.lists.version, found.in_runs)
-        self._replayed = False
-        if self.resident.capturing:
-            self._recorded = selection
-        return out, lse, selection
-
-    def select(
-        self, queries: Tensor, params: SearchParametersIVF, router: QueryRouter, routing: Routing, given: tuple[Any, Any]
-    ) -> Selection:
-        """`select.select` without what a larger window adds: the caller's own copy."""
-        self.follow()
-        self.refuse_capture("select")
-        limits = self._budgets(params, router, given)
-        if limits.dense:
-            return everything(self.lists)
-        found = self.resident.select(queries, routing, limits.on_device)
-        rows, spans = _trimmed(found.rows, found.counts), (self._sinks, self._sealed, list(self.lists.lengths))
-        if found.tail is None or found.tail_counts is None:
-            return Selection(rows, found.counts, *spans, version=self.lists.version)
-        tail = _trimmed(found.tail, found.tail_counts), found.tail_counts
-        return Selection(rows, found.counts, *spans, *tail, self.lists.version)
-
-    def _budgets(self, params: SearchParametersIVF, router: QueryRouter, given: tuple[Any, Any]) -> _Limits:
-        shares, miss = given
-        key = params, id(router), id(shares), id(miss)
-        limits = self._limits.get(key)
-        if limits is None:
-            if self.resident.capturing:
-                raise StateError(f"{NOT_BEFORE} search parameters")
-            limits = _Limits((params, router, shares, miss))  # holds what the ids in the key stand for
-            while len(self._limits) >= MOST_LIMITS and not all(x.kept is not None for x in self._limits.values()):
-                self._limits.pop(next(k for k, x in self._limits.items() if x.kept is None))
-            budget, *most = self._budget(limits)
-            limits.on_device = self.resident.limits(budget, *most)
-            self._limits[key] = limits
-        return limits
-
-    def _budget(self, limits: _Limits) -> tuple[Budget, int, int]:
-        """What a search within ``limits`` may take of the present segments; the most rows and entries that ever becomes."""
+    def _selection(self, probed: Probed | None) -> Selection:
+        """A selection of the rows there are now; without anything probed all of them."""
         lists = self.lists
-        params, router, shares, miss = limits.given
-        sizes = [high - low for low, high in zip(self._sinks, self._sealed, strict=True)]
-        budgets = params.budgets(sizes, lists.heads, shares)
-        limits.dense = everything_fits(params, router, sizes, budgets, miss)
-        budget = spend(lists, router, params, budgets, miss, _HOST)
-        if limits.on_device is not None:
-            return budget, 0, 0
-        full = params.budgets([lists.capacity] * lists.batch, lists.heads, shares)
-        limits.always_dense = everything_fits(params, router, [lists.capacity] * lists.batch, full, miss)
-        most = int(full.max())
-        entries = lists.mean_keys.shape[2] * lists.nlist if params.tail and not params.nprobe else 0
-        return budget, most, min(most, entries)
+        if probed is None:
+            return dense_selection(lists)
+        spans, tail = (self._sinks, self._sealed, list(lists.lengths)), (probed.tail, probed.tail_counts)
+        return Selection(probed.rows, probed.counts, *spans, *tail, lists.version, probed.in_runs)
 
+    def _plan(self, terms: Terms) -> Plan:
+        params, router, shares, unread_mass = terms
+        plan = self._plans.get((id(params), id(router), id(shares), id(unread_mass)))  # it holds what the ids stand for
+        return self._new_plan(terms) if plan is None else plan
 
-def _trimmed(x: Tensor, counts: Tensor) -> Tensor:
-    """The columns in use of lists padded with -1."""
-    return x[:, :, : int(counts.max()) if counts.numel() else 0].contiguous()
-
-
-def _error(flags: int) -> Exception | None:
-    if flags & device.NOT_FINITE:
-        return NotFiniteError("keys, values: expected finite numbers, got NaN or infinity in a step added since the last check")
-    if flags & device.FULL:
-        return StateError("advance: expected room for every replay of a captured step, got a full arena; tokens were dropped")
-    return None
+    def _new_plan(self, terms: Terms) -> Plan:
+        session, plans = self.backend_session, self._plans
+        for plan in list(plans.values()):
+            if plan.key[0] == terms[0] and all(x is y for x, y in zip(plan.key[1:], terms[1:], strict=True)):
+                return plan
+        if session.capturing:
+            raise StateError("capture: expected a step that ran once before, got one with other search parameters")
+        plan, budget = new_plan(self.lists, *terms, for_good=self._captures)
+        session.plan(plan, budget)
+        while len(plans) >= MOST_PLANS and not all(plan.captured for plan in plans.values()):
+            plans.pop(next(key for key, plan in plans.items() if not plan.captured))
+        plans[tuple(map(id, terms))] = plan
+        return plan

@@ -31,3 +31,9 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
         checks.array(x, name, "x " * x.ndim, list(lse_a.shape), [torch.float32], out_a.device)
     args = [x.contiguous() for x in (out_a, lse_a, out_b, lse_b)]
     return get_backend(out_a.device).combine(*args)
+
+
+def empty_state(queries: Tensor, d_v: int) -> tuple[Tensor, Tensor]:
+    """The state of no tokens, for queries (..., d): out of their dtype, (..., d_v), 0; lse float32 (...), -inf."""
+    lse = torch.full(queries.shape[:-1], float("-inf"), dtype=torch.float32, device=queries.device)
+    return queries.new_zeros((*queries.shape[:-1], d_v)), lse

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from ..invlists.arena import nbytes
 from ..invlists.segmented import SegmentedInvertedLists
 from ..routing.quantizer import KeyQuantizer
 from ..routing.router import QueryRouter
@@ -78,24 +82,36 @@ def gather(
     spans = [(lists.sinks(i), lists.sealed(i), n) for i, n in enumerate(lists.lengths)]
     sinks = [low if high else min(lists.layout.sinks, n) for low, high, n in spans]
     sealed = sum(high - low for low, high, _ in spans)
-    sizes = lists.list_sizes().double()
+    sizes = _list_sizes(lists).double()
     squares, sums = sizes.square().sum(-1), sizes.sum(-1)
     imbalance = (lists.nlist * squares / sums.square())[sums > 0]
-    kv_bytes, metadata_bytes = lists.used_bytes()
+    tokens, row_bytes = sum(lists.lengths) * lists.heads, (lists.d + lists.d_v) * lists.dtype.itemsize
+    num_segments, num_means = sum(map(len, lists.segments)), sum(map(lists.num_means, range(lists.batch)))
+    kv_bytes, mean_bytes = tokens * row_bytes, num_means * lists.heads * lists.nlist * row_bytes
+    table_bytes = num_segments * lists.heads * (lists.nlist + 1) * 4
+    metadata_bytes = tokens * (4 if lists.pending is None else 8) + table_bytes + mean_bytes
     return IndexStats(
         ntotal=sum(lists.lengths),
         sink_tokens=sum(sinks),
         sealed_tokens=sealed,
         recent_tokens=sum(lists.lengths) - sum(sinks) - sealed,
-        num_segments=sum(map(len, lists.segments)),
+        num_segments=num_segments,
         kv_bytes=kv_bytes,
         metadata_bytes=metadata_bytes,
-        slack_bytes=lists.allocated_bytes() - kv_bytes - metadata_bytes,
+        slack_bytes=nbytes(lists.arena) - kv_bytes - metadata_bytes,
         shared_bytes=shared,
         imbalance_factor=float(imbalance.mean()) if len(imbalance) else 0.0,
         last_search=SearchStats() if last is None else search_stats(lists, last, router),
-        mean_bytes=lists.mean_bytes(),
+        mean_bytes=mean_bytes,
     )
+
+
+def _list_sizes(lists: SegmentedInvertedLists) -> Tensor:
+    """Sealed tokens of every list: int64 (b, h, l)."""
+    sizes = torch.zeros((lists.batch, lists.heads, lists.nlist), dtype=torch.int64, device=lists.tables.device)
+    for i, segments in enumerate(lists.segments):
+        sizes[i] = lists.tables[i, :, : len(segments)].diff(dim=-1).sum(1)
+    return sizes
 
 
 def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter | None) -> SearchStats:

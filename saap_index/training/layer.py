@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from ..precision import full_precision
 from ..routing.quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer
 from ..routing.rope import Rope
 from ..routing.router import QueryRouter
-from ..routing.two_tower import TwoTower
+from ..routing.trained import TrainedLayer
 from .config import TrainingConfig
 from .fitting import fit_linear, train_router, train_tower
 from .targets import RouterTargets, bin_edges, targets
@@ -28,45 +27,38 @@ TrainingSequence = tuple[Tensor, "Tensor | None", "np.ndarray | None"]
 """keys : float (h, n, d) and queries : float (hq, q, d) as attention sees them, positions : int64 (q,)."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """One layer. router : for the lists of ``quantizer``; tower : what it was made from, if it serves other lists as well."""
-
-    quantizer: KeyQuantizer
-    router: QueryRouter
-    tower: TwoTower | None = None
-
-
 @full_precision
 def train_layer(
     sequences: Sequence[TrainingSequence], nlist: int, rope: Rope | None, layout: Layout, scale: float, config: TrainingConfig
-) -> Trained:
-    """Quantizer and router of one layer. Sequences are read one at a time, twice; without queries the router is symmetric.
+) -> TrainedLayer:
+    """Quantizer and router of one layer, and the tower that made the router, if one did. Sequences are read one at a time, twice;
+    without queries the router is symmetric.
 
     Raises ParameterError with fewer keys than lists, LengthError without a query past window and sinks.
     """
     quantizer = KeyQuantizer.train(_sample(sequences, nlist, rope), nlist, config.niter, config.seed)
+    about = rope, rope, scale
     if not len(sequences) or sequences[0][1] is None:
-        return Trained(quantizer, QueryRouter.symmetric(quantizer.centroids))
+        return TrainedLayer(quantizer, QueryRouter.symmetric(quantizer.centroids), *about)
     longest = max(int(keys.shape[1]) for keys, _, _ in sequences)
     edges = bin_edges(layout.window, longest, config.distance)
     first_knot = max(MIN_FIRST_KNOT, max(1, layout.window).bit_length() - 1)
     num_knots = max(1, math.ceil(math.log2(max(2, longest))) - first_knot + 1) if config.distance else 0
     parts, centroids, of_sequence = [], [], []
     for number, sequence in enumerate(sequences):
-        found, own = _targets(sequence, quantizer, nlist, rope, layout, scale, edges, config.two_tower)
-        parts.append(found)
+        sequence_targets, own = _targets(sequence, quantizer, nlist, rope, layout, scale, edges, config.two_tower)
+        parts.append(sequence_targets)
         centroids.append(own.centroids)
-        of_sequence.append(torch.full((found.x.shape[1],), number, dtype=torch.int64, device="cpu"))
+        of_sequence.append(torch.full((sequence_targets.x.shape[1],), number, dtype=torch.int64, device="cpu"))
     data = RouterTargets.cat(parts)
     if not data.x.shape[1]:
         raise LengthError(f"positions: expected queries past window and sinks, got none among {longest} tokens")
     if config.closed_form:
-        return Trained(quantizer, fit_linear(data, nlist, first_knot, num_knots))
+        return TrainedLayer(quantizer, fit_linear(data, nlist, first_knot, num_knots), *about)
     if not config.two_tower:
-        return Trained(quantizer, train_router(data, nlist, config, first_knot, num_knots))
+        return TrainedLayer(quantizer, train_router(data, nlist, config, first_knot, num_knots), *about)
     tower = train_tower(data, torch.stack(centroids), torch.cat(of_sequence), config, first_knot, num_knots)
-    return Trained(quantizer, tower.at(quantizer.centroids), tower)
+    return TrainedLayer(quantizer, tower.at(quantizer.centroids), *about, tower)
 
 
 def _sample(sequences: Sequence[TrainingSequence], nlist: int, rope: Rope | None) -> Tensor:
@@ -96,5 +88,4 @@ def _targets(
         quantizer = KeyQuantizer.of_prompt(coarse, nlist)
     lists = quantizer.assign(coarse)
     where = torch.from_numpy(positions)
-    found = targets(keys.float(), grouped, routed, where, lists, nlist, layout.sinks, layout.window, scale, edges)
-    return found, quantizer
+    return targets(keys.float(), grouped, routed, where, lists, nlist, layout.sinks, layout.window, scale, edges), quantizer

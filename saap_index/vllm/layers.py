@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from ..backends import Backend
 from ..backends.paged import MAX_LISTS
 from ..errors import CompatibilityError, ParameterError
 from ..routers import LayerRouters, Routers
-from ..routing.calibration import Calibration
 from ..routing.rope import Rope
 from .options import Options
 
@@ -111,18 +110,13 @@ def _served(
         )
     own = heads_of_rank(total, rank, ranks)
 
-    def part(x: Tensor) -> Tensor:
-        return x[own].contiguous()
-
-    shares = np.ones(total, np.float32) if layer.budget_shares is None else np.asarray(layer.budget_shares, np.float32)
-    miss = None
-    if options.target_mass is not None:
-        router.check_outside("target_mass")
-        calibration = Calibration.trusting(total) if layer.calibration is None else layer.calibration
-        miss = part(calibration.at(options.target_mass))
-    router = replace(router, weights=router.weights.map(part))
+    layer = layer.of_heads(own)
+    shares = np.ones(own.stop - own.start, np.float32) if layer.budget_shares is None else layer.budget_shares
+    target = options.target_mass
+    miss = None if target is None else layer.unread_mass(target, torch.device("cpu"))
+    weights, centroids = router.weights.map(lambda x: x[own].contiguous()), quantizer.centroids[own].contiguous()
     rope = next((x for x in ropes if x == layer.rope), layer.rope)
     return ServedLayer(
-        number, place, rope, backend.prepare_quantizer(part(quantizer.centroids)), backend.prepare_router(router.weights),
-        nlist, router.first_knot, router.count_lists, shares[own], miss,
+        number, place, rope, backend.prepare_quantizer(centroids), backend.prepare_router(weights), nlist, router.first_knot,
+        router.count_lists, np.asarray(shares, np.float32), miss,
     )  # fmt: skip

@@ -109,7 +109,7 @@ def check_routers(args: argparse.Namespace, loaded: Any) -> tuple[Finding, Route
     if path is None and args.demo:
         from ..smollm2 import routers as demo_routers
 
-        path = demo_routers.found()
+        path = demo_routers.newest()
     if path is None:
         return Finding("routers", SKIPPED, "none given", "saap train makes them; then give --routers"), None
     try:

@@ -35,19 +35,19 @@ def check(row: str, look: Callable[[], Finding]) -> Finding:
 
 def status(findings: Sequence[Finding]) -> int:
     """Exit status: 1 if a row failed, else 0."""
-    return int(any(found.verdict == FAIL for found in findings))
+    return int(any(finding.verdict == FAIL for finding in findings))
 
 
 def table(findings: Sequence[Finding]) -> list[str]:
     """A line for each row, and below those that are not well what to do."""
-    wide = max(len(found.row) for found in findings)
+    wide = max(len(finding.row) for finding in findings)
     lines = []
-    for found in findings:
-        head = f"{found.verdict:8}{found.row:{wide + 2}}"
+    for finding in findings:
+        head = f"{finding.verdict:8}{finding.row:{wide + 2}}"
         indent = " " * len(head)
-        lines += textwrap.wrap(found.found, WIDTH, initial_indent=head, subsequent_indent=indent) or [head]
-        lines += textwrap.wrap(found.advice, WIDTH, initial_indent=f"{indent}-> ", subsequent_indent=f"{indent}   ")
-    counts = {verdict: sum(found.verdict == verdict for found in findings) for verdict in (OK, WARN, FAIL, SKIPPED)}
+        lines += textwrap.wrap(finding.found, WIDTH, initial_indent=head, subsequent_indent=indent) or [head]
+        lines += textwrap.wrap(finding.advice, WIDTH, initial_indent=f"{indent}-> ", subsequent_indent=f"{indent}   ")
+    counts = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in (OK, WARN, FAIL, SKIPPED)}
     return [*lines, "", ", ".join(f"{number} {verdict}" for verdict, number in counts.items() if number)]
 
 

@@ -323,11 +323,11 @@ def check_crossover(model: Any, plan: Plan, tokens: int) -> Finding:
     device = next(iter(support.attention_layers(support.decoder_of(model))[number].self_attn.parameters())).device
     times = LayerTimes(layer, model.dtype, device)
     key = key_of(layer, model.dtype, device)
-    found = crossover.measured(key, times)
+    measured = crossover.measured(key, times)
     dense, sparse = times(tokens)
-    figures = {"break_even": found.tokens, "tokens": tokens, "dense_s": dense, "sparse_s": sparse, "steps": found.steps}
-    words = f"{found.tokens} tokens; at {tokens} a layer takes {1e3 * dense:.2f} ms dense and {1e3 * sparse:.2f} ms sparse"
-    if tokens < found.tokens:
+    figures = {"break_even": measured.tokens, "tokens": tokens, "dense_s": dense, "sparse_s": sparse, "steps": measured.steps}
+    words = f"{measured.tokens} tokens; at {tokens} a layer takes {1e3 * dense:.2f} ms dense and {1e3 * sparse:.2f} ms sparse"
+    if tokens < measured.tokens:
         return Finding("crossover", WARN, words, "the text is shorter: it stays dense, the index gains nothing on it", figures)
     return Finding("crossover", OK, words, "", figures)
 

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded, tokenizer = model.load()
         rope = Rope.from_config(loaded.config)
         assert rope is not None
-        shipped = load_routers(routers.found())
+        shipped = load_routers(routers.newest())
         training_texts, unseen_texts = _texts(options, partial(model.encode, tokenizer))
         training, unseen = _captures(loaded, training_texts, unseen_texts, layers)
         table = _measure(training, unseen, layers, rope, shipped)
@@ -87,8 +87,8 @@ def _texts(options: argparse.Namespace, encode: Callable[[str], list[int]]) -> t
     """Training and unseen sequences: name and token numbers."""
     training = texts.texts_from_files(options.text) if options.text else texts.training_texts()
     unseen = texts.texts_from_files(options.unseen_text) if options.unseen_text else texts.unseen_texts()
-    sequences = texts.take(training, encode, options.training, flags="--training")
-    return sequences, texts.take(unseen, encode, options.unseen, flags="--unseen")
+    sequences = texts.pack_sequences(training, encode, options.training, flags="--training")
+    return sequences, texts.pack_sequences(unseen, encode, options.unseen, flags="--unseen")
 
 
 def _captures(loaded: Any, training: Texts, unseen: Texts, layers: Sequence[int]) -> tuple[list[Capture], list[Capture]]:

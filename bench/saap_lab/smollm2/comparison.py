@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m saap_lab.smollm2.comparison", description=__doc__)
     parser.add_argument("--full", action="store_true", help="every layer, 8192 tokens, four sequences, three budgets")
     parser.add_argument("--methods", default=compare.DEFAULT_METHODS, help="names separated by commas (default: all)")
-    parser.add_argument("--routers", type=Path, default=routers.found(), help="for saap-own (default: of the package)")
+    parser.add_argument("--routers", type=Path, default=routers.newest(), help="for saap-own (default: of the package)")
     parser.add_argument("--out", type=Path, help="folder (default compare_results, or compare_full)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         smollm2, tokenizer = model.load()
         encode = partial(model.encode, tokenizer)
         length, training, measured = (8192, 4, 4) if options.full else (4096, 2, 1)
-        sequences = texts.take(texts.training_texts(), encode, training, length)
-        sequences += texts.take(texts.unseen_texts(), encode, measured, length)
+        sequences = texts.pack_sequences(texts.training_texts(), encode, training, length)
+        sequences += texts.pack_sequences(texts.unseen_texts(), encode, measured, length)
         quick = Settings((0.05, 0.1), QUICK_LAYERS, decoded=24, replaced=QUICK_LAYERS)
         settings = Settings(decoded=64, decode_shares=(0.05,)) if options.full else quick
         task = compare.Task(

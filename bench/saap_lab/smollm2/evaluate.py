@@ -83,15 +83,15 @@ def evaluate(
 
 
 def _baseline(row: Row, name: str, choose: Selector, sequence: Capture, layer: int, exact: Exact, share: float) -> None:
-    found = sequence.layers[layer]
-    keys, queries = found.keys[0], found.queries[0]
+    captured = sequence.layers[layer]
+    keys, queries = captured.keys[0], captured.queries[0]
     budgets = [round(share * int(n)) for n in exact.outside.sum(1)]
     chosen = [choose(queries[:, j], int(p), budgets[j]) for j, p in enumerate(sequence.positions)]
     measures = measure(exact, torch.stack(chosen, 1))
     _record(row, measures.captured, measures.outside, measures.error)
     heads, n, d = keys.shape
     row.tokens = float(exact.always.sum(1).float().mean()) + sum(budgets) / len(budgets)
-    row.kv_bytes = row.tokens * heads * (d + found.values.shape[-1]) * keys.dtype.itemsize
+    row.kv_bytes = row.tokens * heads * (d + captured.values.shape[-1]) * keys.dtype.itemsize
     per_token = {"quest": 2 * d * keys.dtype.itemsize / 16}.get(name, 0.0)  # a page's bounds
     fixed = {"ivf": 256 * d * keys.dtype.itemsize}.get(name, 0)  # centroids
     row.other_bytes = heads * (per_token * n + fixed)
@@ -100,8 +100,8 @@ def _baseline(row: Row, name: str, choose: Selector, sequence: Capture, layer: i
 def _index(
     rows: Sequence[Row], index: AsymmetricIndex, sequence: Capture, layer: int, exact: Exact, shares: Sequence[float]
 ) -> None:
-    found = sequence.layers[layer]
-    heads, n = found.keys.shape[1:3]
+    captured = sequence.layers[layer]
+    heads, n = captured.keys.shape[1:3]
     chosen = torch.zeros((len(shares), heads, len(sequence.positions), n), dtype=torch.bool, device="cpu")
     outputs: list[list[Tensor]] = [[] for _ in shares]
     sums = [[0.0] * 4 for _ in shares]
@@ -109,7 +109,7 @@ def _index(
     index.reserve_memory(n)
     done = 0
     for j, position in enumerate(sequence.positions.tolist()):
-        index.add(found.keys[:, :, done : position + 1], found.values[:, :, done : position + 1])
+        index.add(captured.keys[:, :, done : position + 1], captured.values[:, :, done : position + 1])
         done = position + 1
         sealed = index.invlists.sealed(0)
         spare = done - sealed - WINDOW  # recent tokens beyond the window: read anyway, and part of the budget
@@ -119,7 +119,7 @@ def _index(
                 params = SearchParametersIVF(selectivity=1.0, max_codes=budget)
             else:
                 params = SearchParametersIVF(nprobe=index.nlist, max_codes=budget)
-            queries = found.queries[:, :, j : j + 1]
+            queries = captured.queries[:, :, j : j + 1]
             selection = index.select(queries, params=params)
             outputs[k].append(index.attend_selected(queries, selection)[0, :, 0])
             for head, ids in enumerate(index.read_ids(selection)[0]):

@@ -37,7 +37,7 @@ SHIPPED = Path(__file__).parent / f"{model.NAME}-routers"
 """Those that come with the package, made by this command."""
 
 
-def found() -> Path:
+def newest() -> Path:
     """Routers of every layer: trained on this machine, or those that come with the package."""
     return folder() if (folder() / CONFIG).exists() else SHIPPED
 
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.say(f"loading {model.NAME}")
         smollm2, tokenizer = model.load()
         loaded = LoadedModel(smollm2, tokenizer, model.NAME, support.fingerprint(support.decoder_of(smollm2)))
-        sequences = texts.take(varied_texts(), partial(model.encode, tokenizer), settings.sequences, settings.context, "--tokens")
+        encode = partial(model.encode, tokenizer)
+        sequences = texts.pack_sequences(varied_texts(), encode, settings.sequences, settings.context, "--tokens")
         with command.progress() as step:
             routers = train_model(loaded, sequences, settings, options.out, True, step, options.keep_captures)
         print("\n".join(command.report(routers)))

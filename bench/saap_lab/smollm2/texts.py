@@ -18,9 +18,11 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from saap_index.pipeline.texts import pack, take
+from saap_index.pipeline.texts import pack, pack_sequences
 
-__all__ = ["docstrings", "pack", "shuffled", "take", "texts_from_files", "training_texts", "unseen_texts", "without_repeats"]
+__all__ = [
+    "docstrings", "pack", "pack_sequences", "shuffled", "texts_from_files", "training_texts", "unseen_texts", "without_repeats",
+]
 
 DOCUMENT_CHARS = 40_000
 """At most this much of one document of the standard library is used, so that no single module fills the data."""

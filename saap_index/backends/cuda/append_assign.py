@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codes import DTYPE_CODES
 from ..types import Rotation
 from .launch import CLUSTERS, Kernel, Launch, Runtime
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Storage types by the numbers of bindings/dtypes.h."""
 
 _EXPONENTS = {  # masks of the exponent of the elements in the upper and in the lower half of a word
     torch.float32: (0x7F800000, 0x7F800000),
@@ -29,10 +27,6 @@ _EXPONENTS = {  # masks of the exponent of the elements in the upper and in the 
 
 VECTOR = 16
 """Bytes of the loads and stores that rows are moved with."""
-
-META_WORDS, META_LENGTH, META_NEXT_POSITION, META_ERRORS = 8, 0, 4, 7
-NOT_FINITE, FULL = 1, 2
-"""Error bits that `append` sets."""
 
 MAX_DIM = 256
 MAX_APPEND_THREADS = 1024
@@ -330,7 +324,7 @@ def _assign(
         key_row=keys.stride(2) * keys.element_size(),
         list_head=list_nos.stride(0),
         scale=1.0 if rotation is None else rotation.scale,
-        type=DTYPES[keys.dtype],
+        type=DTYPE_CODES[keys.dtype],
         n=n,
         d=d,
         rotated=rotated,

@@ -1,8 +1,8 @@
-"""The CUDA backend: operations of the seam as launches of the kernels in cuda/, and the resident state that decoding uses.
+"""The CUDA backend: operations of the seam as launches of the kernels in cuda/, and the session that decoding uses.
 
 What runs them is a runtime (launch.py): CuPy on a GPU, or the emulation in the tests, so this is the same code on
 both. The general operations here take numbers from the host, allocate and may wait for the device; the hot path is
-cuda_state.py. What a kernel does not cover (more lists than fit a block's shared memory) falls back to plain torch.
+session.py. What a kernel does not cover (more lists than fit a block's shared memory) falls back to plain torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ import torch
 from torch import Tensor
 
 from ...errors import DTypeError
-from ..base import Arena, Frequencies, Resident, SegmentChange
+from ..base import SegmentChange
+from ..codes import DTYPE_CODES, LENGTH, MEANS, META, NEXT, SEALED, SEGMENTS, SINKS
 from ..plain_torch import TorchBackend
-from ..types import LENGTH, MEANS, NEXT, SEALED, SEGMENTS, SINKS, Budget, Probed, Rotation, Tail
+from ..types import (
+    Arena,
+    Budget,
+    Frequencies,
+    Probed,
+    Rotation,
+    Tail,
+    columns_in_use,
+)
 from ..weights import RouterWeights
 from . import append_assign as gpu_build
 from . import route as gpu_route
@@ -25,7 +34,7 @@ from . import scan as gpu_scan
 from . import seal as gpu_seal
 from . import select as gpu_select
 from .launch import Runtime
-from .session import META, CudaResident, Knobs, padded, sent
+from .session import CudaSession, Knobs, sent
 
 MOST_SORTED_LISTS = 32768
 """More do not fit the shared memory of a block of every device; torch sorts then."""
@@ -45,11 +54,11 @@ class CudaBackend(TorchBackend):
         self.runtime = runtime
         self.knobs = knobs or {}
 
-    keeps_state = True
+    captures = True
     seals_batches = True
 
-    def resident(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Resident | None:
-        return CudaResident(self.runtime, self.device, (batch, heads, d, d_v, nlist), dtype, self.knobs)
+    def session(self, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> CudaSession:
+        return CudaSession(self, self.device, self.runtime, self.knobs, (batch, heads, d, d_v, nlist), dtype)
 
     def append(
         self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
@@ -105,7 +114,7 @@ class CudaBackend(TorchBackend):
         lists = gpu_seal.aligned(heads * plan.fresh * 4) if quantizer is not None else 0
         workspace = torch.empty(lists + max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
         means = arena.mean_keys, arena.mean_values
-        gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.given, workspace, means)
+        gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.pending, workspace, means)
         return True
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
@@ -144,10 +153,10 @@ class CudaBackend(TorchBackend):
         floats = torch.empty(select.num_floats, dtype=torch.float32, device=self.device)
         miss, entries = budget.miss, budget.entries
         select.bind(z, a, tables, centres, meta, budget.rows, rows, counts, miss, entries, tail, tail_counts, floats)()
-        rows = _trimmed(rows, counts)
+        rows = columns_in_use(rows, counts)
         if tail is None or tail_counts is None:
             return Probed(rows, counts)
-        return Probed(rows, counts, _trimmed(tail, tail_counts), tail_counts)
+        return Probed(rows, counts, columns_in_use(tail, tail_counts), tail_counts)
 
     def _lists(self, most: Tensor) -> tuple[Tensor, Tensor]:
         """Room for lists of up to ``most`` (b, h) numbers each, and for their lengths."""
@@ -177,15 +186,14 @@ class CudaBackend(TorchBackend):
         floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self.device)
         tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self.device)
         listed = None if rows is None or counts is None else gpu_scan.Listed(rows, counts)
-        means = None if tail is None else gpu_scan.Means(tail.runs, tail.counts, tail.keys, tail.values, tail.tables)
         meta = self._meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
-        launch = scan.bind(arena_keys, arena_values, meta, listed, means, scale, floats, tickets)
+        launch = scan.bind(arena_keys, arena_values, meta, listed, tail, scale, floats, tickets)
         launch(queries=gpu_scan.aligned(queries), out=out, lse=lse)
         return out, lse
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        if out_a.dtype not in gpu_scan.CODES or out_b.dtype != out_a.dtype:
-            names = list(gpu_scan.CODES)
+        if out_a.dtype not in DTYPE_CODES or out_b.dtype != out_a.dtype:
+            names = list(DTYPE_CODES)
             raise DTypeError(f"out_a, out_b: expected one of {names} for both, got {out_a.dtype} and {out_b.dtype}")
         out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
         gpu_scan.combine(self.runtime, out_a, lse_a, out_b, lse_b, out, lse)
@@ -198,9 +206,3 @@ class CudaBackend(TorchBackend):
 def _largest(x: Tensor) -> Tensor:
     """Largest magnitude, NaN if there is one: one pass over x and no mask of it."""
     return torch.linalg.vector_norm(x, torch.inf)
-
-
-def _trimmed(lists: Tensor, counts: Tensor) -> Tensor:
-    """The columns in use, -1 behind the last of each list."""
-    width = int(counts.max()) if counts.numel() else 0
-    return padded(lists[:, :, :width], counts)

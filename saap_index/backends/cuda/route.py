@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..types import Rotation
+from ..codes import DTYPE_CODES
+from ..types import Frequencies, Rotation
 from ..weights import RouterWeights
 from .launch import Launch, Runtime
-
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
 _POINTERS = "queries hidden bias_hidden out bias_out inv_freq cosine sine meta z a"
 _INTS = "b h j q d pairs interleaved l outputs out_tiles"
@@ -30,15 +29,6 @@ PARAMS = np.dtype(
 H200_SHARED_BYTES = 227 * 1024
 UNIT_BYTES, MOST_RING, LEAST_RING = 1024, 16, 4
 MOST_F16 = 65504.0
-
-
-@dataclass(frozen=True)
-class Unturn:
-    """RoPE to be undone at the positions that the kernel reads from meta. inv_freq : float32 (r / 2,). See `Rotation`."""
-
-    inv_freq: Tensor
-    interleaved: bool
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ def configuration(d: int, units: int, vectors: int, query: torch.dtype, max_shar
     d32, u32 = -(-d // 32), -(-units // 32)
     warps = 4 if 2 * u32 <= 4 else 8
     needed = -(-2 * u32 // warps) * d32 + d32 + u32
-    macros = {"SAAP_DTYPE": CODES[query], "SAAP_D32": d32, "SAAP_U32": u32, "SAAP_WARPS": warps}
+    macros = {"SAAP_DTYPE": DTYPE_CODES[query], "SAAP_D32": d32, "SAAP_U32": u32, "SAAP_WARPS": warps}
     for tiles in (1,) if vectors <= 8 else (4, 1) if vectors <= 32 else (16, 4, 1):
         for ring in range(max(LEAST_RING, min(needed, MOST_RING)), LEAST_RING - 1, -1):
             macros |= {"SAAP_TILES": tiles, "SAAP_RING": ring}
@@ -158,7 +148,7 @@ class Route:
         p["b"], p["h"], p["j"], p["q"], p["d"] = b, h, j, q, router.d
         p["l"], p["outputs"], p["out_tiles"] = router.nlist, router.outputs, out_tiles
 
-    def bind(self, rotation: Rotation | Unturn | None, meta: Tensor | None, z: Tensor, a: Tensor) -> Launch:
+    def bind(self, rotation: Rotation | Frequencies | None, meta: Tensor | None, z: Tensor, a: Tensor) -> Launch:
         """Scores of every query vector.
 
         rotation : angles of the b * q positions, sequence-major; or frequencies, and then query i of q is at position
@@ -184,7 +174,7 @@ _WIDE = ((128, 256, 4), (128, 256, 128), (192, 64, 4), (256, 64, 4), (256, 256, 
 CONFIGURATIONS = tuple(
     ("route.cu", "saap_route", configuration(d, u, vectors, query, H200_SHARED_BYTES))
     for d, u, vectors in _SHAPES + _WIDE
-    for query in CODES
+    for query in DTYPE_CODES
     if query is torch.bfloat16 or (d, u) == (128, 64)
 )
 """What is shipped, a sample of it: (file, kernel, macros)."""

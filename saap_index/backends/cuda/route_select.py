@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..types import Rotation
+from ..codes import DTYPE_CODES
+from ..types import Frequencies, Rotation
 from .launch import Launch, Runtime
-from .route import CODES, PackedRouter, Unturn
+from .route import PackedRouter
 from .scan import Runs
 from .select import MOST_KNOTS
 
@@ -68,7 +69,7 @@ def covers(runtime: Runtime, router: PackedRouter, shape: RouteSelectShape) -> b
 def configuration(router: PackedRouter, shape: RouteSelectShape, multiprocessors: int) -> dict[str, int]:
     """The macros. A cluster has as many blocks as leave all of them on the device at once, and each something to do."""
     macros = {
-        "SAAP_DTYPE": CODES[shape.query],
+        "SAAP_DTYPE": DTYPE_CODES[shape.query],
         "SAAP_D32": -(-router.d // 32),
         "SAAP_U32": -(-router.units // 32),
         "SAAP_COLUMNS": 4 if shape.vectors <= 4 else 8,
@@ -131,8 +132,8 @@ class RouteSelect:
         p["segments"], p["first_knot"] = shape.segments, shape.first_knot
 
     def bind(
-        self, rotation: Rotation | Unturn | None, meta: Tensor, tables: Tensor, centres: Tensor, budgets: Tensor, found: Runs,
-        miss: Tensor | None, tickets: Tensor | None, dependent: bool,
+        self, rotation: Rotation | Frequencies | None, meta: Tensor, tables: Tensor, centres: Tensor, budgets: Tensor,
+        found: Runs, miss: Tensor | None, tickets: Tensor | None, dependent: bool,
     ) -> Launch:  # fmt: skip
         """One selection per (sequence, KV head), as `Route.bind` and `Select.bind` make it, but for the order of the rows.
 
@@ -164,7 +165,7 @@ class RouteSelect:
 
 CONFIGURATIONS = tuple(
     ("route_select.cu", "saap_route_select", {
-        "SAAP_DTYPE": CODES[query], "SAAP_D32": d32, "SAAP_U32": u32, "SAAP_COLUMNS": columns, "SAAP_THREADS": THREADS,
+        "SAAP_DTYPE": DTYPE_CODES[query], "SAAP_D32": d32, "SAAP_U32": u32, "SAAP_COLUMNS": columns, "SAAP_THREADS": THREADS,
         "SAAP_CLUSTER": cluster,
     })
     for d32, u32, query, columns, cluster in (

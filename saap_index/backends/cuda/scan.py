@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codes import DTYPE_CODES
+from ..types import Tail
 from .launch import CLUSTERS, Launch, Runtime
-
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in bindings/dtypes.h
 
 _POINTERS = (
     "queries keys values rows runs run_counts counts tail tail_counts mean_keys mean_values tables meta "
@@ -60,8 +60,8 @@ def configuration(d: int, e: int, storage: torch.dtype, query: torch.dtype, j: i
     macros = {
         "SAAP_D": d,
         "SAAP_E": e,
-        "SAAP_T": CODES[storage],
-        "SAAP_TQ": CODES[query],
+        "SAAP_T": DTYPE_CODES[storage],
+        "SAAP_TQ": DTYPE_CODES[query],
         "SAAP_GROUPS": groups,
         "SAAP_TILE": 32 if wide <= 128 and storage is not torch.float32 else 16,
         "SAAP_BLOCKS": 1,
@@ -78,7 +78,7 @@ def configuration(d: int, e: int, storage: torch.dtype, query: torch.dtype, j: i
 def shared_bytes(macros: dict[str, int]) -> int:
     """Dynamic shared memory of a block: see scan_params.cuh."""
     d, e, warps, tile = (macros[f"SAAP_{name}"] for name in ("D", "E", "WARPS", "TILE"))
-    storage = next(dtype for dtype, code in CODES.items() if code == macros["SAAP_T"])
+    storage = next(dtype for dtype, code in DTYPE_CODES.items() if code == macros["SAAP_T"])
     stage = tile * (_padded(d, storage) + _padded(e, storage)) * storage.itemsize
     core = 8 * d * 4 + warps * 8 * tile * 4 if storage is torch.float32 else 0
     exchange = warps * 8 * (-(-e // 16) * 16 + 4)
@@ -138,18 +138,6 @@ class Runs:
         return behind.gather(2, at) - (ends.gather(2, at) - entries)
 
 
-@dataclass(frozen=True)
-class Means:
-    """Runs to read through their means: runs : int32 (b, h, x), counts : int32 (b, h), keys : storage dtype (b, h, M, l, d),
-    values : (b, h, M, l, e), tables : int32 (b, h, S, l + 1), M <= S."""
-
-    runs: Tensor
-    counts: Tensor
-    keys: Tensor
-    values: Tensor
-    tables: Tensor
-
-
 class Scan:
     """Attention over listed rows for one shape: the kernel, compiled, and its grid. Holds no memory of the device.
 
@@ -188,7 +176,7 @@ class Scan:
         values: Tensor,
         meta: Tensor,
         listed: Listed | Runs | None,
-        means: Means | None,
+        means: Tail | None,
         scale: float,
         floats: Tensor,
         tickets: Tensor,
@@ -239,7 +227,7 @@ def combine(runtime: Runtime, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b
         params[name] = x.data_ptr()
     params["n"], params["e"] = n, e
     blocks = min(-(-n * e // COMBINE_THREADS), 16 * runtime.multiprocessors)
-    kernel = runtime.kernel("combine.cu", "saap_combine", {"SAAP_T": CODES[out_a.dtype]})
+    kernel = runtime.kernel("combine.cu", "saap_combine", {"SAAP_T": DTYPE_CODES[out_a.dtype]})
     kernel.launch((blocks, 1, 1), COMBINE_THREADS, 0, params)
 
 
@@ -251,8 +239,8 @@ def _shipped() -> Iterator[tuple[str, str, dict[str, int]]]:
     shapes += [(128, 128, 16, f16, f16), (128, 128, 16, f16, bf16), (128, 128, 8, f32, f32), (256, 256, 8, f32, f32)]
     for d, e, j, storage, query in shapes:
         yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES)
-    for storage in CODES:
-        yield "combine.cu", "saap_combine", {"SAAP_T": CODES[storage]}
+    for storage in DTYPE_CODES:
+        yield "combine.cu", "saap_combine", {"SAAP_T": DTYPE_CODES[storage]}
 
 
 CONFIGURATIONS = tuple(_shipped())

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Frequencies, SegmentChange
+from ..base import SegmentChange
+from ..codes import DTYPE_CODES
+from ..types import Frequencies
 from .append_assign import (
     ASSIGN_JOB,
-    DTYPES,
     VECTOR,
     AssignJobs,
     PackedCentroids,
@@ -444,6 +445,6 @@ def _prepare_means(
         capacity=keys.shape[2],
         key_vectors=vectors(keys.shape[3], keys.dtype),
         value_vectors=vectors(values.shape[3], values.dtype),
-        type=DTYPES[keys.dtype],
+        type=DTYPE_CODES[keys.dtype],
     )
     return runtime.kernel("means.cu", "saap_means", {}).prepare((offsets - 1, h, count), 256, _MEANS_SHARED_BYTES, params)

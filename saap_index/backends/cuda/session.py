@@ -7,6 +7,7 @@ own tensors. Knows kernels and their workspaces; positions and parameters come a
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,23 +18,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Resident
-from ..types import FLAGS, LENGTH, MAX_STEP_TOKENS, NEXT, Budget, Placement, Probed, Rotation, Routing
+from ...errors import NotFiniteError, StateError
+from ..base import Backend, Session
+from ..codes import FLAGS, FULL, LENGTH, META, NEXT, NOT_FINITE
+from ..types import (
+    MAX_STEP_TOKENS,
+    Arena,
+    Budget,
+    Placement,
+    Plan,
+    Probed,
+    Rotation,
+    Routing,
+    Tail,
+    columns_in_use,
+)
 from . import append_assign as gpu_build
 from . import route_select as gpu_route_select
 from . import seal as gpu_seal
 from .launch import Launch, Runtime
-from .route import Route, Unturn
+from .route import Route
 from .route_select import RouteSelect, RouteSelectShape
-from .scan import Listed, Means, Runs, Scan, ScanShape, aligned
+from .scan import Listed, Runs, Scan, ScanShape, aligned
 from .select import Select, SelectShape
 
 Knobs = Mapping[str, dict[str, int]]
 
-META = FLAGS + 1
-
 _MEMORY = "keys", "values", "ids", "tables", "mean_keys", "mean_values"
-"""What of a `Placement` lies on the device."""
+"""What of an `Arena` launches read or write."""
 
 _KEPT = 8
 """Shapes of queries, and routers, whose workspaces are kept."""
@@ -43,14 +55,14 @@ _BOUND = 32
 
 
 @dataclass(frozen=True, eq=False)
-class CudaLimits:
-    """Budgets of one set of search parameters, and the lists that a selection within them is written to."""
+class Packed:
+    """Budgets of a plan, and the lists that a selection within them is written to."""
 
     budgets: Tensor
     entries: Tensor | None
     miss: Tensor | None
     nprobe: int
-    found: Probed
+    selected: Probed
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,18 +111,22 @@ class _Scanning:
     bound: dict[Any, tuple[Launch, Probed | None, Any]] = field(default_factory=dict)
 
 
-class CudaResident(Resident):
-    """See `Resident`. ``shape``: b, h, d, e, l."""
+class CudaSession(Session):
+    """See `Session`. ``shape``: b, h, d, e, l.
+
+    `append` and `run` only launch kernels. A selection is written into memory of its plan.
+    """
 
     def __init__(
-        self, runtime: Runtime, device: torch.device, shape: tuple[int, int, int, int, int], dtype: torch.dtype, knobs: Knobs
-    ) -> None:
+        self, backend: Backend, device: torch.device, runtime: Runtime, knobs: Knobs, shape: tuple[int, int, int, int, int],
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        super().__init__(backend)
         self._runtime, self._device, self._shape, self._dtype, self._knobs = runtime, device, shape, dtype, knobs
         b = shape[0]
         self._meta = torch.zeros((b, META), dtype=torch.int32, device=device)
         self._counts = torch.zeros((b,), dtype=torch.int32, device=device)
         self._centres = torch.zeros((b, 0), dtype=torch.float32, device=device)
-        self._at: Placement | None = None
         self._selecting: dict[Any, _Selecting] = {}
         self._scanning: dict[Any, _Scanning] = {}
         # Of every scan: each appended token makes them zeros again, so that what a misuse left in them is gone a step later.
@@ -122,18 +138,19 @@ class CudaResident(Resident):
         # Whether no selection has waited yet for tables, centres and budgets to be written; the next one then waits before it
         # reads. That an append lies in between does not help: it starts its successor before it waits itself.
         self._just_published = True
-        self._limits: weakref.WeakSet[CudaLimits] = weakref.WeakSet()
+        self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._stream: Any = None
-        self._watching: tuple[Tensor, Any] | None = None
+        # meta on its way to the host as of the last publication, the event behind it, and the lengths that the host knew
+        self._watched: tuple[Tensor, Any, list[int]] | None = None
         self._lock = threading.Lock()  # parameter structs and workspaces serve one call at a time
 
     # -- what the host decides ---------------------------------------------------------------------------------------
 
     @property
-    def capturing(self) -> bool:
+    def capturing(self) -> bool:  # type: ignore[override]
         return bool(getattr(self._runtime, "capturing", False))
 
-    def enter(self) -> None:
+    def wait_stream(self) -> None:
         if self._device.type != "cuda" or self.capturing:
             return
         stream = torch.cuda.current_stream(self._device)
@@ -144,149 +161,217 @@ class CudaResident(Resident):
         self._stream = stream
 
     def release(self) -> None:
+        """Memory is held until other is published: another stream may still have to wait for it."""
+
+    def release_graphs(self) -> None:
+        self.captured = False
+        for plan in self._plans:
+            plan.captured = False
         self._held.clear()
 
     def _memory(self) -> Iterator[Tensor]:
         """All that launches read or write but for what a call brings."""
-        found: list[Tensor | None] = [self._meta, self._counts, self._centres, self._tickets]
-        if self._at is not None:
-            found += [getattr(self._at, name) for name in _MEMORY]
+        memory: list[Tensor | None] = [self._meta, self._counts, self._centres, self._tickets]
+        if self._placement is not None:
+            memory += [getattr(self._placement.arena, name) for name in _MEMORY]
         for s in self._selecting.values():
-            found += s.by.memory()
-            found += [routing.frequencies for _, (routing, _) in s.bound.values()]
-        found += [scanning.floats for scanning in self._scanning.values()]
-        for x in self._limits:
-            found += [x.budgets, x.entries, x.miss, x.found.rows, x.found.counts, x.found.tail, x.found.tail_counts]
-        yield from (x for x in found if x is not None)
+            memory += s.by.memory()
+            memory += [getattr(routing.rope, "inv_freq", None) for _, (routing, _) in s.bound.values()]
+        memory += [scanning.floats for scanning in self._scanning.values()]
+        for plan in self._plans:
+            p, selected = plan.packed, plan.packed.selected
+            memory += [p.budgets, p.entries, p.miss, selected.rows, selected.counts, selected.tail, selected.tail_counts]
+        yield from (x for x in memory if x is not None)
 
-    def publish(self, placement: Placement, counted: bool, budgets: Sequence[tuple[CudaLimits, Budget]]) -> None:
-        before, self._at = self._at, placement
-        if before is None or any(
-            getattr(before, name).shape != getattr(placement, name).shape for name in ("keys", "tables", "mean_keys")
-        ):
-            self._selecting.clear()
-            self._scanning.clear()
-        if before is None or any(getattr(before, name) is not getattr(placement, name) for name in _MEMORY):
-            self._unbind()
+    def publish(self, placement: Placement, budgets: Sequence[tuple[Plan, Budget]]) -> None:
+        self.wait_stream()
+        lengths, gaps = placement.meta[:, LENGTH].tolist(), (placement.meta[:, NEXT] - placement.meta[:, LENGTH]).tolist()
+        counted = lengths == self.lengths and gaps == self._gaps  # by the device itself
+        self._use(placement.arena, None if self._placement is None else self._placement.arena)
         if self._centres.shape != placement.centres.shape:
             self._centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
             self._unbind()
+        centres = placement.centres.astype(np.float32)
         writes: list[tuple[int, np.ndarray[Any, Any]]] = []
-        for to, x in ((self._centres, placement.centres), (self._tickets, np.zeros(self._tickets.shape, np.int32))):
+        for to, x in ((self._centres, centres), (self._tickets, np.zeros(self._tickets.shape, np.int32))):
             writes += [(to.data_ptr(), x)] if x.size else []
         for i, row in enumerate(placement.meta):
             at = self._meta.data_ptr() + i * META * 4
             spans = ((LENGTH + 1, NEXT), (NEXT + 1, FLAGS)) if counted else ((0, FLAGS),)
             writes += [(at + 4 * a, row[a:b]) for a, b in spans]
-        for limits, budget in budgets:
-            writes += _numbers(limits, budget)
+        for plan, budget in budgets:
+            writes += _numbers(plan.packed, budget)
         numbers = sent(gpu_seal.pieces_of(writes), self._device)
         self._just_published = True
         gpu_seal.publish(self._runtime, len(writes), numbers)
+        super().publish(placement, ())
+        self._watch()
 
-    def limits(self, budget: Budget, most_rows: int, most_entries: int) -> CudaLimits:
+    def _use(self, arena: Arena, before: Arena | None) -> None:
+        """Launches and workspaces that were made for other memory, or for memory of another size, go."""
+        if before is None or any(getattr(before, x).shape != getattr(arena, x).shape for x in ("keys", "tables", "mean_keys")):
+            self._selecting.clear()
+            self._scanning.clear()
+        if before is None or any(getattr(before, name) is not getattr(arena, name) for name in _MEMORY):
+            self._unbind()
+            self.captured = False  # graphs hold addresses of before
+
+    def plan(self, plan: Plan, budget: Budget) -> None:
+        self.wait_stream()
         b, h = self._shape[:2]
 
         def ints(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=self._device)
 
-        found = Probed(ints(b, h, most_rows), ints(b, h))
-        if most_entries:
-            found = Probed(found.rows, found.counts, ints(b, h, most_entries), ints(b, h))
+        selected = Probed(ints(b, h, plan.max_rows), ints(b, h))
+        if plan.max_entries:
+            selected = Probed(selected.rows, selected.counts, ints(b, h, plan.max_entries), ints(b, h))
         self._just_published = True
         entries = None
-        if most_entries:
+        if plan.max_entries:
             entries = ints(b, h) if budget.entries is None else sent(budget.entries.numpy().copy(), self._device)
-        made = CudaLimits(sent(budget.rows.numpy().copy(), self._device), entries, budget.miss, budget.nprobe, found)
-        self._limits.add(made)
-        return made
+        plan.packed = Packed(sent(budget.rows.numpy().copy(), self._device), entries, budget.miss, budget.nprobe, selected)
+        self._plans.add(plan)
 
-    def watch(self) -> None:
+    # -- what the device counts and notes ----------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Have meta fetched as it is now. Does not wait for the device."""
         on_gpu = self._device.type == "cuda"
         host = torch.empty(self._meta.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         host.copy_(self._meta, non_blocking=True)
-        self._watching = host, torch.cuda.current_stream(self._device).record_event() if on_gpu else None
+        event = torch.cuda.current_stream(self._device).record_event() if on_gpu else None
+        self._watched = host, event, self._known_lengths
 
-    def watched(self) -> np.ndarray[Any, Any]:
-        assert self._watching is not None, "watch comes first"
-        host, event = self._watching
+    def noted(self) -> Exception | None:
+        if self._watched is None or self.lengths is None:
+            return None
+        host, event, lengths = self._watched
         if event is not None:
             event.synchronize()
         meta: np.ndarray[Any, Any] = host.numpy()
-        return meta
+        if meta[:, LENGTH].tolist() == lengths and not meta[:, FLAGS].any():
+            return None
+        return self.synchronize()
+
+    def synchronize(self) -> Exception | None:
+        self.wait_stream()
+        if self.lengths is None:
+            return None
+        lengths, problem = self.read_lengths()
+        if lengths != self.lengths:
+            raise problem or StateError(
+                f"lengths: expected {self.lengths} on the device, got {lengths}; call advance after replays of a captured step"
+            )
+        return problem
+
+    def read_lengths(self) -> tuple[list[int], Exception | None]:
+        meta = self.read()
+        lengths: list[int] = meta[:, LENGTH].tolist()
+        problem = _error(int(np.bitwise_or.reduce(meta[:, FLAGS])))
+        self._watched = None  # all is known
+        return lengths, problem
+
+    def invalidate(self) -> None:
+        self.wait_stream()
+        if self.lengths is not None:
+            self.read()
+            self.lengths = self._watched = None
 
     def read(self) -> np.ndarray[Any, Any]:
-        found: np.ndarray[Any, Any] = self._meta.cpu().numpy().copy()
-        if found[:, FLAGS].any():
+        """Wait for the device and return meta : int32 (b, 8); its flags are reset."""
+        meta: np.ndarray[Any, Any] = self._meta.cpu().numpy().copy()
+        if meta[:, FLAGS].any():
             self._meta[:, FLAGS] = 0
-        return found
+        return meta
 
     # -- what a step launches ----------------------------------------------------------------------------------------
 
-    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int] | None) -> None:
-        assert keys.shape[2] <= MAX_STEP_TOKENS
+    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], check: bool = False) -> None:
+        """By one launch, which advances lengths and positions on the device. What is not finite is stored, and noted in flags;
+        a sequence without room is left alone, and that is noted. With ``check``, or many tokens, in bulk: the device learns of
+        them by `publish`. Inside a capture the lengths that the host knows stay."""
+        n, place, lengths = keys.shape[2], self._placement, self.lengths
+        assert place is not None and lengths is not None, "publish comes first"
+        if check or not 0 < n <= MAX_STEP_TOKENS:
+            super().append(keys, values, counts)
+            self.lengths = lengths
+            return
+        self.wait_stream()
+        by = None if all(count == n for count in counts) else self._counts
         with self._lock:
-            if counts is not None:
-                given = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda", device="cpu")
-                self._counts.copy_(given, non_blocking=True)
-            key = (counts is None, *gpu_build.append_layout(keys, values))
+            if by is not None:
+                some = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda", device="cpu")
+                by.copy_(some, non_blocking=True)
+            key = (by is None, *gpu_build.append_layout(keys, values))
             launch = self._appending.get(key)
             if launch is None:
-                at, by = self._placement(), None if counts is None else self._counts
-                memory = at.keys, at.values, self._meta, by, self._tickets
+                memory = place.arena.keys, place.arena.values, self._meta, by, self._tickets
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
-                _forget(self._appending, _BOUND)
+                _evict(self._appending, _BOUND)
             if self.capturing:
                 self._held.append(launch)
             launch(keys=keys, values=values)
+        if self.capturing:
+            self.captured = True
+        else:
+            self.lengths = list(map(operator.add, lengths, counts))
 
-    def ready(self, queries: Tensor, routing: Routing | None, limits: Any) -> bool:
-        key = _key(queries)
-        if (key, routing is None) not in self._scanning:
-            return False
-        return routing is None or _selecting_key(queries, routing, limits) in self._selecting
-
-    def prepare(self, queries: Tensor, routing: Routing | None, limits: Any) -> None:
+    def select(self, queries: Tensor, routing: Routing, plan: Plan) -> Probed:
+        self.wait_stream()
+        packed: Packed = plan.packed
         with self._lock:
-            self._scanning_of(queries, routing is None)
-            if routing is not None:
-                self._selecting_of(queries, routing, limits)
-
-    def select(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> Probed:
-        with self._lock:
-            self._select(queries, routing, limits)
-            found = limits.found
-            counts = found.counts.clone()
-            by = self._selecting_of(queries, routing, limits).by
-            listed = _listed(by, limits)
-            rows = padded(listed.rows() if isinstance(listed, Runs) else listed.rows, counts, isinstance(by, _TwoLaunches))
-            if found.tail is None or found.tail_counts is None:
+            self._select(queries, routing, packed)
+            selected = packed.selected
+            counts = selected.counts.clone()
+            by = self._selecting_of(queries, routing, packed).by
+            listed = _listed(by, packed)
+            rows = listed.rows() if isinstance(listed, Runs) else listed.rows
+            rows = columns_in_use(rows, counts, isinstance(by, _TwoLaunches))
+            if selected.tail is None or selected.tail_counts is None:
                 return Probed(rows, counts)
-            tail_counts = found.tail_counts.clone()
-            return Probed(rows, counts, padded(found.tail, tail_counts), tail_counts)
+            tail_counts = selected.tail_counts.clone()
+            return Probed(rows, counts, columns_in_use(selected.tail, tail_counts), tail_counts)
 
-    def step(
-        self, queries: Tensor, routing: Routing | None, limits: CudaLimits, scale: float
-    ) -> tuple[Tensor, Tensor, Probed | None]:
+    def run(self, queries: Tensor, routing: Routing, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Probed | None]:
+        self.wait_stream()
+        packed: Packed = plan.packed
         queries, shape = aligned(queries), queries.shape[:-1]
         out = torch.empty((*shape, self._shape[3]), dtype=queries.dtype, device=self._device)
         lse = torch.empty(shape, dtype=torch.float32, device=self._device)
+        dense = plan.always_dense
         with self._lock:
-            by = None if routing is None else self._select(queries, routing, limits)
-            scan, found = self._scan_of(queries, by, limits, scale)
+            if self.capturing:
+                if not self._ready(queries, routing, packed, dense):
+                    raise StateError("capture: expected a step that ran once before, got one with other queries")
+                plan.captured = self.captured = True
+                self._held.append((routing, plan))
+            elif plan.dense and not dense:
+                dense = True
+                if not self._ready(queries, routing, packed, False):  # a graph of this step will not be dense for ever
+                    self._scanning_of(queries, False)
+                    self._selecting_of(queries, routing, packed)
+            by = None if dense else self._select(queries, routing, packed)
+            scan, selected = self._scan_of(queries, by, packed, scale)
             scan(queries=queries, out=out, lse=lse)
-        return out, lse, found
+        return out, lse, selected
 
-    def _select(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> _TwoLaunches | _OneLaunch:
-        """Launch what routes and selects; it writes to ``limits.found``, or runs to what is returned and their rows' number."""
-        s = self._selecting_of(queries, routing, limits)
-        key = id(routing), id(limits)
+    def _ready(self, queries: Tensor, routing: Routing, packed: Packed, dense: bool) -> bool:
+        """Whether a step with such queries finds its memory and kernels in place, as it does from the second time on."""
+        return (_key(queries), dense) in self._scanning and (
+            dense or _selecting_key(queries, routing, packed) in self._selecting
+        )
+
+    def _select(self, queries: Tensor, routing: Routing, packed: Packed) -> _TwoLaunches | _OneLaunch:
+        """Launch what routes and selects; it writes to ``packed.selected``, or runs to what is returned and counts of rows."""
+        s = self._selecting_of(queries, routing, packed)
+        key = id(routing), id(packed)
         bound = s.bound.get(key)
         if bound is None:
-            bound = self._bind_selecting(s.by, queries, routing, limits), (routing, limits)
-            if routing.rotation is None:  # else it is of this step alone
+            bound = self._bind_selecting(s.by, queries, routing, packed), (routing, packed)
+            if not isinstance(routing.rope, Rotation):  # else of this step alone
                 s.bound[key] = bound
-                _forget(s.bound, _BOUND)
+                _evict(s.bound, _BOUND)
         if self.capturing:
             self._held.append(bound)
         first, *others = bound[0]
@@ -299,40 +384,39 @@ class CudaResident(Resident):
         return s.by
 
     def _bind_selecting(
-        self, by: _TwoLaunches | _OneLaunch, queries: Tensor, routing: Routing, limits: CudaLimits
+        self, by: _TwoLaunches | _OneLaunch, queries: Tensor, routing: Routing, packed: Packed
     ) -> tuple[Launch, ...]:
-        turn: Rotation | Unturn | None = routing.rotation
-        if routing.frequencies is not None:
-            turn = Unturn(routing.frequencies, routing.interleaved, routing.scale)
-        found, tables = limits.found, self._placement().tables
+        turn = routing.rope
+        selected, tables = packed.selected, self._published.arena.tables
         if isinstance(by, _OneLaunch):
             self._scanning_of(queries, False)  # its tickets are there
-            memory = self._meta, tables, self._centres, limits.budgets, _runs(by, limits), limits.miss, self._tickets
+            memory = self._meta, tables, self._centres, packed.budgets, _runs(by, packed), packed.miss, self._tickets
             return (by.launcher.bind(turn, *memory, dependent=True),)
         route = by.route.bind(turn, self._meta, by.z, by.a)
         select = by.select.bind(
-            by.z, by.a, tables, self._centres, self._meta, limits.budgets, found.rows, found.counts, limits.miss, limits.entries,
-            found.tail, found.tail_counts, by.floats,
+            by.z, by.a, tables, self._centres, self._meta, packed.budgets, selected.rows, selected.counts, packed.miss,
+            packed.entries, selected.tail, selected.tail_counts, by.floats,
         )  # fmt: skip
         return route, select
 
     def _scan_of(
-        self, queries: Tensor, by: _TwoLaunches | _OneLaunch | None, limits: CudaLimits, scale: float
+        self, queries: Tensor, by: _TwoLaunches | _OneLaunch | None, packed: Packed, scale: float
     ) -> tuple[Launch, Probed | None]:
-        """The scan of what a selection within ``limits`` found, or, without one, of every row; and that."""
+        """The scan of what a selection within ``packed`` comes to, or, without one, of every row; and that."""
         s = self._scanning_of(queries, by is None)
-        key = id(by), id(limits), scale
+        key = id(by), id(packed), scale
         bound = s.bound.get(key)
         if bound is None:
-            at, listed, means, seen = self._placement(), None, None, None
+            at, listed, means, seen = self._published.arena, None, None, None
             if by is not None:
-                found, listed = limits.found, _listed(by, limits)
-                seen = Probed(found.rows[..., :0], found.counts, in_runs=listed) if isinstance(listed, Runs) else found
-                if found.tail is not None and found.tail_counts is not None:
-                    means = Means(found.tail, found.tail_counts, at.mean_keys, at.mean_values, at.tables)
+                seen, listed = packed.selected, _listed(by, packed)
+                if seen.tail is not None and seen.tail_counts is not None:
+                    means = Tail(seen.tail, seen.tail_counts, at.mean_keys, at.mean_values, at.tables)
+                if isinstance(listed, Runs):
+                    seen = Probed(seen.rows[..., :0], seen.counts, in_runs=listed)
             launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, self._tickets)
-            bound = s.bound[key] = launch, seen, (by, limits)
-            _forget(s.bound, _BOUND)
+            bound = s.bound[key] = launch, seen, (by, packed)
+            _evict(s.bound, _BOUND)
         if self.capturing:
             self._held.append(bound)
         return bound[:2]
@@ -347,30 +431,26 @@ class CudaResident(Resident):
 
     # -- workspaces --------------------------------------------------------------------------------------------------
 
-    def _placement(self) -> Placement:
-        assert self._at is not None, "publish comes first"
-        return self._at
-
-    def _selecting_of(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> _Selecting:
-        key = _selecting_key(queries, routing, limits)
+    def _selecting_of(self, queries: Tensor, routing: Routing, packed: Packed) -> _Selecting:
+        key = _selecting_key(queries, routing, packed)
         made = self._selecting.get(key)
         if made is None:
-            made = self._selecting[key] = _Selecting(self._launchers(queries, routing, limits))
-            _forget(self._selecting, _KEPT)
+            made = self._selecting[key] = _Selecting(self._launchers(queries, routing, packed))
+            _evict(self._selecting, _KEPT)
         return made
 
-    def _launchers(self, queries: Tensor, routing: Routing, limits: CudaLimits) -> _TwoLaunches | _OneLaunch:
+    def _launchers(self, queries: Tensor, routing: Routing, packed: Packed) -> _TwoLaunches | _OneLaunch:
         b, h, g, q, _ = queries.shape
-        router, segments = routing.router, self._placement().tables.shape[2]
+        router, segments = routing.router, self._published.arena.tables.shape[2]
         shape = RouteSelectShape(b, h, g * q, q, segments, routing.first_knot, queries.dtype)
-        usual = routing.count_lists and not limits.nprobe and limits.entries is None
+        usual = routing.count_lists and not packed.nprobe and packed.entries is None
         if usual and gpu_route_select.covers(self._runtime, router, shape):
             sizes = (b, h, segments * router.nlist, 2), (b, h)
             runs, run_counts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in sizes)
             return _OneLaunch(RouteSelect(self._runtime, router, shape, self._knobs.get("route_select")), runs, run_counts)
         route = Route(self._runtime, router, b, g * q, q, queries.dtype, self._knobs.get("route"))
         knots = router.outputs - router.nlist - 1
-        settings = routing.first_knot, limits.nprobe, routing.count_lists
+        settings = routing.first_knot, packed.nprobe, routing.count_lists
         of = SelectShape(b, h, g * q, router.nlist, segments, knots, *settings)
         select = Select(self._runtime, of, self._knobs.get("select"))
         floats = torch.empty(select.num_floats, dtype=torch.float32, device=self._device)
@@ -384,7 +464,7 @@ class CudaResident(Resident):
         made = self._scanning.get(key)
         if made is None:
             b, h, g, q, d = queries.shape
-            at, e = self._placement(), self._shape[3]
+            at, e = self._published.arena, self._shape[3]
             shape = ScanShape(b, h, g * q, q, d, e, self._dtype, queries.dtype, at.keys.shape[2], causal=True, dense=dense)
             scan = Scan(self._runtime, shape, self._knobs.get("scan"))
             floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self._device)
@@ -392,17 +472,17 @@ class CudaResident(Resident):
                 self._tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device)
                 self._unbind()
             made = self._scanning[key] = _Scanning(scan, floats)
-            _forget(self._scanning, _KEPT)
+            _evict(self._scanning, _KEPT)
         return made
 
 
-def _runs(by: _OneLaunch, limits: CudaLimits) -> Runs:
-    return Runs(by.runs, by.run_counts, limits.found.counts, limits.found.rows.shape[2])
+def _runs(by: _OneLaunch, packed: Packed) -> Runs:
+    return Runs(by.runs, by.run_counts, packed.selected.counts, packed.selected.rows.shape[2])
 
 
-def _listed(by: _TwoLaunches | _OneLaunch, limits: CudaLimits) -> Listed | Runs:
-    """Where that puts what it selects within ``limits``."""
-    return _runs(by, limits) if isinstance(by, _OneLaunch) else Listed(limits.found.rows, limits.found.counts)
+def _listed(by: _TwoLaunches | _OneLaunch, packed: Packed) -> Listed | Runs:
+    """Where that puts what it selects within ``packed``."""
+    return _runs(by, packed) if isinstance(by, _OneLaunch) else Listed(packed.selected.rows, packed.selected.counts)
 
 
 def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
@@ -414,31 +494,31 @@ def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def _numbers(limits: CudaLimits, budget: Budget) -> list[tuple[int, np.ndarray[Any, Any]]]:
-    """The budgets of ``limits``, by the addresses where they belong."""
-    found = [(limits.budgets.data_ptr(), budget.rows.numpy())]
-    if limits.entries is not None:
-        entries = np.zeros(limits.entries.shape, np.int32) if budget.entries is None else budget.entries.numpy()
-        found.append((limits.entries.data_ptr(), entries))
-    return found
+def _numbers(packed: Packed, budget: Budget) -> list[tuple[int, np.ndarray[Any, Any]]]:
+    """The budgets of ``packed``, by the addresses where they belong."""
+    writes = [(packed.budgets.data_ptr(), budget.rows.numpy())]
+    if packed.entries is not None:
+        entries = np.zeros(packed.entries.shape, np.int32) if budget.entries is None else budget.entries.numpy()
+        writes.append((packed.entries.data_ptr(), entries))
+    return writes
 
 
 def _key(queries: Tensor) -> tuple[Any, ...]:
     return (*queries.shape[2:4], queries.dtype)
 
 
-def padded(lists: Tensor, counts: Tensor, in_order: bool = True) -> Tensor:
-    """A copy of lists : int32 (b, h, t), of which counts : int32 (b, h) numbers are written: ascending, then -1."""
-    behind = torch.arange(lists.shape[2], dtype=torch.int32, device=lists.device) >= counts[..., None]
-    if in_order:
-        return lists.masked_fill(behind, -1)
-    return lists.masked_fill(behind, torch.iinfo(torch.int32).max).sort(2).values.masked_fill(behind, -1)
+def _selecting_key(queries: Tensor, routing: Routing, packed: Packed) -> tuple[Any, ...]:
+    return _key(queries), packed.nprobe, packed.entries is None, id(routing.router)
 
 
-def _selecting_key(queries: Tensor, routing: Routing, limits: CudaLimits) -> tuple[Any, ...]:
-    return _key(queries), limits.nprobe, limits.entries is None, id(routing.router)
-
-
-def _forget(kept: dict[Any, Any], most: int) -> None:
+def _evict(kept: dict[Any, Any], most: int) -> None:
     while len(kept) > most:
         kept.pop(next(iter(kept)))
+
+
+def _error(flags: int) -> Exception | None:
+    if flags & NOT_FINITE:
+        return NotFiniteError("keys, values: expected finite numbers, got NaN or infinity in a step added since the last check")
+    if flags & FULL:
+        return StateError("advance: expected room for every replay of a captured step, got a full arena; tokens were dropped")
+    return None

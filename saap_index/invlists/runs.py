@@ -1,0 +1,60 @@
+"""List numbers of rows, of sealed ones by the offsets of their runs, of recent ones by whoever assigns them; rows of ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backends import Frequencies
+from ..errors import LengthError
+from .layout import Segment
+
+
+class Assign(Protocol):
+    """What says which lists rows in arrival order belong to."""
+
+    def __call__(self, i: int, start: int, stop: int) -> Tensor:
+        """List numbers of rows [start, stop) of sequence i: int32 (h, n)."""
+
+    def by_position(self) -> tuple[Any, Frequencies | None] | None:
+        """What a backend needs to find them itself: its quantizer, or None without one, and RoPE, if there is one; None if the
+        angles depend on more than the position."""
+
+
+def run_lists(table: Tensor, segment: Segment) -> Tensor:
+    """List numbers of the rows of a segment, as they lie: int32 (h, n), from its offsets, int32 (h, l + 1)."""
+    start, stop = segment
+    begins = (table[:, 1:-1] - start).long()  # of every list but the first; past the end if the rest is empty
+    marks = torch.zeros((len(table), stop - start + 1), dtype=torch.int32, device=table.device)
+    marks.scatter_add_(1, begins, torch.ones_like(begins, dtype=torch.int32))
+    return marks[:, :-1].cumsum(1, dtype=torch.int32)
+
+
+def merged_lists(
+    tables: Tensor, have: Sequence[Segment], want: Sequence[Segment], recent_lists: Callable[[int, int], Tensor]
+) -> Tensor:
+    """List numbers of the rows that become the segments ``want``, as they lie: int32 (h, n).
+
+    tables : int32 (h, S, l + 1), of the segments ``have``, whose rows stay in front; behind them recent_lists(start, stop) has
+    those of recent rows.
+    """
+    sealed, parts = have[-1][1] if have else 0, []
+    for start, stop in want:
+        parts += [run_lists(tables[:, s], (a, b)) for s, (a, b) in enumerate(have) if start <= a and b <= stop]
+        if stop > sealed:
+            parts.append(recent_lists(max(start, sealed), stop))
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def rows_of(row_ids: Tensor, ids: np.ndarray) -> Tensor:
+    """Rows of the tokens with these ids : int64 (n,), by KV head: int64 (h, n). row_ids : int (h, N). LengthError for others."""
+    stored, order = row_ids.long().sort(dim=1)
+    missing = np.setdiff1d(ids, stored[0].cpu().numpy())
+    if len(missing):
+        raise LengthError(f"ids: expected ids that are stored, got {missing[0]}")
+    targets = torch.from_numpy(ids).to(stored.device).expand(len(stored), -1).contiguous()
+    return order.gather(1, torch.searchsorted(stored, targets))

@@ -1,0 +1,84 @@
+"""What takes back a change of inverted lists that failed. Knows rows and tables, not the change."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..backends import Arena, Backend, SegmentChange
+from .arena import Step, empty
+
+
+class UndoLog:
+    """Steps that put the tokens of an arena back into their rows, kept while a change is under way.
+
+    depth : changes under way, one within the other; with 0 nothing is noted.
+    """
+
+    __slots__ = ("_steps", "backend", "depth")
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.depth = backend, 0
+        self._steps: list[Step] = []  # newest last
+
+    def note(self, *steps: Step) -> None:
+        if self.depth:
+            self._steps += steps
+
+    def undo(self, arena: Arena) -> bool:
+        """Take everything back in ``arena``, which is the memory of before the change; returns whether there was something."""
+        for take_back in reversed(self._steps):
+            take_back(arena)
+        return bool(self._steps)
+
+    def forget(self) -> None:
+        """The change is over."""
+        self._steps, self.depth = [], 0
+
+    def before_move(self, arena: Arena, i: int, rows: slice, tables: slice) -> None:
+        """These rows of sequence i, and its tables, are about to be others: note what they are."""
+        if self.depth:
+            before = arena.ids[i, :, rows].clone(), arena.tables[i, :, tables].clone()
+            self.note(partial(_put_back, self.backend, arena.keys, i, tables.start, rows.start, *before))
+
+    def before_changes(self, arena: Arena, changes: Sequence[SegmentChange]) -> list[Step]:
+        """What takes these changes back once they are done; the ids of rows that were not sealed before are theirs to write.
+
+        As many operations on the device whatever the number of changes.
+        """
+        if not self.depth:
+            return []
+        starts = [c.want[c.first][0] for c in changes]
+        ends = [c.want[-1][1] - len(c.positions) for c in changes]  # of the rows that were sealed
+        low, first = min(starts), min(c.first for c in changes)
+        ids = arena.ids[:, :, low : max(ends)].clone() if any(map(operator.lt, starts, ends)) else arena.ids[:, :, :0]
+        tables = arena.tables[:, :, first : max(len(c.have) for c in changes)]
+        tables = tables.clone() if any(c.first < len(c.have) for c in changes) else tables[:, :, :0]
+        keys = arena.keys
+
+        def take_back(c: SegmentChange, start: int, end: int, arena: Arena) -> None:
+            fresh = torch.from_numpy(c.positions).to(ids).expand(ids.shape[1], -1)
+            before = torch.cat([ids[c.sequence, :, start - low : end - low], fresh], 1)
+            replaced = tables[c.sequence, :, c.first - first : len(c.have) - first]
+            _put_back(self.backend, keys, c.sequence, c.first, start, before, replaced, arena)
+
+        return [partial(take_back, *what) for what in zip(changes, starts, ends, strict=True)]
+
+
+def _put_back(backend: Backend, keys: Tensor, i: int, first: int, start: int, ids: Tensor, tables: Tensor, arena: Arena) -> None:
+    """Put the tokens of sequence i back into the rows from ``start`` on, and its tables from ``first`` on.
+
+    keys : the memory where they changed places. ids : int32 (h, n), of the tokens as they were; the same are there now, in
+    another order. tables : int32 (h, s, l + 1).
+    """
+    heads, count = ids.shape
+    now = arena.ids[i, :, start : start + count]
+    if arena.keys is keys and not torch.equal(now, ids):  # other memory was not there yet, and is gone
+        places = ids.argsort(dim=1).gather(1, now.argsort(dim=1).argsort(dim=1))  # where the token of each row was
+        scratch = empty(backend, (heads, count + 1), torch.int32)
+        backend.seal(arena.keys[i], arena.values[i], arena.ids[i], start, places.int(), scratch)
+    arena.tables[i, :, first : first + tables.shape[1]] = tables

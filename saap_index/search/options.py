@@ -1,0 +1,142 @@
+"""What an index is made for, as one record: shapes, dtype, layout, and what a search reads by default. Knows no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+
+from .. import checks
+from ..errors import ParameterError
+from ..invlists.layout import Layout
+from .params import SELECTIVITY, SearchParametersIVF
+from .plan import MOST_PLANS
+
+MAX_DIM = 256
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """Options of an `AsymmetricIndex` that are checked once; changing one makes another record.
+
+    Raises ParameterError for a value outside its range.
+    """
+
+    d: int
+    """Key and query dim, a multiple of 8 up to 256."""
+    d_v: int
+    """Value dim, of the same range."""
+    nlist: int
+    """Inverted lists per KV head."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """KV heads; query head i uses KV head i // (num_heads / num_kv_heads)."""
+    dtype: torch.dtype = torch.float32
+    """Of stored keys and values."""
+    layout: Layout = field(default_factory=Layout)
+    """Which tokens are sinks, recent and sealed."""
+    params: SearchParametersIVF = field(default_factory=lambda: SearchParametersIVF(selectivity=SELECTIVITY))
+    """Of searches that say nothing else."""
+    _merged: dict[SearchParametersIVF, SearchParametersIVF] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("d", "d_v"):
+            if self._integer(name, 8, MAX_DIM) % 8:
+                raise ParameterError(f"{name}: expected a multiple of 8, got {getattr(self, name)}")
+        self._integer("nlist", 1, 65535)
+        self._integer("num_heads", 1)
+        if self.num_heads % self._integer("num_kv_heads", 1):
+            raise ParameterError(f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}")
+        if self.dtype not in checks.STORAGE_DTYPES:
+            raise ParameterError(f"dtype: expected one of {checks.STORAGE_DTYPES}, got {self.dtype!r}")
+        self._checked(self.params)
+
+    def _integer(self, name: str, least: int, most: int = 2**31 - 1) -> int:
+        value = checks.integer(getattr(self, name), name, least, most)
+        object.__setattr__(self, name, value)
+        return value
+
+    def _checked(self, params: SearchParametersIVF) -> SearchParametersIVF:
+        """``params``, unless they ask for means that this index does not keep."""
+        if params.tail and not self.layout.mean_run_tokens:
+            raise ParameterError(f"tail: expected an index with mean_run_tokens of 1 or more, got tail={params.tail} and 0")
+        return params
+
+    # -- of one search ------------------------------------------------------------------------------------------------
+
+    def merged(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
+        """Parameters of one search, over those of the index; the same object for equal ones. ParameterError for a tail without
+        means, and for what are no parameters."""
+        if params is None:
+            return self.params
+        if not isinstance(params, SearchParametersIVF):
+            raise ParameterError(f"params: expected SearchParametersIVF or None, got {type(params).__name__}")
+        merged = self._merged.get(params)
+        if merged is None:
+            merged = self._checked(params.over(self.params))
+            if len(self._merged) >= MOST_PLANS:
+                self._merged.clear()
+            self._merged[params] = merged
+        return merged
+
+    def exceeded_by(self, params: SearchParametersIVF) -> bool:
+        """Whether a search asks for a larger window or more sinks than the index keeps apart."""
+        return (params.window or 0) > self.layout.window or (params.sinks or 0) > self.layout.sinks
+
+    # -- changed ------------------------------------------------------------------------------------------------------
+
+    def changed(self, name: str, value: Any) -> IndexOptions:
+        """These options with another value of one field of the layout or of the default search parameters.
+
+        nprobe : unsets selectivity, target_mass and tail. selectivity : the cap of target_mass where there is one; unsets nprobe.
+        target_mass : makes selectivity its cap; None makes the cap a budget that is spent.
+
+        ParameterError for a value outside its range, and for no means while there is a tail.
+        """
+        params = self.params
+        if name in Layout.__dataclass_fields__:
+            if name == "mean_run_tokens" and not value and params.tail:
+                raise ParameterError(f"mean_run_tokens: expected at least 1 while tail is {params.tail}, got {value!r}")
+            return replace(self, layout=replace(self.layout, **{name: value}))
+        if name == "nprobe":
+            return replace(self, params=SearchParametersIVF(nprobe=value, max_codes=params.max_codes))
+        if name == "selectivity":
+            return replace(self, params=replace(params, nprobe=None, selectivity=value))
+        if name == "target_mass" and value is None:
+            budget = SearchParametersIVF(nprobe=params.nprobe, selectivity=params.selectivity)
+        else:
+            budget = SearchParametersIVF(**{name: value})
+        return replace(self, params=budget.over(params))
+
+
+class Field(property, Generic[Value]):
+    """A property of an `AsymmetricIndex`: a field of one of its records, by the path there.
+
+    unset : what a field at None reads as. Those of layout and search parameters may be set: `AsymmetricIndex._set_option`.
+    """
+
+    def __init__(self, path: str, doc: str, unset: Any = None) -> None:
+        record, _, name = path.rpartition(".")
+        names = path.split(".")
+
+        def read(index: Any) -> Any:
+            value = index
+            for part in names:  # as torch.compile can trace it
+                value = getattr(value, part)
+            return unset if value is None else value
+
+        def write(index: Any, value: Any) -> None:
+            index._set_option(name, value)
+
+        super().__init__(read, write if record in ("_options.layout", "_options.params") else None, doc=doc)
+        self.__doc__ = doc  # of a subclass, Python shows the docstring of the class otherwise
+
+    if TYPE_CHECKING:
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Value: ...  # type: ignore[override]
+
+        def __set__(self, instance: Any, value: Value) -> None: ...
