@@ -49,7 +49,7 @@ versions: setup ## 1-2 h | generate, its modes and caches with one release of ea
 test-dtypes: setup ## ~ 30 min | the tests of the index under each other default dtype of torch; those of transformers make models of it themselves
 	for dtype in float64 bfloat16 float16; do \
 	  SAAP_DEFAULT_DTYPE=$$dtype $(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile \
-	    $(filter-out tests/test_hf_% tests/test_lab% tests/test_demo%,$(wildcard tests/test_*.py)) || exit 1; \
+	    $(filter-out tests/hf tests/lab tests/emu,$(patsubst %/,%,$(wildcard tests/*/))) || exit 1; \
 	done
 
 ENGINE := .venv-vllm
@@ -68,7 +68,7 @@ test-vllm: $(ENGINE)/.ready ## ~ 30 min | the plugin in a real vLLM for the CPU,
 	cd tests/engine && ../../$(ENGINE)/bin/python -m pytest -q
 
 test-gpu: ## minutes | what needs a CUDA device, in the Python at hand: torch with CUDA, CuPy, pytest and hypothesis
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -W default -m gpu tests/test_primitives.py $(wildcard tests/test_gpu_*.py)
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -W default -m gpu tests/cuda/test_primitives.py $(wildcard tests/cuda/test_gpu_*.py) tests/hf/test_hf_graphs.py
 
 lint: setup ## 1 min | ruff and mypy
 	$(BIN)/ruff check .

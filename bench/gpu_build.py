@@ -259,7 +259,7 @@ def training(device: harness.Device, shape: Shape) -> Figures:
         mass / mass.sum(-1, keepdim=True), near / near.sum(-1, keepdim=True),
         torch.randint(0, 99, (h, positions, bins, shape.nlist), device=device.device, dtype=torch.int16),
         torch.arange(bins) * 1.0 + 7,
-    )  # fmt: skip
+    )
     config = TrainingConfig(epochs=1, batch=8 if device.dry else 128)
     steps = positions // config.batch
     train_router(data, shape.nlist, config, 7, shape.knots)

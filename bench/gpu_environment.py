@@ -96,7 +96,7 @@ def main() -> int:
         results |= {
             "multiprocessors": properties.multi_processor_count, "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": round(device.l2_bytes / 2**20, 1), "capability": f"{properties.major}.{properties.minor}",
-        }  # fmt: skip
+        }
         floor = Floor(device)
         results |= {"read_gb_per_s": round(floor.read_bandwidth(4 << 30) / 1e9, 1), "cycles": floor.cycles() | floor.chased()}
         results["launch_us"] = {"graph": round(floor.launch_us(False), 2), "graph, dependent": round(floor.launch_us(True), 2)}

@@ -57,13 +57,13 @@ class Size:
             num_hidden_layers=self.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, head_dim=s.d,
             max_position_embeddings=4 * self.tokens + 4 * ROOM, bos_token_id=1, eos_token_id=None, pad_token_id=0,
             rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        )  # fmt: skip
+        )
 
 
 TINY = Size(
     90, 1, 2, gpu_step.Shape(heads=4, kv_heads=2, d=32, nlist=8, units=16, knots=3, dtype=torch.float32), 64, 96, 64, 10, 3,
     {"window": 8, "seal_tokens": 4, "sinks": 2, "max_segment": 64, "break_even": 0},
-)  # fmt: skip
+)
 
 
 def make_model(device: harness.Device, size: Size) -> Any:
@@ -241,7 +241,7 @@ class Bench:
         seconds = (time.perf_counter() - began) / new
         self.figures.append({
             "name": "ours 5 %, graphs, generate()", "ms": seconds * 1e3, "tokens_s": size.batch / seconds, "steps": new,
-        })  # fmt: skip
+        })
 
     def table(self) -> str:
         size = self.size

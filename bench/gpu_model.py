@@ -96,7 +96,7 @@ _CLASSES = {
     "POPC": "special", "FLO": "special", "BREV": "special", "MOVM": "shared", "R2UR": "special", "CS2R": "special",
     "DADD": "double", "DMUL": "double", "DFMA": "double", "DSETP": "double", "DMNMX": "double", "LDC": "constant",
     "ULDC": "constant", "MEMBAR": "fence", "HMMA": "matrix", "LDGDEPBAR": "dram", "QSPC": "special",
-}  # fmt: skip
+}
 _BARRIERS = {"BAR": "block_barrier", "UCGABAR_WAIT": "cluster_barrier"}
 _TRIPS = ("l2", "dram", "shared_of_another_block", "atomic", "fence", "shared")
 GRID_WAIT = "ACQBULK"
@@ -267,7 +267,7 @@ def predict(start: Start, blocks: list[Block], lines: Lines, nbytes: int, consta
     return Prediction(
         start.kernel, code, code * gpu_sass.BYTES, cold, round(executed), {k: round(x) for k, x in walk.barriers.items()}, whole,
         round(spent[0]), round(spent[1] + copy), round(copy), nbytes, us, roofline,
-    )  # fmt: skip
+    )
 
 
 @cache

@@ -85,7 +85,7 @@ class Recorder:
         names = "file kernel macros grid block shared_bytes cluster dependent".split()
         said = {x: getattr(start, x) for x in names}
         self.launches.append({**said, "fields": fields, "memory": memory, "params": start.params.tobytes().hex(),
-                              "layout": _described(start.params.dtype)})  # fmt: skip
+                              "layout": _described(start.params.dtype)})
 
     def _keep(self, content: np.ndarray[Any, Any]) -> str:
         name = hashlib.sha256(content.tobytes()).hexdigest()[:16]

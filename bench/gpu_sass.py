@@ -183,7 +183,7 @@ def _instruction(words: str, control: int, lines: tuple[Line, ...]) -> Instructi
         parts[predicated].rstrip(","), conditional, max(1, control & 15), None if writes == 7 else writes,
         None if reads == 7 else reads, tuple(i for i in range(6) if control >> 11 >> i & 1), lines,
         target.group(1) if target else None,
-    )  # fmt: skip
+    )
 
 
 def unrolled(block: Block) -> int:

@@ -21,7 +21,7 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   if [ -x .venv/bin/python ] && [ -n "${DRY:-}" ]; then PYTHON=.venv/bin/python; fi
 fi
-export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/tests:$PWD/tests/cuda${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
 export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-$(mktemp -d)} # the home folder may not be writable
 BEGAN=$(date +%s)
 [ -n "${DRY:-}" ] && LIMIT=${LIMIT:-1500}
@@ -104,7 +104,7 @@ check() { # check TOOL: a small program under compute-sanitizer
 # into compiling. What failed first runs again alone, under memcheck.
 tests() {
   local file names=() jobs=() first
-  for file in tests/test_gpu_backend.py tests/test_gpu_graphs.py tests/test_gpu_walk.py tests/test_hf_graphs.py $(ls tests/test_gpu_hardware*.py 2>/dev/null); do
+  for file in tests/cuda/test_gpu_backend.py tests/cuda/test_gpu_graphs.py tests/cuda/test_gpu_walk.py tests/hf/test_hf_graphs.py $(ls tests/cuda/test_gpu_hardware*.py 2>/dev/null); do
     names+=("$(basename "$file" .py)")
     (timeout --kill-after=10 230 "${PYTEST[@]}" "$file" >"$WORK/$(basename "$file" .py).log" 2>&1; echo $? >"$WORK/$(basename "$file" .py).status") &
     jobs+=($!)
@@ -117,7 +117,7 @@ tests() {
     FAILED+=("$name: exit status $(cat "$WORK/$name.status"), see $name.log")
     # where the process itself ended there is no such line: the file, up to its first failure
     first=$(grep -m1 -oE '^(FAILED|ERROR) [^ ]+::[^ ]+' "$WORK/$name.log" | cut -d' ' -f2)
-    first=${first:-tests/$name.py -x}
+    first=${first:-$(ls tests/*/$name.py) -x}
     if [ -n "$SANITIZER" ]; then
       stage "again-$name" 100 bash -c "CUDA_LAUNCH_BLOCKING=1 sanitized --tool memcheck ${PYTEST[*]} $first"
     fi
@@ -145,7 +145,7 @@ bisect() {
 for name in $STAGES; do
   case $name in
   environment) LINES_SHOWN=30 stage environment 60 "$PYTHON" bench/gpu_environment.py $dry --out "$WORK" ;;
-  primitives) stage primitives 60 "${PYTEST[@]}" tests/test_primitives.py ;;
+  primitives) stage primitives 60 "${PYTEST[@]}" tests/cuda/test_primitives.py ;;
   bisect) bisect ;;
   model) LINES_SHOWN=40 stage model 30 "$PYTHON" bench/gpu_model.py --recorded --measured "$WORK" ;;
   step)

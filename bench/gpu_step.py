@@ -40,7 +40,7 @@ from saap_index.search.session import SearchSession
 CASES = [
     (131072, 1), (131072, 8), (524288, 1), (524288, 8), (32768, 1), (32768, 8), (131072, 4), (1048576, 1), (524288, 4),
     (32768, 4), (1048576, 4), (1048576, 8),
-]  # fmt: skip
+]
 """Tokens and batch sizes, those that are asked for first before those that a short session may leave out."""
 
 SHARES = (0.05, 0.02, 0.1)
@@ -102,7 +102,7 @@ def build(device: harness.Device, shape: Shape, n: int, batch: int, copies: int)
     index = AsymmetricIndex(
         shape.d, shape.nlist, shape.heads, shape.kv_heads, dtype=shape.dtype, device=device.device, backend=device.backend,
         rope=Rope(head_dim=shape.d, theta=500000.0), **small,
-    )  # fmt: skip
+    )
     index.key_quantizer = KeyQuantizer.of_prompt(randn(shape.kv_heads, 64 * shape.nlist, shape.d), shape.nlist)
     index.query_router = router(device, shape, ROUTERS["peaked"], 0)
     made = []

@@ -65,7 +65,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": cpu, "threads": THREADS, "torch": torch.__version__, "python": platform.python_version(), "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    }
 
 
 def line(name: str, seconds: float, nbytes: float = 0.0, base: float = 0.0) -> str:

@@ -109,7 +109,7 @@ def main() -> None:
         "tokens": args.tokens, "forced": args.forced, "dtype": args.dtype, "routers": kind, "prompts": rows,
         "mean": {s: {w: statistics.mean(row[s][w] for row in rows) for w in ("agreement", "kl", "read")} for s in params},
         "deviation": {s: {w: spread([row[s][w] for row in rows]) for w in ("agreement", "kl")} for s in params},
-    })  # fmt: skip
+    })
 
 
 if __name__ == "__main__":

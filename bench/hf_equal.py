@@ -89,7 +89,7 @@ def main() -> int:
                 rows[f"{family} {length} {batch}"] = {
                     "sealed": min(sealed_tokens(cache)), "same": same, "of": batch * args.new, "distinct": len(want.unique()),
                     "differences": ties,
-                }  # fmt: skip
+                }
                 harness.save(args.json, "hf_equal", {"new": args.new, "rows": rows})
     return 1 if mistakes else 0
 

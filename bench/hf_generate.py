@@ -180,7 +180,7 @@ def main() -> None:
         "first_token_s": first, "decode_s": times, "attention_s": parts, "agree": agree, "steps": args.steps,
         "tokens_per_s": {name: 1 / middle(times[name]) for name in times},
         "attention_ms": {name: 1e3 * middle(parts[name]) for name in parts},
-    })  # fmt: skip
+    })
 
 
 if __name__ == "__main__":

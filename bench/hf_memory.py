@@ -36,7 +36,7 @@ def make_model(layers: int) -> Any:
         vocab_size=1024, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5}, num_key_value_heads=3, max_position_embeddings=16384,
         eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     return saap.attach(model, untrained_routers(config, own_lists=True), 0.05)
@@ -100,7 +100,7 @@ def main() -> int:
     harness.save(args.json, "hf_memory", {
         "generations": args.generations, "layers": args.layers, "longest": longest, "kinds": KINDS, "start_bytes": start,
         "held_bytes": held, "indexes": [alive, indexes()], "slack_mb": args.slack,
-    })  # fmt: skip
+    })
     return int(indexes() != alive or held[-1] - start > args.slack << 20)
 
 

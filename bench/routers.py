@@ -37,7 +37,7 @@ CASES = [
     ("kmeans", "pre-rope"), ("kmeans", "post-rope"), ("kmeans", "per-prompt"), ("linear", "pre-rope"), ("mlp", "pre-rope"),
     ("mlp-distance", "pre-rope"), ("mlp-distance", "post-rope"), ("two-tower", "pre-rope"), ("two-tower", "post-rope"),
     ("two-tower", "per-prompt"),
-]  # fmt: skip
+]
 
 
 def train(router: str, partition: str, sequences: list[TrainingSequence], nlist: int) -> TrainedLayer:

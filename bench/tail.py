@@ -100,7 +100,7 @@ def main() -> int:
             "spread": statistics.stdev(x) if len(x) > 1 else 0.0, "texts": len(x),
         }
         for (length, run, (share, tail)), x in found.items()
-    ]  # fmt: skip
+    ]
     show(figures)
     if options.json:
         options.json.write_text(json.dumps({"model": loaded.name, "layers": layers, "figures": figures}, indent=1))
@@ -118,7 +118,7 @@ def _layer(
         index = AsymmetricIndex(
             layer.d, LISTS, layer.heads * layer.group, layer.heads,
             d_v=layer.e, rope=rope, scale=layer.scale, mean_run_tokens=run,
-        )  # fmt: skip
+        )
         index.key_quantizer = KeyQuantizer(torch.zeros(layer.heads, LISTS, layer.d))  # the context makes others
         index.tower = TwoTower.symmetric(layer.heads, layer.d)
     return errors(index, prompt.keys[at], prompt.values[at], prompt.queries[at][:, :, some], prompt.positions[some], cases)

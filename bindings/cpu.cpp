@@ -83,11 +83,11 @@ NB_MODULE(_cpu, m) {
     p.tables = at<const int32_t>(tables), p.b = b, p.h = h, p.l = l, p.S = S, p.budgets = at<const int32_t>(budgets);
     return probe_bound(p, num_segments);
   });
-  m.def("probe", [](Address z, Address a, Address knots, Address tables, int b, int h, int j, int l, int k, int S, bool count_lists, int nprobe,
-                    const Ints& num_segments, Address budgets, Address miss, Address entries, const Ints& means, int64_t bound, Address rows,
+  m.def("probe", [](Address z, Address a, Address knots, Address tables, int b, int h, int j, int l, int k, int S, bool size_weighted, int nprobe,
+                    const Ints& num_segments, Address budgets, Address unread_mass, Address entries, const Ints& means, int64_t bound, Address rows,
                     Address counts, int64_t tail_bound, Address tail, Address tail_counts) {
-    ProbeArgs p{at<const float>(z), at<const float>(a), at<const float>(knots), at<const int32_t>(tables), b, h, j, l, k, S, count_lists, nprobe,
-                at<const int32_t>(budgets), at<const float>(miss), at<const int32_t>(entries)};
+    ProbeArgs p{at<const float>(z), at<const float>(a), at<const float>(knots), at<const int32_t>(tables), b, h, j, l, k, S, size_weighted, nprobe,
+                at<const int32_t>(budgets), at<const float>(unread_mass), at<const int32_t>(entries)};
     ProbeOut r{bound, at<int32_t>(rows), at<int32_t>(counts)}, t{tail_bound, at<int32_t>(tail), at<int32_t>(tail_counts)};
     {
       Free free;
@@ -118,8 +118,8 @@ NB_MODULE(_cpu, m) {
   });
 
   nb::class_<SearchPlan>(m, "SearchPlan");
-  m.def("make_search", [](std::shared_ptr<Router> router, int first_knot, bool count_lists, Address centres, int b, int h, int S, int nprobe,
-                          Address tables, const Ints& num_segments, Address budgets, Address miss, Address entries, const Ints& means,
+  m.def("make_search", [](std::shared_ptr<Router> router, int first_knot, bool size_weighted, Address centres, int b, int h, int S, int nprobe,
+                          Address tables, const Ints& num_segments, Address budgets, Address unread_mass, Address entries, const Ints& means,
                           Address k, Address v, int type, int64_t N, int e, const Ints& sinks, const Ints& sealed, float scale, Address mean_k,
                           Address mean_v, int64_t M) {
     const double* from = at<const double>(centres);
@@ -127,8 +127,8 @@ NB_MODULE(_cpu, m) {
     plan->router = router, plan->first_knot = first_knot;
     plan->centres.assign(from, from + static_cast<int64_t>(b) * S);
     plan->num_segments = num_segments, plan->means = means, plan->sinks = sinks, plan->sealed = sealed;
-    plan->probe = {nullptr, nullptr, nullptr, at<const int32_t>(tables), b, h, 0, router->lists, router->knots, S, count_lists, nprobe,
-                   at<const int32_t>(budgets), at<const float>(miss), at<const int32_t>(entries)};
+    plan->probe = {nullptr, nullptr, nullptr, at<const int32_t>(tables), b, h, 0, router->lists, router->knots, S, size_weighted, nprobe,
+                   at<const int32_t>(budgets), at<const float>(unread_mass), at<const int32_t>(entries)};
     plan->scan.k = at<const void>(k), plan->scan.v = at<const void>(v), plan->scan.type = static_cast<DType>(type);
     plan->scan.b = b, plan->scan.h = h, plan->scan.d = router->dim, plan->scan.e = e, plan->scan.N = N;
     plan->scan.scale = scale, plan->scan.causal = true;

@@ -55,7 +55,7 @@ struct ProbeHead {
   const float* share;     // (j) how much each column counts in the sum over the group
   const int32_t* tables;  // (s, l + 1)
   int j, l, s, lp;
-  bool count_lists;
+  bool size_weighted;
   float* e;               // scratch (j, lp)
   float* c;               // scratch (j, s)
 };

@@ -60,10 +60,10 @@ struct ProbeArgs {
   const float *z, *a, *knots;
   const int32_t* tables;
   int b, h, j, l, m, S;
-  bool count_lists;
+  bool size_weighted;
   int nprobe;
   const int32_t* budgets;  // (b, h)
-  const float* miss;       // (h) or null
+  const float* unread_mass;       // (h) or null
   const int32_t* entries;  // (b, h) or null
 };
 // Numbers of each head, up to `bound` of them. `probe` packs them: afterwards the first b * h * width elements are (b, h, width).

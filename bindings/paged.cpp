@@ -277,7 +277,7 @@ int64_t search_pages(const Pages& pages, const Paged& p, const PagedSearch& sear
       }
     route(router, call.q_type, call.q, p.b, call.g, call.n_queries, search.angles, z, bend);
     a.z = z, a.a = bend, a.knots = knots, a.tables = tables, a.b = p.b, a.h = pages.h, a.S = p.S;
-    a.count_lists = search.count_lists, a.nprobe = search.nprobe, a.budgets = search.budgets, a.miss = search.miss;
+    a.size_weighted = search.size_weighted, a.nprobe = search.nprobe, a.budgets = search.budgets, a.unread_mass = search.unread_mass;
     ProbeOut taken{bound, numbers, counts}, none{};
     probe(a, p.num_segments, {}, taken, none);
     find.numbers = numbers, find.counts = counts, find.t = taken.width;

@@ -61,15 +61,15 @@ struct PagedScan {
 // rows (b, h, t), counts (b, h).
 void scan_pages(const Pages&, int b, const int32_t* rows, const int32_t* counts, int64_t t, const PagedScan&);
 
-// count, route, probe, find and the causal scan in one. A sequence without segments is read whole. budgets (b, h); miss (h) or null.
+// count, route, probe, find and the causal scan in one. A sequence without segments is read whole. budgets (b, h); unread_mass (h) or null.
 struct PagedSearch {
   const Router* router;
   int first_knot;
-  bool count_lists;
+  bool size_weighted;
   Angles angles;
   int nprobe;
   const int32_t* budgets;
-  const float* miss;
+  const float* unread_mass;
 };
 // Returns the rows read of all sequences and heads.
 int64_t search_pages(const Pages&, const Paged&, const PagedSearch&, const PagedScan&);

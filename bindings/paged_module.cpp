@@ -64,16 +64,16 @@ void define_paged(nb::module_& m) {
                {at<const void>(q), static_cast<DType>(q_type), g, n_queries, scale, causal, at<void>(out), at<float>(lse)});
   });
   m.def("search_pages", [](const PageShape& shape, Address k, Address v, Address lists, const Paged& p, const Router* router, int first_knot,
-                           bool count_lists, Address cos, Address sin, int r, bool interleaved, float turn, int nprobe, Address budgets, Address miss,
+                           bool size_weighted, Address cos, Address sin, int r, bool interleaved, float turn, int nprobe, Address budgets, Address unread_mass,
                            Address q, int q_type, int g, int n_queries, float scale, Address out, Address lse) {
-    PagedSearch search{router, first_knot, count_lists, {at<const float>(cos), at<const float>(sin), r, interleaved, turn}, nprobe,
-                       at<const int32_t>(budgets), at<const float>(miss)};
+    PagedSearch search{router, first_knot, size_weighted, {at<const float>(cos), at<const float>(sin), r, interleaved, turn}, nprobe,
+                       at<const int32_t>(budgets), at<const float>(unread_mass)};
     Free free;
     return search_pages(shape.at_(k, v, lists), p, search,
                         {at<const void>(q), static_cast<DType>(q_type), g, n_queries, scale, true, at<void>(out), at<float>(lse)});
   }, nb::arg("shape"), nb::arg("k"), nb::arg("v"), nb::arg("lists"), nb::arg("paged"), nb::arg("router").none(), nb::arg("first_knot"),
-     nb::arg("count_lists"), nb::arg("cos"), nb::arg("sin"), nb::arg("r"), nb::arg("interleaved"), nb::arg("turn"), nb::arg("nprobe"),
-     nb::arg("budgets"), nb::arg("miss"), nb::arg("q"), nb::arg("q_type"), nb::arg("g"), nb::arg("n_queries"), nb::arg("scale"), nb::arg("out"),
+     nb::arg("size_weighted"), nb::arg("cos"), nb::arg("sin"), nb::arg("r"), nb::arg("interleaved"), nb::arg("turn"), nb::arg("nprobe"),
+     nb::arg("budgets"), nb::arg("unread_mass"), nb::arg("q"), nb::arg("q_type"), nb::arg("g"), nb::arg("n_queries"), nb::arg("scale"), nb::arg("out"),
      nb::arg("lse"));
 }
 

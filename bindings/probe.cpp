@@ -51,14 +51,14 @@ void run_weights_wide(const ProbeHead& p, float* w) {
   std::vector<double> sum(static_cast<size_t>(p.s) * p.l, 0.0);
   for (int j = 0; j < p.j; j++) {
     const float *z = p.z + static_cast<int64_t>(j) * p.l, *a = p.a + static_cast<int64_t>(j) * p.s;
-    auto score = [&](int s, int l) { return static_cast<double>(z[l]) + (p.count_lists ? a[s] : 0.f); };
+    auto score = [&](int s, int l) { return static_cast<double>(z[l]) + (p.size_weighted ? a[s] : 0.f); };
     auto length = [&](int s, int l) { return p.tables[static_cast<int64_t>(s) * (p.l + 1) + l + 1] - p.tables[static_cast<int64_t>(s) * (p.l + 1) + l]; };
     double top = -INFINITY, total = 0;
     for (int s = 0; s < p.s; s++)
       for (int l = 0; l < p.l; l++)
-        if (!p.count_lists || length(s, l) > 0) top = std::max(top, score(s, l));
-    for (int s = 0; s < (p.count_lists ? p.s : 1); s++)
-      for (int l = 0; l < p.l; l++) total += (p.count_lists ? length(s, l) : 1) * std::exp(score(s, l) - top);
+        if (!p.size_weighted || length(s, l) > 0) top = std::max(top, score(s, l));
+    for (int s = 0; s < (p.size_weighted ? p.s : 1); s++)
+      for (int l = 0; l < p.l; l++) total += (p.size_weighted ? length(s, l) : 1) * std::exp(score(s, l) - top);
     for (int s = 0; s < p.s; s++)
       for (int l = 0; l < p.l && total > 0; l++) sum[static_cast<size_t>(s) * p.l + l] += p.share[j] * std::exp(score(s, l) - top) / total;
   }
@@ -75,8 +75,8 @@ void list_weights_wide(const ProbeHead& p, float* w) {
   std::vector<double> sum(p.l, 0.0);
   for (int j = 0; j < p.j; j++) {
     const float* z = p.z + static_cast<int64_t>(j) * p.l;
-    std::vector<double> n(p.l, p.count_lists ? 0.0 : 1.0);
-    for (int s = 0; s < p.s && p.count_lists; s++)
+    std::vector<double> n(p.l, p.size_weighted ? 0.0 : 1.0);
+    for (int s = 0; s < p.s && p.size_weighted; s++)
       for (int l = 0; l < p.l; l++) n[l] += p.tables[static_cast<int64_t>(s) * (p.l + 1) + l + 1] - p.tables[static_cast<int64_t>(s) * (p.l + 1) + l];
     double top = -INFINITY, total = 0;
     for (int l = 0; l < p.l; l++)
@@ -283,7 +283,7 @@ int32_t* take_lists(const ProbeHead& p, float* w, int nprobe, int64_t budget, in
 // share (j): the sigmoid of the last of a's m columns, relative to the largest, for mostly only the order of weights matters; 1
 // without. Returns the log of the largest.
 double head_shares(const ProbeArgs& p, int64_t bh, float* share) {
-  const bool known = p.m && p.count_lists;
+  const bool known = p.m && p.size_weighted;
   double top = -INFINITY;
   auto log_share = [&](int j) {
     const double c = p.a[(bh * p.j + j) * p.m + p.m - 1];
@@ -345,7 +345,7 @@ void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, Prob
     head.s = static_cast<int>(num_segments[i]);
     head.z = p.z + bh * p.j * p.l;
     head.tables = table_of(p, bh, 0);
-    head.count_lists = p.count_lists;
+    head.size_weighted = p.size_weighted;
     rows.counts[bh] = 0;
     if (p.entries) tail.counts[bh] = 0;
     for (int s = 0; s < head.s; s++)
@@ -376,7 +376,7 @@ void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, Prob
     } else {
       Limits most{p.budgets[bh], -1, 0, 0};
       // Shares beyond float64 let nothing be read: what they say lies outside sinks and window is nothing.
-      if (p.miss) most.allowed = std::isfinite(log_share) ? static_cast<double>(p.miss[bh % p.h]) * p.j * std::exp(-log_share) : INFINITY;
+      if (p.unread_mass) most.allowed = std::isfinite(log_share) ? static_cast<double>(p.unread_mass[bh % p.h]) * p.j * std::exp(-log_share) : INFINITY;
       if (p.entries) most.entries = p.entries[bh], most.means = static_cast<int>(means[i]);
       int32_t *const tail_out = tail.numbers + bh * tail.bound, *tail_end = tail_out;
       take_runs(head, w, total, most, end, tail_end);

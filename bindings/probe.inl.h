@@ -56,11 +56,11 @@ bool run_weights(const ProbeHead& h, float* w) {
     float total[4] = {};
     for (int j = j0; j < j0 + some; j++) {
       float* c = h.c + (int64_t)j * h.s;
-      if (h.count_lists) exp_row(h.a + (int64_t)j * h.s, h.s, h.s, c);
+      if (h.size_weighted) exp_row(h.a + (int64_t)j * h.s, h.s, h.s, c);
       else
         for (int s = 0; s < h.s; s++) c[s] = 1;
     }
-    if (h.count_lists) {
+    if (h.size_weighted) {
       for (int s = 0; s < h.s; s++) {
         float part[4] = {};
         add_segment(h, h.tables + (int64_t)s * (h.l + 1), j0, part);
@@ -96,7 +96,7 @@ bool list_weights(const ProbeHead& h, float* w) {
   for (int j = 0; j < h.j; j++) {
     exp_row(h.z + (int64_t)j * h.l, h.l, h.lp, h.e);
     vf sum{};
-    if (h.count_lists) {
+    if (h.size_weighted) {
       for (int s = 0; s < h.s; s++)
         for (int i = 0; i < h.l; i += W) sum += run_lengths(h.tables + (int64_t)s * (h.l + 1), i, h.l) * load(h.e + i);
     } else {

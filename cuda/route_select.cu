@@ -36,7 +36,7 @@ struct RouteSelectParams {
   const int* tables;         // (b, h, S, l + 1)
   const float* centres;      // (b, S)
   const int* budgets;        // (b, h) most rows
-  const float* miss;         // (h) attention per query vector that may stay unread, or null
+  const float* unread_mass;         // (h) attention per query vector that may stay unread, or null
   int2* runs;                // out (b, h, most_runs, 2): the row behind a run, and the rows in it and in those before it
   int* run_counts;           // out (b, h) runs of every pair; what is behind them is left as it is
   int* counts;               // out (b, h) rows in them
@@ -480,7 +480,7 @@ struct Block {
   // A run of n tokens of weight w; units: of mass, of a weight of one.
   __device__ __forceinline__ Measure measure(int n, u32 key, float units) const {
     const float mass = static_cast<float>(n) * __uint_as_float(key);
-    if (!p.miss || !(mass > 0.f)) return {static_cast<u32>(n), 0};
+    if (!p.unread_mass || !(mass > 0.f)) return {static_cast<u32>(n), 0};
     return {static_cast<u32>(n), static_cast<u32>(fminf(fmaxf(mass * units + 0.5f, 1.f), kMassUnits))};
   }
   __device__ __forceinline__ void tally(int bin, Measure x) const {
@@ -497,7 +497,7 @@ struct Block {
     float total = 0.f;
 #pragma unroll
     for (int k = 0; k < kColumns; k++) total += shared->factor[k] > 0.f ? shared->share[k] : 0.f;
-    units = p.miss && total > 0.f ? kMassUnits / total : 0.f;
+    units = p.unread_mass && total > 0.f ? kMassUnits / total : 0.f;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
     for (int list = lane; list < lists; list += 32) {
@@ -711,7 +711,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(cons
   block.prefetch();
   const i64 pair = static_cast<i64>(block.sequence) * p.h + block.head;
   const int budget = clamp(p.budgets[pair], 0, p.t_cap);
-  const float miss = p.miss ? p.miss[block.head] : -1.f;
+  const float unread_mass = p.unread_mass ? p.unread_mass[block.head] : -1.f;
   block.clear_bins();
   cluster_barrier();  // all blocks are there
   grid_dependency_wait();
@@ -735,9 +735,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(cons
   const float total = block.weigh_runs(wide, units);
   block.note(5);
   Limits limits{static_cast<u32>(budget), kNoLimit, -1.0};
-  if (miss >= 0.f) {
+  if (unread_mass >= 0.f) {
     const double whole = static_cast<double>(total) * block.shared->most_share;
-    limits.spare = whole > 0 ? static_cast<double>(miss) * p.j / whole : 1.0;
+    limits.spare = whole > 0 ? static_cast<double>(unread_mass) * p.j / whole : 1.0;
   }
   if (budget > 0) {
     block.find_cut(limits, units);

@@ -63,7 +63,7 @@ __device__ __forceinline__ void find_unread(const Selection& of, const Cut& cut,
 // Lengths that a table gives as negative count as none, so that nothing is written out of place whatever it holds.
 // Grid (h, b); block SAAP_THREADS, a power of two from 64 to 1024.
 // Shared memory: kFixedBytes, 4 * j bytes, rounded up to 16, and 4 * room(S, l) unless SAAP_FAR.
-// Preconditions: m <= 32; S * (l + 1) < 2^31; SAAP_LISTS is nprobe > 0; with it or without count_lists, entries and miss are
+// Preconditions: m <= 32; S * (l + 1) < 2^31; SAAP_LISTS is nprobe > 0; with it or without size_weighted, entries and unread_mass are
 // null.
 // Deterministic: sums of floats have a fixed order, and what atomics add are integers.
 extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_select(const __grid_constant__ SelectParams p) {
@@ -80,11 +80,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_select(const __gr
   of.keys = reinterpret_cast<u32*>(of.place + p.segments);
   Search& search = of.fixed->search;
   of.z = p.z + row * p.j * p.l;
-  of.a = p.a && p.count_lists ? p.a + row * p.j * (p.knots + 1) : nullptr;
+  of.a = p.a && p.size_weighted ? p.a + row * p.j * (p.knots + 1) : nullptr;
   of.runs = {p.tables + row * p.segments * (p.l + 1), p.l};
   of.j = p.j, of.segments = clamp(meta[kNumSegments], 0, p.segments);
   of.knots = of.a && !SAAP_LISTS ? p.knots : 0, of.stride = p.knots + 1;
-  of.count_lists = p.count_lists, of.by_mass = p.miss != nullptr;
+  of.size_weighted = p.size_weighted, of.by_mass = p.unread_mass != nullptr;
   const bool with_tail = !SAAP_LISTS && p.entries;
   const int budget = clamp(p.budgets[row], 0, p.t_cap), entries = with_tail ? clamp(p.entries[row], 0, p.x_cap) : 0;
   const int runs = of.segments * p.l, items = SAAP_LISTS ? p.l : runs;
@@ -98,9 +98,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_select(const __gr
     of.find_places(p.centres + static_cast<i64>(sequence) * p.segments, meta[kNextPosition], p.first_knot);
     __syncthreads();
     const float total = of.weigh_all(units);
-    if (p.miss && p.miss[head] >= 0.f) {
+    if (p.unread_mass && p.unread_mass[head] >= 0.f) {
       const double whole = static_cast<double>(total) * of.fixed->most_share;
-      limits.spare = whole > 0 ? static_cast<double>(p.miss[head]) * p.j / whole : 1.0;
+      limits.spare = whole > 0 ? static_cast<double>(p.unread_mass[head]) * p.j / whole : 1.0;
     }
   }
 #pragma unroll 1

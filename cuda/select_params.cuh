@@ -20,7 +20,7 @@ struct SelectParams {
   const int* meta;        // (b, 8)
   const int* budgets;     // (b, h) most rows
   const int* entries;     // (b, h) most tail entries, or null: no tail
-  const float* miss;      // (h) attention per query vector that may stay unread, or null
+  const float* unread_mass;      // (h) attention per query vector that may stay unread, or null
   int* rows;              // out (b, h, t_cap)
   int* counts;            // out (b, h)
   int* tail;              // out (b, h, x_cap), null without entries
@@ -28,7 +28,7 @@ struct SelectParams {
   float* workspace;       // (b, h, room(S, l)) if SAAP_FAR, else null
   int h, j, l, segments;  // segments: S
   int knots, first_knot;  // m; 0 without c
-  int t_cap, x_cap, nprobe, count_lists;
+  int t_cap, x_cap, nprobe, size_weighted;
 };
 
 namespace {

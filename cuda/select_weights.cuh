@@ -18,7 +18,7 @@ struct Selection {
   float* share;    // (j) what each vector counts, relative to the most
   u32* keys;       // (items) bits of the weights
   int j, segments, knots, stride;  // knots: 0 if there is no distance term
-  bool count_lists, by_mass;       // without count_lists: knots = 0, a = null
+  bool size_weighted, by_mass;       // without size_weighted: knots = 0, a = null
 
   __device__ __forceinline__ float c(int i) const { return a ? a[(i + 1) * stride - 1] : INFINITY; }
 
@@ -97,13 +97,13 @@ struct Selection {
       int tokens[kLists];  // only whether there are any
 #pragma unroll
       for (int i = 0; i < kLists; i++) {
-        tokens[i] = !count_lists && split.group == 0 && list + 32 * i < runs.lists;
+        tokens[i] = !size_weighted && split.group == 0 && list + 32 * i < runs.lists;
 #pragma unroll
         for (int k = 0; k < kColumns; k++) density[i][k] = static_cast<float>(tokens[i]);
       }
       const int* start = runs.start(split.group, list);
 #pragma unroll kUnroll
-      for (int s = split.group; s < segments && count_lists && !wide; s += split.groups) {
+      for (int s = split.group; s < segments && size_weighted && !wide; s += split.groups) {
         const Bends x = bends(s);
 #pragma unroll
         for (int i = 0; i < kLists; i++) {

@@ -53,7 +53,7 @@ metric_list:
 SENTENCES = (
     "The grass by the river is green.", "A train leaves at noon.", "The baker opens early on Mondays.",
     "Nobody has counted the stairs of the tower.", "It rained until the evening.", "The letter was never sent.",
-)  # fmt: skip
+)
 
 
 def needle(tokenizer: Any, tokens: int, seed: int) -> dict[str, str]:

@@ -94,7 +94,7 @@ class AsymmetricIndex:
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
         "_prepared_router", "_session", "_token", "_trained", "backend_name", "device",
-    )  # fmt: skip
+    )
 
     def __init__(
         self, d: int, nlist: int = 256, num_heads: int = 1, num_kv_heads: int | None = None, *, d_v: int | None = None,
@@ -103,7 +103,7 @@ class AsymmetricIndex:
         scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 32768,
         target_mass: float | None = None, budget_shares: Any = None, mean_run_tokens: int = 0, tail: float = 0.0,
         backend: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
         params = SearchParametersIVF(
             nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
@@ -187,7 +187,7 @@ class AsymmetricIndex:
     def add(
         self, keys: Any, values: Any, *, lengths: Sequence[int] | None = None, coarse_keys: Any = None, seal: bool = True,
         seq_len: int | Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Append tokens: a prompt, or one per sequence while decoding. Their ids are their positions.
 
         Parameters
@@ -223,7 +223,7 @@ class AsymmetricIndex:
     def add_preassigned(
         self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None,
         seq_len: int | Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`add` with the list numbers given: int32 or int64 (b, h, n), in [0, nlist). Needs no trained quantizer."""
         self._refuse_capture("add_preassigned")
         keys, values, counts = self._arguments.tokens(keys, values, lengths, self.lengths)
@@ -280,7 +280,7 @@ class AsymmetricIndex:
     def _append(
         self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None, seal: bool = True,
         rotated: list[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         lists = self._lists
         same_batch = lists is not None and lists.batch == keys.shape[0]
         if lists is not None and same_batch and list_nos is None and keys.shape[2] and lists.only_grows(counts, seal):
@@ -745,7 +745,7 @@ class AsymmetricIndex:
     def _make_lists(
         self, lists: SegmentedInvertedLists, keys: Tensor | None = None, counts: Sequence[int] | None = None,
         rotated: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """With a tower, if adding counts[i] of keys : storage dtype (b, h, n, d) seals the first tokens: lists of these very
         sequences, before any token is in one. The calibration stays, for it was measured on lists of their kind.
 

@@ -98,7 +98,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "lengths": index.lengths,
         **({"gaps": [], "rotated": []} if lists is None else stretches(lists)),
         "pending": lists is not None and lists.pending is not None,
-    }  # fmt: skip
+    }
     tensors: dict[str, Tensor] = {}
     if index.key_quantizer is not None:
         tensors["centroids"] = index.key_quantizer.centroids
@@ -106,15 +106,15 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         router = index.query_router
         config["router"] = {
             "units": router.weights.hidden.shape[1], "outputs": router.weights.bias_out.shape[1], "first_knot": router.first_knot,
-            "count_lists": router.count_lists, "list_dims": 0 if router.weights.lists is None else router.weights.leading,
-        }  # fmt: skip
+            "count_lists": router.size_weighted, "list_dims": 0 if router.weights.lists is None else router.weights.leading,
+        }
         # cloned, for those of a symmetric router are the centroids, and a file shares no memory
         tensors.update({f"router.{name}": x.clone() for name, x in router.tensors().items()})
     if index.tower is not None:
         config["tower"] = {"units": index.tower.weights.hidden.shape[1], "outputs": index.tower.weights.bias_out.shape[1]}
         tensors.update({f"tower.{name}": x for name, x in index.tower.tensors().items()})
     if index.calibration is not None:
-        tensors["calibration"] = index.calibration.miss
+        tensors["calibration"] = index.calibration.unread_mass
     if lists is not None:
         tensors |= pack_lists(lists)
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config

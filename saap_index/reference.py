@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 def attend(
     queries: Array, keys: Array, values: Array, scale: float, visible: NDArray[np.bool_] | None = None,
     counts: Array | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """Softmax attention of queries (j, d) over keys (n, d), values (n, e); visible : bool (j, n) hides pairs.
 
     counts (n,) : the tokens that each key stands for (a run read through its means), default 1 each.
@@ -115,7 +115,7 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
     """
     blocks = max(0, (length - sinks - window) // block)
     sealed_at = window + blocks * block
-    found, i = [], 0
+    spans, i = [], 0
     while i < blocks:
         size = 1
         while True:
@@ -124,15 +124,15 @@ def segments(length: int, sinks: int, window: int, block: int, max_segment: int,
             if i % bigger or i + bigger > blocks or bigger * block > min(max_segment, sealed_at - stop):
                 break
             size = bigger
-        found.append((sinks + i * block, sinks + (i + size) * block))
+        spans.append((sinks + i * block, sinks + (i + size) * block))
         i += size
-    return found
+    return spans
 
 
 def route(
     x: Array, hidden: Array, bias_hidden: Array, out: Array, skip: Array, bias_out: Array, nlist: int,
     lists: Array | None = None, list_scales: Array | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
+) -> tuple[Array, Array]:
     """The router: x (j, d) -> z (j, l), log mass per token of each list, and a (j, m + 1), the distance term at m knots and c.
 
     lists (l, k), list_scales (k,): the first k outputs, scaled, are compared with the lists instead of being z.
@@ -145,64 +145,65 @@ def route(
     return (y[:, :k] * list_scales) @ lists.T, y[:, k:]
 
 
-def run_weights(z: Array, a: Array, knots: Array, tables: Ints, count_lists: bool) -> Array:
+def run_weights(z: Array, a: Array, knots: Array, tables: Ints, size_weighted: bool) -> Array:
     """Predicted attention per token of every run, summed over the group: (s, l). knots (s,), tables (s, l + 1)."""
     num_segments, nlist = tables.shape[0], z.shape[1]
     bend = np.zeros((z.shape[0], num_segments))
-    if a.shape[1] > 1 and count_lists:
+    if a.shape[1] > 1 and size_weighted:
         last = a.shape[1] - 2
         for s, knot in enumerate(knots):
             low = min(int(knot), last)
             bend[:, s] = (1 - (knot - low)) * a[:, low] + (knot - low) * a[:, min(low + 1, last)]
-    shares = head_shares(a, count_lists)
+    shares = head_shares(a, size_weighted)
     sizes = np.diff(tables, axis=1)
     weights = np.zeros((num_segments, nlist))
     for z_j, bend_j, share in zip(z, bend, shares, strict=True):
         scores = bend_j[:, None] + z_j[None, :]
-        top = scores.max(initial=-np.inf) if count_lists else z_j.max(initial=-np.inf)
+        top = scores.max(initial=-np.inf) if size_weighted else z_j.max(initial=-np.inf)
         mass = np.exp(scores - (top if np.isfinite(top) else 0.0))
-        total = (sizes * mass).sum() if count_lists else np.exp(z_j - (top if np.isfinite(top) else 0.0)).sum()
+        total = (sizes * mass).sum() if size_weighted else np.exp(z_j - (top if np.isfinite(top) else 0.0)).sum()
         weights += share * mass / total if total > 0 else 0.0
     return weights
 
 
-def head_shares(a: Array, count_lists: bool) -> Array:
+def head_shares(a: Array, size_weighted: bool) -> Array:
     """How much each query vector counts in the sum over the group: its predicted attention outside sinks and window, (j,)."""
-    return 1.0 / (1.0 + np.exp(-a[:, -1])) if a.shape[1] and count_lists else np.ones(a.shape[0])
+    return 1.0 / (1.0 + np.exp(-a[:, -1])) if a.shape[1] and size_weighted else np.ones(a.shape[0])
 
 
-def list_weights(z: Array, a: Array, sizes: Ints, count_lists: bool) -> Array:
+def list_weights(z: Array, a: Array, sizes: Ints, size_weighted: bool) -> Array:
     """Predicted attention per token of every list without distance, summed over the group: (l,). sizes (l,)."""
     weights = np.zeros(z.shape[1])
-    for z_j, share in zip(z, head_shares(a, count_lists), strict=True):
+    for z_j, share in zip(z, head_shares(a, size_weighted), strict=True):
         top = z_j.max()
         mass = np.exp(z_j - (top if np.isfinite(top) else 0.0))
-        total = (sizes * mass).sum() if count_lists else mass.sum()
+        total = (sizes * mass).sum() if size_weighted else mass.sum()
         weights += share * mass / total if total > 0 else 0.0
     return weights
 
 
 def probe(
-    z: Array, a: Array, knots: Array, tables: Ints, budget: int, nprobe: int, count_lists: bool, miss: float | None = None
+    z: Array, a: Array, knots: Array, tables: Ints, budget: int, nprobe: int, size_weighted: bool,
+    unread_mass: float | None = None,
 ) -> Ints:
     """The rows to read, ascending: best runs first until the budget is spent; the last run is cut, newest tokens kept.
 
-    miss : stop also before a run if the runs left, this one included, hold at most that much attention per query vector.
+    unread_mass : stop also before a run if the runs left, this one included, hold at most that much attention per query vector.
     nprobe > 0 takes instead the nprobe best lists, every segment of each: SAAP as published.
     """
     num_segments, nlist = tables.shape[0], z.shape[1]
     newest_first = [s for s in range(num_segments - 1, -1, -1)]
     if nprobe:
-        weights = list_weights(z, a, np.diff(tables, axis=1).sum(axis=0), count_lists)
+        weights = list_weights(z, a, np.diff(tables, axis=1).sum(axis=0), size_weighted)
         chosen = sorted(range(nlist), key=lambda l: (-weights[l], l))[:nprobe]
         runs = [(s, l) for l in chosen for s in newest_first]
     else:
-        per_run = run_weights(z, a, knots, tables, count_lists)
+        per_run = run_weights(z, a, knots, tables, size_weighted)
         runs = sorted(((s, l) for s in newest_first for l in range(nlist)), key=lambda r: (-per_run[r], -r[0], r[1]))
-        if miss is not None:
+        if unread_mass is not None:
             mass = np.diff(tables, axis=1) * per_run
             left = np.cumsum([mass[r] for r in reversed(runs)])[::-1]
-            runs = [run for run, unread in zip(runs, left, strict=True) if unread > miss * z.shape[0]]
+            runs = [run for run, unread in zip(runs, left, strict=True) if unread > unread_mass * z.shape[0]]
     rows: list[int] = []
     for s, l in runs:
         run = range(tables[s, l], tables[s, l + 1])
@@ -210,7 +211,7 @@ def probe(
     return np.array(sorted(rows), dtype=np.int64)
 
 
-def tail(z: Array, a: Array, knots: Array, tables: Ints, rows: Ints, entries: int, means: int) -> Ints:
+def tail(z: Array, a: Array, knots: Array, tables: Ints, rows: Ints, mean_entries: int, means: int) -> Ints:
     """Numbers s * l + list, ascending, of the runs to read through their means: of the first ``means`` segments and without a
     row in ``rows``, those of most predicted attention (ties: newer segment, then lower list)."""
     nlist = z.shape[1]
@@ -218,5 +219,5 @@ def tail(z: Array, a: Array, knots: Array, tables: Ints, rows: Ints, entries: in
     mass = sizes * run_weights(z, a, knots, tables, True)
     taken = np.diff(np.searchsorted(rows, tables), axis=1)
     unread = [(s, l) for s in range(means) for l in range(nlist) if sizes[s, l] and not taken[s, l]]
-    best = sorted(unread, key=lambda r: (-mass[r], -r[0], r[1]))[:entries]
+    best = sorted(unread, key=lambda r: (-mass[r], -r[0], r[1]))[:mean_entries]
     return np.array(sorted(s * nlist + l for s, l in best), dtype=np.int64)

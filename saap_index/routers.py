@@ -192,9 +192,9 @@ def pack_layer(layer: TrainedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     facts = {
         "rope": None if layer.rope is None else layer.rope.to_dict(),
         "model_rope": None if layer.model_rope is None else layer.model_rope.to_dict(), "scale": layer.scale,
-        "first_knot": layer.router.first_knot, "count_lists": layer.router.count_lists,
+        "first_knot": layer.router.first_knot, "count_lists": layer.router.size_weighted,
         "two_tower": layer.tower is not None,
-    }  # fmt: skip
+    }
     if layer.tower is None:
         arrays, weights = {"centroids": layer.quantizer.centroids}, layer.router.tensors()
     else:
@@ -204,7 +204,7 @@ def pack_layer(layer: TrainedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
             arrays["shared_lists"] = _narrow(layer.shared_lists.centroids)
     arrays |= {f"router.{name}": _narrow(x) for name, x in weights.items()}
     if layer.calibration is not None:
-        arrays["calibration"] = layer.calibration.miss
+        arrays["calibration"] = layer.calibration.unread_mass
     for name in ("budget_shares", "losses"):
         value = getattr(layer, name)
         if value is not None:
@@ -224,7 +224,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < float(scale) < math.inf:
         raise FormatError(f"scale: expected a positive finite number, got {scale!r}")
     if not isinstance(own, bool) or not isinstance(facts["count_lists"], bool):
-        raise FormatError(f"two_tower, count_lists: expected booleans, got {own!r} and {facts['count_lists']!r}")
+        raise FormatError(f"two_tower, count_lists: expected booleans, got {own!r} and {facts['size_weighted']!r}")
     tower = None
     if own:
         tower = TwoTower(RouterWeights.of(arrays, d, "router.").map(_wide), first_knot)
@@ -238,8 +238,8 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
         router = QueryRouter(RouterWeights.of(arrays, quantizer.nlist, "router.").map(_wide), first_knot, facts["count_lists"])
     router.check_heads(*(quantizer.centroids.shape[i] for i in (0, 2, 1)))
     calibration = Calibration(arrays["calibration"]) if "calibration" in arrays else None
-    if calibration is not None and len(calibration.miss) != heads:
-        raise FormatError(f"calibration: expected {heads} KV heads, got {len(calibration.miss)}")
+    if calibration is not None and len(calibration.unread_mass) != heads:
+        raise FormatError(f"calibration: expected {heads} KV heads, got {len(calibration.unread_mass)}")
     shares, losses = (arrays[name].numpy() if name in arrays else None for name in ("budget_shares", "losses"))
     if shares is not None:
         shares = checks.shares(shares, "budget_shares", heads)

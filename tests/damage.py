@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 NASTY = (
     None, True, False, -1, 0, 1, 3, 1.5, -0.5, 2**31, 2**63, 5 * 10**7, 10**400, "", "x", "0", "1e999", [], {}, [None], [-1],
     [[]], {"a": {}}, ["x", "y"], [2**40], [1.5, 2],
-)  # fmt: skip
+)
 RAW = ("1e999", "-1e999", "NaN", "Infinity", "[" * 50_000 + "]" * 50_000, "1" * 6000, '"\ud800"', "\x00", "")
 """What a value is replaced by in the text: numbers beyond a float, nesting beyond a stack, bytes that are no UTF-8."""
 
@@ -94,4 +94,4 @@ def damaged_bytes(draw: st.DrawFn, whole: bytes, header: int) -> bytes:
     return {
         "over": whole[:at] + noise + whole[at + len(noise) :], "out": whole[:at] + whole[at + len(noise) :],
         "in": whole[:at] + noise + whole[at:], "cut": whole[:at],
-    }[how]  # fmt: skip
+    }[how]

@@ -93,7 +93,7 @@ def captured_step(place: Place, index: AsymmetricIndex, n: int = 1, q: int = 1, 
     """A step of n tokens in a graph: its replay, the tensors to fill with keys, values and queries, the output."""
     b, h, hq = len(index.lengths), index.num_kv_heads, index.num_heads
     k, v, x = (torch.zeros(s, dtype=index.dtype, device=place.device) for s in
-               ((b, h, n, index.d), (b, h, n, index.d_v), (b, hq, q, index.d)))  # fmt: skip
+               ((b, h, n, index.d), (b, h, n, index.d_v), (b, hq, q, index.d)))
     index.search_attend(x, **search)  # once before: memory and kernels
     result: list[Any] = []
 

@@ -14,7 +14,7 @@ SMALL = {"sinks": 2, "window": 8, "seal_tokens": 4, "max_segment": 64, "break_ev
 
 
 def random_router(
-    heads: int, nlist: int, d: int, knots: int = 3, units: int = 5, seed: int = 0, count_lists: bool = True
+    heads: int, nlist: int, d: int, knots: int = 3, units: int = 5, seed: int = 0, size_weighted: bool = True
 ) -> QueryRouter:
     """Random weights; knots = -1 for a router of lists alone."""
     g = torch.Generator().manual_seed(seed)
@@ -22,7 +22,7 @@ def random_router(
     shapes = ((heads, units, d), (heads, units), (heads, outputs, units), (heads, outputs, d), (heads, outputs))
     hidden, bias_hidden, out, skip, bias_out = (torch.randn(s, generator=g) * 0.5 for s in shapes)
     weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, nlist)
-    return QueryRouter(weights, first_knot=1, count_lists=count_lists)
+    return QueryRouter(weights, first_knot=1, size_weighted=size_weighted)
 
 
 def small_index(
@@ -43,7 +43,7 @@ def tokens(b: int, heads: int, n: int, d: int, dtype: torch.dtype = torch.float3
 def dense(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, hidden: np.ndarray | None = None,
     stand_for: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:
     """Float64 attention of queries (g, q, d) over the keys (n, d), values (n, e) of one KV head; hidden : bool (q, n);
     stand_for : (n,) tokens that a key stands for, default 1."""
     g, q, d = queries.shape

@@ -21,13 +21,13 @@ SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 16384, "bos_token_id": 1, "eos_token_id": None,
     "pad_token_id": 0, "initializer_range": 0.3,
-}  # fmt: skip
+}
 MIXED = {"num_hidden_layers": 4, "sliding_window": 48, "layer_types": ["sliding_attention", "full_attention"] * 2}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-}  # fmt: skip
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

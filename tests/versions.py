@@ -27,11 +27,11 @@ PLACE = ROOT / ".versions"
 RELEASES = (
     "5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.4.0", "5.5.4", "5.6.2", "5.7.0", "5.8.1", "5.9.0", "5.10.4", "5.11.0", "5.12.1",
     "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2", "5.23.0", "5.24.0",
-)  # fmt: skip
+)
 """Of transformers, one of each minor version that is supported."""
 
-OF_A_RELEASE = ("tests/test_hf_generate.py", "tests/test_hf_versions.py")
-OF_THE_OLDEST = (*OF_A_RELEASE, "tests/test_hf_cache.py")
+OF_A_RELEASE = ("tests/hf/test_hf_generate.py", "tests/hf/test_hf_versions.py")
+OF_THE_OLDEST = (*OF_A_RELEASE, "tests/hf/test_hf_cache.py")
 
 EXTRAS = ("cpu", "train", "demo", "test")
 """What `make setup` installs."""

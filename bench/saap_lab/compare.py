@@ -336,7 +336,7 @@ def run(options: argparse.Namespace) -> int:
     task = Task(
         loaded.model, loaded.tokenizer, loaded.name, sequences, options.training, methods, settings, needles,
         batch=options.batch, routers=routers,
-    )  # fmt: skip
+    )
     return finish(task, options.out)
 
 

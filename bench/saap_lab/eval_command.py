@@ -47,7 +47,7 @@ def router_task(
     model: Any, tokenizer: Any, identity: str, methods: TrainedMethods, sequences: Sequence[TokenSequence], *,
     tasks: Sequence[str] = TASKS, layers: Sequence[int] | None = None, continuation: int = 256, queries: int = 32,
     lengths: Sequence[int] = (), depths: Sequence[float] = (0.1, 0.5, 0.9), filler: str = "",
-) -> Task:  # fmt: skip
+) -> Task:
     """`saap eval` as a task of the comparison.
 
     identity : tells models and routers apart
@@ -75,14 +75,14 @@ def router_task(
         shares=methods.shares(), layers=wanted if "layers" in tasks else (), span=continuation,
         step=max(1, continuation // queries), decoded=continuation if "end" in tasks else 0, sinks=layout.sinks,
         window=layout.window, replaced=indexed, together=True,
-    )  # fmt: skip
+    )
     haystacks = [x for n in lengths for x in _haystacks(tokenizer, filler, n, depths)] if "needles" in tasks else []
     return Task(model, tokenizer, identity, sequences, 0, methods, settings, haystacks, reports=compare.ROUTERS)
 
 
 def check_flags(
     methods: TrainedMethods, tasks: Sequence[str], layers: Sequence[int] | None, depths: Sequence[float]
-) -> None:  # fmt: skip
+) -> None:
     """ParameterError for what cannot be measured with these methods, before a model or a text is read."""
     flags.check_names("tasks", tasks, TASKS)
     flags.check_shares("budgets", methods.budgets)
@@ -171,7 +171,7 @@ def run(options: argparse.Namespace) -> int:
         model, tokenizer, identity + (f" {options.nlist}" if options.nlist else ""), methods, sequences, tasks=tasks,
         layers=layers, continuation=options.continuation, queries=options.queries, lengths=lengths, depths=depths,
         filler=compare.filler(documents, 6 * options.length),
-    )  # fmt: skip
+    )
     return compare.finish(task, options.out)
 
 

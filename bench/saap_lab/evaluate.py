@@ -93,7 +93,7 @@ class Records:
 def evaluate_text(
     model: Any, rope: Rope | None, name: str, tokens: Sequence[int], methods_at: MethodsAt, settings: Settings, records: Records,
     progress: Callable[[str], None] = lambda line: None,
-) -> None:  # fmt: skip
+) -> None:
     """Measure one sequence; records are called ``layer/<name>/<layer>/<method>/<share>`` and ``text/<name>/<method>/<share>``."""
     n, last = len(tokens), settings.decoded
     shares = settings.decode_shares or settings.shares
@@ -155,7 +155,7 @@ def _text(model: Any, prompt: Prompt, method: Method, settings: Settings) -> dic
 def evaluate_needles(
     model: Any, tokenizer: Any, rope: Rope | None, needles: Mapping[str, Needle], methods_at: MethodsAt, shares: Iterable[float],
     records: Records, progress: Callable[[str], None] = lambda line: None, replaced: tuple[int, ...] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Ask for needles of one document, which is read once; keys ``needle/<name>/<method>/<share>``, the answer and whether it
     was right. needles : by name; replaced : as in `Settings`."""
     wanted = [(method, share) for share in shares for method in methods_at(share)]

@@ -99,7 +99,7 @@ class Indexes:
             index.d, nlist, index.num_heads, index.num_kv_heads, d_v=index.d_v, rope=index.rope, scale=index.scale,
             window=index.layout.window, sinks=index.layout.sinks, break_even=0, seal_tokens=block,
             budget_shares=index.budget_shares, **budget,
-        )  # fmt: skip
+        )
         fitted.key_quantizer = KeyQuantizer(centroids[:, :nlist].contiguous())  # a prompt's own replace the first ones
         if tower is None:
             fitted.query_router = index.query_router

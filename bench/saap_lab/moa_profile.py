@@ -271,7 +271,7 @@ class Profile:
 def profile(
     model: Any, sequences: Sequence[Sequence[int]], rules: Sequence[Rule] = (), first: int = 0,
     progress: Callable[[str], None] = lambda line: None,
-) -> Profile:  # fmt: skip
+) -> Profile:
     """Profile a model over calibration sequences (token numbers); the loss is that of the tokens after ``first`` of each.
 
     Memory: see `gradients`, and one layer's attention, a few rows at a time: 2 GB at 8192 tokens of a model of 135M weights.

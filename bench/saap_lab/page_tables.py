@@ -28,7 +28,7 @@ NOTES = {
 _HEAD = (
     "K, V kB", "tables kB", "weights kB", "in all kB", "of dense", "alone", "captured %", "error", "KL", "same 1st",
     "ppl ×", "needles", "ms",
-)  # fmt: skip
+)
 
 Key = tuple[str, float]
 """(method, share)"""
@@ -90,7 +90,7 @@ def charged(row: LayerRow, batch: int) -> float:
 def budgets(
     records: Mapping[str, Any], rows: Sequence[LayerRow], texts: Sequence[TextRow], methods: Sequence[str],
     kinds: Mapping[str, str], colours: Mapping[str, str], batch: int,
-) -> list[Section]:  # fmt: skip
+) -> list[Section]:
     """A table per budget."""
     by, text, needles = {(r.method, r.share): r for r in rows}, {(t.method, t.share): t for t in texts}, needle_rows(records)
     times, sections = _times(records), []
@@ -118,7 +118,7 @@ def budgets(
 def _cells(
     by: Mapping[Key, LayerRow], text: Mapping[Key, TextRow], needles: Mapping[Key, tuple[int, int]], times: Mapping[Key, float],
     key: Key, batch: int,
-) -> list[Cell]:  # fmt: skip
+) -> list[Cell]:
     r, t, right, dense = by.get(key), text.get(key), needles.get(key), by.get(("dense", key[1]))
     cells: list[Cell] = ["–"] * len(_HEAD)
     if r:
@@ -221,7 +221,7 @@ def _verdict(mass: Mapping[Key, Mapping[str, float]], kinds: Mapping[str, str], 
             against = {
                 m: _difference(mass[ours, share], mass[m, share])
                 for m in kinds if m not in (*OURS, *ORACLES) and (m, share) in mass
-            }  # fmt: skip
+            }
             behind = [f"{m} ({_points((-d[0], d[1]))})" for m, d in against.items() if d[0] <= 0]
             ahead = len(against) - len(behind)
             of = f"{ahead} of the {len(against)} methods that can be deployed"

@@ -7,7 +7,7 @@ COLOURS = {
     "scfa": "#45a5c4", "scfa-centred": "#1f8a9c", "scfa-drop": "#7d5ba6", "corm": "#8e5bc9", "sparsek": "#c06ad6",
     "moa": "#2d936c", "eigen": "#a67c00", "quest": "#78828d", "ivf": "#6d8f3c", "random": "#98a1a9", "recent": "#7f8c8d",
     "topk": "#7788a0", "dense": "#7788a0",
-}  # fmt: skip
+}
 """Legible on white and on dark."""
 
 ORACLE, WINDOW = "topk_group", "recent"
@@ -19,7 +19,7 @@ OURS = ("saap", "saap-own")
 MARKERS = {
     "query-adaptive index": "circle", "eviction": "square", "static pattern": "triangle", "compression": "diamond",
     "yardstick": "ring",
-}  # fmt: skip
+}
 """By group of methods."""
 
 _SPARE = ("#d81b60", "#00897b", "#5e35b1", "#7cb342")

@@ -21,7 +21,7 @@ _STYLE: Any = {
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": "#67717e", "ytick.color": "#67717e", "axes.grid": True,
     "axes.grid.which": "both", "grid.color": "#eeece6", "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "legend.fontsize": 9, "savefig.dpi": 130,
-}  # fmt: skip
+}
 
 Points = Sequence[tuple[float, float]]
 
@@ -48,7 +48,7 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, floa
 def curves(
     path: Path, points: Mapping[str, Points], x_label: str, y_label: str, *, title: str = "", log: str = "x",
     labels: Mapping[str, str] | None = None, kinds: Mapping[str, str] | None = None, limits: tuple[float, float] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """One curve per method, in order of x.
 
     points : (x, y) by method
@@ -66,7 +66,7 @@ def curves(
                 *zip(*sorted(each), strict=True), style, color=palette.colour(method, INK, number), marker=_MARKERS[shape],
                 markerfacecolor="white" if shape == "ring" else None, markersize=5, label=(labels or {}).get(method, method),
                 linewidth=2.6 if method in palette.OURS else 1.4, zorder=3 if method in palette.OURS else 2,
-            )  # fmt: skip
+            )
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
         for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
             if name in log:

@@ -47,7 +47,7 @@ def exact_layer(prompt: Prompt, at: int, sinks: int = 4, window: int = 128) -> E
 def layer_quality(
     method: Method, prompt: Prompt, number: int, sinks: int = 4, window: int = 128, exact: Exact | None = None,
     together: bool = False,
-) -> LayerQuality:  # fmt: skip
+) -> LayerQuality:
     """Replay the kept queries of one layer of a prompt, each over exactly the tokens before it. What precedes the first of them
     comes at once, as a prompt does. exact : if known already; together : see `steps.replay`."""
     at = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)

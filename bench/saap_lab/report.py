@@ -135,7 +135,7 @@ def masses(records: Records) -> dict[str, dict[str, float]]:
         rows[method] = {
             "target": target, "mean": spread(means)[0], "heads_reaching": sum(x >= target for x in means) / len(means),
             "least": min(means), "tokens": spread(tokens[method])[0], "heads": len(means),
-        }  # fmt: skip
+        }
     return rows
 
 
@@ -249,7 +249,7 @@ def _each_layer_tables(rows: Mapping[int, list[LayerRow]]) -> list[str]:
         lines += [
             "", f"layer by layer at {share:.1%}: mass captured %, output error, kB of K, V and tables",
             f"{'layer':>6}" + "".join(f"{method:>26}" for method in methods),
-        ]  # fmt: skip
+        ]
         for layer, each in by_method.items():
             cells = [_layer_cell(each[method]) if method in each else "" for method in methods]
             lines.append(f"{layer:6}" + "".join(f"{cell:>26}" for cell in cells))

@@ -44,7 +44,7 @@ class Saap(Method):
     def __init__(
         self, name: str, indexes: Mapping[int, AsymmetricIndex], share: float | None, params: SearchParametersIVF | None = None,
         prefilled: Prefilled | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.indexes, self.share, self.params, self.prefilled = name, indexes, share, params, prefilled
 
     def start(self, layer: Layer, tokens: int) -> State:

@@ -30,7 +30,7 @@ _Choose = Callable[..., Tensor]
 def replay(
     state: State, keys: Tensor, values: Tensor, queries: Tensor, at: Tensor, together: bool = False, show: Show | None = None,
     chosen: bool = True,
-) -> list[Attended]:  # fmt: skip
+) -> list[Attended]:
     """Append tokens in order, and attend with query j when token at[j] is the newest.
 
     keys : float32 (h, m, d), values : (h, m, e), all the new tokens; queries : (h, g, q, d); at : int64 (q,), ascending, in
@@ -154,5 +154,5 @@ def _by_list(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: Te
 
 _SCORES: dict[str, Callable[[_SelectedState, Tensor, Tensor, Tensor], Tensor]] = {
     "topk_group": _by_mass, "recent": _by_age, "random": _by_chance, "ivf": _by_list,
-}  # fmt: skip
+}
 _SEVERAL: dict[type[_DenseState], _Choose] = {_TopKState: _best, _SelectedState: _selected, _DenseState: _all}

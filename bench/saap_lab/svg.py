@@ -33,7 +33,7 @@ class Curve:
 _CORNERS: dict[str, Points] = {
     "square": [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)], "triangle": [(0.0, -1.3), (1.2, 0.9), (-1.2, 0.9)],
     "diamond": [(0.0, -1.4), (1.4, 0.0), (0.0, 1.4), (-1.4, 0.0)],
-}  # fmt: skip
+}
 MARKERS = {"circle": "●", "square": "■", "triangle": "▲", "diamond": "◆", "ring": "○"}
 """Shapes of points, and how a text shows them."""
 

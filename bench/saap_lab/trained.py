@@ -115,4 +115,4 @@ class TrainedMethods:
 
 def publishable(routers: Routers) -> bool:
     """Whether the routers are the published classifier's, of lists and not of tokens."""
-    return all(layer.tower is None and not layer.router.count_lists for layer in routers.layers.values())
+    return all(layer.tower is None and not layer.router.size_weighted for layer in routers.layers.values())

@@ -131,7 +131,7 @@ class _SelectedState(_DenseState):
         return Attended(
             attend_over(cache, queries, chosen), read, read * layer.heads * layer.token_bytes,
             other.get(m.name, 0.0) * layer.heads, chosen=chosen,
-        )  # fmt: skip
+        )
 
 
 def _between(length: int, sinks: int, window: int) -> tuple[int, int]:

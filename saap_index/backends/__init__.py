@@ -18,7 +18,7 @@ from .weights import NETWORK, RouterWeights
 __all__ = [
     "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Placement", "Plan", "Rotation", "RouterWeights", "Routing",
     "SegmentChange", "Session", "Tail", "get_backend", "get_paged", "register_backend",
-]  # fmt: skip
+]
 
 Factory = Callable[[torch.device], Backend]
 
@@ -35,10 +35,10 @@ def _cuda(device: torch.device) -> Backend:
 
     if device.type != "cuda":
         raise DeviceError(f"backend: 'cuda' expects device 'cuda', got {str(device)!r}")
-    found = runtime(device)
-    if found not in _CUDA:
-        _CUDA[found] = CudaBackend(torch.device("cuda", found.device.index), found)
-    return _CUDA[found]
+    on_device = runtime(device)
+    if on_device not in _CUDA:
+        _CUDA[on_device] = CudaBackend(torch.device("cuda", on_device.device.index), on_device)
+    return _CUDA[on_device]
 
 
 _CUDA: dict[Any, Backend] = {}

@@ -165,12 +165,12 @@ def places_of(module: Any, tables: Tensor, num_segments: Sequence[int], budget: 
             f"expected 1 to 65535 lists, up to 65535 segments and nprobe >= 0, got {lists}, {segments}, {budget.nprobe}"
         )
     used, budgets_at = list(num_segments), plain("budget.rows", budget.rows, I32, (b, h))
-    miss_at = 0 if budget.miss is None else plain("budget.miss", budget.miss, F32, (h,))
+    miss_at = 0 if budget.unread_mass is None else plain("budget.miss", budget.unread_mass, F32, (h,))
     bound = module.probe_bound(tables_at, b, h, lists, segments, used, budgets_at)
     entries_at, tail_bound, means = 0, 0, list(budget.means)
-    if budget.entries is not None:
+    if budget.mean_entries is not None:
         if len(means) != b or not all(0 <= x <= s for x, s in zip(means, used, strict=True)):
             raise LengthError(f"budget.means: expected {b} numbers up to those of the segments, {used}, got {means}")
-        entries_at = plain("budget.entries", budget.entries, I32, (b, h))
-        tail_bound = max(0, min(max(means, default=0) * lists, int(budget.entries.max())))
+        entries_at = plain("budget.entries", budget.mean_entries, I32, (b, h))
+        tail_bound = max(0, min(max(means, default=0) * lists, int(budget.mean_entries.max())))
     return Places(tables_at, used, budgets_at, miss_at, entries_at, means, bound, tail_bound)

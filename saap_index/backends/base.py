@@ -165,7 +165,7 @@ class Backend(ABC):
         tables: Tensor,
         num_segments: Sequence[int],
         budget: Budget,
-        count_lists: bool,
+        size_weighted: bool,
     ) -> Probed:
         """From scores to the rows to read: one selection per (sequence, KV head).
 
@@ -174,17 +174,17 @@ class Backend(ABC):
         tables : int32 (b, h, S, l + 1), the first num_segments[i] <= S of sequence i are valid. n_ls = run length.
 
         A run's weight is w_ls = sum_j sigmoid(c_j) exp(z_jl + a_js) / Z_j with Z_j = sum_ls n_ls exp(z_jl + a_js): the sum, over
-        the group, of the predicted attention probability of one of its tokens. Without c the factor is 1. (count_lists False:
+        the group, of the predicted attention probability of one of its tokens. Without c the factor is 1. (size_weighted False:
         w_ls = sum_j exp(z_jl) / sum_l exp(z_jl), the published classifier; a is not used.) Its mass is n_ls w_ls.
 
         nprobe 0: nonempty runs by falling weight (ties: newer segment, then lower list) until budget.rows are taken. With
-        ``miss``: or, checked before each run, until the masses of the runs not taken sum to at most miss[h] * j.
+        ``unread_mass``: or, checked before each run, until the masses of the runs not taken sum to at most unread_mass[h] * j.
         nprobe p: the p lists of largest w_l, which is w_ls with a_js = 0 (ties: lower list), every segment of each (newest
         first), until budget.rows are taken.
         Of the run that exceeds the budget the last rows (its newest tokens) are taken.
 
-        ``entries``: of the nonempty runs in segments [0, means[i]) of which no row is taken, those of largest mass (ties: newer
-        segment, then lower list).
+        ``mean_entries``: of the nonempty runs in segments [0, means[i]) of which no row is read, those of largest mass (ties:
+        newer segment, then lower list).
         """
 
     @abstractmethod
@@ -216,7 +216,7 @@ class Backend(ABC):
     def best(
         self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
         sealed: Sequence[int], lengths: Sequence[int], k: int,
-    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    ) -> tuple[Tensor, Tensor] | None:
         """The k largest inner products of every query with the keys of its own rows, in float32, and these rows; None for a
         backend without, in whose place `attend.best_of` multiplies with torch.
 
@@ -273,8 +273,8 @@ class Session:
         """Get ready for searches within this budget, here and in `publish` on the host, by a plan that is new, or up to date."""
         device = self._published.arena.keys.device
         if device.type != "cpu":
-            entries = None if budget.entries is None else budget.entries.to(device)
-            budget = replace(budget, rows=budget.rows.to(device), entries=entries)
+            mean_entries = None if budget.mean_entries is None else budget.mean_entries.to(device)
+            budget = replace(budget, rows=budget.rows.to(device), mean_entries=mean_entries)
         plan.budget, plan.packed = budget, None
 
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], check: bool = False) -> None:
@@ -307,7 +307,7 @@ class Session:
             cos, sin = rotation.cos.repeat_interleave(q, 0), rotation.sin.repeat_interleave(q, 0)
             rotation = Rotation(cos, sin, rotation.interleaved, rotation.scale)
         queries = queries.permute(0, 3, 1, 2, 4).reshape(b * q, h, g, 1, d).contiguous()
-        budget = Budget(budget.rows.repeat_interleave(q, 0), budget.nprobe, budget.miss)
+        budget = Budget(budget.rows.repeat_interleave(q, 0), budget.nprobe, budget.unread_mass)
         return self._route_and_probe(queries, rotation, routing, budget, ends, q)
 
     def _route_and_probe(
@@ -323,7 +323,7 @@ class Session:
             knots, tables = knots.repeat_interleave(times, 0), tables.repeat_interleave(times, 0)
             used = [number for number in used for _ in range(times)]
         knots = knots if z.is_cpu else knots.to(z.device)
-        return self.backend.probe(z, a, knots, tables, used, budget, routing.count_lists)
+        return self.backend.probe(z, a, knots, tables, used, budget, routing.size_weighted)
 
     def run(self, queries: Tensor, routing: Routing, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Probed | None]:
         """`select` and the causal `Backend.scan` over it, with nothing in between; over every row where the plan is dense.

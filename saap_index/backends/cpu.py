@@ -187,7 +187,7 @@ class CpuBackend(Backend):
         tables: Tensor,
         num_segments: Sequence[int],
         budget: Budget,
-        count_lists: bool,
+        size_weighted: bool,
     ) -> Probed:
         b, h, j, lists = z.shape
         m, segments = a.shape[3], tables.shape[2]
@@ -207,7 +207,7 @@ class CpuBackend(Backend):
             lists,
             m,
             segments,
-            count_lists,
+            size_weighted,
             budget.nprobe,
             places.used,
             places.budgets_at,
@@ -277,7 +277,7 @@ class CpuBackend(Backend):
     def best(
         self, queries: Tensor, arena_keys: Tensor, rows: Tensor | None, counts: Tensor | None, sinks: Sequence[int],
         sealed: Sequence[int], lengths: Sequence[int], k: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         capacity, n = arena_keys.shape[2], b * q
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
@@ -290,7 +290,7 @@ class CpuBackend(Backend):
             raise ShapeError("rows, counts: expected both or neither")
         check_spans(sinks, sealed, lengths, n, capacity)
         scores = torch.empty((b, h, g, q, k), dtype=F32, device="cpu")
-        found = torch.empty((b, h, g, q, k), dtype=torch.int64, device="cpu")
+        rows_of_best = torch.empty((b, h, g, q, k), dtype=torch.int64, device="cpu")
         self._module().best(
             q_at,
             code_of("queries", queries),
@@ -310,9 +310,9 @@ class CpuBackend(Backend):
             list(lengths),
             k,
             scores.data_ptr(),
-            found.data_ptr(),
+            rows_of_best.data_ptr(),
         )
-        return scores, found
+        return scores, rows_of_best
 
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype = out_a.shape, out_a.dtype
@@ -393,10 +393,10 @@ class CpuSession(Session):
             angles_of(routing.rope.before([0], 1), 1, d)
         centres = torch.from_numpy(place.centres)
         handle = self._cpu.make_search(
-            routing.router, routing.first_knot, routing.count_lists, plain("centres", centres, torch.float64, (b, segments)),
+            routing.router, routing.first_knot, routing.size_weighted, plain("centres", centres, torch.float64, (b, segments)),
             b, h, segments, budget.nprobe, places.tables_at, places.used, places.budgets_at, places.miss_at, places.entries_at,
             places.means, plain("keys", arena.keys, dtype, (b, h, capacity, d)),
             plain("values", arena.values, dtype, (b, h, capacity, e)), code_of("keys", arena.keys), capacity, e,
             columns[SINKS], columns[SEALED], scale, *means_at, most,
-        )  # fmt: skip
+        )
         return _Search(routing.router, scale, handle, places, arena, budget)

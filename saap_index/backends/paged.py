@@ -107,12 +107,12 @@ class PagedBatch:
 @dataclass(frozen=True)
 class PagedRouting:
     """How a search chooses. router : as from `Backend.prepare_router`, or None where no sequence has segments; budget : without
-    entries; first_knot, count_lists, rotation : as in `Backend.route` and `Backend.probe`."""
+    entries; first_knot, size_weighted, rotation : as in `Backend.route` and `Backend.probe`."""
 
     router: Any
     nlist: int
     first_knot: int
-    count_lists: bool
+    size_weighted: bool
     rotation: Rotation | None
     budget: Budget
 
@@ -190,7 +190,7 @@ class PagedBackend(ABC):
             distances = (newest - (ends[:, 1:] + ends[:, :-1] - 1) / 2).clamp(min=1.0)
             last = max(0, a.shape[3] - 2)
             knots = (distances.log2() - routing.first_knot).clamp(0.0, last).float().to(device)
-            found = self.backend.probe(z, a, knots, tables, plan.num_segments, routing.budget, routing.count_lists)
+            found = self.backend.probe(z, a, knots, tables, plan.num_segments, routing.budget, routing.size_weighted)
             numbers, counts = found.rows, found.counts
         rows, taken = self.find(pages, batch, tables, numbers, counts)
         out, lse = self.scan(pages, queries, rows, taken, scale, True)

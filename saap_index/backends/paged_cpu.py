@@ -116,19 +116,19 @@ class PagedCpu(PagedBackend):
     ) -> tuple[Tensor, Tensor, int]:
         b, h, g, q, d = queries.shape
         q_at, (out, lse) = self._queries(pages, queries), self._results(pages, queries)
-        budgets_at = miss_at = 0
+        budgets_at = unread_at = 0
         if any(batch.plan.num_segments):
-            if routing.router is None or routing.budget.entries is not None:
+            if routing.router is None or routing.budget.mean_entries is not None:
                 raise ShapeError("routing: expected a router, and a budget without entries")
             heads, _, dim, lists, _ = routing.router.shape
             if (heads, dim, lists) != (h, d, routing.nlist) or lists > MAX_LISTS:
                 raise ShapeError(f"router: expected {(h, d, routing.nlist)} heads, dims and lists, got {(heads, dim, lists)}")
             budgets_at = plain("budget.rows", routing.budget.rows, I32, (b, h))
-            miss = routing.budget.miss
-            miss_at = 0 if miss is None else plain("budget.miss", miss, F32, (h,))
+            unread = routing.budget.unread_mass
+            unread_at = 0 if unread is None else plain("budget.unread_mass", unread, F32, (h,))
         read = self.backend._module().search_pages(
-            pages.shape, pages.k, pages.v, pages.lists, batch.handle, routing.router, routing.first_knot, routing.count_lists,
-            *angles_of(routing.rotation, b * q, d), routing.budget.nprobe, budgets_at, miss_at, q_at,
+            pages.shape, pages.k, pages.v, pages.lists, batch.handle, routing.router, routing.first_knot, routing.size_weighted,
+            *angles_of(routing.rotation, b * q, d), routing.budget.nprobe, budgets_at, unread_at, q_at,
             code_of("queries", queries), g, q, scale, out.data_ptr(), lse.data_ptr(),
         )  # fmt: skip
         return out, lse, int(read)

@@ -111,7 +111,7 @@ class TorchBackend(Backend):
         tables: Tensor,
         num_segments: Sequence[int],
         budget: Budget,
-        count_lists: bool,
+        size_weighted: bool,
     ) -> Probed:
         b, h, j, nlist = z.shape
         top = max(num_segments, default=0)
@@ -122,33 +122,33 @@ class TorchBackend(Backend):
         newest = _arange(0, top, z).flip(0)  # newest first, so that a stable sort breaks ties our way
         sizes, starts = sizes[:, :, newest], starts[:, :, newest]
         if budget.nprobe:
-            weights = _list_weights(z, _log_shares(a, count_lists), sizes.sum(2), count_lists)
+            weights = _list_weights(z, _log_shares(a, size_weighted), sizes.sum(2), size_weighted)
             rank = torch.argsort(torch.argsort(-weights, dim=-1, stable=True), dim=-1)
             keep = rank < budget.nprobe
             order_key = rank[:, :, None, :] * top + _arange(0, top, z)[:, None]
             open_ = sizes * keep[:, :, None]
         else:
-            bend = _bend(a, knots[:, :top], count_lists)[..., newest]
-            weights = _run_weights(z, bend, _log_shares(a, count_lists), sizes, count_lists)
+            bend = _bend(a, knots[:, :top], size_weighted)[..., newest]
+            weights = _run_weights(z, bend, _log_shares(a, size_weighted), sizes, size_weighted)
             order_key, open_ = -weights, sizes
         order = torch.argsort(order_key.reshape(b, h, -1), dim=-1, stable=True)
         open_, starts = open_.reshape(b, h, -1).long(), starts.reshape(b, h, -1).long()
         ordered = open_.gather(2, order)
-        if budget.miss is not None:
+        if budget.unread_mass is not None:
             mass = (sizes * weights).reshape(b, h, -1).gather(2, order).double()
             left = mass.flip(2).cumsum(2).flip(2)  # before each run, it included
-            ordered = ordered * (left > budget.miss[:, None].double() * j)
+            ordered = ordered * (left > budget.unread_mass[:, None].double() * j)
         before = ordered.cumsum(2) - ordered
         taken = torch.minimum(ordered, (budget.rows[:, :, None] - before).clamp(min=0))
         taken = torch.zeros_like(open_).scatter_(2, order, taken)
         rows, counts = _rows(starts + open_ - taken, taken)
-        if budget.entries is None:
+        if budget.mean_entries is None:
             return Probed(rows, counts)
-        known = newest < _integers(budget.means, z)[:, None]  # (b, s)
-        unread = (taken.view_as(sizes) == 0) & (sizes > 0) & known[:, None, :, None]
+        with_means = newest < _integers(budget.means, z)[:, None]  # (b, s)
+        unread = (taken.view_as(sizes) == 0) & (sizes > 0) & with_means[:, None, :, None]
         mass = torch.where(unread, sizes * weights, -1.0)
         numbers = newest[:, None] * nlist + _arange(0, nlist, z)
-        return Probed(rows, counts, *_best(mass.reshape(b, h, -1), numbers.flatten(), budget.entries))
+        return Probed(rows, counts, *_best(mass.reshape(b, h, -1), numbers.flatten(), budget.mean_entries))
 
     @full_precision
     def scan(
@@ -241,10 +241,10 @@ def _integers(values: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int64, device=like.device)
 
 
-def _bend(a: Tensor, knots: Tensor, count_lists: bool) -> Tensor:
+def _bend(a: Tensor, knots: Tensor, size_weighted: bool) -> Tensor:
     """The distance term of each segment: a (b, h, j, m + 1) at knots (b, s) -> (b, h, j, s)."""
     b, h, j, m = a.shape[0], a.shape[1], a.shape[2], a.shape[3] - 1
-    if m < 1 or not count_lists:
+    if m < 1 or not size_weighted:
         return a.new_zeros((b, h, j, knots.shape[1]))
     low = knots.long().clamp(max=m - 1)
     share = (knots - low)[:, None, None]
@@ -252,24 +252,24 @@ def _bend(a: Tensor, knots: Tensor, count_lists: bool) -> Tensor:
     return (1 - share) * a.gather(3, at) + share * a.gather(3, (at + 1).clamp(max=m - 1))
 
 
-def _log_shares(a: Tensor, count_lists: bool) -> Tensor:
+def _log_shares(a: Tensor, size_weighted: bool) -> Tensor:
     """Log of how much each query vector counts in the sum over the group: (b, h, j)."""
-    return functional.logsigmoid(a[..., -1]) if a.shape[3] and count_lists else a.new_zeros(a.shape[:3])
+    return functional.logsigmoid(a[..., -1]) if a.shape[3] and size_weighted else a.new_zeros(a.shape[:3])
 
 
-def _run_weights(z: Tensor, bend: Tensor, log_shares: Tensor, sizes: Tensor, count_lists: bool) -> Tensor:
+def _run_weights(z: Tensor, bend: Tensor, log_shares: Tensor, sizes: Tensor, size_weighted: bool) -> Tensor:
     """Predicted attention per token of each run, summed over the group: (b, h, s, l)."""
     scores = bend[..., :, None] + z[..., None, :]  # (b, h, j, s, l)
-    if count_lists:
+    if size_weighted:
         norm = torch.logsumexp(scores + torch.log(sizes[:, :, None].float()), dim=(-2, -1))
     else:
         norm = torch.logsumexp(z, dim=-1)
     return _sum_over_group(torch.exp(scores - (norm - log_shares)[..., None, None]))
 
 
-def _list_weights(z: Tensor, log_shares: Tensor, sizes: Tensor, count_lists: bool) -> Tensor:
+def _list_weights(z: Tensor, log_shares: Tensor, sizes: Tensor, size_weighted: bool) -> Tensor:
     """Predicted attention per token of each list, summed over the group: (b, h, l)."""
-    norm = torch.logsumexp(z + torch.log(sizes[:, :, None].float()) if count_lists else z, dim=-1)
+    norm = torch.logsumexp(z + torch.log(sizes[:, :, None].float()) if size_weighted else z, dim=-1)
     return _sum_over_group(torch.exp(z - (norm - log_shares)[..., None]))
 
 
@@ -303,6 +303,6 @@ def _best(mass: Tensor, numbers: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     chosen = (rank < most[:, :, None]) & (mass >= 0)
     counts = chosen.sum(-1)
     width = int(counts.max()) if counts.numel() else 0
-    found = torch.where(chosen, numbers, torch.iinfo(torch.int64).max).sort(-1).values[..., :width]
+    numbered = torch.where(chosen, numbers, torch.iinfo(torch.int64).max).sort(-1).values[..., :width]
     present = _arange(0, width, mass) < counts[:, :, None]
-    return torch.where(present, found, -1).int(), counts.int()
+    return torch.where(present, numbered, -1).int(), counts.int()

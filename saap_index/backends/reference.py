@@ -51,10 +51,10 @@ class ReferenceBackend(Backend):
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
         n = list_nos.shape[1]
         lists = table.shape[1] - 1
-        found = [reference.sort_segment(nos.numpy().astype(np.int64), lists) for nos in list_nos]
+        sorted_segments = [reference.sort_segment(nos.numpy().astype(np.int64), lists) for nos in list_nos]
         arrays = keys, values, ids
-        moved = [[x[head, start + torch.from_numpy(order)] for x in arrays] for head, (order, _) in enumerate(found)]
-        for head, (_, offsets) in enumerate(found):
+        moved = [[x[head, start + torch.from_numpy(order)] for x in arrays] for head, (order, _) in enumerate(sorted_segments)]
+        for head, (_, offsets) in enumerate(sorted_segments):
             for x, rows in zip(arrays, moved[head], strict=True):
                 x[head, start : start + n] = rows
             table[head] = torch.from_numpy(start + offsets)
@@ -62,8 +62,8 @@ class ReferenceBackend(Backend):
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         for head in range(keys.shape[0]):
             offsets = table[head].numpy().astype(np.int64)
-            found = reference.run_means(_f64(keys[head]), _f64(values[head]), offsets)
-            mean_keys[head], mean_values[head] = (torch.from_numpy(x) for x in found)
+            means = reference.run_means(_f64(keys[head]), _f64(values[head]), offsets)
+            mean_keys[head], mean_values[head] = (torch.from_numpy(x) for x in means)
 
     def prepare_router(self, weights: RouterWeights) -> Any:
         return weights
@@ -92,22 +92,22 @@ class ReferenceBackend(Backend):
         tables: Tensor,
         num_segments: Sequence[int],
         budget: Budget,
-        count_lists: bool,
+        size_weighted: bool,
     ) -> Probed:
         b, h = z.shape[:2]
-        found, tails = [], []
+        selected, tails = [], []
         for i in range(b):
             s = num_segments[i]
             for head in range(h):
                 args = _f64(z[i, head]), _f64(a[i, head]), _f64(knots[i, :s]), tables[i, head, :s].numpy().astype(np.int64)
-                miss = None if budget.miss is None else float(budget.miss[head])
-                rows = reference.probe(*args, int(budget.rows[i, head]), budget.nprobe, count_lists, miss)
-                found.append(rows)
-                if budget.entries is not None:
-                    tails.append(reference.tail(*args, rows, int(budget.entries[i, head]), budget.means[i]))
-        if budget.entries is None:
-            return Probed(*_padded(found, b, h))
-        return Probed(*_padded(found, b, h), *_padded(tails, b, h))
+                unread_mass = None if budget.unread_mass is None else float(budget.unread_mass[head])
+                rows = reference.probe(*args, int(budget.rows[i, head]), budget.nprobe, size_weighted, unread_mass)
+                selected.append(rows)
+                if budget.mean_entries is not None:
+                    tails.append(reference.tail(*args, rows, int(budget.mean_entries[i, head]), budget.means[i]))
+        if budget.mean_entries is None:
+            return Probed(*_padded(selected, b, h))
+        return Probed(*_padded(selected, b, h), *_padded(tails, b, h))
 
     def scan(
         self,
@@ -153,9 +153,9 @@ class ReferenceBackend(Backend):
         return torch.from_numpy(out).to(out_a.dtype), torch.from_numpy(lse).float()
 
 
-def _padded(found: list[reference.Ints], b: int, h: int) -> tuple[Tensor, Tensor]:
+def _padded(selected: list[reference.Ints], b: int, h: int) -> tuple[Tensor, Tensor]:
     """b * h lists of numbers as int32 (b, h, t), padded with -1, and how many there are, int32 (b, h)."""
-    rows = torch.full((b * h, max(map(len, found))), -1, dtype=torch.int32, device="cpu")
-    for numbers, row in zip(found, rows, strict=True):
+    rows = torch.full((b * h, max(map(len, selected))), -1, dtype=torch.int32, device="cpu")
+    for numbers, row in zip(selected, rows, strict=True):
         row[: len(numbers)] = torch.from_numpy(numbers)
-    return rows.view(b, h, -1), torch.tensor([len(x) for x in found], dtype=torch.int32, device="cpu").view(b, h)
+    return rows.view(b, h, -1), torch.tensor([len(x) for x in selected], dtype=torch.int32, device="cpu").view(b, h)

@@ -76,17 +76,17 @@ class Budget:
     """What `Backend.probe` may take of each (sequence, KV head).
 
     rows : int32 (b, h), most rows.
-    nprobe : 0, or lists to visit whole, as SAAP was published; then there is neither ``miss`` nor ``entries``.
-    miss : float32 (h,) or None: attention per query vector, as predicted, that may stay unread outside sinks and window; no
-        further run is taken once no more than that is left. Needs count_lists and a router with c.
-    entries : int32 (b, h) or None, most unread runs to enter through their means. Needs count_lists.
-    means : leading segments of each sequence that have run means, b numbers <= num_segments; read with ``entries`` only.
+    nprobe : 0, or lists to visit whole, as SAAP was published; then there is neither ``unread_mass`` nor ``mean_entries``.
+    unread_mass : float32 (h,) or None: attention per query vector, as predicted, that may stay unread outside sinks and window;
+        no further run is read once no more than that is left. Needs size_weighted and a router with c.
+    mean_entries : int32 (b, h) or None, most unread runs to enter through their means. Needs size_weighted.
+    means : leading segments of each sequence that have run means, b numbers <= num_segments; read with ``mean_entries`` only.
     """
 
     rows: Tensor
     nprobe: int = 0
-    miss: Tensor | None = None
-    entries: Tensor | None = None
+    unread_mass: Tensor | None = None
+    mean_entries: Tensor | None = None
     means: Sequence[int] = ()
 
 
@@ -103,7 +103,7 @@ class Probed:
 
     in_runs : of a step that lists no rows; they are then (b, h, 0).
     tail : int32 (b, h, x), numbers s * l + list of runs that enter through their means, ascending, padded with -1, x = the
-    largest count; tail_counts : int32 (b, h). Both None where ``entries`` was.
+    largest count; tail_counts : int32 (b, h). Both None where ``mean_entries`` was.
     """
 
     rows: Tensor
@@ -168,7 +168,7 @@ class Routing:
 
     router: Any
     first_knot: int
-    count_lists: bool
+    size_weighted: bool
     rope: Frequencies | Rotation | None = None
 
 

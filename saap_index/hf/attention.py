@@ -25,7 +25,7 @@ INDEXED = "_saap_indexed"
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, None]:
     """What transformers calls in every layer: query (b, hq, q, d), key (b, h, n, d), value (b, h, n, e) -> (b, q, hq, e).
 
     Keys from a layer of a `SaapCache` lead to its index. Any other keys, those of a layer left dense or of a call without a
@@ -52,7 +52,7 @@ def attention(
 def _indexed(
     layer: IndexedLayer, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float,
     scaling: float | None, kwargs: dict[str, Any],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`attention` of an indexed layer."""
     for name in UNSERVED:
         if kwargs.get(name) is not None:

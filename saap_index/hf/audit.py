@@ -180,7 +180,7 @@ class Audit:
     def __init__(
         self, every: int, layers: Sequence[int], promised: Mapping[int, float], target_mass: float | None = None,
         bound: float | None = None, in_turn: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.every, self.in_turn = checks.integer(every, "audit_every", 1), in_turn
         if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 <= bound <= 1):
             raise ParameterError(f"audit_bound: expected 0 <= audit_bound <= 1, got {bound!r}")

@@ -74,7 +74,7 @@ def key_of(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         **({"batch": batch} if batch > 1 else {}), **({"graphs": True} if graphs else {}),
         **{name: layer.options[name] for name in names if layer.options.get(name) is not None},
-    }  # fmt: skip
+    }
 
 
 class LayerTimes:

@@ -159,7 +159,7 @@ def answer(model: Any, tokenizer: Any, ids: Tensor, cache: SaapCache, new: int, 
     model.generate(
         ids, attention_mask=torch.ones_like(ids), **kept, max_new_tokens=new, streamer=watch,
         prefill_chunk_size=args.chunk, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling,
-    )  # fmt: skip
+    )
     note(f"{watch.report()}, {cache.tokens_read():.1%} of {cache.get_seq_length()} tokens read")
 
 
@@ -180,7 +180,7 @@ class Decoded:
 def decode(
     model: Any, ids: Tensor, cache: Any, new: int, chunk: int | None, stop: set[int], show: Callable[[int], None],
     mark: Callable[[], None],
-) -> Decoded:  # fmt: skip
+) -> Decoded:
     """Greedy decoding by hand, with a word after the prompt is read: ``mark``, and after each token: ``show``."""
     kept = {support.cache_argument(model): cache}
     began = time.perf_counter()
@@ -240,7 +240,7 @@ class Compared:
 def both(
     model: Any, ids: Tensor, new: int, chunk: int | None = None, stop: set[int] | None = None,
     show: Callable[[str, int], None] = lambda side, token: None,
-) -> Compared:  # fmt: skip
+) -> Compared:
     """Greedy decoding behind ``ids`` (1, n) by a model with routers attached, first with the index, then without.
 
     stop : tokens that end it, none by default; show : is told of every token, with "sparse" or "dense".

@@ -288,7 +288,7 @@ class _DensePart(_Part):
         index = AsymmetricIndex(
             d, 1, heads, h, d_v=d_v, dtype=layer.keys.dtype, device=layer.keys.device, backend=like.backend_name,
             selectivity=1.0, break_even=NEVER, scale=getattr(attention, "scaling", None),
-        )  # fmt: skip
+        )
         centroids = torch.zeros((h, 1, d), dtype=torch.float32, device=layer.keys.device)
         index.key_quantizer, index.query_router = KeyQuantizer(centroids), QueryRouter.symmetric(centroids)
         n = layer.keys.shape[2]

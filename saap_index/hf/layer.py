@@ -62,7 +62,7 @@ class IndexedLayer(SlotLayer):
     def _attend_padded(
         self, module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, seen: Seen | None,
         position_ids: Tensor | None, kwargs: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """`attend` for sequences of different lengths."""
         assert self.index is not None
         q = query.shape[2]

@@ -110,7 +110,7 @@ def make_plan(
         "model_type": config.model_type, "layers": config.num_hidden_layers, "heads": config.num_attention_heads,
         "kv_heads": support.kv_heads_of(config), "hidden": config.hidden_size, "vocab": config.vocab_size, "rank": rank,
         "ranks": ranks,
-    }  # fmt: skip
+    }
     evaluation = routers.config.get("evaluation") or {}
     return Plan(layers, config.num_hidden_layers, max_sparse_tokens, config, identity, evaluation, None, graphs)
 

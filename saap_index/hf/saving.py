@@ -60,7 +60,7 @@ def save(cache: Any, path: str | os.PathLike[str], tokens: Tensor | None, decode
         about = {
             "format": FORMAT, "version": VERSION, "model": _model(plan, decoder), "routers": _routers(plan), "layers": layers,
             "shared": _write(shared, draft / "shared.safetensors"),
-        }  # fmt: skip
+        }
         (draft / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     files.write_folder(_folder(path, plan), write, replaces=lambda target: (target / CONFIG).is_file())
@@ -140,7 +140,7 @@ def _indexed(layer: IndexedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         **about, "lengths": lists.lengths, **stretches(lists), "index": _form(index), "held": index.break_even == NEVER,
         "break_even": index.break_even,
-    }  # fmt: skip
+    }
 
 
 def _form(index: AsymmetricIndex) -> dict[str, Any]:
@@ -150,13 +150,13 @@ def _form(index: AsymmetricIndex) -> dict[str, Any]:
         "d": index.d, "d_v": index.d_v, "nlist": index.nlist, "heads": index.num_kv_heads, "dtype": _NAMES[index.dtype],
         "sinks": layout.sinks, "window": layout.window, "seal_tokens": layout.seal_tokens, "max_segment": layout.max_segment,
         "mean_run_tokens": layout.mean_run_tokens,
-    }  # fmt: skip
+    }
 
 
 def _restore_indexed(
     layer: IndexedLayer, about: dict[str, Any], tensors: dict[str, Tensor], shared: dict[str, Tensor], device: torch.device,
     verify: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Make the mapped arrays the arena of the layer's index. Numbers in them that are followed are checked first."""
     name, kind = f"layer {layer.plan.number}", about["kind"]
     if kind != "indexed":
@@ -201,7 +201,7 @@ def _restore_indexed(
         "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows), "gaps": (sum(counts), 2),
         "rotated": (sum(turns), 2),
         "tables": (b, h, most, index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
-    }  # fmt: skip
+    }
     shapes = {key: tuple(x.shape) for key, x in tensors.items()}
     if shapes != want:
         raise FormatError(f"{name}: expected tensors {want}, got {shapes}")

@@ -343,10 +343,11 @@ class SlotLayer(CacheLayerMixin):
             wrong = np.flatnonzero(tokens & (row != want))
             if len(wrong):
                 at = int(wrong[-1])
-                which = "the newest token" if at == np.flatnonzero(tokens)[-1] else f"new token {at} of {n}"
+                newest = at == np.flatnonzero(tokens)[-1]
+                which = "the newest token" if newest else f"new token {at} of {n}"
                 hint = ""
-                if self.visible is None and 0 < row[at] + 1 < end and n == 1:
-                    # generate reads the end of a prompt once more, behind itself, where the cache leaves nothing of it to read
+                if newest and self.visible is None and 0 < row[at] + 1 <= end - n:
+                    # generate reads a prompt once more, behind itself, where the cache leaves nothing of it to read
                     length = int(row[at]) + 1
                     hint = (
                         f"; if the cache holds the prompt of {length} tokens already, generate needs one of them to read: call "

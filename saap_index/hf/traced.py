@@ -53,7 +53,7 @@ def pop_layer() -> Any:
 def attend(
     layer: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None,
     position_ids: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     groups = query.shape[1] // keys.shape[1]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     out: Tensor = torch.ops.saap_index.attend_layer(layer.name, query, keys, values, mask, position_ids, scale, groups)
@@ -64,7 +64,7 @@ def attend(
 def _attend_layer(
     name: Tensor, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, position_ids: Tensor | None, scaling: float,
     groups: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     layer = _LAYERS.get(int(name))
     if layer is None:
         raise StateError("compiled step: expected the cache it was called with, got one that is gone")
@@ -84,6 +84,6 @@ def _attend_layer(
 def _(
     name: Tensor, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, position_ids: Tensor | None, scaling: float,
     groups: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     b, hq, q, _ = query.shape
     return query.new_empty((b, q, hq, values.shape[-1]))

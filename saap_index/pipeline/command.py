@@ -82,7 +82,7 @@ def settings_of(args: argparse.Namespace) -> TrainSettings:
     return TrainSettings(
         router=args.router, partition=partition, nlist=args.nlist, tokens=args.tokens, context=args.context,
         held_out=args.held_out, queries=args.queries, layers=layers, seed=args.seed,
-    )  # fmt: skip
+    )
 
 
 def report(routers: Routers, share: float = 0.05) -> list[str]:

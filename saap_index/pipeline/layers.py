@@ -39,7 +39,7 @@ class LayerResult:
 def train_one(
     store: CaptureStore, layer: int, settings: TrainSettings, model_rope: Rope | None, scale: float, device: torch.device,
     positions_of: Positions,
-) -> LayerResult:  # fmt: skip
+) -> LayerResult:
     """Train a layer on all sequences but those held out."""
     rope = None if settings.partition == "post-rope" else model_rope
     numbers = [n for n in range(store.shape.sequences) if n not in store.shape.held_out]
@@ -76,7 +76,7 @@ def _without_queries(store: CaptureStore, layer: int, numbers: list[int], device
 def _measure(
     store: CaptureStore, layer: int, number: int, positions: np.ndarray, trained: TrainedLayer, settings: TrainSettings,
     rope: Rope | None, scale: float, device: torch.device,
-) -> tuple[Measured, np.ndarray | None]:  # fmt: skip
+) -> tuple[Measured, np.ndarray | None]:
     """One sequence that was held out: its figures, and for calibration the attention captured by how much was left unread."""
     some = _spread(len(positions))
     places = positions[some]
@@ -124,7 +124,7 @@ def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
         "captured_by_head": percent(total.captured[:, at], total.outside),
         "outside": [round(float(x), 6) for x in total.outside / max(1, heads)],
         "weight": round(weight, 6),
-    }  # fmt: skip
+    }
 
 
 def merge_budget(layers: Mapping[int, TrainedLayer], plan: BudgetPlan) -> dict[int, TrainedLayer]:

@@ -45,13 +45,13 @@ class Measured:
         return Measured(
             self.captured + other.captured, self.best + other.best, self.outside + other.outside, self.error + other.error,
             self.loss + other.loss, self.norm + other.norm, self.queries + other.queries,
-        )  # fmt: skip
+        )
 
 
 def measure(
     keys: Tensor, values: Tensor, queries: Tensor, routed: Tensor, positions: np.ndarray, lists: Tensor, router: QueryRouter,
     layout: Layout, scale: float,
-) -> Measured:  # fmt: skip
+) -> Measured:
     """One layer of one sequence. keys : float32 (h, n, d); values : (h, n, e); queries, routed : (h, g, q, d), as attention and
     as the router see them; positions : int64 (q,); lists : int (h, n). Queries before anything is sealed are left out."""
     h, g, q, _ = queries.shape
@@ -70,7 +70,7 @@ def measure(
 def _one(
     keys: Tensor, values: Tensor, x: Tensor, z: Tensor, a: Tensor, position: int, lists: Tensor, router: QueryRouter,
     layout: Layout, scale: float,
-) -> Measured:  # fmt: skip
+) -> Measured:
     """One query position; x : (h, g, d), z : (h, g, l), a : (h, g, m + 1)."""
     segments = layout.segments(position + 1)
     low, high = segments[0][0], segments[-1][1]
@@ -132,7 +132,7 @@ def run_weights(
         1, runs, torch.ones_like(runs, dtype=z.dtype)
     )
     scores = z[:, :, None, :].expand(h, g, len(segments), nlist)
-    if not router.count_lists:
+    if not router.size_weighted:
         return torch.softmax(z, -1).sum(1).gather(1, lists.long())
     if router.num_knots:
         lower = place.long().clamp(max=router.num_knots - 1)

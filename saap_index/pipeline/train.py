@@ -51,7 +51,7 @@ Step = Callable[[str, int, int], None]
 def train_model(
     loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings, out: Path, resume: bool = False,
     step: Step | None = None, keep_captures: bool = False,
-) -> Routers:  # fmt: skip
+) -> Routers:
     """Train every layer; the routers, also written to ``out``.
 
     sequences : ``settings.sequences`` of ``settings.context`` tokens. resume : continue what is unfinished in ``out``; if all is
@@ -134,7 +134,7 @@ class _Job:
                 "sequences": [name for name, _ in sequences],
             },
             "versions": _versions(),
-        }  # fmt: skip
+        }
         ropes = {layer: Rope.from_config(loaded.model.config, layer=layer) for layer in layers}
         check_rotation(decoder, ropes)
         return cls(identity, layers, shapes[layers[0]], scales, ropes, narrow)
@@ -296,5 +296,5 @@ def _assembled(results: Mapping[int, LayerResult], settings: TrainSettings, job:
             "average": plan.average, "grid": grid.tolist(), "dense_layers": [job.layers[i] for i in plan.dense],
             "loss_uniform": plan.uniform, "loss_planned": plan.planned,
         },
-    }  # fmt: skip
+    }
     return Routers(config, layers)

@@ -38,7 +38,7 @@ class AssignRows:
 def prompt_lists(
     backend: Backend, tower: TwoTower, lists: SegmentedInvertedLists, keys: Tensor, counts: Sequence[int],
     rotated: Sequence[int] | None, rope: Rope | None,
-) -> tuple[KeyQuantizer, QueryRouter]:  # fmt: skip
+) -> tuple[KeyQuantizer, QueryRouter]:
     """Lists of these very sequences and the router for them; arguments as of `two_tower.prompt_keys`."""
 
     def assign(centroids: Tensor, keys: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 A router is sure of itself on text it was trained on and less right than it thinks on other text. So it is not taken at its word:
 on sequences that were held out of the fit, the true attention captured is measured for every amount of predicted attention left
-unread (``miss``), and the table holds, for each target, the largest miss that kept it. Never as much as the router's own word
+unread (``unread_mass``), and the table holds, for each target, the largest that kept it. Never as much as the router's own word
 allows: one that promises too little on text like that of its training promises about right on text of another kind.
 """
 
@@ -26,9 +26,9 @@ from .rope import Rope
 from .router import QueryRouter
 
 TARGETS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999)
-"""The targets a table has entries for; below the first its entry serves, above the last the miss falls linearly to 0."""
+"""The targets a table has entries for; below the first its entry serves, above the last the unread mass falls linearly to 0."""
 
-MISSES = (0.0, *np.geomspace(1e-4, 1.0, 81).tolist())
+UNREAD_MASSES = (0.0, *np.geomspace(1e-4, 1.0, 81).tolist())
 """The amounts of predicted attention left unread at which the captured mass is measured."""
 
 CONFIDENCE = 0.95
@@ -36,7 +36,8 @@ CONFIDENCE = 0.95
 SmolLM2-135M kept a promise of 0.9 on six texts of other kinds."""
 
 WORD = 0.9
-"""Of the miss that the router's own word allows, what is taken at most: on text of another kind it promises a little too much."""
+"""Of the unread mass that the router's own word allows, the most that is used: on text of another kind it promises a little too
+much."""
 
 GROUP = 16
 """Query positions, in order, that count as one text when the spread over texts is estimated from few sequences."""
@@ -47,13 +48,13 @@ PRIOR_TEXTS = 4
 
 @dataclass(frozen=True)
 class Calibration:
-    """miss : float32 (h, len(TARGETS)), in [0, 1], falling along the targets: what `target_mass` hands to `Backend.probe`."""
+    """unread_mass : float32 (h, len(TARGETS)), in [0, 1], falling along the targets: what `target_mass` hands to `probe`."""
 
-    miss: Tensor
+    unread_mass: Tensor
 
     def __post_init__(self) -> None:
-        checks.array(self.miss, "calibration", "h t", (None, len(TARGETS)), [torch.float32], self.miss.device)
-        x = self.miss
+        checks.array(self.unread_mass, "calibration", "h t", (None, len(TARGETS)), [torch.float32], self.unread_mass.device)
+        x = self.unread_mass
         if not bool(((x >= 0) & (x <= 1)).all()) or not bool((x.diff(dim=1) <= 0).all()):
             raise ParameterError("calibration: expected misses in [0, 1] that fall along the targets, got others")
 
@@ -63,8 +64,8 @@ class Calibration:
         return cls((1 - torch.tensor(TARGETS, dtype=torch.float32, device="cpu")).expand(heads, -1).contiguous())
 
     def at(self, target: float) -> Tensor:
-        """The miss of every KV head for a target, linear between the targets of the table: float32 (h,)."""
-        table = self.miss.cpu().numpy()
+        """The unread mass of every KV head for a target, linear between the targets of the table: float32 (h,)."""
+        table = self.unread_mass.cpu().numpy()
         misses = [np.interp(target, [*TARGETS, 1.0], [*row, 0.0]) for row in table]
         return torch.tensor(misses, dtype=torch.float32, device="cpu")
 
@@ -73,7 +74,7 @@ class Calibration:
 def calibrate(
     sequences: Sequence[tuple[Tensor, Tensor, np.ndarray]], quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
     layout: Layout, scale: float, confidence: float = CONFIDENCE,
-) -> Calibration:  # fmt: skip
+) -> Calibration:
     """The table of one layer from whole sequences that were in no training; checked arguments of `AsymmetricIndex.calibrate`.
 
     sequences : keys (h, n, d) and queries (hq, q, d) as attention sees them, and positions, int64 (q,), of the queries.
@@ -87,8 +88,8 @@ def calibrate(
 def replay(
     keys: Tensor, queries: Tensor, positions: np.ndarray, quantizer: KeyQuantizer, router: QueryRouter, rope: Rope | None,
     layout: Layout, scale: float,
-) -> np.ndarray:  # fmt: skip
-    """True attention captured by the queries of one sequence, for every miss: float64 (p, h, len(MISSES)), by position.
+) -> np.ndarray:
+    """True attention captured by the queries of one sequence, for every unread mass: float64 (p, h, len(MISSES)), by position.
 
     keys : (h, n, d), queries : (hq, q, d), positions : int64 (q,). A query is replayed over the segments that the sequence had at
     its position; those before the first seal are left out. Budgets take no part: the promise holds as far as the cap lets it.
@@ -106,15 +107,15 @@ def replay(
         for j in np.argsort(positions, kind="stable")
     ]
     kept = [x for x in captured if x is not None]
-    return np.stack(kept) if kept else np.empty((0, h, len(MISSES)))
+    return np.stack(kept) if kept else np.empty((0, h, len(UNREAD_MASSES)))
 
 
 @full_precision
 def _captured(
     keys: Tensor, queries: Tensor, routed: Tensor, position: int, lists: np.ndarray, router: QueryRouter, layout: Layout,
     scale: float,
-) -> np.ndarray | None:  # fmt: skip
-    """True attention captured by one query position, for every miss: float64 (h, len(MISSES)); None if nothing is sealed.
+) -> np.ndarray | None:
+    """True attention captured by one query position, for every unread mass: float64 (h, len(MISSES)); None if nothing is sealed.
 
     keys : (h, n, d); queries, routed : (h, g, d), as attention and as the router see them; lists : int (h, n).
     """
@@ -129,7 +130,7 @@ def _captured(
     weights = {name: w.double().cpu().numpy() for name, w in router.tensors().items()}
     true = torch.softmax(torch.einsum("hgd,hnd->hgn", queries, keys[:, :length].float()) * scale, -1).double().cpu().numpy()
     x = routed.double().cpu().numpy()
-    by_miss = np.empty((heads, len(MISSES)))
+    by_mass = np.empty((heads, len(UNREAD_MASSES)))
     for head in range(heads):
         z, a = reference.route(x[head], nlist=nlist, **{name: w[head] for name, w in weights.items()})
         runs = of_segment * nlist + lists[head, low:high]
@@ -141,13 +142,14 @@ def _captured(
         best = np.argsort(-predicted, kind="stable")
         left = np.cumsum((sizes * predicted)[best][::-1])[::-1] / len(z)  # before each run, it included
         captured = np.concatenate([[0.0], np.cumsum(held[best])]) + (1 - mean[low:high].sum())
-        read_runs = np.searchsorted(-left, -np.array(MISSES), side="left")  # the runs before which more than the miss is left
-        by_miss[head] = captured[read_runs]
-    return by_miss
+        # the runs before which more than the unread mass is left
+        read_runs = np.searchsorted(-left, -np.array(UNREAD_MASSES), side="left")
+        by_mass[head] = captured[read_runs]
+    return by_mass
 
 
 def table(replays: Sequence[np.ndarray], confidence: float = CONFIDENCE) -> Calibration:
-    """For each target the largest miss, WORD (1 - target) at most, at which the captured mass of a text is expected to reach it.
+    """For each target the largest unread mass, WORD (1 - target) at most, with which the captured mass of a text should reach it.
 
     replays : of each sequence, as from `replay`. confidence : for each KV head, the share of texts whose mean captured mass is to
     reach the target. Texts are taken to spread normally about the mean of their head, which is known as well as so many let it
@@ -166,9 +168,9 @@ def table(replays: Sequence[np.ndarray], confidence: float = CONFIDENCE) -> Cali
     spread = np.sqrt((squares + PRIOR_TEXTS * common) / (texts - 1 + PRIOR_TEXTS))
     assured = mean - NormalDist().inv_cdf(confidence) * spread * math.sqrt(1 + 1 / texts)
     assured = np.minimum.accumulate(assured, axis=1)  # more left unread captures no more
-    miss = np.zeros((curves.shape[1], len(TARGETS)), np.float32)
+    unread_mass = np.zeros((curves.shape[1], len(TARGETS)), np.float32)
     for head, row in enumerate(assured):
         for t, target in enumerate(TARGETS):
             enough = int(np.searchsorted(-row, -target, side="right"))  # leading misses that keep the target
-            miss[head, t] = min(MISSES[enough - 1], WORD * (1 - target)) if enough else 0.0
-    return Calibration(torch.from_numpy(miss))
+            unread_mass[head, t] = min(UNREAD_MASSES[enough - 1], WORD * (1 - target)) if enough else 0.0
+    return Calibration(torch.from_numpy(unread_mass))

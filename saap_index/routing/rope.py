@@ -271,9 +271,9 @@ class Rope:
             >>> rope.rotation(range(2, 4)).cos.shape
             torch.Size([2, 2])
         """
-        asked = (positions, seq_len, device) if isinstance(positions, range) and isinstance(seq_len, int | None) else None
+        request = (positions, seq_len, device) if isinstance(positions, range) and isinstance(seq_len, int | None) else None
         last = self._memo.get("asked")
-        if asked is not None and last is not None and last[0] == asked:  # the other layers of a decode step
+        if request is not None and last is not None and last[0] == request:  # the other layers of a decode step
             return last[1]
         length = self._length_of_rotation(seq_len, _positions.count(positions))
         place = _positions.place(positions, device)
@@ -295,8 +295,8 @@ class Rope:
         result = Rotation(cos, sin, self.interleaved, 1.0 / self.attention_scale)
         if key is not None:
             self._memo["rotation"] = key, result
-            if asked is not None:
-                self._memo["asked"] = asked, result
+            if request is not None:
+                self._memo["asked"] = request, result
         return result
 
     def frequencies(self, device: torch.device | str) -> Frequencies:
@@ -370,10 +370,10 @@ class Rope:
         """
         if not isinstance(data, Mapping):
             raise FormatError(f"rope: expected a mapping, got {type(data).__name__}")
-        known = [f.name for f in fields(cls) if f.init]
-        unknown = [name for name in data if name not in known]
+        names = [f.name for f in fields(cls) if f.init]
+        unknown = [name for name in data if name not in names]
         if unknown or "head_dim" not in data:
-            raise FormatError(f"rope: expected head_dim and others of {known}, got {list(data)}")
+            raise FormatError(f"rope: expected head_dim and others of {names}, got {list(data)}")
         return cls(**data)
 
     @classmethod

@@ -11,28 +11,28 @@ from .rope_parameters import _OPTIONAL, _REQUIRED, _integer, _longrope_magnitude
 _INTERLEAVED = {
     "codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium", "llama4_text",
     "moonshine", "moonshine_streaming",
-}  # fmt: skip
+}
 # Families that rotate in sliding-window layers only; True: if the model has no window at all, every layer rotates.
 _ONLY_SLIDING = {
     "afmoe": False, "cohere2": False, "exaone4": True, "exaone4_5_text": True, "exaone_moe": True, "flint": False,
     "kolibri1": True,
-}  # fmt: skip
+}
 # Families of another rule: layers chosen otherwise, heads that differ by layer, angles of the other sign, a learnt norm after it.
 _OWN_RULE = {
     "blt", "blt_global_transformer", "blt_local_decoder", "blt_local_encoder", "blt_patcher", "cohere2_moe", "gemma4_text",
     "gemma4_unified_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "nanochat",
-}  # fmt: skip
+}
 # partial_rotary_factor of a config.json that does not state it; config objects always do.
 _PARTIAL = {
     "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "gpt_neox": 0.25, "nemotron": 0.5, "persimmon": 0.5, "phi": 0.5, "qwen3_next": 0.25,
     "stablelm": 0.25,
-}  # fmt: skip
+}
 # Entries of rope_parameters that a scaling of another name uses, or that do not concern the angles.
 _KNOWN = {
     "attention_factor", "beta_fast", "beta_slow", "factor", "finetuned", "high_freq_factor", "llama_4_scaling_beta",
     "long_factor", "low_freq_factor", "max_position_embeddings", "mscale", "mscale_all_dim", "original_max_position_embeddings",
     "partial_rotary_factor", "rope_theta", "rope_type", "short_factor", "truncate", "type",
-}  # fmt: skip
+}
 _RENAMED = {"su": "longrope"}
 
 
@@ -64,11 +64,11 @@ def rope_options(config: Any, layer_type: str | None, layer: int | None, interle
         return {
             "head_dim": _head_dim(config), "rotary_dim": _integer(_read(config, "rotary_dim"), "rotary_dim", 2),
             "interleaved": True if interleaved is None else interleaved,
-        }  # fmt: skip
-    found = _rope_parameters(config, layer_type)
-    if found is None:
+        }
+    section = _rope_parameters(config, layer_type)
+    if section is None:
         return None
-    parameters, nested = found
+    parameters, nested = section
     theta = parameters.get("rope_theta")
     if theta is None:
         raise CompatibilityError(
@@ -86,7 +86,7 @@ def rope_options(config: Any, layer_type: str | None, layer: int | None, interle
     return {
         "head_dim": head_dim, "theta": theta, "rotary_dim": int(head_dim * _positive(partial, "partial_rotary_factor")),
         "interleaved": model_type in _INTERLEAVED if interleaved is None else interleaved, "scaling": kind,
-    } | _scaling(kind, parameters, config, nested)  # fmt: skip
+    } | _scaling(kind, parameters, config, nested)
 
 
 def _layer_type(config: Any, layer_type: str | None, layer: int | None) -> str | None:
@@ -135,17 +135,17 @@ def _head_dim(config: Any) -> int:
 
 def _rope_parameters(config: Any, layer_type: str | None) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
     """rope_parameters of the layer with its theta, and the outer dict if they were nested by layer type; None for no rotation."""
-    given = _read(config, "rope_parameters")
+    section = _read(config, "rope_parameters")
     theta = _read(config, "rope_theta", _read(config, "rotary_emb_base"))
     partial = _read(config, "partial_rotary_factor")
     nested: dict[str, Any] | None = None
-    if given and any(
-        isinstance(value, Mapping) or (value is None and str(name).endswith("_attention")) for name, value in given.items()
+    if section and any(
+        isinstance(value, Mapping) or (value is None and str(name).endswith("_attention")) for name, value in section.items()
     ):
-        if layer_type not in given:
-            raise ParameterError(f"layer_type: expected one of {list(given)}, got {layer_type!r}")
-        nested, given = dict(given), given[layer_type]
-        if given is None:
+        if layer_type not in section:
+            raise ParameterError(f"layer_type: expected one of {list(section)}, got {layer_type!r}")
+        nested, section = dict(section), section[layer_type]
+        if section is None:
             return None
     elif layer_type is not None:
         local = _read(config, "rope_local_base_freq")
@@ -156,12 +156,12 @@ def _rope_parameters(config: Any, layer_type: str | None) -> tuple[dict[str, Any
             return {"rope_theta": local}, None
     elif _read(config, "rope_local_base_freq") is not None:
         raise ParameterError("layer_type: expected full_attention or sliding_attention, their rope_theta differ, got None")
-    given = given or _read(config, "rope_scaling")
-    if not given and theta is None:
+    section = section or _read(config, "rope_scaling")
+    if not section and theta is None:
         raise CompatibilityError(
             "config: expected rope_parameters, rope_theta or rotary_dim, got none of them; has the model RoPE?"
         )
-    parameters = {**({} if theta is None else {"rope_theta": theta}), **(given or {})}
+    parameters = {**({} if theta is None else {"rope_theta": theta}), **(section or {})}
     if partial is not None:
         parameters.setdefault("partial_rotary_factor", partial)
     return parameters, nested
@@ -170,27 +170,27 @@ def _rope_parameters(config: Any, layer_type: str | None) -> tuple[dict[str, Any
 def _scaling(kind: str, parameters: dict[str, Any], config: Any, nested: dict[str, Any] | None) -> dict[str, Any]:
     """The fields of `Rope` that belong to the scaling, with transformers' defaults where they depend on the config."""
     names = set(_REQUIRED[kind]) | set(_OPTIONAL.get(kind, ()))
-    found = {name: parameters[name] for name in names if parameters.get(name) is not None}
+    scaling = {name: parameters[name] for name in names if parameters.get(name) is not None}
     longest = _read(config, "max_position_embeddings")
     if kind == "dynamic":
-        found["original_max_position"] = longest
+        scaling["original_max_position"] = longest
     elif "original_max_position" in names:
         original = parameters.get("original_max_position_embeddings")
         if nested is None:
             original = _read(config, "original_max_position_embeddings", original)
-        found["original_max_position"] = longest if original is None else original
+        scaling["original_max_position"] = longest if original is None else original
     if kind in ("yarn", "longrope"):
         factor = parameters.get("factor")
-        if factor is None and longest is not None and found["original_max_position"]:
-            factor = longest / found["original_max_position"]
+        if factor is None and longest is not None and scaling["original_max_position"]:
+            factor = longest / scaling["original_max_position"]
         if kind == "yarn":
-            found["factor"] = factor
+            scaling["factor"] = factor
             mscale, over = parameters.get("mscale"), parameters.get("mscale_all_dim")
-            if found.get("attention_factor") is None and factor and mscale and over:
-                found["attention_factor"] = _yarn_magnitude(factor, mscale) / _yarn_magnitude(factor, over)
+            if scaling.get("attention_factor") is None and factor and mscale and over:
+                scaling["attention_factor"] = _yarn_magnitude(factor, mscale) / _yarn_magnitude(factor, over)
             if nested is not None:  # transformers looks for it beside the layer types
-                found["truncate"] = nested.get("truncate", True)
-            found = {name: value for name, value in found.items() if value or name not in ("beta_fast", "beta_slow")}
-        elif found.get("attention_factor") is None and factor is not None and found["original_max_position"] is not None:
-            found["attention_factor"] = _longrope_magnitude(factor, found["original_max_position"])
-    return found
+                scaling["truncate"] = nested.get("truncate", True)
+            scaling = {name: value for name, value in scaling.items() if value or name not in ("beta_fast", "beta_slow")}
+        elif scaling.get("attention_factor") is None and factor is not None and scaling["original_max_position"] is not None:
+            scaling["attention_factor"] = _longrope_magnitude(factor, scaling["original_max_position"])
+    return scaling

@@ -25,7 +25,7 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {"yarn": ("attention_factor", "beta_fast
 _PARAMETERS = (
     "factor", "original_max_position", "attention_factor", "beta_fast", "beta_slow", "truncate", "low_freq_factor",
     "high_freq_factor", "short_factor", "long_factor",
-)  # fmt: skip
+)
 
 
 _POSITIVE = ("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")

@@ -20,7 +20,7 @@ class QueryRouter:
 
     weights : see `RouterWeights`; the input is the query with RoPE undone if the index has a `Rope`, else as it comes.
     first_knot : log2 of the distance, in tokens, of the first knot; the knots are an octave apart.
-    count_lists : whether z is log mass per *token* (list sizes enter the softmax, the default of training) or, as in the
+    size_weighted : whether z is log mass per *token* (list sizes enter the softmax, the default of training) or, as in the
         published classifier, the log probability of a whole list.
 
     Source: SAAP (arXiv 2502.08246) for the classifier; the distance term and the list sizes in the softmax are this library's.
@@ -28,7 +28,7 @@ class QueryRouter:
 
     weights: RouterWeights
     first_knot: int = 7
-    count_lists: bool = True
+    size_weighted: bool = True
 
     def __post_init__(self) -> None:
         checks.integer(self.first_knot, "first_knot", 0, 62)
@@ -39,7 +39,7 @@ class QueryRouter:
         outputs = w.bias_out.shape[-1]
         shapes = {
             "bias_hidden": (h, u), "out": (h, outputs, u), "skip": (h, outputs, d), "bias_out": (h, outputs), "hidden": (h, u, d),
-        }  # fmt: skip
+        }
         if (w.lists is None) != (w.list_scales is None):
             raise ShapeError("router lists, list_scales: expected both or neither, got one")
         if w.lists is not None:
@@ -66,14 +66,14 @@ class QueryRouter:
     @property
     def predicts_outside(self) -> bool:
         """Whether there is an output for the share of the attention outside sinks and window."""
-        return self.count_lists and int(self.weights.bias_out.shape[1]) > self.weights.leading
+        return self.size_weighted and int(self.weights.bias_out.shape[1]) > self.weights.leading
 
     def knots(self, distances: np.ndarray) -> np.ndarray:
         """Where distances in tokens lie on the knots: float32 in [0, m - 1], clamped at both ends. Of the shape of distances."""
         return knots_of(distances, self.first_knot, self.num_knots)
 
     def to(self, device: torch.device | str) -> QueryRouter:
-        return QueryRouter(self.weights.map(lambda x: x.to(device)), self.first_knot, self.count_lists)
+        return QueryRouter(self.weights.map(lambda x: x.to(device)), self.first_knot, self.size_weighted)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.weights.tensors()
@@ -87,7 +87,7 @@ class QueryRouter:
         h, nlist, d = centroids.shape
         zeros = centroids.new_zeros
         weights = RouterWeights(zeros((h, 0, d)), zeros((h, 0)), zeros((h, nlist, 0)), centroids, zeros((h, nlist)), nlist)
-        return cls(weights, count_lists=True)
+        return cls(weights, size_weighted=True)
 
     def check_heads(self, num_kv_heads: int, d: int, nlist: int) -> None:
         """CompatibilityError if the router belongs to another head shape or partition."""
@@ -100,7 +100,7 @@ class QueryRouter:
     def check_outside(self, what: str) -> None:
         """CompatibilityError, naming ``what`` needs it, if no output predicts the attention outside sinks and window."""
         if not self.predicts_outside:
-            kind = "a symmetric one, or one of lists alone" if self.count_lists else "the published classifier"
+            kind = "a symmetric one, or one of lists alone" if self.size_weighted else "the published classifier"
             raise CompatibilityError(
                 f"{what}: expected a query_router that predicts the attention outside sinks and window, got {kind}"
             )

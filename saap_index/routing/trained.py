@@ -97,8 +97,8 @@ class TrainedLayer:
             self.query_router.check_heads(num_kv_heads, d, nlist)
         if self.tower is not None:
             self.tower.check_heads(num_kv_heads, d)
-        if self.calibration is not None and len(self.calibration.miss) != num_kv_heads:
-            raise CompatibilityError(f"calibration: expected {num_kv_heads} KV heads, got {len(self.calibration.miss)}")
+        if self.calibration is not None and len(self.calibration.unread_mass) != num_kv_heads:
+            raise CompatibilityError(f"calibration: expected {num_kv_heads} KV heads, got {len(self.calibration.unread_mass)}")
         if self.budget_shares is not None:
             checks.shares(self.budget_shares, "budget_shares", num_kv_heads)
 
@@ -138,7 +138,7 @@ class TrainedLayer:
             key_quantizer=None if quantizer is None else KeyQuantizer(quantizer.centroids[share]),
             query_router=None if router is None else replace(router, weights=router.weights.map(lambda x: x[share])),
             tower=None if tower is None else replace(tower, weights=tower.weights.map(lambda x: x[share])),
-            calibration=None if calibration is None else Calibration(calibration.miss[share]),
+            calibration=None if calibration is None else Calibration(calibration.unread_mass[share]),
             budget_shares=None if self.budget_shares is None else self.budget_shares[share],
             losses=None if self.losses is None else self.losses[share],
             shared_lists=None if self.shared_lists is None else KeyQuantizer(self.shared_lists.centroids[share]),

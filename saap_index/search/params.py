@@ -92,10 +92,10 @@ class SearchParametersIVF:
 
     def budgets(self, sealed_tokens: Sequence[int], heads: int, shares: np.ndarray | None) -> np.ndarray:
         """`budget` of every sequence and KV head, whose shares are float32 (h,) or None for 1 each: int32 (b, h)."""
-        found = np.empty((len(sealed_tokens), heads), np.int32)
+        rows = np.empty((len(sealed_tokens), heads), np.int32)
         for i, n in enumerate(sealed_tokens):
-            found[i] = self.budget(n) if shares is None else [self.budget(n, float(share)) for share in shares]
-        return found
+            rows[i] = self.budget(n) if shares is None else [self.budget(n, float(share)) for share in shares]
+        return rows
 
 
 def _share(value: float | None, name: str, want: str, fine: Callable[[float], bool]) -> None:

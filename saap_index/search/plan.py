@@ -21,7 +21,7 @@ MOST_PLANS = 16
 def new_plan(
     lists: SegmentedInvertedLists, params: SearchParametersIVF, router: QueryRouter, shares: np.ndarray | None,
     unread_mass: Tensor | None, for_good: bool,
-) -> tuple[Plan, Budget]:  # fmt: skip
+) -> tuple[Plan, Budget]:
     """A plan and its first budget.
 
     shares : float32 (h,), factors of the budget, or None for 1 each; unread_mass : float32 (h,), see `Budget`, or None.
@@ -51,15 +51,15 @@ def budget_of(plan: Plan, lists: SegmentedInvertedLists) -> Budget:
     _check_tail(params, router)
     means = [lists.num_means(i) for i in range(lists.batch)]
     runs = np.array(means)[:, None] * lists.nlist
-    entries = np.minimum(np.floor(budgets * params.tail + 1e-6), runs).astype(np.int32)
-    if not entries.any():
+    mean_entries = np.minimum(np.floor(budgets * params.tail + 1e-6), runs).astype(np.int32)
+    if not mean_entries.any():
         return Budget(rows, nprobe, unread_mass)
     # an entry of the tail costs the bytes of a row
-    return Budget(torch.from_numpy(budgets - entries), nprobe, unread_mass, torch.from_numpy(entries), means)
+    return Budget(torch.from_numpy(budgets - mean_entries), nprobe, unread_mass, torch.from_numpy(mean_entries), means)
 
 
 def _check_tail(params: SearchParametersIVF, router: QueryRouter) -> None:
-    if not params.nprobe and not router.count_lists:
+    if not params.nprobe and not router.size_weighted:
         raise CompatibilityError("tail: expected a query_router of mass per token, got the published classifier")
 
 

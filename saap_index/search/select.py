@@ -74,11 +74,11 @@ def _best_rows(lists: SegmentedInvertedLists, queries: Tensor, selection: Select
             inner, rows = beside[:, part], always.expand(count, -1)
             if selection.rows is not None:
                 chosen = selection.rows[i * q + first : i * q + first + count, head].long()
-                found = chosen.clamp(min=0)
+                inside = chosen.clamp(min=0)
                 if at_once:
-                    sealed = (x[:, part] @ keys[:rows_in_use].float().T).gather(2, found.expand(g, -1, -1))
+                    sealed = (x[:, part] @ keys[:rows_in_use].float().T).gather(2, inside.expand(g, -1, -1))
                 else:
-                    gathered = keys.index_select(0, found.reshape(-1)).view(count, width, d).float()
+                    gathered = keys.index_select(0, inside.reshape(-1)).view(count, width, d).float()
                     sealed = torch.einsum("gqd,qtd->gqt", x[:, part], gathered)
                 sealed = sealed.masked_fill(chosen < 0, float("-inf"))
                 inner, rows = torch.cat([inner, sealed], 2), torch.cat([rows, chosen], 1)
@@ -141,7 +141,7 @@ def attend(
     return backend.scan(
         queries, lists.keys, lists.values, selection.rows, selection.counts, selection.sinks, selection.sealed, selection.lengths,
         scale, causal, tail,
-    )  # fmt: skip
+    )
 
 
 def _always(selection: Selection, i: int, device: torch.device) -> Tensor:

@@ -75,7 +75,7 @@ def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[T
     StateError for a selection of before a change.
     """
     selection.check(lists)
-    found, listed = [], selection.rows if selection.in_runs is None else selection.in_runs.rows()
+    ids, listed = [], selection.rows if selection.in_runs is None else selection.in_runs.rows()
     for i in range(lists.batch):
         row_ids, low, high, n = lists.row_ids(i), selection.sinks[i], selection.sealed[i], selection.lengths[i]
         keep = torch.zeros((lists.heads, n), dtype=torch.bool, device=row_ids.device)
@@ -85,5 +85,5 @@ def read_ids(lists: SegmentedInvertedLists, selection: Selection) -> list[list[T
             if listed is not None and selection.counts is not None:  # of a step, anything lies behind
                 rows = listed[i, head, : int(selection.counts[i, head])]
                 keep[head, rows[rows >= 0].long()] = True
-        found.append([row_ids[head][keep[head]].long().sort().values for head in range(lists.heads)])
-    return found
+        ids.append([row_ids[head][keep[head]].long().sort().values for head in range(lists.heads)])
+    return ids

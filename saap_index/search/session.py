@@ -115,7 +115,7 @@ class SearchSession:
     def append(
         self, keys: Tensor, values: Tensor, counts: Sequence[int], list_nos: Tensor | None = None,
         rotated: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write counts[i] tokens behind those of sequence i. list_nos, rotated : as in `SegmentedInvertedLists.advance`.
 
         Raises NotFiniteError, having changed nothing, if a key or value is NaN or infinite, unless the device notes it for later.
@@ -195,11 +195,11 @@ class SearchSession:
         router, rope = layer.router, None if coarse else layer.rope
         if rope is not None and rope.is_dynamic:
             self.refuse_capture("a rope whose angles depend on the length")
-            return Routing(prepared, router.first_knot, router.count_lists, query_rotation(rope, self.lists, q))
+            return Routing(prepared, router.first_knot, router.size_weighted, query_rotation(rope, self.lists, q))
         kept = self._routing.get(coarse)
         if kept is None or kept.router is not prepared:
             turn = None if rope is None else rope.frequencies(self.lists.keys.device)
-            kept = self._routing[coarse] = Routing(prepared, router.first_knot, router.count_lists, turn)
+            kept = self._routing[coarse] = Routing(prepared, router.first_knot, router.size_weighted, turn)
         return kept
 
     def run(self, queries: Tensor, terms: Terms, routing: Routing, scale: float) -> tuple[Tensor, Tensor, Selection]:

@@ -16,7 +16,7 @@ class TrainingConfig:
     """How `AsymmetricIndex.train` trains. The defaults were measured on SmolLM2-135M and not tuned per model.
 
     niter : k-means iterations. hidden : units of the MLP, 0 for a linear router. epochs, lr, batch (query positions), decay :
-    AdamW with a one-cycle schedule. distance : learn the distance term. count_lists : list sizes inside the softmax.
+    AdamW with a one-cycle schedule. distance : learn the distance term. size_weighted : list sizes inside the softmax.
     closed_form : least squares in place of a network. two_tower : a network that serves any partition, see `TwoTower`.
     seed : of k-means, initial weights and order. progress : called with (epoch, epochs, mean loss in nats) after each epoch.
     """
@@ -28,7 +28,7 @@ class TrainingConfig:
     batch: int = 128
     decay: float = 1e-2
     distance: bool = True
-    count_lists: bool = True
+    size_weighted: bool = True
     closed_form: bool = False
     two_tower: bool = False
     seed: int = 1234
@@ -39,7 +39,7 @@ class TrainingConfig:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ParameterError(f"{name}: expected an integer of {least} or more, got {getattr(self, name)!r}")
         for name in ("distance", "closed_form", "two_tower"):
-            if getattr(self, name) and not self.count_lists:
+            if getattr(self, name) and not self.size_weighted:
                 raise ParameterError(f"{name}: expected count_lists=True with it (scores are per token), got count_lists=False")
         if self.two_tower and self.closed_form:
             raise ParameterError("two_tower: expected closed_form=False with it, got closed_form=True")
@@ -47,7 +47,7 @@ class TrainingConfig:
     @classmethod
     def published(cls, **changes: object) -> TrainingConfig:
         """The classifier of the paper: cross-entropy to the mass of whole lists; no distance, no list sizes."""
-        return cls(**{"distance": False, "count_lists": False, **changes})  # type: ignore[arg-type]
+        return cls(**{"distance": False, "size_weighted": False, **changes})  # type: ignore[arg-type]
 
     @classmethod
     def named(cls, router: str, **changes: object) -> TrainingConfig:

@@ -38,7 +38,7 @@ def train_router(data: RouterTargets, nlist: int, config: TrainingConfig, first_
         return list(torch.randperm(positions, generator=network.generator, dtype=torch.int64, device="cpu").split(config.batch))
 
     network.fit(batches, lambda y, batch: y[..., :nlist], first_knot)
-    return QueryRouter(network.weights(None), first_knot, config.count_lists)
+    return QueryRouter(network.weights(None), first_knot, config.size_weighted)
 
 
 @full_precision
@@ -62,9 +62,9 @@ def train_tower(
         shuffled = [
             m[torch.randperm(len(m), generator=network.generator, dtype=torch.int64, device="cpu")] for m in members if len(m)
         ]
-        found = [batch for m in shuffled for batch in m.split(config.batch)]
+        parts = [batch for m in shuffled for batch in m.split(config.batch)]
         return [
-            found[i] for i in torch.randperm(len(found), generator=network.generator, dtype=torch.int64, device="cpu").tolist()
+            parts[i] for i in torch.randperm(len(parts), generator=network.generator, dtype=torch.int64, device="cpu").tolist()
         ]
 
     def scores(y: Tensor, batch: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class _Network:
         h, _, _, d = data.x.shape
         self.data, self.leading, self.num_knots, self.config = data, leading, num_knots, config
         self.generator = torch.Generator().manual_seed(config.seed)
-        outputs, u = leading + (num_knots + 1 if config.count_lists else 0), config.hidden
+        outputs, u = leading + (num_knots + 1 if config.size_weighted else 0), config.hidden
         device = data.x.device
 
         def weight(rows: int, columns: int, gain: float) -> Tensor:
@@ -117,8 +117,8 @@ class _Network:
                 y = torch.einsum("hpgu,hlu->hpgl", inner, self.out) + torch.einsum("hpgd,hld->hpgl", part, self.skip)
                 y = y + self.bias_out[:, None, None]
                 a = y[..., self.leading : self.leading + self.num_knots] @ bend
-                loss = cross_entropy(scores(y, where), a, data, batch, config.count_lists)
-                if config.count_lists:
+                loss = cross_entropy(scores(y, where), a, data, batch, config.size_weighted)
+                if config.size_weighted:
                     loss = loss + functional.binary_cross_entropy_with_logits(y[..., -1], data.outside[:, batch])
                 optimizer.zero_grad()
                 loss.backward()
@@ -191,10 +191,10 @@ def standardised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @full_precision
-def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Tensor, count_lists: bool) -> Tensor:
+def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Tensor, size_weighted: bool) -> Tensor:
     """Mean cross-entropy, in nats, of z (h, p, g, l) and a (h, p, g, B) to the true mass of the positions in ``batch``."""
     fit = (data.list_mass[:, batch] * z).sum(-1) + (data.bin_mass[:, batch] * a).sum(-1)
-    if not count_lists:
+    if not size_weighted:
         return (torch.logsumexp(z, -1) - fit).mean()
     top_z, top_a = z.detach().amax(-1, keepdim=True), a.detach().amax(-1, keepdim=True)
     counts = data.counts[:, batch].float()  # (h, p, B, l)

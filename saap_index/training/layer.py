@@ -76,7 +76,7 @@ def _coarse(keys: Tensor, rope: Rope | None) -> Tensor:
 def _targets(
     sequence: TrainingSequence, quantizer: KeyQuantizer, nlist: int, rope: Rope | None, layout: Layout, scale: float,
     edges: Tensor, own_lists: bool,
-) -> tuple[RouterTargets, KeyQuantizer]:  # fmt: skip
+) -> tuple[RouterTargets, KeyQuantizer]:
     """Targets of one sequence, and the lists they speak of: the shared ones, or the sequence's own."""
     keys, queries, positions = sequence
     assert queries is not None and positions is not None

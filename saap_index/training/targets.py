@@ -54,7 +54,7 @@ def bin_edges(nearest: int, farthest: int, distance: bool) -> Tensor:
 def targets(
     keys: Tensor, queries: Tensor, router_queries: Tensor, positions: Tensor, lists: Tensor, nlist: int,
     sinks: int, window: int, scale: float, edges: Tensor,
-) -> RouterTargets:  # fmt: skip
+) -> RouterTargets:
     """The true attention mass of one sequence's sampled queries, by list and by distance.
 
     keys : float32 (h, n, d) and queries : (h, g, q, d), as attention sees them; router_queries : (h, g, q, d), as the router

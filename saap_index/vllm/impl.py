@@ -88,9 +88,9 @@ class SaapImpl(AttentionImpl[Step]):
             out, _, read = paged.search(pool, group.whole, none, x, self.scale)
             COUNTERS.dense_queries += b * q
         else:
-            budget = Budget(group.budgets[served.place], 0, served.miss)
+            budget = Budget(group.budgets[served.place], 0, served.unread_mass)
             rotation = step.rotation(served.rope, group)
-            routing = PagedRouting(served.router, served.nlist, served.first_knot, served.count_lists, rotation, budget)
+            routing = PagedRouting(served.router, served.nlist, served.first_knot, served.size_weighted, rotation, budget)
             out, _, read = paged.search(pool, group.selecting, routing, x, self.scale)
             whole = sum(n for n, chosen in zip(group.batch.lengths, group.sealed, strict=True) if not chosen)
             COUNTERS.sparse_queries += group.sparse * q

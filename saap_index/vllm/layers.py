@@ -21,7 +21,7 @@ from .options import Options
 @dataclass(frozen=True)
 class ServedLayer:
     """place : among the served layers of this process. quantizer, router : prepared by the backend. shares : float32 (h,);
-    miss : float32 (h,) or None, as in `Budget`."""
+    unread_mass : float32 (h,) or None, as in `Budget`."""
 
     number: int
     place: int
@@ -30,9 +30,9 @@ class ServedLayer:
     router: Any
     nlist: int
     first_knot: int
-    count_lists: bool
+    size_weighted: bool
     shares: np.ndarray
-    miss: Tensor | None
+    unread_mass: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ def _served(
     layer = layer.of_heads(own)
     shares = np.ones(own.stop - own.start, np.float32) if layer.budget_shares is None else layer.budget_shares
     target = options.target_mass
-    miss = None if target is None else layer.unread_mass(target, torch.device("cpu"))
+    unread_mass = None if target is None else layer.unread_mass(target, torch.device("cpu"))
     weights, centroids = router.weights.map(lambda x: x[own].contiguous()), quantizer.centroids[own].contiguous()
     rope = next((x for x in ropes if x == layer.rope), layer.rope)
     return ServedLayer(
         number, place, rope, backend.prepare_quantizer(centroids), backend.prepare_router(weights), nlist, router.first_knot,
-        router.count_lists, np.asarray(shares, np.float32), miss,
+        router.size_weighted, np.asarray(shares, np.float32), unread_mass,
     )  # fmt: skip

@@ -78,7 +78,7 @@ class EmulatedRuntime:
     def __init__(
         self, order: str = "fifo", seed: int = 0, inflight: int = 2, sanitizer: str | None = None, cuda: Path = CUDA,
         capability: tuple[int, int] = (9, 0),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.order, self.seed, self.inflight, self.cuda = ORDERS.index(order), seed, inflight, cuda
         self.capability = capability
         self.sanitizer = sanitizer or os.environ.get("SAAP_EMU_SANITIZER") or None
@@ -123,13 +123,13 @@ class EmulatedKernel:
     def prepare(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
         dependent: bool = False,
-    ) -> Callable[[], None]:  # fmt: skip
+    ) -> Callable[[], None]:
         return partial(self.launch, grid, block, shared_bytes, params, cluster, dependent)
 
     def launch(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
         dependent: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Runs to the end. Each launch of a random runtime has another schedule; the first repeats under the same seed."""
         runtime, native = self.runtime, self.library.native
         data = params.tobytes()

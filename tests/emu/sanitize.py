@@ -21,7 +21,7 @@ def run(sanitizer: str, arguments: list[str]) -> subprocess.CompletedProcess[str
         **os.environ,
         "SAAP_EMU_SANITIZER": sanitizer,
         "LD_PRELOAD": " ".join(preload),
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "PYTHONPATH": ":".join(map(str, (ROOT, ROOT / "tests", *sorted(x for x in (ROOT / "tests").iterdir() if x.is_dir())))),
         "ASAN_OPTIONS": "detect_leaks=0:use_sigaltstack=0",
         # A race is an EmulationError where it happens. Everything but the kernels is left alone: torch is not instrumented.
         # A fault ends the process as it would without the sanitizer, which would exit with 0.

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     findings = [
         *check_versions(), check("kernels", check_kernels), check("GPU", check_gpu), check("cache folder", check_cache_folder),
         check("memory", check_memory),
-    ]  # fmt: skip
+    ]
     if args.model or args.demo:
         findings += about_model(args, text)
     print(as_json(findings) if args.json else "\n".join(table(findings)))

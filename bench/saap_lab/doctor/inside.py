@@ -69,7 +69,7 @@ class Text:
 def examine(
     loaded: LoadedModel, routers: Routers | None, text: str, tokens: int, selectivity: float = SELECTIVITY,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Finding]:  # fmt: skip
+) -> list[Finding]:
     """Every row about a model. routers : None if none are there, or fit; text : what it is to read, cut to ``tokens``."""
     model = loaded.model
     of_routers = ("captured attention", "needles")
@@ -151,7 +151,7 @@ def check_rope(model: Any, routers: Routers | None, tokens: int) -> Finding:
             "RoPE", FAIL, f"not undone: keys of one token differ by {errors[worst]:.1%} in layer {worst}, {ropes[worst]}",
             "the model rotates otherwise than its config says: keys land in wrong lists. Correct rope_parameters, or report the "
             "model", figures,
-        )  # fmt: skip
+        )
     return Finding("RoPE", OK, f"undone within {errors[worst]:.1e} in {len(errors)} layers, {tokens} positions", "", figures)
 
 
@@ -248,7 +248,7 @@ def check_parity(model: Any, cache: SaapCache, seen: Text, want: Tensor) -> Find
         return Finding(
             "dense parity", FAIL, f"reading everything is not the dense model: KL {kl:.2g}, same first choice in {same:.0%}",
             "report it, with this table and the model's name; use the model without the index", figures,
-        )  # fmt: skip
+        )
     return Finding("dense parity", OK, f"reading everything: KL {kl:.1g} from the dense model over {LAST} tokens", "", figures)
 
 
@@ -266,7 +266,7 @@ def check_captured(model: Any, cache: SaapCache, seen: Text, want: Tensor, selec
         "captured": stats.captured, "promised": stats.promised, "total": stats.total, "error": stats.error, "kl": kl,
         "top1": same, "selectivity": selectivity, "tokens_read": cache.tokens_read(),
         "layers": {n: {"captured": x.captured, "promised": x.promised, "error": x.error} for n, x in stats.layers.items()},
-    }  # fmt: skip
+    }
     promise = f"{stats.promised:.1%}" if math.isfinite(stats.promised) else "nothing"
     words = (
         f"{stats.captured:.1%} of the attention outside sinks and window at selectivity {selectivity:g}, training measured "
@@ -341,7 +341,7 @@ def check_model_memory(model: Any, stats: Any, tokens: int) -> Finding:
     need = (kv + extra) * longest // tokens
     free = available_bytes() if model.device.type == "cpu" else torch.cuda.mem_get_info(model.device)[0]
     figures = {"weights_bytes": weights, "kv_bytes": kv, "index_bytes": extra, "router_bytes": shared, "longest": longest,
-               "needed_bytes": need, "available_bytes": free}  # fmt: skip
+               "needed_bytes": need, "available_bytes": free}
     words = (
         f"weights {weights / GIB:.2f} GiB, K and V {kv / GIB:.3f} GiB at {tokens} tokens, indexes {extra / max(1, kv):.1%} "
         f"more, routers {shared / GIB:.3f} GiB; {need / GIB:.2f} GiB at the model's {longest} tokens"

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             smollm2, tokenizer, model.TITLE, sequences, training, methods, settings,
             routers=load_routers(options.routers),
             profile_tokens=compare.PROFILE_TOKENS if options.full else 1024,
-        )  # fmt: skip
+        )
         compare.finish(task, out)
 
     return command.exit_status(work)

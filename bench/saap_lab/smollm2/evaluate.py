@@ -58,7 +58,7 @@ Table = dict[tuple[str, int, float], Row]
 def evaluate(
     sequences: Iterable[Capture], indexes: Mapping[str, Mapping[int, AsymmetricIndex]], baselines: Sequence[str],
     layers: Sequence[int], shares: Sequence[float], step: Callable[[str], None] | None = None,
-) -> Table:  # fmt: skip
+) -> Table:
     """Measure every index and baseline on every sequence, layer and share.
 
     indexes : by method and layer, trained, of batch 1; their tokens are replaced. An index whose default budget is ``nprobe``

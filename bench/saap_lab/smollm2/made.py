@@ -68,7 +68,7 @@ def _json(rng: random.Random) -> str:
             "items": [_thing(rng) for _ in range(rng.randrange(1, 4))], "active": rng.random() < 0.5,
         }
         for _ in range(rng.randrange(30, 60))
-    }  # fmt: skip
+    }
     lines = [json.dumps(entries, indent=rng.choice((1, 2, 4)))]
     for key in rng.sample(list(entries), 20):
         lines.append(f'get("{key}") -> {json.dumps(entries[key])}')

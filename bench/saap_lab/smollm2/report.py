@@ -61,4 +61,4 @@ def plot(table: Table, layers: Sequence[int], path: Path) -> None:
         "attention mass captured outside sinks and window, %", log="", limits=(0, 101),
         title=f"{model.TITLE}, unseen text, layers {', '.join(map(str, layers))}",
         labels={DRAWN_AS.get(method, method): name for method, name in NAMES.items()},
-    )  # fmt: skip
+    )

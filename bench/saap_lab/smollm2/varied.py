@@ -47,7 +47,7 @@ def varied_texts() -> Iterator[tuple[str, str]]:
     kinds: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
         "package": _packages, "readme": _readmes, "record": made.records, "talk": made.talks, "manual": _manuals,
         "document": _documents, "license": _licenses, "header": _headers, "message": _messages,
-    }  # fmt: skip
+    }
     seen: set[str] = set()
     for kind, documents in kinds.items():
         left = KIND_CHARS

@@ -136,23 +136,24 @@ class CudaBackend(TorchBackend):
         return z, a
 
     def probe(
-        self, z: Tensor, a: Tensor, knots: Tensor, tables: Tensor, num_segments: Sequence[int], budget: Budget, count_lists: bool,
-    ) -> Probed:  # fmt: skip
+        self, z: Tensor, a: Tensor, knots: Tensor, tables: Tensor, num_segments: Sequence[int], budget: Budget,
+        size_weighted: bool,
+    ) -> Probed:
         b, h, j, nlist = z.shape
         segments, m = tables.shape[2], a.shape[3] - 1
-        shape = gpu_select.SelectShape(b, h, j, nlist, segments, m, 0, budget.nprobe, count_lists)
+        shape = gpu_select.SelectShape(b, h, j, nlist, segments, m, 0, budget.nprobe, size_weighted)
         select = gpu_select.Select(self.runtime, shape, self.knobs.get("select"))
         # the kernel takes the logarithm of distances itself: segments are put where theirs are the knots, before position 1
         centres = -torch.exp2(knots)
-        means = budget.means if budget.entries is not None else [0] * b
+        means = budget.means if budget.mean_entries is not None else [0] * b
         meta = self._meta({SEGMENTS: num_segments, MEANS: means, NEXT: [1] * b})
         rows, counts = self._lists(budget.rows)
         tail = tail_counts = None
-        if budget.entries is not None:
-            tail, tail_counts = self._lists(budget.entries)
+        if budget.mean_entries is not None:
+            tail, tail_counts = self._lists(budget.mean_entries)
         floats = torch.empty(select.num_floats, dtype=torch.float32, device=self.device)
-        miss, entries = budget.miss, budget.entries
-        select.bind(z, a, tables, centres, meta, budget.rows, rows, counts, miss, entries, tail, tail_counts, floats)()
+        limits = budget.unread_mass, budget.mean_entries
+        select.bind(z, a, tables, centres, meta, budget.rows, rows, counts, *limits, tail, tail_counts, floats)()
         rows = columns_in_use(rows, counts)
         if tail is None or tail_counts is None:
             return Probed(rows, counts)
@@ -175,7 +176,7 @@ class CudaBackend(TorchBackend):
     def scan(
         self, queries: Tensor, arena_keys: Tensor, arena_values: Tensor, rows: Tensor | None, counts: Tensor | None,
         sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], scale: float, causal: bool, tail: Tail | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         shape = gpu_scan.ScanShape(
             b, h, g * q, q, d, arena_values.shape[3], arena_keys.dtype, queries.dtype, arena_keys.shape[2], causal

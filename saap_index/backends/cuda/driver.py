@@ -67,7 +67,7 @@ class DriverLaunch:
     def __init__(
         self, function: int, grid: tuple[int, int, int], block: int, shared_bytes: int, params: int, cluster: int = 1,
         dependent: bool = False, device: int = 0, kept: object = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         attributes = []
         if cluster > 1:
             attributes.append(_Attribute(_CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(cluster, 1, 1)))

@@ -26,7 +26,7 @@ class Kernel(Protocol):
     def prepare(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
         dependent: bool = False,
-    ) -> Callable[[], None]:  # fmt: skip
+    ) -> Callable[[], None]:
         """What starts ``grid`` blocks of ``block`` threads (x only), each with ``shared_bytes`` of dynamic shared memory.
 
         params : one element of a structured dtype made with ``align=True``, laid out as the kernel's parameter struct; pointers
@@ -40,7 +40,7 @@ class Kernel(Protocol):
     def launch(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
         dependent: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Start it now: ``prepare(...)()``."""
 
 
@@ -77,7 +77,7 @@ class Launch:
     def __init__(
         self, kernel: Kernel, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], *kept: Any,
         cluster: int = 1, dependent: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.params, self._kept = params, (params, *kept)
         self._start = kernel.prepare(grid, block, shared_bytes, params, cluster, dependent)
         self._pointers: dict[str, ctypes.c_uint64] = {}

@@ -68,9 +68,9 @@ def compile_kernel(
     text = gpu_source.source(file).encode()
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, file.encode(), 0, None, None))
     try:
-        given = [f"-arch={arch}", *flags, "--ptxas-options=-v", *gpu_source.options(macros)]
-        packed = (ctypes.c_char_p * len(given))(*(x.encode() for x in given))
-        failed = nvrtc.nvrtcCompileProgram(program, len(given), packed)
+        options = [f"-arch={arch}", *flags, "--ptxas-options=-v", *gpu_source.options(macros)]
+        packed = (ctypes.c_char_p * len(options))(*(x.encode() for x in options))
+        failed = nvrtc.nvrtcCompileProgram(program, len(options), packed)
         log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode().rstrip("\0")
         if failed:
             raise RuntimeError(f"{file} {dict(macros)} for {arch}:\n{log}")
@@ -82,13 +82,13 @@ def compile_kernel(
 
 def usage(log: str) -> dict[str, Usage]:
     """Registers, stack and spills by kernel, out of what ptxas -v prints."""
-    found = {}
+    usage = {}
     for part in re.split(r"(?=Compiling entry function)", log):
         match = _USED.search(part)
         if match:
             stack, stores, loads, registers = (int(x) for x in match.groups()[1:])
-            found[match.group(1)] = Usage(registers, stack, stores + loads)
-    return found
+            usage[match.group(1)] = Usage(registers, stack, stores + loads)
+    return usage
 
 
 def _read(size_of, read, program) -> bytes:  # type: ignore[no-untyped-def]

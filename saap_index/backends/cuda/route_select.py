@@ -21,7 +21,7 @@ from .scan import Runs
 from .select import MOST_KNOTS
 
 _POINTERS = (
-    "queries hidden bias_hidden out bias_out inv_freq cosine sine meta tables centres budgets miss runs run_counts "
+    "queries hidden bias_hidden out bias_out inv_freq cosine sine meta tables centres budgets unread_mass runs run_counts "
     "counts tickets clocks"
 )
 _INTS = "b h j q d pairs interleaved l outputs out_tiles segments first_knot t_cap most_runs num_tickets early"
@@ -40,7 +40,7 @@ CLUSTERS = 8, 4, 2
 
 STAGES = (
     "waited", "rows", "routed", "bends", "sums", "weighed", "tallied", "bin", "candidates", "cut", "counted", "written",
-)  # fmt: skip
+)
 """What has been done when a stage is noted."""
 
 
@@ -133,13 +133,14 @@ class RouteSelect:
 
     def bind(
         self, rotation: Rotation | Frequencies | None, meta: Tensor, tables: Tensor, centres: Tensor, budgets: Tensor,
-        found: Runs, miss: Tensor | None, tickets: Tensor | None, dependent: bool,
-    ) -> Launch:  # fmt: skip
+        found: Runs, unread_mass: Tensor | None, tickets: Tensor | None, dependent: bool,
+    ) -> Launch:
         """One selection per (sequence, KV head), as `Route.bind` and `Select.bind` make it, but for the order of the rows.
 
         found : out, with room for every run, S * l; most_rows bounds every budget. tickets : int32, out: zeros.
         dependent : whether blocks may start before the launch in front of this one has ended; the field ``early`` of the
-        parameters then says that weights, tables, centres, budgets and miss are complete whatever launches have not ended yet.
+        parameters then says that weights, tables, centres, budgets and unread_mass are complete, whatever launches have not
+        ended yet.
         A start takes queries : query dtype (b, h, j, d).
         """
         p = self._params.copy()
@@ -153,11 +154,11 @@ class RouteSelect:
         p["meta"], p["tables"], p["centres"] = meta.data_ptr(), tables.data_ptr(), centres.data_ptr()
         p["budgets"], p["counts"], p["t_cap"] = budgets.data_ptr(), found.counts.data_ptr(), found.most_rows
         p["runs"], p["run_counts"], p["most_runs"] = found.runs.data_ptr(), found.run_counts.data_ptr(), found.runs.shape[2]
-        if miss is not None:
-            p["miss"] = miss.data_ptr()
+        if unread_mass is not None:
+            p["unread_mass"] = unread_mass.data_ptr()
         if tickets is not None:
             p["tickets"], p["num_tickets"] = tickets.data_ptr(), tickets.numel()
-        kept = self.router, rotation, meta, tables, centres, budgets, found, miss, tickets
+        kept = self.router, rotation, meta, tables, centres, budgets, found, unread_mass, tickets
         return Launch(
             self._kernel, self.grid, self.block, self.shared_bytes, p, *kept, cluster=self.cluster, dependent=dependent
         )
@@ -173,5 +174,5 @@ CONFIGURATIONS = tuple(
         (4, 2, torch.float32, 4, 8), (2, 2, torch.bfloat16, 4, 8), (8, 2, torch.bfloat16, 8, 8), (4, 0, torch.bfloat16, 4, 8),
         (4, 8, torch.bfloat16, 4, 4),
     )
-)  # fmt: skip
+)
 """What is shipped, a sample of it: (file, kernel, macros)."""

@@ -45,7 +45,7 @@ class CupyKernel:
     def prepare(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
         dependent: bool = False,
-    ) -> Callable[[], None]:  # fmt: skip
+    ) -> Callable[[], None]:
         if (cluster > 1 or dependent) and self._capability < CLUSTERS:
             want, got = _dotted(CLUSTERS), _dotted(self._capability)
             raise DeviceError(f"launch: expected capability {want} for clusters and dependent launches, got {got}")
@@ -68,13 +68,13 @@ class CupyKernel:
     def launch(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
         dependent: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.prepare(grid, block, shared_bytes, params, cluster, dependent)()
 
     def _starter(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int,
         dependent: bool,
-    ) -> Callable[[int], None]:  # fmt: skip
+    ) -> Callable[[int], None]:
         """What starts it on a stream, on the current device."""
         if gpu_driver.available():
             function, address = int(self._function.ptr), params.ctypes.data
@@ -113,15 +113,15 @@ class CupyRuntime:
 
     def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
         key = file, name, gpu_source.options(macros)
-        found = self._kernels.get(key)
-        if found is None:
+        kernel = self._kernels.get(key)
+        if kernel is None:
             with torch.cuda.device(self.device), self._cupy.cuda.Device(self.device.index):
                 module = self._cupy.RawModule(code=gpu_source.source(file), options=("-std=c++17", *key[2]), backend="nvrtc")
                 raw = self._compiled(module, name)
                 # what the kernel keeps static (nothing, by the rules of cuda/) is no longer there for dynamic use
-                found = CupyKernel(raw, self.device, self.max_shared_bytes - int(raw.shared_size_bytes), self.capability)
-            self._kernels[key] = found
-        return found
+                kernel = CupyKernel(raw, self.device, self.max_shared_bytes - int(raw.shared_size_bytes), self.capability)
+            self._kernels[key] = kernel
+        return kernel
 
     def _compiled(self, module: Any, name: str) -> Any:
         """A function of ``module``. MissingDependencyError where CuPy finds nothing to compile with, DeviceError where it has no

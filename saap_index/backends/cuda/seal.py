@@ -415,7 +415,7 @@ def means(
 def _prepare_means(
     runtime: Runtime, keys: Tensor, values: Tensor, tables: Tensor, mean_keys: Tensor, mean_values: Tensor, jobs: Tensor | None,
     count: int,
-) -> Callable[[], None]:  # fmt: skip
+) -> Callable[[], None]:
     """What `means` starts, if there is anything to do."""
     _, h, s, offsets = tables.shape
     count = s if jobs is None else count

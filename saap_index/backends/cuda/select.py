@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .launch import Launch, Runtime
 
-_POINTERS = "z a tables centres meta budgets entries miss rows counts tail tail_counts workspace"
-_INTS = "h j l segments knots first_knot t_cap x_cap nprobe count_lists"
+_POINTERS = "z a tables centres meta budgets entries unread_mass rows counts tail tail_counts workspace"
+_INTS = "h j l segments knots first_knot t_cap x_cap nprobe size_weighted"
 PARAMS = np.dtype([(name, np.uint64) for name in _POINTERS.split()] + [(name, np.int32) for name in _INTS.split()], align=True)
 
 H200_SHARED_BYTES = 227 * 1024
@@ -34,7 +34,7 @@ class SelectShape:
     knots: int
     first_knot: int
     nprobe: int = 0
-    count_lists: bool = True
+    size_weighted: bool = True
 
 
 def configuration(shape: SelectShape, multiprocessors: int, max_shared_bytes: int) -> dict[str, int]:
@@ -93,7 +93,7 @@ class Select:
         p = self._params = np.zeros((), PARAMS)
         p["h"], p["j"], p["l"], p["segments"] = shape.heads, shape.vectors, shape.nlist, shape.segments
         p["knots"], p["first_knot"] = max(0, shape.knots), shape.first_knot
-        p["nprobe"], p["count_lists"] = shape.nprobe, shape.count_lists
+        p["nprobe"], p["size_weighted"] = shape.nprobe, shape.size_weighted
 
     def bind(
         self,
@@ -105,8 +105,8 @@ class Select:
         budgets: Tensor,
         rows: Tensor,
         counts: Tensor,
-        miss: Tensor | None = None,
-        entries: Tensor | None = None,
+        unread_mass: Tensor | None = None,
+        mean_entries: Tensor | None = None,
         tail: Tensor | None = None,
         tail_counts: Tensor | None = None,
         floats: Tensor | None = None,
@@ -115,11 +115,11 @@ class Select:
 
         z : float32 (b, h, j, l), a : float32 (b, h, j, m + 1) or (b, h, j, 0); tables : int32 (b, h, S, l + 1); centres :
         float32 (b, S), position of the middle of each segment; meta : int32 (b, 8): num_segments, next_position, means.
-        budgets : int32 (b, h); miss : float32 (h,) or None; entries : int32 (b, h) or None.
+        budgets : int32 (b, h); unread_mass : float32 (h,) or None; mean_entries : int32 (b, h) or None.
         rows : int32 (b, h, t) out, ascending, t being a bound of every budget; counts : int32 (b, h) out, how many are written;
-        tail : int32 (b, h, x), tail_counts : int32 (b, h), likewise, with ``entries``. floats : float32 (num_floats,).
+        tail : int32 (b, h, x), tail_counts : int32 (b, h), likewise, with ``mean_entries``. floats : float32 (num_floats,).
         """
-        if (self.shape.nprobe or not self.shape.count_lists) and (miss is not None or entries is not None):
+        if (self.shape.nprobe or not self.shape.size_weighted) and (unread_mass is not None or mean_entries is not None):
             raise ValueError("miss, entries: neither goes with nprobe, nor with a router that does not count lists")
         if self.num_floats and floats is None:
             raise ValueError(f"floats: expected a workspace of {self.num_floats} floats, got None")
@@ -127,16 +127,16 @@ class Select:
         p["z"], p["a"], p["tables"] = z.data_ptr(), a.data_ptr() if self.shape.knots >= 0 else 0, tables.data_ptr()
         p["centres"], p["meta"], p["budgets"] = centres.data_ptr(), meta.data_ptr(), budgets.data_ptr()
         p["rows"], p["counts"], p["t_cap"] = rows.data_ptr(), counts.data_ptr(), rows.shape[2]
-        if miss is not None:
-            p["miss"] = miss.data_ptr()
-        if entries is not None:
+        if unread_mass is not None:
+            p["unread_mass"] = unread_mass.data_ptr()
+        if mean_entries is not None:
             if tail is None or tail_counts is None:
                 raise ValueError("tail, tail_counts: expected tensors beside entries, got None")
-            p["entries"], p["tail"], p["tail_counts"] = entries.data_ptr(), tail.data_ptr(), tail_counts.data_ptr()
+            p["entries"], p["tail"], p["tail_counts"] = mean_entries.data_ptr(), tail.data_ptr(), tail_counts.data_ptr()
             p["x_cap"] = tail.shape[2]
         if floats is not None:
             p["workspace"] = floats.data_ptr()
-        kept = z, a, tables, centres, meta, budgets, rows, counts, miss, entries, tail, tail_counts, floats
+        kept = z, a, tables, centres, meta, budgets, rows, counts, unread_mass, mean_entries, tail, tail_counts, floats
         return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept)
 
 

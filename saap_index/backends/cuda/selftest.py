@@ -25,7 +25,7 @@ def words_out(family: str, n: int) -> int:
     sizes = {
         "convert": 8 * n, "math": 4 * n, "copy": 9 * n // 4, "matrix": 288, "mma": 256, "warp": 16 * n, "order": 3 + blocks,
         "cluster": 4 * n, "relay": RELAYS * n,
-    }  # fmt: skip
+    }
     return sizes[family]
 
 

@@ -59,8 +59,8 @@ class Packed:
     """Budgets of a plan, and the lists that a selection within them is written to."""
 
     budgets: Tensor
-    entries: Tensor | None
-    miss: Tensor | None
+    mean_entries: Tensor | None
+    unread_mass: Tensor | None
     nprobe: int
     selected: Probed
 
@@ -120,7 +120,7 @@ class CudaSession(Session):
     def __init__(
         self, backend: Backend, device: torch.device, runtime: Runtime, knobs: Knobs, shape: tuple[int, int, int, int, int],
         dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(backend)
         self._runtime, self._device, self._shape, self._dtype, self._knobs = runtime, device, shape, dtype, knobs
         b = shape[0]
@@ -180,7 +180,8 @@ class CudaSession(Session):
         memory += [scanning.floats for scanning in self._scanning.values()]
         for plan in self._plans:
             p, selected = plan.packed, plan.packed.selected
-            memory += [p.budgets, p.entries, p.miss, selected.rows, selected.counts, selected.tail, selected.tail_counts]
+            memory += [p.budgets, p.mean_entries, p.unread_mass]
+            memory += [selected.rows, selected.counts, selected.tail, selected.tail_counts]
         yield from (x for x in memory if x is not None)
 
     def publish(self, placement: Placement, budgets: Sequence[tuple[Plan, Budget]]) -> None:
@@ -227,10 +228,11 @@ class CudaSession(Session):
         if plan.max_entries:
             selected = Probed(selected.rows, selected.counts, ints(b, h, plan.max_entries), ints(b, h))
         self._just_published = True
-        entries = None
+        mean_entries = None
         if plan.max_entries:
-            entries = ints(b, h) if budget.entries is None else sent(budget.entries.numpy().copy(), self._device)
-        plan.packed = Packed(sent(budget.rows.numpy().copy(), self._device), entries, budget.miss, budget.nprobe, selected)
+            mean_entries = ints(b, h) if budget.mean_entries is None else sent(budget.mean_entries.numpy().copy(), self._device)
+        rows = sent(budget.rows.numpy().copy(), self._device)
+        plan.packed = Packed(rows, mean_entries, budget.unread_mass, budget.nprobe, selected)
         self._plans.add(plan)
 
     # -- what the device counts and notes ----------------------------------------------------------------------------
@@ -390,13 +392,13 @@ class CudaSession(Session):
         selected, tables = packed.selected, self._published.arena.tables
         if isinstance(by, _OneLaunch):
             self._scanning_of(queries, False)  # its tickets are there
-            memory = self._meta, tables, self._centres, packed.budgets, _runs(by, packed), packed.miss, self._tickets
+            memory = self._meta, tables, self._centres, packed.budgets, _runs(by, packed), packed.unread_mass, self._tickets
             return (by.launcher.bind(turn, *memory, dependent=True),)
         route = by.route.bind(turn, self._meta, by.z, by.a)
         select = by.select.bind(
-            by.z, by.a, tables, self._centres, self._meta, packed.budgets, selected.rows, selected.counts, packed.miss,
-            packed.entries, selected.tail, selected.tail_counts, by.floats,
-        )  # fmt: skip
+            by.z, by.a, tables, self._centres, self._meta, packed.budgets, selected.rows, selected.counts, packed.unread_mass,
+            packed.mean_entries, selected.tail, selected.tail_counts, by.floats,
+        )
         return route, select
 
     def _scan_of(
@@ -443,14 +445,14 @@ class CudaSession(Session):
         b, h, g, q, _ = queries.shape
         router, segments = routing.router, self._published.arena.tables.shape[2]
         shape = RouteSelectShape(b, h, g * q, q, segments, routing.first_knot, queries.dtype)
-        usual = routing.count_lists and not packed.nprobe and packed.entries is None
+        usual = routing.size_weighted and not packed.nprobe and packed.mean_entries is None
         if usual and gpu_route_select.covers(self._runtime, router, shape):
             sizes = (b, h, segments * router.nlist, 2), (b, h)
             runs, run_counts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in sizes)
             return _OneLaunch(RouteSelect(self._runtime, router, shape, self._knobs.get("route_select")), runs, run_counts)
         route = Route(self._runtime, router, b, g * q, q, queries.dtype, self._knobs.get("route"))
         knots = router.outputs - router.nlist - 1
-        settings = routing.first_knot, packed.nprobe, routing.count_lists
+        settings = routing.first_knot, packed.nprobe, routing.size_weighted
         of = SelectShape(b, h, g * q, router.nlist, segments, knots, *settings)
         select = Select(self._runtime, of, self._knobs.get("select"))
         floats = torch.empty(select.num_floats, dtype=torch.float32, device=self._device)
@@ -497,9 +499,10 @@ def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 def _numbers(packed: Packed, budget: Budget) -> list[tuple[int, np.ndarray[Any, Any]]]:
     """The budgets of ``packed``, by the addresses where they belong."""
     writes = [(packed.budgets.data_ptr(), budget.rows.numpy())]
-    if packed.entries is not None:
-        entries = np.zeros(packed.entries.shape, np.int32) if budget.entries is None else budget.entries.numpy()
-        writes.append((packed.entries.data_ptr(), entries))
+    if packed.mean_entries is not None:
+        none = np.zeros(packed.mean_entries.shape, np.int32)
+        most = none if budget.mean_entries is None else budget.mean_entries.numpy()
+        writes.append((packed.mean_entries.data_ptr(), most))
     return writes
 
 
@@ -508,7 +511,7 @@ def _key(queries: Tensor) -> tuple[Any, ...]:
 
 
 def _selecting_key(queries: Tensor, routing: Routing, packed: Packed) -> tuple[Any, ...]:
-    return _key(queries), packed.nprobe, packed.entries is None, id(routing.router)
+    return _key(queries), packed.nprobe, packed.mean_entries is None, id(routing.router)
 
 
 def _evict(kept: dict[Any, Any], most: int) -> None:
