@@ -50,11 +50,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     extra: dict[str, Any] = {"attention_backend": "CUSTOM", "additional_config": {"saap": said}} if ours else {}
     llm = LLM(
         options.model, dtype=options.dtype, enforce_eager=True, max_model_len=options.tokens + options.new + 8,
-        enable_prefix_caching=False, **extra,
+        enable_prefix_caching=options.same, **extra,
     )  # fmt: skip
     engine = llm.llm_engine
     sampling = SamplingParams(temperature=0, max_tokens=options.new, ignore_eos=True)
-    for i, tokens in enumerate(prompts(llm.get_tokenizer(), options.batch, options.tokens)):
+    requests = prompts(llm.get_tokenizer(), 1 if options.same else options.batch, options.tokens) * options.batch
+    if options.same:  # read once, ahead of the requests
+        llm.generate([{"prompt_token_ids": requests[0]}], SamplingParams(max_tokens=1), use_tqdm=False)
+    for i, tokens in enumerate(requests[: options.batch]):
         engine.add_request(str(i), {"prompt_token_ids": tokens}, sampling)
     done: dict[str, list[int]] = {}
     made = 0
@@ -99,6 +102,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--selectivity", type=float, default=0.05)
     parser.add_argument("--break-even", type=int, default=2048)
+    parser.add_argument("--same", action="store_true", help="one prompt for all requests, read once: its pages are shared")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--backend", choices=("dense", "saap"), help="one alone, into --json")
     options = parser.parse_args()

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..precision import full_precision
+
 QUERIES = 512
 """At a time, where a prompt goes on: bounds what is multiplied only to be hidden."""
 
 
+@full_precision
 def continue_prompt(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Causal attention of the last q of n tokens. queries : (q, hq, d); keys : (h, n, d), values : (h, n, e) of one dtype.
 
