@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "module.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -156,6 +157,8 @@ NB_MODULE(_cpu, m) {
     }
     return nb::make_tuple(found.width, entries.width);
   });
+
+  define_paged(m);
 
   m.def("combine", [](int type, Address out_a, Address lse_a, Address out_b, Address lse_b, int64_t n, int e, Address out, Address lse) {
     Free free;

@@ -23,8 +23,8 @@ constexpr bool kWideFile = false;
 #endif
 
 #define TABLE(title)                                                                                                              \
-  const Kernels table = {title,       W,      2 * W,   scan,  scores,   pack_queries, unpack_values, scan_codes,                     \
-                         rotate_back, encode, nearest, dense, load_row, run_weights,  list_weights};
+  const Kernels table = {title,       W,      2 * W,   scan,  scores,   pack_queries, unpack_values, scan_codes,                  \
+                         rotate_back, encode, nearest, dense, load_row, run_weights,  list_weights,  find_lists};
 
 namespace baseline {
 #define W 4
@@ -33,6 +33,7 @@ namespace baseline {
 #include "codes.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
+#include "paged.inl.h"
 TABLE("baseline")
 #undef W
 }  // namespace baseline
@@ -57,6 +58,7 @@ namespace avx2 {
 #include "codes.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
+#include "paged.inl.h"
 TABLE("avx2")
 #undef W
 }  // namespace avx2
@@ -79,6 +81,7 @@ namespace avx512 {
 #include "codes.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
+#include "paged.inl.h"
 TABLE("avx512")
 #undef W
 }  // namespace avx512

@@ -11,16 +11,19 @@ namespace saap {
 constexpr int kPanel = 16;       // output columns of a weight panel, for every instruction set
 constexpr int kScanPad = 48;     // valid row numbers that must follow the last one of a ScanItem, for prefetching
 constexpr int kScanColumns = 64; // most query columns of a ScanItem
+constexpr int kFindPad = 16;     // numbers that find_lists may overwrite behind its last
 
 // Attention of a few query columns over listed rows of one head. All columns pass over a block of rows while it is in cache.
 struct ScanItem {
   const float* q;         // (chunks * group, dp) from pack_queries
   const void* k;          // (N, d) storage type
   const void* v;          // (N, e)
+  int64_t k_row, v_row;   // elements from one row to the next, at least d and e
   int d, e, dp, ep;       // dp, ep: d, e rounded up to `round` of the kernel table
   const int32_t* rows;    // (n + kScanPad), n > 0
   int n;
-  const int32_t* limits;  // (chunks * group) a column sees rows below its limit only; null: sees all
+  const int32_t* places;  // (n) what limits speak of: rows, or the place of each in the order of reading; read with limits only
+  const int32_t* limits;  // (chunks * group) a column sees places below its limit only; null: sees all
   int32_t limits_from;    // the least of limits
   const float* bias;      // (n) added to the score of a row, log2 units; null: none
   int group, chunks;      // group: columns per chunk, a power of two <= lanes
@@ -89,6 +92,10 @@ struct Kernels {
   bool (*run_weights)(const ProbeHead&, float* w);
   // w (lp): weight of each list from z alone.
   bool (*list_weights)(const ProbeHead&, float* w);
+
+  // Of tokens [0, n) of a page, numbered first + i * step, those whose list is chosen: a bit for each of 256 lists. Writes up to n
+  // numbers, and may overwrite kFindPad beyond them; returns how many.
+  int (*find_lists)(const uint8_t* lists, int n, const uint32_t* chosen, int32_t first, int32_t step, int32_t* out);
 };
 
 // The table in use: the best that this processor can run, or what select_isa chose.

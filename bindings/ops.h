@@ -109,6 +109,9 @@ struct ScanArgs {
   float* lse;
   TailArgs tail;
   CodedRows coded;
+  // Of a pool that all sequences share: elements from row to row and from head to head, of K and V alike; its rows are all listed,
+  // those that a causal query may not see last. row 0: an arena.
+  int64_t row = 0, head_step = 0;
 };
 void scan(const ScanArgs&, const Ints& sinks, const Ints& sealed, const Ints& lengths);
 

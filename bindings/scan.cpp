@@ -176,6 +176,8 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     }
   }
   const bool limited = p.causal && p.n_queries > 1;
+  // The least place that is not seen by every query: of an arena a row, of a pool one in the order of reading.
+  auto first_limited = [&](const Source& s, int head) { return (p.row ? s.total() : lengths[head / p.h]) - p.n_queries + 1; };
   float* memory = plan.floats.get<float>(floats + p.d);
   int32_t* limits = plan.ints.get<int32_t>(ints);
   float* row = memory + floats;
@@ -194,7 +196,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     memory += t.items * part_size(columns, ep);
     t.limits = limits;
     limits += 2 * columns;
-    const int64_t first_seen = lengths[t.head / p.h] - p.n_queries + 1;
+    const int64_t first_seen = first_limited(plan.sources[t.head], t.head);
     const Shift shift(p.coded, t.head / p.h);
     t.limits_from = shift.limit(first_seen);
     t.coded_limits_from = static_cast<int32_t>(std::max<int64_t>(first_seen, 0));
@@ -227,6 +229,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     const Task& t = shared.tasks[number];
     const int columns = t.chunks * t.group;
     alignas(64) int32_t rows[kMostRows + kScanPad];
+    int32_t places[kMostRows];
     float bias[kMostRows];
     const bool of_rows = k < t.row_items, of_codes = !of_rows && k < t.row_items + t.coded_items;
     const Source& s = of_codes ? shared.coded[t.head] : shared.sources[t.head];
@@ -239,14 +242,16 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
         : of_rows   ? s.read(from, count, p.N, rows)
                     : tail.read(p.tail, head, from, count, rows, bias)) {
       const int64_t size = static_cast<int64_t>(size_of(p.type));
+      const bool pool = of_rows && p.row;
       it.q = of_codes ? t.q_of_codes : t.q;
+      it.k_row = pool ? p.row : p.d, it.v_row = pool ? p.row : p.e;
       if (of_codes) {
         it.k = p.coded.k + head * p.coded.N * code_size(p.d, 8);
         it.v = p.coded.v + head * p.coded.N * code_size(p.e, p.coded.value_bits);
       } else {
-        const int64_t first = of_rows ? head * p.N : head * p.tail.M * p.tail.l;
-        it.k = static_cast<const char*>(of_rows ? p.k : p.tail.k) + first * p.d * size;
-        it.v = static_cast<const char*>(of_rows ? p.v : p.tail.v) + first * p.e * size;
+        const int64_t first = of_rows ? head * p.N : head * p.tail.M * p.tail.l, step = head % p.h * p.head_step;
+        it.k = static_cast<const char*>(of_rows ? p.k : p.tail.k) + (pool ? step : first * p.d) * size;
+        it.v = static_cast<const char*>(of_rows ? p.v : p.tail.v) + (pool ? step : first * p.e) * size;
       }
       it.d = p.d, it.e = p.e, it.dp = dp, it.ep = ep;
       it.rows = rows;
@@ -254,6 +259,11 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
       it.bias = of_rows || of_codes ? nullptr : bias;
       it.limits = !limited || !(of_rows || of_codes) ? nullptr : t.limits + (of_codes ? columns : 0);
       it.limits_from = of_codes ? t.coded_limits_from : t.limits_from;
+      it.places = rows;
+      if (pool && it.limits) {
+        for (int i = 0; i < count; i++) places[i] = static_cast<int32_t>(from) + i;
+        it.places = places;
+      }
       it.group = t.group, it.chunks = t.chunks;
       it.o = t.part + k * part_size(columns, ep);
       it.m = it.o + static_cast<int64_t>(columns) * ep;

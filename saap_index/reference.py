@@ -81,6 +81,23 @@ def sort_segment(list_nos: Ints, nlist: int) -> tuple[Ints, Ints]:
     return order, np.concatenate([[0], np.cumsum(np.bincount(list_nos, minlength=nlist))])
 
 
+def count_runs(list_nos: Ints, bounds: Ints, nlist: int) -> Ints:
+    """Offsets (s, l + 1) of runs of tokens that are not sorted, as if they were: by segment, list and position.
+
+    list_nos (n,) of the tokens of a sequence; segment i is [bounds[i], bounds[i + 1]), bounds (s + 1,).
+    """
+    tables = np.zeros((len(bounds) - 1, nlist + 1), dtype=np.int64)
+    for i, (start, stop) in enumerate(pairwise(bounds)):
+        tables[i] = start - bounds[0] + sort_segment(list_nos[start:stop], nlist)[1]
+    return tables
+
+
+def sorted_tokens(list_nos: Ints, bounds: Ints) -> Ints:
+    """Positions of the tokens of all segments in the order that `count_runs` speaks of."""
+    parts = [start + np.argsort(list_nos[start:stop], kind="stable") for start, stop in pairwise(bounds)]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
 def run_means(keys: Array, values: Array, offsets: Ints) -> tuple[Array, Array]:
     """Mean key (l, d) and mean value (l, e) of the runs [offsets[i], offsets[i + 1]) of keys (n, d), values (n, e); empty: 0."""
     bounds = list(pairwise(offsets))
