@@ -18,7 +18,7 @@ def main(said: dict[str, Any]) -> None:
     if "saap" in said:
         extension = "saap_index.vllm.WorkerExtension"
         engine |= {"attention_backend": "CUSTOM", "additional_config": {"saap": said["saap"]}, "worker_extension_cls": extension}
-    llm = LLM(said["model"], **engine)
+    llm = LLM(said["model"], disable_log_stats=False, **engine)
     tokenizer = llm.get_tokenizer()
     prompts: list[Any] = []
     for name, length in zip(TEXTS, said["lengths"], strict=True):
@@ -30,9 +30,10 @@ def main(said: dict[str, Any]) -> None:
         groups = [prompts] if kind == "all" else [[prompt] for prompt in prompts]
         outputs = [out for group in groups for out in llm.generate(group, sampling, use_tqdm=False)]
         rounds.append([list(out.outputs[0].token_ids) for out in outputs])
-    found: dict[str, Any] = {"tokens": rounds}
+    found: dict[str, Any] = {"tokens": rounds, "prompts": [prompt["prompt_token_ids"] for prompt in prompts]}
     if "saap" in said:
         found["stats"] = llm.collective_rpc("saap_stats")[0]
+    found["preemptions"] = sum(x.value for x in llm.get_metrics() if x.name == "vllm:num_preemptions")
     found["page_bytes"] = llm.collective_rpc(page_bytes)[0] if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" else None
     print(json.dumps(found))
 

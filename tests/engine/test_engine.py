@@ -8,15 +8,19 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from saap_lab.smollm2 import model
-from saap_lab.smollm2.routers import found
+from saap_lab.smollm2.routers import newest
 
 LENGTHS = [420, 700, 300, 560]
 NEW = 12
@@ -31,15 +35,18 @@ def folder() -> Path:
     return model.cache_folder() / f"{model.NAME}-float32"
 
 
+SETTINGS = {
+    "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
 def drive(folder: Path, saap: dict[str, Any] | None, engine: dict[str, Any], rounds: list[str], **environment: str) -> Any:
     """Tokens, by round and request; and what else drive.py reports. rounds : "one" request at a time, or "all" at once."""
     said = {"model": str(folder), "lengths": LENGTHS, "new": NEW, "rounds": rounds, "engine": {**ENGINE, **engine}}
     if saap is not None:
-        said["saap"] = {"routers": str(found()), **saap}
-    settings = {
-        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment,
-    }
+        said["saap"] = {"routers": str(newest()), **saap}
+    settings = {**SETTINGS, **environment}
     run = [sys.executable, str(DRIVER), json.dumps(said)]
     done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, **settings})
     if done.returncode:
@@ -83,6 +90,72 @@ def test_compiled(folder: Path, alone: Any) -> None:
 def test_a_process_for_each_head(folder: Path, alone: Any) -> None:
     engine = {"tensor_parallel_size": 3}
     assert drive(folder, OURS, engine, ["all"], VLLM_ENABLE_V1_MULTIPROCESSING="1")["tokens"] == alone["tokens"]
+
+
+def test_preempted_requests_are_answered_as_dense_does(folder: Path) -> None:
+    """Pages for the prompts, one that vLLM keeps for itself and none to grow: a request loses its own, and is read anew."""
+    engine = {"num_gpu_blocks_override": sum(-(-n // ENGINE["block_size"]) for n in LENGTHS) + 1}
+    dense = drive(folder, None, {}, ["one"])
+    ours = drive(folder, {**OURS, "selectivity": 1.0}, engine, ["all"])
+    assert ours["preemptions"] > 0 and ours["tokens"] == dense["tokens"]
+
+
+def test_a_server_answers_requests_at_the_same_time(folder: Path, alone: Any, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = json.dumps({"saap": {"routers": str(newest()), **OURS}})
+    run = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "m",
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--host", "127.0.0.1", "--port", str(port),
+        "--block-size", "32", "--no-enable-prefix-caching", "--attention-backend", "CUSTOM", "--additional-config", options,
+    ]
+    environment = {**os.environ, **SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as file, subprocess.Popen(run, env=environment, stdout=file, stderr=file) as server:
+        try:
+            wait_for(server, port, log)
+            with ThreadPoolExecutor(len(LENGTHS)) as pool:
+                answers = list(pool.map(lambda tokens: ask(port, tokens), alone["prompts"]))
+        finally:
+            server.terminate()
+    assert answers == alone["tokens"][0]
+
+
+def wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(log.read_text()[-8000:])
+
+
+def ask(port: int, tokens: list[int]) -> list[int]:
+    body = {"model": "m", "prompt": tokens, "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        return list(json.load(answer)["choices"][0]["token_ids"])
+
+
+def test_the_next_token_is_nearly_as_likely(folder: Path, tmp_path: Path) -> None:
+    """Kullback-Leibler divergence from vLLM's dense attention, behind 2000 tokens and the same text."""
+    script = Path(__file__).parents[2] / "bench" / "vllm_quality.py"
+    out = tmp_path / "kl.json"
+    run = [
+        sys.executable, str(script), "--model", str(folder), "--routers", str(newest()), "--tokens", "2000", "--new", "24",
+        "--texts", "2", "--json", str(out),
+    ]
+    done = subprocess.run(run, capture_output=True, text=True, env={**os.environ, **SETTINGS})
+    assert not done.returncode, done.stderr[-4000:]
+    rows = json.loads(out.read_text())
+    assert 0 < rows["0.1"]["kl"] < rows["0.05"]["kl"] < 0.1 and rows["0.1"]["kl"] < 0.04
+    assert rows["0.1"]["agreement"] > 0.9
 
 
 def test_drafted_tokens_are_verified_sparsely(folder: Path) -> None:
