@@ -141,9 +141,11 @@ INLINE void dense_rows(const PanelProduct& p, int row, bool silu, float* y, int6
 }
 
 void dense(const PanelProduct& p, bool silu, float* y, int64_t ldy, int cols) {
-  int row = 0;
+  int row = 0;  // each step reads the panels once: 3 and 5 are what groups of query heads often leave
   for (; row + 6 <= p.n && kRows >= 6; row += 6) dense_rows<6>(p, row, silu, y, ldy, cols);
+  if (row + 5 == p.n && kRows >= 5) return dense_rows<5>(p, row, silu, y, ldy, cols);
   for (; row + 4 <= p.n && kRows >= 4; row += 4) dense_rows<4>(p, row, silu, y, ldy, cols);
+  if (row + 3 == p.n && kRows >= 3) return dense_rows<3>(p, row, silu, y, ldy, cols);
   for (; row + 2 <= p.n; row += 2) dense_rows<2>(p, row, silu, y, ldy, cols);
   for (; row < p.n; row++) dense_rows<1>(p, row, silu, y, ldy, cols);
 }
