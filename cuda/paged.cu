@@ -55,6 +55,7 @@ struct FindParams {
   u64* totals;        // (4), or null: added to by what is read, see saap_paged_find
   int most;           // t
   int page_rows, token_rows;  // row numbers from a page to the next, from a token to the next
+  int queries;                // of a sequence: what a sequence adds to the totals counts as often
 };
 
 struct WriteParams {
@@ -292,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) saap_paged_count(const __
 // Row numbers of what is read of each pair: tokens before the segments, those chosen of each run, tokens behind the segments, in
 // that order, each of the three in order of position; and how many. Numbers behind the t-th are dropped. Of a sequence without
 // segments, or without `taken`, every token.
-// totals: sequences with segments and without, rows read of those with, and rows that they have, of all heads.
+// totals: queries of sequences with segments and without, rows read for those with, and rows that they have, of all heads.
 //
 // Grid and block as of the saap_paged_count before it, which counted the same list numbers; shared memory 2448 bytes.
 // Deterministic.
@@ -306,6 +307,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) saap_paged_find(const 
   const Slices slices(p.at, sequence);
   const Sequence of(p.at, sequence, head);
   int* const rows = p.rows + pair * p.most;
+  const u64 queries = p.queries;
   auto put = [&](int at, int token) {
     if (at < p.most) rows[at] = of.row(token, p.page_rows, p.token_rows);
   };
@@ -313,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) saap_paged_find(const 
     for (int token = x * kThreads + threadIdx.x; token < length; token += parts * kThreads) put(token, token);
     if (x > 0 || threadIdx.x > 0) return;
     p.counts[pair] = min(length, p.most);
-    if (p.totals && head == 0 && length > 0) atomicAdd(p.totals + 1, u64{1});
+    if (p.totals && head == 0 && length > 0) atomicAdd(p.totals + 1, queries);
     return;
   }
   if (x == 0)
@@ -398,9 +400,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) saap_paged_find(const 
   const int count = min(at + length - slices.high, p.most);
   p.counts[pair] = count;
   if (!p.totals) return;
-  if (head == 0) atomicAdd(p.totals, u64{1});
-  atomicAdd(p.totals + 2, static_cast<u64>(count));
-  atomicAdd(p.totals + 3, static_cast<u64>(length));
+  if (head == 0) atomicAdd(p.totals, queries);
+  atomicAdd(p.totals + 2, queries * static_cast<u64>(count));
+  atomicAdd(p.totals + 3, queries * static_cast<u64>(length));
 }
 
 // Rows and list numbers of new tokens, where their slots say.

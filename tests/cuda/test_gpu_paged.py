@@ -249,7 +249,7 @@ def test_a_step_is_a_search(
         whole = sum(n for n, e in zip(lengths, ends, strict=True) if not e)
         read, stored = read + rows - H * whole, stored + H * (sum(lengths) - whole)
     sparse = sum(map(bool, ends))
-    assert steps.totals.tolist() == [2 * sparse, 2 * (b - sparse), read, stored]
+    assert steps.totals.tolist() == [2 * q * sparse, 2 * q * (b - sparse), q * read, q * stored]
 
 
 def test_a_captured_step_follows_lengths_and_pages() -> None:
@@ -302,8 +302,8 @@ def test_what_a_session_is_not_made_for_is_refused() -> None:
 
 
 def once() -> None:
-    """What the sanitizers watch: sequences in several slices and in none, several blocks at once. Scan, route and select, of which a
-    step is made besides, have their own."""
+    """What the sanitizers watch: sequences in several slices and in none, several blocks at once. The other kernels of a step
+    have tests of their own."""
     cuda, x = emulated(SCHEDULE, 5), of_lengths([690, 33, 200], 1)
     pages, batch = prepared(cuda, x)
     tables = cuda.count(pages, batch, L)

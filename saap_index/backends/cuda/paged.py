@@ -52,7 +52,7 @@ _PAD = [("lists_end", "i4")]  # of that struct, whose size is a multiple of 8
 COUNT_PARAMS = np.dtype([*_NAMES, *_PAD, *((x, "u8") for x in ("tables", "tickets", "flags"))], align=True)
 FIND_PARAMS = np.dtype(
     [*_NAMES, *_PAD, *((x, "u8") for x in ("tables", "taken", "rows", "counts", "totals"))]
-    + [(x, "i4") for x in ("most", "page_rows", "token_rows")],
+    + [(x, "i4") for x in ("most", "page_rows", "token_rows", "queries")],
     align=True,
 )
 WRITE_PARAMS = np.dtype(
@@ -168,15 +168,15 @@ def bind_count(
 
 def bind_find(
     runtime: Runtime, cut: Cut, pool: Pool, blocks: Tensor, meta: Tensor, bounds: Tensor, pieces: Tensor, tables: Tensor,
-    taken: Tensor | None, rows: Tensor, counts: Tensor, totals: Tensor | None = None,
+    taken: Tensor | None, rows: Tensor, counts: Tensor, totals: Tensor | None = None, queries: int = 1,
 ) -> Launch:
     """Rows of what is read, behind a `count` of the same. taken : int32 (b, h, S, l), None for every token; rows : int32
-    (b, h, t) and counts : int32 (b, h) out; totals : int64 (4), added to."""
+    (b, h, t) and counts : int32 (b, h) out; totals : int64 (4), added to, ``queries`` times what is read."""
     p = np.zeros((), FIND_PARAMS)
     _put_lists(p, cut, pool.pages.lists, blocks, meta, bounds, pieces)
     p["tables"], p["taken"], p["rows"] = tables.data_ptr(), gpu_build.address(taken), rows.data_ptr()
     p["counts"], p["totals"], p["most"] = counts.data_ptr(), gpu_build.address(totals), rows.shape[2]
-    p["page_rows"], p["token_rows"] = pool.steps
+    (p["page_rows"], p["token_rows"]), p["queries"] = pool.steps, queries
     kept = blocks, meta, bounds, pieces, tables, taken, rows, counts, totals
     return Launch(_kernel(runtime, "find"), cut.grid, MACROS["SAAP_THREADS"], FIND_SHARED_BYTES, p, *kept)
 

@@ -26,8 +26,8 @@ from .route import PackedRouter, Route
 from .scan import Listed, Scan, ScanShape
 from .select import TAKEN, Select, SelectShape
 
-TOTALS = "sparse_sequences", "dense_sequences", "rows_read", "rows_stored"
-"""Of `PagedSession.totals`: sequences and layers with a selection and without one, rows that the former read, and have."""
+TOTALS = "sparse_queries", "dense_queries", "rows_read", "rows_stored"
+"""Of `PagedSession.totals`: queries with a selection and without one, of all layers; rows that the former read, and had."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class PagedSession:
         select = self._select(b, plan.q, layer).bind_taken(
             z, a, tables, plan.centres, plan.meta, plan.budgets[layer.place], taken, layer.unread_mass, self._select_floats
         )
-        find = bind_find(runtime, cut, pool, *found, taken, rows, counts, self.totals)
+        find = bind_find(runtime, cut, pool, *found, taken, rows, counts, self.totals, plan.q)
         tickets = self._tickets[s.sequences * s.heads :]
         scan = self._scan(b, plan.q, pages.num_rows).bind_paged(
             pages.keys, pages.values, pages.row, Listed(rows, counts), scale, self._floats, tickets
