@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -20,7 +21,8 @@ from saap_index.backends.cuda import paged as gpu_paged
 from saap_index.backends.cuda.backend import CudaBackend
 from saap_index.backends.cuda.paged import PagedCuda
 from saap_index.backends.cuda.paged_session import PagedLayer, PagedSession, PagedSizes, rows_read
-from saap_index.backends.paged import PagedBatch, PagedRouting
+from saap_index.backends.cuda.route import PackedRouter
+from saap_index.backends.paged import PagedBatch, PagedRouting, Pages
 from saap_index.errors import LayoutError, ParameterError
 from saap_index.invlists.octaves import octaves
 
@@ -169,6 +171,30 @@ def test_structs_are_those_of_the_kernels() -> None:
     for name in ("plan", "count", "find", "write"):
         layout = getattr(gpu_paged, f"{name.upper()}_PARAMS")
         assert runtime.kernel(gpu_paged.FILE, f"saap_paged_{name}", gpu_paged.MACROS).sizeof(f"paged_{name}") == layout.itemsize
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_on_a_device(share: float) -> None:
+    """The same on a real one, in as many slices as it takes; what is written there too."""
+    x, device = scene([40_000, 70, 9000], 2, 32, 64, 256, 0, torch.bfloat16, sinks=4, window=128), torch.device("cuda")
+    cuda = get_paged(get_backend(device))
+    assert isinstance(cuda, PagedCuda)
+    there = Pages(*(y.to(device) for y in vars(x.pages).values()))
+    pages, batch = cuda.prepare_pages(there), cuda.prepare_batch(x.batch)
+    tables = REFERENCE.count(*prepared(REFERENCE, x), x.nlist)
+    found = cuda.count(pages, batch, x.nlist).cpu()
+    assert all(torch.equal(found[i, :, :s], tables[i, :, :s]) for i, s in enumerate(x.batch.num_segments))
+    queries = torch.randn((3, 2, 4, 2, 64), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    way, here = routing(cuda, x, share, 0), routing(REFERENCE, x, share, 0)
+    router = PackedRouter(*(y.to(device) if isinstance(y, torch.Tensor) else y for y in vars(way.router).values()))
+    budget = Budget(way.budget.rows.to(device), 0, None)
+    out, lse, read = cuda.search(pages, batch, replace(way, router=router, budget=budget), queries.to(device), 0.125)
+    want, want_lse, rows = REFERENCE.search(*prepared(REFERENCE, x), here, queries, 0.125)
+    assert read == rows and bool(out.isfinite().all())
+    if share == 1:
+        assert close(out.cpu(), want, torch.bfloat16) and close(lse.cpu(), want_lse, torch.bfloat16)
 
 
 # -- steps of an engine ---------------------------------------------------------------------------------------------------

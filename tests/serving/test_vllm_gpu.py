@@ -56,7 +56,7 @@ def test_decoding_requests_are_the_index_s(requests: list[tuple[int, int, bool]]
 
 
 def routers(spread: float) -> Routers:
-    """Of layers 0 to 2, the first of which is better left dense; symmetric ones. spread : of the shares of the budget around 1."""
+    """Symmetric ones of layers 0 to 2, the first of which is better left dense. spread : of the shares of the budget around 1."""
     found = {}
     for n in range(3):
         tower, lists, rope = TwoTower.symmetric(H, D), KeyQuantizer(torch.randn(H, L, D)), Rope(head_dim=D)
