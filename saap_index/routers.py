@@ -224,7 +224,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < float(scale) < math.inf:
         raise FormatError(f"scale: expected a positive finite number, got {scale!r}")
     if not isinstance(own, bool) or not isinstance(facts["count_lists"], bool):
-        raise FormatError(f"two_tower, count_lists: expected booleans, got {own!r} and {facts['size_weighted']!r}")
+        raise FormatError(f"two_tower, count_lists: expected booleans, got {own!r} and {facts['count_lists']!r}")
     tower = None
     if own:
         tower = TwoTower(RouterWeights.of(arrays, d, "router.").map(_wide), first_knot)

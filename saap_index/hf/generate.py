@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import os
 import sys
 import time
@@ -24,9 +25,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import TextStreamer
 
-from .. import checks
+from .. import checks, files
 from ..backends import STORAGE_CODES
-from ..errors import ParameterError
+from ..errors import FormatError, ParameterError
 from ..routers import load_routers
 from . import models, support
 from .attach import attach, detached
@@ -59,6 +60,13 @@ def run(args: argparse.Namespace) -> int:
         raise ParameterError("--prompt, --load: expected one of them")
     if args.compare and (args.load or args.save or args.temperature):
         raise ParameterError("--compare: expected neither --load, --save nor --temperature beside it")
+    checks.integer(args.new, "--new", 1 if args.compare else 0)
+    if args.chunk is not None:
+        checks.integer(args.chunk, "--chunk", 1)
+    if not 0 <= args.temperature < math.inf:
+        raise ParameterError(f"--temperature: expected a finite number, 0 or more, got {args.temperature}")
+    if args.load and args.new and not args.question:
+        raise ParameterError("--load: expected a --question to answer behind what was read, or --new 0, got neither")
     checks.device(args.device)
     torch.set_num_threads(max(1, args.threads))
     loaded = models.load_model(args.model, args.device, args.dtype)
@@ -71,10 +79,12 @@ def run(args: argparse.Namespace) -> int:
     cache = SaapCache.load(args.load, model) if args.load else SaapCache(model)
     if args.load and cache.tokens is None:
         raise ParameterError(f"--load: expected a prompt that was saved with its tokens, got {args.load} without")
-    text = "" if args.load else (sys.stdin.read() if str(args.prompt) == "-" else args.prompt.read_text())
+    text = "" if args.load else read_prompt(args.prompt)
     document, question = encode(tokenizer, text, args.question, chat=not (args.load or args.save))
     document = document if cache.tokens is None else cache.tokens
     ids = torch.cat([document, question], 1).to(model.device)
+    if not ids.shape[1]:
+        raise ParameterError("--prompt, --question: expected text, got none")
     new = _new_tokens(model.config, ids.shape[1], args.new)
     note(f"{model.config.model_type}, {ids.shape[1]} tokens, {len(cache.indexed)} of {len(cache.layers)} layers indexed")
     if args.save:
@@ -85,7 +95,19 @@ def run(args: argparse.Namespace) -> int:
         compare(model, tokenizer, ids, new, args.chunk)
     elif new and ids.shape[1] > cache.get_seq_length():
         answer(model, tokenizer, ids, cache, new, args)
+    elif new:
+        note("nothing is generated: no --question behind what was read")
     return 0
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file, or of the standard input for -."""
+    if str(path) != "-":
+        return files.read_text(path, "--prompt")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"--prompt: expected text on the standard input, got {error}") from error
 
 
 def _layers(text: str | None) -> list[int]:
