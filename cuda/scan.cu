@@ -4,7 +4,8 @@
 // runs, each given by the row behind it and by the number of rows in it and in those before it), [sealed, length) and the tail
 // entries, an entry being the mean of a run with logit scale <query, mean key> + ln(length of the run).
 // dense: over rows [0, length) instead. causal: query i of q sees recent row r only if r < length - q + 1 + i (dense: the same
-// of any row); everything else is seen by all. Row and run numbers outside the arena are left out. out = 0 and lse = -inf
+// of any row); everything else is seen by all. With SAAP_PAGED the list is the `counts` rows of a pool, whose last q - 1 - i
+// entries query i does not see. Row and run numbers outside the arena are left out. out = 0 and lse = -inf
 // where nothing is seen. Products are of 16-bit numbers, sums float32. Queries of another type than the storage, and the
 // softmax weights of those, are split into two 16-bit numbers each, so that they keep their accuracy.
 //

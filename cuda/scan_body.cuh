@@ -23,7 +23,7 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
   note(p, kWaited);
   if (warp == 0) plan(p, work);
   __syncthreads();
-  if (p.runs) {
+  if (!SAAP_PAGED && p.runs) {
     load_runs(p, work);
     __syncthreads();
   }
@@ -74,7 +74,7 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
     __syncthreads();
     if (warp == 0) fill_places(p, work, until, work.last, work.total, work.pair, work.before, false, Span{0, 0, 0, 0, 0, 0}, 0);
     __syncthreads();
-    if (p.runs) {
+    if (!SAAP_PAGED && p.runs) {
       load_runs(p, work);
       __syncthreads();
     }

@@ -7,12 +7,16 @@
 //   SAAP_STAGES      tiles in flight per warp                SAAP_WARPS        warps of a block
 //   SAAP_BLOCKS      blocks of a multiprocessor
 //   SAAP_RUNS        runs that a block has in shared memory, at least 32
+//   SAAP_PAGED       1: rows of an engine's pool, all of them listed, instead of an arena's
 //   SAAP_CLOCK       0, or 1: blocks note when they pass the points below
 #pragma once
 #include "prims.cuh"
 
 #ifndef SAAP_CLOCK
 #define SAAP_CLOCK 0
+#endif
+#ifndef SAAP_PAGED
+#define SAAP_PAGED 0
 #endif
 #ifndef SAAP_RUNS
 #define SAAP_RUNS 1024
@@ -28,6 +32,8 @@ static_assert(kD % 8 == 0 && kE % 8 == 0 && (kTile == 16 || kTile == 32) && kSta
               "no such configuration");
 
 // Pairs are (sequence, KV head), p = b * heads + h. Everything is C-contiguous. Rows, counts and their like are clamped.
+// SAAP_PAGED: keys and values are of a pool that all sequences share, strides below; rows are the whole list, N of them are there,
+// and meta, runs, tail and dense are null.
 struct ScanParams {
   const void* queries;      // dtype TQ (b, h, j, d), the q queries of a head innermost in j
   const void* keys;         // dtype T (b, h, N, d), 16-byte aligned
@@ -56,6 +62,10 @@ struct ScanParams {
   int max_runs;              // R
   int max_segments, max_means, lists;  // S, M <= S, l
   int causal, dense;
+#if SAAP_PAGED
+  i64 head_bytes;  // from a head's rows to the next one's
+  int row_bytes;   // from a row to the next, a multiple of 16, as are head_bytes
+#endif
 #if SAAP_CLOCK
   i64* clocks;  // int64 (passes, grid, kPoints), cycles, or null; points that a block does not pass are left alone
 #endif

@@ -14,6 +14,10 @@ struct Span {
 };
 
 SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
+  if (SAAP_PAGED) {
+    const int listed = clamp(p.counts[pair], 0, p.max_rows);
+    return {0, listed, listed, 0, 0, 0};
+  }
   // All loads before the first use of one.
   const int4 meta = *reinterpret_cast<const int4*>(p.meta + static_cast<i64>(divided(pair, p.inverse_heads)) * 8);
   const int runs = p.runs && !p.dense ? p.run_counts[pair] : 0;
@@ -30,7 +34,7 @@ SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
 SAAP_PRIM int seen_entries(const ScanParams& p, const Span& span, int vector) {
   const int query = vector - p.num_queries * divided(vector, p.inverse_queries);
   const int causal = span.rows - p.num_queries + 1 + query;
-  return !p.causal ? span.rows : causal > span.listed ? causal : span.listed;
+  return !p.causal ? span.rows : SAAP_PAGED || causal > span.listed ? causal : span.listed;
 }
 
 // `total` tiles, the first of them `offset` in the row, spread evenly over `parts` blocks from `block` on: the first `longer` of
@@ -215,7 +219,7 @@ SAAP_PRIM Numbers number_tile(const ScanParams& p, const Work& work, int& at, in
   } else if (i < place.span.rows) {
     number = i < place.span.sinks ? i : i + place.span.shift;
     if (i >= place.span.sinks && i < place.span.listed) {
-      if (p.runs) number = row_of(p, work, place, i - place.span.sinks);
+      if (!SAAP_PAGED && p.runs) number = row_of(p, work, place, i - place.span.sinks);
       else from = p.rows + static_cast<i64>(place.pair) * p.max_rows + i - place.span.sinks;
     }
   }
@@ -223,16 +227,17 @@ SAAP_PRIM Numbers number_tile(const ScanParams& p, const Work& work, int& at, in
   return {number, place.pair * 2 + tail};
 }
 
-// Starts the copies of a tile's rows of `dim` elements out of `base`; lane i holds the number of row i, -1 for one of zeros.
+// Starts the copies of a tile's rows of `dim` elements out of `base`, `stride` bytes apart; lane i holds the number of row i, -1
+// for one of zeros.
 template <int dim>
-SAAP_PRIM void gather(char* to, const char* base, int number) {
+SAAP_PRIM void gather(char* to, const char* base, int stride, int number) {
   using Shape = RowShape<dim>;
   constexpr int kLanes = (Shape::kChunks & -Shape::kChunks) < 32 ? (Shape::kChunks & -Shape::kChunks) : 32;  // to a row
   const int lane = threadIdx.x % 32, column = lane % kLanes;
 #pragma unroll 4  // no more: the addresses would take the registers of the value sums
   for (int r = 0; r < kTile; r += 32 / kLanes) {
     const int token = r + lane / kLanes, row = __shfl_sync(kAll, number, token);
-    const char* from = base + static_cast<i64>(row) * Shape::kBytes + column * 16;
+    const char* from = base + static_cast<i64>(row) * stride + column * 16;
 #pragma unroll
     for (int c = 0; c < Shape::kChunks; c += kLanes)
       cp_async16(to + Shape::offset(token, c + column), from + c * 16, row >= 0 && c + column < Shape::kFilled);
@@ -248,12 +253,18 @@ SAAP_PRIM float copy_tile(const ScanParams& p, const Numbers& held, int part, ch
   if (of >= 0) {
     const bool tail = of & 1;
     const int pair = of / 2, limit = tail ? p.max_means * p.lists : p.capacity;
+    if (static_cast<u32>(number) >= static_cast<u32>(limit)) number = -1;
+#if SAAP_PAGED
+    const i64 first = (pair - p.heads * divided(pair, p.inverse_heads)) * p.head_bytes;
+    gather<kD>(stage, static_cast<const char*>(p.keys) + first, p.row_bytes, number);
+    gather<kE>(stage + KeyShape::kTileBytes, static_cast<const char*>(p.values) + first, p.row_bytes, number);
+#else
     const i64 first = static_cast<i64>(pair) * limit;
     const char* keys = static_cast<const char*>(tail ? p.mean_keys : p.keys) + first * KeyShape::kBytes;
     const char* values = static_cast<const char*>(tail ? p.mean_values : p.values) + first * ValueShape::kBytes;
-    if (static_cast<u32>(number) >= static_cast<u32>(limit)) number = -1;
-    gather<kD>(stage, keys, number);
-    gather<kE>(stage + KeyShape::kTileBytes, values, number);
+    gather<kD>(stage, keys, KeyShape::kBytes, number);
+    gather<kE>(stage + KeyShape::kTileBytes, values, ValueShape::kBytes, number);
+#endif
     if (number >= 0) {
       bias = 0.f;
       if (tail) {

@@ -64,7 +64,7 @@ __device__ __forceinline__ void find_unread(const Selection& of, const Cut& cut,
 // Grid (h, b); block SAAP_THREADS, a power of two from 64 to 1024.
 // Shared memory: kFixedBytes, 4 * j bytes, rounded up to 16, and 4 * room(S, l) unless SAAP_FAR.
 // Preconditions: m <= 32; S * (l + 1) < 2^31; SAAP_LISTS is nprobe > 0; with it or without size_weighted, entries and unread_mass are
-// null.
+// null. With SAAP_TAKEN there is no tail, no SAAP_LISTS, and t_cap bounds the budget only.
 // Deterministic: sums of floats have a fixed order, and what atomics add are integers.
 extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_select(const __grid_constant__ SelectParams p) {
   SAAP_SHARED(char, shared);
@@ -110,6 +110,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_select(const __gr
       find_cut(search, of.keys, items, limits, Order{of, units, tail != 0});
       cut = search.cut;
     }
+#if SAAP_TAKEN
+    static_assert(!SAAP_LISTS, "runs are what is taken");
+#pragma unroll 1
+    for (int run = threadIdx.x; run < runs; run += kThreads) {
+      const bool may = something && of.keys[run] >= cut.key && of.keys[run] != kNoItem;
+      const int segment = run / p.l;
+      p.rows[row * p.segments * p.l + run] = may ? read_of(of, cut, segment, run - segment * p.l).n : 0;
+    }
+    return;
+#endif
     const int most = tail ? p.x_cap : p.t_cap;
     const int count = write_stretches(
         something ? runs : 0, (tail ? p.tail : p.rows) + row * most, most, search.writing,

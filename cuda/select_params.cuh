@@ -11,6 +11,9 @@
 #ifndef SAAP_FAR
 #define SAAP_FAR 0  // 1: what grows with S does not fit in shared memory and lies in the workspace
 #endif
+#ifndef SAAP_TAKEN
+#define SAAP_TAKEN 0  // 1: not the rows are written, but how many of each run; without nprobe and tail
+#endif
 
 struct SelectParams {
   const float* z;         // (b, h, j, l)
@@ -21,8 +24,8 @@ struct SelectParams {
   const int* budgets;     // (b, h) most rows
   const int* entries;     // (b, h) most tail entries, or null: no tail
   const float* unread_mass;      // (h) attention per query vector that may stay unread, or null
-  int* rows;              // out (b, h, t_cap)
-  int* counts;            // out (b, h)
+  int* rows;              // out (b, h, t_cap); with SAAP_TAKEN (b, h, S, l), of the segments that are there
+  int* counts;            // out (b, h); null with SAAP_TAKEN
   int* tail;              // out (b, h, x_cap), null without entries
   int* tail_counts;       // out (b, h), likewise
   float* workspace;       // (b, h, room(S, l)) if SAAP_FAR, else null

@@ -81,6 +81,12 @@ def get_paged(backend: Backend) -> PagedBackend:
         from .paged_reference import PagedReference
 
         return PagedReference(backend)
+    if backend.name == "cuda":
+        from .cuda.backend import CudaBackend
+        from .cuda.paged import PagedCuda
+
+        assert isinstance(backend, CudaBackend)
+        return PagedCuda(backend)
     from .paged_torch import PagedTorch
 
     return PagedTorch(backend)

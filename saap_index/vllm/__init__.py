@@ -23,6 +23,8 @@ class WorkerExtension:
     """``LLM.collective_rpc("saap_stats")``: the counters of every worker, see `counters.Counters`."""
 
     def saap_stats(self) -> dict[str, Any]:
-        from .counters import COUNTERS
+        from .counters import COUNTERS, REFRESH
 
+        for refresh in REFRESH:
+            refresh()
         return COUNTERS.as_dict()

@@ -6,15 +6,13 @@ tail that is declared as padding, a list number for each head and token. vLLM co
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-TAIL_ALIGN_BYTES = 16
-"""Rows of pages lie on as many bytes; more would cost a small page more than its list numbers do."""
+from .pages import with_tail
 
 
 class SaapBackend(AttentionBackend):
@@ -63,7 +61,5 @@ class SaapBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        plain = dataclasses.replace(spec, page_size_padded=None)
-        tail = plain.num_kv_heads * plain.block_size
-        padded = -(-(plain.unpadded_page_size_bytes + tail) // TAIL_ALIGN_BYTES) * TAIL_ALIGN_BYTES
-        return dataclasses.replace(spec, page_size_padded=max(padded, spec.page_size_padded or 0))
+        padded: AttentionSpec = with_tail(spec)
+        return padded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,12 +30,19 @@ class Counters:
 
 COUNTERS = Counters()
 
+REFRESH: list[Callable[[], None]] = []
+"""What brings them up to date where a device counts; waits for it."""
+
 
 class Ticker:
     """Says when it is time for a line again: not more often than every so many seconds, and only if something changed."""
 
     def __init__(self) -> None:
         self._next, self._said = time.monotonic() + EVERY_SECONDS, COUNTERS.line()
+
+    def due(self) -> bool:
+        """Whether `line` may have something to say: to bring counters up to date before."""
+        return time.monotonic() >= self._next
 
     def line(self) -> str | None:
         now = time.monotonic()

@@ -113,8 +113,10 @@ def _served(
     layer = layer.of_heads(own)
     shares = np.ones(own.stop - own.start, np.float32) if layer.budget_shares is None else layer.budget_shares
     target = options.target_mass
-    unread_mass = None if target is None else layer.unread_mass(target, torch.device("cpu"))
-    weights, centroids = router.weights.map(lambda x: x[own].contiguous()), quantizer.centroids[own].contiguous()
+    device = getattr(backend, "device", torch.device("cpu"))
+    unread_mass = None if target is None else layer.unread_mass(target, device)
+    weights = router.weights.map(lambda x: x[own].contiguous().to(device))
+    centroids = quantizer.centroids[own].contiguous().to(device)
     rope = next((x for x in ropes if x == layer.rope), layer.rope)
     return ServedLayer(
         number, place, rope, backend.prepare_quantizer(centroids), backend.prepare_router(weights), nlist, router.first_knot,

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backends.paged import Pages
 from ..errors import LayoutError
+
+TAIL_ALIGN_BYTES = 16
+"""Rows of pages lie on as many bytes; more would cost a small page more than its list numbers do."""
+
+
+def with_tail(spec: Any) -> Any:
+    """vLLM's ``AttentionSpec`` of a layer, its pages with room for list numbers behind their rows."""
+    plain = dataclasses.replace(spec, page_size_padded=None)
+    tail = plain.num_kv_heads * plain.block_size
+    padded = -(-(plain.unpadded_page_size_bytes + tail) // TAIL_ALIGN_BYTES) * TAIL_ALIGN_BYTES
+    return dataclasses.replace(spec, page_size_padded=max(padded, spec.page_size_padded or 0))
 
 
 def pages_of(kv_cache: Tensor, d: int) -> Pages:

@@ -49,8 +49,9 @@ def check_layer(
         raise CompatibilityError(f"saap_index: expected plain causal attention, got {'; '.join(reasons)}")
 
 
-def check_engine(config: Any) -> None:
-    """CompatibilityError, naming it, for a ``VllmConfig`` whose positions or pages are not what the list numbers need."""
+def check_engine(config: Any, on_gpu: bool = False) -> None:
+    """CompatibilityError, naming it, for a ``VllmConfig`` whose positions or pages are not what the list numbers need; on a GPU
+    also for steps in halves that run at the same time, for all share one scratch memory."""
     reasons = []
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     if getattr(model, "uses_mrope", False):
@@ -59,6 +60,8 @@ def check_engine(config: Any) -> None:
         reasons.append("a KV connector, which copies pages without their list numbers")
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         reasons.append("context parallelism")
+    if on_gpu and getattr(parallel, "use_ubatching", False):
+        reasons.append("dual batch overlap")
     block, hashed = cache.block_size, getattr(cache, "hash_block_size", None)
     if hashed not in (None, block):
         reasons.append(f"prefixes hashed by {hashed} tokens in blocks of {block}, which copies parts of pages")

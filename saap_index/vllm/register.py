@@ -1,4 +1,4 @@
-"""Registration: `AttentionBackendEnum.CUSTOM` becomes ours, and vLLM's CPU platform learns to take it.
+"""Registration: `AttentionBackendEnum.CUSTOM` becomes ours, and vLLM's CPU platform learns to take it; CUDA's does anyway.
 
 A name of one's own would do in one process only: the front end pickles its configuration into workers, where the enum is looked
 up before any plugin is loaded. An exception here would be logged by vLLM and nothing more, so nothing here is relied upon later:
@@ -11,7 +11,9 @@ from typing import Any
 
 from .refusals import untested
 
-BACKEND = "saap_index.vllm.backend.SaapBackend"
+BACKENDS = {"cpu": "saap_index.vllm.backend.SaapBackend", "cuda": "saap_index.vllm.gpu_backend.SaapGpuBackend"}
+"""By platform."""
+
 _MARK = "_saap_index"
 
 
@@ -23,14 +25,16 @@ def register() -> None:
 
     logger = init_logger("vllm.saap_index")
     custom = AttentionBackendEnum.CUSTOM
-    if custom.is_overridden() and custom.get_path() != BACKEND:
+    if custom.is_overridden() and custom.get_path() not in BACKENDS.values():
         logger.warning("saap_index: expected CUSTOM to be free, got %s: not registered", custom.get_path())
         return
-    if not current_platform.is_cpu():
-        logger.info("saap_index: serves vLLM on the CPU only, and does not register CUSTOM for %s", current_platform.device_name)
-        return
-    register_backend(custom, BACKEND)
-    _teach(type(current_platform), custom)
+    if current_platform.is_cpu():
+        register_backend(custom, BACKENDS["cpu"])
+        _teach(type(current_platform), custom)
+    elif current_platform.is_cuda():
+        register_backend(custom, BACKENDS["cuda"])
+    else:
+        logger.info("saap_index: serves vLLM on CPU and CUDA, and does not register CUSTOM for %s", current_platform.device_name)
 
 
 def _teach(platform: Any, custom: Any) -> None:

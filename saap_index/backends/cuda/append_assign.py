@@ -67,7 +67,7 @@ def pack_params(layout: np.dtype[Any], **fields: int | float) -> np.ndarray[Any,
 @functools.cache
 def _format(layout: np.dtype[Any]) -> struct.Struct:
     """How C lays out ``layout``: as NumPy does, made with ``align=True``."""
-    codes = {"u8": "Q", "i8": "q", "u4": "I", "i4": "i", "f4": "f"}
+    codes = {"u8": "Q", "i8": "q", "u4": "I", "i4": "i", "f4": "f", "f8": "d"}
     made = struct.Struct("@" + "".join(codes[layout[name].str[1:]] for name in layout.names or ()) + "0q")
     assert made.size == layout.itemsize
     return made
@@ -82,7 +82,7 @@ def vectors(dim: int, dtype: torch.dtype) -> int:
     return dim * dtype.itemsize // VECTOR
 
 
-def _in_vectors(x: Tensor) -> bool:
+def in_vectors(x: Tensor) -> bool:
     """Whether every row begins at a multiple of `VECTOR` bytes."""
     strides = (stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1)
     return x.data_ptr() % VECTOR == 0 and all(stride * x.element_size() % VECTOR == 0 for stride in strides)
@@ -177,7 +177,7 @@ def _bind_append(
         value_vectors=vectors(e, dtype),
         high_exponent=high,
         low_exponent=low,
-        aligned=_in_vectors(keys) and _in_vectors(values),
+        aligned=in_vectors(keys) and in_vectors(values),
         num_tickets=0 if tickets is None else tickets.numel(),
     )
     kept = arena_keys, arena_values, *where.values()
@@ -332,7 +332,7 @@ def _assign(
         first_position=first,
         tiles=centroids.panels.shape[1],
         chunks=centroids.panels.shape[2],
-        vectors=_in_vectors(keys) and d % 16 == 0 and (interleaved or rotated % 16 == 0),
+        vectors=in_vectors(keys) and d % 16 == 0 and (interleaved or rotated % 16 == 0),
     )
     kernel = runtime.kernel("assign.cu", "saap_assign", {"SAAP_ROWS": rows})
     kernel.launch((-(-n // rows), h, count), 2 * rows, assign_shared_bytes(rows, d), params)

@@ -148,7 +148,7 @@ class CudaBackend(TorchBackend):
         # the kernel takes the logarithm of distances itself: segments are put where theirs are the knots, before position 1
         centres = -torch.exp2(knots)
         means = budget.means if budget.mean_entries is not None else [0] * b
-        meta = self._meta({SEGMENTS: num_segments, MEANS: means, NEXT: [1] * b})
+        meta = self.meta({SEGMENTS: num_segments, MEANS: means, NEXT: [1] * b})
         rows, counts = self._lists(budget.rows)
         tail = tail_counts = None
         if budget.mean_entries is not None:
@@ -167,7 +167,7 @@ class CudaBackend(TorchBackend):
         lists = torch.empty((*most.shape, max(0, width)), dtype=torch.int32, device=self.device)
         return lists, torch.empty(most.shape, dtype=torch.int32, device=self.device)
 
-    def _meta(self, columns: dict[int, Sequence[int]]) -> Tensor:
+    def meta(self, columns: dict[int, Sequence[int]]) -> Tensor:
         """meta : int32 (b, 8) with these columns, on the device."""
         b = len(next(iter(columns.values())))
         meta = torch.zeros((b, META), dtype=torch.int32, device="cpu")
@@ -192,7 +192,7 @@ class CudaBackend(TorchBackend):
         floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self.device)
         tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self.device)
         listed = None if rows is None or counts is None else gpu_scan.Listed(rows, counts)
-        meta = self._meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
+        meta = self.meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
         launch = scan.bind(arena_keys, arena_values, meta, listed, tail, scale, floats, tickets)
         launch(queries=gpu_scan.aligned(queries), out=out, lse=lse)
         return out, lse

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ PARAMS = np.dtype(
     + [(name, np.int32) for name in _INTS.split()],
     align=True,
 )
-CLOCK_PARAMS = np.dtype([*((name, PARAMS[name]) for name in PARAMS.names or ()), ("clocks", np.uint64)], align=True)
+_FIELDS = [(name, PARAMS[name]) for name in PARAMS.names or ()]
+CLOCK_PARAMS = np.dtype([*_FIELDS, ("clocks", np.uint64)], align=True)
+PAGED_PARAMS = np.dtype([*_FIELDS, ("head_bytes", np.int64), ("row_bytes", np.int32)], align=True)
 POINTS = "began", "waited", "planned", "copying", "arrived", "added", "merged", "ticketed", "ended"
 """Of a block, with SAAP_CLOCK: scan_params.cuh."""
 COMBINE_PARAMS = np.dtype(
@@ -40,6 +43,9 @@ COMBINE_THREADS = 256
 
 H200_SHARED_BYTES = 227 * 1024
 MOST_WARPS, MOST_STAGES = 8, 4
+PAGED = {"SAAP_PAGED": 1, "SAAP_RUNS": 32, "SAAP_CLOCK": 0}
+"""What makes it a scan of pages, which has no runs."""
+
 RUNS = 1024
 """Runs that a block has in shared memory: of more it has every second, third, ..., and looks up the others in device memory."""
 
@@ -92,7 +98,8 @@ def _padded(dim: int, storage: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class ScanShape:
-    """What a scan is compiled and sized for. dense: it reads rows [0, length) of each sequence, and no list."""
+    """What a scan is compiled and sized for. dense: it reads rows [0, length) of each sequence, and no list; paged: a list, and
+    nothing else, of a pool's rows, of which there are ``capacity``."""
 
     sequences: int
     heads: int
@@ -105,6 +112,7 @@ class ScanShape:
     capacity: int
     causal: bool = False
     dense: bool = False
+    paged: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,8 @@ class Scan:
         """knobs : macros other than those of `configuration`, to try."""
         shared = runtime.max_shared_bytes
         macros = configuration(shape.d, shape.e, shape.storage, shape.query, shape.vectors, shared) | (knobs or {})
+        if shape.paged:
+            macros |= PAGED
         self.vectors = 8 * macros["SAAP_GROUPS"]
         passes = max(1, -(-shape.vectors // self.vectors))
         # All passes at once: they read the same rows, so all but one of them find them in the second cache.
@@ -163,12 +173,31 @@ class Scan:
         self.num_tickets = passes * pairs
         self._mass_offset = 4 * self._states * shape.e
         self._kernel = runtime.kernel(*file_of(shape.storage), macros)
-        self.num_clocks = blocks * passes * len(POINTS) if macros.get("SAAP_CLOCK") else 0
-        self._params = np.zeros((), CLOCK_PARAMS if self.num_clocks else PARAMS)
+        self.num_clocks = blocks * passes * len(POINTS) if macros.get("SAAP_CLOCK") and not shape.paged else 0
+        self._params = np.zeros((), PAGED_PARAMS if shape.paged else CLOCK_PARAMS if self.num_clocks else PARAMS)
         self._dependent = runtime.capability >= CLUSTERS
         for name in ("sequences", "heads", "vectors", "num_queries", "capacity", "causal", "dense"):
             self._params[name] = getattr(shape, name)
         self._params["inverse_heads"], self._params["inverse_queries"] = 1 / shape.heads, 1 / shape.num_queries
+
+    def bind_paged(
+        self, keys: Tensor, values: Tensor, row: int, listed: Listed, scale: float, floats: Tensor, tickets: Tensor
+    ) -> Launch:
+        """One softmax over the listed rows of a pool. keys : storage dtype (B, h, N, d), values : (B, h, N, e), of the same
+        strides, rows aligned to 16 bytes, which the launch does not keep; row : elements that a row number counts, see `Pages`;
+        the rest as in `bind`."""
+        p = self._bound(keys, values, scale, floats, tickets)
+        p["rows"], p["counts"], p["max_rows"] = listed.rows.data_ptr(), listed.counts.data_ptr(), listed.rows.shape[2]
+        p["row_bytes"], p["head_bytes"] = row * keys.element_size(), keys.stride(1) * keys.element_size()
+        kept = listed, floats, tickets
+        return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept, dependent=self._dependent)
+
+    def _bound(self, keys: Tensor, values: Tensor, scale: float, floats: Tensor, tickets: Tensor) -> np.ndarray[Any, Any]:
+        p = self._params.copy()
+        p["keys"], p["values"], p["scale_log2"] = keys.data_ptr(), values.data_ptr(), scale * math.log2(math.e)
+        p["partials"], p["masses"] = floats.data_ptr(), floats.data_ptr() + self._mass_offset
+        p["tickets"] = tickets.data_ptr()
+        return p
 
     def bind(
         self,
@@ -189,12 +218,8 @@ class Scan:
         A start takes queries : query dtype (b, h, j, d), `aligned`, and writes out : query dtype (b, h, j, e), lse : float32
         (b, h, j).
         """
-        p = self._params.copy()
-        p["keys"], p["values"], p["meta"] = keys.data_ptr(), values.data_ptr(), meta.data_ptr()
-        p["scale_log2"] = scale * math.log2(math.e)
-        p["partials"] = floats.data_ptr()
-        p["masses"] = floats.data_ptr() + self._mass_offset
-        p["tickets"] = tickets.data_ptr()
+        p = self._bound(keys, values, scale, floats, tickets)
+        p["meta"] = meta.data_ptr()
         if isinstance(listed, Runs):
             p["runs"], p["run_counts"], p["max_runs"] = listed.runs.data_ptr(), listed.run_counts.data_ptr(), listed.runs.shape[2]
             p["counts"], p["max_rows"] = listed.counts.data_ptr(), listed.most_rows
@@ -239,6 +264,9 @@ def _shipped() -> Iterator[tuple[str, str, dict[str, int]]]:
     shapes += [(128, 128, 16, f16, f16), (128, 128, 16, f16, bf16), (128, 128, 8, f32, f32), (256, 256, 8, f32, f32)]
     for d, e, j, storage, query in shapes:
         yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES)
+    paged = [shapes[0], shapes[3], shapes[4], shapes[7], (128, 128, 16, f16, f16), (128, 128, 8, f32, f32)]
+    for d, e, j, storage, query in paged:
+        yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES) | PAGED
     for storage in DTYPE_CODES:
         yield "combine.cu", "saap_combine", {"SAAP_T": DTYPE_CODES[storage]}
 

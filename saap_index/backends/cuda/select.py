@@ -20,6 +20,8 @@ PARAMS = np.dtype([(name, np.uint64) for name in _POINTERS.split()] + [(name, np
 
 H200_SHARED_BYTES = 227 * 1024
 MOST_KNOTS = 32
+TAKEN = {"SAAP_TAKEN": 1}
+"""The macro of a kernel that counts what is read of each run, see `Select.bind_taken`."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,19 @@ class Select:
         p["knots"], p["first_knot"] = max(0, shape.knots), shape.first_knot
         p["nprobe"], p["size_weighted"] = shape.nprobe, shape.size_weighted
 
+    def bind_taken(
+        self, z: Tensor, a: Tensor, tables: Tensor, centres: Tensor, meta: Tensor, budgets: Tensor, taken: Tensor,
+        unread_mass: Tensor | None = None, floats: Tensor | None = None,
+    ) -> Launch:
+        """The same, made with the knobs `TAKEN`: taken : int32 (b, h, S, l) out, how many of each run are read, its newest ones;
+        of segments that are not there it keeps what it holds. Without nprobe and means."""
+        if self.shape.nprobe or not self.macros.get("SAAP_TAKEN"):
+            raise ValueError("taken: expected a selection of runs, without nprobe, made to write it")
+        whole = taken.view(*taken.shape[:2], -1)
+        launch = self.bind(z, a, tables, centres, meta, budgets, whole, budgets, unread_mass, floats=floats)
+        launch.params["counts"], launch.params["t_cap"] = 0, 2**31 - 1
+        return launch
+
     def bind(
         self,
         z: Tensor,
@@ -146,5 +161,8 @@ CONFIGURATIONS = tuple(
     for lists in (0, 1)
     for far in (0, 1)
     if threads == 512 or not lists + far
+) + tuple(
+    ("select.cu", "saap_select", {"SAAP_THREADS": threads, "SAAP_COLUMNS": columns, "SAAP_LISTS": 0, "SAAP_FAR": far, **TAKEN})
+    for threads, columns, far in ((1024, 4, 0), (512, 4, 0), (512, 8, 0), (512, 4, 1), (512, 8, 1))
 )
 """All that `configuration` gives: (file, kernel, macros)."""
