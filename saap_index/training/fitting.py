@@ -7,6 +7,7 @@ bin, and the counts. Knows targets and networks, not sequences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -53,10 +54,7 @@ def train_tower(
     d = data.x.shape[-1]
     network = _Network(data, d, num_knots, config)
     members = [torch.nonzero(sequence.cpu() == s)[:, 0] for s in range(len(centroids))]
-    # where lists differ matters, not where they lie: without the common mean and scale of a dim no dim decides by its size
-    deviation = centroids.std((0, 2), correction=0)
-    deviation = torch.maximum(deviation, 1e-4 + 0.01 * deviation.amax(-1, keepdim=True))  # (h, d)
-    seen = (centroids - centroids.mean((0, 2))[None, :, None]) / deviation[None, :, None]
+    seen, deviation = _standard_lists(centroids)
 
     def batches() -> list[Tensor]:
         shuffled = [
@@ -73,6 +71,48 @@ def train_tower(
 
     network.fit(batches, scores, first_knot)
     return TwoTower(network.weights(deviation), first_knot)
+
+
+@full_precision
+def fit_tower(
+    data: RouterTargets, centroids: Tensor, held_out: Tensor, config: TrainingConfig, first_knot: int, num_knots: int,
+    start: TwoTower | None = None,
+) -> tuple[TwoTower, float, float]:
+    """Fit the network of a `TwoTower` to one sequence, from ``start`` or from nothing: the tower, and the mean cross-entropy in
+    nats of the positions held out before (nan without a start) and after.
+
+    centroids : float32 (h, l, d), of the sequence's lists; held_out : int64 (p,), positions in [0, P) that are not fitted to;
+    first_knot, num_knots : of ``start``, if there is one. Otherwise as `train_router`.
+    """
+    d = data.x.shape[-1]
+    seen, deviation = _standard_lists(centroids[None])
+    network = _Network(data, d, num_knots, config)
+    if start is not None:
+        network.begin_at(start.weights, deviation)
+    fitted_to = torch.ones(data.x.shape[1], dtype=torch.bool, device="cpu")
+    fitted_to[held_out] = False
+    members = fitted_to.nonzero()[:, 0]
+
+    def batches() -> list[Tensor]:
+        order = torch.randperm(len(members), generator=network.generator, dtype=torch.int64, device="cpu")
+        return list(members[order].split(config.batch))
+
+    def scores(y: Tensor, batch: Tensor) -> Tensor:
+        h, p, g, _ = y.shape
+        return (y[..., :d].reshape(h, p * g, d) @ seen[0].transpose(1, 2)).view(h, p, g, -1)
+
+    before = math.nan if start is None else network.loss(held_out, scores, first_knot)
+    network.fit(batches, scores, first_knot)
+    after = network.loss(held_out, scores, first_knot)
+    return TwoTower(network.weights(deviation), first_knot), before, after
+
+
+def _standard_lists(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Centroids (S, h, l, d) in units of their deviation (h, d), and that. Where lists differ matters, not where they lie: without
+    the common mean and scale of a dim no dim decides by its size."""
+    deviation = centroids.std((0, 2), correction=0)
+    deviation = torch.maximum(deviation, 1e-4 + 0.01 * deviation.amax(-1, keepdim=True))
+    return (centroids - centroids.mean((0, 2))[None, :, None]) / deviation[None, :, None], deviation
 
 
 class _Network:
@@ -97,14 +137,52 @@ class _Network:
         self.bias_out = torch.zeros((h, outputs), dtype=torch.float32, device=device).requires_grad_()
         self.mean, self.deviation, self.x = standardised(data.x)
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.hidden, self.out, self.skip, self.bias_hidden, self.bias_out]
+
+    @torch.no_grad()
+    @full_precision
+    def begin_at(self, weights: RouterWeights, divisor: Tensor) -> None:
+        """Take over a network that was fitted, of any number of hidden units: the inverse of `weights`."""
+        scale = torch.ones_like(weights.bias_out)
+        scale[:, : self.leading] = divisor
+        mean = self.mean
+        self.hidden = weights.hidden * self.deviation[:, None]
+        self.bias_hidden = weights.bias_hidden + torch.einsum("hud,hd->hu", weights.hidden, mean)
+        self.out, self.skip = weights.out * scale[..., None], weights.skip * scale[..., None] * self.deviation[:, None]
+        self.bias_out = (weights.bias_out + torch.einsum("hld,hd->hl", weights.skip, mean)) * scale
+        for x in self.parameters:
+            x.requires_grad_()
+
+    @torch.no_grad()
+    @full_precision
+    def loss(self, where: Tensor, scores: Callable[[Tensor, Tensor], Tensor], first_knot: int) -> float:
+        """Mean cross-entropy of the positions ``where``, in nats."""
+        total, bend = 0.0, knot_matrix(self.data.bins, first_knot, self.num_knots).to(self.x.device)
+        for batch in where.split(self.config.batch):
+            z, a, _ = self._outputs(batch, scores, bend)
+            some = batch.to(self.x.device)
+            total += float(cross_entropy(z, a, self.data, some, self.config.size_weighted)) * len(batch)
+        return total / max(1, len(where))
+
+    def _outputs(
+        self, where: Tensor, scores: Callable[[Tensor, Tensor], Tensor], bend: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z (h, p, g, l), a (h, p, g, B) and all outputs of the positions of a batch."""
+        part = self.x[:, where.to(self.x.device)]
+        inner = functional.silu(torch.einsum("hpgd,hud->hpgu", part, self.hidden) + self.bias_hidden[:, None, None])
+        y = torch.einsum("hpgu,hlu->hpgl", inner, self.out) + torch.einsum("hpgd,hld->hpgl", part, self.skip)
+        y = y + self.bias_out[:, None, None]
+        return scores(y, where), y[..., self.leading : self.leading + self.num_knots] @ bend, y
+
     @full_precision
     def fit(self, batches: Callable[[], list[Tensor]], scores: Callable[[Tensor, Tensor], Tensor], first_knot: int) -> None:
         """scores : the outputs (h, p, g, o) and the positions of a batch -> z (h, p, g, l)."""
         data, config = self.data, self.config
         positions, device = data.x.shape[1], data.x.device
         bend = knot_matrix(data.bins, first_knot, self.num_knots).to(device)
-        parameters = [self.hidden, self.out, self.skip, self.bias_hidden, self.bias_out]
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.decay)
+        optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.decay)
         plan = [batches() for _ in range(config.epochs)]
         steps = max(2, sum(map(len, plan)))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
@@ -112,12 +190,8 @@ class _Network:
             total = 0.0
             for where in order:
                 batch = where.to(device)
-                part = self.x[:, batch]
-                inner = functional.silu(torch.einsum("hpgd,hud->hpgu", part, self.hidden) + self.bias_hidden[:, None, None])
-                y = torch.einsum("hpgu,hlu->hpgl", inner, self.out) + torch.einsum("hpgd,hld->hpgl", part, self.skip)
-                y = y + self.bias_out[:, None, None]
-                a = y[..., self.leading : self.leading + self.num_knots] @ bend
-                loss = cross_entropy(scores(y, where), a, data, batch, config.size_weighted)
+                z, a, y = self._outputs(where, scores, bend)
+                loss = cross_entropy(z, a, data, batch, config.size_weighted)
                 if config.size_weighted:
                     loss = loss + functional.binary_cross_entropy_with_logits(y[..., -1], data.outside[:, batch])
                 optimizer.zero_grad()

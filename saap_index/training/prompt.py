@@ -1,0 +1,148 @@
+"""Routers of one layer from one prompt: its own keys, and a sample of its own queries, are all the training data there is.
+
+What is little is used well: positions are sampled by weight, a network of all KV heads is fitted at once, from nothing or from
+routers that are there already, and part of the sample, held out, says whether it got better. Knows arrays, no models and no files.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..errors import LengthError, ParameterError
+from ..invlists.layout import Layout
+from ..precision import full_precision
+from ..routing.quantizer import KeyQuantizer
+from ..routing.rope import Rope
+from ..routing.two_tower import TwoTower
+from .config import TrainingConfig
+from .fitting import fit_tower
+from .layer import MIN_FIRST_KNOT
+from .targets import RouterTargets, bin_edges, targets
+
+HELD_OUT = 8
+"""One in so many queries of the sample is fitted to by nobody, and tells whether a fit is better than what was there."""
+
+GAIN = 0.01
+"""Nats of cross-entropy on those, by which routers must get better to take the place of others: less is chance."""
+
+KNOT_TOKENS = 1 << 17
+"""Farthest distance of a knot: later prompts are longer, and refine the same knots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTraining:
+    """How `attach` trains routers from the prompts of a model that has none. The defaults were measured on SmolLM2-135M.
+
+    max_seconds : of a prompt, until layers that are not done are left for the next prompt; checked after each layer.
+    max_bytes : of memory beyond the model and its cache, for sampled queries of all layers and the fit of one.
+    min_tokens : of a prompt; shorter ones are read as ever, and teach nothing.
+    prompts : how many of them routers learn from: the first trains, the others refine; then they stay what they are.
+    queries : positions whose queries are sampled of a prompt, fewer if ``max_bytes`` asks for it.
+    nlist : lists per KV head. epochs : passes over the sample. seed : of the sample, the network and the order.
+    progress : show a bar, as transformers does; also not where its own are off.
+
+    Raises ParameterError for a value outside its range.
+    """
+
+    max_seconds: float = 300.0
+    max_bytes: int = 300 << 20
+    min_tokens: int = 2048
+    prompts: int = 3
+    queries: int = 512
+    nlist: int = 256
+    epochs: int = 20
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        seconds = self.max_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+            raise ParameterError(f"max_seconds: expected a positive number, got {seconds!r}")
+        least = {"max_bytes": 1 << 20, "min_tokens": 256, "prompts": 1, "queries": 16, "nlist": 1, "epochs": 1, "seed": 0}
+        for name, value in least.items():
+            checks.integer(getattr(self, name), name, value, 2**62 if name == "max_bytes" else 2**31 - 1)
+        if not isinstance(self.progress, bool):
+            raise ParameterError(f"progress: expected True or False, got {self.progress!r}")
+
+
+def priorities(positions: np.ndarray, seed: int) -> np.ndarray:
+    """A number for each position, float64: the largest of a text are a sample of it, without replacement, in which a position is
+    as likely as it is late. A function of position and seed alone, so that chunks of a prompt may come in any sizes.
+
+    Source: Efraimidis and Spirakis, weighted random sampling with a reservoir, 2006, log u / w with w = position; u is a hash.
+    """
+    x = positions.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 1) % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # splitmix64
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    u = (x >> np.uint64(11)).astype(np.float64) / 2.0**53 + 2.0**-54
+    order: np.ndarray = np.log(u) / np.maximum(1, positions)
+    return order
+
+
+@dataclass(frozen=True)
+class PromptFit:
+    """tower : the routers, or None if those of before were kept; before, after : cross-entropy in nats on what was held out, of
+    the routers that were there (nan for none) and of the new ones; queries : fitted to, of all heads."""
+
+    tower: TwoTower | None
+    before: float
+    after: float
+    queries: int
+
+
+@full_precision
+def fit_prompt(
+    keys: Tensor, queries: Tensor, positions: np.ndarray, rope: Rope | None, scale: float, layout: Layout,
+    options: PromptTraining, start: TwoTower | None = None, lengths: np.ndarray | None = None,
+) -> PromptFit:
+    """Train the routers of one layer, or refine ``start``.
+
+    keys : float (h, n, d) and queries : float (hq, q, d) as attention sees them; positions : int64 (q,) of the queries, each
+    before n; lengths : int64 (n,), those that the keys were rotated at, where the angles depend on them.
+
+    Deterministic for a seed and thread count. LengthError with too few queries past window and sinks to fit and hold out any.
+    """
+    h, n, d = keys.shape
+    order = np.argsort(positions, kind="stable")
+    positions, queries = positions[order], queries[:, torch.from_numpy(order).to(queries.device)]
+    coarse, routed = keys.float(), queries.float().reshape(h, queries.shape[0] // h, -1, d)
+    grouped = routed
+    if rope is not None:
+        by_key = n if lengths is None else lengths
+        by_query = n if lengths is None else lengths[positions]
+        coarse, routed = rope.unrotate(coarse, np.arange(n), by_key), rope.unrotate(grouped, positions, by_query)
+    quantizer = KeyQuantizer.of_prompt(coarse, options.nlist)
+    lists = quantizer.assign(coarse)
+    del coarse
+    first_knot = max(MIN_FIRST_KNOT, max(1, layout.window).bit_length() - 1)
+    num_knots = math.ceil(math.log2(max(KNOT_TOKENS, n))) - first_knot + 1
+    if start is not None:
+        first_knot, num_knots = start.first_knot, start.weights.num_knots
+    edges = bin_edges(layout.window, n, num_knots > 0)
+    where = torch.from_numpy(positions)
+    data = targets(
+        keys.float(), grouped, routed, where, lists, options.nlist, layout.sinks, layout.window, scale, edges
+    )
+    count = data.x.shape[1]
+    if count < 2 * HELD_OUT:
+        raise LengthError(f"positions: expected {2 * HELD_OUT} queries or more past window and sinks, got {count}")
+    config = TrainingConfig.named("two-tower", seed=options.seed, epochs=options.epochs)
+    held_out = torch.arange(HELD_OUT // 2, count, HELD_OUT, dtype=torch.int64, device="cpu")
+    tower, before, after = fit_tower(data, quantizer.centroids, held_out, config, first_knot, num_knots, start)
+    return PromptFit(tower if start is None or after < before - GAIN else None, before, after, count)
+
+
+def fit_bytes(heads: int, kv_heads: int, d: int, tokens: int, queries: int, nlist: int) -> int:
+    """Memory that `fit_prompt` of one layer takes: keys twice in float32, a copy in the order of attention, and the targets."""
+    bins = len(bin_edges(128, tokens, True)) - 1
+    per_query = heads * (2 * d + nlist * 6 + bins * 8) * 4 + kv_heads * bins * nlist * 4
+    return tokens * kv_heads * d * 4 * 4 + tokens * kv_heads * 16 + nlist * tokens * 5 + queries * per_query
+
+
+__all__ = ["PromptFit", "PromptTraining", "RouterTargets", "fit_bytes", "fit_prompt", "priorities"]
