@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import files
 from ..errors import CompatibilityError, FormatError
+from ..files import cache_folder
 from ..routers import CONFIG, Routers, load_routers, save_routers
 from . import support
-from .crossover import cache_folder
 
 LOGGER = logging.getLogger("saap_index")
 
@@ -61,8 +62,8 @@ def keep(routers: Routers, folder: Path, model_config: Any) -> Path | None:
         for _ in range(_TRIES):
             with files.hold(folder.parent / ".writing") as is_ours:
                 if is_ours:
-                    merged = _merged(routers, kept_routers(folder, model_config))
-                    files.write_folder(folder, lambda draft: save_routers(merged, draft), replaces=lambda there: True)
+                    write = partial(save_routers, _merged(routers, kept_routers(folder, model_config)))
+                    files.write_folder(folder, write, replaces=lambda there: True)
                     return folder
             time.sleep(_WAIT_S)
         LOGGER.warning("routers are not kept: another process has written to %s for %.0f s", folder, _WAIT_S * _TRIES)

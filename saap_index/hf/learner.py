@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,13 +53,15 @@ def options_of(train: str | PromptTraining) -> PromptTraining | None:
 class PromptLearner:
     """The plan of a model whose routers come from its prompts, and what becomes of it.
 
-    plan : the one that holds now; of its layers, those without routers stay dense.
+    plan : the one that holds now; of its layers, those without routers stay dense. folder : where they are kept, if not in the
+    cache folder under the checksum of the weights.
     """
 
-    def __init__(self, model: Any, options: PromptTraining) -> None:
+    def __init__(self, model: Any, options: PromptTraining, folder: Path | None = None) -> None:
         self.decoder = support.decoder_of(model)
         support.check_decoder(self.decoder)
-        self.options, self.folder = options, folder_of(self.decoder)
+        own = folder_of(self.decoder)
+        self.options, self.folder, self._fingerprint = options, folder or own, own.name.rpartition("-")[2]
         config = self.decoder.config
         self._shape = model_shape(config)
         self._kept = kept_routers(self.folder, config)
@@ -192,12 +193,15 @@ class PromptLearner:
         n, rope, options = index.lengths[sequence], index.rope, self.options
         assert sample.queries is not None
         held = len(self._base.layers) * sample.queries.numel() * sample.queries.element_size()
+
+        def need(some: int) -> int:
+            return held + fit_bytes(heads // kv_heads * some, some, d, n, sample.count, options.nlist)
+
         some = kv_heads
-        while some > 1 and held + fit_bytes(heads // kv_heads * some, some, d, n, sample.count, options.nlist) > options.max_bytes:
+        while some > 1 and need(some) > options.max_bytes:
             some = (some + 1) // 2
-        need = held + fit_bytes(heads // kv_heads * some, some, d, n, sample.count, options.nlist)
-        if need > options.max_bytes:
-            raise LengthError(f"max_bytes: expected {need} or more for a prompt of {n} tokens, got {options.max_bytes}")
+        if need(some) > options.max_bytes:
+            raise LengthError(f"max_bytes: expected {need(some)} or more for a prompt of {n} tokens, got {options.max_bytes}")
         lengths = index.invlists.rotated.at(sequence, 0, n) if rope is not None and rope.is_dynamic else None
         layout = index.layout
         parts = []
@@ -219,19 +223,26 @@ class PromptLearner:
 
     def _publish(self, done: Mapping[int, TrainedLayer]) -> None:
         """Use these routers from now on, and keep them."""
-        trained = {n: self.plan.layers[n].trained for n in self.plan.layers if self.prompts.get(n)}
+        trained = {**self._trained(), **done}
         self.prompts = {**self.prompts, **{n: self.prompts.get(n, 0) + 1 for n in done}}
-        trained |= done
         self.plan = self._planned(trained)
+        keep(self.routers(), self.folder, self.decoder.config)
+
+    def _trained(self) -> dict[int, TrainedLayer]:
+        return {n: layer.trained for n, layer in self.plan.layers.items() if self.prompts.get(n)}
+
+    def routers(self) -> Routers:
+        """Those there are, of the layers that have some, on the CPU."""
         first = next(iter(self.plan.layers.values()))
         layout = {name: first.options.get(name, getattr(Layout(), name)) for name in ("sinks", "window")}
+        name = Path(str(self.decoder.config._name_or_path)).name
         config = {
-            "model": {"name": Path(str(self.decoder.config._name_or_path)).name, "fingerprint": self.folder.name[-8:], **self._shape},
+            "model": {"name": name, "fingerprint": self._fingerprint, **self._shape},
             "layout": layout, "router": "two-tower", "partition": "per-prompt", "nlist": self.options.nlist,
             PROMPTS: {str(n): count for n, count in sorted(self.prompts.items())},
             "versions": {"saap_index": __version__, "torch": torch.__version__},
         }
-        keep(Routers(config, {n: layer.to("cpu") for n, layer in trained.items()}), self.folder, self.decoder.config)
+        return Routers(config, {n: layer.to("cpu") for n, layer in self._trained().items()})
 
     # -- what a user is told -------------------------------------------------------------------------------------------
 

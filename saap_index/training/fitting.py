@@ -8,7 +8,7 @@ bin, and the counts. Knows targets and networks, not sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ from ..routing.router import QueryRouter
 from ..routing.two_tower import TwoTower
 from .config import TrainingConfig
 from .targets import RouterTargets
+
+Batch = Tensor | slice
+"""Positions, int64 (p,), or a stretch of them."""
+
+Scores = Callable[[Tensor, Batch], Tensor]
+"""The outputs (h, p, g, o) and the positions of a batch -> z (h, p, g, l)."""
 
 RIDGE = 1e-3  # of the number of queries, on standardised inputs
 LEAST_DENSITY = 1e-3  # of the mean: what a list holds that got no attention at all
@@ -65,8 +71,8 @@ def train_tower(
             parts[i] for i in torch.randperm(len(parts), generator=network.generator, dtype=torch.int64, device="cpu").tolist()
         ]
 
-    def scores(y: Tensor, batch: Tensor) -> Tensor:
-        lists = seen[int(sequence[batch[0]])]
+    def scores(y: Tensor, batch: Batch) -> Tensor:
+        lists = seen[int(sequence[batch][0])]
         return torch.einsum("hpgd,hld->hpgl", y[..., :d], lists)
 
     network.fit(batches, scores, first_knot)
@@ -76,40 +82,45 @@ def train_tower(
 @full_precision
 def fit_tower(
     data: RouterTargets, centroids: Tensor, held_out: Tensor, config: TrainingConfig, first_knot: int, num_knots: int,
-    start: TwoTower | None = None,
+    start: TwoTower,
 ) -> tuple[TwoTower, float, float]:
-    """Fit the network of a `TwoTower` to one sequence, from ``start`` or from nothing: the tower, and the mean cross-entropy in
-    nats of the positions held out before (nan without a start) and after.
+    """Fit the network of a `TwoTower` to one sequence, beginning at ``start``: the tower, and the mean cross-entropy in nats of
+    the positions held out before and after; nan if none are.
 
-    centroids : float32 (h, l, d), of the sequence's lists; held_out : int64 (p,), positions in [0, P) that are not fitted to;
-    first_knot, num_knots : of ``start``, if there is one. Otherwise as `train_router`.
+    centroids : float32 (h, l, d), of the sequence's lists; held_out : int64 (p,), positions in [0, P) that are not fitted to.
+    A start without hidden units is given ``config.hidden``, which say nothing yet; one with fewer knots, more like its last.
+    Otherwise as `train_router`.
     """
-    d = data.x.shape[-1]
+    d, positions = data.x.shape[-1], data.x.shape[1]
     seen, deviation = _standard_lists(centroids[None])
+    # shuffled once, so that a batch is a view: gathering it anew in each epoch takes a quarter of the time
+    draw = torch.Generator().manual_seed(config.seed)
+    shuffled = torch.randperm(positions, generator=draw, dtype=torch.int64, device="cpu")
+    last = torch.isin(shuffled, held_out.cpu())
+    data = data.picked(torch.cat([shuffled[~last], shuffled[last]]).to(data.x.device))
+    fitted_to = positions - len(held_out)
     network = _Network(data, d, num_knots, config)
-    if start is not None:
-        network.begin_at(start.weights, deviation)
-    fitted_to = torch.ones(data.x.shape[1], dtype=torch.bool, device="cpu")
-    fitted_to[held_out] = False
-    members = fitted_to.nonzero()[:, 0]
+    network.begin_at(start.weights, deviation)
+    every = [slice(at, min(at + config.batch, fitted_to)) for at in range(0, fitted_to, config.batch)]
 
-    def batches() -> list[Tensor]:
-        order = torch.randperm(len(members), generator=network.generator, dtype=torch.int64, device="cpu")
-        return list(members[order].split(config.batch))
+    def batches() -> list[slice]:
+        order = torch.randperm(len(every), generator=network.generator, dtype=torch.int64, device="cpu")
+        return [every[i] for i in order.tolist()]
 
-    def scores(y: Tensor, batch: Tensor) -> Tensor:
+    def scores(y: Tensor, batch: Batch) -> Tensor:
         h, p, g, _ = y.shape
-        return (y[..., :d].reshape(h, p * g, d) @ seen[0].transpose(1, 2)).view(h, p, g, -1)
+        return (y[..., :d].reshape(h, p * g, d) @ seen[0].transpose(1, 2)).view(h, p, g, seen.shape[2])
 
-    before = math.nan if start is None else network.loss(held_out, scores, first_knot)
+    left_out = slice(fitted_to, positions)
+    before = network.loss(left_out, scores, first_knot)
     network.fit(batches, scores, first_knot)
-    after = network.loss(held_out, scores, first_knot)
+    after = network.loss(left_out, scores, first_knot)
     return TwoTower(network.weights(deviation), first_knot), before, after
 
 
 def _standard_lists(centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Centroids (S, h, l, d) in units of their deviation (h, d), and that. Where lists differ matters, not where they lie: without
-    the common mean and scale of a dim no dim decides by its size."""
+    """Centroids (S, h, l, d) in units of their deviation (h, d), and that. Where lists differ matters, not where they lie:
+    without the common mean and scale of a dim no dim decides by its size."""
     deviation = centroids.std((0, 2), correction=0)
     deviation = torch.maximum(deviation, 1e-4 + 0.01 * deviation.amax(-1, keepdim=True))
     return (centroids - centroids.mean((0, 2))[None, :, None]) / deviation[None, :, None], deviation
@@ -144,40 +155,50 @@ class _Network:
     @torch.no_grad()
     @full_precision
     def begin_at(self, weights: RouterWeights, divisor: Tensor) -> None:
-        """Take over a network that was fitted, of any number of hidden units: the inverse of `weights`."""
-        scale = torch.ones_like(weights.bias_out)
+        """Take over a network that was fitted: the inverse of `weights`. The hidden units of one that has none stay as drawn, the
+        outputs that it lacks are those of its last knot, or, without any, as drawn."""
+        have, lack = weights.num_knots, self.num_knots - weights.num_knots
+        knots = [*range(self.leading), *range(self.leading, self.leading + have)]
+        rows = [*knots, *[knots[-1]] * (lack if have else 0), self.leading + have]
+        mine = slice(None) if have or not lack else [*range(self.leading), self.leading + self.num_knots]
+        scale = torch.ones_like(self.bias_out)
         scale[:, : self.leading] = divisor
-        mean = self.mean
-        self.hidden = weights.hidden * self.deviation[:, None]
-        self.bias_hidden = weights.bias_hidden + torch.einsum("hud,hd->hu", weights.hidden, mean)
-        self.out, self.skip = weights.out * scale[..., None], weights.skip * scale[..., None] * self.deviation[:, None]
-        self.bias_out = (weights.bias_out + torch.einsum("hld,hd->hl", weights.skip, mean)) * scale
+        scale = scale[:, mine]
+        if weights.hidden.shape[1]:
+            self.hidden = weights.hidden * self.deviation[:, None]
+            self.bias_hidden = weights.bias_hidden + torch.einsum("hud,hd->hu", weights.hidden, self.mean)
+            self.out = weights.out[:, rows] * scale[..., None]
+        out, skip = self.out.clone(), self.skip.clone()
+        bias = self.bias_out.clone()
+        skip[:, mine] = weights.skip[:, rows] * scale[..., None] * self.deviation[:, None]
+        bias[:, mine] = (weights.bias_out + torch.einsum("hld,hd->hl", weights.skip, self.mean))[:, rows] * scale
+        self.out, self.skip, self.bias_out = out, skip, bias
         for x in self.parameters:
             x.requires_grad_()
 
     @torch.no_grad()
     @full_precision
-    def loss(self, where: Tensor, scores: Callable[[Tensor, Tensor], Tensor], first_knot: int) -> float:
-        """Mean cross-entropy of the positions ``where``, in nats."""
+    def loss(self, where: slice, scores: Scores, first_knot: int) -> float:
+        """Mean cross-entropy of the positions ``where``, in nats; nan for none."""
+        if where.stop == where.start:
+            return math.nan
         total, bend = 0.0, knot_matrix(self.data.bins, first_knot, self.num_knots).to(self.x.device)
-        for batch in where.split(self.config.batch):
+        for at in range(where.start, where.stop, self.config.batch):
+            batch = slice(at, min(at + self.config.batch, where.stop))
             z, a, _ = self._outputs(batch, scores, bend)
-            some = batch.to(self.x.device)
-            total += float(cross_entropy(z, a, self.data, some, self.config.size_weighted)) * len(batch)
-        return total / max(1, len(where))
+            total += float(cross_entropy(z, a, self.data, batch, self.config.size_weighted)) * (batch.stop - at)
+        return total / (where.stop - where.start)
 
-    def _outputs(
-        self, where: Tensor, scores: Callable[[Tensor, Tensor], Tensor], bend: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, where: Batch, scores: Scores, bend: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (h, p, g, l), a (h, p, g, B) and all outputs of the positions of a batch."""
-        part = self.x[:, where.to(self.x.device)]
+        part = self.x[:, where]
         inner = functional.silu(torch.einsum("hpgd,hud->hpgu", part, self.hidden) + self.bias_hidden[:, None, None])
         y = torch.einsum("hpgu,hlu->hpgl", inner, self.out) + torch.einsum("hpgd,hld->hpgl", part, self.skip)
         y = y + self.bias_out[:, None, None]
         return scores(y, where), y[..., self.leading : self.leading + self.num_knots] @ bend, y
 
     @full_precision
-    def fit(self, batches: Callable[[], list[Tensor]], scores: Callable[[Tensor, Tensor], Tensor], first_knot: int) -> None:
+    def fit(self, batches: Callable[[], Sequence[Batch]], scores: Scores, first_knot: int) -> None:
         """scores : the outputs (h, p, g, o) and the positions of a batch -> z (h, p, g, l)."""
         data, config = self.data, self.config
         positions, device = data.x.shape[1], data.x.device
@@ -189,8 +210,8 @@ class _Network:
         for epoch, order in enumerate(plan):
             total = 0.0
             for where in order:
-                batch = where.to(device)
-                z, a, y = self._outputs(where, scores, bend)
+                batch = where if isinstance(where, slice) else where.to(device)
+                z, a, y = self._outputs(batch, scores, bend)
                 loss = cross_entropy(z, a, data, batch, config.size_weighted)
                 if config.size_weighted:
                     loss = loss + functional.binary_cross_entropy_with_logits(y[..., -1], data.outside[:, batch])
@@ -198,7 +219,7 @@ class _Network:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += float(loss.detach()) * len(batch)
+                total += float(loss.detach()) * z.shape[1]
             if config.progress is not None:
                 config.progress(epoch + 1, config.epochs, total / max(1, positions))
 
@@ -265,7 +286,7 @@ def standardised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @full_precision
-def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Tensor, size_weighted: bool) -> Tensor:
+def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Batch, size_weighted: bool) -> Tensor:
     """Mean cross-entropy, in nats, of z (h, p, g, l) and a (h, p, g, B) to the true mass of the positions in ``batch``."""
     fit = (data.list_mass[:, batch] * z).sum(-1) + (data.bin_mass[:, batch] * a).sum(-1)
     if not size_weighted:

@@ -37,6 +37,7 @@ WINGS: dict[str, set[str]] = {
     "io": PLAIN | {"backends", "index", "invlists", "routing"},
     "routers": PLAIN | {"backends", "index", "routing"},
     "shipped": {"errors", "routers"},
+    "info": {"backends", "files", "routers", "shipped", "version"},
     "hf": PLAIN | {"version", "backends", "index", "invlists", "io", "routers", "routing", "search", "shipped", "training"},
     "pipeline": PLAIN | {"version", "backends", "hf", "index", "invlists", "routers", "routing", "search", "training"},
     "version": set(),
