@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,6 +29,12 @@ class QuerySample:
     sequence: int | None = None
     positions: np.ndarray = field(default_factory=_none, repr=False)
     queries: Tensor | None = field(default=None, repr=False)
+
+    def picked(self, sequences: Sequence[int]) -> QuerySample | None:
+        """Of a batch of these sequences of the one before; None if its own is not among them."""
+        if self.sequence is None:
+            return self
+        return replace(self, sequence=list(sequences).index(self.sequence)) if self.sequence in sequences else None
 
     def with_call(self, query: Tensor, start: int, visible: Tensor | None) -> QuerySample | None:
         """With those of a call among them; None if no sequence is whole, as far as the call goes.

@@ -230,7 +230,7 @@ class SlotLayer(CacheLayerMixin):
             self._pick(chosen)
 
     def _pick(self, sequences: Tensor) -> None:
-        self.sample = None
+        self.sample = None if self.sample is None else self.sample.picked(sequences.tolist())
         if self.visible is not None:
             self.visible = self.visible[sequences.to(self.visible.device)]
 

@@ -24,7 +24,7 @@ from ..routing.two_tower import TwoTower
 from .config import TrainingConfig
 from .fitting import fit_tower
 from .layer import MIN_FIRST_KNOT
-from .targets import RouterTargets, bin_edges, targets
+from .targets import BLOCK, LISTS_AT_ONCE, bin_edges, targets
 
 HELD_OUT = 8
 """One in so many queries of the sample is fitted to by nobody, and tells whether a fit is better than what was there."""
@@ -34,6 +34,9 @@ GAIN = 0.01
 
 LEARNING_RATE, REFINING_RATE = 1e-2, 3e-3
 """At the peak of the one-cycle schedule. On SmolLM2-135M 12 epochs of the first capture what 20 of 6e-3 do."""
+
+
+_PRODUCTS = 1 << 21  # of keys and centroids at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +121,8 @@ def fit_prompt(
         by_key = n if lengths is None else lengths
         by_query = n if lengths is None else lengths[positions]
         coarse, routed = rope.unrotate(coarse, np.arange(n), by_key), rope.unrotate(grouped, positions, by_query)
-    quantizer = KeyQuantizer.of_prompt(coarse, options.nlist)
-    lists = quantizer.assign(coarse)
+    quantizer = KeyQuantizer.of_prompt(coarse, options.nlist, assign=_assign)
+    lists = _assign(quantizer.centroids, coarse)
     del coarse
     first_knot = max(MIN_FIRST_KNOT, max(1, layout.window).bit_length() - 1)
     num_knots = max(1, math.ceil(math.log2(n)) - first_knot + 1)
@@ -136,17 +139,27 @@ def fit_prompt(
         raise LengthError(f"positions: expected {2 * HELD_OUT} queries or more past window and sinks, got {count}")
     rate = LEARNING_RATE if start is None else REFINING_RATE
     config = TrainingConfig.named("two-tower", seed=options.seed, epochs=options.epochs, lr=rate)
-    every = torch.arange(HELD_OUT // 2, count, HELD_OUT, dtype=torch.int64, device="cpu")
-    begin, held_out = (TwoTower.symmetric(h, d, scale).to(keys.device), every[:0]) if start is None else (start, every)
+    draw = torch.Generator().manual_seed(config.seed)
+    data = data.picked(torch.randperm(count, generator=draw, dtype=torch.int64, device="cpu").to(keys.device))
+    begin, held_out = (TwoTower.symmetric(h, d, scale).to(keys.device), 0) if start is None else (start, count // HELD_OUT)
     tower, before, after = fit_tower(data, quantizer.centroids, held_out, config, first_knot, num_knots, begin)
     return PromptFit(tower if start is None or after < before - GAIN else None, before, after, count)
 
 
+def _assign(centroids: Tensor, keys: Tensor) -> Tensor:
+    """Nearest centroids, as `Assign` says, of some keys at a time."""
+    quantizer, some = KeyQuantizer(centroids), max(1, _PRODUCTS // (centroids.shape[0] * centroids.shape[1]))
+    return torch.cat([quantizer.assign(part) for part in keys.split(some, 1)], 1)
+
+
 def fit_bytes(heads: int, kv_heads: int, d: int, tokens: int, queries: int, nlist: int) -> int:
-    """Memory that `fit_prompt` of one layer takes: keys twice in float32, a copy in the order of attention, and the targets."""
-    bins = len(bin_edges(128, tokens, True)) - 1
-    per_query = heads * (2 * d + nlist * 6 + bins * 8) * 4 + kv_heads * bins * nlist * 4
-    return tokens * kv_heads * d * 4 * 4 + tokens * kv_heads * 16 + nlist * tokens * 5 + queries * per_query
-
-
-__all__ = ["PromptFit", "PromptTraining", "RouterTargets", "fit_bytes", "fit_prompt", "priorities"]
+    """Memory that `fit_prompt` of so many heads of a layer takes on a CPU, at most, the keys that it is given aside."""
+    bins = len(bin_edges(128, tokens, True)) + 9  # a smaller window has more
+    keys = tokens * kv_heads * d * 4
+    rotation = 6 * keys + 16 * tokens * d
+    products = 8 * min(_PRODUCTS, tokens * kv_heads * nlist) + 8 * tokens * kv_heads
+    masses = 40 * min(BLOCK, tokens * queries * heads // kv_heads) + 16 * min(nlist, LISTS_AT_ONCE) * (tokens + queries * bins)
+    targets_of_queries = queries * (heads * (nlist + 4 * d + 6 * bins) * 8 + kv_heads * bins * nlist * 8)
+    network = 16 * kv_heads * (2 * d + bins) * 4 * (d + 128)
+    step = 12 * min(queries, 128) * heads * (nlist + 6 * d + 8 * bins) * 4
+    return rotation + products + masses + targets_of_queries + network + step

@@ -15,8 +15,13 @@ from torch.nn import functional
 from ..precision import full_precision
 
 BINS_PER_OCTAVE = 2
-_LISTS = 64  # counted at a time: what a long prompt takes of memory
-_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at a time: what a CPU cache holds, what keeps a GPU busy
+LISTS_AT_ONCE = 64
+"""Whose tokens are counted: what a long prompt takes of memory."""
+
+BLOCK = 1 << 20
+"""Logits at a time on a CPU: what its cache holds."""
+
+_BLOCK = {"cpu": BLOCK, "cuda": 1 << 26}  # the second is what keeps a GPU busy
 
 
 @dataclass(frozen=True)
@@ -105,11 +110,11 @@ def targets(
             upto = functional.pad(mass.cumsum(-1, dtype=torch.float64), (1, 0))  # mass of tokens below each position
             at = upto.gather(2, (first[some_queries, None] - sinks).expand(-1, g, -1))
             bin_mass[head, some_queries] = (at[..., :-1] - at[..., 1:]).float()
-        for low in range(0, nlist, _LISTS):  # whose tokens below each position are counted at a time
-            some_lists = torch.arange(low, min(low + _LISTS, nlist), dtype=torch.int64, device=keys.device)
+        for low in range(0, nlist, LISTS_AT_ONCE):  # whose tokens below each position are counted at a time
+            some_lists = torch.arange(low, min(low + LISTS_AT_ONCE, nlist), dtype=torch.int64, device=keys.device)
             hot = (index == some_lists[:, None]).int()
             upto_each = functional.pad(hot.cumsum(1, dtype=torch.int32), (1, 0))[:, first]  # (l, q, B + 1)
-            counts[head, :, :, low : low + _LISTS] = (upto_each[..., :-1] - upto_each[..., 1:]).permute(1, 2, 0)
+            counts[head, :, :, low : low + LISTS_AT_ONCE] = (upto_each[..., :-1] - upto_each[..., 1:]).permute(1, 2, 0)
     centres = (
         torch.log2(edges[:-1]) + 0.5 / BINS_PER_OCTAVE if num_bins > 1 else torch.zeros(1, dtype=torch.float64, device="cpu")
     )

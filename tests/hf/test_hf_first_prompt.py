@@ -48,7 +48,7 @@ def files_of(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("case", ["llama", "qwen3", "gemma3", "llama_dynamic"])
 def test_sparse_after_the_first_prompt(case: str, folder: Path) -> None:
     model, ids = tiny(case), prompt(length=LONG)
-    dense = greedy(model, ids, 6)
+    dense = greedy(tiny(case), ids, 6)  # another, for angles may depend on what a model has read
     learning(model)
     tokens, cache = told(model, ids)
     assert torch.equal(tokens, dense)  # selectivity 1

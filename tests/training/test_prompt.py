@@ -161,7 +161,7 @@ def test_counts_do_not_depend_on_how_many_lists_are_counted_at_once(monkeypatch:
         return module.targets(keys, grouped, grouped, torch.from_numpy(positions), lists, 16, 2, 16, 0.25, edges)
 
     whole = made()
-    monkeypatch.setattr(module, "_LISTS", 5)
+    monkeypatch.setattr(module, "LISTS_AT_ONCE", 5)
     assert torch.equal(made().counts, whole.counts)
     for i, position in enumerate(positions.tolist()):
         outside = lists[:, 2 : position - 16 + 1]
