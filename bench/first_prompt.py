@@ -119,8 +119,8 @@ def filled(rows: Rows) -> DynamicCache:
 
 @dataclass
 class Read:
-    """A prompt as a model that learns has read it. samples : of its queries, by layer; dense : logits of the model alone behind it;
-    recorded : what attention saw there."""
+    """A prompt as a model that learns has read it. samples : of its queries, by layer; dense : logits of the model alone behind
+    it; recorded : what attention saw there."""
 
     rows: Rows
     samples: dict[int, Any]

@@ -267,13 +267,12 @@ class PromptLearner:
 
 def _untrained(heads: int, d: int) -> TwoTower:
     """A tower of the shape that training makes, which asks for the query itself."""
-    zeros = {"dtype": torch.float32, "device": "cpu"}
     outputs = d + _KNOTS + 1
-    skip = torch.zeros((heads, outputs, d), **zeros)
-    skip[:, :d] = torch.eye(d, **zeros)
-    hidden, out = torch.zeros((heads, _HIDDEN, d), **zeros), torch.zeros((heads, outputs, _HIDDEN), **zeros)
-    biases = torch.zeros((heads, _HIDDEN), **zeros), torch.zeros((heads, outputs), **zeros)
-    return TwoTower(RouterWeights(hidden, biases[0], out, skip, biases[1], d))
+    skip = torch.zeros((heads, outputs, d), dtype=torch.float32, device="cpu")
+    skip[:, :d] = torch.eye(d, dtype=torch.float32, device="cpu")
+    zeros = skip.new_zeros
+    hidden, out = zeros((heads, _HIDDEN, d)), zeros((heads, outputs, _HIDDEN))
+    return TwoTower(RouterWeights(hidden, zeros((heads, _HIDDEN)), out, skip, zeros((heads, outputs)), d))
 
 
 def _keys(index: Any, sequence: int, heads: slice) -> Tensor:

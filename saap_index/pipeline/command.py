@@ -41,9 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     default = TrainSettings()
     parser.add_argument("--model", required=True, help="checkpoint folder of transformers, or GGUF file")
-    parser.add_argument("--text", nargs="+", help="files, folders or data sets on disk to train on")
-    quick = "in place of --text: learn from a few sequences of --context tokens of these alone"
-    parser.add_argument("--quick", nargs="+", metavar="FILE", help=quick)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", help="files, folders or data sets on disk to train on")
+    quick = "in place of --text: learn from a few sequences of --context tokens of these alone, as attach does from prompts"
+    source.add_argument("--quick", nargs="+", metavar="FILE", help=quick)
     parser.add_argument("--out", type=Path, default=Path("routers"), help="folder to write (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens to train on (default %(default)s)")
     parser.add_argument("--context", type=int, default=default.context, help="tokens of a sequence (default %(default)s)")
@@ -62,9 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `read_texts` and `train_model` raise."""
-    if (args.text is None) == (args.quick is None):
-        got = "neither" if args.text is None else "both"
-        raise ParameterError(f"text: expected --text or --quick, one of the two, got {got}")
     settings = settings_of(args)
     models.require("tqdm")
     if args.quick is not None:
