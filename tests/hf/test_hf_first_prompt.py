@@ -336,6 +336,16 @@ def test_bad_train_is_refused(train: Any) -> None:
         saap.attach(tiny("llama"), train=train)
 
 
+def test_what_no_index_serves_is_refused_without_routers_too(folder: Path) -> None:
+    for model, match in (
+        (tiny("Gemma2", query_pre_attn_scalar=16, sliding_window=48), "attn_logit_softcapping"),
+        (tiny("llama", head_dim=12), "head dim"), (torch.nn.Linear(2, 2), "PreTrainedModel"),
+    ):
+        with pytest.raises((saap.CompatibilityError, ParameterError), match=match):
+            saap.attach(model)
+        assert not hasattr(model, ATTACHED) and not folder.exists()
+
+
 def test_training_beside_routers_is_refused() -> None:
     model = tiny("llama")
     with pytest.raises(ParameterError, match="train: expected no PromptTraining beside routers"):
