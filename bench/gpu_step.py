@@ -98,7 +98,7 @@ def build(device: harness.Device, shape: Shape, n: int, batch: int, copies: int)
     def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=g, device=device.device, dtype=torch.float32)
 
-    small = {"window": 16, "seal_tokens": 16, "max_segment": 64, "break_even": 0} if device.dry else {}
+    small: dict[str, Any] = {"window": 16, "seal_tokens": 16, "max_segment": 64, "break_even": 0} if device.dry else {}
     index = AsymmetricIndex(
         shape.d, shape.nlist, shape.heads, shape.kv_heads, dtype=shape.dtype, device=device.device, backend=device.backend,
         rope=Rope(head_dim=shape.d, theta=500000.0), **small,

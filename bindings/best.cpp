@@ -68,7 +68,7 @@ void best(const BestArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
         });
         kern.pack_queries(p.type, row, p.d, dp, 1.f, packed + static_cast<size_t>(c) * dp);
       }
-      it.q = packed, it.d = p.d, it.dp = dp;
+      it.q = packed, it.d = p.d, it.k_row = p.d, it.dp = dp;
       it.k = static_cast<const char*>(p.k) + (i * p.h + head) * p.N * p.d * static_cast<int64_t>(size_of(p.type));
       if (heaps.size() < static_cast<size_t>(columns)) heaps.resize(columns);
       for (int c = 0; c < columns; c++) heaps[c].clear();

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "module.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -59,6 +60,12 @@ NB_MODULE(_cpu, m) {
          at<int32_t>(table), table_stride);
   });
 
+  m.def("encode", [](int bits, int type, Address rows, int64_t rows_h, int64_t rows_n, int h, int64_t n, int dim, Address out,
+                     int64_t out_stride) {
+    Free free;
+    encode(bits, static_cast<DType>(type), {at<const void>(rows), 0, rows_h, rows_n}, h, n, dim, at<uint8_t>(out), out_stride);
+  });
+
   m.def("make_router", [](Address hidden, Address bias_hidden, Address out, Address skip, Address bias_out, Address lists, Address scales,
                           int h, int u, int d, int l, int m, int k) {
     return make_router({at<const float>(hidden), at<const float>(bias_hidden), at<const float>(out), at<const float>(skip),
@@ -98,11 +105,13 @@ NB_MODULE(_cpu, m) {
   m.def("scan", [](Address q, int q_type, Address k, Address v, int type, int b, int h, int g, int n_queries, int d, int e, int64_t N,
                    Address rows, Address counts, int64_t t, const Ints& sinks, const Ints& sealed, const Ints& lengths, float scale,
                    bool causal, Address out, Address lse, Address runs, Address run_counts, int64_t x, Address mean_k, Address mean_v, int64_t M,
-                   Address tables, int64_t S, int l) {
+                   Address tables, int64_t S, int l, Address code_k, Address code_v, int64_t code_N, int value_bits, const Ints& first,
+                   const Ints& last) {
+    CodedRows coded{at<const uint8_t>(code_k), at<const uint8_t>(code_v), code_N, value_bits, first, last};
     TailArgs tail{at<const int32_t>(runs), at<const int32_t>(run_counts), x, at<const void>(mean_k), at<const void>(mean_v), M,
                   at<const int32_t>(tables), S, l};
     ScanArgs p{at<const void>(q), at<const void>(k), at<const void>(v), static_cast<DType>(q_type), static_cast<DType>(type), b, h, g,
-               n_queries, d, e, N, at<const int32_t>(rows), at<const int32_t>(counts), t, scale, causal, at<void>(out), at<float>(lse), tail};
+               n_queries, d, e, N, at<const int32_t>(rows), at<const int32_t>(counts), t, scale, causal, at<void>(out), at<float>(lse), tail, std::move(coded)};
     Free free;
     scan(p, sinks, sealed, lengths);
   });
@@ -120,7 +129,8 @@ NB_MODULE(_cpu, m) {
   m.def("make_search", [](std::shared_ptr<Router> router, int first_knot, bool size_weighted, Address centres, int b, int h, int S, int nprobe,
                           Address tables, const Ints& num_segments, Address budgets, Address unread_mass, Address entries, const Ints& means,
                           Address k, Address v, int type, int64_t N, int e, const Ints& sinks, const Ints& sealed, float scale, Address mean_k,
-                          Address mean_v, int64_t M) {
+                          Address mean_v, int64_t M, Address code_k, Address code_v, int64_t code_N, int value_bits, const Ints& first,
+                          const Ints& last) {
     const double* from = at<const double>(centres);
     auto plan = std::make_unique<SearchPlan>();
     plan->router = router, plan->first_knot = first_knot;
@@ -132,6 +142,7 @@ NB_MODULE(_cpu, m) {
     plan->scan.b = b, plan->scan.h = h, plan->scan.d = router->dim, plan->scan.e = e, plan->scan.N = N;
     plan->scan.scale = scale, plan->scan.causal = true;
     plan->scan.tail = {nullptr, nullptr, 0, at<const void>(mean_k), at<const void>(mean_v), M, at<const int32_t>(tables), S, router->lists};
+    plan->scan.coded = {at<const uint8_t>(code_k), at<const uint8_t>(code_v), code_N, value_bits, first, last};
     return plan;
   });
   m.def("search", [](const SearchPlan& plan, Address q, int q_type, int g, int n_queries, Address cos, Address sin, int r, bool interleaved,
@@ -146,6 +157,8 @@ NB_MODULE(_cpu, m) {
     }
     return nb::make_tuple(found.width, entries.width);
   });
+
+  define_paged(m);
 
   m.def("combine", [](int type, Address out_a, Address lse_a, Address out_b, Address lse_b, int64_t n, int e, Address out, Address lse) {
     Free free;

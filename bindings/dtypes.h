@@ -6,12 +6,12 @@
 
 namespace saap {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, u8 = 3 };  // u8: bytes, which nothing computes with
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
-inline size_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+inline size_t size_of(DType t) { return t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2; }
 
 inline float bit_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 inline uint32_t float_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }

@@ -23,15 +23,17 @@ constexpr bool kWideFile = false;
 #endif
 
 #define TABLE(title)                                                                                                              \
-  const Kernels table = {title,   W,     2 * W,    scan,        scores,      pack_queries, unpack_values,                           \
-                         nearest, dense, load_row, run_weights, list_weights};
+  const Kernels table = {title,       W,      2 * W,   scan,  scores,   pack_queries, unpack_values, scan_codes,                  \
+                         rotate_back, encode, nearest, dense, load_row, run_weights,  list_weights,  find_lists};
 
 namespace baseline {
 #define W 4
 #include "simd.inl.h"
 #include "scan.inl.h"
+#include "codes.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
+#include "paged.inl.h"
 TABLE("baseline")
 #undef W
 }  // namespace baseline
@@ -53,8 +55,10 @@ namespace avx2 {
 #define W 8
 #include "simd.inl.h"
 #include "scan.inl.h"
+#include "codes.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
+#include "paged.inl.h"
 TABLE("avx2")
 #undef W
 }  // namespace avx2
@@ -74,8 +78,10 @@ namespace avx512 {
 #define W 16
 #include "simd.inl.h"
 #include "scan.inl.h"
+#include "codes.inl.h"
 #include "panels.inl.h"
 #include "probe.inl.h"
+#include "paged.inl.h"
 TABLE("avx512")
 #undef W
 }  // namespace avx512

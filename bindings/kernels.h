@@ -11,16 +11,19 @@ namespace saap {
 constexpr int kPanel = 16;       // output columns of a weight panel, for every instruction set
 constexpr int kScanPad = 48;     // valid row numbers that must follow the last one of a ScanItem, for prefetching
 constexpr int kScanColumns = 64; // most query columns of a ScanItem
+constexpr int kFindPad = 16;     // numbers that find_lists may overwrite behind its last
 
 // Attention of a few query columns over listed rows of one head. All columns pass over a block of rows while it is in cache.
 struct ScanItem {
   const float* q;         // (chunks * group, dp) from pack_queries
   const void* k;          // (N, d) storage type
   const void* v;          // (N, e)
+  int64_t k_row, v_row;   // elements from one row to the next, at least d and e
   int d, e, dp, ep;       // dp, ep: d, e rounded up to `round` of the kernel table
   const int32_t* rows;    // (n + kScanPad), n > 0
   int n;
-  const int32_t* limits;  // (chunks * group) a column sees rows below its limit only; null: sees all
+  const int32_t* places;  // (n) what limits speak of: rows, or the place of each in the order of reading; read with limits only
+  const int32_t* limits;  // (chunks * group) a column sees places below its limit only; null: sees all
   int32_t limits_from;    // the least of limits
   const float* bias;      // (n) added to the score of a row, log2 units; null: none
   int group, chunks;      // group: columns per chunk, a power of two <= lanes
@@ -71,6 +74,13 @@ struct Kernels {
   // The inverse for one accumulated row: packed (ep) to plain (e).
   void (*unpack_values)(DType, const float* packed, int e, float* row);
 
+  // scan over rows of codes (codes.inl.h): keys of 8 bits, values of 8 or 4. q and o in plain order; no bias. Values of 4 bits are
+  // added up rotated, and rotate_back of an accumulated row gives its numbers.
+  void (*scan_codes)(int value_bits, const ScanItem&);
+  void (*rotate_back)(float* row, int dim);
+  // The code of a row of dim floats, finite, with zeros behind them up to a multiple of `lanes`.
+  void (*encode)(int bits, const float* row, int dim, uint8_t* code);
+
   // best[i] = argmax over columns of x_i w + bias, the lower on ties. Wide panels only.
   void (*nearest)(const PanelProduct&, int32_t* best);
   // y (n, ldy) = x w + bias, columns [0, cols) of panels [0, num_panels); silu: y silu(y).
@@ -82,6 +92,10 @@ struct Kernels {
   bool (*run_weights)(const ProbeHead&, float* w);
   // w (lp): weight of each list from z alone.
   bool (*list_weights)(const ProbeHead&, float* w);
+
+  // Of tokens [0, n) of a page, numbered first + i * step, those whose list is chosen: a bit for each of 256 lists. Writes up to n
+  // numbers, and may overwrite kFindPad beyond them; returns how many.
+  int (*find_lists)(const uint8_t* lists, int n, const uint32_t* chosen, int32_t first, int32_t step, int32_t* out);
 };
 
 // The table in use: the best that this processor can run, or what select_isa chose.

@@ -88,6 +88,14 @@ struct TailArgs {
   int l;
 };
 
+// Rows that are stored as codes, see Coded in saap_index/backends/scalar_quantizer.py; keys null: none.
+struct CodedRows {
+  const uint8_t *k = nullptr, *v = nullptr;  // (b, h, N, code size)
+  int64_t N = 0;
+  int value_bits = 8;
+  Ints first, last;  // (b)
+};
+
 struct ScanArgs {
   const void *q, *k, *v;
   DType q_type, type;  // of queries and out; of the arena
@@ -100,6 +108,10 @@ struct ScanArgs {
   void* out;
   float* lse;
   TailArgs tail;
+  CodedRows coded;
+  // Of a pool that all sequences share: elements from row to row and from head to head, of K and V alike; its rows are all listed,
+  // those that a causal query may not see last. row 0: an arena.
+  int64_t row = 0, head_step = 0;
 };
 void scan(const ScanArgs&, const Ints& sinks, const Ints& sealed, const Ints& lengths);
 
@@ -149,6 +161,11 @@ bool append(DType, const AppendSide& keys, const AppendSide& values, int b, int 
 
 void seal(DType, void* keys, void* values, int32_t* ids, int h, int64_t N, int d, int e, int64_t start, int64_t n,
           const int32_t* list_nos, int l, int32_t* table, int64_t table_stride);
+
+// Bytes of the code of a row.
+inline int64_t code_size(int64_t dim, int bits) { return dim * bits / 8 + 4; }
+// Codes of rows (h, n, dim): out (h, n, code size), strided over h.
+void encode(int bits, DType, Strided rows, int h, int64_t n, int dim, uint8_t* out, int64_t out_stride);
 
 struct MeansSide {
   const void* rows;  // (h, N, dim)

@@ -1,5 +1,5 @@
 // Attention over sinks, listed rows, recent rows and means of runs: cuts the work into items of rows, runs them, merges them in
-// item order.
+// item order. Where sealed rows are codes, rows of numbers and rows of codes are items of their own.
 //
 // How a head is cut depends on its own row count only, and the merge follows item order, so neither the number of threads nor
 // the rest of the batch changes a bit of the result. Whoever finishes the last item of a head merges it.
@@ -46,20 +46,41 @@ struct Task {
   int head;     // sequence * h + KV head
   int column;   // first query column
   int columns, group, chunks;
-  int64_t rows_per_item, first_item, row_items, items;  // items of rows, then those of means
+  int64_t rows_per_item, first_item, row_items, coded_items, items;  // items of rows, of codes, then those of means
   float* q;     // (chunks * group, dp)
+  float* q_of_codes;  // likewise in plain order, null without codes
   float* part;  // per item: value sums (chunks * group, ep), then maxima and weight sums (chunks * group)
-  int32_t* limits;
+  int32_t* limits;  // (chunks * group) by rows of the arena, then by rows of codes
+  int32_t limits_from, coded_limits_from;
 };
 
 struct Plan {
-  std::vector<Source> sources;
+  std::vector<Source> sources, coded;
   std::vector<Entries> entries;
   std::vector<Task> tasks;
   std::vector<std::pair<int32_t, int32_t>> items;  // task, number within it
   std::vector<std::atomic<int64_t>> left;
   Scratch floats, ints;
 };
+
+// How far rows of the arena lie before the rows that they would be without codes, from row `first` on.
+struct Shift {
+  int64_t first = 0, by = 0;
+  Shift(const CodedRows& coded, int64_t i) {
+    if (coded.k) first = coded.first[i], by = coded.last[i] - coded.first[i];
+  }
+  int32_t limit(int64_t row) const { return static_cast<int32_t>(std::max<int64_t>({row - by, std::min(row, first), 0})); }
+};
+
+// Which rows of the arena and which codes are read where all of them, but the listed ones, are rows [0, sinks), [sealed, length).
+Source uncoded(const Source& all, const Shift& shift) {
+  const int64_t stop = shift.first + shift.by, end = all.recent_from + all.recent, from = std::max(all.recent_from, stop);
+  return {all.recent_from ? std::min(all.sinks, shift.first) : shift.first, 0, from - shift.by, end - from, nullptr};
+}
+Source coded(const Source& all, const Shift& shift) {
+  const int64_t first = std::min(all.sinks, shift.first), from = std::max(all.recent_from, shift.first);
+  return {all.sinks - first, all.listed, from, std::max<int64_t>(shift.first + shift.by - from, 0), all.list, first};
+}
 
 // Floats that the partial result of one item takes.
 int64_t part_size(int64_t columns, int64_t ep) { return round_up(columns * (ep + 2), 16); }
@@ -73,21 +94,29 @@ bool holds_nan(const float* q, int n) {
 
 void merge_task(const ScanArgs& p, const Kernels& kern, const Task& task, int dp, int ep) {
   thread_local Scratch memory;
-  float* sum = memory.get<float>(ep + p.e);
-  float* plain = sum + ep;
+  float* sum = memory.get<float>(2 * ep + p.e);  // of rows of numbers, and of codes, which are in another order
+  float *sum_of_codes = sum + ep, *plain = sum_of_codes + ep;
   const int columns = task.chunks * task.group;
   const int64_t j = static_cast<int64_t>(p.g) * p.n_queries;
   for (int c = 0; c < task.columns; c++) {
-    std::fill(sum, sum + ep, 0.f);
+    std::fill(sum, plain, 0.f);
     softmax_mass mass = softmax_mass::empty();
     for (int64_t i = 0; i < task.items; i++) {
       const float* block = task.part + i * part_size(columns, ep);
       const float* o = block + static_cast<int64_t>(c) * ep;
       float keep, take;
       mass.join({block[static_cast<int64_t>(columns) * ep + c], block[static_cast<int64_t>(columns) * (ep + 1) + c]}, keep, take);
-      for (int x = 0; x < ep; x++) sum[x] = sum[x] * keep + o[x] * take;
+      const bool of_codes = i >= task.row_items && i < task.row_items + task.coded_items;
+      float *own = of_codes ? sum_of_codes : sum, *other = of_codes ? sum : sum_of_codes;
+      for (int x = 0; x < ep; x++) own[x] = own[x] * keep + o[x] * take;
+      if (task.coded_items && keep != 1)
+        for (int x = 0; x < ep; x++) other[x] *= keep;
     }
     kern.unpack_values(p.type, sum, p.e, plain);
+    if (task.coded_items) {
+      if (p.coded.value_bits == 4) kern.rotate_back(sum_of_codes, p.e);
+      for (int x = 0; x < p.e; x++) plain[x] += sum_of_codes[x];
+    }
     const bool broken = task.items && holds_nan(task.q + static_cast<int64_t>(c) * dp, dp);
     const float inverse = broken ? NAN : mass.inverse();
     const int64_t at = task.head * j + task.column + c;
@@ -108,6 +137,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
   const int64_t j = static_cast<int64_t>(p.g) * p.n_queries, heads = static_cast<int64_t>(p.b) * p.h;
   thread_local Plan plan;
   plan.sources.clear();
+  plan.coded.clear();
   plan.entries.clear();
   plan.tasks.clear();
   plan.items.clear();
@@ -117,7 +147,9 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     const int64_t listed = p.rows ? p.counts[head] : 0;
     if (listed < 0 || listed > p.t) throw std::out_of_range("scan: counts: a count lies outside [0, " + std::to_string(p.t) + "]");
     Source s{sinks[i], listed, sealed[i], lengths[i] - sealed[i], p.rows ? p.rows + head * p.t : nullptr};
-    plan.sources.push_back(s);
+    const Shift shift(p.coded, i);
+    plan.sources.push_back(p.coded.k ? uncoded(s, shift) : s);
+    plan.coded.push_back(p.coded.k ? coded(s, shift) : Source{});
     Entries tail{p.tail.runs ? p.tail.runs + head * p.tail.x : nullptr, p.tail.runs ? p.tail.counts[head] : 0};
     if (tail.count < 0 || tail.count > p.tail.x)
       throw std::out_of_range("scan: tail.counts: a count lies outside [0, " + std::to_string(p.tail.x) + "]");
@@ -132,17 +164,20 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
       t.group = 1;
       while (t.group * t.chunks < t.columns) t.group *= 2;
       t.rows_per_item = per_item;
-      t.row_items = (s.total() + per_item - 1) / per_item;
-      t.items = t.row_items + (tail.count + kMostRows - 1) / kMostRows;
+      t.row_items = (plan.sources.back().total() + per_item - 1) / per_item;
+      t.coded_items = (plan.coded.back().total() + per_item - 1) / per_item;
+      t.items = t.row_items + t.coded_items + (tail.count + kMostRows - 1) / kMostRows;
       t.first_item = static_cast<int64_t>(plan.items.size());
       for (int64_t k = 0; k < t.items; k++) plan.items.emplace_back(static_cast<int32_t>(plan.tasks.size()), static_cast<int32_t>(k));
       const size_t columns = static_cast<size_t>(t.chunks) * t.group;
-      floats += round_up(columns * dp, 16) + t.items * part_size(columns, ep);
-      ints += columns;
+      floats += round_up(columns * dp, 16) * (p.coded.k ? 2 : 1) + t.items * part_size(columns, ep);
+      ints += 2 * columns;
       plan.tasks.push_back(t);
     }
   }
   const bool limited = p.causal && p.n_queries > 1;
+  // The least place that is not seen by every query: of an arena a row, of a pool one in the order of reading.
+  auto first_limited = [&](const Source& s, int head) { return (p.row ? s.total() : lengths[head / p.h]) - p.n_queries + 1; };
   float* memory = plan.floats.get<float>(floats + p.d);
   int32_t* limits = plan.ints.get<int32_t>(ints);
   float* row = memory + floats;
@@ -153,16 +188,27 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
     plan.left[n].store(t.items, std::memory_order_relaxed);
     t.q = memory;
     memory += round_up(static_cast<int64_t>(columns) * dp, 16);
+    if (p.coded.k) {
+      t.q_of_codes = memory;
+      memory += round_up(static_cast<int64_t>(columns) * dp, 16);
+    }
     t.part = memory;
     memory += t.items * part_size(columns, ep);
     t.limits = limits;
-    limits += columns;
-    const int64_t first_seen = lengths[t.head / p.h] - p.n_queries + 1;
+    limits += 2 * columns;
+    const int64_t first_seen = first_limited(plan.sources[t.head], t.head);
+    const Shift shift(p.coded, t.head / p.h);
+    t.limits_from = shift.limit(first_seen);
+    t.coded_limits_from = static_cast<int32_t>(std::max<int64_t>(first_seen, 0));
     for (int c = 0; c < columns; c++) {
       // Columns that only fill the last chunk up have a zero query and are never read.
-      t.limits[c] = static_cast<int32_t>(std::max<int64_t>(first_seen + (t.column + c) % p.n_queries, 0));
+      const int64_t limit = first_seen + (t.column + c) % p.n_queries;
+      t.limits[c] = shift.limit(limit);
+      t.limits[columns + c] = static_cast<int32_t>(std::max<int64_t>(limit, 0));
+      float* plain = p.coded.k ? t.q_of_codes + static_cast<int64_t>(c) * dp : nullptr;
       if (c >= t.columns) {
         std::fill(t.q + static_cast<int64_t>(c) * dp, t.q + static_cast<int64_t>(c + 1) * dp, 0.f);
+        if (plain) std::fill(plain, plain + dp, 0.f);
         continue;
       }
       with_type(p.q_type, [&](auto x) {
@@ -171,6 +217,7 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
         for (int i = 0; i < p.d; i++) row[i] = to_float(q[i]);
       });
       kern.pack_queries(p.type, row, p.d, dp, p.scale * kLog2e, t.q + static_cast<int64_t>(c) * dp);
+      if (plain) kern.pack_queries(DType::f32, row, p.d, dp, p.scale * kLog2e, plain);
     }
     if (!t.items) merge_task(p, kern, t, dp, ep);
   }
@@ -180,31 +227,49 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
   pool().run(static_cast<int64_t>(plan.items.size()), [&](int64_t n) {
     const auto [number, k] = shared.items[n];
     const Task& t = shared.tasks[number];
-    const Source& s = shared.sources[t.head];
     const int columns = t.chunks * t.group;
     alignas(64) int32_t rows[kMostRows + kScanPad];
+    int32_t places[kMostRows];
     float bias[kMostRows];
-    const bool of_rows = k < t.row_items;
+    const bool of_rows = k < t.row_items, of_codes = !of_rows && k < t.row_items + t.coded_items;
+    const Source& s = of_codes ? shared.coded[t.head] : shared.sources[t.head];
     const Entries& tail = shared.entries[t.head];
-    const int64_t head = t.head, from = of_rows ? k * t.rows_per_item : (k - t.row_items) * kMostRows;
-    const int count = static_cast<int>(of_rows ? std::min(t.rows_per_item, s.total() - from) : std::min(kMostRows, tail.count - from));
+    const int64_t head = t.head, per_item = of_rows || of_codes ? t.rows_per_item : kMostRows;
+    const int64_t from = (k - (of_rows ? 0 : of_codes ? t.row_items : t.row_items + t.coded_items)) * per_item;
+    const int count = static_cast<int>(std::min(per_item, (of_rows || of_codes ? s.total() : tail.count) - from));
     ScanItem it{};
-    if (of_rows ? s.read(from, count, p.N, rows) : tail.read(p.tail, head, from, count, rows, bias)) {
-      const int64_t first = of_rows ? head * p.N : head * p.tail.M * p.tail.l, size = static_cast<int64_t>(size_of(p.type));
-      it.q = t.q;
-      it.k = static_cast<const char*>(of_rows ? p.k : p.tail.k) + first * p.d * size;
-      it.v = static_cast<const char*>(of_rows ? p.v : p.tail.v) + first * p.e * size;
+    if (of_codes    ? s.read(from, count, p.coded.last[head / p.h], rows)
+        : of_rows   ? s.read(from, count, p.N, rows)
+                    : tail.read(p.tail, head, from, count, rows, bias)) {
+      const int64_t size = static_cast<int64_t>(size_of(p.type));
+      const bool pool = of_rows && p.row;
+      it.q = of_codes ? t.q_of_codes : t.q;
+      it.k_row = pool ? p.row : p.d, it.v_row = pool ? p.row : p.e;
+      if (of_codes) {
+        it.k = p.coded.k + head * p.coded.N * code_size(p.d, 8);
+        it.v = p.coded.v + head * p.coded.N * code_size(p.e, p.coded.value_bits);
+      } else {
+        const int64_t first = of_rows ? head * p.N : head * p.tail.M * p.tail.l, step = head % p.h * p.head_step;
+        it.k = static_cast<const char*>(of_rows ? p.k : p.tail.k) + (pool ? step : first * p.d) * size;
+        it.v = static_cast<const char*>(of_rows ? p.v : p.tail.v) + (pool ? step : first * p.e) * size;
+      }
       it.d = p.d, it.e = p.e, it.dp = dp, it.ep = ep;
       it.rows = rows;
       it.n = count;
-      it.bias = of_rows ? nullptr : bias;
-      it.limits = limited && of_rows ? t.limits : nullptr;
-      it.limits_from = static_cast<int32_t>(std::max<int64_t>(lengths[t.head / p.h] - p.n_queries + 1, 0));
+      it.bias = of_rows || of_codes ? nullptr : bias;
+      it.limits = !limited || !(of_rows || of_codes) ? nullptr : t.limits + (of_codes ? columns : 0);
+      it.limits_from = of_codes ? t.coded_limits_from : t.limits_from;
+      it.places = rows;
+      if (pool && it.limits) {
+        for (int i = 0; i < count; i++) places[i] = static_cast<int32_t>(from) + i;
+        it.places = places;
+      }
       it.group = t.group, it.chunks = t.chunks;
       it.o = t.part + k * part_size(columns, ep);
       it.m = it.o + static_cast<int64_t>(columns) * ep;
       it.l = it.m + columns;
-      kern.scan(p.type, it);
+      if (of_codes) kern.scan_codes(p.coded.value_bits, it);
+      else kern.scan(p.type, it);
     } else {
       fine.store(false, std::memory_order_relaxed);
     }

@@ -20,10 +20,11 @@ INLINE void score_block(const ScanItem& it, const float* q, const int32_t* rows,
   const T* k = (const T*)it.k;
   const char* v = (const char*)it.v;
   const int v_bytes = it.e * (int)sizeof(T);
+  const int64_t v_step = it.v_row * (int64_t)sizeof(T);
   for (int t = 0; t < n; t += R) {
     vf sum[W] = {};
     const T* row[R];
-    for (int i = 0; i < R; i++) row[i] = k + (int64_t)rows[t + i] * d;
+    for (int i = 0; i < R; i++) row[i] = k + (int64_t)rows[t + i] * it.k_row;
     for (int j = 0; j < whole; j += kStep) {
       vf x[R], y[R];
       for (int i = 0; i < R; i++) load2(row[i] + j, x[i], y[i]);
@@ -43,7 +44,7 @@ INLINE void score_block(const ScanItem& it, const float* q, const int32_t* rows,
         for (int g = 0; g < G; g++) sum[i * G + g] += x * load(q + g * dp + whole) + y * load(q + g * dp + whole + W);
       }
     }
-    for (int i = 0; fetch && i < R; i++) prefetch(v + (int64_t)rows[kBlock + t + i] * v_bytes, v_bytes);
+    for (int i = 0; fetch && i < R; i++) prefetch(v + (int64_t)rows[kBlock + t + i] * v_step, v_bytes);
     store(s + t * G, sums_of(sum));
   }
 }
@@ -57,17 +58,18 @@ INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, 
   const T* v = (const T*)it.v;
   const char* k = (const char*)it.k;
   const int k_bytes = it.d * (int)sizeof(T);
+  const int64_t k_step = it.k_row * (int64_t)sizeof(T), v_row = it.v_row;
   auto columns = [&](auto width, int j, int g0) __attribute__((always_inline)) {
     constexpr int b_count = decltype(width)::value;
     // An even share of a later block's keys in each pass: all of them in the first would fill the queue of cache misses.
     for (int i = kBlock * j / ep; fetch && g0 == 0 && i < kBlock * (j + b_count * W) / ep; i++)
-      prefetch(k + (int64_t)rows[kKeysAhead<G> * kBlock + i] * k_bytes, k_bytes);
+      prefetch(k + (int64_t)rows[kKeysAhead<G> * kBlock + i] * k_step, k_bytes);
     vf a[P][b_count];
     for (int g = 0; g < P; g++)
       for (int b = 0; b < b_count; b++) a[g][b] = load(acc + (g0 + g) * ep + j + b * W);
     for (int i = 0; i < n; i++) {
       vf x[b_count];
-      for (int b = 0; b < b_count; b += 2) load2(v + (int64_t)rows[i] * e + j + b * W, x[b], x[b + 1]);
+      for (int b = 0; b < b_count; b += 2) load2(v + (int64_t)rows[i] * v_row + j + b * W, x[b], x[b + 1]);
       for (int g = 0; g < P; g++) {
         vf p = splat(w[i * G + g0 + g]);
         for (int b = 0; b < b_count; b++) a[g][b] += p * x[b];
@@ -84,7 +86,7 @@ INLINE void add_values(const ScanItem& it, const float* w, const int32_t* rows, 
   if (E == 0 && whole < e) {
     for (int i = 0; i < n; i++) {
       vf x, y;
-      load2_tail(v + (int64_t)rows[i] * e + whole, e - whole, x, y);
+      load2_tail(v + (int64_t)rows[i] * v_row + whole, e - whole, x, y);
       for (int g = 0; g < G; g++) {
         vf p = splat(w[i * G + g]);
         float* a = acc + g * ep + whole;
@@ -124,13 +126,13 @@ INLINE void weigh_block(int n, int ep, float* s, float* acc, float* m_mem, float
 
 // Scores of rows that do not exist or that a column may not see become -inf, whose weight is exactly zero.
 template <int G>
-INLINE void hide_scores(const ScanItem& it, const int32_t* limits, const int32_t* rows, int n, float* s) {
+INLINE void hide_scores(const int32_t* limits, const int32_t* places, int n, float* s) {
   const int padded = (n * G + W - 1) / W * W;
   for (int i = n * G; i < padded; i++) s[i] = -INFINITY;
   if (!limits) return;
   for (int t = 0; t < n; t++)
     for (int g = 0; g < G; g++)
-      if (rows[t] >= limits[g]) s[t * G + g] = -INFINITY;
+      if (places[t] >= limits[g]) s[t * G + g] = -INFINITY;
 }
 
 template <int G>
@@ -150,21 +152,21 @@ void scan_item(const ScanItem& it) {
     store(l + i * W, vf{});
   }
   for (int i = 0; i < kKeysAhead<G> * kBlock; i++) {
-    prefetch((const char*)((const T*)it.k + (int64_t)it.rows[i] * it.d), it.d * (int)sizeof(T));
-    if (i < kBlock) prefetch((const char*)((const T*)it.v + (int64_t)it.rows[i] * it.e), it.e * (int)sizeof(T));
+    prefetch((const char*)((const T*)it.k + (int64_t)it.rows[i] * it.k_row), it.d * (int)sizeof(T));
+    if (i < kBlock) prefetch((const char*)((const T*)it.v + (int64_t)it.rows[i] * it.v_row), it.e * (int)sizeof(T));
   }
   for (int t = 0; t < it.n; t += kBlock) {
     const int n = it.n - t < kBlock ? it.n - t : kBlock;
     const int32_t* rows = it.rows + t;
     bool limited = false;
     if (it.limits)
-      for (int i = 0; i < n; i++) limited |= rows[i] >= it.limits_from;
+      for (int i = 0; i < n; i++) limited |= it.places[t + i] >= it.limits_from;
     for (int c = 0; c < it.chunks; c++) {
       const float* q = it.q + c * G * dp;
       float* acc = it.o + c * G * ep;
       score_block<T, D, G>(it, q, rows, n, c == 0, s);
       if (it.bias) add_bias<G>(it.bias + t, n, s);
-      if (limited || n * G % W) hide_scores<G>(it, limited ? it.limits + c * G : nullptr, rows, n, s);
+      if (limited || n * G % W) hide_scores<G>(limited ? it.limits + c * G : nullptr, it.places + t, n, s);
       weigh_block<G>(n, ep, s, acc, m + c * W, l + c * W);
       add_values<T, D, G>(it, s, rows, n, c == 0, acc);
     }
@@ -197,7 +199,7 @@ void score_item(const ScanItem& it, float* s) {
   const int dp = D ? D : it.dp, padded = (it.n + kBlock - 1) / kBlock * kBlock;
   for (int t = 0; t < it.n; t += kBlock) {
     const int n = it.n - t < kBlock ? it.n - t : kBlock;
-    for (int i = 0; i < kBlock; i++) prefetch((const char*)((const T*)it.k + (int64_t)it.rows[kBlock + t + i] * it.d), it.d * (int)sizeof(T));
+    for (int i = 0; i < kBlock; i++) prefetch((const char*)((const T*)it.k + (int64_t)it.rows[kBlock + t + i] * it.k_row), it.d * (int)sizeof(T));
     for (int c = 0; c < it.chunks; c++) score_block<T, D, G>(it, it.q + c * G * dp, it.rows + t, n, false, s + (c * padded + t) * G);
   }
 }

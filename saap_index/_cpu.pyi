@@ -64,6 +64,9 @@ def seal(
     arg13: int,
     /,
 ) -> None: ...
+def encode(
+    arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, arg9: int, /
+) -> None: ...
 def make_router(
     arg0: int,
     arg1: int,
@@ -172,6 +175,12 @@ def scan(
     arg28: int,
     arg29: int,
     arg30: int,
+    arg31: int,
+    arg32: int,
+    arg33: int,
+    arg34: int,
+    arg35: Sequence[int],
+    arg36: Sequence[int],
     /,
 ) -> None: ...
 def best(
@@ -226,6 +235,12 @@ def make_search(
     arg22: int,
     arg23: int,
     arg24: int,
+    arg25: int,
+    arg26: int,
+    arg27: int,
+    arg28: int,
+    arg29: Sequence[int],
+    arg30: Sequence[int],
     /,
 ) -> SearchPlan: ...
 def search(
@@ -251,6 +266,109 @@ def search(
     arg19: int,
     /,
 ) -> tuple: ...
+
+class PageShape:
+    def __init__(
+        self,
+        type: int,
+        h: int,
+        d: int,
+        e: int,
+        page: int,
+        blocks: int,
+        block_step: int,
+        head_step: int,
+        token_step: int,
+        lists_block: int,
+        lists_head: int,
+    ) -> None: ...
+    @property
+    def row(self) -> int:
+        """Elements that a row number counts."""
+
+class Paged:
+    def __init__(
+        self, arg0: int, arg1: int, arg2: int, arg3: int, arg4: Sequence[int], arg5: int, arg6: Sequence[int], /
+    ) -> None: ...
+
+def write_pages(
+    shape: PageShape,
+    k: int,
+    v: int,
+    lists: int,
+    keys: int,
+    kn: int,
+    kh: int,
+    values: int,
+    vn: int,
+    vh: int,
+    slots: int,
+    n: int,
+    quantizer: Quantizer | None,
+    cos: int,
+    sin: int,
+    r: int,
+    interleaved: bool,
+    scale: float,
+) -> None: ...
+def count_pages(arg0: PageShape, arg1: int, arg2: Paged, arg3: int, arg4: int, /) -> None: ...
+def find_pages(
+    arg0: PageShape,
+    arg1: int,
+    arg2: Paged,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    /,
+) -> None: ...
+def scan_pages(
+    arg0: PageShape,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: float,
+    arg12: bool,
+    arg13: int,
+    arg14: int,
+    /,
+) -> None: ...
+def search_pages(
+    shape: PageShape,
+    k: int,
+    v: int,
+    lists: int,
+    paged: Paged,
+    router: Router | None,
+    first_knot: int,
+    size_weighted: bool,
+    cos: int,
+    sin: int,
+    r: int,
+    interleaved: bool,
+    turn: float,
+    nprobe: int,
+    budgets: int,
+    unread_mass: int,
+    q: int,
+    q_type: int,
+    g: int,
+    n_queries: int,
+    scale: float,
+    out: int,
+    lse: int,
+) -> int: ...
 def combine(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int, arg5: int, arg6: int, arg7: int, arg8: int, /) -> None: ...
 def read_memory(address: int, bytes: int) -> int:
     """

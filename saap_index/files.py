@@ -197,6 +197,14 @@ def read_json(path: Path, what: str, finite: bool = True) -> Any:
         raise FormatError(f"{path}: expected {what}, got {type(error).__name__}: {error}") from error
 
 
+def read_text(path: Path, what: str) -> str:
+    """A text file. FormatError, saying ``what`` was expected, for one that is not UTF-8; OSError if it cannot be opened."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: expected {what} in UTF-8, got {error}") from error
+
+
 def json_of(text: str, finite: bool = True) -> Any:
     """`json.loads`; ValueError for numbers that are not finite."""
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from . import checks, interop, ops
-from .backends import get_backend
+from .backends import Backend, get_backend
 from .backends.types import MAX_STEP_TOKENS
-from .errors import LengthError, NotTrainedError, ShapeError, StateError
+from .errors import DeviceError, LengthError, NotTrainedError, ShapeError, StateError
 from .invlists.layout import Layout
 from .invlists.runs import rows_of
 from .invlists.segmented import SegmentedInvertedLists
@@ -77,6 +77,8 @@ class AsymmetricIndex:
     scale : of the logits, default d ** -0.5.
     break_even : sequences shorter than this are not sealed, and attention over them is dense.
     seal_tokens, max_segment : see `Layout`.
+    storage : what keys and values become when they are sealed. None: they stay as given. "SQ8": 8 bits and a scale per token and
+        head. "SQ8/SQ4": 8 bits for keys, 4 for values. Sinks and recent tokens stay as given. Not on a CUDA device yet.
     backend : by name, see `saap_index.backends`; default the one for the device.
 
     Raises ParameterError for a value outside its range, CompatibilityError for a rope of another dim, DeviceError.
@@ -102,20 +104,21 @@ class AsymmetricIndex:
         selectivity: float | None = None, nprobe: int | None = None, max_codes: int = 0, window: int = 128, sinks: int = 4,
         scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 32768,
         target_mass: float | None = None, budget_shares: Any = None, mean_run_tokens: int = 0, tail: float = 0.0,
-        backend: str | None = None,
+        storage: str | None = None, backend: str | None = None,
     ) -> None:
         layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
         params = SearchParametersIVF(
             nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
         ).over(SearchParametersIVF(selectivity=SELECTIVITY))
         heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
-        self._options = IndexOptions(d, d if d_v is None else d_v, nlist, *heads, dtype, layout, params)
+        self._options = IndexOptions(d, d if d_v is None else d_v, nlist, *heads, dtype, layout, params, storage)
         shares = None if budget_shares is None else checks.shares(budget_shares, "budget_shares", self.num_kv_heads)
         self._trained = TrainedLayer(None, None, rope, rope, self.d**-0.5 if scale is None else scale, budget_shares=shares)
         self._trained.check(self.num_kv_heads, self.d, self.nlist)
         named = checks.named_device(device)
         self._backend = get_backend(named, backend)  # which has the better words where its device cannot serve
         self.device = checks.device(getattr(self._backend, "device", named))
+        self._require_codes(self._backend, self.device)
         self.backend_name = backend
         self._arguments = Arguments(self._options, self.device)
         self._prepared_quantizer: Any = None
@@ -463,7 +466,8 @@ class AsymmetricIndex:
         return sum(lists.remove(i, x, self._assign_rows, close_gaps) for i, x in enumerate(chosen))
 
     def reconstruct(self, ids: Any, sequence: int = 0) -> tuple[Any, Any]:
-        """Keys (h, n, d) and values (h, n, e) of the tokens with these ids, as they were added.
+        """Keys (h, n, d) and values (h, n, e) of the tokens with these ids, as they were added; of sealed ones with ``storage``,
+        what their codes stand for.
 
         Raises LengthError for an id that is not stored, ParameterError for a sequence that is not there.
         """
@@ -471,9 +475,7 @@ class AsymmetricIndex:
         sequence = checks.integer(sequence, "sequence", 0, max(0, len(self.lengths) - 1))
         if not self.ntotal and len(positions):
             raise LengthError(f"ids: expected ids that are stored, got {positions[0]}")
-        keys, values = self.invlists.keys[sequence], self.invlists.values[sequence]
-        rows = rows_of(self.invlists.row_ids(sequence), positions)[:, :, None]
-        return tuple(x.gather(1, rows.expand(-1, -1, x.shape[2])) for x in (keys, values))  # type: ignore[return-value]
+        return self.invlists.rows(sequence, rows_of(self.invlists.row_ids(sequence), positions))
 
     @within("_in_step")
     def fork(self, sequences: Sequence[int] | None = None) -> Self:
@@ -523,6 +525,7 @@ class AsymmetricIndex:
         new._lists = new._session = new._last = None
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
+            new._require_codes(new._backend, device)
             new._trained = self._trained.to(device)
             new._prepare()
         new._arguments = Arguments(new._options, new.device)
@@ -555,7 +558,13 @@ class AsymmetricIndex:
 
     def _new_lists(self, batch: int) -> SegmentedInvertedLists:
         shape = (batch, self.num_kv_heads, self.d, self.d_v, self.nlist)
-        return SegmentedInvertedLists(self._backend, self._options.layout, *shape, self.dtype)
+        return SegmentedInvertedLists(self._backend, self._options.layout, *shape, self.dtype, self._options.code)
+
+    def _require_codes(self, backend: Backend, device: torch.device) -> None:
+        """DeviceError for codes where nothing reads them."""
+        if self.storage is not None and not (backend.reads_codes and device.type == "cpu"):
+            where = f"{str(device)!r}, backend {backend.name!r}"
+            raise DeviceError(f"storage: expected device 'cpu' for codes, got {self.storage!r} on {where}")
 
     # -- FAISS --------------------------------------------------------------------------------------------------------
 
@@ -580,6 +589,7 @@ class AsymmetricIndex:
     num_heads = Field[int]("_options.num_heads", "Query heads.")
     num_kv_heads = Field[int]("_options.num_kv_heads", "KV heads; query head i uses KV head i // (num_heads / num_kv_heads).")
     dtype = Field[torch.dtype]("_options.dtype", "Of stored keys and values.")
+    storage = Field["str | None"]("_options.storage", "What sealed keys and values are stored as; None: as ``dtype`` says.")
     layout = Field[Layout]("_options.layout", "Which tokens are sinks, recent and sealed.")
     window = Field[int]("_options.layout.window", "Recent tokens always read, at least. Setting it re-sorts what is stored.")
     sinks = Field[int]("_options.layout.sinks", "First tokens always read. Setting it re-sorts what is stored.")
@@ -755,13 +765,14 @@ class AsymmetricIndex:
         if tower is None or any(lists.segments):
             return
         if keys is None or counts is None:
-            keys, counts = lists.keys[:, :, :0], [0] * lists.batch
+            keys, counts = lists.arena.numbers[0][:, :, :0], [0] * lists.batch
         if any(map(self.layout.num_blocks, map(sum, zip(lists.lengths, counts, strict=True)))):
             session = self._session
             if session is not None and session.lists is lists and session.backend_session.captured:
                 raise StateError("tower: expected the lists that a CUDA graph routes to, got tokens that make new ones")
             quantizer, router = prompt_lists(self._backend, tower, lists, keys, counts, rotated, self.rope)
             self._set_trained(key_quantizer=quantizer, query_router=router)
+            lists.forget_lists()
 
     def _set_option(self, name: str, value: Any) -> None:
         options = self._options.changed(name, value)

@@ -50,10 +50,11 @@ def to_faiss(index: Any, sequence: int = 0, head: int = 0) -> tuple[Any, np.ndar
     target.is_trained = True
     from faiss.contrib.ivf_tools import add_preassigned
 
-    keys = lists.keys[sequence, head, :n].float().cpu().numpy()
+    rows = torch.arange(n, dtype=torch.int64, device=lists.keys.device).expand(lists.heads, n)
+    keys, kept_values = (x[head].float().cpu().numpy() for x in lists.rows(sequence, rows))
     add_preassigned(target, np.ascontiguousarray(keys), nos, ids)
     values = np.zeros((lists.next_position(sequence), index.d_v), np.float32)
-    values[ids] = lists.values[sequence, head, :n].float().cpu().numpy()
+    values[ids] = kept_values
     return target, values
 
 

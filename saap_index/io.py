@@ -19,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import checks, files
-from .backends import NETWORK, RouterWeights
+from .backends import NETWORK, STORAGE_CODES, RouterWeights
 from .errors import FormatError, SaapError
 from .index import AsymmetricIndex
-from .invlists.arena import ROW_ARRAYS
+from .invlists.arena import PLAIN_ARRAYS, ROW_ARRAYS
+from .invlists.coded import plain_rows
 from .invlists.gaps import Gaps
-from .invlists.layout import Layout
+from .invlists.layout import Layout, Segment
 from .invlists.rotated import RotationLengths
 from .invlists.segmented import SegmentedInvertedLists
 from .routing.calibration import TARGETS, Calibration
@@ -88,6 +89,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "max_segment": layout.max_segment, "break_even": layout.break_even, "mean_run_tokens": layout.mean_run_tokens,
             "target_mass": index.target_mass, "tail": index.tail,
             "budget_shares": None if index.budget_shares is None else index.budget_shares.tolist(),
+            **({} if index.storage is None else {"storage": index.storage}),
         },
         "dtype": str(index.dtype).removeprefix("torch."),
         "rope": None if index.rope is None else index.rope.to_dict(),
@@ -168,6 +170,11 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         b, rows = len(lengths), max(lengths)
         count = max(len(s) for s in _segments(config))
         want["keys"], want["values"] = ((b, h, rows, d), dtype), ((b, h, rows, e), dtype)
+        if c.get("storage") is not None:
+            sizes = STORAGE_CODES[c["storage"]].sizes(d, e)
+            plain = max(plain_rows(lengths, coded_spans(config["coded"], lengths, _segments(config))))
+            for side, dim, size in zip(("keys", "values"), (d, e), sizes, strict=True):
+                want[side], want[f"plain_{side}"] = ((b, h, rows, size), torch.uint8), ((b, h, plain, dim), dtype)
         want["ids"], want["tables"] = ((b, h, rows), torch.int32), ((b, h, count, nlist + 1), torch.int32)
         if "gaps" in config:
             want["gaps"] = ((sum(config["gaps"]), 2), torch.int64)
@@ -197,7 +204,9 @@ def _load(file: Any, config: dict[str, Any]) -> dict[str, Tensor]:
         shapes[name] = shape
     lengths, form = config["lengths"], config["index"]
     # before any list is made to the measure of a length that the file only claims
-    if lengths and shapes.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), form["d"]):
+    code = STORAGE_CODES.get(form.get("storage"))
+    size = form["d"] if code is None else code.sizes(form["d"], form["d_v"])[0]
+    if lengths and shapes.get("keys") != (len(lengths), form["num_kv_heads"], max(lengths), size):
         raise FormatError(f"expected tokens as in the configuration, got keys of shape {shapes.get('keys')}")
     want = _expected(config)
     if {n: s for n, (s, _) in want.items()} != shapes:
@@ -263,6 +272,10 @@ def _restore(
     lists.resize_tables(tensors["tables"].shape[2])
     if config["pending"]:
         lists.arena = replace(lists.arena, pending=tensors["pending"].to(index.device))
+    if lists.code is not None:
+        lists.coded_spans = coded_spans(config["coded"], lengths, segments)
+        plain = {name: tensors[name].to(index.device) for name in ("plain_keys", "plain_values")}
+        lists.arena = replace(lists.arena, **plain)
     for name in ("keys", "values", "ids", "tables"):
         getattr(lists, name).copy_(tensors[name])
     for i in range(lists.batch):
@@ -270,27 +283,46 @@ def _restore(
     return index
 
 
-def stretches(lists: SegmentedInvertedLists) -> dict[str, list[int]]:
-    """How many gaps, and runs of tokens rotated at one length, each sequence has."""
-    return {"gaps": [len(x.starts) for x in lists.gaps], "rotated": [len(runs) for runs in lists.rotated.runs]}
+def stretches(lists: SegmentedInvertedLists) -> dict[str, list[Any]]:
+    """How many gaps, and runs of tokens rotated at one length, each sequence has, and which of its rows are codes."""
+    counts = {"gaps": [len(x.starts) for x in lists.gaps], "rotated": [len(runs) for runs in lists.rotated.runs]}
+    return counts if lists.code is None else {**counts, "coded": [list(span) for span in lists.coded_spans]}
 
 
 def pack_lists(lists: SegmentedInvertedLists, room: int = 0) -> dict[str, Tensor]:
     """The tokens of a batch as arrays on the CPU, with ``room`` rows behind them. Memory that no token owns is zero."""
     tensors = {"gaps": torch.from_numpy(np.concatenate([x.array() for x in lists.gaps])), "rotated": lists.rotated.tensor()}
     sizes = {**dict.fromkeys(ROW_ARRAYS, max(lists.lengths) + room), "tables": max(map(len, lists.segments))}
+    plain = plain_rows(lists.lengths, lists.coded_spans)
+    sizes |= dict.fromkeys(PLAIN_ARRAYS, max(plain) + room)
     for name, size in sizes.items():
-        source = getattr(lists, name)
+        source = getattr(lists.arena, name)
         if source is None:
             continue
         x = torch.zeros((*source.shape[:2], size, *source.shape[3:]), dtype=source.dtype, device="cpu")
         for i, n in enumerate(lists.lengths):
-            low, high = {"ids": (lists.sinks(i), lists.sealed(i)), "tables": (0, len(lists.segments[i]))}.get(name, (0, n))
+            spans = {"ids": (lists.sinks(i), lists.sealed(i)), "tables": (0, len(lists.segments[i]))}
+            spans |= dict.fromkeys(PLAIN_ARRAYS, (0, plain[i]))
+            if lists.code is not None:
+                spans |= {"keys": lists.coded_spans[i], "values": lists.coded_spans[i]}
+            low, high = spans.get(name, (0, n))
             x[i, :, low:high] = source[i, :, low:high]
             if name == "pending":
                 x[i, :, lists.sinks(i) : lists.sealed(i)] = -1  # the tables know
         tensors[name] = x
     return tensors
+
+
+def coded_spans(spans: Any, lengths: Sequence[int], segments: Sequence[Sequence[Segment]]) -> list[Segment]:
+    """Which rows of each sequence are codes, from a file; FormatError unless they are some of its rows, the sealed ones among
+    them."""
+    found = []
+    for span, n, parts in zip(spans, lengths, segments, strict=True):
+        low, high = (checks.integer(x, "coded", 0, n) for x in span)
+        if low > high or (parts and not (low <= parts[0][0] and parts[-1][1] <= high)):
+            raise FormatError(f"coded: expected rows of {n} with the sealed ones among them, got {span}")
+        found.append((low, high))
+    return found
 
 
 def check_lists(

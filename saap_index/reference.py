@@ -81,6 +81,23 @@ def sort_segment(list_nos: Ints, nlist: int) -> tuple[Ints, Ints]:
     return order, np.concatenate([[0], np.cumsum(np.bincount(list_nos, minlength=nlist))])
 
 
+def count_runs(list_nos: Ints, bounds: Ints, nlist: int) -> Ints:
+    """Offsets (s, l + 1) of runs of tokens that are not sorted, as if they were: by segment, list and position.
+
+    list_nos (n,) of the tokens of a sequence; segment i is [bounds[i], bounds[i + 1]), bounds (s + 1,).
+    """
+    tables = np.zeros((len(bounds) - 1, nlist + 1), dtype=np.int64)
+    for i, (start, stop) in enumerate(pairwise(bounds)):
+        tables[i] = start - bounds[0] + sort_segment(list_nos[start:stop], nlist)[1]
+    return tables
+
+
+def sorted_tokens(list_nos: Ints, bounds: Ints) -> Ints:
+    """Positions of the tokens of all segments in the order that `count_runs` speaks of."""
+    parts = [start + np.argsort(list_nos[start:stop], kind="stable") for start, stop in pairwise(bounds)]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
 def run_means(keys: Array, values: Array, offsets: Ints) -> tuple[Array, Array]:
     """Mean key (l, d) and mean value (l, e) of the runs [offsets[i], offsets[i + 1]) of keys (n, d), values (n, e); empty: 0."""
     bounds = list(pairwise(offsets))
@@ -204,3 +221,93 @@ def tail(z: Array, a: Array, knots: Array, tables: Ints, rows: Ints, mean_entrie
     unread = [(s, l) for s in range(means) for l in range(nlist) if sizes[s, l] and not taken[s, l]]
     best = sorted(unread, key=lambda r: (-mass[r], -r[0], r[1]))[:mean_entries]
     return np.array(sorted(s * nlist + l for s, l in best), dtype=np.int64)
+
+
+LEVELS = np.array([6, 18, 31, 44, 58, 75, 96, 127], np.float64)
+"""Positive half of the 4-bit codebook: the best 16 values for a Gaussian (Max, 1960), in whole 1 / GAUSS of its deviation."""
+
+GAUSS = 46.476
+
+
+def code_size(dim: int, bits: int) -> int:
+    """Bytes of the code of one row of ``dim`` numbers: the numbers, then a float32 scale."""
+    return dim * bits // 8 + 4
+
+
+def encode(x: Array, bits: int) -> NDArray[np.uint8]:
+    """Codes (n, code_size) of rows x (n, dim), which hold what a float32 can; a function of the row alone, bit for bit.
+
+    8 bits: whole numbers of a scale, the largest magnitude / 127. 4 bits: the row is rotated, its numbers are then nearly
+    Gaussian and become the nearest of a codebook, and the scale is the one of least squared error. Two numbers share a byte, see
+    `nibbles`.
+    """
+    x32 = x.astype(np.float32)
+    if bits == 8:
+        scale = np.abs(x32).max(axis=1, initial=0) / np.float32(127)
+        numbers = np.rint(x32 / np.where(scale > 0, scale, np.float32(1))[:, None])
+        payload = np.clip(np.where(scale[:, None] > 0, numbers, 0), -127, 127).astype(np.int8).view(np.uint8)
+    else:
+        rotated = rotate(x32.astype(np.float64))
+        unit = np.sqrt(pairwise_sum(rotated**2) / x.shape[1]) / GAUSS
+        parts = rotated / np.where(unit > 0, unit, 1.0)[:, None]
+        index = np.searchsorted((LEVELS[:-1] + LEVELS[1:]) / 2, np.abs(parts), side="left")
+        levels = np.where(parts < 0, -LEVELS[index], LEVELS[index])
+        scale = (pairwise_sum(rotated * levels) / pairwise_sum(levels**2)).astype(np.float32)
+        low, high = nibbles(x.shape[1])
+        number = (index + 8 * (parts < 0)).astype(np.uint8)
+        payload = (number[:, low] | number[:, high] << 4).astype(np.uint8)
+    return np.concatenate([payload, scale.astype("<f4")[:, None].view(np.uint8)], 1)
+
+
+def decode(codes: NDArray[np.uint8], dim: int, bits: int) -> Array:
+    """Rows (n, dim) that codes (n, code_size) stand for."""
+    payload, scale = codes[:, :-4], np.ascontiguousarray(codes[:, -4:]).view("<f4").astype(np.float64)
+    if bits == 8:
+        return payload.view(np.int8) * scale
+    low, high = nibbles(dim)
+    number = np.empty((len(codes), dim), np.int64)
+    number[:, low], number[:, high] = payload & 15, payload >> 4
+    return rotate(np.where(number < 8, 1, -1) * LEVELS[number % 8] * scale, back=True)
+
+
+def nibbles(dim: int) -> tuple[Ints, Ints]:
+    """Which numbers of a row lie in the lower and the upper half of each byte: 16 and the next 16; at the end, halves of what is
+    left."""
+    starts = [(start, min(32, dim - start) // 2) for start in range(0, dim, 32)]
+    low = np.concatenate([np.arange(start, start + half) for start, half in starts])
+    return low, low + np.concatenate([np.full(half, half) for _, half in starts])
+
+
+def rotate(x: Array, back: bool = False) -> Array:
+    """Rows x (n, dim) times a fixed orthogonal matrix, or its transpose: signs, then a Walsh-Hadamard transform of each block of
+    `blocks`, after which the numbers of a row are about as large as each other. Forward the result is rounded to float32."""
+    dim = x.shape[1]
+    signs = np.where((np.arange(1, dim + 1, dtype=np.uint64) * 0x9E3779B1) >> 31 & 1, -1.0, 1.0)
+    y = x.copy() if back else x * signs
+    for start, size in blocks(dim):
+        part = y[:, start : start + size]
+        half = 1
+        while half < size:
+            pairs = part.reshape(-1, size // (2 * half), 2, half)
+            a, b = pairs[:, :, 0].copy(), pairs[:, :, 1].copy()
+            pairs[:, :, 0], pairs[:, :, 1] = a + b, a - b
+            half *= 2
+        y[:, start : start + size] = part * (1 / np.sqrt(size))
+    largest = float(np.finfo(np.float32).max)
+    return y * signs if back else np.clip(y, -largest, largest).astype(np.float32).astype(np.float64)
+
+
+def blocks(dim: int) -> list[tuple[int, int]]:
+    """(start, size) of the powers of two, falling, that make up ``dim``."""
+    sizes = [1 << bit for bit in reversed(range(dim.bit_length())) if dim >> bit & 1]
+    return list(zip(np.cumsum([0, *sizes[:-1]]).tolist(), sizes, strict=True))
+
+
+def pairwise_sum(x: Array) -> Array:
+    """Sums of rows x (n, dim), the second half added to the first until one is left: an order that every backend can follow."""
+    size = 1 << (x.shape[1] - 1).bit_length()
+    x = np.concatenate([x, np.zeros((len(x), size - x.shape[1]))], 1)
+    while size > 1:
+        size //= 2
+        x = x[:, :size] + x[:, size:]
+    return x[:, 0]

@@ -200,6 +200,8 @@ def pack_layer(layer: TrainedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     else:
         arrays, weights = {}, layer.tower.tensors()
         facts["nlist"] = layer.quantizer.nlist
+        if layer.shared_lists is not None:
+            arrays["shared_lists"] = _narrow(layer.shared_lists.centroids)
     arrays |= {f"router.{name}": _narrow(x) for name, x in weights.items()}
     if layer.calibration is not None:
         arrays["calibration"] = layer.calibration.unread_mass
@@ -222,7 +224,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < float(scale) < math.inf:
         raise FormatError(f"scale: expected a positive finite number, got {scale!r}")
     if not isinstance(own, bool) or not isinstance(facts["count_lists"], bool):
-        raise FormatError(f"two_tower, count_lists: expected booleans, got {own!r} and {facts['size_weighted']!r}")
+        raise FormatError(f"two_tower, count_lists: expected booleans, got {own!r} and {facts['count_lists']!r}")
     tower = None
     if own:
         tower = TwoTower(RouterWeights.of(arrays, d, "router.").map(_wide), first_knot)
@@ -243,7 +245,10 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
         shares = checks.shares(shares, "budget_shares", heads)
     if losses is not None and (losses.ndim != 2 or len(losses) != heads or not np.isfinite(losses).all()):
         raise FormatError(f"losses: expected finite numbers ({heads}, s), got shape {losses.shape}")
-    return TrainedLayer(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses)
+    shared = KeyQuantizer(_wide(arrays["shared_lists"])) if own and "shared_lists" in arrays else None
+    if shared is not None and (shared.centroids.shape[0], shared.centroids.shape[2]) != (heads, d):
+        raise FormatError(f"shared_lists: expected {heads} KV heads and {d} dims, got {tuple(shared.centroids.shape)}")
+    return TrainedLayer(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses, shared)
 
 
 def _narrow(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saap_index import files
-from saap_index.errors import MissingDependencyError, ParameterError
+from saap_index.errors import LengthError, MissingDependencyError, ParameterError
 from saap_index.hf import models
 from saap_index.pipeline.command import say
 from saap_index.pipeline.texts import TokenSequence, digest, pack_sequences, read_texts
@@ -28,7 +28,7 @@ from saap_index.routing.rope import Rope
 
 from . import evaluate, linear, moa_profile, page, plots, report
 from .evaluate import Records, Settings
-from .flags import check_names, check_shares, names, numbers
+from .flags import check_count, check_names, check_shares, names, numbers
 from .measures import exact_attention
 from .method import Method
 from .needles import Haystack, haystacks
@@ -133,10 +133,16 @@ def check(task: Task) -> None:
     check_shares("budgets", task.settings.shares)
     for _, tokens in task.sequences:
         models.check_positions("length", task.model.config, len(tokens))
+        _check_decoded(task.settings.decoded, len(tokens))
     if task.batch < 1:
         raise ParameterError(f"batch: expected at least 1, got {task.batch}")
     if task.routers is not None:
         task.routers.check(task.model.config)
+
+
+def _check_decoded(decoded: int, length: int) -> None:
+    if decoded != 0 and not 2 <= decoded < length:  # what the last one predicts is not known
+        raise LengthError(f"decoded: expected 0, or 2 to {length - 1} of the {length} tokens of a sequence, got {decoded}")
 
 
 def _check_same(task: Task, records: Records) -> None:
@@ -324,6 +330,9 @@ def run(options: argparse.Namespace) -> int:
     shares, methods = numbers("budgets", options.budgets, float), names(options.methods)
     check_shares("budgets", shares)
     check_names("methods", methods, KINDS)
+    for name, least in (("length", 1), ("training", 1), ("sequences", 1), ("needles", 0), ("batch", 1)):
+        check_count(name, getattr(options, name), least)
+    _check_decoded(options.decoded, options.length)
     routers = None if options.routers is None else load_routers(options.routers)
     span, window = min(Settings.span, options.length // 4), min(Settings.window, options.length // 8)
     settings = Settings(shares, layers, span, decoded=options.decoded, window=window, replaced=layers)

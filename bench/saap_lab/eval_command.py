@@ -149,10 +149,14 @@ def run(options: argparse.Namespace) -> int:
     methods = _methods(options, routers)
     tasks, depths = flags.names(options.tasks), flags.numbers("depths", options.depths, float)
     layers = None if options.layers is None else flags.numbers("layers", options.layers, int)
-    lengths = tuple(options.length // part for part in (4, 2, 1))
-    if options.needle_lengths:
-        lengths = flags.numbers("needle-lengths", options.needle_lengths, int)
+    lengths: tuple[int, ...] = ()
+    if "needles" in tasks:
+        asked = options.needle_lengths
+        lengths = flags.numbers("needle-lengths", asked, int) if asked else tuple(options.length // part for part in (4, 2, 1))
     check_flags(methods, tasks, layers, depths)
+    flags.check_count("sequences", options.sequences, 0 if set(tasks) == {"needles"} else 1)
+    for name, least in (("length", 1), ("continuation", 2), ("queries", 1)):
+        flags.check_count(name, getattr(options, name), least)
     if routers.dense_layers:
         advised = ", ".join(map(str, routers.dense_layers))
         say(f"the routers advise to leave layers {advised} dense; here they are replaced like the others")
@@ -161,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         loaded = models.load_model(options.model, dtype="float32")
         model, tokenizer = loaded.model, loaded.tokenizer
-    for name, tokens in (("length", options.length), ("needle-lengths", max(lengths))):
+    for name, tokens in (("length", options.length), *(("needle-lengths", length) for length in lengths)):
         models.check_positions(name, model.config, tokens)
     documents = list(read_texts(options.text) if options.text else demo_texts.unseen_texts())
     encode = partial(models.encode, tokenizer)

@@ -1,6 +1,6 @@
 """A model under several methods and budgets: every figure of a sequence as one plain record, so that a run can stop and go on.
 
-Per sequence: each layer against exact attention, the next-token distributions of the last tokens with every layer replaced, and
+Per sequence: each layer against exact attention, the next-token distributions of the last tokens with layers replaced, and
 needles with the question processed sparsely too. Records are JSON; `report` turns many of them into tables and plots.
 """
 
@@ -117,10 +117,11 @@ def evaluate_text(
     for number in wanted:
         _layer(prompt, name, number, methods_at, settings, records)
         progress(f"{name}: layer {number}")
+    layers = f"{len(_replaced(prompt, settings.replaced))} of {model.config.num_hidden_layers}"
     for share in shares if last else ():
         for method in methods_at(share):
             records.once(f"text/{name}/{method.name}/{share}", partial(_text, model, prompt, method, settings))
-            progress(f"{name}: {method.name} at {share:.1%} in every layer")
+            progress(f"{name}: {method.name} at {share:.1%} in {layers} layers")
     records.flush()
 
 
@@ -140,7 +141,7 @@ def _layer(prompt: Prompt, name: str, number: int, methods_at: MethodsAt, settin
 
 
 def _text(model: Any, prompt: Prompt, method: Method, settings: Settings) -> dict[str, Any]:
-    """The last tokens, every layer replaced; what the last one predicts is not known and not counted."""
+    """The last tokens, with the settings' layers replaced; what the last one predicts is not known and not counted."""
     tokens, last = prompt.tokens.tolist(), settings.decoded
     first = len(tokens) - last
     states = starting(_methods(prompt, method, settings.replaced), prompt, first, last)
@@ -182,7 +183,11 @@ def evaluate_needles(
 
 
 def _methods(prompt: Prompt, method: Method, replaced: tuple[int, ...] | None) -> Mapping[int, Method]:
-    return {layer.number: method for layer in prompt.layers if replaced is None or layer.number in replaced}
+    return dict.fromkeys(_replaced(prompt, replaced), method)
+
+
+def _replaced(prompt: Prompt, replaced: tuple[int, ...] | None) -> list[int]:
+    return [layer.number for layer in prompt.layers if replaced is None or layer.number in replaced]
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

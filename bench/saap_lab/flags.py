@@ -29,6 +29,12 @@ def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None
         raise ParameterError(f"{what}: expected some of {', '.join(allowed)}, got {', '.join(unknown) or 'none'}")
 
 
+def check_count(what: str, count: int, least: int) -> None:
+    """ParameterError, naming the flag, for fewer than ``least``."""
+    if count < least:
+        raise ParameterError(f"{what}: expected {least} or more, got {count}")
+
+
 def check_shares(what: str, shares: Iterable[float]) -> None:
     """ParameterError unless there is a share and all lie in (0, 1]."""
     shares = tuple(shares)

@@ -219,9 +219,10 @@ def _layers_table(title: str, rows: list[LayerRow]) -> list[str]:
 def _text_table(rows: list[TextRow], where: str) -> list[str]:
     if not rows:
         return []
+    sequences = f"{rows[0].sequences} sequence{'s' * (rows[0].sequences > 1)}"
     lines = [
         "",
-        f"{where}, {rows[0].sequences} sequences: against the dense model (mean, spread over sequences)",
+        f"{where}, {sequences}: against the dense model (mean, spread over sequences)",
         _line("share", "method", "KL", "", "same 1st %", "", "perplex. x", "", "tokens", "MB a token"),
     ]
     for t in rows:

@@ -9,14 +9,16 @@ import torch
 
 from ..errors import DeviceError
 from .base import Backend, SegmentChange, Session
+from .paged import PagedBackend
 from .plain_torch import TorchBackend
 from .reference import ReferenceBackend
+from .scalar_quantizer import STORAGE_CODES, Coded, StorageCode
 from .types import Arena, Budget, Frequencies, Placement, Plan, Rotation, Routing, Tail
 from .weights import NETWORK, RouterWeights
 
 __all__ = [
-    "NETWORK", "Arena", "Backend", "Budget", "Frequencies", "Placement", "Plan", "Rotation", "RouterWeights", "Routing",
-    "SegmentChange", "Session", "Tail", "get_backend", "register_backend",
+    "NETWORK", "STORAGE_CODES", "Arena", "Backend", "Budget", "Coded", "Frequencies", "Placement", "Plan", "Rotation",
+    "RouterWeights", "Routing", "SegmentChange", "Session", "StorageCode", "Tail", "get_backend", "get_paged", "register_backend",
 ]
 
 Factory = Callable[[torch.device], Backend]
@@ -65,3 +67,20 @@ def get_backend(device: torch.device, name: str | None = None) -> Backend:
     if name in ("cpu", "reference") and device.type != "cpu":
         raise DeviceError(f"backend: {name!r} expects device 'cpu', got {str(device)!r}")
     return _FACTORIES.get(name or device.type, TorchBackend)(device)
+
+
+def get_paged(backend: Backend) -> PagedBackend:
+    """The operations on pages beside those of a backend: its own, or on plain torch."""
+    if backend.name == "cpu":
+        from .cpu import CpuBackend
+        from .paged_cpu import PagedCpu
+
+        assert isinstance(backend, CpuBackend)
+        return PagedCpu(backend)
+    if backend.name == "reference":
+        from .paged_reference import PagedReference
+
+        return PagedReference(backend)
+    from .paged_torch import PagedTorch
+
+    return PagedTorch(backend)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ShapeError
 from .codes import DTYPE_CODES
+from .scalar_quantizer import Coded
 from .types import Budget, Probed, Rotation, Tail
 
 F32, I32 = torch.float32, torch.int32
 _NO_ROTATION = (0, 0, 0, False, 1.0)
 NO_TAIL = (0, 0, 0, 0, 0, 0, 0, 0, 1)
+NO_CODES: tuple[Any, ...] = (0, 0, 0, 8, [], [])
 
 
 def plain(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -65,6 +67,26 @@ def means_of(tail: Tail, dtype: torch.dtype, shape: tuple[int, int, int, int]) -
     )
 
 
+def codes_of(coded: Coded, shape: tuple[int, int, int, int]) -> tuple[Any, ...]:
+    """Keys, values, N, bits of values, first and last as the module takes them."""
+    b, h, d, e = shape
+    n, (key_bytes, value_bytes) = coded.keys.shape[2], coded.code.sizes(d, e)
+    first, last = list(coded.first), list(coded.last)
+    if not len(first) == len(last) == b:
+        raise ShapeError(f"coded: expected {b} spans, got {len(first)} and {len(last)}")
+    for low, high in zip(first, last, strict=True):
+        if not 0 <= low <= high <= n:
+            raise LengthError(f"coded: expected spans within {n} rows, got [{low}, {high})")
+    return (
+        plain("coded.keys", coded.keys, torch.uint8, (b, h, n, key_bytes)),
+        plain("coded.values", coded.values, torch.uint8, (b, h, n, value_bytes)),
+        n,
+        coded.code.value_bits,
+        first,
+        last,
+    )
+
+
 def code_of(name: str, x: Tensor) -> int:
     code = DTYPE_CODES.get(x.dtype)
     if code is None:
@@ -76,8 +98,19 @@ def dtype_names() -> str:
     return ", ".join(str(t).removeprefix("torch.") for t in DTYPE_CODES)
 
 
-def check_spans(sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], n: int, capacity: int) -> None:
-    """Rows [0, sinks) and [sealed, lengths) of n sequences lie in an arena of that capacity."""
+def check_spans(
+    sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], n: int, capacity: int, coded: Coded | None = None
+) -> None:
+    """Rows [0, sinks) and [sealed, lengths) of n sequences lie in an arena of that capacity, or among its codes."""
+    if coded is not None:
+        check_spans(coded.first, coded.last, lengths, n, max(lengths, default=0))
+        for middle, low, high in zip(sealed, coded.first, coded.last, strict=True):
+            if middle and not low <= middle <= high:
+                raise LengthError(f"sealed: expected a row among the coded ones, [{low}, {high}), got {middle}")
+        plain_rows = max(coded.plain_rows(lengths), default=0)
+        if plain_rows > capacity:
+            raise LengthError(f"lengths: expected at most {capacity} rows that are not coded, got {plain_rows}")
+        capacity = max(lengths, default=0)
     if not len(sinks) == len(sealed) == len(lengths) == n:
         raise ShapeError(f"sinks, sealed, lengths: expected {n} each, got {len(sinks)}, {len(sealed)}, {len(lengths)}")
     for first, middle, last in zip(sinks, sealed, lengths, strict=True):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..errors import NotFiniteError
 from .codes import LENGTH, NEXT, SEALED, SEGMENTS, SINKS
+from .scalar_quantizer import Coded, StorageCode, encode
 from .types import (
     Arena,
     Budget,
@@ -119,6 +120,9 @@ class Backend(ABC):
             part = slice(start - segments[0][0], stop - segments[0][0])
             self.seal(keys, values, ids, start, list_nos[:, part].contiguous(), table)
 
+    reads_codes: ClassVar[bool] = False
+    """Whether `scan` takes ``coded``."""
+
     seals_batches: ClassVar[bool] = False
     """Whether `seal_batch` may be of use."""
 
@@ -130,6 +134,15 @@ class Backend(ABC):
         before it moves a row, or not at all. Returns False, having done nothing, if a backend does one after the other.
         """
         return False
+
+    def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
+        """Codes of rows that are about to be sealed, see `reference.encode`: the same bytes from every backend.
+
+        keys : float32, bfloat16 or float16 (h, n, d), values : (h, n, e), finite, strided freely over h and n. key_codes : uint8
+        (h, n, c) out, value_codes : uint8 (h, n, c_v) out, strided over h.
+        """
+        key_codes.copy_(encode(keys, code.key_bits))
+        value_codes.copy_(encode(values, code.value_bits))
 
     @abstractmethod
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
@@ -201,9 +214,11 @@ class Backend(ABC):
         scale: float,
         causal: bool,
         tail: Tail | None = None,
+        coded: Coded | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Softmax attention over rows [0, sinks[i]), ``rows`` and [sealed[i], lengths[i]) of each sequence, in one softmax,
-        and over the entries of ``tail``.
+        and over the entries of ``tail``. coded : which rows are codes; arena_keys and arena_values then hold the others, where it
+        says.
 
         queries : (b, h, g, q, d) float32, bfloat16 or float16; rows : int32 (b, h, t) as from `probe`, or None for none.
         causal: query i of q sees a recent row r only if r < lengths - q + 1 + i; sinks, ``rows`` and entries are seen by every
@@ -285,7 +300,8 @@ class Session:
         """
         place, lengths = self._placement, self.lengths
         assert place is not None and lengths is not None, "publish comes first"
-        if not self.backend.append(keys, values, place.arena.keys, place.arena.values, lengths, counts):
+        starts = lengths if place.coded is None else place.coded.plain_rows(lengths)
+        if not self.backend.append(keys, values, *place.arena.numbers, starts, counts):
             raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
         self.lengths = list(map(operator.add, lengths, counts))
 
@@ -331,16 +347,17 @@ class Session:
         Returns out : dtype of queries (b, h, g, q, e), lse : float32 (b, h, g, q), newly allocated, and the selection: its
         counts, and rows or ``in_runs``; None for every row. It may lie in memory of the session, valid until the next step.
         """
-        arena, lengths = self._published.arena, self._lengths_published
-        memory = queries, arena.keys, arena.values
+        place, lengths = self._published, self._lengths_published
+        arena = place.arena
+        memory = queries, *arena.numbers
         if plan.dense:
             none = [0] * len(lengths)
-            return *self.backend.scan(*memory, None, None, none, none, lengths, scale, True), None
+            return *self.backend.scan(*memory, None, None, none, none, lengths, scale, True, None, place.coded), None
         probed, tail = self.select(queries, routing, plan), None
         if probed.tail is not None and probed.tail_counts is not None:
             tail = Tail(probed.tail, probed.tail_counts, arena.mean_keys, arena.mean_values, arena.tables)
         spans = self._columns[SINKS], self._columns[SEALED], lengths
-        return *self.backend.scan(*memory, probed.rows, probed.counts, *spans, scale, True, tail), probed
+        return *self.backend.scan(*memory, probed.rows, probed.counts, *spans, scale, True, tail, place.coded), probed
 
     def _ends(self) -> list[int]:
         """Position of the token that comes next in each sequence."""

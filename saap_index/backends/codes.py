@@ -7,6 +7,9 @@ import torch
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage types: bindings/dtypes.h, cuda/prims.cuh."""
 
+BYTES_CODE = 3
+"""Bytes, which are moved only: bindings/dtypes.h."""
+
 LENGTH, SINKS, SEALED, SEGMENTS, NEXT, MEANS, RESERVED, FLAGS = range(8)
 """Columns of meta : int32 (b, 8): rows in use; sink rows; row past the last segment, 0 if there is none; segments; position of
 the token that comes next; leading segments with run means; nothing; error flags. Without segments every row is recent."""

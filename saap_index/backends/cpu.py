@@ -19,11 +19,13 @@ from . import native
 from .addresses import (
     F32,
     I32,
+    NO_CODES,
     NO_TAIL,
     Places,
     angles_of,
     check_spans,
     code_of,
+    codes_of,
     dtype_names,
     lists_of,
     means_of,
@@ -33,9 +35,10 @@ from .addresses import (
     rows_of,
 )
 from .base import Backend, Session
-from .codes import DTYPE_CODES, SEALED, SEGMENTS, SINKS
+from .codes import BYTES_CODE, DTYPE_CODES, SEALED, SEGMENTS, SINKS
+from .scalar_quantizer import SCALE_BYTES, Coded, StorageCode
 from .threads import available_cores
-from .types import Arena, Budget, Frequencies, Plan, Probed, Rotation, Routing, Tail
+from .types import Budget, Frequencies, Plan, Probed, Rotation, Routing, Tail
 from .weights import RouterWeights
 
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
@@ -50,6 +53,7 @@ class CpuBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "cpu"
+    reads_codes = True
 
     def __init__(self) -> None:
         module = native.load()
@@ -114,7 +118,7 @@ class CpuBackend(Backend):
         if not 0 <= start <= capacity - n:
             raise LengthError(f"start: expected {n} rows within {capacity}, got them from row {start}")
         self._module().seal(
-            code_of("keys", keys),
+            BYTES_CODE if keys.dtype is torch.uint8 else code_of("keys", keys),
             plain("keys", keys, keys.dtype, (h, capacity, d)),
             plain("values", values, keys.dtype, (h, capacity, e)),
             plain("ids", ids, I32, (h, capacity)),
@@ -129,6 +133,17 @@ class CpuBackend(Backend):
             rows_of("table", table, I32, (h, lists + 1)),
             table.stride(0),
         )
+
+    def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
+        for name, x, bits, out in (
+            ("keys", keys, code.key_bits, key_codes),
+            ("values", values, code.value_bits, value_codes),
+        ):
+            h, n, dim = x.shape
+            size = dim * bits // 8 + SCALE_BYTES
+            x_at = rows_of(name, x, x.dtype, (h, n, dim))
+            out_at, stride = lists_of(f"{name} codes", out, torch.uint8, (h, n, size))
+            self._module().encode(bits, code_of(name, x), x_at, x.stride(0), x.stride(1), h, n, dim, out_at, stride)
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         h, capacity, d = keys.shape
@@ -231,6 +246,7 @@ class CpuBackend(Backend):
         scale: float,
         causal: bool,
         tail: Tail | None = None,
+        coded: Coded | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         capacity, e = arena_values.shape[2:]
@@ -244,7 +260,7 @@ class CpuBackend(Backend):
             rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
         elif rows is not counts:
             raise ShapeError("rows, counts: expected both or neither")
-        check_spans(sinks, sealed, lengths, b, capacity)
+        check_spans(sinks, sealed, lengths, b, capacity, coded)
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
         self._module().scan(
@@ -271,6 +287,7 @@ class CpuBackend(Backend):
             out.data_ptr(),
             lse.data_ptr(),
             *(NO_TAIL if tail is None else means_of(tail, dtype, (b, h, d, e))),
+            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
         )
         return out, lse
 
@@ -333,7 +350,10 @@ class _Search(NamedTuple):
     scale: float
     handle: Any
     places: Places
-    arena: Arena
+    d: int
+    values: Tensor
+    least: Sequence[int]
+    most: Sequence[int]
     held: Any
 
 
@@ -351,15 +371,15 @@ class CpuSession(Session):
         if search is None or search.router is not routing.router or search.scale != scale:
             plan.packed = search = self._pack(routing, plan, scale)
         assert lengths is not None, "publish comes first"
-        b, h, capacity, e = search.arena.values.shape
+        b, h, _, e = search.values.shape
         _, _, g, q, d = queries.shape
-        shape = (b, h, g, q, search.arena.keys.shape[3])
+        shape = (b, h, g, q, search.d)
         if queries.shape != shape or not queries.is_contiguous() or queries.dtype not in DTYPE_CODES:
             plain("queries", queries, queries.dtype, shape)
             code_of("queries", queries)
-        for sealed, length in zip(self._columns[SEALED], lengths, strict=True):
-            if not sealed <= length <= capacity:
-                raise LengthError(f"lengths: expected {sealed} to {capacity}, got {length}")
+        for least, length, most in zip(search.least, lengths, search.most, strict=True):
+            if not least <= length <= most:
+                raise LengthError(f"lengths: expected {least} to {most}, got {length}")
         ends, rope = list(map(operator.add, lengths, self._gaps)), routing.rope
         if isinstance(rope, Frequencies):
             turn = rope.before(ends, q)
@@ -379,10 +399,14 @@ class CpuSession(Session):
         assert budget is not None
         h, _, d, lists, _ = routing.router.shape
         b, _, segments, _ = arena.tables.shape
-        capacity, e = arena.values.shape[2:]
-        dtype, most = arena.keys.dtype, arena.mean_keys.shape[2]
+        (keys, values), coded = arena.numbers, place.coded
+        capacity, e = values.shape[2:]
+        dtype, most = keys.dtype, arena.mean_keys.shape[2]
+        lengths = columns[SEALED], [capacity] * b
+        if coded is not None:
+            lengths = list(coded.last), [capacity + high - low for low, high in zip(coded.first, coded.last, strict=True)]
         places = places_of(self._cpu, arena.tables, used, budget, (b, h, lists))
-        check_spans(columns[SINKS], columns[SEALED], [capacity] * b, b, capacity)
+        check_spans(columns[SINKS], columns[SEALED], lengths[1], b, capacity, coded)
         means_at = (0, 0)
         if places.entries_at:
             means_at = (
@@ -395,8 +419,8 @@ class CpuSession(Session):
         handle = self._cpu.make_search(
             routing.router, routing.first_knot, routing.size_weighted, plain("centres", centres, torch.float64, (b, segments)),
             b, h, segments, budget.nprobe, places.tables_at, places.used, places.budgets_at, places.miss_at, places.entries_at,
-            places.means, plain("keys", arena.keys, dtype, (b, h, capacity, d)),
-            plain("values", arena.values, dtype, (b, h, capacity, e)), code_of("keys", arena.keys), capacity, e,
-            columns[SINKS], columns[SEALED], scale, *means_at, most,
+            places.means, plain("keys", keys, dtype, (b, h, capacity, d)), plain("values", values, dtype, (b, h, capacity, e)),
+            code_of("keys", keys), capacity, e, columns[SINKS], columns[SEALED], scale, *means_at, most,
+            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
         )
-        return _Search(routing.router, scale, handle, places, arena, budget)
+        return _Search(routing.router, scale, handle, places, d, values, *lengths, (place, budget))

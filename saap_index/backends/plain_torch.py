@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ..precision import full_precision
 from .base import Backend
+from .scalar_quantizer import Coded, rows_at
 from .types import Budget, Probed, Rotation, Tail
 from .weights import RouterWeights
 
@@ -25,6 +26,7 @@ class TorchBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "torch"
+    reads_codes = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -164,6 +166,7 @@ class TorchBackend(Backend):
         scale: float,
         causal: bool,
         tail: Tail | None = None,
+        coded: Coded | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, _ = queries.shape
         out = torch.empty((b, h, g, q, arena_values.shape[-1]), dtype=queries.dtype, device=queries.device)
@@ -175,9 +178,9 @@ class TorchBackend(Backend):
             limit = lengths[i] - q + 1 + _arange(0, q, queries) if causal else _integers([lengths[i]] * q, queries)
             recent = picked >= sealed[i]
             seen = (picked[:, None] >= 0) & (~recent[:, None] | (picked[:, None] < limit[None, :, None]))  # (h, q, t)
-            index = picked.clamp(min=0)[:, :, None]
-            k = arena_keys[i].gather(1, index.expand(h, width, arena_keys.shape[-1])).float()
-            v = arena_values[i].gather(1, index.expand(h, width, arena_values.shape[-1])).float()
+            index = picked.clamp(min=0)
+            k = rows_at(arena_keys[i], index, coded, i, "key")
+            v = rows_at(arena_values[i], index, coded, i, "value")
             logits = torch.einsum("hgqd,htd->hgqt", queries[i].float() * scale, k)
             logits = logits.masked_fill(~seen[:, None], float("-inf"))
             if tail is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from .base import Backend
+from .scalar_quantizer import Coded, StorageCode
 from .types import Budget, Probed, Rotation, Tail
 from .weights import RouterWeights
 
@@ -23,6 +24,7 @@ class ReferenceBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "reference"
+    reads_codes = True
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
@@ -58,6 +60,11 @@ class ReferenceBackend(Backend):
             for x, rows in zip(arrays, moved[head], strict=True):
                 x[head, start : start + n] = rows
             table[head] = torch.from_numpy(start + offsets)
+
+    def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
+        for x, bits, out in ((keys, code.key_bits, key_codes), (values, code.value_bits, value_codes)):
+            for rows, codes in zip(x, out, strict=True):
+                codes.copy_(torch.from_numpy(reference.encode(_f64(rows), bits)))
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         for head in range(keys.shape[0]):
@@ -122,6 +129,7 @@ class ReferenceBackend(Backend):
         scale: float,
         causal: bool,
         tail: Tail | None = None,
+        coded: Coded | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         out = np.zeros((b, h, g, q, arena_values.shape[-1]))
@@ -134,7 +142,10 @@ class ReferenceBackend(Backend):
                 limit = lengths[i] - q + 1 + np.arange(q) if causal else np.full(q, lengths[i])
                 seen = (picked[None] < sealed[i]) | (picked[None] < limit[:, None])
                 x = _f64(queries[i, head]).reshape(g * q, d)
-                keys, values = _f64(arena_keys[i, head])[picked], _f64(arena_values[i, head])[picked]
+                keys, values = _f64(arena_keys[i, head]), _f64(arena_values[i, head])
+                if coded is not None:
+                    keys, values = _in_order(coded, i, head, keys, values)
+                keys, values = keys[picked], values[picked]
                 tokens = np.ones(len(picked))
                 if tail is not None:
                     runs = tail.runs[i, head, : int(tail.counts[i, head])].numpy()
@@ -151,6 +162,17 @@ class ReferenceBackend(Backend):
     def combine(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = reference.merge_states(_f64(out_a), _f64(lse_a), _f64(out_b), _f64(lse_b))
         return torch.from_numpy(out).to(out_a.dtype), torch.from_numpy(lse).float()
+
+
+def _in_order(coded: Coded, i: int, head: int, keys: reference.Array, values: reference.Array) -> tuple[reference.Array, ...]:
+    """Keys and values of every row of one sequence and KV head, the coded ones decoded."""
+    low, high = coded.first[i], coded.last[i]
+    bits = coded.code.key_bits, coded.code.value_bits
+    found = []
+    for x, codes, n in zip((keys, values), (coded.keys, coded.values), bits, strict=True):
+        decoded = reference.decode(codes[i, head, low:high].numpy(), x.shape[1], n)
+        found.append(np.concatenate([x[:low], decoded, x[low:]]))
+    return tuple(found)
 
 
 def _padded(selected: list[reference.Ints], b: int, h: int) -> tuple[Tensor, Tensor]:

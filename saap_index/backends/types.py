@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .scalar_quantizer import Coded
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -135,7 +137,11 @@ MAX_STEP_TOKENS = 8
 @dataclass(frozen=True)
 class Arena:
     """The memory of a batch. keys, values, ids, tables : as a backend's operations name them; mean_keys, mean_values : as in
-    `Tail`; pending : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere."""
+    `Tail`; pending : int32 (b, h, N), lists of rows not sealed yet, -1 where the quantizer decides, or None for -1 everywhere.
+
+    Where sealed rows are stored as codes, keys and values hold these, as in `Coded`, and plain_keys : storage dtype (b, h, R, d),
+    plain_values : (b, h, R, e) the other rows.
+    """
 
     keys: Tensor
     values: Tensor
@@ -144,18 +150,29 @@ class Arena:
     mean_keys: Tensor
     mean_values: Tensor
     pending: Tensor | None
+    plain_keys: Tensor | None = None
+    plain_values: Tensor | None = None
+
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """Where keys and values are written to as numbers."""
+        if self.plain_keys is None or self.plain_values is None:
+            return self.keys, self.values
+        return self.plain_keys, self.plain_values
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where a batch lies.
 
-    meta : int32 (b, 7), the columns before the flags; centres : float64 (b, S), position of the middle of each segment.
+    meta : int32 (b, 7), the columns before the flags; centres : float64 (b, S), position of the middle of each segment;
+    coded : which rows are codes, or None.
     """
 
     arena: Arena
     meta: np.ndarray[Any, Any]
     centres: np.ndarray[Any, Any]
+    coded: Coded | None = None
 
 
 @dataclass(frozen=True, eq=False)

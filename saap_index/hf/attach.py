@@ -178,8 +178,9 @@ def attach(
         first step of decoding: seconds a layer, with a line of logging (``saap_index``) and a bar. They are kept in the cache
         folder under the checksum of the model's weights; two prompts more refine them. A `PromptTraining` sets bounds of time and
         memory and all else; "never": ParameterError where none were kept.
-    options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend; nlist, if lists are made
-        for each prompt: more for contexts far longer than those of the training.
+    options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend; storage, "SQ8" or
+        "SQ8/SQ4", of indexed keys and values; nlist, if lists are made for each prompt: more for contexts far longer than those
+        of the training.
 
     Returns the same model.
 

@@ -158,7 +158,7 @@ def _before_window(index: AsymmetricIndex, query: Tensor, dense_lse: Tensor) -> 
     captured = torch.zeros((b, hq, q), dtype=torch.float64, device=query.device)
     for i, n in enumerate(index.lengths):
         first = max(lists.sealed(i), min(layout.sinks, n))
-        keys = lists.keys[i, :, first : max(first, n - min(layout.window, n))].float()
+        keys = lists.key_rows(i, first, max(first, n - min(layout.window, n))).float()
         logits = (query[i].float().view(keys.shape[0], -1, q, d) @ keys[:, None].transpose(2, 3) * index.scale).view(hq, q, -1)
         ends = n - q + 1 + torch.arange(q, dtype=torch.int64, device=query.device)  # query j belongs to token n - q + j
         seen = torch.arange(first, first + keys.shape[1], dtype=torch.int64, device=query.device) < ends[:, None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import os
 import sys
 import time
@@ -24,8 +25,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import TextStreamer
 
-from .. import checks
-from ..errors import ParameterError
+from .. import checks, files
+from ..backends import STORAGE_CODES
+from ..errors import FormatError, ParameterError
 from ..routers import load_routers
 from . import models, support
 from .attach import attach, detached
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="save what was read, to --load it later")
     parser.add_argument("--new", type=int, default=200, metavar="TOKENS", help="most tokens to generate; default 200")
     parser.add_argument("--selectivity", type=float, help="share of the indexed tokens that a step reads; default 0.05")
+    parser.add_argument("--storage", choices=sorted(STORAGE_CODES), help="of indexed keys and values; numbers if nothing is said")
     parser.add_argument("--dense-layers", help="layers to leave dense, as 0,1; none if nothing is said")
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, takes the likeliest token")
     parser.add_argument("--chunk", type=int, metavar="TOKENS", help="read the prompt so many tokens at a time")
@@ -57,6 +60,13 @@ def run(args: argparse.Namespace) -> int:
         raise ParameterError("--prompt, --load: expected one of them")
     if args.compare and (args.load or args.save or args.temperature):
         raise ParameterError("--compare: expected neither --load, --save nor --temperature beside it")
+    checks.integer(args.new, "--new", 1 if args.compare else 0)
+    if args.chunk is not None:
+        checks.integer(args.chunk, "--chunk", 1)
+    if not 0 <= args.temperature < math.inf:
+        raise ParameterError(f"--temperature: expected a finite number, 0 or more, got {args.temperature}")
+    if args.load and args.new and not args.question:
+        raise ParameterError("--load: expected a --question to answer behind what was read, or --new 0, got neither")
     checks.device(args.device)
     torch.set_num_threads(max(1, args.threads))
     loaded = models.load_model(args.model, args.device, args.dtype)
@@ -65,14 +75,16 @@ def run(args: argparse.Namespace) -> int:
     advised = ",".join(str(layer) for layer in routers.dense_layers if layer not in dense)
     if advised and args.dense_layers is None:
         note(f"the routers advise to leave layers {advised} dense: --dense-layers {advised}")
-    tokenizer, model = loaded.tokenizer, attach(loaded.model, routers, args.selectivity, dense_layers=dense)
+    tokenizer, model = loaded.tokenizer, attach(loaded.model, routers, args.selectivity, dense_layers=dense, storage=args.storage)
     cache = SaapCache.load(args.load, model) if args.load else SaapCache(model)
     if args.load and cache.tokens is None:
         raise ParameterError(f"--load: expected a prompt that was saved with its tokens, got {args.load} without")
-    text = "" if args.load else (sys.stdin.read() if str(args.prompt) == "-" else args.prompt.read_text())
+    text = "" if args.load else read_prompt(args.prompt)
     document, question = encode(tokenizer, text, args.question, chat=not (args.load or args.save))
     document = document if cache.tokens is None else cache.tokens
     ids = torch.cat([document, question], 1).to(model.device)
+    if not ids.shape[1]:
+        raise ParameterError("--prompt, --question: expected text, got none")
     new = _new_tokens(model.config, ids.shape[1], args.new)
     note(f"{model.config.model_type}, {ids.shape[1]} tokens, {len(cache.indexed)} of {len(cache.layers)} layers indexed")
     if args.save:
@@ -83,7 +95,19 @@ def run(args: argparse.Namespace) -> int:
         compare(model, tokenizer, ids, new, args.chunk)
     elif new and ids.shape[1] > cache.get_seq_length():
         answer(model, tokenizer, ids, cache, new, args)
+    elif new:
+        note("nothing is generated: no --question behind what was read")
     return 0
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file, or of the standard input for -."""
+    if str(path) != "-":
+        return files.read_text(path, "--prompt")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"--prompt: expected text on the standard input, got {error}") from error
 
 
 def _layers(text: str | None) -> list[int]:

@@ -145,6 +145,6 @@ class IndexedLayer(SlotLayer):
                 one = slice(i, i + 1)
                 places = fresh[i].nonzero()[:, 0]
                 causal = torch.ones((1, 1, count, length), dtype=torch.bool, device=query.device).tril(length - count)
-                rows = lists.keys[one, :, :length], lists.values[one, :, :length]
+                rows = lists.all_rows(one, length)
                 out[i, places] = self._dense(module, query[one, :, places], *rows, causal, **kwargs)[0]
         return out

@@ -276,12 +276,13 @@ def _untrained(heads: int, d: int) -> TwoTower:
 
 
 def _keys(index: Any, sequence: int, heads: slice) -> Tensor:
-    """Keys (h, n, d) of some heads of a sequence in the order of its text, a copy."""
-    n = index.lengths[sequence]
-    keys: Tensor = index.invlists.keys[sequence, heads, :n]
-    ids = index.invlists.row_ids(sequence)[heads].long()
-    out = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device)
-    return out.scatter_(1, ids[..., None].expand_as(keys), keys)
+    """Keys (h, n, d) of some heads of a sequence in the order of its text, a copy, in the storage dtype."""
+    n, lists = index.lengths[sequence], index.invlists
+    ids = lists.row_ids(sequence)
+    out = torch.empty((heads.stop - heads.start, n, index.d), dtype=index.dtype, device=index.device)
+    for place, head in enumerate(range(heads.start, heads.stop)):
+        out[place, ids[head].long()] = lists.key_rows(sequence, 0, n, head).to(index.dtype)
+    return out
 
 
 def _joined(parts: Sequence[TwoTower]) -> TwoTower:

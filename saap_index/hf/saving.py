@@ -25,10 +25,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .. import checks, files
 from ..errors import CompatibilityError, FormatError
 from ..index import AsymmetricIndex
+from ..invlists.arena import PLAIN_ARRAYS
+from ..invlists.coded import NONE, plain_rows
 from ..invlists.gaps import Gaps
 from ..invlists.layout import NEVER
 from ..invlists.rotated import RotationLengths
-from ..io import check_lists, pack_lists, stretches
+from ..io import check_lists, coded_spans, pack_lists, stretches
 from ..routing.quantizer import KeyQuantizer
 from . import support
 from .layer import IndexedLayer
@@ -149,7 +151,7 @@ def _form(index: AsymmetricIndex) -> dict[str, Any]:
     return {
         "d": index.d, "d_v": index.d_v, "nlist": index.nlist, "heads": index.num_kv_heads, "dtype": _NAMES[index.dtype],
         "sinks": layout.sinks, "window": layout.window, "seal_tokens": layout.seal_tokens, "max_segment": layout.max_segment,
-        "mean_run_tokens": layout.mean_run_tokens,
+        "mean_run_tokens": layout.mean_run_tokens, **({} if index.storage is None else {"storage": index.storage}),
     }
 
 
@@ -169,11 +171,13 @@ def _restore_indexed(
         return
     visible = shared.get("visible")
     _check_slots(name, lengths, slots, ragged, visible)
-    keys, values = tensors["keys"], tensors["values"]
-    _check_arena(name, layer.plan, keys, values, lengths)
+    coded = PLAIN_ARRAYS[0] in tensors
+    numbers = PLAIN_ARRAYS if coded else ("keys", "values")
+    keys, values = (tensors[x] for x in numbers)
+    _check_arena(name, layer.plan, keys, values, [0] * len(lengths) if coded else lengths)
     centroids = tensors.pop("centroids", None)
     tensors = {key: x.to(device) for key, x in tensors.items()}
-    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.lazy_initialization(*(tensors[x] for x in numbers))
     index = layer.index
     assert index is not None
     held = _boolean(about["held"], "held")
@@ -191,21 +195,32 @@ def _restore_indexed(
         index.key_quantizer = KeyQuantizer(centroids.to(device))
         index.tower = index.tower  # which makes the router for these lists
         index.calibration = calibration  # as where lists are made: it holds for those of this kind
-    b, h, rows = keys.shape[:3]
+    b, h, rows = tensors["keys"].shape[:3]
     index.reserve_memory(0, batch=b)
     lists = index.invlists
-    most = max(len(index.layout.segments(n)) for n in lengths)
+    segments = [index.layout.segments(n) for n in lengths]
+    most = max(map(len, segments))
     counts = checks.counts(about["gaps"], b, 2**31 - 1, "gaps")
     turns = checks.counts(about["rotated"], b, 2**31 - 1, "rotated")
+    spans, sizes = [NONE] * len(lengths), (index.d, index.d_v)
+    if lists.code is not None:
+        spans, sizes = coded_spans(about["coded"], lengths, segments), lists.code.sizes(index.d, index.d_v)
+    if rows < max(lengths) or tensors[numbers[0]].shape[2] < max(plain_rows(lengths, spans)):
+        raise FormatError(f"{name}: expected room for {max(lengths)} rows, got {rows} and {tensors[numbers[0]].shape[2]}")
     want = {
-        "keys": (b, h, rows, index.d), "values": (b, h, rows, index.d_v), "ids": (b, h, rows), "gaps": (sum(counts), 2),
+        "keys": (b, h, rows, sizes[0]), "values": (b, h, rows, sizes[1]), "ids": (b, h, rows), "gaps": (sum(counts), 2),
         "rotated": (sum(turns), 2),
         "tables": (b, h, most, index.nlist + 1), **({"pending": (b, h, rows)} if "pending" in tensors else {}),
     }
+    if lists.code is not None:
+        plain = tensors[numbers[0]].shape[2]
+        want |= {"plain_keys": (b, h, plain, index.d), "plain_values": (b, h, plain, index.d_v)}
     shapes = {key: tuple(x.shape) for key, x in tensors.items()}
     if shapes != want:
         raise FormatError(f"{name}: expected tensors {want}, got {shapes}")
     dtypes = {"ids": torch.int32, "tables": torch.int32, "pending": torch.int32, "gaps": torch.int64, "rotated": torch.int64}
+    if lists.code is not None:
+        dtypes |= {"keys": torch.uint8, "values": torch.uint8}
     for key, dtype in dtypes.items():
         if key in tensors and tensors[key].dtype != dtype:
             raise FormatError(f"{name}: expected {key} of {dtype}, got {tensors[key].dtype}")
@@ -213,7 +228,7 @@ def _restore_indexed(
     check_lists(index.layout, lengths, gaps, tensors, ids=verify)
     layer.slots, layer.ragged, layer.visible = slots, ragged, None if visible is None else visible.to(device)
     rotated = RotationLengths.of(tensors.pop("rotated").cpu(), turns, lengths)
-    lists.adopt(lengths, gaps, tensors)
+    lists.adopt(lengths, gaps, tensors, spans)
     lists.rotated = rotated
     if layer.room_tokens:
         index.reserve_memory(layer.room_tokens)

@@ -295,10 +295,9 @@ class SlotLayer(CacheLayerMixin):
             self.index.note_rotation(n, length)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """Keys (b, h, slots, d) and values (b, h, slots, e), views of the arena."""
+        """Keys (b, h, slots, d) and values (b, h, slots, e): views of the arena, or what its codes stand for."""
         assert self.index is not None
-        lists = self.index.invlists
-        return lists.keys.narrow(2, 0, self.slots), lists.values.narrow(2, 0, self.slots)
+        return self.index.invlists.all_rows(slice(None), self.slots)
 
     def _seal(self) -> None:
         """Bring what `_append` left behind to its lists, if it is time for some."""

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import Arena, Backend
+from ..backends import Arena, Backend, StorageCode
 from .layout import Segment
 
 ROW_ARRAYS = ("keys", "values", "ids", "pending")
+PLAIN_ARRAYS = ("plain_keys", "plain_values")
 MEAN_ARRAYS = ("mean_keys", "mean_values")
 
 Parts = dict[str, tuple[int, Tensor]]
@@ -29,12 +30,20 @@ def empty(backend: Backend, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return backend.empty(shape, dtype)
 
 
-def without_rows(backend: Backend, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype) -> Arena:
-    """An arena without room."""
-    shapes = (0, d), (0, d_v), (0,), (0, nlist + 1), (0, nlist, d), (0, nlist, d_v)
-    dtypes = dtype, dtype, torch.int32, torch.int32, dtype, dtype
-    arrays: list[Any] = [empty(backend, (batch, heads, *s), t) for s, t in zip(shapes, dtypes, strict=True)]
-    return Arena(*[*arrays, None])
+def without_rows(
+    backend: Backend, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype, code: StorageCode | None = None
+) -> Arena:
+    """An arena without room. code : of sealed rows, or None where they are numbers."""
+    shapes: dict[str, tuple[int, ...]] = {"keys": (0, d), "values": (0, d_v), "ids": (0,), "tables": (0, nlist + 1)}
+    shapes |= {"mean_keys": (0, nlist, d), "mean_values": (0, nlist, d_v)}
+    dtypes = {**dict.fromkeys(shapes, dtype), "ids": torch.int32, "tables": torch.int32}
+    if code is not None:
+        shapes |= {"plain_keys": (0, d), "plain_values": (0, d_v)}
+        dtypes |= dict.fromkeys(PLAIN_ARRAYS, dtype)
+        for name, size in zip(("keys", "values"), code.sizes(d, d_v), strict=True):
+            shapes[name], dtypes[name] = (0, size), torch.uint8
+    arrays: dict[str, Any] = {name: empty(backend, (batch, heads, *shape), dtypes[name]) for name, shape in shapes.items()}
+    return Arena(**arrays, pending=None)
 
 
 def resized(

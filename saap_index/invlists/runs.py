@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,22 @@ class Assign(Protocol):
     def by_position(self) -> tuple[Any, Frequencies | None] | None:
         """What a backend needs to find them itself: its quantizer, or None without one, and RoPE, if there is one; None if the
         angles depend on more than the position."""
+
+
+class KnownLists:
+    """`Assign` where list numbers are there already: lists[i] is (first row, int32 (h, n)) of sequence i."""
+
+    __slots__ = ("_lists",)
+
+    def __init__(self, lists: Mapping[int, tuple[int, Tensor]]) -> None:
+        self._lists = lists
+
+    def __call__(self, i: int, start: int, stop: int) -> Tensor:
+        first, lists = self._lists[i]
+        return lists[:, start - first : stop - first]
+
+    def by_position(self) -> None:
+        return None
 
 
 def run_lists(table: Tensor, segment: Segment) -> Tensor:

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import Arena, Backend, SegmentChange
+from ..backends import Arena, Backend, Coded, SegmentChange, StorageCode
+from ..backends.scalar_quantizer import decode, rows_at
 from ..errors import StateError
-from . import arena
+from . import arena, coded
 from .common import common_prefix, diverged, picked
 from .gaps import Gaps
-from .layout import Layout, Segment
+from .layout import MAX_QUERY_TOKENS, Layout, Segment
 from .rotated import RotationLengths
-from .runs import Assign, merged_lists, run_lists
+from .runs import Assign, KnownLists, merged_lists, run_lists
 from .undo import UndoLog
 
 
@@ -46,14 +47,15 @@ class SegmentedInvertedLists:
     l, d), mean_values : (b, h, M, l, e), means of the runs of the first `num_means` segments; pending : int32 (b, h, N), list
     numbers given with the tokens, -1 where the quantizer decides, or None for -1 everywhere. capacity : N. lengths : tokens of
     each sequence; segments : [start, stop) of each sequence; gaps : positions of tokens taken out of each sequence; rotated : at
-    which length each token was rotated, where that matters.
+    which length each token was rotated, where that matters. code : what sealed rows are stored as, or None for numbers; with one,
+    keys and values are bytes, and coded_spans says which rows of each sequence they are of (coded.py).
 
     version : changes with everything that a search depends on besides lengths: segments and what lies in them, positions, layout
     and memory. What was made from these lists holds as long as the number is the same. moved : the version since which keys,
     values, tables and means lie where they lie.
     """
 
-    _STATE = ("_common", "arena", "capacity", "gaps", "layout", "lengths", "rotated", "segments")
+    _STATE = ("_common", "arena", "capacity", "coded_spans", "gaps", "layout", "lengths", "rotated", "segments")
 
     keys: Tensor = _of_arena("keys")
     values: Tensor = _of_arena("values")
@@ -64,16 +66,18 @@ class SegmentedInvertedLists:
     pending: Tensor | None = _of_arena("pending")
 
     def __init__(
-        self, backend: Backend, layout: Layout, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype
+        self, backend: Backend, layout: Layout, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype,
+        code: StorageCode | None = None,
     ) -> None:
-        self.backend, self.layout = backend, layout
+        self.backend, self.layout, self.code = backend, layout, code
         self.batch, self.heads, self.d, self.d_v, self.nlist, self.dtype = batch, heads, d, d_v, nlist, dtype
         self.lengths = [0] * batch
         self.segments: list[tuple[Segment, ...]] = [()] * batch
         self.gaps = [Gaps.none()] * batch
         self.rotated = RotationLengths(batch)
         self.version = self.moved = next(_VERSIONS)
-        self.arena, self.capacity = arena.without_rows(backend, batch, heads, d, d_v, nlist, dtype), 0
+        self.arena, self.capacity = arena.without_rows(backend, batch, heads, d, d_v, nlist, dtype, code), 0
+        self.coded_spans: list[Segment] = [coded.NONE] * batch
         self._undo = UndoLog(backend)
         self._common = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
         self._centres: list[tuple[int, np.ndarray] | None] = [None] * batch
@@ -97,7 +101,7 @@ class SegmentedInvertedLists:
         undo.depth += 1
         if undo.depth == 1:
             before = {name: getattr(self, name) for name in self._STATE}
-            before |= {name: list(before[name]) for name in ("lengths", "segments", "gaps")}
+            before |= {name: list(before[name]) for name in ("coded_spans", "lengths", "segments", "gaps")}
         try:
             yield
         except BaseException as error:
@@ -129,10 +133,25 @@ class SegmentedInvertedLists:
         used, means = max(self.lengths, default=0), self.layout.most_means(capacity, self.nlist)
         self._set_arena(arena.resized(self.backend, self.arena, rows=capacity, used=used, means=means))
 
-    def make_room(self, tokens: int) -> None:
-        """Room for ``tokens`` of a sequence that grows, and for more where memory has to move for it."""
-        if tokens > self.capacity:
-            self._allocate(max(tokens, self.capacity + self.capacity // 2))
+    def has_room(self, counts: Sequence[int]) -> bool:
+        """Whether counts[i] tokens more of each sequence find room where memory lies."""
+        lengths = list(map(operator.add, self.lengths, counts))
+        if self.code is not None and max(coded.plain_rows(lengths, self.coded_spans)) > self.arena.numbers[0].shape[2]:
+            return False
+        return max(lengths) <= self.capacity
+
+    def make_room(self, counts: Sequence[int]) -> None:
+        """Room for counts[i] tokens more of each sequence, and for more where memory has to move for it."""
+        lengths = list(map(operator.add, self.lengths, counts))
+        if max(lengths) > self.capacity:
+            self._allocate(max(*lengths, self.capacity + self.capacity // 2))
+        plain, have = max(coded.plain_rows(lengths, self.coded_spans)), self.arena.numbers[0].shape[2]
+        if self.code is not None and plain > have:
+            self._resize_plain(max(plain, have + have // 2))
+
+    def _resize_plain(self, rows: int) -> None:
+        used = coded.plain_rows(self.lengths, self.coded_spans)
+        self._set_arena(coded.moved(self.backend, self.arena, coded.leading(used), used, rows))
 
     def reserve(self, tokens: int) -> None:
         """Room for ``tokens`` per sequence without further allocation."""
@@ -144,6 +163,8 @@ class SegmentedInvertedLists:
         """Give back unused rows; returns the bytes freed."""
         before = arena.nbytes(self.arena)
         self._allocate(max(self.lengths, default=0))
+        if self.code is not None:
+            self._resize_plain(max(coded.plain_rows(self.lengths, self.coded_spans), default=0))
         self.resize_tables(max(map(len, self.segments), default=0))
         return before - arena.nbytes(self.arena)
 
@@ -156,13 +177,17 @@ class SegmentedInvertedLists:
         if count > self.tables.shape[2]:
             self.resize_tables(count + 8)
 
-    def adopt(self, lengths: Sequence[int], gaps: Sequence[Gaps], arrays: Mapping[str, Any]) -> None:
+    def adopt(
+        self, lengths: Sequence[int], gaps: Sequence[Gaps], arrays: Mapping[str, Any], spans: Sequence[Segment] = ()
+    ) -> None:
         """Hold what is in these arrays in place of what there is: keys, values, ids and tables, and pending if there is one, with
-        the segments of these lengths. They are not copied, and later tokens are written to them."""
+        the segments of these lengths; plain_keys and plain_values besides, where rows of these spans are codes. They are not
+        copied, and later tokens are written to them."""
         memory = replace(self.arena, **{"pending": None, **arrays})
         means = self.layout.most_means(int(memory.keys.shape[2]), self.nlist)
         self._set_arena(arena.resized(self.backend, memory, means=means))
         self.lengths, self.gaps = list(lengths), list(gaps)
+        self.coded_spans = list(spans) or [coded.NONE] * self.batch
         self.segments = [self.layout.segments(n) for n in lengths]
         for i in range(self.batch):
             self.update_means(i)
@@ -172,8 +197,14 @@ class SegmentedInvertedLists:
         self._changed()
         self.lengths, self.segments = [0] * self.batch, [()] * self.batch
         self.gaps, self.arena = [Gaps.none()] * self.batch, replace(self.arena, pending=None)
+        self.coded_spans = [coded.NONE] * self.batch
         self.rotated = RotationLengths(self.batch)
         self._common = np.zeros((self.batch, self.batch), np.int64)
+
+    def forget_lists(self) -> None:
+        """Lists are others from now on, and no token is in one: drop what recent rows that are codes knew of the old ones."""
+        if self.code is not None:
+            self.arena = replace(self.arena, pending=None)
 
     # -- positions ---------------------------------------------------------------------------------------------------
 
@@ -213,14 +244,60 @@ class SegmentedInvertedLists:
         ids[:, low:high] = self.ids[i, :, low:high]
         return ids
 
+    # -- numbers of rows ---------------------------------------------------------------------------------------------
+
+    @property
+    def coded(self) -> Coded | None:
+        """Which rows are codes, for `Backend.scan`; None where none can be."""
+        if self.code is None:
+            return None
+        first, last = zip(*self.coded_spans, strict=True)
+        return Coded(self.code, self.keys, self.values, list(first), list(last))
+
+    def key_rows(self, i: int, start: int, stop: int, head: int | None = None) -> Tensor:
+        """Keys of rows [start, stop) of sequence i: storage dtype (h, n, d), a view, where none is a code, else float32, of codes
+        what they stand for; (n, d) of one KV head."""
+        span, heads = self.coded_spans[i], slice(None) if head is None else slice(head, head + 1)
+        if self.code is None or stop <= span[0] or start >= span[1]:
+            low = coded.plain_row(span, start)
+            rows = self.arena.numbers[0][i, heads, low : low + stop - start]
+        else:
+            index = torch.arange(start, stop, dtype=torch.int64, device=self.keys.device)
+            rows = self._rows(i, index.expand(self.heads, -1)[heads], "key", heads)
+        return rows if head is None else rows[0]
+
+    def all_rows(self, sequences: slice, n: int) -> tuple[Tensor, Tensor]:
+        """Keys (b, h, n, d) and values (b, h, n, e) of the first n rows of these sequences: views where no row is a code."""
+        chosen = range(self.batch)[sequences]
+        if self.code is None or all(self.coded_spans[i] == coded.NONE for i in chosen):
+            keys, values = (x[sequences, :, :n] for x in self.arena.numbers)
+            return keys, values
+        index = torch.arange(n, dtype=torch.int64, device=self.keys.device).expand(self.heads, n)
+        sides = zip(*(self.rows(i, index.clamp(max=max(0, self.lengths[i] - 1))) for i in chosen), strict=True)
+        keys, values = (torch.stack(x) for x in sides)
+        return keys, values
+
+    def rows(self, i: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (h, n, d) and values (h, n, e) of rows : int64 (h, n) of sequence i, in the storage dtype."""
+        return self._rows(i, index, "key").to(self.dtype), self._rows(i, index, "value").to(self.dtype)
+
+    def _rows(self, i: int, index: Tensor, side: str, heads: slice = slice(None)) -> Tensor:
+        numbers, all_coded = self.arena.numbers[side == "value"][i, heads], self.coded
+        if all_coded is None:
+            return numbers.gather(1, index[:, :, None].expand(-1, -1, numbers.shape[2]))
+        part = replace(all_coded, keys=all_coded.keys[:, heads], values=all_coded.values[:, heads])
+        return rows_at(numbers, index, part, i, side)
+
     # -- growing -----------------------------------------------------------------------------------------------------
 
     def only_grows(self, counts: Sequence[int], seal: bool = True) -> bool:
         """Whether to add so many tokens, to be sealed or not, is to write them behind the others and nothing else."""
         if self.pending is not None:
             return False
+        if not self.has_room(counts):
+            return False
         for length, count, have in zip(self.lengths, counts, self.segments, strict=True):
-            if length + count > self.capacity or (seal and self.layout.segments(length + count) != have):
+            if seal and self.layout.segments(length + count) != have:
                 return False
         return True
 
@@ -262,14 +339,32 @@ class SegmentedInvertedLists:
     def _seal(self, sequences: Iterable[int], assign: Assign, final: bool = False) -> None:
         """`seal` of these sequences; the rows past the last segment are in arrival order. final: it will not be taken back."""
         due = [i for i in sequences if self.layout.segments(self.lengths[i]) != self.segments[i]]
+        if due and self.code is not None:
+            assign = self._code(due, self.code, assign)
         if due and not self._seal_together(due, assign, final):
             for i in due:
                 self._seal_alone(i, assign)
+        if due and self.code is not None and not any(map(self._lists_given, range(self.batch))):
+            self.arena = replace(self.arena, pending=None)
+
+    def _code(self, due: Sequence[int], code: StorageCode, assign: Assign) -> Assign:
+        """Make codes of the rows of these sequences that are about to be sealed; returns their lists, from the numbers."""
+        spans, lists = {}, {}
+        for i in due:
+            want = self.layout.segments(self.lengths[i])
+            spans[i] = want[0][0], want[-1][1]
+            start, stop = self.sealed(i) or want[0][0], want[-1][1]
+            if start < stop and self._lists_missing(i, start, stop):
+                lists[i] = start, assign(i, start, stop)
+        spare = self.layout.block + MAX_QUERY_TOKENS
+        memory, self.coded_spans = coded.sealed(self.backend, code, self.arena, self.lengths, self.coded_spans, spans, spare)
+        self._set_arena(memory)
+        return KnownLists(lists)
 
     def _seal_together(self, due: Sequence[int], assign: Assign, final: bool = False) -> bool:
         """`_seal_alone` of all these sequences in one go, where the backend can; False if nothing was done. final: it will not be
         taken back."""
-        quantizer = assign.by_position() if self.backend.seals_batches else None
+        quantizer = assign.by_position() if self.backend.seals_batches and self.code is None else None
         if quantizer is None:
             return False
         changes = []
@@ -306,15 +401,35 @@ class SegmentedInvertedLists:
         """Compute the means of the runs of sequence i from the rows of segments ``first`` on."""
         for s in range(first, self.num_means(i)):
             table, outs = self.tables[i, :, s], (self.mean_keys[i, :, s], self.mean_values[i, :, s])
-            self.backend.means(self.keys[i], self.values[i], table, *outs)
+            if self.code is None:
+                self.backend.means(self.keys[i], self.values[i], table, *outs)
+                continue
+            start, stop = self.segments[i][s]
+            bits, sizes = (self.code.key_bits, self.code.value_bits), (self.d, self.d_v)
+            arrays = zip((self.keys, self.values), sizes, bits, strict=True)
+            keys, values = (decode(x[i, :, start:stop], size, n) for x, size, n in arrays)
+            mean_keys, mean_values = (torch.empty_like(x, dtype=torch.float32) for x in outs)
+            self.backend.means(keys, values, table - start, mean_keys, mean_values)
+            outs[0].copy_(mean_keys)
+            outs[1].copy_(mean_values)
 
     def _recent_lists(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
         """List numbers of recent rows about to be sealed, whose ids are written: int32 (h, n)."""
         self.ids[i, :, start:stop] = torch.from_numpy(self.positions(i, np.arange(start, stop))).to(self.ids)
-        if self.pending is None:
-            return assign(i, start, stop)
-        lists = self.pending[i, :, start:stop]
-        return torch.where(lists < 0, assign(i, start, stop), lists) if bool((lists < 0).any()) else lists
+        if not self._lists_missing(i, start, stop):
+            assert self.pending is not None
+            return self.pending[i, :, start:stop]
+        lists, given = assign(i, start, stop), None if self.pending is None else self.pending[i, :, start:stop]
+        return lists if given is None else torch.where(given < 0, lists, given)
+
+    def _lists_given(self, i: int) -> bool:
+        """Whether the list of one of the recent rows is settled."""
+        rows = None if self.pending is None else self.pending[i, :, self.sealed(i) : self.lengths[i]]
+        return rows is not None and bool((rows >= 0).any())
+
+    def _lists_missing(self, i: int, start: int, stop: int) -> bool:
+        """Whether the quantizer decides the list of one of these recent rows."""
+        return self.pending is None or bool((self.pending[i, :, start:stop] < 0).any())
 
     # -- shrinking ---------------------------------------------------------------------------------------------------
 
@@ -331,6 +446,9 @@ class SegmentedInvertedLists:
             self.gaps[i] = gaps
         self.rotated = self.rotated.truncated(i, length)
         self.lengths[i] = length
+        if self.code is not None:
+            self._changed()
+            self.coded_spans[i] = coded.truncated(self.coded_spans[i], length)
         self._seal([i], assign)
 
     def remove(self, i: int, ids: np.ndarray, assign: Assign, close_gaps: bool = False) -> int:
@@ -344,6 +462,9 @@ class SegmentedInvertedLists:
         gaps = self.gaps[i].closed_up(gone) if close_gaps else self.gaps[i].with_more(gone)
         self._unseal(i, first, length - len(ranks))
         arena.compact(self.arena, i, ranks, length, self._undo.note)
+        if self.code is not None:
+            self._set_arena(coded.removed(self.backend, self.arena, self.coded_spans, self.lengths, i, ranks))
+            self.coded_spans[i] = coded.without(self.coded_spans[i], ranks)
         self._changed()
         self.rotated = self.rotated.without(i, ranks)
         self._common = diverged(self._common, i, first)
@@ -369,6 +490,8 @@ class SegmentedInvertedLists:
         start, stop = have[first][0], have[-1][1]
         ids = self.ids[i, :, start:stop]
         order = ids.argsort(dim=1)
+        if self.code is not None:  # a code does not say to which list its key belongs
+            self.arena = arena.with_pending(self.backend, self.arena)
         if self.pending is not None:
             lists = [run_lists(self.tables[i, :, s], have[s]) for s in range(first, len(have))]
             self.pending[i, :, start:stop] = torch.cat(lists, 1).gather(1, order)
@@ -384,9 +507,10 @@ class SegmentedInvertedLists:
     def fork(self, sequences: Sequence[int]) -> SegmentedInvertedLists:
         """A copy that holds these sequences, in this order, each as often as named."""
         new = SegmentedInvertedLists(
-            self.backend, self.layout, len(sequences), self.heads, self.d, self.d_v, self.nlist, self.dtype
+            self.backend, self.layout, len(sequences), self.heads, self.d, self.d_v, self.nlist, self.dtype,
+            self.code,
         )
-        for name in ("lengths", "segments", "gaps"):
+        for name in ("coded_spans", "lengths", "segments", "gaps"):
             setattr(new, name, [getattr(self, name)[i] for i in sequences])
         new.rotated = self.rotated.pick(sequences)
         new._common = picked(self._common, self.lengths, sequences)
@@ -397,6 +521,9 @@ class SegmentedInvertedLists:
         for to, i in enumerate(sequences):
             spans = (0, self.lengths[i]), (0, len(self.segments[i])), (0, self.num_means(i))
             arena.write(new.arena, to, arena.part(self.arena, i, *spans))
+        if self.code is not None:
+            counts = coded.plain_rows(new.lengths, new.coded_spans)
+            new._set_arena(coded.copied(self.backend, new.arena, self.arena, counts, sequences))
         return new
 
     def reorder(self, sequences: Sequence[int]) -> None:
@@ -412,14 +539,22 @@ class SegmentedInvertedLists:
             have, want = self.segments[i], self.segments[source]
             kept = sum(stop <= common for _, stop in want[: common_prefix(have, want)])  # segments in common are in one order
             first = min([common, length, *(s[kept][0] for s in (have, want) if len(s) > kept)])
+            span = self.coded_spans[source]
+            if span != self.coded_spans[i]:  # a token that both have may be a code in the one alone
+                first = min(first, want[kept - 1][1] if kept and span[0] == self.coded_spans[i][0] else 0)
             parts = arena.part(self.arena, source, (first, length), (kept, len(want)), (kept, self.num_means(source)))
+            if self.code is not None:
+                low = coded.plain_row(span, first) if span == self.coded_spans[i] and first >= span[1] else 0
+                high = coded.plain_row(span, length)
+                names = ("plain_keys", "plain_values")
+                parts |= {n: (low, x[source, :, low:high]) for n, x in zip(names, self.arena.numbers, strict=True)}
             copies.append((i, {name: (start, x.clone()) for name, (start, x) in parts.items()}))
         self._changed()
         for i, parts in copies:  # after all were read: a sequence may be overwritten and copied
             arena.write(self.arena, i, parts)
         self._common = picked(self._common, self.lengths, sequences)
         self.rotated = self.rotated.pick(sequences)
-        for name in ("lengths", "segments", "gaps"):
+        for name in ("coded_spans", "lengths", "segments", "gaps"):
             setattr(self, name, [getattr(self, name)[source] for source in sequences])
 
     def to(self, backend: Backend, device: torch.device) -> SegmentedInvertedLists:

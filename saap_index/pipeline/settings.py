@@ -48,6 +48,9 @@ class TrainSettings:
             checks.integer(getattr(self, name), name, least)
         checks.integer(self.context, "context", self.window + self.sinks + 16)
         checks.integer(self.tokens, "tokens", self.context)
+        trained = self.tokens // self.context * self.context
+        if self.nlist > trained:
+            raise ParameterError(f"nlist: expected at most a list for each of the {trained} tokens to train on, got {self.nlist}")
 
     @property
     def sequences(self) -> int:

@@ -57,6 +57,7 @@ class CaptureStore:
             layers = set(map(str, shape.layers)) if number in shape.held_out else set()
             if not 0 <= number < shape.sequences or set(weights) != layers:
                 raise FormatError(f"{done.name}: expected weights of the layers of sequence {number}, got {weights}")
+            self._check_files(number)
         self._written: set[Path] = set()
 
     def write(self, number: int, layer: int, key: Tensor, value: Tensor, query: Tensor) -> None:
@@ -75,21 +76,6 @@ class CaptureStore:
             path = self._file(layer, what)
             files.write_at(path, place * raw.nbytes, raw.tobytes())  # sequences may come in any order
             self._written.add(path)
-
-    def check_space(self) -> None:
-        """OSError unless the disk has room for what is not captured yet, and a tenth more."""
-        s = self.shape
-        keys, queries, values = s.kv_heads * s.tokens * s.d, s.heads * s.queries * s.d, s.kv_heads * s.tokens * s.e
-        total = 2 * len(s.layers) * (s.sequences * (keys + queries) + len(s.held_out) * values)
-        there = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
-        need, free = int(1.1 * max(0, total - there)), shutil.disk_usage(self.folder).free
-        if need > free:
-            raise OSError(
-                errno.ENOSPC,
-                f"expected room for {need / 1e9:.1f} GB of keys and queries in 16 bits, got {free / 1e9:.1f} GB free; train on "
-                "fewer --tokens or --layers, or name an --out on another disk",
-                str(self.folder),
-            )
 
     def finish(self, number: int, weights: Mapping[int, float]) -> None:
         """Every layer of a sequence is written. weights : of layers, see `capture.weighing`, for one that is held out."""
@@ -132,8 +118,42 @@ class CaptureStore:
             raise FormatError(f"layer {layer}, {what}: expected {raw.nbytes} bytes of sequence {place}, got {got}")
         return torch.from_numpy(raw).view(self.shape.dtype)
 
+    def _check_files(self, number: int) -> None:
+        """FormatError unless the files are as long as a sequence that is said to be captured needs."""
+        s = self.shape
+        sizes = {"keys": (number, s.kv_heads * s.tokens * s.d), "queries": (number, s.heads * s.queries * s.d)}
+        if number in s.held_out:
+            sizes["values"] = s.held_out.index(number), s.kv_heads * s.tokens * s.e
+        for layer in s.layers:
+            for what, (place, count) in sizes.items():
+                path = self._file(layer, what)
+                least, got = 2 * count * (place + 1), path.stat().st_size if path.is_file() else 0
+                if got < least:
+                    raise FormatError(f"{path.name}: expected {least} bytes or more, sequence {number} is captured, got {got}")
+
     def _file(self, layer: int, what: str) -> Path:
         return self.folder / f"layer_{layer:03d}.{what}"
+
+
+def check_space(folder: Path, shape: StoreShape) -> None:
+    """OSError unless the disk of a store's folder, there or not yet, has room for what is not captured yet, and a tenth more."""
+    s = shape
+    keys, queries, values = s.kv_heads * s.tokens * s.d, s.heads * s.queries * s.d, s.kv_heads * s.tokens * s.e
+    total = 2 * len(s.layers) * (s.sequences * (keys + queries) + len(s.held_out) * values)
+    there = sum(path.stat().st_blocks * 512 for path in folder.iterdir()) if folder.is_dir() else 0
+    disk = next(place for place in (folder, *folder.parents) if place.is_dir())
+    need, free = int(1.1 * max(0, total - there)), shutil.disk_usage(disk).free
+    if need > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"expected room for {_size(need)} of keys and queries in 16 bits, got {_size(free)} free; train on "
+            "fewer --tokens or --layers, or name an --out on another disk",
+            str(folder),
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
 
 
 def _weights(said: Mapping[str, float]) -> dict[str, float]:

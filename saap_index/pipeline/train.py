@@ -38,7 +38,7 @@ from . import capture
 from .budget import plan_budget
 from .layers import LayerResult, merge_budget, train_one
 from .settings import TrainSettings
-from .store import CaptureStore, StoreShape
+from .store import CaptureStore, StoreShape, check_space
 from .texts import TokenSequence, digest
 
 UNFINISHED = "unfinished"
@@ -78,8 +78,9 @@ def train_model(
     with files.hold(work) as is_ours:
         if not is_ours:
             raise StateError(f"out: expected a folder where no other training is at work, got {out}; wait, or name another --out")
-        _claim(work, job, resume)
-        store = _captured(loaded, sequences, settings, job, work, step)
+        shape = _store_shape(settings, job)
+        _claim(work, job, resume, shape)
+        store = _captured(loaded, sequences, settings, job, work, shape, step)
         results = _layers(store, settings, job, work, torch.device(loaded.model.device), step)
         routers = _assembled(results, settings, job)
         save_routers(routers, out)
@@ -155,8 +156,9 @@ def _check_sequences(sequences: Sequence[TokenSequence], settings: TrainSettings
         )
 
 
-def _claim(work: Path, job: _Job, resume: bool) -> None:
-    """Make the folder for work in progress, or check that what lies there is of this job."""
+def _claim(work: Path, job: _Job, resume: bool, shape: StoreShape) -> None:
+    """Make the folder for work in progress, or check that what lies there is of this job. A job for which the disk has no room
+    leaves nothing that another one would have to be told to delete."""
     path = work / _JOB
     if path.exists():
         if not resume:
@@ -173,6 +175,7 @@ def _claim(work: Path, job: _Job, resume: bool) -> None:
     shutil.rmtree(work / _CAPTURES, ignore_errors=True)  # what lies there without a job.json is of nobody knows which job
     for layer in work.glob("layer_*.safetensors"):
         layer.unlink()
+    check_space(work / _CAPTURES, shape)
     files.write_json(path, job.identity)
 
 
@@ -188,15 +191,20 @@ def _agree(recorded: Any, job: _Job, where: Path) -> None:
             got = said.get(name) if isinstance(said, dict) else None
             if (part, name) != ("versions", "faiss") and json.loads(json.dumps(value)) != got:
                 raise CompatibilityError(
-                    f"resume: expected {part} with {name} = {value!r}, as asked for now, got {got!r} in {where}; go on with "
-                    f"that, {_anew(where)}"
+                    f"resume: expected {part} with {name} = {_short(value)}, as asked for now, got {_short(got)} in {where}; "
+                    f"go on with that, {_anew(where)}"
                 )
+
+
+def _short(value: Any, most: int = 100) -> str:
+    said = repr(value)
+    return said if len(said) <= most else f"{said[:most]} ..."
 
 
 def _finished(out: Path, job: _Job, keep_captures: bool) -> Routers:
     try:
         routers = load_routers(out)
-    except FormatError as error:
+    except (FormatError, FileNotFoundError) as error:
         raise FormatError(f"{error}; {_anew(out)}") from error
     _agree(dict(routers.config), job, out)
     if not keep_captures:  # what a process that was killed after writing the routers left
@@ -205,19 +213,15 @@ def _finished(out: Path, job: _Job, keep_captures: bool) -> Routers:
 
 
 def _captured(
-    loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings, job: _Job, work: Path, step: Step | None
+    loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings, job: _Job, work: Path, shape: StoreShape,
+    step: Step | None,
 ) -> CaptureStore:
     """Captures of all sequences; those on disk are not made again."""
-    heads, kv_heads, d, e = job.geometry
-    queries = len(query_positions(settings, 0))
-    shape = StoreShape(
-        len(sequences), settings.held_out_numbers, job.layers, heads, kv_heads, d, e, settings.context, queries, job.dtype
-    )
     try:
         store = CaptureStore(work / _CAPTURES, shape)
     except FormatError as error:
         raise FormatError(f"{error}; {_anew(work)}") from error
-    store.check_space()
+    check_space(store.folder, shape)
     for number, (_, tokens) in enumerate(sequences):
         if number not in store.done:
             positions = torch.from_numpy(query_positions(settings, number))
@@ -237,6 +241,14 @@ def _captured(
         if step is not None:
             step("capture", number + 1, len(sequences))
     return store
+
+
+def _store_shape(settings: TrainSettings, job: _Job) -> StoreShape:
+    heads, kv_heads, d, e = job.geometry
+    queries = len(query_positions(settings, 0))
+    return StoreShape(
+        settings.sequences, settings.held_out_numbers, job.layers, heads, kv_heads, d, e, settings.context, queries, job.dtype
+    )
 
 
 def query_positions(settings: TrainSettings, number: int) -> np.ndarray:

@@ -26,7 +26,7 @@ class AssignRows:
 
     def __call__(self, i: int, start: int, stop: int) -> Tensor:
         rotation = None if self._rope is None else row_rotation(self._rope, self._lists, i, start, stop)
-        return self._backend.assign(self._quantizer, self._lists.keys[i, :, start:stop], rotation)
+        return self._backend.assign(self._quantizer, self._lists.key_rows(i, start, stop), rotation)
 
     def by_position(self) -> tuple[Any, Frequencies | None] | None:
         rope = self._rope

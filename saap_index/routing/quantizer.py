@@ -103,11 +103,19 @@ class KeyQuantizer:
 
 
 def require_faiss(what: str = "training key quantizers") -> Any:
-    """The module; MissingDependencyError without FAISS, for ``what`` will need it later."""
+    """The module; MissingDependencyError without a FAISS that can be used, for ``what`` will need it later."""
     try:
         import faiss
     except ImportError as error:
         raise MissingDependencyError(f"{what}: expected FAISS, got none; pip install faiss-cpu ({error})") from error
+    except Exception as error:  # a library that does not fit this NumPy or this machine raises what it likes
+        raise MissingDependencyError(
+            f"{what}: expected FAISS, got one that fails when imported, {type(error).__name__}: {error}; "
+            "pip install --force-reinstall faiss-cpu"
+        ) from error
+    if not hasattr(faiss, "Kmeans") or not hasattr(faiss, "__version__"):  # as a folder of this name is a package without a file
+        where = getattr(faiss, "__file__", None) or ", ".join(map(str, getattr(faiss, "__path__", ()))) or "none of a file"
+        raise MissingDependencyError(f"{what}: expected FAISS, got another module of its name, {where}; pip install faiss-cpu")
     return faiss
 
 

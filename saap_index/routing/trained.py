@@ -49,6 +49,9 @@ class TrainedLayer:
     """float32 (h,), what the selectivity is multiplied with for each KV head; mean 1 over the model. None: 1 each."""
     losses: np.ndarray | None = None
     """float32 (h, s), see `budget_plan`, at the shares of ``config["budget"]["grid"]``; None where nothing was measured."""
+    shared_lists: KeyQuantizer | None = None
+    """Beside a tower, lists of the training texts, for where no prompt can have its own: in an engine, in which prompts share
+    pages. None in folders of before."""
 
     _unread_mass: dict[tuple[float, torch.device], Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -113,6 +116,12 @@ class TrainedLayer:
             self._unread_mass[target, device] = mass = table.at(target).to(device)
         return mass
 
+    def shared(self) -> tuple[KeyQuantizer, QueryRouter] | None:
+        """Lists that are the same for every prompt, and the router for them; None if there are none."""
+        if self.tower is None:
+            return self.quantizer, self.router
+        return None if self.shared_lists is None else (self.shared_lists, self.tower.for_lists(self.shared_lists.centroids))
+
     def with_lists(self, nlist: int) -> TrainedLayer:
         """The same for another number of lists; ParameterError unless they are made anew for each prompt."""
         checks.integer(nlist, "nlist", 1, MAX_LISTS)
@@ -132,11 +141,12 @@ class TrainedLayer:
             calibration=None if calibration is None else Calibration(calibration.unread_mass[share]),
             budget_shares=None if self.budget_shares is None else self.budget_shares[share],
             losses=None if self.losses is None else self.losses[share],
+            shared_lists=None if self.shared_lists is None else KeyQuantizer(self.shared_lists.centroids[share]),
         )
 
     def to(self, device: torch.device | str) -> TrainedLayer:
         """The same on another device."""
-        parts = {name: getattr(self, name) for name in ("key_quantizer", "query_router", "tower")}
+        parts = {name: getattr(self, name) for name in ("key_quantizer", "query_router", "tower", "shared_lists")}
         return replace(self, **{name: x.to(device) for name, x in parts.items() if x is not None})
 
 

@@ -117,7 +117,8 @@ def prompt_keys(
     parts = []
     for i, (n, total) in enumerate(zip(lists.lengths, totals, strict=True)):
         ranks = np.arange(step // 2, total, step)
-        x = lists.keys[i, :, :n] if total == n else torch.cat([lists.keys[i, :, :n], keys[i, :, : total - n]], 1)
+        x = lists.key_rows(i, 0, n)
+        x = x if total == n else torch.cat([x, keys[i, :, : total - n]], 1)
         x = x[:, step // 2 :: step].float()
         places = np.where(ranks < n, lists.positions(i, np.minimum(ranks, max(0, n - 1))), ranks + lists.gaps[i].count)
         lengths = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from .. import checks
+from ..backends import STORAGE_CODES, StorageCode
 from ..errors import ParameterError
 from ..invlists.layout import Layout
 from .params import SELECTIVITY, SearchParametersIVF
@@ -36,11 +37,13 @@ class IndexOptions:
     num_kv_heads: int
     """KV heads; query head i uses KV head i // (num_heads / num_kv_heads)."""
     dtype: torch.dtype = torch.float32
-    """Of stored keys and values."""
+    """Of stored keys and values; of sealed ones as they are given, where ``storage`` says otherwise."""
     layout: Layout = field(default_factory=Layout)
     """Which tokens are sinks, recent and sealed."""
     params: SearchParametersIVF = field(default_factory=lambda: SearchParametersIVF(selectivity=SELECTIVITY))
     """Of searches that say nothing else."""
+    storage: str | None = None
+    """Of sealed keys and values: None, as ``dtype`` says, or "SQ8" or "SQ8/SQ4", see `backends.scalar_quantizer`."""
     _merged: dict[SearchParametersIVF, SearchParametersIVF] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class IndexOptions:
             raise ParameterError(f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}")
         if self.dtype not in checks.STORAGE_DTYPES:
             raise ParameterError(f"dtype: expected one of {checks.STORAGE_DTYPES}, got {self.dtype!r}")
+        if self.storage is not None and self.storage not in STORAGE_CODES:
+            raise ParameterError(f"storage: expected None or one of {sorted(STORAGE_CODES)}, got {self.storage!r}")
         self._checked(self.params)
 
     def _integer(self, name: str, least: int, most: int = 2**31 - 1) -> int:
@@ -65,6 +70,11 @@ class IndexOptions:
         if params.tail and not self.layout.mean_run_tokens:
             raise ParameterError(f"tail: expected an index with mean_run_tokens of 1 or more, got tail={params.tail} and 0")
         return params
+
+    @property
+    def code(self) -> StorageCode | None:
+        """What sealed keys and values are stored as; None for numbers."""
+        return None if self.storage is None else STORAGE_CODES[self.storage]
 
     # -- of one search ------------------------------------------------------------------------------------------------
 

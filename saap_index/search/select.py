@@ -43,7 +43,7 @@ def best_of(
     b, h = queries.shape[:2]
     counts = None if selection.rows is None else selection.counts
     spans = selection.sinks, selection.sealed, selection.lengths
-    best = backend.best(queries, lists.keys, selection.rows, counts, *spans, k)
+    best = None if lists.code is not None else backend.best(queries, lists.keys, selection.rows, counts, *spans, k)
     scores, rows = _best_rows(lists, queries, selection, k) if best is None else best
     ids = torch.full_like(rows, -1)
     for i, head in np.ndindex(b, h) if any(selection.lengths) else ():
@@ -66,7 +66,7 @@ def _best_rows(lists: SegmentedInvertedLists, queries: Tensor, selection: Select
     for i, head in np.ndindex(b, h):
         always = _always(selection, i * q, device)
         x = queries[i, head].float()  # (g, q, d)
-        keys = lists.keys[i, head]
+        keys = lists.key_rows(i, 0, lists.lengths[i], head)
         beside = x @ keys.index_select(0, always).float().T
         for first in range(0, q, step):
             part = slice(first, first + step)
@@ -139,8 +139,8 @@ def attend(
     if selection.tail is not None and selection.tail_counts is not None:
         tail = Tail(selection.tail, selection.tail_counts, lists.mean_keys, lists.mean_values, lists.tables)
     return backend.scan(
-        queries, lists.keys, lists.values, selection.rows, selection.counts, selection.sinks, selection.sealed, selection.lengths,
-        scale, causal, tail,
+        queries, *lists.arena.numbers, selection.rows, selection.counts, selection.sinks, selection.sealed, selection.lengths,
+        scale, causal, tail, lists.coded,
     )
 
 

@@ -7,7 +7,6 @@ CUDA graph was replayed, of which the host learns by `AsymmetricIndex.advance`.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -80,7 +79,7 @@ class SearchSession:
             meta[i, : SEGMENTS + 1] = lists.lengths[i], self._sinks[i], self._sealed[i], len(segments)
             meta[i, NEXT : MEANS + 1] = lists.next_position(i), lists.num_means(i)
             centres[i, : len(segments)] = lists.centres(i)
-        return Placement(lists.arena, meta, centres)
+        return Placement(lists.arena, meta, centres, lists.coded)
 
     def synchronize(self) -> None:
         """Before a change of the index: make sure that host and device agree, and raise what the device noted."""
@@ -121,14 +120,14 @@ class SearchSession:
         Raises NotFiniteError, having changed nothing, if a key or value is NaN or infinite, unless the device notes it for later.
         """
         lists, session = self.lists, self.backend_session
-        in_bulk, most = list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS, max(map(operator.add, lists.lengths, counts))
+        in_bulk = list_nos is not None or keys.shape[2] > MAX_STEP_TOKENS
         if in_bulk:
             self.synchronize()
-        if most > lists.capacity:
+        if not lists.has_room(counts):
             if session.captured:
                 what = "a CUDA graph holds the addresses of this index; call reserve_memory and capture again"
                 raise StateError(f"add: expected room, for {what}")
-            lists.make_room(most)
+            lists.make_room(counts)
         self.publish()
         session.append(keys, values, counts, in_bulk)
         lists.advance(counts, list_nos, rotated)

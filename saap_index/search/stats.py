@@ -46,8 +46,8 @@ class SearchStats:
 class IndexStats:
     """What an index holds. Token counts are summed over the sequences; a token counts once, whatever the heads.
 
-    kv_bytes : K and V of the stored tokens; metadata_bytes : ids, offset tables, pending list numbers of the stored tokens and
-    means of runs; mean_bytes : those means alone;
+    kv_bytes : K and V of the stored tokens, as numbers or codes; metadata_bytes : ids, offset tables, pending list numbers of the
+    stored tokens and means of runs; mean_bytes : those means alone;
     slack_bytes : allocated but unused; shared_bytes : quantizer and router, shared by every cache of this layer.
     imbalance_factor : l * sum of squared list sizes / (their sum)^2, averaged over sequences and heads; 1 is balanced
     (FAISS's definition).
@@ -86,8 +86,10 @@ def gather(
     squares, sums = sizes.square().sum(-1), sizes.sum(-1)
     imbalance = (lists.nlist * squares / sums.square())[sums > 0]
     tokens, row_bytes = sum(lists.lengths) * lists.heads, (lists.d + lists.d_v) * lists.dtype.itemsize
+    saved = row_bytes - _code_bytes(lists)
     num_segments, num_means = sum(map(len, lists.segments)), sum(map(lists.num_means, range(lists.batch)))
-    kv_bytes, mean_bytes = tokens * row_bytes, num_means * lists.heads * lists.nlist * row_bytes
+    codes = sum(last - first for first, last in lists.coded_spans) * lists.heads
+    kv_bytes, mean_bytes = tokens * row_bytes - codes * saved, num_means * lists.heads * lists.nlist * row_bytes
     table_bytes = num_segments * lists.heads * (lists.nlist + 1) * 4
     metadata_bytes = tokens * (4 if lists.pending is None else 8) + table_bytes + mean_bytes
     return IndexStats(
@@ -106,6 +108,22 @@ def gather(
     )
 
 
+def _code_bytes(lists: SegmentedInvertedLists) -> int:
+    """Bytes of K and V of a row that is a code, or would be one where there are none."""
+    return (lists.d + lists.d_v) * lists.dtype.itemsize if lists.code is None else sum(lists.code.sizes(lists.d, lists.d_v))
+
+
+def _codes_beside(lists: SegmentedInvertedLists, last: Selection, i: int) -> int:
+    """Rows of codes that are read besides the selected ones: all, where attention is dense, and what was truncated to."""
+    sequence, n = i * lists.batch // len(last.lengths), last.lengths[i]
+    first, end = lists.coded_spans[sequence]
+    if n != lists.lengths[sequence]:  # tokens came or went since
+        sealed = lists.layout.segments(n)
+        first, end = (sealed[0][0], sealed[-1][1]) if sealed else (0, 0)
+    always = (0, last.sinks[i]), (last.sealed[i], n)
+    return sum(max(0, min(stop, end) - max(start, first)) for start, stop in always)
+
+
 def _list_sizes(lists: SegmentedInvertedLists) -> Tensor:
     """Sealed tokens of every list: int64 (b, h, l)."""
     sizes = torch.zeros((lists.batch, lists.heads, lists.nlist), dtype=torch.int64, device=lists.tables.device)
@@ -122,13 +140,15 @@ def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRo
     dense = [n - s for n, s in zip(last.lengths, sealed, strict=True)]
     entries = 0 if last.tail_counts is None else int(last.tail_counts.sum())
     row_bytes = (lists.d + lists.d_v) * lists.dtype.itemsize
+    codes = 0.0 if lists.code is None else sum(read) + sum(_codes_beside(lists, last, i) for i in range(b))
+    saved = round(codes * h) * (row_bytes - _code_bytes(lists))
     routed = last.rows is not None and router is not None
     tables = sum(map(len, lists.segments)) * b // lists.batch * h * (lists.nlist + 1) * 4 if routed else 0
     return SearchStats(
         sealed_tokens=sum(sealed) / b,
         read_sealed=sum(read) / b,
         dense_tokens=sum(dense) / b,
-        kv_bytes=round((sum(read) + sum(dense)) * h) * row_bytes,
+        kv_bytes=round((sum(read) + sum(dense)) * h) * row_bytes - saved,
         metadata_bytes=tables + (round(sum(read) * h) + entries) * 4,
         router_bytes=lists.backend.router_bytes(router.weights) if routed and router is not None else 0,
         tail_entries=entries / (b * h),

@@ -41,6 +41,7 @@ def test_dtypes_of_the_bindings() -> None:
     text = (ROOT / "bindings" / "dtypes.h").read_text()
     members = text[text.index("enum class DType") :].split("}")[0]
     values = {name: int(value) for name, value in re.findall(r"(\w+) = (\d)", members)}
+    assert values.pop("u8") == codes.BYTES_CODE
     names = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
     assert {names[name]: value for name, value in values.items()} == codes.DTYPE_CODES
 

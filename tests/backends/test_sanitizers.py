@@ -19,7 +19,7 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-Wno-psabi", "-fno-omit-frame-poi
 MACROS = ["-DPy_LIMITED_API=0x030A0000", "-DNB_BACKEND_MODULE=nanobind_backend", "-DNB_BACKEND_PYPI=nanobind-backend"]
 TESTS = [
     "tests/backends/test_cpu_kernels.py", "tests/backends/test_cpu_tail.py", "tests/backends/test_backends.py",
-    "tests/index/test_search_call.py", "tests/index/test_stateful.py",
+    "tests/index/test_search_call.py", "tests/index/test_stateful.py", "tests/backends/test_scalar_quantizer.py",
 ]
 
 

@@ -64,7 +64,7 @@ class DeviceWalk(Walk):
         target_mass=st.sampled_from([None, None, 0.8]),
     )
     def start(self, **options: Any) -> None:
-        Walk.start(self, dims=(40, 64), **options)
+        Walk.start(self, dims=(40, 64), storage=None, **options)
         self.index = Ferry(self.index.to(self.place.device)) if self.place.real else self.index
 
     @rule()

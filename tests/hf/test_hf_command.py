@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def test_an_answer(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out.split() == [f"w{token}" for token in greedy(tiny("llama"), ids, 12)[0].tolist()]
     assert "llama, 2300 tokens, 3 of 3 layers indexed" in err
     assert "first token" in err and "tokens/s" in err and "100.0% of 2311 tokens read" in err
+
+
+def test_storage(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer of the same model attached with these codes."""
+    assert command(files, "--prompt", files / "text", "--selectivity", 0.5, "--storage", "SQ8/SQ4") == 0
+    model = AutoModelForCausalLM.from_pretrained(files / "model", dtype=torch.float32).eval()
+    saap.attach(model, saap.load_routers(files / "routers"), 0.5, storage="SQ8/SQ4")
+    ids = torch.tensor([[3 + 7 * i % 208 for i in range(LONG)]])
+    assert capsys.readouterr().out.split() == [f"w{token}" for token in greedy(model, ids, 12)[0].tolist()]
 
 
 @pytest.mark.parametrize("computes_bfloat16", [False, True])
@@ -113,9 +123,27 @@ def test_layers_that_training_would_leave_dense(files: Path, capsys: pytest.Capt
     assert saap.load_routers(files / "routers").dense_layers == (0,)
 
 
+def test_a_prompt_that_is_no_text(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (files / "latin").write_bytes("w5 Größe".encode("latin-1"))
+    assert command(files, "--prompt", files / "latin") == 1
+    assert "latin: expected --prompt in UTF-8, got 'utf-8' codec can't decode byte" in capsys.readouterr().err
+    (files / "empty").write_text("")
+    assert command(files, "--prompt", files / "empty") == 1
+    assert "--prompt, --question: expected text, got none" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    assert command(files, "--prompt", "-") == 1
+    assert "--prompt: expected text on the standard input" in capsys.readouterr().err
+    assert command(files, "--prompt", files / "text", "--save", files / "read") == 0
+    assert "nothing is generated: no --question" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [
     ["--prompt", "a", "--dense-layers", "x"], [], ["--prompt", "a", "--load", "b"],
-    ["--prompt", "a", "--compare", "--temperature", 1],
+    ["--prompt", "a", "--compare", "--temperature", 1], ["--prompt", "a", "--new", -1], ["--prompt", "a", "--chunk", 0],
+    ["--prompt", "a", "--temperature", -1], ["--prompt", "a", "--temperature", "nan"], ["--load", "a"],
+    ["--prompt", "a", "--compare", "--new", 0],
 ])
 def test_flags_that_do_not_go_along(files: Path, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert command(files, *arguments) == 1

@@ -60,6 +60,17 @@ def test_sparse_after_the_first_prompt(case: str, folder: Path) -> None:
     assert [path.name for path in files_of(folder)] == ["config.json", "model.safetensors"]
 
 
+def test_in_codes() -> None:
+    """Indexed keys in 8 bits: the prompt that trains is numbers until it is sealed, one that refines is codes."""
+    model = tiny("llama")
+    dense = [greedy(model, prompt(length=LONG, seed=seed), 1) for seed in (3, 4)]
+    learning(model, storage="SQ8", train=replace(QUICK, nlist=8))
+    for seed, want in zip((3, 4), dense, strict=True):
+        tokens, cache = told(model, prompt(length=LONG, seed=seed), 4)
+        assert torch.equal(tokens[:, :1], want) and min(sealed_tokens(cache)) > 200
+    assert plan_of(model).learner.prompts == {0: 2, 1: 2, 2: 2}
+
+
 def test_the_prompt_itself_is_dense() -> None:
     model, ids = tiny("llama"), prompt(length=LONG)
     with torch.no_grad():

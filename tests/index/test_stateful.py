@@ -24,6 +24,8 @@ from saap_index import (
     read_index,
     write_index,
 )
+from saap_index.backends.scalar_quantizer import decode, encode
+from saap_index.invlists.segmented import SegmentedInvertedLists
 
 BACKENDS = ("cpu", "torch", "reference")
 PARAMS = st.one_of(
@@ -53,9 +55,10 @@ class Walk(RuleBasedStateMachine):
         sinks=st.integers(0, 5), window=st.integers(0, 20), break_even=st.sampled_from([0, 30]),
         published=st.sampled_from([False, False, True]), means=st.sampled_from([0, 1, 3]), tail=st.sampled_from([0.0, 0.4]),
         shares=st.sampled_from([None, (0.2, 1.5, 9.0)]), target_mass=st.sampled_from([None, None, 0.8]),
+        storage=st.sampled_from([None, "SQ8", "SQ8/SQ4"]),
     )
     def start(
-        self, b, heads, dims, dtype, rope, sinks, window, break_even, published, means, tail, shares, target_mass
+        self, b, heads, dims, dtype, rope, sinks, window, break_even, published, means, tail, shares, target_mass, storage
     ) -> None:
         self.b, (self.hq, self.h), (self.d, self.e), self.dtype = b, heads, dims, dtype
         ropes = {
@@ -65,6 +68,7 @@ class Walk(RuleBasedStateMachine):
         }
         options = {"sinks": sinks, "window": window, "break_even": break_even, "rope": ropes[rope], "dtype": dtype}
         options |= {"mean_run_tokens": means, "tail": tail if means else 0.0, "target_mass": target_mass}
+        options["storage"] = storage
         options["budget_shares"] = None if shares is None else shares[: self.h]
         self.index = small_index(self.d, self.e, 4, self.hq, self.h, backend=self.backend, selectivity=0.2, **options)
         if published:
@@ -72,6 +76,20 @@ class Walk(RuleBasedStateMachine):
         self.model: list[list[tuple[int, torch.Tensor, torch.Tensor]]] = [[] for _ in range(b)]
         self.next = [0] * b
         self.seed = 0
+
+    def stand_for(self, i: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Key and value of each token of sequence i, as attention is to see them."""
+        code = self.index.options.code
+        by_id = {p: (k, v) for p, k, v in self.model[i]}
+        if code is None:
+            return by_id
+        lists, (first, last) = self.index.invlists, self.index.invlists.coded_spans[i]
+        coded, bits = lists.row_ids(i)[0, first:last].tolist(), (code.key_bits, code.value_bits)
+        for side, n in enumerate(bits if coded else ()):
+            x = torch.stack([by_id[p][side] for p in coded])
+            for p, row in zip(coded, decode(encode(x, n), x.shape[-1], n), strict=True):
+                by_id[p] = (row, by_id[p][1]) if side == 0 else (by_id[p][0], row)
+        return by_id
 
     def fresh(self, heads: int, n: int, d: int) -> torch.Tensor:
         self.seed += 1
@@ -175,8 +193,9 @@ class Walk(RuleBasedStateMachine):
         self.index.add(keys, values, seal=False)
         for i, length in enumerate(self.index.lengths):
             rows = slice(length - n, length)
-            for stored, new in ((self.index.invlists.keys, keys), (self.index.invlists.values, values)):
-                assert torch.equal(stored[i, :, rows], new[i]), "new tokens lie in arrival order"
+            at = torch.arange(length, dtype=torch.int64)[rows].expand(self.h, -1)
+            for stored, new in zip(self.index.invlists.rows(i, at), (keys, values), strict=True):
+                assert torch.equal(stored, new[i]), "new tokens lie in arrival order"
         self.index.seal()
         self.remember(keys, values, [n] * self.b)
         same_state(self.index, copy)
@@ -268,9 +287,10 @@ class Walk(RuleBasedStateMachine):
                 self.index.search(queries, k, params=full)
             return
         scores, ids = self.index.search(queries, k, params=full)
-        for i, model in enumerate(self.model):
+        for i in range(self.b):
+            model = [key for key, _ in self.stand_for(i).values()]
             for head in range(self.hq):
-                keys = torch.stack([t[1][head * self.h // self.hq] for t in model]).float() if model else torch.empty(0, self.d)
+                keys = torch.stack([key[head * self.h // self.hq].float() for key in model]) if model else torch.empty(0, self.d)
                 want = (keys @ queries[i, head, 0]).sort(descending=True).values[:k]
                 assert torch.allclose(scores[i, head, 0, : len(want)], want, rtol=1e-4, atol=1e-4)
                 assert bool((ids[i, head, 0, len(want) :] == -1).all())
@@ -280,19 +300,19 @@ class Walk(RuleBasedStateMachine):
         read = self.index.read_ids(selection)
         q, g = queries.shape[2], self.hq // self.h
         for i, model in enumerate(self.model):
-            by_id = {p: (k, v) for p, k, v in model}
+            by_id = self.stand_for(i)
             newest = [p for p, _, _ in model][-q:]
             for head in range(self.h):
                 ids = read[i][head].tolist()
                 assert len(set(ids)) == len(ids) and set(ids) <= set(by_id)
                 assert set(newest) <= set(ids), "recent tokens are always read"
-                keys = torch.stack([by_id[p][0][head] for p in ids]) if ids else torch.empty(0, self.d)
-                values = torch.stack([by_id[p][1][head] for p in ids]) if ids else torch.empty(0, self.e)
+                keys = torch.stack([by_id[p][0][head].float() for p in ids]) if ids else torch.empty(0, self.d)
+                values = torch.stack([by_id[p][1][head].float() for p in ids]) if ids else torch.empty(0, self.e)
                 rank = np.searchsorted([p for p, _, _ in model], ids)
                 hidden = rank[None] > (len(model) - q + np.arange(q))[:, None]
                 part = slice(head * g, head * g + g)
                 mean_keys, mean_values, sizes = self.entries(selection, i, head, ids)
-                keys, values = torch.cat([keys, mean_keys]), torch.cat([values, mean_values])
+                keys, values = torch.cat([keys, mean_keys.float()]), torch.cat([values, mean_values.float()])
                 hidden = np.concatenate([hidden, np.zeros((q, len(sizes)), bool)], 1)
                 stand_for = np.concatenate([np.ones(len(ids)), sizes])
                 want, want_lse = dense(queries[i, part], keys, values, self.index.scale, hidden, stand_for)
@@ -355,11 +375,13 @@ class Walk(RuleBasedStateMachine):
         lists, eps = self.index.invlists, torch.finfo(self.dtype).eps
         for i in range(self.b):
             for s in range(lists.num_means(i)):
-                for x, means in ((lists.keys, lists.mean_keys), (lists.values, lists.mean_values)):
+                at = torch.arange(lists.lengths[i], dtype=torch.int64).expand(self.h, -1)
+                for x, means in zip(lists.rows(i, at), (lists.mean_keys, lists.mean_values), strict=True):
                     for head, no in np.ndindex(self.h, 4):
                         low, high = lists.tables[i, head, s, no], lists.tables[i, head, s, no + 1]
-                        want = x[i, head, low:high].double().sum(0) / max(1, int(high - low))
-                        assert float((means[i, head, s, no].double() - want).abs().max()) <= 4 * eps + 1e-6
+                        want = x[head, low:high].double().sum(0) / max(1, int(high - low))
+                        size = 1 if lists.code is None else 4  # what codes stand for is rounded to the storage type here
+                        assert float((means[i, head, s, no].double() - want).abs().max()) <= 4 * eps * size + 1e-6
 
     @invariant()
     def holds_every_token_once(self) -> None:
@@ -375,7 +397,8 @@ class Walk(RuleBasedStateMachine):
             if len(model):
                 probe = model[len(model) // 2]
                 keys, values = self.index.reconstruct([probe[0]], sequence=i)
-                assert torch.equal(keys[:, 0], probe[1]) and torch.equal(values[:, 0], probe[2])
+                want = [x.to(self.dtype) for x in self.stand_for(i)[probe[0]]]
+                assert torch.equal(keys[:, 0], want[0]) and torch.equal(values[:, 0], want[1])
             length, block = len(model), lists.layout.block
             assert lists.segments[i] == lists.layout.segments(length)
             for s, (start, stop) in enumerate(lists.segments[i]):
@@ -386,14 +409,43 @@ class Walk(RuleBasedStateMachine):
                     for low, high in zip(tables[head, :-1], tables[head, 1:], strict=True):
                         assert (np.diff(row_ids[head, low:high]) > 0).all(), "time order inside a run"
 
+    @invariant()
+    def codes_are_of_the_tokens_as_they_came(self) -> None:
+        """Bit for bit, whatever happened to a token since it was sealed: made once, from the token alone."""
+        if not hasattr(self, "index") or not self.index.lengths or self.index.options.code is None:
+            return
+        lists, code = self.index.invlists, self.index.options.code
+        for i, model in enumerate(self.model):
+            by_id, ids, (first, last) = {p: (k, v) for p, k, v in model}, lists.row_ids(i), lists.coded_spans[i]
+            if lists.segments[i]:
+                assert first <= lists.sinks(i) and lists.sealed(i) <= last
+            for head in range(self.h if last > first else 0):
+                tokens_of = [by_id[p] for p in ids[head, first:last].tolist()]
+                for side, stored, bits in ((0, lists.keys, code.key_bits), (1, lists.values, code.value_bits)):
+                    want = encode(torch.stack([pair[side][head] for pair in tokens_of]), bits)
+                    assert torch.equal(stored[i, head, first:last], want)
+
+
+def same_rows(x: SegmentedInvertedLists, y: SegmentedInvertedLists, i: int) -> bool:
+    """Whether two batches hold the same bytes of sequence i: codes where they are, and numbers."""
+    first, last = x.coded_spans[i]
+    n = x.lengths[i]
+    spans = [(x.keys, y.keys, 0, n), (x.values, y.values, 0, n)]
+    if x.code is not None:
+        spans = [(a, b, first, last) for a, b, _, _ in spans]
+        spans += [(a, b, 0, n - (last - first)) for a, b in zip(x.arena.numbers, y.arena.numbers, strict=True)]
+    return x.coded_spans[i] == y.coded_spans[i] and all(
+        torch.equal(a[i, :, low:high], b[i, :, low:high]) for a, b, low, high in spans
+    )
+
 
 def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
     """The two indexes hold the same rows in the same places."""
     x, y = a.invlists, b.invlists
     assert x.lengths == y.lengths and x.segments == y.segments
-    for i, n in enumerate(x.lengths):
+    for i in range(x.batch):
         parts = len(x.segments[i])
-        assert torch.equal(x.keys[i, :, :n], y.keys[i, :, :n]) and torch.equal(x.values[i, :, :n], y.values[i, :, :n])
+        assert same_rows(x, y, i)
         assert torch.equal(x.row_ids(i), y.row_ids(i)) and torch.equal(x.tables[i, :, :parts], y.tables[i, :, :parts])
         assert np.array_equal(x.gaps[i].array(), y.gaps[i].array())
         count = x.num_means(i)
@@ -410,16 +462,18 @@ def test_walk(backend: str) -> None:
     run_state_machine_as_test(walk, settings=settings(max_examples=examples, stateful_step_count=25))
 
 
-def test_one_by_one_equals_at_once() -> None:
-    """The state is a function of the tokens alone, however they were added or truncated: bit for bit."""
+@pytest.mark.parametrize("storage", [None, "SQ8", "SQ8/SQ4"])
+def test_one_by_one_equals_at_once(storage: str | None) -> None:
+    """The state (with codes, what is sealed) is a function of the tokens alone, however they came: bit for bit."""
     keys, values = tokens(1, 2, 300, 32, seed=1), tokens(1, 2, 300, 32, seed=2)
 
     def state(index: AsymmetricIndex) -> list[torch.Tensor]:
         lists = index.invlists
-        n, s = lists.lengths[0], len(lists.segments[0])
-        return [lists.keys[:, :, :n], lists.values[:, :, :n], lists.row_ids(0), lists.tables[:, :, :s]]
+        low, high = (0, lists.lengths[0]) if storage is None else (lists.sinks(0), lists.sealed(0))
+        s = len(lists.segments[0])
+        return [lists.keys[:, :, low:high], lists.values[:, :, low:high], lists.row_ids(0), lists.tables[:, :, :s]]
 
-    at_once, one_by_one, longer = small_index(), small_index(), small_index()
+    at_once, one_by_one, longer = (small_index(storage=storage) for _ in range(3))
     at_once.add(keys[:, :, :250], values[:, :, :250])
     for t in range(250):
         one_by_one.add(keys[:, :, t : t + 1], values[:, :, t : t + 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import inspect
 import json
@@ -19,10 +20,10 @@ from saap_index.backends import native
 from saap_index.hf import detach
 from saap_index.hf.attach import Attachment
 from saap_index.hf.cache import ATTACHED
-from saap_index.hf.models import LoadedModel, load_model
+from saap_index.hf.models import load_model
 from saap_index.hf.plan import make_plan
 from saap_index.hf.support import decoder_of
-from saap_lab.doctor import inside, machine, versions
+from saap_lab.doctor import command, inside, machine, versions
 from saap_lab.doctor.findings import FAIL, OK, SKIPPED, WARN, Finding, as_json, check, status, table
 from saap_lab.smollm2 import model as demo_model
 from saap_lab.smollm2 import routers as demo_routers
@@ -151,6 +152,16 @@ def test_without_routers(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert code == 0 and found["RoPE"] == found["dense parity"] == OK
 
 
+def test_a_model_of_few_positions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its text is too short for the other rows, and no fault of its rotation."""
+    path = folder / "checkpoint" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 64}))
+    assert cli.main(COMMAND) == 1
+    rows = {row["row"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows["RoPE"]["verdict"] == OK and "32 positions" in rows["RoPE"]["found"]
+    assert rows["text"]["verdict"] == FAIL and "got 32; give more --tokens, or a model with positions" in rows["text"]["found"]
+
+
 def test_routers_of_another_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saap.save_routers(make_routers(tiny("llama", num_hidden_layers=2)), "others")
     code, found = run(capsys, "--routers", "others")
@@ -169,6 +180,9 @@ def test_a_model_that_is_none(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["doctor", "--model", "nowhere"]) == 1
     assert "fail    model" in capsys.readouterr().out
     (folder / "short.txt").write_text("Too short.")
+    (folder / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    assert cli.main(["doctor", "--model", "checkpoint", "--text", "latin.txt"]) == 1
+    assert "latin.txt: expected --text in UTF-8, got" in capsys.readouterr().err
     code, found = run(capsys, "--text", "short.txt")
     assert code == 1 and [row for row, verdict in found.items() if verdict == FAIL] == ["text"] and found["RoPE"] == OK
 
@@ -217,8 +231,9 @@ def test_a_model_that_the_index_serves_wrongly_fails(folder: Path, monkeypatch: 
 )
 def test_the_routers_of_the_package_and_wrong_ones() -> None:
     """SmolLM2 over real text: its routers capture what training measured, and those of the layers mixed up do not."""
-    model, tokenizer = demo_model.load()
-    loaded = LoadedModel(model, tokenizer, "SmolLM2", "")
+    loaded = command.load(argparse.Namespace(model=None, demo=True, device="cpu"))
+    assert loaded.name == demo_model.TITLE, "whose weights the rows are of"
+    model = loaded.model
     routers = saap.load_routers(demo_routers.SHIPPED)
     numbers = sorted(routers.layers)
     mixed = {number: routers.layers[other] for number, other in zip(numbers, reversed(numbers), strict=True)}

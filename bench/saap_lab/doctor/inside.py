@@ -181,7 +181,8 @@ def read_text(loaded: LoadedModel, text: str, tokens: int) -> Text:
     whole = len(models.encode(tokenizer, text))
     length = min(tokens, whole)
     if length < LEAST_TOKENS:
-        raise LengthError(f"text: expected {LEAST_TOKENS} tokens or more, got {length}; give a longer --text or more --tokens")
+        why = "a longer --text" if whole <= tokens else "more --tokens, or a model with positions for more"
+        raise LengthError(f"text: expected {LEAST_TOKENS} tokens or more, got {length}; give {why}")
     characters = int(len(text) / whole * length)
     needles = [multi_key(text, characters, NEEDLES, seed=0, wanted=wanted) for wanted in range(NEEDLES)]
     ids = torch.tensor([models.encode(tokenizer, needles[0].document)[:tokens]], dtype=torch.int64, device=model.device)

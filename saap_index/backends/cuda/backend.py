@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import DTypeError
+from ...errors import DeviceError, DTypeError
 from ..base import SegmentChange
 from ..codes import DTYPE_CODES, LENGTH, MEANS, META, NEXT, SEALED, SEGMENTS, SINKS
 from ..plain_torch import TorchBackend
+from ..scalar_quantizer import Coded
 from ..types import (
     Arena,
     Budget,
@@ -47,6 +48,7 @@ class CudaBackend(TorchBackend):
     """See `Backend` for the contract of every method."""
 
     name = "cuda"
+    reads_codes = False
 
     def __init__(self, device: torch.device | str, runtime: Runtime, knobs: Knobs | None = None) -> None:
         """knobs : macros of the kernels "route", "select" and "scan" other than the launchers choose, to try."""
@@ -176,7 +178,10 @@ class CudaBackend(TorchBackend):
     def scan(
         self, queries: Tensor, arena_keys: Tensor, arena_values: Tensor, rows: Tensor | None, counts: Tensor | None,
         sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], scale: float, causal: bool, tail: Tail | None = None,
+        coded: Coded | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if coded is not None:
+            raise DeviceError(f"coded: expected None on {str(self.device)!r}, which reads no codes, got {coded.code.name!r}")
         b, h, g, q, d = queries.shape
         shape = gpu_scan.ScanShape(
             b, h, g * q, q, d, arena_values.shape[3], arena_keys.dtype, queries.dtype, arena_keys.shape[2], causal

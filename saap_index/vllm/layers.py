@@ -1,0 +1,122 @@
+"""The routers of a model as the layers of one process use them. Knows no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..backends import Backend
+from ..backends.paged import MAX_LISTS
+from ..errors import CompatibilityError, ParameterError
+from ..routers import LayerRouters, Routers
+from ..routing.rope import Rope
+from .options import Options
+
+
+@dataclass(frozen=True)
+class ServedLayer:
+    """place : among the served layers of this process. quantizer, router : prepared by the backend. shares : float32 (h,);
+    unread_mass : float32 (h,) or None, as in `Budget`."""
+
+    number: int
+    place: int
+    rope: Rope | None
+    quantizer: Any
+    router: Any
+    nlist: int
+    first_knot: int
+    size_weighted: bool
+    shares: np.ndarray
+    unread_mass: Tensor | None
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """sinks, window : what every query reads; layers : by number; ropes : those that differ."""
+
+    options: Options
+    sinks: int
+    window: int
+    layers: dict[int, ServedLayer]
+    ropes: tuple[Rope, ...]
+    shares: np.ndarray
+
+    def budgets(self, sealed: Sequence[int]) -> Tensor:
+        """Most tokens that each layer, sequence and KV head may read of so many, int32 (layers, b, h): for each what
+        `SearchParametersIVF.budget` says."""
+        params = self.options.params
+        n = np.array(sealed, np.float64)[None, :, None]
+        shares = np.ones_like(self.shares) if params.target_mass is not None else self.shares
+        wanted = np.ceil((params.selectivity or 1.0) * shares[:, None].astype(np.float64) * n - 1e-6)
+        return torch.from_numpy(np.minimum(n, wanted).astype(np.int32))
+
+
+def heads_of_rank(total: int, rank: int, ranks: int) -> slice:
+    """The KV heads that one of so many processes of tensor parallelism holds, as vLLM deals them out: equal parts, or one head
+    for several processes. CompatibilityError if they do not divide."""
+    if total % ranks == 0:
+        each = total // ranks
+        return slice(rank * each, (rank + 1) * each)
+    if ranks % total == 0:
+        one = rank * total // ranks
+        return slice(one, one + 1)
+    raise CompatibilityError(f"tensor parallelism: expected {total} KV heads that divide among {ranks} processes")
+
+
+def serve(
+    routers: Routers, options: Options, backend: Backend, numbers: Sequence[int], rank: int = 0, ranks: int = 1
+) -> ServedModel:
+    """What the layers with these numbers need in process ``rank`` of ``ranks``.
+
+    Raises ParameterError for options.layers without routers, CompatibilityError for routers that have no lists that all prompts
+    share, or more than a byte can number, or angles that depend on the length of the text.
+    """
+    if options.layers is not None and (missing := sorted(set(options.layers) - set(routers.layers))):
+        raise ParameterError(f"layers: expected some of those with routers, {sorted(routers.layers)}, got {missing}")
+    chosen = set(routers.layers) - set(routers.dense_layers) if options.layers is None else set(options.layers)
+    layout = routers.config.get("layout", {})
+    found: dict[int, ServedLayer] = {}
+    ropes: list[Rope] = []
+    for number in sorted(chosen & set(numbers)):
+        found[number] = layer = _served(routers.layers[number], number, len(found), options, backend, ropes, rank, ranks)
+        if layer.rope is not None and layer.rope not in ropes:
+            ropes.append(layer.rope)
+    shares = np.stack([x.shares for x in found.values()]) if found else np.ones((0, 0), np.float32)
+    return ServedModel(options, layout.get("sinks", 4), layout.get("window", 128), found, tuple(ropes), shares)
+
+
+def _served(
+    layer: LayerRouters, number: int, place: int, options: Options, backend: Backend, ropes: Sequence[Rope], rank: int, ranks: int
+) -> ServedLayer:
+    parts = layer.shared()
+    if parts is None:
+        raise CompatibilityError(
+            f"routers: expected lists that all prompts share in layer {number}, got those that each prompt makes its own: in an "
+            "engine prompts share pages. `saap train` makes both; saap_index.pipeline.shared_lists adds them to older routers"
+        )
+    quantizer, router = parts
+    total, nlist, _ = quantizer.centroids.shape
+    if nlist > MAX_LISTS:
+        raise CompatibilityError(f"routers: expected at most {MAX_LISTS} lists, a byte's worth, got {nlist} in layer {number}")
+    if layer.rope is not None and layer.rope.is_dynamic:
+        raise CompatibilityError(
+            f"routers: expected RoPE that depends on positions alone, got {layer.rope.scaling!r} in layer {number}, whose angles "
+            "change with the length: pages that prompts share have no one length"
+        )
+    own = heads_of_rank(total, rank, ranks)
+
+    layer = layer.of_heads(own)
+    shares = np.ones(own.stop - own.start, np.float32) if layer.budget_shares is None else layer.budget_shares
+    target = options.target_mass
+    unread_mass = None if target is None else layer.unread_mass(target, torch.device("cpu"))
+    weights, centroids = router.weights.map(lambda x: x[own].contiguous()), quantizer.centroids[own].contiguous()
+    rope = next((x for x in ropes if x == layer.rope), layer.rope)
+    return ServedLayer(
+        number, place, rope, backend.prepare_quantizer(centroids), backend.prepare_router(weights), nlist, router.first_knot,
+        router.size_weighted, np.asarray(shares, np.float32), unread_mass,
+    )
