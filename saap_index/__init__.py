@@ -5,7 +5,7 @@ index.train(keys, queries)
 index.add(keys, values)
 out = index.search_attend(queries)
 
-Inside Hugging Face transformers: model = saap_index.attach(model, routers), and `generate` decodes sparsely.
+Inside Hugging Face transformers: model = saap_index.attach(model), and `generate` decodes sparsely.
 """
 
 from typing import Any
@@ -30,7 +30,6 @@ from .index import AsymmetricIndex
 from .invlists.layout import Layout
 from .io import read_index, write_index
 from .routers import LayerRouters, Routers, load_routers, save_routers
-from .routers import load_routers as from_pretrained
 from .routing.calibration import Calibration
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
@@ -40,7 +39,9 @@ from .search.params import SearchParametersIVF
 from .search.selection import Selection
 from .search.states import merge_states
 from .search.stats import IndexStats, SearchStats
+from .shipped import from_pretrained
 from .training.config import TrainingConfig
+from .training.prompt import PromptTraining
 from .version import __version__
 
 _TRANSFORMERS = ("SaapCache", "attach", "detach")
@@ -76,6 +77,7 @@ __all__ = [
     "NotFiniteError",
     "NotTrainedError",
     "ParameterError",
+    "PromptTraining",
     "QueryRouter",
     "Rope",
     "Routers",

@@ -21,6 +21,7 @@ from .version import __version__
 COMMANDS = {
     "train": ("saap_index.pipeline.command", "routers for every layer of a model, from texts"),
     "generate": ("saap_index.hf.generate", "a local model answers through its index"),
+    "info": ("saap_index.info", "versions, instruction set, GPU, backend, cache folder, routers"),
 }
 """Module and description of the package's own."""
 

@@ -39,6 +39,12 @@ _LOCK, _NEW, _OLD = "lock", "new", "old"  # what a draft holds
 _UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)  # of folders, on some file systems
 
 
+def cache_folder() -> Path:
+    """Folder for what is made once on a machine: ``SAAP_CACHE``, or ``~/.cache/saap_index``."""
+    named = os.environ.get("SAAP_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "saap_index"
+
+
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Let ``write`` make a file, which appears at ``path`` whole or not at all.
 

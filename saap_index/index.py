@@ -731,8 +731,8 @@ class AsymmetricIndex:
     def _router_of(self, tower: TwoTower, quantizer: KeyQuantizer | None) -> QueryRouter:
         """What a new tower makes of the lists there are."""
         tower.check_heads(self.num_kv_heads, self.d)
-        if quantizer is None or self.ntotal:
-            raise StateError("tower: expected an index with a key_quantizer and without tokens, got another")
+        if quantizer is None or (self.ntotal and self.tower is None):
+            raise StateError("tower: expected an index with a key_quantizer, and with a tower or without tokens, got another")
         return tower.for_lists(quantizer.centroids.to(tower.weights.hidden.device)).to(self.device)
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:

@@ -9,9 +9,11 @@ the hook are refused and not attended to densely.
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,13 +21,17 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from ..errors import CompatibilityError, ParameterError, StateError
 from ..routers import Routers
+from ..shipped import from_pretrained
+from ..training.prompt import PromptTraining
 from . import support
 from .attention import INDEXED, NAME
 from .audit import AuditStats
 from .cache import ATTACHED, SaapCache, adopt, plan_of
 from .capture import obstacle
 from .graphs import GraphedDecoder, GraphWarning
+from .kept import folder_of, kept_routers
 from .layer_plan import LayerPlan
+from .learner import PromptLearner, options_of
 from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
 
 
@@ -34,7 +40,7 @@ class Attachment:
 
     def __init__(self, model: Any, plan: Plan | None) -> None:
         assert plan is not None
-        self.plan = plan
+        self._plan = plan
         decoder = support.decoder_of(model)
         self._name = support.cache_argument(decoder)
         self._place = list(inspect.signature(decoder.forward).parameters).index(self._name)
@@ -48,6 +54,12 @@ class Attachment:
         if plan.cuda_graphs:
             decoder.forward = self._graphed = GraphedDecoder(decoder, plan, self._name, plan.cuda_graphs is True)
 
+    @property
+    def plan(self) -> Plan:
+        """The one that holds now."""
+        plan: Plan = self._plan if self._plan.learner is None else self._plan.learner.plan
+        return plan
+
     def _prepare(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -55,13 +67,14 @@ class Attachment:
 
         One that asks for a cache and brings none gets it here, where the decoder would make a `DynamicCache` of its own.
         """
+        tokens = _new_tokens(args, kwargs)
         for name, value in kwargs.items():
             if value is not None and (name in support.CACHE_NAMES or isinstance(value, Cache)):
-                return args, {**kwargs, name: self._adopt(value, module)}
+                return args, {**kwargs, name: self._adopt(value, module, tokens)}
         cache = args[self._place] if len(args) > self._place else None
         if cache is None and (not kwargs.get("use_cache") or torch.is_grad_enabled()):
             return None
-        cache = self._adopt(cache, module)
+        cache = self._adopt(cache, module, tokens)
         if len(args) > self._place:
             return (*args[: self._place], cache, *args[self._place + 1 :]), kwargs
         return args, {**kwargs, self._name: cache}
@@ -73,7 +86,20 @@ class Attachment:
                 if isinstance(value, SaapCache):
                     value.call.finish() if output is not None else value.call.fail()
 
-    def _adopt(self, cache: Any, decoder: Any) -> SaapCache:
+    def _adopt(self, cache: Any, decoder: Any, tokens: int) -> SaapCache:
+        learner = self._plan.learner
+        if learner is None or torch.compiler.is_compiling():
+            return self._adopted(cache, decoder)
+        learner.renew(getattr(cache, "layers", ()))
+        if type(cache) is SaapCache and cache.plan.learner is learner:
+            cache.plan = learner.plan
+        adopted = self._adopted(cache, decoder)
+        learner.before_call(adopted, tokens)
+        if self._graphed is not None:
+            self._graphed.plan = learner.plan
+        return adopted
+
+    def _adopted(self, cache: Any, decoder: Any) -> SaapCache:
         if type(cache) is not SaapCache or cache.plan is not self.plan:
             return self._wrap(cache, decoder)
         if not torch.compiler.is_compiling():
@@ -101,9 +127,18 @@ class Attachment:
         decoder.set_attn_implementation(self._before)
 
 
+def _new_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many tokens a call of a decoder brings; 0 if it does not say so in a way that is known."""
+    for name, place in (("input_ids", 0), ("inputs_embeds", None)):
+        value = kwargs.get(name) if place is None or len(args) <= place else args[place]
+        if isinstance(value, torch.Tensor) and value.ndim >= 2:
+            return int(value.shape[1])
+    return 0
+
+
 def attach(
     model: Any,
-    routers: Routers,
+    routers: Routers | str | os.PathLike[str] | None = None,
     selectivity: float | None = None,
     *,
     dense_layers: Sequence[int] = (),
@@ -111,6 +146,7 @@ def attach(
     audit_every: int = 0,
     audit_bound: float | None = None,
     cuda_graphs: bool | str = "auto",
+    train: str | PromptTraining = "auto",
     **options: Any,
 ) -> Any:
     """Let a model of transformers decode through indexes over its keys; `generate` and everything around it stay as they are.
@@ -123,7 +159,8 @@ def attach(
     Parameters
     ----------
     model : a decoder of transformers (`PreTrainedModel`), in evaluation mode. Layers with a sliding window stay as they are.
-    routers : trained for this model, see `load_routers`.
+    routers : trained for this model, or a folder or a name of shipped ones, see `from_pretrained`. None: those that were kept of
+        earlier prompts, and see ``train``.
     selectivity : share of the indexed tokens that a step reads, 0.05 if not given; or ``nprobe`` or ``target_mass`` in options.
     dense_layers : numbers of layers to leave dense, -1 is the last.
     max_sparse_tokens : a call that brings at most so many tokens behind an indexed context searches it, as decoding does; one
@@ -137,6 +174,10 @@ def attach(
         step (docs/gpu.md). "auto": for a model on a GPU, with a `GraphWarning` if it is none that a graph can hold; True: or
         CompatibilityError, and StateError in the call whose step cannot be recorded; False: never. A model that moves to a GPU
         later is attached to there.
+    train : without routers, "auto": the first prompt of 2048 tokens or more is read densely as ever, and trains some, before its
+        first step of decoding: seconds a layer, with a line of logging (``saap_index``) and a bar. They are kept in the cache
+        folder under the checksum of the model's weights; two prompts more refine them. A `PromptTraining` sets bounds of time and
+        memory and all else; "never": ParameterError where none were kept.
     options : further ones of `AsymmetricIndex`: window, sinks, break_even, target_mass, tail, backend; storage, "SQ8" or
         "SQ8/SQ4", of indexed keys and values; nlist, if lists are made for each prompt: more for contexts far longer than those
         of the training.
@@ -153,13 +194,37 @@ def attach(
         why_not = "audits, which compare on the host" if audit_every else obstacle(decoder, layers)
         return _graphs(decoder, cuda_graphs, why_not)
 
-    plan = make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options, graphs)
+    def make(routers: Routers) -> Plan:
+        plan = make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options, graphs)
+        return plan.audited(audit_every, audit_bound) if audit_every else plan
+
     if audit_bound is not None and not audit_every:
         raise ParameterError("audit_bound: expected audit_every beside it, got none")
-    if audit_every:
-        plan = plan.audited(audit_every, audit_bound)
+    training = options_of(train)
+    if routers is None:
+        plan = _learning(model, training, make)
+    elif isinstance(train, PromptTraining):
+        raise ParameterError("train: expected no PromptTraining beside routers, which are used as they are, got one")
+    else:
+        plan = make(from_pretrained(routers) if isinstance(routers, str | os.PathLike) else routers)
     setattr(model, ATTACHED, Attachment(model, plan))
     return model
+
+
+def _learning(model: Any, training: PromptTraining | None, make: Callable[[Routers], Plan]) -> Plan:
+    """The plan of a model without routers, or with those that were kept."""
+    decoder = support.decoder_of(model)
+    if training is None:
+        folder = folder_of(decoder)
+        kept = kept_routers(folder, decoder.config)
+        if kept is None:
+            raise ParameterError(
+                f"routers: expected some, as train='never' makes none, got None, and none of this model's are in {folder}"
+            )
+        return make(kept)
+    learner = PromptLearner(model, training)
+    plan = learner.make(make)
+    return replace(plan, learner=None) if learner.complete else plan
 
 
 def _graphs(decoder: Any, cuda_graphs: bool | str, why_not: str | None) -> bool | str:

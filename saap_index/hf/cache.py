@@ -141,6 +141,8 @@ class SaapCache(DynamicCache):
         """
         from .saving import save
 
+        if self.plan.learner is not None:
+            self.plan.learner.finish(self)  # a prompt that is saved is through
         decoder = self._decoder()
         if decoder is None:
             raise StateError("save: expected the model of this cache, whose weights go with what is saved, got one that is gone")

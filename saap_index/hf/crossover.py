@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from ..files import cache_folder
 from ..version import __version__
 
 LENGTHS = (1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768)
@@ -35,12 +35,6 @@ class Crossover:
 
     tokens: int
     steps: tuple[tuple[int, float, float], ...]
-
-
-def cache_folder() -> Path:
-    """Folder for what is made once on a machine: ``SAAP_CACHE``, or ``~/.cache/saap_index``."""
-    named = os.environ.get("SAAP_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "saap_index"
 
 
 def crossover(times: Times, lengths: Sequence[int] = LENGTHS) -> Crossover:

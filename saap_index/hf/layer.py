@@ -44,6 +44,8 @@ class IndexedLayer(SlotLayer):
             self._note_rotation(q, self._seq_len)
         self.index.scale = query.shape[3] ** -0.5 if scaling is None else scaling
         seen = read_mask(mask, b, q, self.slots, self.call.number)
+        if self.sample is not None and q > self.max_sparse_tokens:
+            self.sample = self.sample.with_call(query, self.slots - q, None if seen is None else seen.visible)
         if self.ragged or seen is not None:
             return self._attend_padded(module, query, keys, values, mask, seen, position_ids, kwargs)
         if q > self.max_sparse_tokens or query.is_cpu:  # reading one position of an accelerator costs a step much

@@ -13,6 +13,7 @@ from ..index import AsymmetricIndex
 from ..invlists.layout import Layout
 from ..routing.trained import TrainedLayer
 from .audit import Audit
+from .sample import QuerySample
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class LayerPlan:
     num_heads, num_kv_heads : of the whole model; shard : (rank, ranks), the share of them in this process.
     trained : of all its KV heads. options : of `AsymmetricIndex`, but what is trained.
     layer_type : what the config calls it, if it tells layers apart. audit : compares some searches with dense attention, or None.
-    break_evens : what was measured, by sequences of a batch; empty where it was given.
+    break_evens : what was measured, by sequences of a batch; empty where it was given. sample : to begin with in each cache, if
+    prompts are to be learnt from.
     """
 
     number: int
@@ -34,6 +36,7 @@ class LayerPlan:
     layer_type: str | None = None
     audit: Audit | None = field(default=None, repr=False, compare=False)
     break_evens: Mapping[int, int] = field(default_factory=dict)
+    sample: QuerySample | None = field(default=None, repr=False, compare=False)
     _empty: dict[Any, AsymmetricIndex] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Plan:
     """One model: the layers that are indexed, and what of its shape a saved prompt must agree with.
 
     evaluation : what training measured of the routers, by layer, see `audit.promised_shares`; audit : that of the layers.
-    cuda_graphs : as in `attach`; False where none can be made.
+    cuda_graphs : as in `attach`; False where none can be made. learner : the `PromptLearner` whose plan it is, or None.
     """
 
     layers: Mapping[int, LayerPlan]
@@ -40,6 +40,7 @@ class Plan:
     evaluation: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     audit: Audit | None = field(default=None, repr=False, compare=False)
     cuda_graphs: bool | str = False
+    learner: Any = field(default=None, repr=False, compare=False)
 
     def audited(self, every: int, bound: float | None = None, in_turn: bool = True) -> Plan:
         """The same plan, with an `Audit` of every layer's searches. ParameterError for a value outside its range."""

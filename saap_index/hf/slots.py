@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class SlotLayer(CacheLayerMixin):
         self.ragged = False
         self.visible: Tensor | None = None
         self.by_slot: bool | None = None  # whether positions count padding too; None before there was any
+        self.sample = plan.sample  # of the queries of a prompt, for routers to be trained on; None: not of this one
         self.params: SearchParametersIVF | None = None  # in place of the index's own
         self.call = Call()  # shared by the layers of a cache
         self.rotary: Any = None  # what made the angles, asked for the length they belong to
@@ -180,6 +182,7 @@ class SlotLayer(CacheLayerMixin):
             self.index.reset()
             self.index.break_even = self._break_even
         self.slots, self.ragged, self.visible, self.by_slot, self._new = 0, False, None, None, None
+        self.sample = self.plan.sample
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget that many of the newest slots, a number below zero; one above zero is the number to keep, as it once was.
@@ -203,6 +206,7 @@ class SlotLayer(CacheLayerMixin):
         else:
             self.index.truncate(self.slots - remove)
         self.slots -= remove
+        self.sample = None
         if self.visible is not None:
             self.visible = self.visible[:, : self.slots]
 
@@ -226,6 +230,7 @@ class SlotLayer(CacheLayerMixin):
             self._pick(chosen)
 
     def _pick(self, sequences: Tensor) -> None:
+        self.sample = None if self.sample is None else self.sample.picked(sequences.tolist())
         if self.visible is not None:
             self.visible = self.visible[sequences.to(self.visible.device)]
 
@@ -239,6 +244,20 @@ class SlotLayer(CacheLayerMixin):
         new.index = None if self.index is None else self.index.fork()
         new.call = copy.deepcopy(self.call, memo)
         return new
+
+    def renew(self, plan: LayerPlan) -> None:
+        """Go on with routers that were trained since; what is in lists stays there. Nothing, if it has them."""
+        if plan is self.plan:
+            return
+        index = self.index
+        if index is not None:
+            if plan.trained is not self.plan.trained:
+                index.load_trained(replace(plan.trained, key_quantizer=None, query_router=None))
+            self._break_even = plan.break_even(max(1, len(index.lengths)))
+            held = self.visible is not None and not self.ragged
+            if not held and index.break_even != self._break_even:
+                index.break_even = self._break_even
+        self.plan = plan
 
     # -- tokens --------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 saap train --model ./checkpoint --text book.txt docs/ --out routers
 saap train --model model.gguf --text docs/ --out routers --resume        after an interruption, at any moment
+saap train --model ./checkpoint --quick book.txt --out routers           seconds a layer, from three sequences of one text
 
 A text is a file, a folder with files, or a data set that Hugging Face `datasets` saved to disk; each is a kind of its own, and
 all take turns. The result is a folder with config.json (model, data, settings, figures) and model.safetensors.
@@ -22,19 +23,28 @@ import torch
 from ..checks import device as checked_device
 from ..errors import ParameterError, SaapError
 from ..hf import models
+from ..hf.quick import train_on_prompts
 from ..routers import Routers
 from ..routing.quantizer import require_faiss
 from ..training.config import ROUTERS
+from ..training.prompt import PromptTraining
 from . import texts
 from .settings import PARTITIONS, TrainSettings
 from .train import Step, train_model
+
+DAY_SECONDS = 86400.0
+QUICK_PROMPTS = 3
+"""Sequences that ``--quick`` learns from, if the text has as many."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     default = TrainSettings()
     parser.add_argument("--model", required=True, help="checkpoint folder of transformers, or GGUF file")
-    parser.add_argument("--text", required=True, nargs="+", help="files, folders or data sets on disk to train on")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", help="files, folders or data sets on disk to train on")
+    quick = "in place of --text: learn from a few sequences of --context tokens of these alone, as attach does from prompts"
+    source.add_argument("--quick", nargs="+", metavar="FILE", help=quick)
     parser.add_argument("--out", type=Path, default=Path("routers"), help="folder to write (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens to train on (default %(default)s)")
     parser.add_argument("--context", type=int, default=default.context, help="tokens of a sequence (default %(default)s)")
@@ -55,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `read_texts` and `train_model` raise."""
     settings = settings_of(args)
     models.require("tqdm")
+    if args.quick is not None:
+        return run_quick(args, settings)
     require_faiss()  # now, not after an hour
     checked_device(args.device)
     torch.set_num_threads(max(1, args.threads))
@@ -68,6 +80,27 @@ def run(args: argparse.Namespace) -> int:
         routers = train_model(loaded, sequences, settings, args.out, args.resume, step)
     print("\n".join(report(routers)))
     say(f"wrote {args.out}")
+    return 0
+
+
+def run_quick(args: argparse.Namespace, settings: TrainSettings) -> int:
+    """`saap train --quick`: what `attach` does with the prompts of a model that has no routers, offline."""
+    checked_device(args.device)
+    torch.set_num_threads(max(1, args.threads))
+    options = PromptTraining(
+        min_tokens=args.context, prompts=QUICK_PROMPTS, nlist=args.nlist, seed=args.seed, max_seconds=DAY_SECONDS
+    )
+    documents = list(texts.read_texts(args.quick))
+    say(f"loading {args.model}")
+    loaded = models.load_model(args.model, args.device, args.dtype)
+    models.check_positions("context", loaded.model.config, settings.context)
+    encode = partial(models.encode, loaded.tokenizer)
+    whole = sum(len(encode(text)) for _, text in documents) // settings.context
+    count = max(1, min(QUICK_PROMPTS, whole))
+    sequences = texts.pack_sequences(documents, encode, count, settings.context, "--context")
+    say(f"reading {count} sequences of {settings.context} tokens, and fitting every layer to each")
+    routers = train_on_prompts(loaded.model, [tokens for _, tokens in sequences], options, args.out)
+    say(f"wrote routers of {len(routers.layers)} layers to {args.out}")
     return 0
 
 

@@ -46,10 +46,11 @@ class TwoTower:
             raise ShapeError(f"two-tower router: expected d + m + 1 outputs, the first d = {d} a key, got nlist = {router.nlist}")
 
     @classmethod
-    def symmetric(cls, heads: int, d: int) -> TwoTower:
-        """Plain IVF: the key that a query looks for is the query itself. No training."""
+    def symmetric(cls, heads: int, d: int, scale: float = 1.0) -> TwoTower:
+        """Plain IVF: the key that a query looks for is the query itself, times ``scale``. No training."""
         skip = (
             torch.cat([torch.eye(d, dtype=torch.float32, device="cpu"), torch.zeros(1, d, dtype=torch.float32, device="cpu")])
+            .mul(scale)
             .expand(heads, -1, -1)
             .contiguous()
         )

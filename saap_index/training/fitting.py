@@ -7,7 +7,8 @@ bin, and the counts. Knows targets and networks, not sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from ..routing.router import QueryRouter
 from ..routing.two_tower import TwoTower
 from .config import TrainingConfig
 from .targets import RouterTargets
+
+Batch = Tensor | slice
+"""Positions, int64 (p,), or a stretch of them."""
+
+Scores = Callable[[Tensor, Batch], Tensor]
+"""The outputs (h, p, g, o) and the positions of a batch -> z (h, p, g, l)."""
 
 RIDGE = 1e-3  # of the number of queries, on standardised inputs
 LEAST_DENSITY = 1e-3  # of the mean: what a list holds that got no attention at all
@@ -53,10 +60,7 @@ def train_tower(
     d = data.x.shape[-1]
     network = _Network(data, d, num_knots, config)
     members = [torch.nonzero(sequence.cpu() == s)[:, 0] for s in range(len(centroids))]
-    # where lists differ matters, not where they lie: without the common mean and scale of a dim no dim decides by its size
-    deviation = centroids.std((0, 2), correction=0)
-    deviation = torch.maximum(deviation, 1e-4 + 0.01 * deviation.amax(-1, keepdim=True))  # (h, d)
-    seen = (centroids - centroids.mean((0, 2))[None, :, None]) / deviation[None, :, None]
+    seen, deviation = _standard_lists(centroids)
 
     def batches() -> list[Tensor]:
         shuffled = [
@@ -67,12 +71,55 @@ def train_tower(
             parts[i] for i in torch.randperm(len(parts), generator=network.generator, dtype=torch.int64, device="cpu").tolist()
         ]
 
-    def scores(y: Tensor, batch: Tensor) -> Tensor:
-        lists = seen[int(sequence[batch[0]])]
+    def scores(y: Tensor, batch: Batch) -> Tensor:
+        lists = seen[int(sequence[batch][0])]
         return torch.einsum("hpgd,hld->hpgl", y[..., :d], lists)
 
     network.fit(batches, scores, first_knot)
     return TwoTower(network.weights(deviation), first_knot)
+
+
+@full_precision
+def fit_tower(
+    data: RouterTargets, centroids: Tensor, held_out: int, config: TrainingConfig, first_knot: int, num_knots: int,
+    start: TwoTower,
+) -> tuple[TwoTower, float, float]:
+    """Fit the network of a `TwoTower` to one sequence, beginning at ``start``: the tower, and the mean cross-entropy in nats of
+    the positions held out before and after; nan if none are.
+
+    data : positions in random order, of which a stretch is a batch: gathering one anew in each epoch takes a quarter of the time.
+    centroids : float32 (h, l, d), of the sequence's lists; held_out : how many positions, the last, are not fitted to.
+    A start without hidden units is given ``config.hidden``, which say nothing yet; one with fewer knots, more like its last.
+    Otherwise as `train_router`.
+    """
+    d, positions = data.x.shape[-1], data.x.shape[1]
+    seen, deviation = _standard_lists(centroids[None])
+    fitted_to = positions - held_out
+    network = _Network(data, d, num_knots, config)
+    network.begin_at(start.weights, deviation)
+    every = [slice(at, min(at + config.batch, fitted_to)) for at in range(0, fitted_to, config.batch)]
+
+    def batches() -> list[slice]:
+        order = torch.randperm(len(every), generator=network.generator, dtype=torch.int64, device="cpu")
+        return [every[i] for i in order.tolist()]
+
+    def scores(y: Tensor, batch: Batch) -> Tensor:
+        h, p, g, _ = y.shape
+        return (y[..., :d].reshape(h, p * g, d) @ seen[0].transpose(1, 2)).view(h, p, g, seen.shape[2])
+
+    left_out = slice(fitted_to, positions)
+    before = network.loss(left_out, scores, first_knot)
+    network.fit(batches, scores, first_knot)
+    after = network.loss(left_out, scores, first_knot)
+    return TwoTower(network.weights(deviation), first_knot), before, after
+
+
+def _standard_lists(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Centroids (S, h, l, d) in units of their deviation (h, d), and that. Where lists differ matters, not where they lie:
+    without the common mean and scale of a dim no dim decides by its size."""
+    deviation = centroids.std((0, 2), correction=0)
+    deviation = torch.maximum(deviation, 1e-4 + 0.01 * deviation.amax(-1, keepdim=True))
+    return (centroids - centroids.mean((0, 2))[None, :, None]) / deviation[None, :, None], deviation
 
 
 class _Network:
@@ -97,34 +144,78 @@ class _Network:
         self.bias_out = torch.zeros((h, outputs), dtype=torch.float32, device=device).requires_grad_()
         self.mean, self.deviation, self.x = standardised(data.x)
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.hidden, self.out, self.skip, self.bias_hidden, self.bias_out]
+
+    @torch.no_grad()
     @full_precision
-    def fit(self, batches: Callable[[], list[Tensor]], scores: Callable[[Tensor, Tensor], Tensor], first_knot: int) -> None:
+    def begin_at(self, weights: RouterWeights, divisor: Tensor) -> None:
+        """Take over a network that was fitted: the inverse of `weights`. The hidden units of one that has none stay as drawn, the
+        outputs that it lacks are those of its last knot, or, without any, as drawn."""
+        have, lack = weights.num_knots, self.num_knots - weights.num_knots
+        knots = [*range(self.leading), *range(self.leading, self.leading + have)]
+        rows = [*knots, *[knots[-1]] * (lack if have else 0), self.leading + have]
+        mine = slice(None) if have or not lack else [*range(self.leading), self.leading + self.num_knots]
+        scale = torch.ones_like(self.bias_out)
+        scale[:, : self.leading] = divisor
+        scale = scale[:, mine]
+        if weights.hidden.shape[1]:
+            self.hidden = weights.hidden * self.deviation[:, None]
+            self.bias_hidden = weights.bias_hidden + torch.einsum("hud,hd->hu", weights.hidden, self.mean)
+            self.out = weights.out[:, rows] * scale[..., None]
+        out, skip = self.out.clone(), self.skip.clone()
+        bias = self.bias_out.clone()
+        skip[:, mine] = weights.skip[:, rows] * scale[..., None] * self.deviation[:, None]
+        bias[:, mine] = (weights.bias_out + torch.einsum("hld,hd->hl", weights.skip, self.mean))[:, rows] * scale
+        self.out, self.skip, self.bias_out = out, skip, bias
+        for x in self.parameters:
+            x.requires_grad_()
+
+    @torch.no_grad()
+    @full_precision
+    def loss(self, where: slice, scores: Scores, first_knot: int) -> float:
+        """Mean cross-entropy of the positions ``where``, in nats; nan for none."""
+        if where.stop == where.start:
+            return math.nan
+        total, bend = 0.0, knot_matrix(self.data.bins, first_knot, self.num_knots).to(self.x.device)
+        for at in range(where.start, where.stop, self.config.batch):
+            batch = slice(at, min(at + self.config.batch, where.stop))
+            z, a, _ = self._outputs(batch, scores, bend)
+            total += float(cross_entropy(z, a, self.data, batch, self.config.size_weighted)) * (batch.stop - at)
+        return total / (where.stop - where.start)
+
+    def _outputs(self, where: Batch, scores: Scores, bend: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z (h, p, g, l), a (h, p, g, B) and all outputs of the positions of a batch."""
+        part = self.x[:, where]
+        inner = functional.silu(torch.einsum("hpgd,hud->hpgu", part, self.hidden) + self.bias_hidden[:, None, None])
+        y = torch.einsum("hpgu,hlu->hpgl", inner, self.out) + torch.einsum("hpgd,hld->hpgl", part, self.skip)
+        y = y + self.bias_out[:, None, None]
+        return scores(y, where), y[..., self.leading : self.leading + self.num_knots] @ bend, y
+
+    @full_precision
+    def fit(self, batches: Callable[[], Sequence[Batch]], scores: Scores, first_knot: int) -> None:
         """scores : the outputs (h, p, g, o) and the positions of a batch -> z (h, p, g, l)."""
         data, config = self.data, self.config
         positions, device = data.x.shape[1], data.x.device
         bend = knot_matrix(data.bins, first_knot, self.num_knots).to(device)
-        parameters = [self.hidden, self.out, self.skip, self.bias_hidden, self.bias_out]
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.decay)
+        optimizer = torch.optim.AdamW(self.parameters, lr=config.lr, weight_decay=config.decay)
         plan = [batches() for _ in range(config.epochs)]
         steps = max(2, sum(map(len, plan)))
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps)
         for epoch, order in enumerate(plan):
             total = 0.0
             for where in order:
-                batch = where.to(device)
-                part = self.x[:, batch]
-                inner = functional.silu(torch.einsum("hpgd,hud->hpgu", part, self.hidden) + self.bias_hidden[:, None, None])
-                y = torch.einsum("hpgu,hlu->hpgl", inner, self.out) + torch.einsum("hpgd,hld->hpgl", part, self.skip)
-                y = y + self.bias_out[:, None, None]
-                a = y[..., self.leading : self.leading + self.num_knots] @ bend
-                loss = cross_entropy(scores(y, where), a, data, batch, config.size_weighted)
+                batch = where if isinstance(where, slice) else where.to(device)
+                z, a, y = self._outputs(batch, scores, bend)
+                loss = cross_entropy(z, a, data, batch, config.size_weighted)
                 if config.size_weighted:
                     loss = loss + functional.binary_cross_entropy_with_logits(y[..., -1], data.outside[:, batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += float(loss.detach()) * len(batch)
+                total += float(loss.detach()) * z.shape[1]
             if config.progress is not None:
                 config.progress(epoch + 1, config.epochs, total / max(1, positions))
 
@@ -191,7 +282,7 @@ def standardised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @full_precision
-def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Tensor, size_weighted: bool) -> Tensor:
+def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Batch, size_weighted: bool) -> Tensor:
     """Mean cross-entropy, in nats, of z (h, p, g, l) and a (h, p, g, B) to the true mass of the positions in ``batch``."""
     fit = (data.list_mass[:, batch] * z).sum(-1) + (data.bin_mass[:, batch] * a).sum(-1)
     if not size_weighted:

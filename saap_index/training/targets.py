@@ -15,7 +15,13 @@ from torch.nn import functional
 from ..precision import full_precision
 
 BINS_PER_OCTAVE = 2
-_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits at a time: what a CPU cache holds, what keeps a GPU busy
+LISTS_AT_ONCE = 64
+"""Whose tokens are counted: what a long prompt takes of memory."""
+
+BLOCK = 1 << 20
+"""Logits at a time on a CPU: what its cache holds."""
+
+_BLOCK = {"cpu": BLOCK, "cuda": 1 << 26}  # the second is what keeps a GPU busy
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class RouterTargets:
 
     outside : float32 (h, P, g), share of the attention that lies outside window and sinks;
     list_mass : float32 (h, P, g, l) and bin_mass : (h, P, g, B), each summing to 1, of that attention;
-    counts : int16 or int32 (h, P, B, l) tokens of each list and bin; bins : float32 (B,), log2 of the bins' centres.
+    counts : int16, int32 or float32 (h, P, B, l) tokens of each list and bin; bins : float32 (B,), log2 of the bins' centres.
     """
 
     x: Tensor
@@ -39,6 +45,11 @@ class RouterTargets:
         names = ("x", "outside", "list_mass", "bin_mass", "counts")
         x, outside, list_mass, bin_mass, counts = (torch.cat([getattr(p, name) for p in parts], 1) for name in names)
         return cls(x, outside, list_mass, bin_mass, counts, parts[0].bins)
+
+    def picked(self, order: Tensor) -> RouterTargets:
+        """Those of some positions, int64 (p,), in that order; counts in float32, as the loss takes them."""
+        x, outside, list_mass, bin_mass = (part[:, order] for part in (self.x, self.outside, self.list_mass, self.bin_mass))
+        return RouterTargets(x, outside, list_mass, bin_mass, self.counts[:, order].float(), self.bins)
 
 
 def bin_edges(nearest: int, farthest: int, distance: bool) -> Tensor:
@@ -99,10 +110,11 @@ def targets(
             upto = functional.pad(mass.cumsum(-1, dtype=torch.float64), (1, 0))  # mass of tokens below each position
             at = upto.gather(2, (first[some_queries, None] - sinks).expand(-1, g, -1))
             bin_mass[head, some_queries] = (at[..., :-1] - at[..., 1:]).float()
-        hot = torch.zeros((nlist, n + 1), dtype=torch.int32, device=keys.device)
-        hot[index, torch.arange(1, n + 1, dtype=torch.int64, device=keys.device)] = 1
-        seen = hot.cumsum(1, dtype=torch.int32)[:, first]  # (l, q, B + 1)
-        counts[head] = (seen[..., :-1] - seen[..., 1:]).permute(1, 2, 0)
+        for low in range(0, nlist, LISTS_AT_ONCE):  # whose tokens below each position are counted at a time
+            some_lists = torch.arange(low, min(low + LISTS_AT_ONCE, nlist), dtype=torch.int64, device=keys.device)
+            hot = (index == some_lists[:, None]).int()
+            upto_each = functional.pad(hot.cumsum(1, dtype=torch.int32), (1, 0))[:, first]  # (l, q, B + 1)
+            counts[head, :, :, low : low + LISTS_AT_ONCE] = (upto_each[..., :-1] - upto_each[..., 1:]).permute(1, 2, 0)
     centres = (
         torch.log2(edges[:-1]) + 0.5 / BINS_PER_OCTAVE if num_bins > 1 else torch.zeros(1, dtype=torch.float64, device="cpu")
     )

@@ -68,7 +68,8 @@ def test_routers_of_another_model() -> None:
     refused(model, error, "head_dim = 32, got 16", make_routers(tiny("llama", head_dim=32)))
     refused(model, error, "model_type = 'qwen3', got 'llama'", make_routers(tiny("qwen3")))
     refused(model, error, "expected layer 0 with", make_routers(tiny("llama_yarn")))
-    refused(model, saap.ParameterError, "load_routers", "path/to/routers")
+    refused(model, saap.ParameterError, "routers: expected a folder made by saap train, or a name", "path/to/routers")
+    refused(model, saap.ParameterError, "load_routers", 3)
     mixed, other = make_routers(model), make_routers(tiny("llama", num_key_value_heads=4)).layers[1]
     mixed.layers[1] = replace(mixed.layers[1], query_router=make_routers(model, nlist=4).layers[1].query_router)
     refused(model, error, "nlist = 8", mixed)

@@ -36,11 +36,15 @@ WINGS: dict[str, set[str]] = {
     "index": PLAIN | {"backends", "interop", "invlists", "ops", "routing", "search", "training", "whole"},
     "io": PLAIN | {"backends", "index", "invlists", "routing"},
     "routers": PLAIN | {"backends", "index", "routing"},
-    "hf": PLAIN | {"version", "backends", "index", "invlists", "io", "routers", "routing", "search"},
+    "shipped": {"errors", "routers"},
+    "info": {"backends", "files", "routers", "shipped", "version"},
+    "hf": PLAIN | {"version", "backends", "index", "invlists", "io", "routers", "routing", "search", "shipped", "training"},
     "pipeline": PLAIN | {"version", "backends", "hf", "index", "invlists", "routers", "routing", "search", "training"},
     "vllm": PLAIN | {"backends", "invlists", "routers", "routing", "search"},
     "version": set(),
-    "saap_index": PLAIN | {"version", "backends", "hf", "index", "invlists", "io", "routers", "routing", "search", "training"},
+    "saap_index": PLAIN | {
+        "version", "backends", "hf", "index", "invlists", "io", "routers", "routing", "search", "shipped", "training",
+    },
     "cli": PLAIN | {"version"},
     "__main__": {"cli"},
     "saap_lab": PLAIN | {

@@ -579,6 +579,25 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert command(checkpoint, tmp_path / "out", "--layers", "1", "--resume") == 0
 
 
+def test_quick(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(checkpoint.parent / "a.txt")
+    some = ["train", "--model", str(checkpoint), "--quick", text, "--nlist", "8", "--threads", "2", "--dtype", "float32"]
+    done = cli.main([*some, "--context", "512", "--out", str(tmp_path / "out")])
+    assert done == 0 and "reading 3 sequences of 512 tokens" in capsys.readouterr().err
+    routers = load_routers(tmp_path / "out")
+    assert sorted(routers.layers) == [0, 1] and routers.config["prompts"] == {"0": 3, "1": 3}
+    model = load_model(checkpoint, dtype="float32").model
+    ids = torch.randint(3, VOCABULARY, (1, 600), generator=torch.Generator().manual_seed(2))
+    dense = greedy(model, ids, 4)
+    assert torch.equal(greedy(attach(model, routers, 1.0, break_even=256), ids, 4), dense)
+    assert cli.main([*some, "--context", "512", "--out", str(tmp_path / "out")]) == 1
+    assert "out: expected a folder without routers" in capsys.readouterr().err
+    assert cli.main([*some, "--context", "1500", "--out", str(tmp_path / "one")]) == 0
+    assert load_routers(tmp_path / "one").config["prompts"] == {"0": 1, "1": 1}
+    with pytest.raises(SystemExit):
+        cli.main([*some, "--text", text])
+
+
 @pytest.mark.parametrize(("more", "message"), [
     (["--layers", "x"], "layers: expected numbers"), (["--layers", "7"], "layers: expected some of"),
     (["--tokens", "100000"], "enough text for"), (["--tokens", "90000", "--context", "16385"], "context: expected at most 16384"),

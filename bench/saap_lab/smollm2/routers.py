@@ -25,16 +25,13 @@ from saap_index.pipeline.train import train_model
 from saap_index.routers import CONFIG
 
 from . import model
+from .shipped import SHIPPED
 from .varied import varied_texts
 
 
 def folder() -> Path:
     """Where they are written, and looked for by whoever can use them."""
     return model.cache_folder() / f"{model.NAME}-routers"
-
-
-SHIPPED = Path(__file__).parent / f"{model.NAME}-routers"
-"""Those that come with the package, made by this command."""
 
 
 def newest() -> Path:
