@@ -61,7 +61,10 @@ class Recorded:
     """Queries and keys of some layers in one dense call: by layer, (hq, q, d) and (h, n, d), values (h, n, e)."""
 
     def __init__(self, layers: list[int]) -> None:
-        self.layers, self.queries, self.keys, self.values = layers, {}, {}, {}
+        self.layers = layers
+        self.queries: dict[int, Tensor] = {}
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
 
     def keep(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         if layer in self.layers:
@@ -147,6 +150,7 @@ def read(model: Any, ids: Tensor, prompt: int) -> tuple[Read, float]:
 def learnt(model: Any, seen: Read) -> dict[str, float]:
     """What a prompt is worth to a model that is attached to, before it learns from it, if there are routers, and after."""
     plan, row = plan_of(model), {}
+    assert plan is not None and plan.learner is not None
     learner = plan.learner
 
     def routers() -> dict[int, TrainedLayer]:
