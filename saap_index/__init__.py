@@ -26,6 +26,7 @@ from .errors import (
     ShapeError,
     StateError,
 )
+from .factory import ParameterSpace, clone_index, index_factory
 from .index import AsymmetricIndex
 from .invlists.layout import Layout
 from .io import read_index, write_index
@@ -77,6 +78,7 @@ __all__ = [
     "NotFiniteError",
     "NotTrainedError",
     "ParameterError",
+    "ParameterSpace",
     "PromptTraining",
     "QueryRouter",
     "Rope",
@@ -92,8 +94,10 @@ __all__ = [
     "TwoTower",
     "__version__",
     "attach",
+    "clone_index",
     "detach",
     "from_pretrained",
+    "index_factory",
     "load_routers",
     "merge_states",
     "read_index",

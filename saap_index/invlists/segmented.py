@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..backends import Arena, Backend, Coded, SegmentChange, StorageCode
 from ..backends.scalar_quantizer import decode, rows_at
 from ..errors import StateError
@@ -243,6 +244,35 @@ class SegmentedInvertedLists:
         ids = torch.from_numpy(self.positions(i, np.arange(n))).to(self.ids).expand(self.heads, n).clone()
         ids[:, low:high] = self.ids[i, :, low:high]
         return ids
+
+    # -- as FAISS's InvertedLists --------------------------------------------------------------------------------------
+
+    def list_sizes(self) -> Tensor:
+        """Sealed tokens of every list: int64 (b, h, l). Sinks and recent tokens are in none."""
+        sizes = torch.zeros((self.batch, self.heads, self.nlist), dtype=torch.int64, device=self.tables.device)
+        for i, segments in enumerate(self.segments):
+            sizes[i] = self.tables[i, :, : len(segments)].diff(dim=-1).sum(1)
+        return sizes
+
+    def list_size(self, list_no: int, sequence: int = 0, head: int = 0) -> int:
+        """Sealed tokens of one list. ParameterError for numbers that are none."""
+        return len(self.get_ids(list_no, sequence, head))
+
+    def get_ids(self, list_no: int, sequence: int = 0, head: int = 0) -> Tensor:
+        """Positions of the sealed tokens of one list, oldest segment first: int32 (n,). ParameterError as for `list_size`."""
+        checks.integer(list_no, "list_no", 0, self.nlist - 1)
+        checks.integer(sequence, "sequence", 0, self.batch - 1)
+        checks.integer(head, "head", 0, self.heads - 1)
+        bounds = self.tables[sequence, head, : len(self.segments[sequence]), list_no : list_no + 2].tolist()
+        return torch.cat([self.ids.new_empty(0), *(self.ids[sequence, head, first:stop] for first, stop in bounds)])
+
+    def imbalance_factor(self) -> float:
+        """nlist * sum of squared list sizes / (their sum)^2, averaged over sequences and heads; 1 is balanced, 0 where nothing is
+        sealed. FAISS's definition."""
+        sizes = self.list_sizes().double()
+        squares, sums = sizes.square().sum(-1), sizes.sum(-1)
+        factors = (self.nlist * squares / sums.square())[sums > 0]
+        return float(factors.mean()) if len(factors) else 0.0
 
     # -- numbers of rows ---------------------------------------------------------------------------------------------
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from ..invlists.arena import nbytes
 from ..invlists.segmented import SegmentedInvertedLists
 from ..routing.quantizer import KeyQuantizer
@@ -82,9 +79,6 @@ def gather(
     spans = [(lists.sinks(i), lists.sealed(i), n) for i, n in enumerate(lists.lengths)]
     sinks = [low if high else min(lists.layout.sinks, n) for low, high, n in spans]
     sealed = sum(high - low for low, high, _ in spans)
-    sizes = _list_sizes(lists).double()
-    squares, sums = sizes.square().sum(-1), sizes.sum(-1)
-    imbalance = (lists.nlist * squares / sums.square())[sums > 0]
     tokens, row_bytes = sum(lists.lengths) * lists.heads, (lists.d + lists.d_v) * lists.dtype.itemsize
     saved = row_bytes - _code_bytes(lists)
     num_segments, num_means = sum(map(len, lists.segments)), sum(map(lists.num_means, range(lists.batch)))
@@ -102,7 +96,7 @@ def gather(
         metadata_bytes=metadata_bytes,
         slack_bytes=nbytes(lists.arena) - kv_bytes - metadata_bytes,
         shared_bytes=shared,
-        imbalance_factor=float(imbalance.mean()) if len(imbalance) else 0.0,
+        imbalance_factor=lists.imbalance_factor(),
         last_search=SearchStats() if last is None else search_stats(lists, last, router),
         mean_bytes=mean_bytes,
     )
@@ -122,14 +116,6 @@ def _codes_beside(lists: SegmentedInvertedLists, last: Selection, i: int) -> int
         first, end = (sealed[0][0], sealed[-1][1]) if sealed else (0, 0)
     always = (0, last.sinks[i]), (last.sealed[i], n)
     return sum(max(0, min(stop, end) - max(start, first)) for start, stop in always)
-
-
-def _list_sizes(lists: SegmentedInvertedLists) -> Tensor:
-    """Sealed tokens of every list: int64 (b, h, l)."""
-    sizes = torch.zeros((lists.batch, lists.heads, lists.nlist), dtype=torch.int64, device=lists.tables.device)
-    for i, segments in enumerate(lists.segments):
-        sizes[i] = lists.tables[i, :, : len(segments)].diff(dim=-1).sum(1)
-    return sizes
 
 
 def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter | None) -> SearchStats:

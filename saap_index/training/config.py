@@ -40,7 +40,7 @@ class TrainingConfig:
                 raise ParameterError(f"{name}: expected an integer of {least} or more, got {getattr(self, name)!r}")
         for name in ("distance", "closed_form", "two_tower"):
             if getattr(self, name) and not self.size_weighted:
-                raise ParameterError(f"{name}: expected count_lists=True with it (scores are per token), got count_lists=False")
+                raise ParameterError(f"{name}: expected size_weighted=True with it, for its scores are per token, got False")
         if self.two_tower and self.closed_form:
             raise ParameterError("two_tower: expected closed_form=False with it, got closed_form=True")
 

@@ -34,6 +34,7 @@ WINGS: dict[str, set[str]] = {
     "ops": PLAIN | {"search"},
     "interop": PLAIN | {"routing"},
     "index": PLAIN | {"backends", "interop", "invlists", "ops", "routing", "search", "training", "whole"},
+    "factory": {"backends", "errors", "index"},
     "io": PLAIN | {"backends", "index", "invlists", "routing"},
     "routers": PLAIN | {"backends", "index", "routing"},
     "shipped": {"errors", "routers"},
@@ -43,7 +44,7 @@ WINGS: dict[str, set[str]] = {
     "vllm": PLAIN | {"backends", "invlists", "routers", "routing", "search"},
     "version": set(),
     "saap_index": PLAIN | {
-        "version", "backends", "hf", "index", "invlists", "io", "routers", "routing", "search", "shipped", "training",
+        "version", "backends", "factory", "hf", "index", "invlists", "io", "routers", "routing", "search", "shipped", "training",
     },
     "cli": PLAIN | {"version"},
     "__main__": {"cli"},
