@@ -65,7 +65,8 @@ def test_parameters_from_a_string() -> None:
 
 @pytest.mark.parametrize("text, name", [
     ("", "parameters"), ("nprobe", "parameters"), ("ht=4", "parameters"), ("nprobe=4,", "parameters"),
-    ("max_codes=2,nprobe=0", "nprobe"), ("max_codes=2,selectivity=2", "selectivity"), ("nprobe=1.5", "nprobe"), ("selectivity=much", "selectivity"),
+    ("max_codes=2,nprobe=0", "nprobe"),
+    ("max_codes=2,selectivity=2", "selectivity"), ("nprobe=1.5", "nprobe"), ("selectivity=much", "selectivity"),
     ("window=-1", "window"), ("max_codes=2,tail=0.5", "mean_run_tokens"),
 ])
 def test_a_string_that_is_wrong_changes_nothing(text: str, name: str) -> None:
