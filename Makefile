@@ -35,7 +35,7 @@ routers: setup ## ~ 30 min | train routers for all layers of SmolLM2-135M; kept 
 	$(BIN)/python -m saap_lab.smollm2.routers
 
 test: setup lint ## ~ 15 min | lint, and everything that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 newest: setup ## > 15 min | the tests with the newest of every package, in an environment of its own; says what is newer, and what broke
 	$(BIN)/python tests/versions.py newest --jobs $(JOBS)
@@ -48,7 +48,7 @@ versions: setup ## 1-2 h | generate, its modes and caches with one release of ea
 
 test-dtypes: setup ## ~ 30 min | the tests of the index under each other default dtype of torch; those of transformers make models of it themselves
 	for dtype in float64 bfloat16 float16; do \
-	  SAAP_DEFAULT_DTYPE=$$dtype $(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile \
+	  SAAP_DEFAULT_DTYPE=$$dtype $(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile --no-loadscope-reorder \
 	    $(filter-out tests/hf tests/lab tests/emu,$(patsubst %/,%,$(wildcard tests/*/))) || exit 1; \
 	done
 

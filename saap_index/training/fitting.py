@@ -185,6 +185,7 @@ class _Network:
             total += float(cross_entropy(z, a, self.data, batch, self.config.size_weighted)) * (batch.stop - at)
         return total / (where.stop - where.start)
 
+    @full_precision
     def _outputs(self, where: Batch, scores: Scores, bend: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (h, p, g, l), a (h, p, g, B) and all outputs of the positions of a batch."""
         part = self.x[:, where]
