@@ -190,8 +190,8 @@ class PagedBackend(ABC):
             distances = (newest - (ends[:, 1:] + ends[:, :-1] - 1) / 2).clamp(min=1.0)
             last = max(0, a.shape[3] - 2)
             knots = (distances.log2() - routing.first_knot).clamp(0.0, last).float().to(device)
-            found = self.backend.probe(z, a, knots, tables, plan.num_segments, routing.budget, routing.size_weighted)
-            numbers, counts = found.rows, found.counts
-        rows, taken = self.find(pages, batch, tables, numbers, counts)
-        out, lse = self.scan(pages, queries, rows, taken, scale, True)
-        return out, lse, int(taken.sum())
+            probed = self.backend.probe(z, a, knots, tables, plan.num_segments, routing.budget, routing.size_weighted)
+            numbers, counts = probed.rows, probed.counts
+        rows, read = self.find(pages, batch, tables, numbers, counts)
+        out, lse = self.scan(pages, queries, rows, read, scale, True)
+        return out, lse, int(read.sum())

@@ -58,7 +58,7 @@ class SaapGpuBuilder(FlashAttentionMetadataBuilder):
             made.positions = m.positions[: m.num_actual_tokens].to(torch.int32)
         self._count()
         session, options = self.engine.session, self.engine.model.options
-        if session is None or options.everything or fast_build or m.seq_lens_cpu_upper_bound is None:
+        if session is None or options.reads_all or fast_build or m.seq_lens_cpu_upper_bound is None:
             self.engine.dense_queries += m.num_actual_tokens * len(self.engine.layers)
             return made
         r = m.num_reqs

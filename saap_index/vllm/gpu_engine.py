@@ -66,7 +66,7 @@ class Engine:
         for name in served:
             _check(full[name])
         self.layers = {name: GpuLayer(self._steps_of(x), x) for name, x in served.items()}
-        some = served and not options.everything
+        some = served and not options.reads_all
         self.session = self._session(config, [full[name] for name in served]) if some else None
         self._pools: dict[str, tuple[Tensor, Pool]] = {}
         self.dense_queries = 0
@@ -80,8 +80,8 @@ class Engine:
     def _session(self, config: Any, impls: list[Any]) -> PagedSession:
         shapes = {(x.num_kv_heads, x.num_heads // x.num_kv_heads, x.head_size) for x in impls}
         if len(shapes) > 1:
-            found = sorted(shapes)
-            raise CompatibilityError(f"saap_index: expected served layers of one shape, got heads, group and dims {found}")
+            several = sorted(shapes)
+            raise CompatibilityError(f"saap_index: expected served layers of one shape, got heads, group and dims {several}")
         (heads, group, d), model = shapes.pop(), self.model
         params, recent = model.options.params, max(model.window, MAX_QUERY_TOKENS)
         shares = model.shares if params.target_mass is None else model.shares * 0 + 1
@@ -98,10 +98,10 @@ class Engine:
 
     def pool(self, name: str, kv_cache: Tensor) -> Pool:
         """A layer's cache as the kernels take it, made once: vLLM hands over the same tensor in every step."""
-        known = self._pools.get(name)
-        if known is None or known[0] is not kv_cache:
-            known = self._pools[name] = kv_cache, self.paged.prepare_pages(pages_of(kv_cache, kv_cache.shape[3] // 2))
-        return known[1]
+        prepared = self._pools.get(name)
+        if prepared is None or prepared[0] is not kv_cache:
+            prepared = self._pools[name] = kv_cache, self.paged.prepare_pages(pages_of(kv_cache, kv_cache.shape[3] // 2))
+        return prepared[1]
 
     def write(self, name: str, keys: Tensor, values: Tensor, kv_cache: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Rows and list numbers of n tokens. keys, values : (n, h, d); slots : int64 (n,), positions : int32 (n,)."""
@@ -136,12 +136,12 @@ class Engine:
 
 def _lengths(tokens: int, recent: int) -> list[int]:
     """Lengths up to ``tokens`` among which one has as many octaves as any."""
-    found = {tokens}
+    lengths = {tokens}
     while recent < tokens:
-        found |= {recent, recent - 1, recent + 1}
+        lengths |= {recent, recent - 1, recent + 1}
         recent *= 2
-    found |= {max(1, tokens * k // 64) for k in range(1, 64)}
-    return sorted(found)
+    lengths |= {max(1, tokens * k // 64) for k in range(1, 64)}
+    return sorted(lengths)
 
 
 def _check(impl: Any) -> None:

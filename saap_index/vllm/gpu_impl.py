@@ -33,8 +33,8 @@ def engine_of(config: Any, device: torch.device) -> Engine:
     Raises CompatibilityError for routers of another model and for what `refusals` names, ParameterError for options, FormatError
     or OSError for a folder that holds no routers.
     """
-    known = _ENGINES.get(id(config))
-    if known is None:
+    made = _ENGINES.get(id(config))
+    if made is None:
         check_engine(config, on_gpu=True)
         routers = load_routers(Options.of(config.additional_config).routers)
         routers.check(config.model_config.hf_config)
@@ -45,10 +45,10 @@ def engine_of(config: Any, device: torch.device) -> Engine:
         impls = {name: x.impl for name, x in layers.items() if isinstance(x.impl, SaapGpuImpl)}
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         engine = Engine(config, impls, routers, backend, max_decode_query_len(config), rank, ranks)
-        known = _ENGINES[id(config)] = config, engine
+        made = _ENGINES[id(config)] = config, engine
         if rank == 0:
             warn_if_untested(init_logger("vllm.saap_index"))
-    return known[1]
+    return made[1]
 
 
 class SaapGpuImpl(FlashAttentionImpl):
@@ -102,9 +102,9 @@ class SaapGpuImpl(FlashAttentionImpl):
 
 
 def _positions_of(layer_name: str) -> Tensor | None:
-    found = get_forward_context().attn_metadata
-    if isinstance(found, list):
-        found = found[0]
-    made = None if found is None else found.get(layer_name)
-    positions: Tensor | None = getattr(made, "positions", None)
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, list):
+        metadata = metadata[0]
+    step = None if metadata is None else metadata.get(layer_name)
+    positions: Tensor | None = getattr(step, "positions", None)
     return positions

@@ -108,7 +108,7 @@ class SaapImpl(AttentionImpl[Step]):
 
 
 def _step_of(layer_name: str) -> Step:
-    found = get_forward_context().attn_metadata
-    step = (found[0] if isinstance(found, list) else found)[layer_name]
+    metadata = get_forward_context().attn_metadata
+    step = (metadata[0] if isinstance(metadata, list) else metadata)[layer_name]
     assert isinstance(step, Step)
     return step

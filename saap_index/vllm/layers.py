@@ -80,14 +80,14 @@ def serve(
         raise ParameterError(f"layers: expected some of those with routers, {sorted(routers.layers)}, got {missing}")
     chosen = set(routers.layers) - set(routers.dense_layers) if options.layers is None else set(options.layers)
     layout = routers.config.get("layout", {})
-    found: dict[int, ServedLayer] = {}
+    served: dict[int, ServedLayer] = {}
     ropes: list[Rope] = []
     for number in sorted(chosen & set(numbers)):
-        found[number] = layer = _served(routers.layers[number], number, len(found), options, backend, ropes, rank, ranks)
+        served[number] = layer = _served(routers.layers[number], number, len(served), options, backend, ropes, rank, ranks)
         if layer.rope is not None and layer.rope not in ropes:
             ropes.append(layer.rope)
-    shares = np.stack([x.shares for x in found.values()]) if found else np.ones((0, 0), np.float32)
-    return ServedModel(options, layout.get("sinks", 4), layout.get("window", 128), found, tuple(ropes), shares)
+    shares = np.stack([x.shares for x in served.values()]) if served else np.ones((0, 0), np.float32)
+    return ServedModel(options, layout.get("sinks", 4), layout.get("window", 128), served, tuple(ropes), shares)
 
 
 def _served(

@@ -46,7 +46,7 @@ class Options:
         return SearchParametersIVF(selectivity=selectivity, target_mass=self.target_mass)
 
     @property
-    def everything(self) -> bool:
+    def reads_all(self) -> bool:
         """Whether every token is read anyway."""
         return self.target_mass is None and self.params.selectivity == 1
 
@@ -57,9 +57,9 @@ class Options:
         said = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
         if not isinstance(said, Mapping):
             raise ParameterError(f"saap: expected options for --attention-backend CUSTOM, {how}, got {said!r}")
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(said) - set(known)):
-            raise ParameterError(f"saap: expected options among {', '.join(known)}, got {', '.join(unknown)}")
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(said) - set(names)):
+            raise ParameterError(f"saap: expected options among {', '.join(names)}, got {', '.join(unknown)}")
         if "routers" not in said:
             raise ParameterError(f"saap: expected a folder of routers, {how}, got none")
         layers = said.get("layers")

@@ -22,8 +22,8 @@ def untested(version: str) -> str | None:
 
 def layer_number(name: str) -> int | None:
     """The number of a decoder layer by the name of its attention; None for that of a draft model or an encoder."""
-    found = _LAYER.fullmatch(name)
-    return int(found[1]) if found else None
+    match = _LAYER.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def check_layer(

@@ -116,7 +116,7 @@ def plan_step(
     for q, members in of_size.items():
         own = [lengths[i] for i in members]
         chosen = [
-            0 if prefilling[i] or lengths[i] < model.options.break_even or model.options.everything else lengths[i]
+            0 if prefilling[i] or lengths[i] < model.options.break_even or model.options.reads_all else lengths[i]
             for i in members
         ]
         bounds, used = bounds_of(chosen, model.sinks, model.window)

@@ -88,7 +88,7 @@ def builder(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
 
     monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", build)
     made = object.__new__(SaapGpuBuilder)
-    said = SimpleNamespace(**{"everything": False, "break_even": 100, **options})
+    said = SimpleNamespace(**{"reads_all": False, "break_even": 100, **options})
     made.engine = SimpleNamespace(
         session=Session(), model=SimpleNamespace(options=said), queries=4, dense_queries=0, layers={NAME: object()}
     )
@@ -121,7 +121,7 @@ def test_a_mixed_step_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("queries, lengths, options", [([1, 1], [50, 99], {}), ([20, 1], [200, 200], {}),
-                                                       ([1, 1], [500, 300], {"everything": True})])
+                                                       ([1, 1], [500, 300], {"reads_all": True})])
 def test_what_the_index_has_no_part_in_is_flash_attention_s(
     queries: list[int], lengths: list[int], options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

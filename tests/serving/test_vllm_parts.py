@@ -61,8 +61,8 @@ def served(**options: Any) -> ServedModel:
 def test_options_say_what_is_wrong() -> None:
     assert Options.of({"saap": {"routers": "r"}}).params.selectivity == 0.05
     found = Options.of({"saap": {"routers": "r", "target_mass": 0.9, "layers": [1, 2], "break_even": 10}})
-    assert found.params.selectivity == 0.25 and found.layers == (1, 2) and not found.everything
-    assert Options.of({"saap": {"routers": "r", "selectivity": 1.0}}).everything
+    assert found.params.selectivity == 0.25 and found.layers == (1, 2) and not found.reads_all
+    assert Options.of({"saap": {"routers": "r", "selectivity": 1.0}}).reads_all
     for said, names in (
         ({}, "additional-config"), (None, "additional-config"), ({"saap": 3}, "additional-config"), ({"saap": {}}, "routers"),
         ({"saap": {"routers": "r", "share": 1}}, "share"), ({"saap": {"routers": "r", "selectivity": 2}}, "selectivity"),
