@@ -73,9 +73,9 @@ class ParameterSpace:
         Raises ParameterError as `set_index_parameter` does, and for anything that is not ``name=value``.
         """
         changes = [_change(text, description) for text in description.split(",")]
-        before = index.options
-        for name, value in changes:  # in order: a budget replaces one of another kind
-            before = before.changed(name, value)
+        options = index.options
+        for name, value in changes:  # tried first, in order: a budget replaces one of another kind
+            options = options.changed(name, value)
         for name, value in changes:
             setattr(index, name, value)
 
