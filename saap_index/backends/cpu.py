@@ -53,7 +53,7 @@ class CpuBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "cpu"
-    reads_codes = True
+    reads_codes = reads_samples = True
 
     def __init__(self) -> None:
         module = native.load()
@@ -230,6 +230,8 @@ class CpuBackend(Backend):
             places.entries_at,
             places.means,
             *room.addresses,
+            *places.sample_at,
+            room.biases_at,
         )
         return room.probed(*widths)
 
@@ -247,6 +249,7 @@ class CpuBackend(Backend):
         causal: bool,
         tail: Tail | None = None,
         coded: Coded | None = None,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         capacity, e = arena_values.shape[2:]
@@ -288,6 +291,7 @@ class CpuBackend(Backend):
             lse.data_ptr(),
             *(NO_TAIL if tail is None else means_of(tail, dtype, (b, h, d, e))),
             *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
+            0 if biases is None or not t else plain("biases", biases, F32, (b, h, t)),
         )
         return out, lse
 
@@ -390,7 +394,7 @@ class CpuSession(Session):
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
         room = search.places.room(b, h)
         call = queries.data_ptr(), DTYPE_CODES[queries.dtype], g, q, *angles, ends, lengths, out.data_ptr(), lse.data_ptr()
-        return out, lse, room.probed(*self._module().search(search.handle, *call, *room.addresses))
+        return out, lse, room.probed(*self._module().search(search.handle, *call, *room.addresses, room.biases_at))
 
     def _pack(self, routing: Routing, plan: Plan, scale: float) -> _Search:
         """What a search needs besides queries, all of it checked."""
@@ -421,6 +425,6 @@ class CpuSession(Session):
             b, h, segments, budget.nprobe, places.tables_at, places.used, places.budgets_at, places.miss_at, places.entries_at,
             places.means, plain("keys", keys, dtype, (b, h, capacity, d)), plain("values", values, dtype, (b, h, capacity, e)),
             code_of("keys", keys), capacity, e, columns[SINKS], columns[SEALED], scale, *means_at, most,
-            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
+            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))), *places.sample_at,
         )
         return _Search(routing.router, scale, handle, places, d, values, *lengths, (place, budget))
