@@ -21,13 +21,14 @@ from ..errors import CompatibilityError, StateError
 from ..invlists.segmented import SegmentedInvertedLists
 from ..routing.rotations import query_rotation
 from ..routing.router import QueryRouter
+from ..routing.sampling import Sampling
 from ..routing.trained import TrainedLayer
 from .params import SearchParametersIVF
 from .plan import MOST_PLANS, budget_of, new_plan
 from .selection import Selection, dense_selection
 
-Terms = tuple[SearchParametersIVF, QueryRouter, np.ndarray | None, Tensor | None]
-"""What a plan follows from: parameters, router, budget shares and unread mass, as in `new_plan`. Kept by identity."""
+Terms = tuple[SearchParametersIVF, QueryRouter, np.ndarray | None, Tensor | None, Sampling | None]
+"""What a plan follows from: parameters, router, budget shares, unread mass and sampling, as in `new_plan`. Kept by identity."""
 
 
 class SearchSession:
@@ -249,11 +250,12 @@ class SearchSession:
         if probed is None:
             return dense_selection(lists)
         spans, tail = (self._sinks, self._sealed, list(lists.lengths)), (probed.tail, probed.tail_counts)
-        return Selection(probed.rows, probed.counts, *spans, *tail, lists.version, probed.in_runs)
+        return Selection(probed.rows, probed.counts, *spans, *tail, lists.version, probed.in_runs, probed.biases)
 
     def _plan(self, terms: Terms) -> Plan:
-        params, router, shares, unread_mass = terms
-        plan = self._plans.get((id(params), id(router), id(shares), id(unread_mass)))  # it holds what the ids stand for
+        params, router, shares, unread_mass, sampling = terms
+        # it holds what the ids stand for
+        plan = self._plans.get((id(params), id(router), id(shares), id(unread_mass), id(sampling)))
         return self._new_plan(terms) if plan is None else plan
 
     def _new_plan(self, terms: Terms) -> Plan:
