@@ -35,9 +35,10 @@ from .routing.router import QueryRouter
 from .routing.sampling import Sampling
 from .routing.trained import TrainedLayer
 from .routing.two_tower import TwoTower
-from .search.params import SAMPLING
 
 FORMAT, VERSION = "saap_index", "1"
+_SAMPLING = "sampled_share", "sample_exponent", "sample_cap"
+"""Search parameters that a file names where they are set."""
 
 
 def write_index(index: AsymmetricIndex, path: str | os.PathLike[str]) -> None:
@@ -92,7 +93,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "target_mass": index.target_mass, "tail": index.tail,
             "budget_shares": None if index.budget_shares is None else index.budget_shares.tolist(),
             **({} if index.storage is None else {"storage": index.storage}),
-            **{name: getattr(index, name) for name in SAMPLING if getattr(index, name) is not None},
+            **{name: getattr(index, name) for name in _SAMPLING if getattr(index, name) is not None},
         },
         "dtype": str(index.dtype).removeprefix("torch."),
         "rope": None if index.rope is None else index.rope.to_dict(),
