@@ -54,7 +54,7 @@ class CpuBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "cpu"
-    reads_codes = True
+    reads_codes = reads_samples = True
 
     def __init__(self) -> None:
         module = native.load()
@@ -231,6 +231,8 @@ class CpuBackend(Backend):
             places.entries_at,
             places.means,
             *room.addresses,
+            *places.sample_at,
+            room.biases_at,
         )
         return room.probed(*widths)
 
@@ -248,6 +250,7 @@ class CpuBackend(Backend):
         causal: bool,
         tail: Tail | None = None,
         coded: Coded | None = None,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         capacity, e = arena_values.shape[2:]
@@ -289,6 +292,7 @@ class CpuBackend(Backend):
             lse.data_ptr(),
             *(NO_TAIL if tail is None else means_of(tail, dtype, (b, h, d, e))),
             *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
+            0 if biases is None or not t else plain("biases", biases, F32, (b, h, t)),
         )
         return out, lse
 
@@ -437,7 +441,7 @@ class CpuSession(Session):
         except IndexError:
             room = search.places.room(b, h)
         call = queries.data_ptr(), DTYPE_CODES[queries.dtype], g, q, *angles, ends, lengths, out.data_ptr(), lse.data_ptr()
-        widths = self._module().search(search.handle, *call, *room.addresses)
+        widths = self._module().search(search.handle, *call, *room.addresses, room.biases_at)
         search.rooms.append(room)  # what it holds is valid until the next step
         return out, lse, room.probed(*widths)
 
@@ -470,6 +474,6 @@ class CpuSession(Session):
             b, h, segments, budget.nprobe, places.tables_at, places.used, places.budgets_at, places.miss_at, places.entries_at,
             places.means, plain("keys", keys, dtype, (b, h, capacity, d)), plain("values", values, dtype, (b, h, capacity, e)),
             code_of("keys", keys), capacity, e, columns[SINKS], columns[SEALED], scale, *means_at, most,
-            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
+            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))), *places.sample_at,
         )
         return _Search(routing.router, scale, handle, places, d, values, *lengths, (place, budget), [])

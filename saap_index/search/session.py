@@ -275,11 +275,12 @@ class SearchSession:
         if probed is None:
             return dense_selection(lists)
         spans, tail = (self._sinks, self._sealed, list(lists.lengths)), (probed.tail, probed.tail_counts)
-        return Selection(probed.rows, probed.counts, *spans, *tail, lists.version, probed.in_runs)
+        return Selection(probed.rows, probed.counts, *spans, *tail, lists.version, probed.in_runs, probed.biases)
 
     def _plan(self, terms: Terms) -> Plan:
-        params, router, shares, unread_mass = terms
-        plan = self._plans.get((id(params), id(router), id(shares), id(unread_mass)))  # it holds what the ids stand for
+        params, router, shares, unread_mass, sampling = terms
+        # it holds what the ids stand for
+        plan = self._plans.get((id(params), id(router), id(shares), id(unread_mass), id(sampling)))
         return self._new_plan(terms) if plan is None else plan
 
     def _new_plan(self, terms: Terms) -> Plan:
