@@ -37,7 +37,7 @@ from .search.options import Field, IndexOptions
 from .search.params import SELECTIVITY, SearchParametersIVF
 from .search.select import attend, best_of, extend_to_window, sample_error, select_lists, side_by_side
 from .search.selection import Selection, read_ids
-from .search.session import SearchSession, Terms
+from .search.session import SearchSession
 from .search.states import empty_state
 from .search.stats import IndexStats, gather
 from .training.config import TrainingConfig
@@ -99,7 +99,7 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
-        "_prepared_router", "_session", "_token", "_trained", "backend_name", "device",
+        "_prepared_router", "_rotates_by_length", "_session", "_token", "_trained", "backend_name", "device",
     )
 
     def __init__(
@@ -127,6 +127,7 @@ class AsymmetricIndex:
         self._require_codes(self._backend, self.device)
         self.backend_name = backend
         self._arguments = Arguments(self._options, self.device)
+        self._rotates_by_length = rope is not None and rope.is_dynamic
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
@@ -236,7 +237,10 @@ class AsymmetricIndex:
                 raise StateError("coarse_keys: expected lists to assign them to, got a tower, which is yet to make them")
             coarse = self._arguments.coarse_keys(coarse_keys, keys.shape)
             list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
-        self._append(keys, values, counts, list_nos, seal, rotation_lengths(self._trained.rope, self._lists, counts, seq_len))
+        rotated = None
+        if self._rotates_by_length or seq_len is not None:
+            rotated = rotation_lengths(self._trained.rope, self._lists, counts, seq_len)
+        self._append(keys, values, counts, list_nos, seal, rotated)
 
     def add_preassigned(
         self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None,
@@ -365,10 +369,9 @@ class AsymmetricIndex:
             return form.attention(out, lse, return_lse, torch.zeros_like(lse) if return_error else None)
         if coarse_queries is None and not return_error:
             settings, session = self._settings(params), self._session_of(lists)
-            if not self._options.exceeded_by(settings):
+            if params is None or not self._options.exceeded_by(settings):
                 self._refuse_lists_to_come(session)
-                routing = session.routing_of(self._trained, self._prepared_router, x.shape[3])
-                out, lse, self._last = session.run(x, self._terms(settings), routing, self._trained.scale)
+                out, lse, self._last = session.run(x, self._trained, self._prepared_router, settings)
                 return form.attention(out, lse, return_lse)
             session.refuse_capture("a larger window or more sinks than the index has")
         return self._attend(x, self._select(x, params, coarse_queries), form, return_lse, return_error)
@@ -431,9 +434,9 @@ class AsymmetricIndex:
         lists, settings, queries = self.invlists, self._settings(params), x
         if coarse_queries is not None:
             queries = self._arguments.coarse_queries(coarse_queries, lists, x.shape)
-        session = self._session_of(lists)
-        routing = session.routing_of(self._trained, self._prepared_router, x.shape[3], coarse_queries is not None)
-        return extend_to_window(lists, session.select(queries, self._terms(settings), routing), settings)
+        layer = self._trained, self._prepared_router
+        selection = self._session_of(lists).select(queries, *layer, settings, coarse_queries is not None)
+        return extend_to_window(lists, selection, settings)
 
     def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
         """`_select` for every query on its own, see `SearchSession.select_each`."""
@@ -441,7 +444,7 @@ class AsymmetricIndex:
         settings, session = self._settings(params), self._session_of(self.invlists)
         if self._options.exceeded_by(settings) or self._backend.captures:
             return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(x.shape[3])])
-        return session.select_each(x, self._terms(settings), session.routing_of(self._trained, self._prepared_router, 1))
+        return session.select_each(x, self._trained, self._prepared_router, settings)
 
     def _attend(
         self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool, return_error: bool = False
@@ -781,15 +784,9 @@ class AsymmetricIndex:
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""
-        if self._trained.query_router is None:
+        if self._prepared_router is None:
             raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
-        return self._options.merged(params)
-
-    def _terms(self, params: SearchParametersIVF) -> Terms:
-        """What a plan for these parameters follows from."""
-        layer, target = self._trained, params.target_mass
-        unread = None if target is None else layer.unread_mass(target, self.device)
-        return params, layer.router, layer.budget_shares, unread, layer.sampling
+        return self._options.params if params is None else self._options.merged(params)
 
     @property
     def _assign_rows(self) -> AssignRows:

@@ -76,7 +76,7 @@ class Arguments:
         if plain:
             kind = queries.shape, queries.stride(), queries.dtype, queries.device, batch, any_number
         if plain and kind == self._accepted:  # a decode step is like the last: checking it again costs as much as choosing lists
-            x, form = queries.detach(), _PLAIN
+            x, form = queries.detach() if queries.requires_grad else queries, _PLAIN
         else:
             form = _PLAIN if plain else ArrayForm(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
             x = self.tensor(queries, "queries", "b hq q d", (batch, options.num_heads, None, options.d), checks.STORAGE_DTYPES)

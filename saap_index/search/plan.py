@@ -15,10 +15,20 @@ from ..errors import CompatibilityError, DeviceError
 from ..invlists.segmented import SegmentedInvertedLists
 from ..routing.router import QueryRouter
 from ..routing.sampling import CAP, EXPONENT, Sampling
+from ..routing.trained import TrainedLayer
 from .params import SearchParametersIVF
+
+Terms = tuple[SearchParametersIVF, QueryRouter, np.ndarray | None, Tensor | None, Sampling | None]
+"""What a plan follows from: parameters, router, budget shares, unread mass and sampling, as in `new_plan`. Kept by identity."""
 
 MOST_PLANS = 16
 """Sets of search parameters for which a plan is kept, beside those that a graph reads."""
+
+
+def terms_of(layer: TrainedLayer, params: SearchParametersIVF, device: torch.device) -> Terms:
+    """What a plan of this layer for these parameters follows from."""
+    unread = None if params.target_mass is None else layer.unread_mass(params.target_mass, device)
+    return params, layer.router, layer.budget_shares, unread, layer.sampling
 
 
 def new_plan(
