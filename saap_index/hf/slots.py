@@ -272,11 +272,11 @@ class SlotLayer(CacheLayerMixin):
     def _append(self, keys: Tensor, values: Tensor) -> None:
         """Append at the end in arrival order, with room for some more where the arena has to grow."""
         assert self.index is not None
-        n, layout = keys.shape[2], self.index.layout
-        self._due = self._due or layout.num_blocks(self.slots) != layout.num_blocks(self.slots - n)
+        n = keys.shape[2]
         if self.slots == n and self.room_tokens < n + ROOM_TOKENS:
             self.index.reserve_memory(n + max(ROOM_TOKENS, n // 8), batch=keys.shape[0])
         self.index.add(keys, values, seal=False)
+        self._due = self._due or self.index.invlists.due()
 
     def _length_of_rotation(self, position_ids: Tensor | None) -> int | None:
         """The length that the angles of the newest tokens belong to; None if they depend on none."""

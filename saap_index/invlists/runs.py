@@ -66,6 +66,17 @@ def merged_lists(
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 
 
+def joined_table(tables: Tensor, parts: Sequence[Segment]) -> Tensor:
+    """Offsets of neighbours sorted as one: int32 (h, l + 1), from those of each, int32 (h, s, l + 1)."""
+    starts = torch.tensor([start for start, _ in parts], dtype=tables.dtype, device="cpu").to(tables.device)
+    return (tables - starts[:, None]).sum(1, dtype=tables.dtype) + parts[0][0]
+
+
+def cut_table(table: Tensor, parts: Sequence[Segment]) -> Tensor:
+    """Offsets of each of some neighbours that are sorted as one, int32 (h, s, l + 1), from those of all, int32 (h, l + 1)."""
+    return torch.stack([table.clamp(low, high) for low, high in parts], 1)
+
+
 def rows_of(row_ids: Tensor, ids: np.ndarray) -> Tensor:
     """Rows of the tokens with these ids : int64 (n,), by KV head: int64 (h, n). row_ids : int (h, N). LengthError for others."""
     stored, order = row_ids.long().sort(dim=1)
