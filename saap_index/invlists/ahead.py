@@ -32,6 +32,10 @@ class Ahead(NamedTuple):
         """The same of a sequence of which ``length`` rows are left."""
         return None if length <= self.first else Ahead(self.first, self.lists[:, : length - self.first])
 
+    def behind(self, row: int) -> Ahead | None:
+        """The same without those before ``row``, which are sealed."""
+        return None if row >= self.stop else Ahead(row, self.lists[:, row - self.first :]) if row > self.first else self
+
     def followed_by(self, lists: Tensor) -> Ahead:
         return Ahead(self.first, torch.cat([self.lists, lists], 1))
 

@@ -66,10 +66,9 @@ def merged_lists(
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def joined_table(tables: Tensor, parts: Sequence[Segment]) -> Tensor:
+def joined_table(tables: Tensor) -> Tensor:
     """Offsets of neighbours sorted as one: int32 (h, l + 1), from those of each, int32 (h, s, l + 1)."""
-    starts = torch.tensor([start for start, _ in parts], dtype=tables.dtype, device="cpu").to(tables.device)
-    return (tables - starts[:, None]).sum(1, dtype=tables.dtype) + parts[0][0]
+    return (tables - tables[:, :, :1]).sum(1, dtype=tables.dtype) + tables[:, 0, :1]
 
 
 def cut_table(table: Tensor, parts: Sequence[Segment]) -> Tensor:

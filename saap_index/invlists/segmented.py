@@ -100,6 +100,8 @@ class SegmentedInvertedLists(StoredTokens):
         quantizer = None if self.backend.seals_batches or self.pending is not None else assign.by_position()
         if quantizer is not None and quantizer[0] is not None:
             sealed_at, stop = self.layout.next_seal(length)
+            if not self.segments[i]:  # a block more, which may be due a few tokens after the first ones
+                stop += self.layout.block
             ahead, start = self.ahead[i], self.sealed(i) or self.layout.sinks
             known = start if ahead is None else ahead.stop
             until = due_rows(length, sealed_at, known, stop)
@@ -167,9 +169,9 @@ class SegmentedInvertedLists(StoredTokens):
             self._merge(i, first, have, want.segments, assign)
         if want.merging is not None:
             self._merge_heads(i, have, want.segments, want.merging)
-        if have.segments[-1:] != want.segments[-1:]:
-            self.ahead[i] = None
         self._arrange(i, want)
+        ahead = self.ahead[i]
+        self.ahead[i] = None if ahead is None else ahead.behind(self.sealed(i))
 
     def _merge(self, i: int, first: int, have: Arrangement, want: Sequence[Segment], assign: Assign) -> None:
         """Make the segments of sequence i from number ``first`` on those of ``want``. Rows of a segment that stays do not move,
@@ -206,8 +208,7 @@ class SegmentedInvertedLists(StoredTokens):
         for s, old in partly:
             assert have.merging is not None
             done = have.merging.heads
-            before = self.tables[i, :done, old.start : old.stop]
-            tables[:done, s - first] = joined_table(before, have.segments[old.start : old.stop])
+            tables[:done, s - first] = joined_table(self.tables[i, :done, old.start : old.stop])
             self._sort(i, slice(done, None), have.segments[old.start : old.stop], old.start, tables[done:, s - first])
         self.tables[i, :, first : len(want)] = tables
         self.segments[i] = tuple(want)
@@ -245,8 +246,8 @@ class SegmentedInvertedLists(StoredTokens):
     def _assigned(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
         """List numbers of recent rows by the quantizer: int32 (h, n); of as many as are known already without asking it."""
         ahead, parts = self.ahead[i], []
-        if ahead is not None and ahead.first == start:
-            parts.append(ahead.lists[:, : stop - start])
+        if ahead is not None and ahead.first <= start < ahead.stop:
+            parts.append(ahead.lists[:, start - ahead.first : stop - ahead.first])
             start = min(stop, ahead.stop)
         if start < stop:
             parts.append(assign(i, start, stop))
