@@ -110,8 +110,8 @@ def run_means(keys: Array, values: Array, offsets: Ints) -> tuple[Array, Array]:
 def arrangement(
     length: int, sinks: int, window: int, block: int, max_segment: int, heads: int, merge_rows: int
 ) -> tuple[list[tuple[int, int]], tuple[int, int, int]]:
-    """The segments [start, stop) of a sequence of ``length`` tokens: a function of the length alone; and start, stop of those that
-    are being merged, and for how many KV heads they are one already, or three zeros.
+    """The segments [start, stop) of a sequence of ``length`` tokens, a function of the length alone; and start and stop of those
+    that are being merged, and for how many KV heads they are one already, or three zeros.
 
     Tokens leave the recent ones a block at a time. The merges that are due with a block are carried out one after the other, the
     short ones first, over the tokens up to the next block, each in a share of them that is its share of the rows; in it, heads
