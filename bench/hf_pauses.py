@@ -71,7 +71,8 @@ def main() -> None:
         now = work(cache)
         done.append([b - a for a, b in zip(before, now, strict=True)])
         before = now
-    print(f"SmolLM2-135M, {options.tokens} tokens and {options.steps} steps, selectivity {options.selectivity}, {THREADS} threads")
+    size = f"{options.tokens} tokens and {options.steps} steps"
+    print(f"SmolLM2-135M, {size}, selectivity {options.selectivity}, storage {options.storage}, {THREADS} threads")
     figures = {"clock": summary(wall), "thread": summary(thread)}
     for title, x in figures.items():
         print(

@@ -134,30 +134,29 @@ class SegmentedInvertedLists(StoredTokens):
         """`_seal_alone` of these sequences in one go, where the backend can; returns those that are left. final: it will not be
         taken back."""
         quantizer = assign.by_position() if self.backend.seals_batches and self.code is None else None
-        if quantizer is None:
-            return list(wanted)
-        changes = []
-        for i, want in wanted.items():
-            have = self.segments[i]
-            first = common_prefix(have, want.segments)
-            if first == len(want.segments):
-                continue
-            positions = self.positions(i, np.arange(max(self.sealed(i), want.segments[first][0]), want.segments[-1][1]))
-            means = self.layout.num_means(want.segments, self.nlist)
-            changes.append(SegmentChange(i, first, have, want.segments, positions, means))
-        if not changes:
-            return list(wanted)
-        self._room_for_segments(max(len(c.want) for c in changes))
-        steps = [] if final else self._undo.before_changes(self.arena, changes)
-        self._changed()
-        if not self.backend.seal_batch(self.arena, changes, *quantizer):
-            return list(wanted)
-        self._undo.note(*steps)  # not before: it says that it moves nothing if it fails
-        for c in changes:
-            self.rows_moved += self.heads * (c.want[-1][1] - c.want[c.first][0])
-            self._arrange(c.sequence, Arrangement(tuple(c.want)))
-            self.ahead[c.sequence] = None
-        return [i for i, want in wanted.items() if want != self.arrangement(i)]
+        while quantizer is not None and wanted:
+            changes = [self._change(i, want) for i, want in wanted.items()]
+            self._room_for_segments(max(len(c.want) for c in changes))
+            steps = [] if final else self._undo.before_changes(self.arena, changes)
+            self._changed()
+            if not self.backend.seal_batch(self.arena, changes, *quantizer):
+                break
+            self._undo.note(*steps)  # not before: it says that it moves nothing if it fails
+            for c in changes:
+                self.rows_moved += c.rows_moved(self.heads)
+                self.rows_assigned += self.heads * len(c.positions)
+                self._arrange(c.sequence, Arrangement(tuple(c.want), None if c.merging is None else Merging(*c.merging)))
+            wanted = {i: want for i, want in wanted.items() if want != self.arrangement(i)}
+        return list(wanted)
+
+    def _change(self, i: int, want: Arrangement) -> SegmentChange:
+        """The next change on the way of sequence i to an arrangement: to its segments, then to what of them is merged."""
+        have, segments = self.segments[i], want.segments
+        merging = want.merging if segments == have else None
+        first = common_prefix(have, segments) if merging is None else merging.first
+        positions = self.positions(i, np.arange(max(self.sealed(i), segments[first][0]), segments[-1][1]))
+        means = self.layout.num_means(segments, self.nlist)
+        return SegmentChange(i, first, have, segments, positions, means, self.merging[i], merging)
 
     def _seal_alone(self, i: int, want: Arrangement, assign: Assign) -> None:
         """Bring sequence i to an arrangement that follows its own, by the backend's single operations."""
