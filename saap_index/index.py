@@ -106,7 +106,7 @@ class AsymmetricIndex:
         self, d: int, nlist: int = 256, num_heads: int = 1, num_kv_heads: int | None = None, *, d_v: int | None = None,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", rope: Rope | None = None,
         selectivity: float | None = None, nprobe: int | None = None, max_codes: int = 0, window: int = 128, sinks: int = 4,
-        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 32768,
+        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 8192,
         target_mass: float | None = None, budget_shares: Any = None, mean_run_tokens: int = 0, tail: float = 0.0,
         storage: str | None = None, sampled_share: float | None = None, sample_exponent: float | None = None,
         sample_cap: float | None = None, backend: str | None = None,
@@ -262,6 +262,12 @@ class AsymmetricIndex:
         if self._lists is not None:
             self._make_lists(self._lists)
             self._lists.seal(self._assign_rows, last=True)
+
+    @within("_changing")
+    def rearrange(self) -> None:
+        """Bring tokens that lie as in another version of this library, as in a file of before, to where `add` puts them."""
+        if self._lists is not None:
+            self._lists.rearrange(self._assign_rows)
 
     def advance(self, n: int | Sequence[int] | None = None, *, seal: bool = True) -> None:
         """Take note of tokens that replays of a CUDA graph appended, and seal what is due (docs/gpu.md).

@@ -35,6 +35,7 @@ from . import scan as gpu_scan
 from . import seal as gpu_seal
 from . import select as gpu_select
 from .launch import Runtime
+from .seal_plan import Job, places, planned
 from .session import CudaSession, Knobs, refuse_sample, sent
 
 MOST_SORTED_LISTS = 32768
@@ -97,8 +98,8 @@ class CudaBackend(TorchBackend):
         arena = gpu_seal.Arena(keys[None], values[None], ids[None], tables[None])
         jobs, at = [], 0
         for slot, (start, stop) in enumerate(segments):
-            jobs.append(gpu_seal.Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
-            at += gpu_seal.places(stop - start)
+            jobs.append(Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
+            at += places(stop - start)
         numbers = sent(np.array(jobs, np.int32), self.device)
         least, most = gpu_seal.workspace_bytes(arena, jobs)
         workspace = torch.empty(max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
@@ -107,7 +108,7 @@ class CudaBackend(TorchBackend):
     def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
         if arena.tables.shape[3] > MOST_SORTED_LISTS:
             return False
-        plan = gpu_seal.planned(changes)
+        plan = planned(changes)
         if not plan.jobs:
             return True
         heads, rows = arena.keys.shape[1], gpu_seal.Arena(arena.keys, arena.values, arena.ids, arena.tables)
