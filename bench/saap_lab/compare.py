@@ -26,7 +26,7 @@ from saap_index.pipeline.texts import TokenSequence, digest, pack_sequences, rea
 from saap_index.routers import Routers, load_routers
 from saap_index.routing.rope import Rope
 
-from . import evaluate, linear, moa_profile, page, plots, report
+from . import evaluate, flags, linear, moa_profile, page, plots, report
 from .evaluate import Records, Settings
 from .flags import check_count, check_names, check_shares, names, numbers
 from .measures import exact_attention
@@ -227,7 +227,8 @@ def _facts(task: Task) -> list[str]:
         f"every method reads {s.sinks} first and {s.window} newest tokens; a budget is a share of those between, in bytes",
         f"queries: every {s.step}th of the last {s.span} tokens; decoded with these layers replaced: {s.decoded} tokens",
         f"weights that sequences share are charged to each of {task.batch} that are decoded at once",
-        f"bytes as if K and V were 16-bit; times are of this reference implementation on {torch.get_num_threads()} threads",
+        f"model in {str(task.model.dtype).removeprefix('torch.')} on {task.model.device}; bytes as if K and V were 16-bit",
+        f"times are of this reference implementation on {torch.get_num_threads()} threads",
     ]
 
 
@@ -285,7 +286,7 @@ def _looks(task: Task, rope: Rope | None, source: Methods, records: Records) -> 
     recent = max(m.observed for m in methods) + 1
     prompt = read_prompt(task.model, tokens, rope, torch.tensor([last], dtype=torch.int64, device="cpu"), recent=recent)
     slot = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
-    keys, values, queries = prompt.keys[slot], prompt.values[slot], prompt.queries[slot]
+    keys, values, queries = prompt.keys[slot], prompt.values[slot], prompt.queries[slot].float()
     exact = exact_attention(keys, values, queries.flatten(0, 1), prompt.positions, s.sinks, s.window)
     mass = _binned(exact.probabilities[:, :, 0].mean((0, 1)))
     sizes = _binned(torch.ones(len(tokens), dtype=torch.float64, device="cpu"))
@@ -302,8 +303,8 @@ def _looks(task: Task, rope: Rope | None, source: Methods, records: Records) -> 
 
 def _binned(values: Tensor) -> Tensor:
     """float64 (`LOOK_BINS`,): sums over the stretches of a text of (n,) tokens."""
-    bins = torch.arange(len(values), dtype=torch.int64, device="cpu") * LOOK_BINS // len(values)
-    return torch.zeros(LOOK_BINS, dtype=torch.float64, device="cpu").index_add(0, bins, values)
+    bins = torch.arange(len(values), dtype=torch.int64, device=values.device) * LOOK_BINS // len(values)
+    return torch.zeros(LOOK_BINS, dtype=torch.float64, device=values.device).index_add(0, bins, values).cpu()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -322,10 +323,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=BATCH, help="sequences that share the reading of weights (default %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("compare_results"), help="folder (default %(default)s)")
+    flags.add_computing(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare` raise."""
+    computing = flags.computing(options)
     layers = None if options.layers is None else numbers("layers", options.layers, int)
     shares, methods = numbers("budgets", options.budgets, float), names(options.methods)
     check_shares("budgets", shares)
@@ -336,17 +339,22 @@ def run(options: argparse.Namespace) -> int:
     routers = None if options.routers is None else load_routers(options.routers)
     span, window = min(Settings.span, options.length // 4), min(Settings.window, options.length // 8)
     settings = Settings(shares, layers, span, decoded=options.decoded, window=window, replaced=layers)
-    loaded = models.load_model(options.model, dtype="float32")
+    loaded = models.load_model(options.model, **computing)
     models.check_positions("length", loaded.model.config, options.length)
     documents = list(read_texts(options.text))
-    encode, flags = partial(models.encode, loaded.tokenizer), "--training, --sequences or --length"
-    sequences = pack_sequences(documents, encode, options.training + options.sequences, options.length, flags)
+    encode, asked = partial(models.encode, loaded.tokenizer), "--training, --sequences or --length"
+    sequences = pack_sequences(documents, encode, options.training + options.sequences, options.length, asked)
     needles = haystacks(filler(documents, options.length * 3), options.needles)  # a token has three characters at least
     task = Task(
-        loaded.model, loaded.tokenizer, loaded.name, sequences, options.training, methods, settings, needles,
-        batch=options.batch, routers=routers,
+        loaded.model, loaded.tokenizer, loaded.name + dtype_mark(loaded.model), sequences, options.training, methods, settings,
+        needles, batch=options.batch, routers=routers,
     )
     return finish(task, options.out)
+
+
+def dtype_mark(model: Any) -> str:
+    """What a title says of a model that does not compute in float32: its figures are others."""
+    return "" if model.dtype == torch.float32 else f" {str(model.dtype).removeprefix('torch.')}"
 
 
 def finish(task: Task, out: Path) -> int:

@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from saap_index.errors import LengthError, ParameterError
 from saap_index.hf import models, support
@@ -62,6 +59,7 @@ def router_task(
     Raises ParameterError and LengthError for what cannot be measured.
     """
     check_flags(methods, tasks, layers, depths)
+    methods.dtype = model.dtype
     indexed, layout = tuple(sorted(methods.routers.layers)), methods.layout
     least = layout.sinks + layout.window + 2 * max(2, continuation)
     for name, length in [("length", len(tokens)) for _, tokens in sequences] + [("needle-lengths", n) for n in lengths]:
@@ -136,12 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=int, default=32, help="positions per layer and sequence (default %(default)s)")
     parser.add_argument("--needle-lengths", help="tokens, as 2048,8192 (default: a quarter, a half and the whole of --length)")
     parser.add_argument("--depths", default="0.1,0.5,0.9", help="of passkeys, 0 first, 1 last (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the CPU (default %(default)s)")
+    flags.add_computing(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare.compare` raise."""
-    torch.set_num_threads(max(1, options.threads))
+    computing = flags.computing(options)
     folder = options.routers or demo_routers.newest()
     routers = load_routers(folder)
     if options.nlist is not None:
@@ -161,16 +159,16 @@ def run(options: argparse.Namespace) -> int:
         advised = ", ".join(map(str, routers.dense_layers))
         say(f"the routers advise to leave layers {advised} dense; here they are replaced like the others")
     if options.model is None:
-        model, tokenizer = demo_model.load()
+        model, tokenizer = demo_model.load(**computing)
     else:
-        loaded = models.load_model(options.model, dtype="float32")
+        loaded = models.load_model(options.model, **computing)
         model, tokenizer = loaded.model, loaded.tokenizer
     for name, tokens in (("length", options.length), *(("needle-lengths", length) for length in lengths)):
         models.check_positions(name, model.config, tokens)
     documents = list(read_texts(options.text) if options.text else demo_texts.unseen_texts())
     encode = partial(models.encode, tokenizer)
     sequences = pack_sequences(documents, encode, options.sequences, options.length, "--sequences or --length")
-    identity = f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}"
+    identity = f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}{compare.dtype_mark(model)}"
     task = router_task(
         model, tokenizer, identity + (f" {options.nlist}" if options.nlist else ""), methods, sequences, tasks=tasks,
         layers=layers, continuation=options.continuation, queries=options.queries, lengths=lengths, depths=depths,

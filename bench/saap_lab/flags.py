@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+
+from saap_index.checks import device as checked_device
 from saap_index.errors import ParameterError
+from saap_index.hf import models
+
+
+def add_computing(parser: argparse.ArgumentParser) -> None:
+    """--device, --dtype and --threads, as `saap train` and `saap generate` have them; float32 unless something else is said."""
+    parser.add_argument("--device", default="cpu", help="of the model and of what is measured (default %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("auto", *models.DTYPES), default="float32", help="of the model and its captures (default %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the CPU (default %(default)s)")
+
+
+def computing(options: argparse.Namespace) -> dict[str, str]:
+    """Set the threads, and return device and dtype as `load_model` takes them. DeviceError for a device that is not there."""
+    check_count("threads", options.threads, 1)
+    checked_device(options.device)
+    torch.set_num_threads(options.threads)
+    return {"device": options.device, "dtype": options.dtype}
 
 
 def numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:

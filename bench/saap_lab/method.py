@@ -1,6 +1,7 @@
 """The interface of an attention method under test: it is given a prompt's cache, then one token and its queries at a time.
 
-A method sees what an attention layer of the model sees while it decodes, no more: keys and values after RoPE, in order. Everyone
+A method sees what an attention layer of the model sees while it decodes, no more: keys and values after RoPE, in order, in the
+model's dtype and on its device. Queries and results are float32, and so is the arithmetic here. Everyone
 reads the first ``sinks`` tokens and the newest ``window`` tokens (the query's own among them); a budget is a share of the tokens
 between the two. Bytes are counted as if keys and values were stored in 16 bits, whatever the arithmetic here is.
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from saap_index.errors import ParameterError
 from saap_index.routing.rope import Rope
+
+_CPU = torch.device("cpu")
 
 ITEM_BYTES = 2
 """Bytes of a stored number."""
@@ -42,6 +45,10 @@ class Layer:
     """Factor of the logits."""
     rope: Rope | None
     """The model's rotation of queries and keys."""
+    device: torch.device = _CPU
+    """Where its keys and values are, and everything that is computed with them."""
+    dtype: torch.dtype = torch.float32
+    """Of the model, and of the keys and values that `State.append` is given."""
 
     @property
     def token_bytes(self) -> int:
@@ -68,7 +75,7 @@ class Attended:
 
 
 class State(ABC):
-    """The cache of one layer and one sequence under a method."""
+    """The cache of one layer and one sequence under a method. Every tensor it makes is on the device of the layer."""
 
     def observe(self, queries: Tensor, positions: Tensor) -> None:  # noqa: B027, most methods do not ask what was looked at
         """See queries of tokens appended already, whose attention was computed elsewhere: of a prompt, at most the last
@@ -76,7 +83,7 @@ class State(ABC):
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Take the next tokens: float32 (h, n, d) and (h, n, e)."""
+        """Take the next tokens: (h, n, d) and (h, n, e), in the layer's dtype, on its device. `Cache` keeps them as float32."""
 
     @abstractmethod
     def attend(self, queries: Tensor) -> Attended:
@@ -99,7 +106,7 @@ class Method(ABC):
         self, layer: Layer, keys: Sequence[Tensor], values: Sequence[Tensor], queries: Sequence[Tensor]
     ) -> None:
         """Learn what the method needs of a layer from training sequences: keys (h, n, d), values (h, n, e), queries (h, g, q, d)
-        of each, as in a `Prompt`. Called once per layer, before `start`."""
+        of each, float32. Called once per layer, before `start`."""
 
     @abstractmethod
     def start(self, layer: Layer, tokens: int) -> State:
@@ -111,8 +118,8 @@ class Cache:
 
     def __init__(self, layer: Layer, tokens: int) -> None:
         self.layer, self.length = layer, 0
-        self._keys = torch.empty((layer.heads, tokens, layer.d), dtype=torch.float32, device="cpu")
-        self._values = torch.empty((layer.heads, tokens, layer.e), dtype=torch.float32, device="cpu")
+        self._keys = torch.empty((layer.heads, tokens, layer.d), dtype=torch.float32, device=layer.device)
+        self._values = torch.empty((layer.heads, tokens, layer.e), dtype=torch.float32, device=layer.device)
 
     @property
     def keys(self) -> Tensor:

@@ -40,7 +40,7 @@ class LayerQuality:
 def exact_layer(prompt: Prompt, at: int, sinks: int = 4, window: int = 128) -> Exact:
     """Exact attention of the kept queries in layer number ``at`` of those of a prompt."""
     layer = prompt.layers[at]
-    queries = prompt.queries[at].flatten(0, 1) * (layer.scale * layer.d**0.5)  # the measure divides by the root of d
+    queries = prompt.queries[at].float().flatten(0, 1) * (layer.scale * layer.d**0.5)  # the measure divides by the root of d
     return exact_attention(prompt.keys[at], prompt.values[at], queries, prompt.positions, sinks, window)
 
 
@@ -64,9 +64,10 @@ def layer_quality(
         state.append(prompt.keys[at][:, :first], prompt.values[at][:, :first])
         prompt.show(state, at, first - method.observed, first)
     keys, values = prompt.keys[at][:, first:stop], prompt.values[at][:, first:stop]
-    steps = replay(state, keys, values, prompt.queries[at], prompt.positions - first, together, show if method.observed else None)
+    queries, at_steps = prompt.queries[at].float(), prompt.positions - first
+    steps = replay(state, keys, values, queries, at_steps, together, show if method.observed else None)
     captured = outside = 0.0
-    total = torch.zeros(layer.heads, dtype=torch.float64, device="cpu")
+    total = torch.zeros(layer.heads, dtype=torch.float64, device=layer.device)
     for j, (step, done) in enumerate(zip(steps, (prompt.positions + 1).tolist(), strict=True)):
         mass, far = exact.probabilities[:, :, j, :done], exact.outside[j, :done]
         outside += float(mass[:, :, far].sum())
@@ -81,7 +82,7 @@ def layer_quality(
     reads = torch.tensor(
         [[step.tokens, step.kv_bytes, step.other_bytes, step.shared_bytes] for step in steps], dtype=torch.float64, device="cpu"
     )
-    return LayerQuality(captured, outside, float(error), total / len(steps), *reads.mean(0).tolist())
+    return LayerQuality(captured, outside, float(error), (total / len(steps)).cpu(), *reads.mean(0).tolist())
 
 
 @dataclass(frozen=True)

@@ -41,22 +41,21 @@ class Prompt:
     """float32 (k, vocabulary), of the last k tokens"""
     layers: tuple[Layer, ...]
     keys: tuple[Tensor, ...]
-    """float32 (h, n, d)"""
+    """(h, n, d), in the model's dtype and on its device, as the others"""
     values: tuple[Tensor, ...]
-    """float32 (h, n, e)"""
+    """(h, n, e)"""
     queries: tuple[Tensor, ...]
-    """float32 (h, g, q, d)"""
+    """(h, g, q, d)"""
     recent: tuple[Tensor, ...]
-    """float32 (h, g, r, d), queries of the last r tokens, for methods that go by what was looked at"""
+    """(h, g, r, d), queries of the last r tokens, for methods that go by what was looked at"""
 
     def show(self, state: State, at: int, first: int, stop: int) -> None:
         """Let the state of layer number ``at`` of this prompt observe the queries of tokens [first, stop), as far as kept."""
         start = len(self.tokens) - self.recent[at].shape[2]
         first = max(first, start)
         if first < stop:
-            state.observe(
-                self.recent[at][:, :, first - start : stop - start], torch.arange(first, stop, dtype=torch.int64, device="cpu")
-            )
+            seen = self.recent[at][:, :, first - start : stop - start].float()
+            state.observe(seen, torch.arange(first, stop, dtype=torch.int64, device=seen.device))
 
 
 @dataclass
@@ -111,7 +110,7 @@ def read_prompt(
 
         layer = _layer(module, query, key, value, options, rope)
         kept, last = (query[0][:, x].unflatten(0, (layer.heads, layer.group)) for x in (positions, slice(first, n)))
-        keep = [x.float().cpu().clone() for x in (key[0], value[0], kept, last)]
+        keep = [x.clone() for x in (key[0], value[0], kept, last)]
         rows.append((layer, keep[0], keep[1], keep[2], keep[3]))
         out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
         return out
@@ -136,7 +135,8 @@ class Untouched:
     def attend(self, queries: Tensor, window: int | None) -> Tensor:
         """The newest q tokens' queries (h, g, q, d) -> (h, g, q, e); window : of the layer, None for the whole context."""
         n, q = self.cache.length, queries.shape[2]
-        age = torch.arange(n - q, n, dtype=torch.int64, device="cpu")[:, None] - torch.arange(n, dtype=torch.int64, device="cpu")
+        place = torch.arange(n, dtype=torch.int64, device=queries.device)
+        age = place[n - q :, None] - place
         seen = (age >= 0) & (age < (n if window is None else window))
         logits = queries @ self.cache.keys[:, None].transpose(2, 3) * self.cache.layer.scale
         return logits.masked_fill(~seen, -torch.inf).softmax(-1) @ self.cache.values[:, None]
@@ -177,8 +177,8 @@ def decode(
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
         layer = _layer(module, query, key, value, options, None)
         state = next(order)
-        keys, values, queries = (x[0].float().cpu() for x in (key, value, query))
-        queries = queries.view(layer.heads, layer.group, count, layer.d)
+        keys, values, queries = key[0], value[0], query[0].float()
+        queries = queries.reshape(layer.heads, layer.group, count, layer.d)
         if isinstance(state, Untouched):
             state.append(keys, values)
             out = state.attend(queries, options.get("sliding_window"))
@@ -214,7 +214,8 @@ def generate(model: Any, states: Sequence[State | Untouched], tokens: Sequence[i
 def _layer(module: Any, query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any], rope: Rope | None) -> Layer:
     heads, d, e = key.shape[1], key.shape[3], value.shape[3]
     scale = options.get("scaling")
-    return Layer(module.layer_idx, heads, query.shape[1] // heads, d, e, d**-0.5 if scale is None else float(scale), rope)
+    factor = d**-0.5 if scale is None else float(scale)
+    return Layer(module.layer_idx, heads, query.shape[1] // heads, d, e, factor, rope, key.device, key.dtype)
 
 
 @contextmanager

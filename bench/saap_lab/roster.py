@@ -165,7 +165,7 @@ class Roster:
                 state.append(prompt.keys[slot][:, done : position + 1], prompt.values[slot][:, done : position + 1])
                 prompt.show(state, slot, max(done, position - method.observed), position)
                 done = position + 1
-                step = state.answer(query)
+                step = state.answer(query.float())
                 sizes.append([step.kv_bytes, step.other_bytes, step.shared_bytes / self.batch])
         parts = [sum(x) / len(sizes) for x in zip(*sizes, strict=True)]
         kv_bytes, other, weights = (x / 1e3 for x in parts)
@@ -237,7 +237,7 @@ class Roster:
 
     def _calibrate(self, method: Method) -> Method:
         for slot in self._every():
-            training = ([getattr(p, part)[slot] for p in self.prompts] for part in ("keys", "values", "queries"))
+            training = ([getattr(p, part)[slot].float() for p in self.prompts] for part in ("keys", "values", "queries"))
             method.calibrate(self.prompts[0].layers[slot], *training)
         return method
 

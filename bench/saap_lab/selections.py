@@ -56,7 +56,7 @@ def recent(keys: Tensor, queries: Tensor, position: int, budget: int, *, sinks: 
         bool (h, n), True for the tokens chosen.
     """
     first, last = _checked(keys, queries, position, budget, sinks, window)
-    scores = torch.zeros(keys.shape[0], last - first, dtype=torch.float32, device="cpu")
+    scores = torch.zeros(keys.shape[0], last - first, dtype=torch.float32, device=keys.device)
     return _newest_first(scores, first, keys.shape[1], budget)
 
 
@@ -74,7 +74,7 @@ def uniform(
     first, last = _checked(keys, queries, position, budget, sinks, window)
     generator = torch.Generator().manual_seed(seed * keys.shape[1] + position)
     scores = torch.rand(keys.shape[0], last - first, generator=generator, dtype=torch.float32, device="cpu")
-    return _newest_first(scores, first, keys.shape[1], budget)
+    return _newest_first(scores.to(keys.device), first, keys.shape[1], budget)
 
 
 def topk_group(keys: Tensor, queries: Tensor, position: int, budget: int, *, sinks: int = SINKS, window: int = WINDOW) -> Tensor:
@@ -109,10 +109,10 @@ def quest(
     first, last = _checked(keys, queries, position, budget, sinks, window)
     heads, tokens, dims = keys.shape
     if first == last:
-        return torch.zeros(heads, tokens, dtype=torch.bool, device="cpu")
+        return torch.zeros(heads, tokens, dtype=torch.bool, device=keys.device)
     pages = -(-(last - first) // page_tokens)
     # Repeating the last key fills the last page without moving its bounds.
-    rows = torch.arange(first, first + pages * page_tokens, dtype=torch.int64, device="cpu").clamp(max=last - 1)
+    rows = torch.arange(first, first + pages * page_tokens, dtype=torch.int64, device=keys.device).clamp(max=last - 1)
     paged = keys[:, rows].view(heads, pages, page_tokens, dims)
     low, high = paged.amin(2), paged.amax(2)
     grouped = _grouped(keys, queries)
@@ -146,7 +146,7 @@ def ivf(
     # Ranks rather than scores: two lists of one score are still read one after the other.
     order = wanted.argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], dtype=torch.int64, device="cpu").expand_as(order)
+        1, order, torch.arange(order.shape[1], dtype=torch.int64, device=order.device).expand_as(order)
     )
     return _newest_first(-ranks.gather(1, assignment[:, first:last]), first, keys.shape[1], budget)
 
@@ -170,14 +170,14 @@ def cluster(keys: Tensor, lists: int = LISTS, iterations: int = ITERATIONS, seed
     except ImportError as error:
         raise MissingDependencyError("the ivf baseline needs FAISS; install with: pip install faiss-cpu") from error
     centroids, assignment = [], []
-    for rows in keys.contiguous().numpy():
+    for rows in keys.float().contiguous().cpu().numpy():
         kmeans: Any = faiss.Kmeans(
             rows.shape[1], min(lists, rows.shape[0]), niter=iterations, seed=seed, min_points_per_centroid=1, verbose=False
         )
         kmeans.train(rows)
         centroids.append(torch.from_numpy(kmeans.centroids))
         assignment.append(torch.from_numpy(kmeans.index.search(rows, 1)[1][:, 0]))
-    return torch.stack(centroids), torch.stack(assignment)
+    return torch.stack(centroids).to(keys.device), torch.stack(assignment).to(keys.device)
 
 
 SELECTIONS: dict[str, Callable[..., Tensor]] = {
@@ -239,7 +239,7 @@ def _unit_ranks(scores: Tensor, unit: int) -> Tensor:
     heads, count = scores.shape
     order = scores[:, ::unit].argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], dtype=torch.int64, device="cpu").expand_as(order)
+        1, order, torch.arange(order.shape[1], dtype=torch.int64, device=order.device).expand_as(order)
     )
     return -ranks.repeat_interleave(unit, dim=1)[:, :count].view(heads, count)
 
@@ -251,6 +251,6 @@ def _newest_first(scores: Tensor, first: int, tokens: int, budget: int) -> Tenso
     Returns bool (h, tokens).
     """
     heads, count = scores.shape
-    chosen = torch.zeros(heads, tokens, dtype=torch.bool, device="cpu")
+    chosen = torch.zeros(heads, tokens, dtype=torch.bool, device=scores.device)
     order = scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :budget]
     return chosen.scatter_(1, first + count - 1 - order, True)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from saap_index.errors import ParameterError
 from saap_index.invlists.layout import Layout
 from saap_index.routers import Routers
@@ -58,6 +60,8 @@ class TrainedMethods:
         self.routers, self.names, self.budgets, self.masses = routers, names, budgets, masses
         self.layout: Layout = routers.index(min(routers.layers), break_even=0).layout
         self.missing: dict[tuple[str, float], str] = {}
+        self.dtype = torch.float32
+        """Of the model, and so of the indexes; set before methods are asked for."""
         self._indexes: dict[str, Any] = {}
         self._clusters = Clusters()
         self._methods: dict[tuple[float, int], list[Method]] = {}
@@ -95,7 +99,7 @@ class TrainedMethods:
 
     def _saap(self, kind: str, name: str, share: float | None, params: SearchParametersIVF | None) -> Saap:
         if kind not in self._indexes:
-            options = {"break_even": 0, **INDEX_OPTIONS[kind]}  # a short text is no excuse here
+            options = {"break_even": 0, "dtype": self.dtype, **INDEX_OPTIONS[kind]}  # a short text is no excuse here
             self._indexes[kind] = {n: self.routers.index(n, **options) for n in self.routers.layers}, Prefilled()
         indexes, prefilled = self._indexes[kind]
         return Saap(name, indexes, share, params, prefilled)

@@ -31,7 +31,7 @@ class _DenseState(State):
 
     def attend(self, queries: Tensor) -> Attended:
         n, layer = self.cache.length, self.cache.layer
-        chosen = torch.ones((layer.heads, n), dtype=torch.bool, device="cpu")
+        chosen = torch.ones((layer.heads, n), dtype=torch.bool, device=queries.device)
         return Attended(attend_over(self.cache, queries, None), n, layer.heads * n * layer.token_bytes, chosen=chosen)
 
 
@@ -59,7 +59,7 @@ class _TopKState(_DenseState):
         cache, layer, m = self.cache, self.cache.layer, self.method
         first, last = _between(cache.length, m.sinks, m.window)
         logits = queries @ cache.keys.transpose(1, 2)
-        chosen = torch.ones((layer.heads, layer.group, cache.length), dtype=torch.bool, device="cpu")
+        chosen = torch.ones((layer.heads, layer.group, cache.length), dtype=torch.bool, device=queries.device)
         chosen[:, :, first:last] = False
         best = logits[:, :, first:last].topk(budget_tokens(m.share, cache.length, m.sinks, m.window), dim=-1).indices
         chosen.scatter_(2, best + first, True)
@@ -114,7 +114,7 @@ class _SelectedState(_DenseState):
             self.lists = self.method.clusters.of(self.cache.layer.number, keys)
             return
         centroids, assigned = self.lists
-        nearest = (keys @ centroids.transpose(1, 2) - 0.5 * centroids.square().sum(-1)[:, None]).argmax(-1)
+        nearest = (keys.float() @ centroids.transpose(1, 2) - 0.5 * centroids.square().sum(-1)[:, None]).argmax(-1)
         self.lists = centroids, torch.cat([assigned, nearest], 1)
 
     def attend(self, queries: Tensor) -> Attended:

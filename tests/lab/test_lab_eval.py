@@ -274,8 +274,12 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
     assert "late layers" in out and "passkey 300" in out and "min left]" in err
     depth = model.config.num_hidden_layers
     assert f"0: saap at 20.0% in {len(routers.layers)} of {depth} layers  [" in err and "every layer" not in err
-    less = [*given[: given.index("--needle-lengths")], "--methods", "saap", "--out", str(tmp_path / "less"), "--layers", "1"]
+    less = [*given[: given.index("--needle-lengths")], "--methods", "saap,dense", "--out", str(tmp_path / "less")]
+    less += ["--layers", "1", "--dtype", "bfloat16", "--device", "cpu"]
     assert cli.main([*less, "--tasks", "layers,end", "--length", "200"]) == 0, "lengths of needles that are not asked for"
+    rows = json.loads((tmp_path / "less" / "records.json").read_text())
+    assert rows["task"]["identity"].endswith(" bfloat16"), "not mixed with figures of float32"
+    assert 1e-9 < rows["text/0/dense/1.0"]["kl"] < 1e-2 and 1e-9 < rows["layer/0/1/dense/1.0"]["error"] < 1e-2
     capsys.readouterr()
     assert cli.main([*given, "--layers", "one"]) == 1 and "layers: expected numbers" in capsys.readouterr().err
     assert cli.main([*given, "--sequences", "9"]) == 1 and "texts: expected 9 sequences" in (err := capsys.readouterr().err)
@@ -290,6 +294,7 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
     (["--target-mass", "90"], "target-mass: expected"), (["--sequences", "0"], "sequences: expected 1 or more, got 0"),
     (["--sequences", "-1", "--tasks", "needles"], "sequences: expected 0 or more"), (["--length", "0"], "length: expected 1"),
     (["--continuation", "1"], "continuation: expected 2 or more"), (["--queries", "0"], "queries: expected 1 or more"),
+    (["--device", "nowhere"], "device: expected"), (["--threads", "0"], "threads: expected 1 or more"),
 ])
 def test_what_cannot_be_is_said_before_anything_is_read(
     routers: Routers, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any, more: list[str], message: str
@@ -310,6 +315,25 @@ def test_more_tokens_than_positions_are_refused(model: Any, routers: Routers, tm
     task = dataclasses.replace(make_task(model, routers), sequences=[("x", [5] * (limit + 1))])
     with pytest.raises(LengthError, match=f"length: expected at most {limit} tokens, .* got {limit + 1}"):
         compare(task, tmp_path)
+
+
+def test_the_model_is_loaded_as_the_flags_say(routers: Routers, tmp_path: Path, monkeypatch: Any) -> None:
+    save_routers(routers, tmp_path / "routers")
+    asked: list[dict[str, str]] = []
+
+    def load(*path: object, **options: str) -> None:
+        asked.append(options)
+        raise LengthError("enough")
+
+    computing = ["--device", "elsewhere:3", "--dtype", "bfloat16"]
+    for name in ("models.load_model", "demo_model.load"):
+        monkeypatch.setattr(f"saap_lab.eval_command.{name}", load)
+    monkeypatch.setattr("saap_lab.flags.checked_device", lambda name: asked.append({"checked": name}))
+    both = ["--routers", str(tmp_path / "routers"), *computing]
+    for arguments in (["eval", "--model", "m", *both], ["eval", *both], ["compare", "--model", "m", "--text", "t", *computing]):
+        assert cli.main(arguments) == 1
+        assert asked == [{"checked": "elsewhere:3"}, {"device": "elsewhere:3", "dtype": "bfloat16"}]
+        asked.clear()
 
 
 def test_the_documented_commands_can_be_given() -> None:
