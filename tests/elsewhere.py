@@ -1,8 +1,8 @@
 """A device that is not there, with numbers on it: tensors that say they are on ``DEVICE`` and compute on the CPU.
 
-Within `Elsewhere()` torch refuses what it refuses on a real accelerator, products and sums of tensors here and there, so that code
-can be tested for the device of everything it makes. As there, a single number of the CPU may take part, and a tensor may be indexed
-by one of the CPU. The device is torch's "meta", the one besides the CPU that every build of torch has.
+Within `Elsewhere()` torch refuses what it refuses on a real accelerator, products and sums of tensors here and there, so that
+code can be tested for the device of everything it makes. As there, a single number of the CPU may take part, and a tensor may be
+indexed by one of the CPU. The device is torch's "meta", the one besides the CPU that every build of torch has.
 """
 
 from __future__ import annotations

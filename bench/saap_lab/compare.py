@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ from .evaluate import Records, Settings
 from .flags import check_count, check_names, check_shares, names, numbers
 from .measures import exact_attention
 from .method import Method
-from .needles import Haystack, haystacks
+from .needles import Haystack, Question, haystacks
 from .replace import Prompt, read_prompt
 from .roster import BATCH, KINDS, Build, Roster
 from .trained import TrainedMethods
@@ -75,6 +75,8 @@ class Task:
     profile_tokens: int = PROFILE_TOKENS
     """Of a training sequence that MoA's profile looks at."""
     reports: Sequence[str] = PAGE
+    questions: Mapping[str, Question] = field(default_factory=dict)
+    """Of RULER's kinds, by name."""
 
     @property
     def measured(self) -> Sequence[TokenSequence]:
@@ -161,6 +163,7 @@ def _check_same(task: Task, records: Records) -> None:
     for haystack in task.needles:
         for name, needle in haystack.needles.items():
             expected[f"asked/{name}"] = hashlib.sha256(needle.prompt.encode()).hexdigest()[:16]
+    expected |= {f"asked/{name}": question.digest() for name, question in task.questions.items()}
     for key, value in expected.items():
         if records.rows.get(key, value) != value:
             raise ParameterError(
@@ -181,17 +184,24 @@ def _measure(task: Task, rope: Rope | None, methods: Methods, records: Records, 
         evaluate.evaluate_needles(
             task.model, task.tokenizer, rope, haystack.needles, methods_at, shares, records, clock.step, settings.replaced
         )
+    for name, question in task.questions.items():
+        methods_at = partial(methods.at, length=question.length)
+        evaluate.evaluate_question(
+            task.model, task.tokenizer, rope, name, question, methods_at, shares, records, clock.step, settings.replaced
+        )
 
 
 class _Clock:
     """Lines of progress with the time that is left, if every step takes what the steps of this run took."""
 
     def __init__(self, task: Task, methods: Methods, progress: Progress) -> None:
-        s, length = task.settings, max((len(tokens) for _, tokens in task.sequences), default=0)
+        lengths = [len(tokens) for _, tokens in task.sequences] + [q.length for q in task.questions.values()]
+        s, length = task.settings, max(lengths, default=0)
         decodes = sum(len(methods.at(share, length)) for share in s.decode_shares or s.shares)
         layers = task.model.config.num_hidden_layers if s.layers is None else len(s.layers)
         self.per_sequence = (1 + layers + (decodes if s.decoded else 0)) if layers or s.decoded else 0
-        self.total = len(task.measured) * self.per_sequence + decodes * sum(len(x.needles) for x in task.needles)
+        asked = sum(len(x.needles) for x in task.needles) + len(task.questions)
+        self.total = len(task.measured) * self.per_sequence + decodes * asked
         self.place, self.steps, self.began, self.progress = 0, 0, time.monotonic(), progress
 
     def step(self, line: str) -> None:

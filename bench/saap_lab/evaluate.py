@@ -20,9 +20,9 @@ from saap_index import files
 from saap_index.errors import FormatError, ParameterError
 from saap_index.routing.rope import Rope
 
-from . import quality
+from . import quality, ruler
 from .method import Method
-from .needles import Needle
+from .needles import Needle, Question
 from .replace import Prompt, decode, generate, read_prompt, start, starting
 
 ANSWER_TOKENS = 10
@@ -180,6 +180,41 @@ def evaluate_needles(
             records.once(f"needle/{name}/{method.name}/{share}", ask)
             progress(f"needle {name}: {method.name} at {share:.1%}")
     records.flush()
+
+
+def evaluate_question(
+    model: Any, tokenizer: Any, rope: Rope | None, name: str, question: Question, methods_at: MethodsAt, shares: Iterable[float],
+    records: Records, progress: Callable[[str], None] = lambda line: None, replaced: tuple[int, ...] | None = None,
+) -> None:
+    """Ask one question of RULER's kind; keys ``ruler/<name>/<method>/<share>``, the answer and its score in [0, 1]."""
+    wanted = [(method, share) for share in shares for method in methods_at(share)]
+    if {f"ruler/{name}/{m.name}/{share}" for m, share in wanted} <= records.rows.keys():
+        return
+    document, asked = list(question.document), list(question.question)
+    prompt = read_prompt(model, document, rope, recent=max(m.observed for m, _ in wanted))
+    ends = _ends(model)
+
+    def done(tokens: list[int]) -> bool:
+        """No later token can change the score."""
+        return tokens[-1] in ends or ruler.score(tokenizer.decode(tokens), question.answers) == 1
+
+    def ask(method: Method) -> dict[str, Any]:
+        room = len(asked) + question.answer_tokens
+        states = start(_methods(prompt, method, replaced), prompt, len(document), room)
+        answer = tokenizer.decode(generate(model, states, asked, len(document), question.answer_tokens, done))
+        return {"answer": answer, "score": ruler.score(answer, question.answers), "tokens": len(document) + len(asked)}
+
+    for method, share in wanted:
+        records.once(f"ruler/{name}/{method.name}/{share}", partial(ask, method))
+        progress(f"ruler {name}: {method.name} at {share:.1%}")
+
+
+def _ends(model: Any) -> set[int]:
+    """Tokens that end an answer, by the model's own settings."""
+    settings = getattr(model, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    ends = model.config.eos_token_id if ends is None else ends
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 def _methods(prompt: Prompt, method: Method, replaced: tuple[int, ...] | None) -> Mapping[int, Method]:

@@ -201,11 +201,15 @@ def decode(
     return logits, traffic.mean()
 
 
-def generate(model: Any, states: Sequence[State | Untouched], tokens: Sequence[int], position: int, count: int) -> list[int]:
-    """Feed tokens as `decode` does, then continue greedily: the ``count`` tokens that follow."""
+def generate(
+    model: Any, states: Sequence[State | Untouched], tokens: Sequence[int], position: int, count: int,
+    done: Callable[[list[int]], bool] = lambda answer: False,
+) -> list[int]:
+    """Feed tokens as `decode` does, then continue greedily: the ``count`` tokens that follow, or fewer when ``done`` says of
+    those there are that no more are wanted."""
     logits, _ = decode(model, states, tokens, position)
     answer = [int(logits[-1].argmax())]
-    while len(answer) < count:
+    while len(answer) < count and not done(answer):
         logits, _ = decode(model, states, answer[-1:], position + len(tokens) + len(answer) - 1)
         answer.append(int(logits[-1].argmax()))
     return answer

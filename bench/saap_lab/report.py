@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import ruler
 from .quality import spread
 
 Records = Mapping[str, Any]
@@ -118,6 +119,28 @@ def needle_cells(records: Records) -> dict[tuple[str, float], dict[tuple[str, in
     return cells
 
 
+def ruler_rows(records: Records) -> dict[tuple[str, float], dict[tuple[str, int], tuple[float, int]]]:
+    """By method and share: (task, length) -> mean score in percent, and samples."""
+    scores: dict[tuple[str, float], dict[tuple[str, int], list[float]]] = {}
+    for key, record in records.items():
+        if key.startswith("ruler/"):
+            _, name, method, share = key.split("/")
+            task, length, _ = name.split(".")
+            scores.setdefault((method, float(share)), {}).setdefault((task, int(length)), []).append(record["score"])
+    order = sorted(scores, key=lambda key: (key[0] != "dense", key[1], rank(key[0]), key[0]))
+    return {key: {cell: (100 * sum(x) / len(x), len(x)) for cell, x in scores[key].items()} for key in order}
+
+
+def ruler_averages(records: Records) -> dict[tuple[str, float], dict[int, float]]:
+    """By method and share: length -> mean of the tasks' scores, percent."""
+    averages: dict[tuple[str, float], dict[int, float]] = {}
+    for key, cells in ruler_rows(records).items():
+        for length in sorted({n for _, n in cells}):
+            each = [mean for (_, n), (mean, _) in cells.items() if n == length]
+            averages.setdefault(key, {})[length] = sum(each) / len(each)
+    return averages
+
+
 def masses(records: Records) -> dict[str, dict[str, float]]:
     """Per target: mean of all attention that was read (sinks and window included), the share of KV heads whose mean over texts
     reaches the target, the worst head, and tokens read."""
@@ -187,7 +210,7 @@ def as_text(records: Records, depth: int, each_layer: bool = False) -> str:
     lines += _needle_counts(needle_rows(records))
     if each_layer:
         lines += _each_layer_tables(by_layer(records))
-    lines += [*_mass_table(masses(records)), *_needle_table(needle_cells(records))]
+    lines += [*_mass_table(masses(records)), *_needle_table(needle_cells(records)), *_ruler_tables(records)]
     return "\n".join(lines) + "\n"
 
 
@@ -288,6 +311,24 @@ def _needle_table(cells: Mapping[tuple[str, float], Mapping[tuple[str, int, floa
     return lines
 
 
+def _ruler_tables(records: Records) -> list[str]:
+    """A table for each length, a column for each task in RULER's order."""
+    rows, averages, lines = ruler_rows(records), ruler_averages(records), list[str]()
+    for length in sorted({n for cells in rows.values() for _, n in cells}):
+        tasks = [task for task in ruler.KINDS if any((task, length) in cells for cells in rows.values())]
+        counts = sorted({count for cells in rows.values() for (_, n), (_, count) in cells.items() if n == length})
+        samples = "-".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " sample" + "s" * (counts[-1] > 1)
+        lines += [
+            "", f"RULER's tasks at {length} tokens, {samples} each: % of the answers' strings that occur",
+            f"{'share':>6} {'method':<14}" + "".join(f"{ruler.KINDS[task].short:>6}" for task in tasks) + f"{'mean':>7}",
+        ]
+        for (method, share), cells in rows.items():
+            if length in averages[method, share]:
+                scores = (f"{cells[task, length][0]:6.0f}" if (task, length) in cells else f"{'-':>6}" for task in tasks)
+                lines.append(f"{share:6.1%} {method:<14}" + "".join(scores) + f"{averages[method, share][length]:7.1f}")
+    return lines
+
+
 def summary(records: Records, depth: int) -> dict[str, Any]:
     """Everything in the tables as plain data; what is not a number is None."""
     late = late_layers(depth)
@@ -301,6 +342,11 @@ def summary(records: Records, depth: int) -> dict[str, Any]:
             {"method": method, "share": share, "kind": kind, "length": length, "depth": place, "right": right}
             for (method, share), cells in sorted(needle_cells(records).items())
             for (kind, length, place), right in sorted(cells.items())
+        ],
+        "ruler": [
+            {"method": method, "share": share, "task": task, "length": length, "score": mean, "samples": count}
+            for (method, share), cells in ruler_rows(records).items()
+            for (task, length), (mean, count) in sorted(cells.items())
         ],
     }
     plain: dict[str, Any] = _plain(content)

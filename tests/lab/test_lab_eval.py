@@ -224,7 +224,7 @@ def test_what_cannot_be_measured_is_named(model: Any, routers: Routers, tmp_path
         ({"methods": ("best",)}, ParameterError, "methods"), ({"methods": ("published",)}, ParameterError, "router mlp"),
         ({"tasks": ("all",)}, ParameterError, "tasks"), ({"budgets": (1.5,)}, ParameterError, "budgets"),
         ({"layers": (7,)}, ParameterError, "layers"), ({"continuation": 1}, ParameterError, "continuation"),
-        ({"continuation": 300}, LengthError, "length"), ({"lengths": (40,)}, LengthError, "needle-lengths"),
+        ({"continuation": 300}, LengthError, "length"), ({"lengths": (40,)}, LengthError, "lengths"),
         ({"model": tiny("llama")}, CompatibilityError, "num_hidden_layers"), ({"filler": "x"}, ParameterError, "filler"),
     ):
         with pytest.raises(error, match=name):
@@ -310,7 +310,7 @@ def test_more_tokens_than_positions_are_refused(model: Any, routers: Routers, tm
     limit = model.config.max_position_embeddings
     with pytest.raises(LengthError, match=f"length: expected at most {limit} tokens, .* got {limit + 1}"):
         make_task(model, routers, sequences=[("x", [5] * (limit + 1))], filler="x")
-    with pytest.raises(LengthError, match="needle-lengths: expected at most"):
+    with pytest.raises(LengthError, match="lengths: expected at most"):
         make_task(model, routers, sequences=[("x", [5] * 2000)], lengths=(limit + 1,), filler="x")
     task = dataclasses.replace(make_task(model, routers), sequences=[("x", [5] * (limit + 1))])
     with pytest.raises(LengthError, match=f"length: expected at most {limit} tokens, .* got {limit + 1}"):
