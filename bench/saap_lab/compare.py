@@ -32,6 +32,7 @@ from .flags import check_count, check_names, check_shares, names, numbers
 from .measures import exact_attention
 from .method import Method
 from .needles import Haystack, Question, haystacks
+from .own import builder, check_method, load_methods
 from .replace import Prompt, read_prompt
 from .roster import BATCH, KINDS, Build, Roster
 from .trained import TrainedMethods
@@ -104,11 +105,14 @@ def compare(task: Task, out: Path, progress: Progress = lambda line: None) -> Re
     CompatibilityError for routers of another model.
     """
     check(task)
+    rope = Rope.from_config(task.model.config, layer=min(task.trained.routers.layers) if task.trained else None)
+    _try_own(task, rope)
     files.make_folder(out)
     records = Records(out / "records.json")
     _check_same(task, records)
-    rope = Rope.from_config(task.model.config, layer=min(task.trained.routers.layers) if task.trained else None)
     methods: Methods = task.trained or _roster(task, rope, records, out, progress)
+    if task.trained and task.training:
+        task.trained.prompts = _training_prompts(task, rope, progress)
     try:
         _measure(task, rope, methods, records, progress)
         if "page" in task.reports:
@@ -250,16 +254,31 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
     layers = list(range(depth)) if every else sorted({*(s.layers or ()), *(s.replaced or ())})
     if not layers or not 0 <= layers[0] <= layers[-1] < depth:
         raise ParameterError(f"layers: expected numbers in [0, {depth}), got {layers}")
-    prompts: list[Prompt] = []
-    for number, (_, tokens) in enumerate(task.sequences[: task.training]):
-        positions = _training_positions(len(tokens), number)
-        recent = s.window + len(tokens) - int(positions[-8:].min())
-        prompts.append(read_prompt(task.model, tokens, rope, positions, recent=recent))
-        progress(f"training sequence {number + 1} of {task.training} read")
+    prompts = _training_prompts(task, rope, progress)
     profile = _profile(task, records, progress) if "moa" in task.methods else None
     return Roster(
         task.methods, prompts, s, layers, out / "indexes", task.own, profile, task.batch, task.routers, records.once, progress
     )
+
+
+def _try_own(task: Task, rope: Rope | None) -> None:
+    """A user's methods on a layer as the model has them, before anything long starts."""
+    own = task.trained.own_builds() if task.trained else task.own
+    if own:
+        some = task.sequences[0][1] if task.sequences else next(iter(task.questions.values())).document
+        layer = read_prompt(task.model, list(some[:4]), rope).layers[0]
+        for name, build in own.items():
+            check_method(name, build, layer)
+
+
+def _training_prompts(task: Task, rope: Rope | None, progress: Progress) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for number, (_, tokens) in enumerate(task.sequences[: task.training]):
+        positions = _training_positions(len(tokens), number)
+        recent = task.settings.window + len(tokens) - int(positions[-8:].min())
+        prompts.append(read_prompt(task.model, tokens, rope, positions, recent=recent))
+        progress(f"training sequence {number + 1} of {task.training} read")
+    return prompts
 
 
 def _training_positions(length: int, seed: int) -> Tensor:
@@ -322,6 +341,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="files, folders or data sets on disk")
     parser.add_argument("--routers", type=Path, help="folder that saap train wrote (default: trained here)")
     parser.add_argument("--methods", default=DEFAULT_METHODS, help="names separated by commas (default: all)")
+    flags.add_own(parser)
     parser.add_argument("--budgets", default="0.02,0.05,0.1", help="shares of the KV bytes (default %(default)s)")
     parser.add_argument("--layers", help="layers to compare in, as 3,8,14; the others stay dense (default: all)")
     parser.add_argument("--decoded", type=int, default=64, help="tokens decoded with these layers replaced (default %(default)s)")
@@ -343,6 +363,7 @@ def run(options: argparse.Namespace) -> int:
     shares, methods = numbers("budgets", options.budgets, float), names(options.methods)
     check_shares("budgets", shares)
     check_names("methods", methods, KINDS)
+    own = load_methods(options.own, tuple(KINDS))
     for name, least in (("length", 1), ("training", 1), ("sequences", 1), ("needles", 0), ("batch", 1)):
         check_count(name, getattr(options, name), least)
     _check_decoded(options.decoded, options.length)
@@ -355,9 +376,10 @@ def run(options: argparse.Namespace) -> int:
     encode, asked = partial(models.encode, loaded.tokenizer), "--training, --sequences or --length"
     sequences = pack_sequences(documents, encode, options.training + options.sequences, options.length, asked)
     needles = haystacks(filler(documents, options.length * 3), options.needles)  # a token has three characters at least
+    builds: dict[str, Build] = {name: builder(name, kind, settings.sinks, window) for name, kind in own.items()}
     task = Task(
-        loaded.model, loaded.tokenizer, loaded.name + dtype_mark(loaded.model), sequences, options.training, methods, settings,
-        needles, batch=options.batch, routers=routers,
+        loaded.model, loaded.tokenizer, loaded.name + dtype_mark(loaded.model), sequences, options.training, (*methods, *own),
+        settings, needles, builds, batch=options.batch, routers=routers,
     )
     return finish(task, options.out)
 

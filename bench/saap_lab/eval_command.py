@@ -22,7 +22,7 @@ import argparse
 import contextlib
 import hashlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,9 @@ from saap_index.training.prompt import PromptTraining
 from . import compare, evaluate, flags, needles, ruler, trained
 from .compare import Task
 from .evaluate import Settings
+from .method import Method
 from .needles import Haystack, Needle
+from .own import learns, load_methods
 from .questions import ruler_questions
 from .smollm2 import model as demo_model
 from .smollm2 import routers as demo_routers
@@ -63,7 +65,8 @@ def router_task(
     model: Any, tokenizer: Any, identity: str, methods: TrainedMethods, sequences: Sequence[TokenSequence], *,
     tasks: Sequence[str] = TASKS[:3], layers: Sequence[int] | None = None, continuation: int = 256, queries: int = 32,
     lengths: Sequence[int] = (), depths: Sequence[float] = (0.1, 0.5, 0.9), filler: str = "",
-    kinds: Sequence[str] = tuple(ruler.KINDS), samples: int = 5, seed: int = 0, chat: bool = False, dense_question: bool = False,
+    kinds: Sequence[str] = tuple(ruler.KINDS), samples: int = 5, seed: int = 0, training: int = 0,
+    chat: bool = False, dense_question: bool = False,
 ) -> Task:
     """`saap eval` as a task of the comparison.
 
@@ -77,6 +80,7 @@ def router_task(
     depths : of needles, in [0, 1]
     filler : text that hides them
     kinds, samples, seed : of RULER's tasks, see `ruler.KINDS`; so many of each kind and length
+    training : so many sequences come first that a user's own methods learn from
     chat : put RULER's prompts into the chat template of the tokenizer
     dense_question : read RULER's questions densely too, so that the answer alone is the method's
 
@@ -100,7 +104,9 @@ def router_task(
     )
     haystacks = [x for n in lengths for x in _haystacks(tokenizer, filler, n, depths)] if "needles" in tasks else []
     asked = ruler_questions(tokenizer, filler, lengths, kinds, samples, seed, chat, dense_question) if "ruler" in tasks else {}
-    return Task(model, tokenizer, identity, sequences, 0, methods, settings, haystacks, reports=compare.ROUTERS, questions=asked)
+    return Task(
+        model, tokenizer, identity, sequences, training, methods, settings, haystacks, reports=compare.ROUTERS, questions=asked
+    )
 
 
 def check_flags(
@@ -150,6 +156,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("eval_results"), help="folder to write (default %(default)s)")
     parser.add_argument("--tasks", default=DEFAULT_TASKS, help="default %(default)s")
     parser.add_argument("--methods", help=f"of {', '.join(trained.METHODS)} (default {trained.DEFAULT})")
+    flags.add_own(parser)
+    parser.add_argument("--training", type=int, default=2, help="sequences that those learn from (default %(default)s)")
     parser.add_argument("--budgets", default="0.02,0.05,0.1", help="shares of the tokens, on average (default %(default)s)")
     parser.add_argument("--target-mass", help="targets as 0.9,0.95: the index reads what each needs, at most a quarter")
     parser.add_argument("--sequences", type=int, default=4, help="to measure (default %(default)s)")
@@ -175,9 +183,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare.compare` raise."""
     computing = flags.computing(options)
+    own = load_methods(options.own, trained.METHODS)
     folder = options.routers or (None if options.model else demo_routers.newest())
     routers = None if folder is None else _with_lists(load_routers(folder), options)
-    methods = None if routers is None else _methods(options, routers)
+    methods = None if routers is None else _methods(options, routers, own)
     tasks, depths = flags.names(options.tasks), flags.numbers("depths", options.depths, float)
     layers = None if options.layers is None else flags.numbers("layers", options.layers, int)
     kinds = flags.names(options.ruler_tasks)
@@ -185,6 +194,7 @@ def run(options: argparse.Namespace) -> int:
     if _OF_LENGTHS & set(tasks):
         asked = options.lengths
         lengths = flags.numbers("lengths", asked, int) if asked else tuple(options.length // part for part in (4, 2, 1))
+    training = options.training if any(learns(kind) for kind in own.values()) else 0
     flags.check_names("tasks", tasks, TASKS)
     flags.check_names("ruler-tasks", kinds, ruler.KINDS)
     if methods is None:
@@ -194,7 +204,7 @@ def run(options: argparse.Namespace) -> int:
         check_flags(methods, tasks, layers, depths)
     count = 0 if set(tasks) <= _OF_LENGTHS else options.sequences
     flags.check_count("sequences", options.sequences, 0 if set(tasks) <= _OF_LENGTHS else 1)
-    for name, least in (("length", 1), ("continuation", 2), ("queries", 1), ("samples", 1)):
+    for name, least in (("length", 1), ("continuation", 2), ("queries", 1), ("samples", 1), ("training", 1)):
         flags.check_count(name, getattr(options, name), least)
     if options.model is None:
         model, tokenizer = demo_model.load(**computing)
@@ -208,20 +218,21 @@ def run(options: argparse.Namespace) -> int:
     if methods is None:
         folder = _fitting_folder(model, options, documents, encode)
         routers = _with_lists(load_routers(folder), options)
-        methods = _methods(options, routers)
+        methods = _methods(options, routers, own)
         check_flags(methods, tasks, layers, depths)
     assert folder is not None and routers is not None
     if routers.dense_layers:
         advised = ", ".join(map(str, routers.dense_layers))
         say(f"the routers advise to leave layers {advised} dense; here they are replaced like the others")
     first = QUICK_PROMPTS if folder == options.out / "routers" else 0
-    sequences = pack_sequences(documents, encode, first + count, options.length, "--sequences or --length")[first:]
+    ask = "--sequences or --length"
+    sequences = pack_sequences(documents, encode, first + training + count, options.length, ask)[first:]
     identity = f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}{compare.dtype_mark(model)}"
     task = router_task(
         model, tokenizer, identity + (f" {options.nlist}" if options.nlist else ""), methods, sequences, tasks=tasks,
         layers=layers, continuation=options.continuation, queries=options.queries, lengths=lengths, depths=depths,
         filler=compare.filler(documents, 6 * max(options.length, *lengths, 0)), kinds=kinds, samples=options.samples,
-        seed=options.seed, chat=options.chat_template, dense_question=options.dense_question,
+        seed=options.seed, training=training, chat=options.chat_template, dense_question=options.dense_question,
     )
     return compare.finish(task, options.out)
 
@@ -254,12 +265,12 @@ def _fitting_folder(model: Any, options: argparse.Namespace, documents: Sequence
     return folder
 
 
-def _methods(options: argparse.Namespace, routers: Routers) -> TrainedMethods:
+def _methods(options: argparse.Namespace, routers: Routers, own: Mapping[str, type[Method]]) -> TrainedMethods:
     names = flags.names(options.methods or trained.DEFAULT)
     if options.methods is None and not trained.publishable(routers):
         names = tuple(name for name in names if name != "published")
     masses = flags.numbers("target-mass", options.target_mass, float) if options.target_mass else ()
-    return TrainedMethods(routers, names, flags.numbers("budgets", options.budgets, float), masses)
+    return TrainedMethods(routers, names, flags.numbers("budgets", options.budgets, float), masses, own)
 
 
 def _checksum(folder: Path) -> str:

@@ -23,6 +23,14 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the CPU (default %(default)s)")
 
 
+def add_own(parser: argparse.ArgumentParser) -> None:
+    """--own."""
+    parser.add_argument(
+        "--own", nargs="+", default=[], metavar="module:Class",
+        help="methods of your own beside the others: module:Class or file.py:Class, subclasses of saap_lab.method.Method",
+    )
+
+
 def computing(options: argparse.Namespace) -> dict[str, str]:
     """Set the threads, and return device and dtype as `load_model` takes them. DeviceError for a device that is not there."""
     check_count("threads", options.threads, 1)
