@@ -145,7 +145,7 @@ def _text(model: Any, prompt: Prompt, method: Method, settings: Settings) -> dic
     tokens, last = prompt.tokens.tolist(), settings.decoded
     first = len(tokens) - last
     states = starting(_methods(prompt, method, settings.replaced), prompt, first, last)
-    logits, traffic = decode(model, states, tokens[first:], first, settings.together)
+    logits, traffic = decode(model, states, tokens[first:], first, settings.together, settings.sinks + settings.window)
     same = quality.agreement(prompt.logits[:-1], logits[:-1], prompt.tokens[first + 1 :])
     per_layer = {str(layer): tokens_read for layer, tokens_read in traffic.per_layer.items()}  # as JSON gives it back
     row = {**asdict(same), **asdict(traffic), "per_layer": per_layer, "kind": method.kind}

@@ -10,6 +10,7 @@ Axes: h KV heads, g query heads per KV head, n tokens, d key dim, e value dim.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from saap_index.backends.scalar_quantizer import STORAGE_CODES
 from saap_index.errors import ParameterError
 from saap_index.routing.rope import Rope
 
@@ -72,6 +74,18 @@ class Attended:
     """Weights, read once whatever the batch is."""
     chosen: Tensor | None = None
     """bool (h, n) or (h, g, n), the tokens read, sinks and window among them; None where no tokens as such are read"""
+    plain_tokens: float | None = None
+    """Of the tokens read, those that a storage of codes keeps as numbers; None for sinks and window"""
+
+    def coded_bytes(self, layer: Layer, always: int) -> dict[str, float]:
+        """Bytes of keys and values by storage code, if a method's tokens were coded as the index codes its own: all but the first
+        and the newest, ``always`` of them where the method does not say. Empty for a method that reads something else than whole
+        keys and values."""
+        if not math.isclose(self.kv_bytes, self.tokens * layer.heads * layer.token_bytes, rel_tol=1e-6):
+            return {}
+        plain = min(self.tokens, always if self.plain_tokens is None else self.plain_tokens)
+        coded = {name: sum(code.sizes(layer.d, layer.e)) for name, code in STORAGE_CODES.items()}
+        return {name: layer.heads * (plain * layer.token_bytes + (self.tokens - plain) * x) for name, x in coded.items()}
 
 
 class State(ABC):

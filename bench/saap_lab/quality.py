@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class LayerQuality:
     """Per step, as the others."""
     other_bytes: float
     shared_bytes: float
+    coded_bytes: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """Of keys and values per step by storage code, see `Attended.coded_bytes`; empty where they cannot be coded."""
 
 
 def exact_layer(prompt: Prompt, at: int, sinks: int = 4, window: int = 128) -> Exact:
@@ -82,7 +84,9 @@ def layer_quality(
     reads = torch.tensor(
         [[step.tokens, step.kv_bytes, step.other_bytes, step.shared_bytes] for step in steps], dtype=torch.float64, device="cpu"
     )
-    return LayerQuality(captured, outside, float(error), (total / len(steps)).cpu(), *reads.mean(0).tolist())
+    places = (prompt.positions + 1).tolist()
+    coded = mean_by_name([step.coded_bytes(layer, min(n, sinks + window)) for step, n in zip(steps, places, strict=True)])
+    return LayerQuality(captured, outside, float(error), (total / len(steps)).cpu(), *reads.mean(0).tolist(), coded_bytes=coded)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,12 @@ def agreement(dense: Tensor, sparse: Tensor, targets: Tensor) -> Agreement:
     kl = (p.exp() * (p - q)).sum(-1).mean()
     gained = (p - q).gather(1, targets[:, None]).mean()
     return Agreement(float(kl), float((dense.argmax(-1) == sparse.argmax(-1)).double().mean()), float(gained))
+
+
+def mean_by_name(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of what all of them have."""
+    names = [name for name in (each[0] if each else {}) if all(name in x for x in each)]
+    return {name: sum(x[name] for x in each) / len(each) for name in names}
 
 
 def spread(values: Mapping[str, float] | list[float]) -> tuple[float, float]:

@@ -72,8 +72,13 @@ class Traffic:
     """Tokens by number of the layer."""
     seconds: float = 0.0
     """Spent in the states."""
+    coded_bytes: dict[str, float] | None = None
+    """Of keys and values by storage code, see `Attended.coded_bytes`; empty where they cannot be coded, None before the first."""
 
-    def add(self, layer: Layer, step: Attended) -> None:
+    def add(self, layer: Layer, step: Attended, always: int = 0) -> None:
+        """always : tokens that everyone reads, of those that are there."""
+        coded, before = step.coded_bytes(layer, always), self.coded_bytes
+        self.coded_bytes = coded if before is None else {name: before[name] + x for name, x in coded.items() if name in before}
         self.kv_bytes += step.kv_bytes
         self.other_bytes += step.other_bytes
         self.shared_bytes += step.shared_bytes
@@ -85,7 +90,8 @@ class Traffic:
         per_layer = {layer: x / n for layer, x in self.per_layer.items()}
         tokens = self.tokens / n / max(1, len(per_layer))
         each = self.kv_bytes / n, self.other_bytes / n, self.shared_bytes / n
-        return Traffic(self.steps, *each, tokens, per_layer, self.seconds / n)
+        coded = {name: x / n for name, x in (self.coded_bytes or {}).items()}
+        return Traffic(self.steps, *each, tokens, per_layer, self.seconds / n, coded)
 
 
 def read_prompt(
@@ -164,13 +170,14 @@ def starting(methods: Mapping[int, Method], prompt: Prompt, length: int, room: i
 
 
 def decode(
-    model: Any, states: Iterable[State | Untouched], tokens: Sequence[int], position: int, together: bool = False
+    model: Any, states: Iterable[State | Untouched], tokens: Sequence[int], position: int, together: bool = False,
+    always: int = 0,
 ) -> tuple[Tensor, Traffic]:
     """Feed tokens from a position on, every layer's attention served by its state.
 
     states : one per attention layer, in order; taken when its layer is reached. together : let states that can answer several
-    tokens at once do so, see `steps.replay`. Returns logits : float32 (n, vocabulary) after each token, and what was read per
-    step.
+    tokens at once do so, see `steps.replay`. always : sinks and window, which no storage codes. Returns logits : float32
+    (n, vocabulary) after each token, and what was read per step.
     """
     traffic, order, count = Traffic(steps=len(tokens)), iter(states), len(tokens)
 
@@ -187,8 +194,8 @@ def decode(
             every = torch.arange(count, dtype=torch.int64, device="cpu")
             steps = replay(state, keys, values, queries, every, together, chosen=False)
             traffic.seconds += time.perf_counter() - began
-            for step in steps:
-                traffic.add(layer, step)
+            for place, step in enumerate(steps, position + 1):
+                traffic.add(layer, step, min(place, always))
             out = torch.stack([step.out for step in steps], 2)
         return out.flatten(0, 1).transpose(0, 1)[None].to(query)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from saap_index.backends.scalar_quantizer import STORAGE_CODES
+
 from . import ruler
-from .quality import spread
+from .quality import mean_by_name, spread
 
 Records = Mapping[str, Any]
 
@@ -19,7 +21,7 @@ LATE = 0.45
 MASS = "saap-mass-"
 """Begins the name of a method with a target of attention mass."""
 
-_LAST = ("saap", "published", "topk", "topk_group", "ivf", "quest", "recent", "random")
+_LAST = ("saap", "published", "topk", "topk_group", "topk_weighted", "ivf", "quest", "moments", "recent", "random")
 """Order of the methods, after all others."""
 
 
@@ -39,6 +41,9 @@ class LayerRow:
     """Per step and layer, as the others."""
     other_bytes: float
     shared_bytes: float
+    coded_bytes: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """Of K and V by storage code, if a method's tokens were coded like the index's; empty where they cannot be, or in records of
+    before."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class TextRow:
     kv_bytes: float
     other_bytes: float
     sequences: int
+    coded_bytes: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """As in `LayerRow`."""
 
 
 def layer_rows(records: Records, layers: Iterable[int] | None = None) -> list[LayerRow]:
@@ -74,7 +81,8 @@ def layer_rows(records: Records, layers: Iterable[int] | None = None) -> list[La
         errors = [sum(r["error"] for r in each) / len(each) for each in sequences.values()]
         pooled = [r for each in sequences.values() for r in each]
         means = (sum(r[x] for r in pooled) / len(pooled) for x in ("tokens", "kv_bytes", "other_bytes", "shared_bytes"))
-        rows.append(LayerRow(method, share, spread(captured), spread(errors), *means))
+        coded = mean_by_name([r.get("coded_bytes") or {} for r in pooled])
+        rows.append(LayerRow(method, share, spread(captured), spread(errors), *means, coded_bytes=coded))
     return sorted(rows, key=lambda r: (r.share, -(r.captured[0] if not math.isnan(r.captured[0]) else -1)))
 
 
@@ -91,7 +99,8 @@ def text_rows(records: Records) -> list[TextRow]:
         ratio = spread([math.exp(r["log_perplexity_ratio"]) for r in each])
         tokens, kv_bytes, other_bytes = (sum(r[x] for r in each) / len(each) for x in ("tokens", "kv_bytes", "other_bytes"))
         percent = (100 * top1[0], 100 * top1[1])
-        rows.append(TextRow(method, share, kl, percent, ratio, tokens, kv_bytes, other_bytes, len(each)))
+        coded = mean_by_name([r.get("coded_bytes") or {} for r in each])
+        rows.append(TextRow(method, share, kl, percent, ratio, tokens, kv_bytes, other_bytes, len(each), coded_bytes=coded))
     return sorted(rows, key=lambda r: (r.share, r.kl[0]))
 
 
@@ -223,19 +232,29 @@ def _deviation(value: float, digits: int) -> str:
     return "(-)" if math.isnan(value) else f"({value:.{digits}f})"
 
 
+def coded_heads(unit: str) -> list[str]:
+    """Of the columns with bytes if keys and values were codes."""
+    return [f"{unit} {name.replace('/SQ', '/')}" for name in STORAGE_CODES]
+
+
+def _coded_cells(coded: Mapping[str, float], unit: float, digits: int) -> list[str]:
+    return [f"{coded[name] / unit:.{digits}f}" if name in coded else "-" for name in STORAGE_CODES]
+
+
 def _layers_table(title: str, rows: list[LayerRow]) -> list[str]:
     if not rows:
         return []
     lines = [
         "",
         f"{title}: attention mass captured outside sinks and window, pooled by mass over layers, and output error, the "
-        "mean of layers (mean, spread over sequences)",
-        _line("share", "method", "mass %", "", "error", "", "tokens", "kB K, V", "kB other", "kB weights"),
+        "mean of layers (mean, spread over sequences); SQ8, SQ8/4: K and V if all but sinks and window were codes",
+        _line("share", "method", "mass %", "", "error", "", "tokens", "kB K, V", "kB other", "kB weights", *coded_heads("kB")),
     ]
     for r in rows:
         mass = (f"{r.captured[0]:.1f}", _deviation(r.captured[1], 1), f"{r.error[0]:.4f}", _deviation(r.error[1], 4))
         kilobytes = (f"{x / 1e3:.1f}" for x in (r.kv_bytes, r.other_bytes, r.shared_bytes))
-        lines.append(_line(f"{r.share:.1%}", r.method, *mass, f"{r.tokens:.0f}", *kilobytes))
+        coded = _coded_cells(r.coded_bytes, 1e3, 1)
+        lines.append(_line(f"{r.share:.1%}", r.method, *mass, f"{r.tokens:.0f}", *kilobytes, *coded))
     return lines
 
 
@@ -246,13 +265,14 @@ def _text_table(rows: list[TextRow], where: str) -> list[str]:
     lines = [
         "",
         f"{where}, {sequences}: against the dense model (mean, spread over sequences)",
-        _line("share", "method", "KL", "", "same 1st %", "", "perplex. x", "", "tokens", "MB a token"),
+        _line("share", "method", "KL", "", "same 1st %", "", "perplex. x", "", "tokens", "MB a token", *coded_heads("MB")),
     ]
     for t in rows:
         answers = (f"{t.kl[0]:.4f}", _deviation(t.kl[1], 4), f"{t.top1[0]:.1f}", _deviation(t.top1[1], 1))
         ratio = (f"{t.perplexity_ratio[0]:.4f}", _deviation(t.perplexity_ratio[1], 4))
         megabytes = f"{(t.kv_bytes + t.other_bytes) / 1e6:.2f}"
-        lines.append(_line(f"{t.share:.1%}", t.method, *answers, *ratio, f"{t.tokens:.0f}", megabytes))
+        coded = _coded_cells({name: x + t.other_bytes for name, x in t.coded_bytes.items()}, 1e6, 2)
+        lines.append(_line(f"{t.share:.1%}", t.method, *answers, *ratio, f"{t.tokens:.0f}", megabytes, *coded))
     return lines
 
 

@@ -30,16 +30,18 @@ from .scfa import ScfaDrop, ScfaHash
 from .selections import SELECTIONS
 from .spans import Moa
 from .sparsek import SparseK
-from .yardsticks import Clusters, Dense, Selected, TopK
+from .yardsticks import Clusters, Dense, Selected, TopK, WeightedTopK
 
 KINDS = {
     "dense": "yardstick",
     "topk": "yardstick",
     "topk_group": "yardstick",
+    "topk_weighted": "yardstick",
     "recent": "yardstick",
     "random": "yardstick",
     "ivf": "yardstick",
     "quest": "yardstick",
+    "moments": "yardstick",
     "saap": "query-adaptive index",
     "saap-own": "query-adaptive index",
     "published": "query-adaptive index",
@@ -206,6 +208,7 @@ class Roster:
             return self._calibrated(("loki", r), lambda x: Loki(x, r, sinks=s.sinks, window=s.window))
         builds: dict[str, Build] = {
             "topk": lambda x: TopK(x, **outside),
+            "topk_weighted": lambda x: WeightedTopK(x, **outside),
             "scfa": lambda x: ScfaHash(_even(1 / x), False, sinks=s.sinks, window=s.window),
             "scfa-centred": lambda x: ScfaHash(_even(1 / x), True, sinks=s.sinks, window=s.window),
             "scfa-drop": lambda x: ScfaDrop(x),

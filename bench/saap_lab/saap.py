@@ -91,7 +91,7 @@ class _SaapState(State):
         router = index.query_router
         own = router.weights.list_bytes if router is not None and index.tower is not None and last.router_bytes else 0
         tables = last.metadata_bytes + means + own
-        return Attended(out, read + last.tail_entries, kv_bytes, tables, last.router_bytes - own, chosen)
+        return Attended(out, read + last.tail_entries, kv_bytes, tables, last.router_bytes - own, chosen, last.dense_tokens)
 
     def _params(self) -> SearchParametersIVF | None:
         """The share as this step's parameters: recent tokens beyond the window are read anyway, and part of the budget."""

@@ -23,6 +23,7 @@ WINDOW = 128
 LISTS = 256
 ITERATIONS = 10
 PAGE_TOKENS = 16
+DEVIATIONS = 0.5
 
 Selector = Callable[[Tensor, int, int], Tensor]
 """(queries float32 (h * g, d), position, budget) -> bool (h, n), True for the candidates to read."""
@@ -107,18 +108,41 @@ def quest(
     if page_tokens < 1:
         raise ParameterError(f"page_tokens: expected at least 1, got {page_tokens}")
     first, last = _checked(keys, queries, position, budget, sinks, window)
-    heads, tokens, dims = keys.shape
-    if first == last:
-        return torch.zeros(heads, tokens, dtype=torch.bool, device=keys.device)
-    pages = -(-(last - first) // page_tokens)
-    # Repeating the last key fills the last page without moving its bounds.
-    rows = torch.arange(first, first + pages * page_tokens, dtype=torch.int64, device=keys.device).clamp(max=last - 1)
-    paged = keys[:, rows].view(heads, pages, page_tokens, dims)
-    low, high = paged.amin(2), paged.amax(2)
     grouped = _grouped(keys, queries)
-    bounds = grouped.clamp(min=0) @ high.transpose(1, 2) + grouped.clamp(max=0) @ low.transpose(1, 2)
-    scores = bounds.amax(1).repeat_interleave(page_tokens, dim=1)[:, : last - first]
-    return _newest_first(_unit_ranks(scores, page_tokens), first, tokens, budget)
+
+    def bounds(paged: Tensor) -> Tensor:
+        low, high = paged.amin(2), paged.amax(2)
+        return grouped.clamp(min=0) @ high.transpose(1, 2) + grouped.clamp(max=0) @ low.transpose(1, 2)
+
+    return _best_pages(keys, bounds, first, last, budget, page_tokens)
+
+
+def moments(
+    keys: Tensor,
+    queries: Tensor,
+    position: int,
+    budget: int,
+    *,
+    page_tokens: int = PAGE_TOKENS,
+    deviations: float = DEVIATIONS,
+    sinks: int = SINKS,
+    window: int = WINDOW,
+) -> Tensor:
+    """Pages of consecutive tokens by mean and deviation of their keys per dimension: q . mean + ``deviations`` |q| . std.
+
+    What engines put in place of Quest's corners, of which few keys come near; as many bytes. A page counts as much as the query
+    head that wants it most. Parameters and result as for :func:`recent`.
+    """
+    if page_tokens < 1:
+        raise ParameterError(f"page_tokens: expected at least 1, got {page_tokens}")
+    first, last = _checked(keys, queries, position, budget, sinks, window)
+    grouped = _grouped(keys, queries)
+
+    def reach(paged: Tensor) -> Tensor:
+        spread = paged.std(2, correction=0)
+        return grouped @ paged.mean(2).transpose(1, 2) + deviations * grouped.abs() @ spread.transpose(1, 2)
+
+    return _best_pages(keys, reach, first, last, budget, page_tokens)
 
 
 def ivf(
@@ -186,6 +210,7 @@ SELECTIONS: dict[str, Callable[..., Tensor]] = {
     "topk_group": topk_group,
     "ivf": ivf,
     "quest": quest,
+    "moments": moments,
 }
 """Every selection by name; all take (keys, queries, position, budget, *, sinks, window)."""
 
@@ -232,6 +257,21 @@ def _checked(keys: Tensor, queries: Tensor, position: int, budget: int, sinks: i
 def _grouped(keys: Tensor, queries: Tensor) -> Tensor:
     """Queries by KV head: float32 (h, g, d)."""
     return queries.view(keys.shape[0], -1, keys.shape[2])
+
+
+def _best_pages(
+    keys: Tensor, score: Callable[[Tensor], Tensor], first: int, last: int, budget: int, page_tokens: int
+) -> Tensor:
+    """Choose pages of the candidates [first, last). score : of paged keys (h, pages, tokens, d), by query head: (h, g, pages)."""
+    heads, tokens, dims = keys.shape
+    if first == last:
+        return torch.zeros(heads, tokens, dtype=torch.bool, device=keys.device)
+    pages = -(-(last - first) // page_tokens)
+    # Repeating the last key fills the last page without moving its bounds.
+    rows = torch.arange(first, first + pages * page_tokens, dtype=torch.int64, device=keys.device).clamp(max=last - 1)
+    paged = keys[:, rows].view(heads, pages, page_tokens, dims)
+    scores = score(paged).amax(1).repeat_interleave(page_tokens, dim=1)[:, : last - first]
+    return _newest_first(_unit_ranks(scores, page_tokens), first, tokens, budget)
 
 
 def _unit_ranks(scores: Tensor, unit: int) -> Tensor:

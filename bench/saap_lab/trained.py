@@ -23,9 +23,9 @@ from .own import Build, builder, learns
 from .replace import Prompt
 from .report import MASS
 from .saap import Prefilled, Saap
-from .yardsticks import Clusters, Dense, Selected, TopK
+from .yardsticks import Clusters, Dense, Selected, TopK, WeightedTopK
 
-YARDSTICKS = ("dense", "topk", "topk_group", "ivf", "quest", "recent", "random")
+YARDSTICKS = ("dense", "topk", "topk_group", "topk_weighted", "ivf", "quest", "moments", "recent", "random")
 INDEX_OPTIONS: dict[str, dict[str, Any]] = {
     "saap": {},  # spends by the routers' budget plan
     "saap-even": {"budget_shares": None},  # the same share in every layer and head
@@ -104,6 +104,8 @@ class TrainedMethods:
         share = self.equal_share(length, share)
         if name == "topk":
             return TopK(share, self.layout.sinks, self.layout.window)
+        if name == "topk_weighted":
+            return WeightedTopK(share, self.layout.sinks, self.layout.window)
         method = Selected(name, share, self.layout.sinks, self.layout.window)
         method.clusters = self._clusters
         return method

@@ -22,12 +22,13 @@ from saap_lab.scfa import ScfaDrop, ScfaHash
 from saap_lab.selections import SELECTIONS
 from saap_lab.spans import Moa, SpanPlan
 from saap_lab.sparsek import SparseK
-from saap_lab.yardsticks import Dense, Selected, TopK
+from saap_lab.yardsticks import Dense, Selected, TopK, WeightedTopK
 
 LAYER = Layer(0, 2, 3, 16, 24, 0.25, Rope(16))
 OUTSIDE: dict[str, Any] = {"sinks": 2, "window": 16}
 METHODS: dict[str, Callable[[], Method]] = {
-    "dense": Dense, "topk": lambda: TopK(0.2, **OUTSIDE), "loki": lambda: Loki(0.2, 4, **OUTSIDE), "eigen": lambda: Eigen(8, 8),
+    "dense": Dense, "topk": lambda: TopK(0.2, **OUTSIDE), "weighted": lambda: WeightedTopK(0.2, **OUTSIDE),
+    "loki": lambda: Loki(0.2, 4, **OUTSIDE), "eigen": lambda: Eigen(8, 8),
     "scfa-centred": lambda: ScfaHash(4, True, **OUTSIDE), "scfa-drop": lambda: ScfaDrop(0.5, 0.5), "corm": lambda: Corm(16, 0.2),
     "sparsek": lambda: SparseK(0.2, **OUTSIDE), "moa": lambda: Moa(SpanPlan.uniform(1, 6, 0.3)),
     **{name: lambda name=name: Selected(name, 0.2, **OUTSIDE) for name in SELECTIONS},
