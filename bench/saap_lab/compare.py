@@ -181,6 +181,8 @@ def _measure(task: Task, rope: Rope | None, methods: Methods, records: Records, 
     for number, (_, tokens) in enumerate(task.measured):
         methods_at = partial(methods.at, length=len(tokens))
         evaluate.evaluate_text(task.model, rope, f"{number}", tokens, methods_at, settings, records, clock.step)
+        if settings.drift:
+            evaluate.evaluate_drift(task.model, rope, f"{number}", tokens, methods_at, settings, records, clock.step)
         clock.sequence_done(number + 1)
     shares = settings.decode_shares or settings.shares
     for haystack in task.needles:
@@ -204,6 +206,7 @@ class _Clock:
         decodes = sum(len(methods.at(share, length)) for share in s.decode_shares or s.shares)
         layers = task.model.config.num_hidden_layers if s.layers is None else len(s.layers)
         self.per_sequence = (1 + layers + (decodes if s.decoded else 0)) if layers or s.decoded else 0
+        self.per_sequence += 1 + decodes if s.drift else 0
         asked = sum(len(x.needles) for x in task.needles) + len(task.questions)
         self.total = len(task.measured) * self.per_sequence + decodes * asked
         self.place, self.steps, self.began, self.progress = 0, 0, time.monotonic(), progress

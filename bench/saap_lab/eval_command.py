@@ -5,7 +5,8 @@ saap eval --routers routers --tasks layers --layers 3,14,26 --budgets 0.02,0.05 
 
 Tasks. layers: attention captured and output error, layer by layer. end: the last tokens of each sequence with every layer
 replaced, against the dense model's next-token distributions. needles: facts hidden in the text and asked for, the question
-processed sparsely too. ruler: the synthetic tasks of RULER at the lengths of --lengths, dense and sparse side by side:
+processed sparsely too. drift: KL by position in a long text that the dense model writes itself. ruler: the synthetic tasks of
+RULER at the lengths of --lengths, dense and sparse side by side:
 
 saap eval --model ./checkpoint --device cuda --dtype bfloat16 --tasks ruler --lengths 4096,8192 --methods dense,saap,topk_group
 
@@ -37,7 +38,7 @@ from saap_index.pipeline.texts import Document, TokenSequence, pack_sequences, r
 from saap_index.routers import Routers, load_routers
 from saap_index.training.prompt import PromptTraining
 
-from . import compare, evaluate, flags, needles, ruler, trained
+from . import compare, drift, evaluate, flags, needles, ruler, trained
 from .compare import Task
 from .evaluate import Settings
 from .method import Method
@@ -49,7 +50,7 @@ from .smollm2 import routers as demo_routers
 from .smollm2 import texts as demo_texts
 from .trained import TrainedMethods
 
-TASKS = ("layers", "end", "needles", "ruler")
+TASKS = ("layers", "end", "needles", "drift", "ruler")
 DEFAULT_TASKS = "layers,end,needles"
 _OF_LENGTHS = {"needles", "ruler"}
 """Tasks that make their own texts, of --lengths."""
@@ -67,6 +68,7 @@ def router_task(
     lengths: Sequence[int] = (), depths: Sequence[float] = (0.1, 0.5, 0.9), filler: str = "",
     kinds: Sequence[str] = tuple(ruler.KINDS), samples: int = 5, seed: int = 0, training: int = 0,
     chat: bool = False, dense_question: bool = False,
+    drift_tokens: int = 0,
 ) -> Task:
     """`saap eval` as a task of the comparison.
 
@@ -82,6 +84,7 @@ def router_task(
     kinds, samples, seed : of RULER's tasks, see `ruler.KINDS`; so many of each kind and length
     training : so many sequences come first that a user's own methods learn from
     chat : put RULER's prompts into the chat template of the tokenizer
+    drift_tokens : the dense model writes at the end of a sequence for drift, 0 for a quarter of it
     dense_question : read RULER's questions densely too, so that the answer alone is the method's
 
     Raises ParameterError and LengthError for what cannot be measured.
@@ -96,11 +99,17 @@ def router_task(
             raise LengthError(f"{name}: expected at least {least} tokens with this continuation and window, got {length}")
     if continuation < 2 or queries < 1:
         raise ParameterError(f"continuation, queries: expected at least 2 tokens and 1 query, got {continuation} and {queries}")
+    written = 0
+    if "drift" in tasks:
+        shortest = min((len(tokens) for _, tokens in sequences), default=0)
+        written, room = drift_tokens or shortest // 4, shortest - layout.sinks - layout.window - 2
+        if not drift.STRETCHES <= written <= room:
+            raise LengthError(f"drift-tokens: expected {drift.STRETCHES} to {room} of {shortest} tokens, got {written}")
     wanted = indexed if layers is None else tuple(layers)
     settings = Settings(
         shares=methods.shares(), layers=wanted if "layers" in tasks else (), span=continuation,
         step=max(1, continuation // queries), decoded=continuation if "end" in tasks else 0, sinks=layout.sinks,
-        window=layout.window, replaced=indexed, together=True,
+        window=layout.window, replaced=indexed, together=True, drift=written,
     )
     haystacks = [x for n in lengths for x in _haystacks(tokenizer, filler, n, depths)] if "needles" in tasks else []
     asked = ruler_questions(tokenizer, filler, lengths, kinds, samples, seed, chat, dense_question) if "ruler" in tasks else {}
@@ -170,6 +179,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of needles and ruler, as 4096,8192 (default: a quarter, a half and the whole of --length)",
     )
     parser.add_argument("--depths", default="0.1,0.5,0.9", help="of passkeys, 0 first, 1 last (default %(default)s)")
+    parser.add_argument(
+        "--drift-tokens", type=int, default=0,
+        help="that the dense model writes at the end of a sequence, for the task drift (default: a quarter of --length)",
+    )
     parser.add_argument("--ruler-tasks", default=",".join(ruler.KINDS), help="default: %(default)s")
     parser.add_argument("--samples", type=int, default=5, help="of each of them and each length (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default %(default)s)")
@@ -204,8 +217,8 @@ def run(options: argparse.Namespace) -> int:
         check_flags(methods, tasks, layers, depths)
     count = 0 if set(tasks) <= _OF_LENGTHS else options.sequences
     flags.check_count("sequences", options.sequences, 0 if set(tasks) <= _OF_LENGTHS else 1)
-    for name, least in (("length", 1), ("continuation", 2), ("queries", 1), ("samples", 1), ("training", 1)):
-        flags.check_count(name, getattr(options, name), least)
+    for name, least in (("length", 1), ("continuation", 2), ("queries", 1), ("samples", 1), ("training", 1), ("drift-tokens", 0)):
+        flags.check_count(name, getattr(options, name.replace("-", "_")), least)
     if options.model is None:
         model, tokenizer = demo_model.load(**computing)
     else:
@@ -233,6 +246,7 @@ def run(options: argparse.Namespace) -> int:
         layers=layers, continuation=options.continuation, queries=options.queries, lengths=lengths, depths=depths,
         filler=compare.filler(documents, 6 * max(options.length, *lengths, 0)), kinds=kinds, samples=options.samples,
         seed=options.seed, training=training, chat=options.chat_template, dense_question=options.dense_question,
+        drift_tokens=options.drift_tokens,
     )
     return compare.finish(task, options.out)
 

@@ -20,10 +20,10 @@ from saap_index import files
 from saap_index.errors import FormatError, ParameterError
 from saap_index.routing.rope import Rope
 
-from . import quality, ruler
+from . import drift, quality, ruler
 from .method import Method
 from .needles import Needle, Question
-from .replace import Prompt, decode, generate, read_prompt, start, starting
+from .replace import Prompt, decode, decode_hidden, generate, read_prompt, start, starting
 
 ANSWER_TOKENS = 10
 """Generated for each needle's question."""
@@ -54,6 +54,8 @@ class Settings:
     """Newest tokens that every method reads."""
     replaced: tuple[int, ...] | None = None
     """Layers whose attention is the method's while tokens are decoded; None for all. The others stay as the model has them."""
+    drift: int = 0
+    """Tokens that the dense model writes at the end of a sequence, in place of the text's, see `drift`; 0 for none."""
     together: bool = False
     """Whether yardsticks answer several queries at once: faster, and no measure of their time."""
 
@@ -151,6 +153,35 @@ def _text(model: Any, prompt: Prompt, method: Method, settings: Settings) -> dic
     row = {**asdict(same), **asdict(traffic), "per_layer": per_layer, "kind": method.kind}
     row["seconds_per_token"] = row.pop("seconds")
     return row
+
+
+def evaluate_drift(
+    model: Any, rope: Rope | None, name: str, tokens: Sequence[int], methods_at: MethodsAt, settings: Settings, records: Records,
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:
+    """KL by position in what the dense model writes; keys ``drift/<name>/<method>/<share>``, and ``written/<name>`` of its tokens."""
+    shares, count, first = settings.decode_shares or settings.shares, settings.drift, len(tokens) - settings.drift
+    wanted = [(method, share) for share in shares for method in methods_at(share)]
+    if all(f"drift/{name}/{m.name}/{share}" in records.rows for m, share in wanted):
+        return
+    written = records.once(f"written/{name}", lambda: drift.continuation(model, tokens[:first], count))
+    whole = [*tokens[:first], *written]
+    prompt = read_prompt(model, whole, rope, recent=count + max(m.observed for m, _ in wanted), hidden=count)
+    assert prompt.hidden is not None
+    dense = prompt.hidden
+    progress(f"{name}: {count} tokens written by the dense model")
+    for method, share in wanted:
+        states = starting(_methods(prompt, method, settings.replaced), prompt, first, count)
+
+        def measure(method: Method = method, states: Any = states) -> dict[str, Any]:
+            always = settings.sinks + settings.window
+            hidden, traffic = decode_hidden(model, states, written, first, settings.together, always)
+            curve = drift.by_position(model, dense, hidden)
+            return {**curve, "tokens": count, "kind": method.kind, "read": traffic.tokens}
+
+        records.once(f"drift/{name}/{method.name}/{share}", measure)
+        progress(f"{name}: drift of {method.name} at {share:.1%}")
+    records.flush()
 
 
 def evaluate_needles(

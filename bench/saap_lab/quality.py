@@ -106,10 +106,16 @@ def agreement(dense: Tensor, sparse: Tensor, targets: Tensor) -> Agreement:
     if dense.shape != sparse.shape or targets.shape != dense.shape[:1]:
         shapes = [tuple(x.shape) for x in (dense, sparse, targets)]
         raise ShapeError(f"dense, sparse, targets: expected equal lengths, got {shapes}")
+    kl, same = divergence(dense, sparse)
     p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).mean()
     gained = (p - q).gather(1, targets[:, None]).mean()
-    return Agreement(float(kl), float((dense.argmax(-1) == sparse.argmax(-1)).double().mean()), float(gained))
+    return Agreement(float(kl.mean()), float(same.double().mean()), float(gained))
+
+
+def divergence(dense: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token: KL(dense || sparse) in nats, float64 (n,), and whether the first choice is the same, bool (n,)."""
+    p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1), dense.argmax(-1) == sparse.argmax(-1)
 
 
 def mean_by_name(each: Sequence[Mapping[str, float]]) -> dict[str, float]:

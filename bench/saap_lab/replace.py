@@ -48,6 +48,8 @@ class Prompt:
     """(h, g, q, d)"""
     recent: tuple[Tensor, ...]
     """(h, g, r, d), queries of the last r tokens, for methods that go by what was looked at"""
+    hidden: Tensor | None = None
+    """(k, width), of the last k tokens, what the head of the model makes logits of; None if nobody asked"""
 
     def show(self, state: State, at: int, first: int, stop: int) -> None:
         """Let the state of layer number ``at`` of this prompt observe the queries of tokens [first, stop), as far as kept."""
@@ -95,12 +97,13 @@ class Traffic:
 
 
 def read_prompt(
-    model: Any, tokens: Sequence[int], rope: Rope | None, positions: Tensor | None = None, logits: int = 0, recent: int = 0
+    model: Any, tokens: Sequence[int], rope: Rope | None, positions: Tensor | None = None, logits: int = 0, recent: int = 0,
+    hidden: int = 0,
 ) -> Prompt:
     """One dense pass over a sequence, keeping keys and values of every layer.
 
-    positions : int64 (q,) at which queries are kept, none by default; logits : of so many last tokens; recent : queries of so
-    many last tokens are kept for `Prompt.show`.
+    positions : int64 (q,) at which queries are kept, none by default; logits, hidden : of so many last tokens; recent : queries
+    of so many last tokens are kept for `Prompt.show`.
 
     Raises LengthError for an empty sequence or positions outside it.
     """
@@ -123,10 +126,12 @@ def read_prompt(
 
     ids = torch.tensor([list(tokens)], dtype=torch.int64, device="cpu")
     with torch.no_grad(), _serving(model, attend):
-        hidden = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[:, n - logits :]
-        scores = model.lm_head(hidden)[0].float().cpu() if logits else torch.empty((0, 0), dtype=torch.float32, device="cpu")
+        last_layer = model.base_model(ids.to(model.device), use_cache=False).last_hidden_state[0]
+        nothing = torch.empty((0, 0), dtype=torch.float32, device="cpu")
+        scores = model.lm_head(last_layer[n - logits :]).float().cpu() if logits else nothing
     layers, keys, values, queries, last = zip(*rows, strict=True)
-    return Prompt(ids[0], positions, scores, layers, keys, values, queries, last)
+    kept_hidden = last_layer[n - hidden :].clone() if hidden else None
+    return Prompt(ids[0], positions, scores, layers, keys, values, queries, last, kept_hidden)
 
 
 class Untouched:
@@ -179,6 +184,17 @@ def decode(
     tokens at once do so, see `steps.replay`. always : sinks and window, which no storage codes. Returns logits : float32
     (n, vocabulary) after each token, and what was read per step.
     """
+    hidden, traffic = decode_hidden(model, states, tokens, position, together, always)
+    with torch.no_grad():
+        logits: Tensor = model.lm_head(hidden).float().cpu()
+    return logits, traffic
+
+
+def decode_hidden(
+    model: Any, states: Iterable[State | Untouched], tokens: Sequence[int], position: int, together: bool = False,
+    always: int = 0,
+) -> tuple[Tensor, Traffic]:
+    """`decode` without the head, whose logits take much memory where tokens are many: (n, width), in the model's dtype."""
     traffic, order, count = Traffic(steps=len(tokens)), iter(states), len(tokens)
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
@@ -201,11 +217,10 @@ def decode(
 
     with torch.no_grad(), _serving(model, attend):
         where = torch.arange(position, position + count, dtype=torch.int64, device=model.device)[None]
-        hidden = model.base_model(
+        hidden: Tensor = model.base_model(
             torch.tensor([list(tokens)], dtype=torch.int64, device=model.device), position_ids=where, use_cache=False
-        ).last_hidden_state
-        logits: Tensor = model.lm_head(hidden)[0].float().cpu()
-    return logits, traffic.mean()
+        ).last_hidden_state[0]
+    return hidden, traffic.mean()
 
 
 def generate(

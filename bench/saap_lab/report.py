@@ -150,6 +150,22 @@ def ruler_averages(records: Records) -> dict[tuple[str, float], dict[int, float]
     return averages
 
 
+def drift_rows(records: Records) -> dict[tuple[str, float], list[tuple[float, float, float]]]:
+    """By method and share, in order of the text: (middle of a stretch in tokens, KL in nats, same first choice in percent), means
+    over the sequences."""
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for key, record in records.items():
+        if key.startswith("drift/"):
+            *_, method, share = key.split("/")
+            groups.setdefault((method, float(share)), []).append(record)
+    rows: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
+    for name, each in sorted(groups.items(), key=lambda item: (item[0][1], rank(item[0][0]), item[0][0])):
+        means = [[sum(x) / len(x) for x in zip(*(r[part] for r in each), strict=True)] for part in ("kl", "top1")]
+        wide = each[0]["tokens"] / len(means[0])
+        rows[name] = [((i + 0.5) * wide, kl, 100 * same) for i, (kl, same) in enumerate(zip(*means, strict=True))]
+    return rows
+
+
 def masses(records: Records) -> dict[str, dict[str, float]]:
     """Per target: mean of all attention that was read (sinks and window included), the share of KV heads whose mean over texts
     reaches the target, the worst head, and tokens read."""
@@ -219,7 +235,8 @@ def as_text(records: Records, depth: int, each_layer: bool = False) -> str:
     lines += _needle_counts(needle_rows(records))
     if each_layer:
         lines += _each_layer_tables(by_layer(records))
-    lines += [*_mass_table(masses(records)), *_needle_table(needle_cells(records)), *_ruler_tables(records)]
+    lines += [*_mass_table(masses(records)), *_needle_table(needle_cells(records)), *_drift_table(records)]
+    lines += _ruler_tables(records)
     return "\n".join(lines) + "\n"
 
 
@@ -331,6 +348,26 @@ def _needle_table(cells: Mapping[tuple[str, float], Mapping[tuple[str, int, floa
     return lines
 
 
+def _drift_table(records: Records) -> list[str]:
+    """KL over eighths of the text, and the last quarter by the first."""
+    rows = drift_rows(records)
+    if not rows:
+        return []
+    length = next(r["tokens"] for key, r in records.items() if key.startswith("drift/"))
+    edges = [round(length * (i + 1) / 8) for i in range(8)]
+    lines = [
+        "", f"drift: KL to the dense model in {length} tokens that it wrote itself, by position; last quarter by first",
+        f"{'share':>6} {'method':<14}" + "".join(f"{f'to {edge}':>10}" for edge in edges) + f"{'ratio':>8}",
+    ]
+    for (method, share), points in rows.items():
+        kl = [kl for _, kl, _ in points]
+        eighths = [(a + b) / 2 for a, b in zip(kl[::2], kl[1::2], strict=True)]
+        begin, end = sum(kl[: len(kl) // 4]), sum(kl[-(len(kl) // 4) :])
+        ratio = f"{end / begin:8.2f}" if begin > 0 else f"{'-':>8}"
+        lines.append(f"{share:6.1%} {method:<14}" + "".join(f"{x:10.4f}" for x in eighths) + ratio)
+    return lines
+
+
 def _ruler_tables(records: Records) -> list[str]:
     """A table for each length, a column for each task in RULER's order."""
     rows, averages, lines = ruler_rows(records), ruler_averages(records), list[str]()
@@ -362,6 +399,11 @@ def summary(records: Records, depth: int) -> dict[str, Any]:
             {"method": method, "share": share, "kind": kind, "length": length, "depth": place, "right": right}
             for (method, share), cells in sorted(needle_cells(records).items())
             for (kind, length, place), right in sorted(cells.items())
+        ],
+        "drift": [
+            {"method": method, "share": share, "position": place, "kl": kl, "top1": same}
+            for (method, share), points in drift_rows(records).items()
+            for place, kl, same in points
         ],
         "ruler": [
             {"method": method, "share": share, "task": task, "length": length, "score": mean, "samples": count}

@@ -235,6 +235,28 @@ def test_what_cannot_be_measured_is_named(model: Any, routers: Routers, tmp_path
         TrainedMethods(plain, ("saap",), (0.1,), (0.9,))
 
 
+def test_drift_by_position_in_what_the_dense_model_writes(model: Any, routers: Routers, tmp_path: Path) -> None:
+    task = make_task(model, routers, ("saap", "dense", "recent"), (0.1,), (), tasks=("drift",), drift_tokens=48)
+    rows = compare(task, tmp_path).rows
+    for i, (_, tokens) in enumerate(task.sequences):
+        ids, generator, written = tokens[:-48], torch.Generator().manual_seed(0), rows[f"written/{i}"]
+        for token in written[:6]:
+            with torch.no_grad():
+                chances = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            assert token == int(torch.multinomial(chances, 1, generator=generator)), "what the model itself would write"
+            ids = [*ids, token]
+        assert len(written) == 48 and max(rows[f"drift/{i}/dense/1.0"]["kl"]) < 1e-6
+        assert rows[f"drift/{i}/dense/1.0"]["top1"] == [1.0] * 16 and min(rows[f"drift/{i}/recent/0.1"]["kl"]) > 1e-6
+    points = report.drift_rows(rows)["recent", 0.1]
+    assert [x for x, _, _ in points] == [1.5 + 3 * i for i in range(16)]
+    assert points[3][1] == pytest.approx(sum(rows[f"drift/{i}/recent/0.1"]["kl"][3] for i in range(2)) / 2)
+    assert "drift: KL to the dense model in 48 tokens" in (tmp_path / "table.txt").read_text()
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"drift_0.1"}
+    for count in (8, 440):
+        with pytest.raises(LengthError, match="drift-tokens: expected 16 to"):
+            make_task(model, routers, tasks=("drift",), drift_tokens=count)
+
+
 def test_a_model_of_which_some_layers_are_indexed(tmp_path: Path) -> None:
     model = tiny("qwen2_mixed")
     routers = make_routers(model, layers=(1, 3), own_lists=True)
