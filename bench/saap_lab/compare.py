@@ -26,7 +26,7 @@ from saap_index.pipeline.texts import TokenSequence, digest, pack_sequences, rea
 from saap_index.routers import Routers, load_routers
 from saap_index.routing.rope import Rope
 
-from . import evaluate, flags, linear, moa_profile, page, plots, report
+from . import evaluate, flags, linear, moa_profile, page, plots, report, tables
 from .evaluate import Records, Settings
 from .flags import check_count, check_names, check_shares, names, numbers
 from .measures import exact_attention
@@ -78,6 +78,8 @@ class Task:
     reports: Sequence[str] = PAGE
     questions: Mapping[str, Question] = field(default_factory=dict)
     """Of RULER's kinds, by name."""
+    endings: Sequence[str] = ("png",)
+    """Of the plots."""
 
     @property
     def measured(self) -> Sequence[TokenSequence]:
@@ -232,7 +234,8 @@ def _write(task: Task, methods: Methods, records: Records, out: Path, progress: 
         files.write_text(out / "report.html", page.html(records.rows, task.title, kinds, depth, _facts(task), task.batch))
     if "plots" in reports:
         try:
-            plots.write(records.rows, depth, out)
+            for ending in task.endings:
+                plots.write(records.rows, depth, out, ending)
         except MissingDependencyError as error:
             progress(f"no plots: {error}")
 
@@ -356,6 +359,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=BATCH, help="sequences that share the reading of weights (default %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("compare_results"), help="folder (default %(default)s)")
+    flags.add_tables(parser)
     flags.add_computing(parser)
 
 
@@ -363,6 +367,7 @@ def run(options: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare` raise."""
     computing = flags.computing(options)
     layers = None if options.layers is None else numbers("layers", options.layers, int)
+    endings = flags.check_tables(options)
     shares, methods = numbers("budgets", options.budgets, float), names(options.methods)
     check_shares("budgets", shares)
     check_names("methods", methods, KINDS)
@@ -382,9 +387,10 @@ def run(options: argparse.Namespace) -> int:
     builds: dict[str, Build] = {name: builder(name, kind, settings.sinks, window) for name, kind in own.items()}
     task = Task(
         loaded.model, loaded.tokenizer, loaded.name + dtype_mark(loaded.model), sequences, options.training, (*methods, *own),
-        settings, needles, builds, batch=options.batch, routers=routers,
+        settings, needles, builds, batch=options.batch, routers=routers, reports=(*PAGE, "plots") if endings else PAGE,
+        endings=endings,
     )
-    return finish(task, options.out)
+    return finish(task, options.out, options.csv, options.latex)
 
 
 def dtype_mark(model: Any) -> str:
@@ -392,10 +398,15 @@ def dtype_mark(model: Any) -> str:
     return "" if model.dtype == torch.float32 else f" {str(model.dtype).removeprefix('torch.')}"
 
 
-def finish(task: Task, out: Path) -> int:
-    """`compare` as a command ends: the table on the terminal, and where the rest is."""
-    compare(task, out, say)
+def finish(task: Task, out: Path, csv: Path | None = None, latex: Path | None = None) -> int:
+    """`compare` as a command ends: the table on the terminal, files that were asked for, and where the rest is."""
+    depth = task.model.config.num_hidden_layers
+    records = compare(task, out, say)
     print((out / "table.txt").read_text())
+    for file, write in ((csv, tables.as_csv), (latex, tables.as_latex)):
+        if file is not None:
+            files.write_text(file, write(records.rows, depth))
+            print(f"wrote {file}")
     extras = {"summary": "summary.json", "page": "report.html", "plots": "plots"}
     *first, last = ["records.json", "table.txt", *(name for key, name in extras.items() if key in task.reports)]
     print(f"wrote {', '.join(first)} and {last} to {out}")

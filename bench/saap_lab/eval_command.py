@@ -190,12 +190,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense-question", action="store_true", help="of ruler: read the question densely too, the answer alone is sparse"
     )
+    flags.add_tables(parser, "png")
     flags.add_computing(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare.compare` raise."""
     computing = flags.computing(options)
+    endings = flags.check_tables(options)
+    reports = [each for each in compare.ROUTERS if endings or each != "plots"]
     own = load_methods(options.own, trained.METHODS)
     folder = options.routers or (None if options.model else demo_routers.newest())
     routers = None if folder is None else _with_lists(load_routers(folder), options)
@@ -248,7 +251,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed, training=training, chat=options.chat_template, dense_question=options.dense_question,
         drift_tokens=options.drift_tokens,
     )
-    return compare.finish(task, options.out)
+    return compare.finish(replace(task, endings=endings, reports=reports), options.out, options.csv, options.latex)
 
 
 def _with_lists(routers: Routers, options: argparse.Namespace) -> Routers:

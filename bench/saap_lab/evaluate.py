@@ -159,7 +159,7 @@ def evaluate_drift(
     model: Any, rope: Rope | None, name: str, tokens: Sequence[int], methods_at: MethodsAt, settings: Settings, records: Records,
     progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """KL by position in what the dense model writes; keys ``drift/<name>/<method>/<share>``, and ``written/<name>`` of its tokens."""
+    """KL by position in what the dense model writes; keys ``drift/<name>/<method>/<share>``, its tokens ``written/<name>``."""
     shares, count, first = settings.decode_shares or settings.shares, settings.drift, len(tokens) - settings.drift
     wanted = [(method, share) for share in shares for method in methods_at(share)]
     if all(f"drift/{name}/{m.name}/{share}" in records.rows for m, share in wanted):

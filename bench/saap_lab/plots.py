@@ -1,4 +1,7 @@
-"""Records as pictures in files, PNG or PDF by the name's ending, all in one style. Needs matplotlib; the page draws by `svg`."""
+"""Records as pictures in files, PNG, PDF or SVG by the name's ending, all in one style, the same bytes for the same records.
+
+Needs matplotlib; the page draws by `svg`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ _STYLE: Any = {
     "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 10, "axes.edgecolor": "#67717e",
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": "#67717e", "ytick.color": "#67717e", "axes.grid": True,
     "axes.grid.which": "both", "grid.color": "#eeece6", "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "legend.fontsize": 9, "savefig.dpi": 130,
+    "legend.frameon": False, "legend.fontsize": 9, "savefig.dpi": 130, "pdf.fonttype": 42,
+    "svg.hashsalt": "saap_lab", "figure.facecolor": "white", "legend.handlelength": 1.6,
 }
 
 Points = Sequence[tuple[float, float]]
@@ -40,7 +44,8 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, floa
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
         try:
             yield figure, axes
-            files.write_file(path, figure.savefig)
+            undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(path.suffix[1:])
+            files.write_file(path, partial(figure.savefig, metadata=undated))
         finally:
             pyplot.close(figure)
 
