@@ -95,7 +95,7 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
-        "_prepared_router", "_session", "_token", "_trained", "backend_name", "device",
+        "_prepared_router", "_session", "_token", "_trained", "backend_name", "device", "verbose",
     )
 
     def __init__(
@@ -127,6 +127,8 @@ class AsymmetricIndex:
         self._session: SearchSession | None = None  # of these lists, or of earlier ones
         self._last: Selection | None = None
         self._number, self._token = ops.register(self)
+        self.verbose = False
+        """Whether `train` prints what it does, as an index of FAISS does; an attribute to set."""
 
     def __repr__(self) -> str:
         names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
@@ -150,8 +152,14 @@ class AsymmetricIndex:
         """
         self._require_empty("train")
         sequences = self._arguments.sequences(keys, queries, positions)
-        settings = self.nlist, self.rope, self.layout, self.scale, TrainingConfig() if config is None else config
-        self.load_trained(train_layer(sequences, *settings))
+        config = TrainingConfig() if config is None else config
+        if self.verbose:
+            tokens, asked = (sum(int(sequence[i].shape[1]) for sequence in sequences if sequence[i] is not None) for i in (0, 1))
+            print(f"Training {self.nlist} lists of {self.num_kv_heads} KV heads on {tokens} keys of {self.d} dims")
+            print(f"Training the query router on {asked} queries per head" if asked else "No queries: routing is symmetric")
+            if config.progress is None:
+                config = replace(config, progress=_print_epoch)
+        self.load_trained(train_layer(sequences, self.nlist, self.rope, self.layout, self.scale, config))
 
     def load_trained(self, layer: TrainedLayer) -> None:
         """Take over quantizer, router, tower and calibration of a layer that was trained before; rope, scale and budget shares
@@ -382,6 +390,10 @@ class AsymmetricIndex:
             self._last = self._select_each(x, params)
             scores, ids = best_of(self._backend, self._lists, x, self._last, k)
         return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
+
+    def assign(self, queries: Any, k: int = 1, *, params: SearchParametersIVF | None = None) -> Any:
+        """The ids of `search` alone, as FAISS's assign: int64 (b, hq, q, k). The list of a key: ``key_quantizer.assign``."""
+        return self.search(queries, k, params=params)[1]
 
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:
         """The first half of `search_attend`: which rows it would read. `read_ids` gives the tokens in them."""
@@ -871,3 +883,7 @@ class AsymmetricIndex:
         """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
         now = self.graph_key(params)
         return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(key, now, strict=True))
+
+
+def _print_epoch(epoch: int, epochs: int, loss: float) -> None:
+    print(f"  epoch {epoch} of {epochs}: cross-entropy {loss:.4f} nats")
