@@ -99,7 +99,7 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
-        "_prepared_router", "_rotates_by_length", "_session", "_token", "_trained", "backend_name", "device",
+        "_prepared_router", "_rotates_by_length", "_session", "_token", "_trained", "backend_name", "device", "verbose",
     )
 
     def __init__(
@@ -134,6 +134,8 @@ class AsymmetricIndex:
         self._session: SearchSession | None = None  # of these lists, or of earlier ones
         self._last: Selection | None = None
         self._number, self._token = ops.register(self)
+        self.verbose = False
+        """Whether `train` prints what it does, as an index of FAISS does; an attribute to set."""
 
     def __repr__(self) -> str:
         names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
@@ -157,8 +159,14 @@ class AsymmetricIndex:
         """
         self._require_empty("train")
         sequences = self._arguments.sequences(keys, queries, positions)
-        settings = self.nlist, self.rope, self.layout, self.scale, TrainingConfig() if config is None else config
-        self.load_trained(train_layer(sequences, *settings))
+        config = TrainingConfig() if config is None else config
+        if self.verbose:
+            tokens, asked = (sum(int(sequence[i].shape[1]) for sequence in sequences if sequence[i] is not None) for i in (0, 1))
+            print(f"Training {self.nlist} lists of {self.num_kv_heads} KV heads on {tokens} keys of {self.d} dims")
+            print(f"Training the query router on {asked} queries per head" if asked else "No queries: routing is symmetric")
+            if config.progress is None:
+                config = replace(config, progress=_print_epoch)
+        self.load_trained(train_layer(sequences, self.nlist, self.rope, self.layout, self.scale, config))
 
     def load_trained(self, layer: TrainedLayer) -> None:
         """Take over quantizer, router, tower, calibration and sampling of a layer that was trained before; rope, scale and budget
@@ -413,6 +421,10 @@ class AsymmetricIndex:
             self._last = self._select_each(x, params)
             scores, ids = best_of(self._backend, self._lists, x, self._last, k)
         return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
+
+    def assign(self, queries: Any, k: int = 1, *, params: SearchParametersIVF | None = None) -> Any:
+        """The ids of `search` alone, as FAISS's assign: int64 (b, hq, q, k). The list of a key: ``key_quantizer.assign``."""
+        return self.search(queries, k, params=params)[1]
 
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:
         """The first half of `search_attend`: which rows it would read. `read_ids` gives the tokens in them."""
@@ -919,3 +931,7 @@ class AsymmetricIndex:
         """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
         now = self.graph_key(params)
         return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(key, now, strict=True))
+
+
+def _print_epoch(epoch: int, epochs: int, loss: float) -> None:
+    print(f"  epoch {epoch} of {epochs}: cross-entropy {loss:.4f} nats")

@@ -256,6 +256,7 @@ class SlotLayer(CacheLayerMixin):
         if index is not None:
             if plan.trained is not self.plan.trained:
                 index.load_trained(replace(plan.trained, key_quantizer=None, query_router=None))
+                index.budget_shares = plan.trained.budget_shares
             self._break_even = plan.break_even(max(1, len(index.lengths)))
             held = self.visible is not None and not self.ragged
             if not held and index.break_even != self._break_even:

@@ -318,13 +318,20 @@ class StoredTokens:
     def key_rows(self, i: int, start: int, stop: int, head: int | None = None) -> Tensor:
         """Keys of rows [start, stop) of sequence i: storage dtype (h, n, d), a view, where none is a code, else float32, of codes
         what they stand for; (n, d) of one KV head."""
+        return self._side_rows("key", i, start, stop, head)
+
+    def value_rows(self, i: int, start: int, stop: int, head: int | None = None) -> Tensor:
+        """Values of rows [start, stop), (h, n, e) or (n, e), otherwise as `key_rows`."""
+        return self._side_rows("value", i, start, stop, head)
+
+    def _side_rows(self, side: str, i: int, start: int, stop: int, head: int | None) -> Tensor:
         span, heads = self.coded_spans[i], slice(None) if head is None else slice(head, head + 1)
         if self.code is None or stop <= span[0] or start >= span[1]:
             low = coded.plain_row(span, start)
-            rows = self.arena.numbers[0][i, heads, low : low + stop - start]
+            rows = self.arena.numbers[side == "value"][i, heads, low : low + stop - start]
         else:
             index = torch.arange(start, stop, dtype=torch.int64, device=self.keys.device)
-            rows = self._rows(i, index.expand(self.heads, -1)[heads], "key", heads)
+            rows = self._rows(i, index.expand(self.heads, -1)[heads], side, heads)
         return rows if head is None else rows[0]
 
     def all_rows(self, sequences: slice, n: int) -> tuple[Tensor, Tensor]:

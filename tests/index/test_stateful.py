@@ -460,7 +460,7 @@ def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
         assert torch.equal(x.mean_keys[i, :, :count], y.mean_keys[i, :, :count])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.over_backends("backend")
 def test_walk(backend: str) -> None:
     walk = type(f"Walk_{backend}", (Walk,), {"backend": backend})
     examples = {"reference": 10}.get(backend, 60)
