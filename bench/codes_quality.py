@@ -123,7 +123,7 @@ def relative(x: Tensor, exact: Tensor) -> float:
 
 @torch.inference_mode()
 def errors(rows: Rows, recorded: Recorded) -> dict[str, dict[str, float]]:
-    """By code, means over layers: relative error of keys and of values, and of attention if it is in the one, the other or both."""
+    """By code, means over layers: relative error of keys and of values, and of attention with it in one, the other or both."""
     found: dict[str, dict[str, list[float]]] = {}
     for layer, (queries, scale) in recorded.layers.items():
         keys, values = (x[0].float() for x in rows[layer])

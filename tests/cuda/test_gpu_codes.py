@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from gpu_places import BF16, F16, F32, PLACES, Place, captured_step, emulation
+from helpers import small_index, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scalar_quantizer import CODES, DIMS, DTYPES, KINDS, SEEDS, SPEC, check, rows, spans
 
-from saap_index import AsymmetricIndex
 from saap_index.backends import STORAGE_CODES, get_backend
 
 
@@ -49,3 +48,38 @@ def test_scan_reads_what_codes_stand_for(
 ) -> None:
     backend = get_backend(torch.device("cpu"), "cuda-emu")
     check(backend, name, shapes, h, g, q, d, e, dtype, share, causal, with_tail, seed)
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("name", STORAGE_CODES)
+def test_an_index(where: str, name: str) -> None:
+    """Added to, searched, stepped in a graph and truncated into its codes, as plain torch does it."""
+    place = Place(where)
+    options = {"storage": name, "selectivity": 0.3, "seal_tokens": 64, "max_segment": 256}  # no step of the graph seals
+    index, plain = place.index(64, **options), small_index(64, **options, backend="torch")
+
+    def same(q: int = 1, seed: int = 0) -> None:
+        x = tokens(2, 4, q, 64, seed=seed)
+        torch.testing.assert_close(index.search_attend(x.to(place.device)).cpu(), plain.search_attend(x), rtol=1e-5, atol=2e-5)
+
+    for step, n in enumerate((250, 40, 3)):
+        keys, values = tokens(2, 2, n, 64, seed=step), tokens(2, 2, n, 64, seed=step + 10)
+        index.add(keys.to(place.device), values.to(place.device))
+        plain.add(keys, values)
+        same(3, step)
+    assert torch.equal(index.invlists.keys.cpu(), plain.invlists.keys), "the same codes in the same order"
+    index.reserve_memory(320)
+    plain.reserve_memory(320)
+    replay, k, v, x, out = captured_step(place, index)
+    for step in range(3):
+        for tensor in (k, v, x):
+            tensor.copy_(tokens(*tensor.shape, seed=50 + step))  # type: ignore[arg-type]
+        replay()
+        plain.add(k.cpu(), v.cpu())
+        torch.testing.assert_close(out.cpu(), plain.search_attend(x.cpu()), rtol=1e-5, atol=2e-5)
+    index.advance()
+    for length in (200, 60, 3):  # among segments; to where none is, with codes that are recent again; no code is left
+        index.truncate(length)
+        plain.truncate(length)
+        same(1, length)
+        same(3, length)

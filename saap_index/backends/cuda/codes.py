@@ -66,7 +66,7 @@ def numbers_meta(
 
 
 def covers(coded: Coded, lengths: Sequence[int], num_queries: int, causal: bool) -> bool:
-    """Whether no query is one of a token before the coded rows, as it may be after a truncation to fewer tokens than are asked."""
+    """Whether no query is one of a token before the coded rows, as after a truncation to fewer tokens than there are queries."""
     spans = zip(coded.first, coded.last, lengths, strict=True)
     return not causal or all(low == high or length - low >= num_queries for low, high, length in spans)
 

@@ -66,7 +66,8 @@ def configuration(d: int, e: int, storage: torch.dtype, query: torch.dtype, j: i
     wide = _padded(d, storage) + _padded(e, storage)
     # two groups where their fragments fit into the registers of a thread
     groups = 2 if j > 8 and storage is not torch.float32 and wide <= 256 else 1
-    return _filled(_macros(d, e, storage, query, groups, 32 if wide <= 128 and storage is not torch.float32 else 16), max_shared_bytes)
+    tile = 32 if wide <= 128 and storage is not torch.float32 else 16
+    return _filled(_macros(d, e, storage, query, groups, tile), max_shared_bytes)
 
 
 def coded_configuration(d: int, e: int, bits: int, query: torch.dtype, j: int, max_shared_bytes: int) -> dict[str, int]:

@@ -59,8 +59,8 @@ _BOUND = 32
 class CudaSession(Session):
     """See `Session`. ``shape``: b, h, d, e, l.
 
-    `append` and `run` only launch kernels. A selection is written into memory of its plan. Where rows are codes, length, sinks and
-    sealed of meta are those of the rows that are numbers, which tokens are appended to; `coded_spans` has the others.
+    `append` and `run` only launch kernels. A selection is written into memory of its plan. Where rows are codes, length, sinks
+    and sealed of meta are those of the rows that are numbers, which tokens are appended to; `coded_spans` has the others.
     """
 
     def __init__(
