@@ -82,7 +82,7 @@ class AsymmetricIndex:
     break_even : sequences shorter than this are not sealed, and attention over them is dense.
     seal_tokens, max_segment : see `Layout`.
     storage : what keys and values become when they are sealed. None: they stay as given. "SQ8": 8 bits and a scale per token and
-        head. "SQ8/SQ4": 8 bits for keys, 4 for values. Sinks and recent tokens stay as given. Not on a CUDA device yet.
+        head. "SQ8/SQ4": 8 bits for keys, 4 for values. Sinks and recent tokens stay as given.
     backend : by name, see `saap_index.backends`; default the one for the device.
 
     Raises ParameterError for a value outside its range, CompatibilityError for a rope of another dim, DeviceError.
@@ -608,9 +608,9 @@ class AsymmetricIndex:
 
     def _require_codes(self, backend: Backend, device: torch.device) -> None:
         """DeviceError for codes where nothing reads them."""
-        if self.storage is not None and not (backend.reads_codes and device.type == "cpu"):
+        if self.storage is not None and not backend.reads_codes:
             where = f"{str(device)!r}, backend {backend.name!r}"
-            raise DeviceError(f"storage: expected device 'cpu' for codes, got {self.storage!r} on {where}")
+            raise DeviceError(f"storage: expected a backend that reads codes, got {self.storage!r} on {where}")
 
     # -- FAISS --------------------------------------------------------------------------------------------------------
 
