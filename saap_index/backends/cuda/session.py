@@ -76,7 +76,7 @@ class CudaSession(Session):
         # As many as a step of few query vectors has; more move to other memory, and launches are bound anew.
         self._tickets = torch.zeros((b * shape[1],), dtype=torch.int32, device=device)
         self._appending: dict[Any, Launch] = {}
-        gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
+        gpu_build.append_kernel(runtime, True)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
         # Whether no selection has waited yet for tables, centres and budgets to be written; the next one then waits before it
         # reads. That an append lies in between does not help: it starts its successor before it waits itself.
