@@ -110,6 +110,11 @@ SAAP_PRIM void cp_async16(void* shared, const void* global, bool valid) {
                : "memory");
 }
 
+// The same of 4 bytes, aligned to 4.
+SAAP_PRIM void cp_async4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+
 // Closes the group of the copies that this thread started since the last one.
 SAAP_PRIM void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
