@@ -113,8 +113,8 @@ class Prediction:
     """Of a launch. instructions, code_bytes : in the cubin; cold_bytes : of blocks that run at this size; jumps : to code that no
     fetch ahead brings; executed : warp instructions of a multiprocessor; barriers : by kind, passed by a warp; trips : waits at
     scoreboards, by what is waited for; before, after : cycles until, and from, where it waits for the launch in front; released :
-    cycles until it lets the next one begin; copy : of `after`, in loops that copy; nbytes : from memory. us : by device, by which it
-    ends later than the launch in front; roofline : by device, of the bytes alone."""
+    cycles until it lets the next one begin; copy : of `after`, in loops that copy; nbytes : from memory. us : by device,
+    by which it ends later than the launch in front; roofline : by device, of the bytes alone."""
 
     kernel: str
     instructions: int
@@ -285,14 +285,15 @@ def predict(start: Start, blocks: list[Block], lines: Lines, nbytes: int, consta
     code = sum(len(x.instructions) for x in blocks)
     whole = {name: round(x) for name, x in walk.trips.items()}
     return Prediction(
-        start.kernel, code, code * gpu_sass.BYTES, cold, jumps, round(executed), {k: round(x) for k, x in walk.barriers.items()}, whole,
+        start.kernel, code, code * gpu_sass.BYTES, cold, jumps, round(executed),
+        {k: round(x) for k, x in walk.barriers.items()}, whole,
         round(spent[0]), round(spent[1] + copy), round(released), round(copy), nbytes, us, roofline,
     )
 
 
 def in_a_row(starts: Sequence[Start], predictions: Sequence[Prediction], constants: dict[str, float]) -> list[Prediction]:
-    """Predictions whose ``us`` are of the step: what each launch adds to the end of the one in front. Of the first one what comes
-    before its wait is done by then, as in a stream of steps."""
+    """Predictions whose ``us`` are of the step: what each launch adds to the end of the one in front. Of the first one what
+    comes before its wait is done by then, as in a stream of steps."""
     us: list[dict[str, float]] = [{} for _ in predictions]
     for device in DEVICES:
         end, released = 0.0, -math.inf
@@ -426,8 +427,8 @@ def predicted(predictions: list[Prediction]) -> dict[str, Any]:
     """As it stands on record."""
     of = {}
     for x in predictions:
-        fields = {"cold_bytes": x.cold_bytes, "jumps": x.jumps, "executed": x.executed, **x.barriers, "trips": sum(x.trips.values())}
-        fields |= {"before": x.before, "after": x.after, "nbytes": x.nbytes}
+        fields = {"cold_bytes": x.cold_bytes, "jumps": x.jumps, "executed": x.executed, **x.barriers}
+        fields |= {"trips": sum(x.trips.values()), "before": x.before, "after": x.after, "nbytes": x.nbytes}
         of[x.kernel] = fields | {f"{name}_us": round(us, 2) for name, us in x.us.items()}
     return of
 

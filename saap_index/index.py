@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from . import checks, interop, ops
-from .backends import Backend, get_backend
+from .backends import Backend, Routing, get_backend
 from .backends.types import MAX_STEP_TOKENS
 from .errors import DeviceError, LengthError, NotTrainedError, ShapeError, StateError
 from .invlists.layout import Layout
@@ -39,6 +39,7 @@ from .search.selection import Selection, read_ids
 from .search.session import SearchSession, Terms
 from .search.states import empty_state
 from .search.stats import IndexStats, gather
+from .search.steady import SteadyAdd, SteadySearch, same_objects
 from .training.config import TrainingConfig
 from .training.layer import train_layer
 from .whole import restored, signals_wait, within
@@ -95,7 +96,8 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
-        "_prepared_router", "_session", "_token", "_trained", "backend_name", "device",
+        "_prepared_router", "_session", "_steady_add", "_steady_by", "_steady_search", "_token", "_trained", "backend_name",
+        "device",
     )
 
     def __init__(
@@ -126,6 +128,9 @@ class AsymmetricIndex:
         self._lists: SegmentedInvertedLists | None = None
         self._session: SearchSession | None = None  # of these lists, or of earlier ones
         self._last: Selection | None = None
+        self._steady_add: SteadyAdd | None = None  # of steps like the last, where the backend has a shorter way for them
+        self._steady_search: SteadySearch | None = None
+        self._steady_by: tuple[Any, ...] = ()  # what the last search followed from
         self._number, self._token = ops.register(self)
 
     def __repr__(self) -> str:
@@ -209,6 +214,11 @@ class AsymmetricIndex:
         """
         if torch.compiler.is_compiling():
             return ops.trace_add(self, keys, values, lengths is None and coarse_keys is None and seq_len is None, seal)
+        steady = self._steady_add
+        if steady is not None and steady(
+            keys, values, self._lists, self._session, self._trained, lengths, coarse_keys, seq_len, seal
+        ):
+            return
         if self._prepared_quantizer is None:
             raise NotTrainedError("add: expected a trained index, got one without key_quantizer; call train or set it")
         capturing = self._capturing()
@@ -287,7 +297,12 @@ class AsymmetricIndex:
         lists = self._lists
         same_batch = lists is not None and lists.batch == keys.shape[0]
         if lists is not None and same_batch and list_nos is None and keys.shape[2] and lists.only_grows(counts, seal):
-            self._session_of(lists).append(keys, values, counts, None, rotated)  # nearly every step: nothing is left half done
+            session = self._session_of(lists)
+            session.append(keys, values, counts, None, rotated)  # nearly every step: nothing is left half done
+            if seal and rotated is None and self._backend.captures:
+                append = session.steady_append(keys, values, counts)
+                by = lists, session, self._trained, None, None, None, True
+                self._steady_add = None if append is None else SteadyAdd(session, append, keys, values, counts, by)
             return
         with self._whole():
             if lists is None or (not same_batch and not self.ntotal):
@@ -337,6 +352,12 @@ class AsymmetricIndex:
         """
         if torch.compiler.is_compiling():
             return ops.trace_search(self, queries, params, coarse_queries is None, return_lse)
+        steady = self._steady_search
+        if steady is not None:
+            by = self._lists, self._session, self._trained, self._options, params, coarse_queries, return_lse
+            if (out := steady(queries, *by)) is not None:
+                self._last = steady.chosen
+                return out
         lists = self._lists
         x, form = self._arguments.queries(queries, lists)
         if lists is None:
@@ -346,10 +367,23 @@ class AsymmetricIndex:
             if not self._options.exceeded_by(settings):
                 self._refuse_lists_to_come(session)
                 routing = session.routing_of(self._trained, self._prepared_router, x.shape[3])
-                out, lse, self._last = session.run(x, self._terms(settings), routing, self._trained.scale)
+                terms, scale = self._terms(settings), self._trained.scale
+                out, lse, self._last = session.run(x, terms, routing, scale)
+                if self._backend.captures and not return_lse:
+                    self._note_search(session, queries, x, params, terms, routing)
                 return form.attention(out, lse, return_lse)
             session.refuse_capture("a larger window or more sinks than the index has")
         return self._attend(x, self._select(x, params, coarse_queries), form, return_lse)
+
+    def _note_search(
+        self, session: SearchSession, queries: Any, x: Tensor, params: SearchParametersIVF | None, terms: Terms, routing: Routing
+    ) -> None:
+        """The second search in a row with the same of everything may be the first of many."""
+        by = session.lists, session, self._trained, self._options, params, None, False
+        again, self._steady_by, self._steady_search = same_objects(by, self._steady_by), by, None
+        if again and isinstance(queries, Tensor) and queries.ndim == 4 and queries.is_contiguous() and self._last is not None:
+            search = session.steady_search(x, terms, routing, self._trained.scale)
+            self._steady_search = None if search is None else SteadySearch(session, search, queries, self._last, by)
 
     def search_attend_preassigned(
         self, queries: Any, list_nos: Any, *, params: SearchParametersIVF | None = None, return_lse: bool = False
@@ -522,7 +556,8 @@ class AsymmetricIndex:
         for name in type(self).__slots__:
             if name != "__weakref__":
                 setattr(new, name, getattr(self, name))
-        new._lists = new._session = new._last = None
+        new._lists = new._session = new._last = new._steady_add = new._steady_search = None
+        new._steady_by = ()
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
             new._require_codes(new._backend, device)
