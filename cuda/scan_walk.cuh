@@ -84,10 +84,21 @@ SAAP_PRIM int empty_share(const ScanParams& p) {
   return static_cast<int>((static_cast<u32>(p.sequences * p.heads) + gridDim.x - 1) / gridDim.x);
 }
 
-// One warp: the pairs of tiles [begin, last) from pair `first` on, the tiles of which start at `before`; no more than fit. known:
-// the lane holds the span of pair first + lane, and `end` is where its tiles end.
-SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last, int total, int first, int before, bool known,
-                           Span span, int end) {
+// Tiles [begin, last) of the row, of `total`, to be found from pair `first` on, the tiles of which start at `before`. known: the
+// lane holds the span of pair first + lane, and `end` is where its tiles end.
+struct Task {
+  int begin, last, total, first, before;
+  bool known;
+  Span span;
+  int end;
+};
+
+// One warp: the pairs of a task's tiles; no more than fit.
+SAAP_PRIM void fill_places(const ScanParams& p, Work& work, Task task) {
+  const int begin = task.begin, last = task.last, total = task.total;
+  int first = task.first, before = task.before, end = task.end;
+  bool known = task.known;
+  Span span = task.span;
   const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads;
   for (;; first += 32) {
     if (!known) {
@@ -117,8 +128,8 @@ SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last,
   }
 }
 
-// One warp: how the tiles are split, which of them are the block's, the first of its pairs.
-SAAP_PRIM void plan(const ScanParams& p, Work& work) {
+// One warp: how the tiles are split, and which of them are the block's: none if it has no task.
+SAAP_PRIM Task plan(const ScanParams& p, Work& work) {
   const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads, block = blockIdx.x, grid = gridDim.x;
   const int each = (pairs + 31) / 32, share = empty_share(p);
   Span span{0, 0, 0, 0, 0, 0};
@@ -151,13 +162,13 @@ SAAP_PRIM void plan(const ScanParams& p, Work& work) {
   const Split split{offset, first, quotient, of - quotient * parts};
   empty = __any_sync(kAll, empty);
   if (lane == 0) work.split = split, work.empty = empty, work.begin = work.last = work.count = 0;
-  if (block >= blocks || total == 0) return;
+  const Task none{0, 0, 0, 0, 0, false, span, 0};
+  if (block >= blocks || total == 0) return none;
   const int begin = split.first(block - first), last = split.first(block - first + 1);
   const int owner = __ffs(__ballot_sync(kAll, end > begin)) - 1;
   const int before = __shfl_sync(kAll, end - tiles, owner);
-  if (begin >= last) return;
   const bool known = each == 1;
-  fill_places(p, work, begin, last, total, known ? 0 : owner * each, known ? 0 : before, known, span, end);
+  return {begin, last, total, known ? 0 : owner * each, known ? 0 : before, known, span, end};
 }
 
 // All threads, after the places are filled and before a barrier: the runs of their pairs, of each the last in a stride.

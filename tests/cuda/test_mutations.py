@@ -186,7 +186,7 @@ RACES = mutants({
     ("scan_body.cuh", check_scan): {
         "lanes do not wait for each other's copies": ("wait<kStages - 1>();\n      __syncwarp();", "wait<kStages - 1>();"),
         "a stage is filled while it is read": ("__syncwarp();  // all lanes have read the stage before", "//"),
-        "the work is read before it is there": ("plan(p, work);\n  __syncthreads();", "plan(p, work);"),
+        "the work is read before it is there": ("__syncthreads();\n    if (!work.count)", "if (!work.count)"),
     },
     ("scan_merge.cuh", check_scan): {
         "states not fenced": ("atomic_inc_acq_rel(ticket", "atomicInc(ticket"),

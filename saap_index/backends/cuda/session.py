@@ -337,7 +337,7 @@ class CudaSession(Session):
             if isinstance(made.by, OneLaunch):
                 select[0][0].params["early"] = True
             lse = torch.empty(queries.shape[:-1], dtype=torch.float32, device=self._device)
-            return SteadySearch(self, select[0], scan[0], lse, self._shape[3])
+            return SteadySearch(self, select[0], scan[0], lse, *self._shape[2:4])
 
     def _ready(self, queries: Tensor, routing: Routing, packed: Packed, dense: bool) -> bool:
         """Whether a step with such queries finds its memory and kernels in place, as it does from the second time on."""

@@ -30,23 +30,23 @@ class SteadySearch:
         "_d_v", "_generation", "_kept", "_lse", "_scan", "_scan_fields", "_select", "_select_queries", "_session", "_stream",
     )
 
-    def __init__(self, session: CudaSession, select: Sequence[Launch], scan: Launch, lse: Tensor, d_v: int) -> None:
+    def __init__(self, session: CudaSession, select: Sequence[Launch], scan: Launch, lse: Tensor, d: int, d_v: int) -> None:
         self._session, self._generation, self._stream = session, session.generation, session.raw_stream() or 0
         self._select, self._select_queries = tuple(x.on_stream for x in select), select[0].field("queries")
         self._scan, self._scan_fields = scan.on_stream, tuple(map(scan.field, ("queries", "out", "lse")))
-        self._lse, self._d_v, self._kept = lse, d_v, (*select, scan)
+        self._lse, self._kept = lse.data_ptr(), (*select, scan, lse)
+        self._d_v = d_v if d_v != d else None
 
     def __call__(self, queries: Tensor) -> Tensor | None:
         """queries : (b, hq, q, d), contiguous. Returns out (b, hq, q, e), or None."""
         session, stream, address = self._session, self._stream, queries.data_ptr()
         if address % 4 or not session.steady(self._generation, stream):
             return None
-        shape = queries.shape
-        out = torch.empty_like(queries) if shape[3] == self._d_v else queries.new_empty((*shape[:3], self._d_v))
+        out = torch.empty_like(queries) if self._d_v is None else queries.new_empty((*queries.shape[:3], self._d_v))
         to, of_out, of_lse = self._scan_fields
         with session.lock:
             self._select_queries.value = to.value = address
-            of_out.value, of_lse.value = out.data_ptr(), self._lse.data_ptr()
+            of_out.value, of_lse.value = out.data_ptr(), self._lse
             for start in self._select:
                 start(stream)
             self._scan(stream)
