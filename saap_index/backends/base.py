@@ -19,7 +19,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -394,6 +394,18 @@ class Session:
         # most backends of others know no biases
         biases = () if probed.biases is None else (probed.biases,)
         return *self.backend.scan(*memory, probed.rows, probed.counts, *spans, scale, True, tail, place.coded, *biases), probed
+
+    def steady_append(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Callable[[Tensor, Tensor], bool] | None:
+        """What `append` of other tokens laid out like these comes to while nothing else changes, or None for `append` itself.
+        False from it: something has changed, nothing was done."""
+        return None
+
+    def steady_search(
+        self, queries: Tensor, routing: Routing, plan: Plan, scale: float
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """What `run` of other queries like these comes to while lengths alone change, or None for `run` itself: of queries
+        (b, hq, q, d) out (b, hq, q, e), or None, if something has changed, and nothing was done."""
+        return None
 
     def _ends(self) -> list[int]:
         """Position of the token that comes next in each sequence."""
