@@ -35,10 +35,10 @@ def one_at_a_time(shape: str, context: int, steps: int, dtype: torch.dtype) -> d
         index.add(tokens[i % 64], tokens[(i + 7) % 64])
         thread.append(time.thread_time() - began)
         clock.append(time.perf_counter() - start)
-    found = {}
+    seconds: dict[str, float] = {}
     for name, x in (("thread", sorted(thread)), ("clock", sorted(clock))):
-        found |= {f"{name}_mean": sum(x) / steps, f"{name}_p99": x[int(0.99 * (steps - 1))], f"{name}_longest": x[-1]}
-    return found
+        seconds |= {f"{name}_mean": sum(x) / steps, f"{name}_p99": x[int(0.99 * (steps - 1))], f"{name}_longest": x[-1]}
+    return seconds
 
 
 def resident_bytes() -> int:
@@ -106,16 +106,14 @@ def main() -> int:
     figures: dict[str, object] = {}
     print(f"{options.shape}, {options.dtype}; {harness.environment()}")
     for context in options.contexts:
-        seconds = one_at_a_time(options.shape, context, options.steps, dtype)
+        each = one_at_a_time(options.shape, context, options.steps, dtype)
         for name in ("thread", "clock"):
-            mean, p99, longest = (seconds[f"{name}_{x}"] for x in ("mean", "p99", "longest"))
+            mean, p99, longest = (each[f"{name}_{x}"] for x in ("mean", "p99", "longest"))
             print(
                 f"  add one token after {context:7d}, by the {name:6}: {mean * 1e6:7.1f} us on average, p99 {p99 * 1e6:7.1f} us, "
                 f"longest {longest * 1e3:7.2f} ms"
             )
-        figures[f"one after {context}"] = {
-            f"{name}_us": x * 1e6 for name, x in seconds.items()
-        }
+        figures[f"one after {context}"] = {f"{name}_us": x * 1e6 for name, x in each.items()}
     grown, kv_bytes = memory(options.shape, options.tokens, dtype)
     print(f"  memory of {options.tokens} tokens: {grown / 1e6:.1f} MB resident, {grown / kv_bytes - 1:.2%} more than K and V")
     figures["memory"] = {"resident_bytes": grown, "kv_bytes": kv_bytes}

@@ -359,7 +359,7 @@ class CudaSession(Session):
             if made is None or select is None:
                 return None
             scan = self._scanning_of(queries, False).bound.get((id(made.by), id(packed), scale))
-            if scan is None:
+            if scan is None or not isinstance(scan[0], Launch):
                 return None
             if isinstance(made.by, OneLaunch):
                 select[0][0].params["early"] = True
@@ -411,7 +411,7 @@ class CudaSession(Session):
 
     def _scan_of(
         self, queries: Tensor, by: TwoLaunches | OneLaunch | None, packed: Packed, scale: float
-    ) -> tuple[Launch, Probed | None]:
+    ) -> tuple[Launch | gpu_codes.CodedLaunch, Probed | None]:
         """The scan of what a selection within ``packed`` comes to, or, without one, of every row; and that."""
         s = self._scanning_of(queries, by is None)
         key = id(by), id(packed), scale
@@ -425,11 +425,13 @@ class CudaSession(Session):
                 if isinstance(listed, Runs):
                     seen = Probed(seen.rows[..., :0], seen.counts, in_runs=listed)
             coded, memory = self._published.coded, (s.floats, self._tickets)
-            if coded is None:
-                launch: Any = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, *memory)
-            else:
+            launch: Launch | gpu_codes.CodedLaunch
+            if isinstance(s.scan, gpu_codes.CodedScan):
+                assert coded is not None, "of this arena"
                 spans = self._spans[int(by is None)]
                 launch = s.scan.bind(at.numbers, coded, self._meta, spans, listed, means, scale, *memory)
+            else:
+                launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, *memory)
             bound = s.bound[key] = launch, seen, (by, packed)
             evict(s.bound, _BOUND)
         if self.capturing:
