@@ -447,7 +447,7 @@ def same_rows(x: SegmentedInvertedLists, y: SegmentedInvertedLists, i: int) -> b
 def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
     """The two indexes hold the same rows in the same places."""
     x, y = a.invlists, b.invlists
-    assert x.lengths == y.lengths and x.segments == y.segments
+    assert x.lengths == y.lengths and x.segments == y.segments and x.merging == y.merging
     for i in range(x.batch):
         parts = len(x.segments[i])
         assert same_rows(x, y, i)
