@@ -232,9 +232,18 @@ template <class T> INLINE void hadamard(T* x, int dim) {
     }
     for (; half < size; half *= 2)
       for (int i = 0; i < size; i += 2 * half)
-        for (int k = i; k < i + half; k++) {
-          const T a = part[k], b = part[k + half];
-          part[k] = a + b, part[k + half] = a - b;
+        for (int k = i; k < i + half;) {
+          if (half >= L::count) {
+            typename L::type a, b;
+            std::memcpy(&a, part + k, sizeof a), std::memcpy(&b, part + k + half, sizeof b);
+            const typename L::type sum = a + b, difference = a - b;
+            std::memcpy(part + k, &sum, sizeof sum), std::memcpy(part + k + half, &difference, sizeof difference);
+            k += L::count;
+          } else {
+            const T a = part[k], b = part[k + half];
+            part[k] = a + b, part[k + half] = a - b;
+            k++;
+          }
         }
     const T scale = (T)(1 / std::sqrt((double)size));
     for (int i = 0; i < size; i++) part[i] *= scale;
@@ -252,10 +261,16 @@ INLINE double pairwise_sum(double* x, int dim) {
   int size = 1;
   while (size < dim) size *= 2;
   for (int i = dim; i < size; i++) x[i] = 0;
-  for (; size > 1; size /= 2) {
-    const double* upper = x + size / 2;
-    for (int i = 0; i < size / 2; i++) x[i] += upper[i];
-  }
+  using L = Lanes<double>;
+  for (; size >= 2 * L::count; size /= 2)
+    for (int i = 0; i < size / 2; i += L::count) {
+      typename L::type a, b;
+      std::memcpy(&a, x + i, sizeof a), std::memcpy(&b, x + i + size / 2, sizeof b);
+      a += b;
+      std::memcpy(x + i, &a, sizeof a);
+    }
+  for (; size > 1; size /= 2)
+    for (int i = 0; i < size / 2; i++) x[i] += x[i + size / 2];
   return x[0];
 }
 
@@ -271,7 +286,7 @@ INLINE void store_bytes(vf x, uint8_t* out, int n) {
   _mm_storel_epi64((__m128i*)out, _mm_packs_epi16(words, words));
 #else
   const vb b = __builtin_convertvector(__builtin_convertvector(x, vi), vb);
-  std::memcpy(out, &b, n < W ? 8 : W);
+  std::memcpy(out, &b, n < W ? W / 2 : W);
 #endif
 }
 
@@ -304,8 +319,8 @@ INLINE float last_below(double bound, double divisor) {
 // Every product below is of numbers whose significands together fit a double, so a fused multiplication rounds like two steps.
 void encode4(const float* row, int dim, uint8_t* code) {
   alignas(64) double x[256], terms[256];
-  alignas(64) float turned[256];
-  alignas(64) int32_t number[256], level[256];
+  alignas(64) float turned[256 + 8];
+  alignas(64) int32_t number[256 + 8], level[256 + 8];
   for (int i = 0; i < dim; i++) x[i] = (double)(row[i] * sign_of(i));
   hadamard(x, dim);
   const double largest = 3.4028234663852886e38;
@@ -317,20 +332,24 @@ void encode4(const float* row, int dim, uint8_t* code) {
   const double unit = std::sqrt(pairwise_sum(terms, dim) / dim) / kGauss, divisor = unit > 0 ? unit : 1;
   float bounds[7];
   for (int k = 0; k < 7; k++) bounds[k] = last_below((kLevels[k] + kLevels[k + 1]) / 2.0, divisor);
-  int squares = 0;
-  for (int i = 0; i < dim; i++) {
-    const float size = turned[i] < 0 ? -turned[i] : turned[i];
-    int32_t index = 0, positive = kLevels[0];
+  for (int i = dim; i < dim + 8; i++) turned[i] = 0;  // half a vector, at most
+  vi squares{};  // whole, so in any order
+  for (int i = 0; i < dim; i += W) {
+    const vf x = load(turned + i), size = (vf)((vi)x & 0x7fffffff);
+    const vi negative = x < vf{};
+    vi index{}, positive = splat((int32_t)kLevels[0]);
     for (int k = 0; k < 7; k++) {
-      index += size > bounds[k] ? 1 : 0;
-      positive += size > bounds[k] ? kLevels[k + 1] - kLevels[k] : 0;
+      const vi beyond = size > splat(bounds[k]);
+      index -= beyond, positive += beyond & splat((int32_t)(kLevels[k + 1] - kLevels[k]));
     }
-    number[i] = turned[i] < 0 ? index + 8 : index;
-    level[i] = turned[i] < 0 ? -positive : positive;
-    squares += positive * positive;  // whole, so in any order
+    const vi named = index + (negative & 8), signed_level = (positive ^ negative) - negative;
+    std::memcpy(number + i, &named, sizeof named), std::memcpy(level + i, &signed_level, sizeof signed_level);
+    squares += positive * positive;
   }
+  int square_sum = -(dim % W) * kLevels[0] * kLevels[0];  // what the zeros behind the row were named
+  for (int i = 0; i < W; i++) square_sum += squares[i];
   for (int i = 0; i < dim; i++) terms[i] = (double)turned[i] * level[i];
-  const float scale = (float)(pairwise_sum(terms, dim) / squares);
+  const float scale = (float)(pairwise_sum(terms, dim) / square_sum);
   for (int start = 0; start < dim; start += kRun) {
     const int half = (dim - start < kRun ? dim - start : kRun) / 2;
     for (int i = 0; i < half; i++) code[start / 2 + i] = (uint8_t)(number[start + i] | number[start + half + i] << 4);
