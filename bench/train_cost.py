@@ -1,12 +1,12 @@
-"""What training the routers of one layer of a large model takes: synthetic keys and queries of its shape, measured on this machine.
+"""What training the routers of one layer of a large model takes: synthetic keys and queries of its shape, on this machine.
 
     python bench/train_cost.py                                   an 8B model: 32 query heads, 8 KV heads, 128 dims
     python bench/train_cost.py --heads 64                        a 70B one
     python bench/train_cost.py --heads 9 --kv-heads 3 --dim 64   SmolLM2-135M
 
-Two ways: from one prompt, as `attach` does, whole; and as `saap train` does, on one and on two sequences, from which --sequences of
-them follow, which is an estimate: everything but k-means grows with their number. CPU seconds are of all threads of this process.
-Peak memory is beside what was held before. Keys without structure cost what others do: no step depends on what is in them.
+Two ways: from one prompt, as `attach` does, whole; and as `saap train` does, on one and on two sequences, from which --sequences
+of them follow, which is an estimate: everything but k-means grows with their number. CPU seconds are of all threads. Peak memory
+is beside what was held before. Keys without structure cost what others do: no step depends on what is in them.
 """
 
 from __future__ import annotations
