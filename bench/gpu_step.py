@@ -153,8 +153,7 @@ def compare_selections(
     backend = get_backend(queries.device, "torch")
     x, _ = index._arguments.queries(queries, index.invlists)
     session = SearchSession(backend, index.invlists)
-    routing = session.routing_of(index._trained, backend.prepare_router(index.query_router.weights), x.shape[3])
-    want = session.select(x, index._terms(params), routing)
+    want = session.select(x, index.trained, backend.prepare_router(index.query_router.weights), params)
     got_rows, want_rows = got.rows, want.rows
     assert want_rows is not None
     for i in range(len(index.lengths)):

@@ -189,6 +189,7 @@ void scan_coded_item(const ScanItem& it) {
     for (int c = 0; c < it.chunks; c++) {
       float* acc = it.o + c * G * ep;
       score_codes<BITS, D, G>(it, it.q + c * G * dp, rows, n, c == 0, s);
+      if (it.bias) add_bias<G>(it.bias + t, n, s);
       if (limited || n * G % W) hide_scores<G>(limited ? it.limits + c * G : nullptr, rows, n, s);
       weigh_block<G>(n, ep, s, acc, m + c * W, l + c * W);
       add_codes<BITS, D, G>(it, s, rows, n, c == 0, acc);

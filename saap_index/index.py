@@ -29,18 +29,20 @@ from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.rotations import note_rotation, rotation_lengths
 from .routing.router import QueryRouter
+from .routing.sampling import Sampling
 from .routing.trained import TrainedLayer
 from .routing.two_tower import TwoTower
 from .search.arguments import Arguments, ArrayForm
 from .search.options import Field, IndexOptions
 from .search.params import SELECTIVITY, SearchParametersIVF
-from .search.select import attend, best_of, extend_to_window, select_lists, side_by_side
+from .search.select import attend, best_of, extend_to_window, sample_error, select_lists, side_by_side
 from .search.selection import Selection, read_ids
-from .search.session import SearchSession, Terms
+from .search.session import SearchSession
 from .search.states import empty_state
 from .search.stats import IndexStats, gather
 from .training.config import TrainingConfig
 from .training.layer import train_layer
+from .training.sampling import calibrate_sampling
 from .whole import restored, signals_wait, within
 
 _STATE = "_last", "_lists", "_options", "_prepared_quantizer", "_prepared_router", "_session", "_trained"
@@ -73,6 +75,8 @@ class AsymmetricIndex:
         most), so that a model's budget may be spread unevenly over layers and heads. The cap of ``target_mass`` is one for all.
     mean_run_tokens, tail : keep the mean key and value of the runs of segments whose average run has that many tokens (0: none),
         and spend that share of the budget on means of runs that are not read, in place of rows.
+    sampled_share, sample_exponent, sample_cap : how much of the budget is spent on a weighted sample, and how, see
+        `SearchParametersIVF`; None: as `sampling` says for each KV head.
     window, sinks : tokens at the end and the start that are always read.
     scale : of the logits, default d ** -0.5.
     break_even : sequences shorter than this are not sealed, and attention over them is dense.
@@ -95,7 +99,7 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
-        "_prepared_router", "_session", "_token", "_trained", "backend_name", "device", "verbose",
+        "_prepared_router", "_rotates_by_length", "_session", "_token", "_trained", "backend_name", "device", "verbose",
     )
 
     def __init__(
@@ -104,11 +108,13 @@ class AsymmetricIndex:
         selectivity: float | None = None, nprobe: int | None = None, max_codes: int = 0, window: int = 128, sinks: int = 4,
         scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 32768,
         target_mass: float | None = None, budget_shares: Any = None, mean_run_tokens: int = 0, tail: float = 0.0,
-        storage: str | None = None, backend: str | None = None,
+        storage: str | None = None, sampled_share: float | None = None, sample_exponent: float | None = None,
+        sample_cap: float | None = None, backend: str | None = None,
     ) -> None:
         layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
         params = SearchParametersIVF(
-            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
+            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail,
+            sampled_share=sampled_share, sample_exponent=sample_exponent, sample_cap=sample_cap,
         ).over(SearchParametersIVF(selectivity=SELECTIVITY))
         heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
         self._options = IndexOptions(d, d if d_v is None else d_v, nlist, *heads, dtype, layout, params, storage)
@@ -121,6 +127,7 @@ class AsymmetricIndex:
         self._require_codes(self._backend, self.device)
         self.backend_name = backend
         self._arguments = Arguments(self._options, self.device)
+        self._rotates_by_length = rope is not None and rope.is_dynamic
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
@@ -162,13 +169,13 @@ class AsymmetricIndex:
         self.load_trained(train_layer(sequences, self.nlist, self.rope, self.layout, self.scale, config))
 
     def load_trained(self, layer: TrainedLayer) -> None:
-        """Take over quantizer, router, tower and calibration of a layer that was trained before; rope, scale and budget shares
-        are those of the constructor.
+        """Take over quantizer, router, tower, calibration and sampling of a layer that was trained before; rope, scale and budget
+        shares are those of the constructor.
 
         Raises CompatibilityError for another shape, StateError while tokens are stored; the index is unchanged then.
         """
         new = layer.to(self.device)
-        parts: dict[str, Any] = {"tower": new.tower, "calibration": new.calibration}
+        parts: dict[str, Any] = {"tower": new.tower, "calibration": new.calibration, "sampling": new.sampling}
         if new.key_quantizer is not None:
             self._require_empty("key_quantizer")
             parts["key_quantizer"] = KeyQuantizer(new.key_quantizer.centroids.contiguous())
@@ -178,10 +185,14 @@ class AsymmetricIndex:
             parts["query_router"] = new.query_router
         self._set_trained(**parts)
 
-    def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE) -> None:
+    def calibrate(
+        self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE, values: Any = None
+    ) -> None:
         """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
 
         keys, queries, positions : as in `train`; some tens of positions of each of four sequences or more are enough.
+        values : the same kinds (b, h, n, e); with them it is measured, too, in which KV heads a weighted sample makes the output
+            better, and which: sets `sampling`.
         confidence : for each KV head, the share of texts whose mean captured attention is to reach the target.
 
         Raises NotTrainedError, CompatibilityError for a router that does not predict the attention outside sinks and window,
@@ -191,7 +202,12 @@ class AsymmetricIndex:
             raise NotTrainedError("calibrate: expected a trained index, got one without key_quantizer and query_router")
         sequences, layer = self._arguments.sequences(keys, queries, positions), self._trained
         parts = layer.quantizer, layer.router, layer.rope, self.layout, layer.scale
-        self.calibration = calibrate(sequences, *parts, confidence)
+        measured: dict[str, Any] = {"calibration": calibrate(sequences, *parts, confidence)}
+        if values is not None:
+            shape = (len(sequences), self.num_kv_heads, sequences[0][0].shape[1], self.d_v)
+            each = self._arguments.tensor(values, "values", "b h n e", shape, checks.STORAGE_DTYPES)
+            measured["sampling"] = calibrate_sampling([(*s, v) for s, v in zip(sequences, each, strict=True)], *parts)
+        self._set_trained(**measured)
 
     # -- adding -------------------------------------------------------------------------------------------------------
 
@@ -229,7 +245,10 @@ class AsymmetricIndex:
                 raise StateError("coarse_keys: expected lists to assign them to, got a tower, which is yet to make them")
             coarse = self._arguments.coarse_keys(coarse_keys, keys.shape)
             list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
-        self._append(keys, values, counts, list_nos, seal, rotation_lengths(self._trained.rope, self._lists, counts, seq_len))
+        rotated = None
+        if self._rotates_by_length or seq_len is not None:
+            rotated = rotation_lengths(self._trained.rope, self._lists, counts, seq_len)
+        self._append(keys, values, counts, list_nos, seal, rotated)
 
     def add_preassigned(
         self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None,
@@ -322,7 +341,8 @@ class AsymmetricIndex:
     # -- searching ----------------------------------------------------------------------------------------------------
 
     def search_attend(
-        self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None, return_lse: bool = False
+        self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None, return_lse: bool = False,
+        return_error: bool = False,
     ) -> Any:
         """Attention of the newest tokens over what the index holds, reading only what the router expects to matter.
 
@@ -333,31 +353,36 @@ class AsymmetricIndex:
         params : replaces the index's own parameters for this call.
         coarse_queries : float (b, hq, q, d), what to route in place of the queries with RoPE undone.
         return_lse : also return the log of the softmax denominator, for `merge_states`.
+        return_error : also return how far off ``out`` may be, by its sampled part. Reads the selected rows once more: not for
+            the decode path, and not inside a capture or a compiled step.
 
         Returns
         -------
         out : dtype of queries (b, hq, q, e): one softmax over sinks, recent tokens and the selected ones.
         lse : float32 (b, hq, q), natural log, if asked for. Nothing to attend: out = 0, lse = -inf.
+        error : float32 (b, hq, q), if asked for: the standard error of ``out``, an estimate of the Euclidean norm of its distance
+            from attention over all tokens that had a chance to be sampled. 0 where nothing was sampled, which says nothing of
+            what is unread. It leaves out what the cap on the logits makes of the mean, and tokens too unlikely to be sampled.
 
         Raises NotTrainedError without a router (but for an index that never held a token, which gives zeros), ShapeError,
         DTypeError, DeviceError, LayoutError, ParameterError. NaN in a query gives NaN in its own output, and an arbitrary
         selection to its group.
         """
         if torch.compiler.is_compiling():
-            return ops.trace_search(self, queries, params, coarse_queries is None, return_lse)
+            return ops.trace_search(self, queries, params, coarse_queries is None and not return_error, return_lse)
         lists = self._lists
         x, form = self._arguments.queries(queries, lists)
         if lists is None:
-            return form.attention(*empty_state(x, self.d_v), return_lse)
-        if coarse_queries is None:
+            out, lse = empty_state(x, self.d_v)
+            return form.attention(out, lse, return_lse, torch.zeros_like(lse) if return_error else None)
+        if coarse_queries is None and not return_error:
             settings, session = self._settings(params), self._session_of(lists)
-            if not self._options.exceeded_by(settings):
+            if params is None or not self._options.exceeded_by(settings):
                 self._refuse_lists_to_come(session)
-                routing = session.routing_of(self._trained, self._prepared_router, x.shape[3])
-                out, lse, self._last = session.run(x, self._terms(settings), routing, self._trained.scale)
+                out, lse, self._last = session.run(x, self._trained, self._prepared_router, settings)
                 return form.attention(out, lse, return_lse)
             session.refuse_capture("a larger window or more sinks than the index has")
-        return self._attend(x, self._select(x, params, coarse_queries), form, return_lse)
+        return self._attend(x, self._select(x, params, coarse_queries), form, return_lse, return_error)
 
     def search_attend_preassigned(
         self, queries: Any, list_nos: Any, *, params: SearchParametersIVF | None = None, return_lse: bool = False
@@ -421,9 +446,9 @@ class AsymmetricIndex:
         lists, settings, queries = self.invlists, self._settings(params), x
         if coarse_queries is not None:
             queries = self._arguments.coarse_queries(coarse_queries, lists, x.shape)
-        session = self._session_of(lists)
-        routing = session.routing_of(self._trained, self._prepared_router, x.shape[3], coarse_queries is not None)
-        return extend_to_window(lists, session.select(queries, self._terms(settings), routing), settings)
+        layer = self._trained, self._prepared_router
+        selection = self._session_of(lists).select(queries, *layer, settings, coarse_queries is not None)
+        return extend_to_window(lists, selection, settings)
 
     def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
         """`_select` for every query on its own, see `SearchSession.select_each`."""
@@ -431,12 +456,15 @@ class AsymmetricIndex:
         settings, session = self._settings(params), self._session_of(self.invlists)
         if self._options.exceeded_by(settings) or self._backend.captures:
             return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(x.shape[3])])
-        return session.select_each(x, self._terms(settings), session.routing_of(self._trained, self._prepared_router, 1))
+        return session.select_each(x, self._trained, self._prepared_router, settings)
 
-    def _attend(self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool) -> Any:
+    def _attend(
+        self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool, return_error: bool = False
+    ) -> Any:
         self._last = selection
         out, lse = attend(self._backend, self.invlists, x, selection, self.scale, causal=True)
-        return form.attention(out, lse, return_lse)
+        error = sample_error(self.invlists, x, selection, out, lse, self.scale) if return_error else None
+        return form.attention(out, lse, return_lse, error)
 
     # -- shrinking, copying, memory -----------------------------------------------------------------------------------
 
@@ -626,6 +654,15 @@ class AsymmetricIndex:
         Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.""",
     )
     tail = Field[float]("_options.params.tail", "Share of the budget spent on the means of runs that are not read.", 0.0)
+    sampled_share = Field["float | None"](
+        "_options.params.sampled_share", "Share of the budget that is spent on a weighted sample; None: as `sampling` says."
+    )
+    sample_exponent = Field["float | None"](
+        "_options.params.sample_exponent", "Of a run's weight in the probability of its tokens; None: as `sampling` says, else 2."
+    )
+    sample_cap = Field["float | None"](
+        "_options.params.sample_cap", "Most that the logit of a sampled token is raised by; None: as `sampling` says, else 2."
+    )
     max_codes = Field[int]("_options.params.max_codes", "Most sealed tokens read per KV head; 0 means no limit.", 0)
     options = Field[IndexOptions]("_options", "Shapes, dtype, layout and default search parameters, as one record.")
     trained = Field[TrainedLayer](
@@ -674,12 +711,13 @@ class AsymmetricIndex:
 
     @property
     def query_router(self) -> QueryRouter | None:
-        """The classifier of queries. May be replaced at any time by one for the same lists, which drops `calibration`."""
+        """The classifier of queries. May be replaced at any time by one for the same lists, which drops `calibration` and
+        `sampling`."""
         return self._trained.query_router
 
     @query_router.setter
     def query_router(self, router: QueryRouter) -> None:
-        self._set_trained(query_router=router.to(self.device), calibration=None)
+        self._set_trained(query_router=router.to(self.device), calibration=None, sampling=None)
 
     @property
     def tower(self) -> TwoTower | None:
@@ -697,7 +735,7 @@ class AsymmetricIndex:
             self._set_trained(tower=None)
         else:
             router = self._router_of(tower, self.key_quantizer)
-            self._set_trained(tower=tower.to(self.device), query_router=router, calibration=None)
+            self._set_trained(tower=tower.to(self.device), query_router=router, calibration=None, sampling=None)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -707,6 +745,15 @@ class AsymmetricIndex:
     @calibration.setter
     def calibration(self, value: Calibration | None) -> None:
         self._set_trained(calibration=value)
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """What of the budget each KV head spends on a weighted sample where the search parameters say nothing; None: nothing."""
+        return self._trained.sampling
+
+    @sampling.setter
+    def sampling(self, value: Sampling | None) -> None:
+        self._set_trained(sampling=value)
 
     @property
     def budget_shares(self) -> np.ndarray | None:
@@ -749,15 +796,9 @@ class AsymmetricIndex:
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""
-        if self._trained.query_router is None:
+        if self._prepared_router is None:
             raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
-        return self._options.merged(params)
-
-    def _terms(self, params: SearchParametersIVF) -> Terms:
-        """What a plan for these parameters follows from."""
-        layer, target = self._trained, params.target_mass
-        unread = None if target is None else layer.unread_mass(target, self.device)
-        return params, layer.router, layer.budget_shares, unread
+        return self._options.params if params is None else self._options.merged(params)
 
     @property
     def _assign_rows(self) -> AssignRows:
@@ -877,7 +918,8 @@ class AsymmetricIndex:
         lists = self._lists
         moved = None if lists is None else lists.moved
         layer = self._trained
-        return moved, layer.scale, params, self._options.params, layer.query_router, layer.budget_shares, layer.calibration
+        trained = layer.query_router, layer.budget_shares, layer.calibration, layer.sampling
+        return moved, layer.scale, params, self._options.params, *trained
 
     def same_graph(self, key: tuple[Any, ...], params: SearchParametersIVF | None = None) -> bool:
         """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""

@@ -32,8 +32,10 @@ from .routing.calibration import TARGETS, Calibration
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.router import QueryRouter
+from .routing.sampling import Sampling
 from .routing.trained import TrainedLayer
 from .routing.two_tower import TwoTower
+from .search.params import SAMPLING
 
 FORMAT, VERSION = "saap_index", "1"
 
@@ -90,6 +92,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "target_mass": index.target_mass, "tail": index.tail,
             "budget_shares": None if index.budget_shares is None else index.budget_shares.tolist(),
             **({} if index.storage is None else {"storage": index.storage}),
+            **{name: getattr(index, name) for name in SAMPLING if getattr(index, name) is not None},
         },
         "dtype": str(index.dtype).removeprefix("torch."),
         "rope": None if index.rope is None else index.rope.to_dict(),
@@ -97,6 +100,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "quantizer": index.key_quantizer is not None,
         "tower": None,
         "calibrated": index.calibration is not None,
+        **({} if index.sampling is None else {"sampled": True}),
         "lengths": index.lengths,
         **({"gaps": [], "rotated": []} if lists is None else stretches(lists)),
         "pending": lists is not None and lists.pending is not None,
@@ -117,6 +121,8 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors.update({f"tower.{name}": x for name, x in index.tower.tensors().items()})
     if index.calibration is not None:
         tensors["calibration"] = index.calibration.unread_mass
+    if index.sampling is not None:
+        tensors["sampling"] = index.sampling.table()
     if lists is not None:
         tensors |= pack_lists(lists)
     return {name: x.cpu().contiguous() for name, x in tensors.items()}, config
@@ -166,6 +172,8 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         want.update({f"tower.{n}": s for n, s in _weights(h, config["tower"]["units"], config["tower"]["outputs"], d).items()})
     if config.get("calibrated"):
         want["calibration"] = ((h, len(TARGETS)), torch.float32)
+    if config.get("sampled"):
+        want["sampling"] = ((h, 3), torch.float32)
     if lengths:
         b, rows = len(lengths), max(lengths)
         count = max(len(s) for s in _segments(config))
@@ -242,7 +250,9 @@ def _trained(index: AsymmetricIndex, config: dict[str, Any], tensors: dict[str, 
         weights = RouterWeights.of(tensors, index.d, "tower.")
         tower = TwoTower(weights, int(config["router"]["first_knot"]))
     calibration = Calibration(tensors["calibration"]) if config.get("calibrated") else None
-    return replace(index.trained, key_quantizer=quantizer, query_router=router, tower=tower, calibration=calibration)
+    sampling = Sampling.of_table(tensors["sampling"]) if config.get("sampled") else None
+    layer = replace(index.trained, key_quantizer=quantizer, query_router=router, tower=tower)
+    return replace(layer, calibration=calibration, sampling=sampling)
 
 
 def _restore(

@@ -38,6 +38,7 @@ from .types import (
     Probed,
     Rotation,
     Routing,
+    Sample,
     Tail,
 )
 from .weights import RouterWeights
@@ -123,6 +124,9 @@ class Backend(ABC):
     reads_codes: ClassVar[bool] = False
     """Whether `scan` takes ``coded``."""
 
+    reads_samples: ClassVar[bool] = False
+    """Whether `probe` takes a budget with a ``sample``, and `scan` ``biases``."""
+
     seals_batches: ClassVar[bool] = False
     """Whether `seal_batch` may be of use."""
 
@@ -196,6 +200,8 @@ class Backend(ABC):
         first), until budget.rows are taken.
         Of the run that exceeds the budget the last rows (its newest tokens) are taken.
 
+        ``sample``: of ``budget.rows`` so many are a sample of the others, see `Sample`; rows come with ``biases``.
+
         ``mean_entries``: of the nonempty runs in segments [0, means[i]) of which no row is read, those of largest mass (ties:
         newer segment, then lower list).
         """
@@ -215,10 +221,11 @@ class Backend(ABC):
         causal: bool,
         tail: Tail | None = None,
         coded: Coded | None = None,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Softmax attention over rows [0, sinks[i]), ``rows`` and [sealed[i], lengths[i]) of each sequence, in one softmax,
         and over the entries of ``tail``. coded : which rows are codes; arena_keys and arena_values then hold the others, where it
-        says.
+        says. biases : float32 (b, h, t) as from `probe`, finite, added to the logits of ``rows``, or None for 0 each.
 
         queries : (b, h, g, q, d) float32, bfloat16 or float16; rows : int32 (b, h, t) as from `probe`, or None for none.
         causal: query i of q sees a recent row r only if r < lengths - q + 1 + i; sinks, ``rows`` and entries are seen by every
@@ -289,7 +296,10 @@ class Session:
         device = self._published.arena.keys.device
         if device.type != "cpu":
             mean_entries = None if budget.mean_entries is None else budget.mean_entries.to(device)
-            budget = replace(budget, rows=budget.rows.to(device), mean_entries=mean_entries)
+            sample = budget.sample
+            if sample is not None:
+                sample = Sample(sample.rows.to(device), sample.exponents.to(device), sample.caps.to(device))
+            budget = replace(budget, rows=budget.rows.to(device), mean_entries=mean_entries, sample=sample)
         plan.budget, plan.packed = budget, None
 
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], check: bool = False) -> None:
@@ -323,7 +333,10 @@ class Session:
             cos, sin = rotation.cos.repeat_interleave(q, 0), rotation.sin.repeat_interleave(q, 0)
             rotation = Rotation(cos, sin, rotation.interleaved, rotation.scale)
         queries = queries.permute(0, 3, 1, 2, 4).reshape(b * q, h, g, 1, d).contiguous()
-        budget = Budget(budget.rows.repeat_interleave(q, 0), budget.nprobe, budget.unread_mass)
+        sample = budget.sample
+        if sample is not None:
+            sample = replace(sample, rows=sample.rows.repeat_interleave(q, 0))
+        budget = Budget(budget.rows.repeat_interleave(q, 0), budget.nprobe, budget.unread_mass, sample=sample)
         return self._route_and_probe(queries, rotation, routing, budget, ends, q)
 
     def _route_and_probe(
@@ -357,7 +370,9 @@ class Session:
         if probed.tail is not None and probed.tail_counts is not None:
             tail = Tail(probed.tail, probed.tail_counts, arena.mean_keys, arena.mean_values, arena.tables)
         spans = self._columns[SINKS], self._columns[SEALED], lengths
-        return *self.backend.scan(*memory, probed.rows, probed.counts, *spans, scale, True, tail, place.coded), probed
+        # most backends of others know no biases
+        biases = () if probed.biases is None else (probed.biases,)
+        return *self.backend.scan(*memory, probed.rows, probed.counts, *spans, scale, True, tail, place.coded, *biases), probed
 
     def _ends(self) -> list[int]:
         """Position of the token that comes next in each sequence."""

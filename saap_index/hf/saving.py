@@ -188,13 +188,13 @@ def _restore_indexed(
         raise CompatibilityError(f"{name}: expected routers of the kind this prompt was saved with, got others")
     _compare(name, about["index"], _form(index))
     if centroids is not None:
-        calibration = index.calibration
+        calibration, sampling = index.calibration, index.sampling
         shape = index.num_kv_heads, index.nlist, index.d
         if tuple(centroids.shape) != shape:
             raise FormatError(f"{name}: expected centroids {shape}, got {tuple(centroids.shape)}")
         index.key_quantizer = KeyQuantizer(centroids.to(device))
         index.tower = index.tower  # which makes the router for these lists
-        index.calibration = calibration  # as where lists are made: it holds for those of this kind
+        index.calibration, index.sampling = calibration, sampling  # as where lists are made: they hold for those of this kind
     b, h, rows = tensors["keys"].shape[:3]
     index.reserve_memory(0, batch=b)
     lists = index.invlists

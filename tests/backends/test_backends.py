@@ -409,7 +409,8 @@ def check_scan(name: str, case: dict[str, Any], queries: Tensor, keys: Tensor, v
     tail = case.get("tail")
     order = ("rows", "counts", "sinks", "sealed", "lengths")
     args = [*(case[x] for x in order), scale, case["causal"]]
-    out, lse = backend(name).scan(queries, keys, values, *args, tail)
+    biases = case.get("biases")
+    out, lse = backend(name).scan(queries, keys, values, *args, tail, None, biases)
     b, h, g, q = case["shape"]
     assert out.shape == (b, h, g, q, values.shape[-1]) and out.dtype == queries.dtype
     assert lse.shape == (b, h, g, q) and lse.dtype == torch.float32
@@ -425,6 +426,8 @@ def check_scan(name: str, case: dict[str, Any], queries: Tensor, keys: Tensor, v
             k, v = (torch.cat([y, m[i, head].flatten(0, 1)[runs]]) for y, m in ((k, tail.keys), (v, tail.values)))
             tokens = torch.cat([tokens, tail.tables[i, head].diff(dim=1).flatten()[runs]])
             seen = torch.cat([seen, torch.ones((q, len(runs)), dtype=torch.bool)], 1)
+        if biases is not None:  # as if a key stood for as many tokens
+            tokens[low : low + len(picked)] *= biases[i, head, : len(picked)].exp()
         logits = (scale * x.double() @ k.double().T + tokens.double().log()).masked_fill(~seen, -torch.inf)
         flat, plain = x.double().reshape(g * q, -1).numpy(), [y.double().numpy() for y in (k, v)]
         want, want_lse = reference.attend(flat, *plain, scale, seen.repeat(g, 1).numpy(), tokens.double().numpy())

@@ -22,9 +22,20 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from saap_index import AsymmetricIndex, Calibration, FormatError, QueryRouter, Rope, SearchParametersIVF, read_index, write_index
+from saap_index import (
+    AsymmetricIndex,
+    Calibration,
+    FormatError,
+    QueryRouter,
+    Rope,
+    Sampling,
+    SearchParametersIVF,
+    read_index,
+    write_index,
+)
 from saap_index.io import _checksum
 from saap_index.routing.calibration import TARGETS
+from saap_index.search.params import SAMPLING
 
 D, E, NLIST, HQ, H = 32, 40, 4, 4, 2
 ROPES = {
@@ -100,6 +111,12 @@ def planned() -> AsymmetricIndex:
     return index
 
 
+def sampled() -> AsymmetricIndex:
+    index = filled(selectivity=0.4, sample_cap=1.5)
+    index.sampling = Sampling([0.5, 0.0], [2.25, 1.0], [0.75, 0.0])
+    return index
+
+
 INDEXES: dict[str, Callable[[], AsymmetricIndex]] = {
     "trained, empty": lambda: small_index(D, E, NLIST, HQ, H),
     "untrained, empty": lambda: AsymmetricIndex(D, NLIST, HQ, H),
@@ -115,6 +132,7 @@ INDEXES: dict[str, Callable[[], AsymmetricIndex]] = {
     "symmetric": symmetric,
     "published": published,
     "planned": planned,
+    "sampled": sampled,
     "means": lambda: filled(mean_run_tokens=2, tail=0.3),
     "means, ragged": lambda: filled(3, 90, [90, 0, 13], mean_run_tokens=1, tail=0.3, dtype=torch.bfloat16),
     **{f"rope {name}": (lambda rope=rope: filled(rope=rope)) for name, rope in ROPES.items()},
@@ -130,7 +148,7 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
 
     names = (
         "d", "d_v", "nlist", "num_heads", "num_kv_heads", "scale", "dtype", "rope", "layout", "nprobe", "selectivity",
-        "max_codes", "lengths", "is_trained", "target_mass", "tail",
+        "max_codes", "lengths", "is_trained", "target_mass", "tail", *SAMPLING,
     )
     found = {name: getattr(index, name) for name in names}
     if index.key_quantizer is not None:
@@ -140,6 +158,7 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
         found["knots"] = index.query_router.first_knot, index.query_router.size_weighted
     found["budget_shares"] = None if index.budget_shares is None else index.budget_shares.tolist()
     found["calibration"] = None if index.calibration is None else index.calibration.unread_mass.tolist()
+    found["sampling"] = None if index.sampling is None else index.sampling.table().tolist()
     for i, n in enumerate(index.lengths):
         lists = index.invlists
         count = lists.num_means(i)

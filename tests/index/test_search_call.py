@@ -196,7 +196,7 @@ def test_refusals() -> None:
     index = filled([150, 120])
     lists, router = index.invlists, index.query_router
     assert router is not None
-    planned = new_plan(lists, SearchParametersIVF(selectivity=0.2, max_codes=0), router, None, None, for_good=False)
+    planned = new_plan(lists, SearchParametersIVF(selectivity=0.2, max_codes=0), router, None, None, None, for_good=False)
     routing = Routing(index._prepared_router, router.first_knot, router.size_weighted)
     queries = tokens(2, 6, 1, 32).view(2, 2, 3, 1, 32)
     index.search_attend(tokens(2, 6, 1, 32))

@@ -35,7 +35,7 @@ from . import scan as gpu_scan
 from . import seal as gpu_seal
 from . import select as gpu_select
 from .launch import Runtime
-from .session import CudaSession, Knobs, sent
+from .session import CudaSession, Knobs, refuse_sample, sent
 
 MOST_SORTED_LISTS = 32768
 """More do not fit the shared memory of a block of every device; torch sorts then."""
@@ -141,6 +141,7 @@ class CudaBackend(TorchBackend):
         self, z: Tensor, a: Tensor, knots: Tensor, tables: Tensor, num_segments: Sequence[int], budget: Budget,
         size_weighted: bool,
     ) -> Probed:
+        refuse_sample(budget, self.device)
         b, h, j, nlist = z.shape
         segments, m = tables.shape[2], a.shape[3] - 1
         shape = gpu_select.SelectShape(b, h, j, nlist, segments, m, 0, budget.nprobe, size_weighted)
@@ -178,8 +179,10 @@ class CudaBackend(TorchBackend):
     def scan(
         self, queries: Tensor, arena_keys: Tensor, arena_values: Tensor, rows: Tensor | None, counts: Tensor | None,
         sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], scale: float, causal: bool, tail: Tail | None = None,
-        coded: Coded | None = None,
+        coded: Coded | None = None, biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if biases is not None:
+            raise DeviceError(f"biases: expected None on {str(self.device)!r}, which reads no samples yet, got some")
         if coded is not None:
             raise DeviceError(f"coded: expected None on {str(self.device)!r}, which reads no codes, got {coded.code.name!r}")
         b, h, g, q, d = queries.shape

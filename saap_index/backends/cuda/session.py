@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import NotFiniteError, StateError
+from ...errors import DeviceError, NotFiniteError, StateError
 from ..base import Backend, Session
 from ..codes import FLAGS, FULL, LENGTH, META, NEXT, NOT_FINITE
 from ..types import (
@@ -161,6 +161,7 @@ class CudaSession(Session):
             self.captured = False  # graphs hold addresses of before
 
     def plan(self, plan: Plan, budget: Budget) -> None:
+        refuse_sample(budget, self._device)
         self.wait_stream()
         b, h = self._shape[:2]
 
@@ -428,6 +429,12 @@ def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     pinned = torch.empty(numbers.shape, dtype=torch.int32, device="cpu", pin_memory=True)
     pinned.numpy()[...] = numbers
     return pinned.to(device, non_blocking=True)
+
+
+def refuse_sample(budget: Budget, device: torch.device) -> None:
+    """DeviceError for a budget of which something is sampled: no kernel does that yet."""
+    if budget.sample is not None:
+        raise DeviceError(f"budget: expected one without a sample on {str(device)!r}, which reads no samples yet, got one")
 
 
 def _numbers(packed: Packed, budget: Budget) -> list[tuple[int, np.ndarray[Any, Any]]]:
