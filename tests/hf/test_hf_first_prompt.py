@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -325,6 +328,34 @@ def test_writers_at_once_keep_the_newer_layers(folder: Path) -> None:
     last = kept.kept_routers(place, model.config)
     assert last is not None and kept.prompts_of(last) == {0: 2, 1: 1, 2: 2}
     assert not list(folder.rglob("*.draft"))
+
+
+LEARNS = """
+import sys
+from hf_models import prompt
+from test_hf_first_prompt import LONG, QUICK, SMALL, learning, tiny, told
+from saap_index.hf import crossover
+crossover.measured = lambda key, times: crossover.Crossover(2048, ())
+model = learning(tiny("llama"))
+told(model, prompt(length=LONG, seed=int(sys.argv[1])))
+"""
+
+
+def test_two_processes_learn_at_once(folder: Path) -> None:
+    """Neither fails, neither leaves a broken file, and what is kept is whole, and good for a third."""
+    places = os.pathsep.join(str(Path(__file__).parents[i]) for i in (0, 1, 2))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([places, os.environ.get("PYTHONPATH", "")])}
+    running = [subprocess.Popen([sys.executable, "-c", LEARNS, str(seed)], env=env, stderr=subprocess.PIPE) for seed in (1, 2)]
+    ends = [(process.communicate(timeout=600)[1].decode(), process.returncode) for process in running]
+    assert [status for _, status in ends] == [0, 0], ends
+    assert not list(folder.rglob("*.draft"))
+    place = next(folder.rglob("config.json")).parent
+    there = saap.load_routers(place)
+    assert set(there.layers) == {0, 1, 2} and set(there.config["prompts"].values()) <= {1, 2}
+    assert np.mean([layer.budget_shares for layer in there.layers.values()]) == pytest.approx(1)
+    third = tiny("llama")
+    saap.attach(third, train="never", **SMALL)
+    assert min(sealed_tokens(told(third, prompt(length=LONG))[1])) > 200
 
 
 def test_saving_a_prompt_trains_first(tmp_path: Path) -> None:
