@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError
-from .base import Backend, SegmentChange, Session
+from .base import Backend, Session
 from .paged import PagedBackend
 from .plain_torch import TorchBackend
 from .reference import ReferenceBackend
 from .scalar_quantizer import STORAGE_CODES, Coded, StorageCode
+from .segment_change import SegmentChange
 from .types import Arena, Budget, Frequencies, Placement, Plan, Rotation, Routing, Sample, Tail
 from .weights import NETWORK, RouterWeights
 

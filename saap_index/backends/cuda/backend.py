@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ...errors import DeviceError, DTypeError
-from ..base import SegmentChange
 from ..codes import DTYPE_CODES, LENGTH, MEANS, META, NEXT, SEALED, SEGMENTS, SINKS
 from ..plain_torch import TorchBackend
 from ..scalar_quantizer import Coded, StorageCode
+from ..segment_change import SegmentChange
 from ..types import (
     Arena,
     Budget,

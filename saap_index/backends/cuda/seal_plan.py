@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..base import SegmentChange
+from ..segment_change import SegmentChange
 from .append_assign import ASSIGN_JOB
 
 TILE_ROWS = 32
