@@ -449,7 +449,7 @@ def test_measured_is_what_an_index_reads(
             budget = round(share * (window - settings.sinks)) - (window - sealed)
             if budget < 1:
                 continue
-            params = SearchParametersIVF(selectivity=1.0, max_codes=budget)
+            params = SearchParametersIVF(selectivity=1.0, max_codes=budget, sampled_share=0.0)  # the best runs alone
             selection = index.select(found.queries[:, :, j : j + 1], params=params)
             read = index.read_ids(selection)[0]
             captured = [float(p[h][ids[(ids >= settings.sinks) & (ids < window)]].sum()) for h, ids in enumerate(read)]
