@@ -99,6 +99,13 @@ SAAP_PRIM void sinpi_cospi(double x, float* sine, float* cosine) {
   sincospif(static_cast<float>(x - 2.0 * rint(0.5 * x)), sine, cosine);
 }
 
+// a - b of two fp16 each, to nearest, ties to even.
+SAAP_PRIM u32 sub_f16x2(u32 a, u32 b) {
+  u32 c;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+
 // ---- memory
 
 SAAP_PRIM u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }

@@ -8,6 +8,7 @@
 //   SAAP_BLOCKS      blocks of a multiprocessor
 //   SAAP_RUNS        runs that a block has in shared memory, at least 32
 //   SAAP_PAGED       1: rows of an engine's pool, all of them listed, instead of an arena's
+//   SAAP_CODED       bits of a value, 8 or 4, of rows that are codes (scan_codes.cu); 0 of numbers
 //   SAAP_WEIGHTED    1: runs are samples with a bias of their own, see Weight; without it nothing of them is compiled
 //   SAAP_CLOCK       0, or 1: blocks note when they pass the points below
 #pragma once
@@ -18,6 +19,9 @@
 #endif
 #ifndef SAAP_PAGED
 #define SAAP_PAGED 0
+#endif
+#ifndef SAAP_CODED
+#define SAAP_CODED 0
 #endif
 #ifndef SAAP_WEIGHTED
 #define SAAP_WEIGHTED 0
@@ -32,6 +36,7 @@ constexpr int kGroups = SAAP_GROUPS, kTile = SAAP_TILE, kStages = SAAP_STAGES, k
 constexpr int kVectors = 8 * kGroups;  // of one pass
 constexpr int kPlaces = 32, kRuns = SAAP_RUNS;  // pairs and runs that a block has at hand
 constexpr u32 kAll = 0xffffffffu;
+static_assert(SAAP_CODED == 0 || (kStorage == kF16 && !SAAP_PAGED), "codes are read as fp16");
 static_assert(!(SAAP_PAGED && SAAP_WEIGHTED), "pages have no runs");
 static_assert(kD % 8 == 0 && kE % 8 == 0 && (kTile == 16 || kTile == 32) && kStages >= 2 && kRuns >= kPlaces,
               "no such configuration");
@@ -82,6 +87,10 @@ struct ScanParams {
   i64 head_bytes;  // from a head's rows to the next one's
   int row_bytes;   // from a row to the next, a multiple of 16, as are head_bytes
 #endif
+#if SAAP_CODED
+  const int4* spans;  // int32 (b, 4), 16-byte aligned: first and past the last coded row, the first of those
+                      // behind the segments, past the last of those among the sinks
+#endif
 #if SAAP_CLOCK
   i64* clocks;  // int64 (passes, grid, kPoints), cycles, or null; points that a block does not pass are left alone
 #endif
@@ -114,7 +123,15 @@ struct RowShape {
 };
 using KeyShape = RowShape<kD>;
 using ValueShape = RowShape<kE>;
-constexpr int kStageBytes = KeyShape::kTileBytes + ValueShape::kTileBytes;
+
+// Codes lie in shared memory as in device memory, rows of words an odd multiple of 16 bytes apart: what the lanes of a fragment
+// read then lies in different banks.
+constexpr int coded_words(int dim, int bits) { return dim * bits / 32 + 1; }
+constexpr int coded_stride(int words) { return ((words + 3) / 8 * 8 + 4) * 4; }
+constexpr int kKeyWords = coded_words(kD, 8), kValueWords = coded_words(kE, SAAP_CODED);
+constexpr int kKeyStride = coded_stride(kKeyWords), kValueStride = coded_stride(kValueWords);
+
+constexpr int kStageBytes = SAAP_CODED ? kTile * (kKeyStride + kValueStride) : KeyShape::kTileBytes + ValueShape::kTileBytes;
 
 // Dynamic shared memory: stages (kWarps, kStages, kStageBytes), the work of the block (scan_walk.cuh), masses, what the core
 // wants for itself, and kWarps * 8 * kStride floats of values.

@@ -7,10 +7,11 @@
 constexpr float kSlack = 2.f;  // tiles that a block may have more so that none ends two pairs
 
 // The list of one pair: entries [0, sinks) are the rows of that number, [sinks, listed) are rows[i - sinks], or those of `runs` runs
-// one after the other, [listed, rows) are rows i + shift; then, in tiles of their own, `tail` entries for the means of runs.
+// one after the other, [listed, rows) are rows i + shift; then, in tiles of their own, `tail` entries for the means of runs. Of codes
+// there are none: tail is then the number of tokens behind the last coded one, and sinks are counted from the first.
 struct Span {
   int sinks, listed, rows, shift, tail, runs;
-  SAAP_PRIM int tiles() const { return ceil_div(rows, kTile) + ceil_div(tail, kTile); }
+  SAAP_PRIM int tiles() const { return ceil_div(rows, kTile) + (SAAP_CODED ? 0 : ceil_div(tail, kTile)); }
 };
 
 SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
@@ -22,6 +23,13 @@ SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
   const int4 meta = *reinterpret_cast<const int4*>(p.meta + static_cast<i64>(divided(pair, p.inverse_heads)) * 8);
   const int runs = p.runs && !p.dense ? p.run_counts[pair] : 0;
   const int count = (p.rows || p.runs) && !p.dense ? p.counts[pair] : 0, tail = p.tail && !p.dense ? p.tail_counts[pair] : 0;
+#if SAAP_CODED
+  const int4 span = p.spans[divided(pair, p.inverse_heads)];
+  const int last = clamp(span.y, 0, p.capacity), always = clamp(span.z, 0, last);
+  const int first = clamp(span.x, 0, always), low = clamp(span.w - first, 0, always - first), num = clamp(runs, 0, p.max_runs);
+  const int chosen = low + (p.runs && !num ? 0 : clamp(count, 0, p.max_rows));
+  return {low, chosen, chosen + last - always, always - chosen, max(meta.x - first, 0), num};
+#endif
   const int length = clamp(meta.x, 0, p.capacity);
   if (p.dense) return {0, 0, length, 0, 0, 0};
   int sinks = clamp(meta.y, 0, length), sealed = clamp(meta.z, 0, length);
@@ -33,7 +41,7 @@ SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
 // How many leading entries of the rows of a list query vector `vector` sees.
 SAAP_PRIM int seen_entries(const ScanParams& p, const Span& span, int vector) {
   const int query = vector - p.num_queries * divided(vector, p.inverse_queries);
-  const int causal = span.rows - p.num_queries + 1 + query;
+  const int causal = span.rows - p.num_queries + 1 + query + (SAAP_CODED ? span.tail : 0);
   return !p.causal ? span.rows : SAAP_PAGED || causal > span.listed ? causal : span.listed;
 }
 
@@ -250,6 +258,9 @@ SAAP_PRIM Numbers number_tile(const ScanParams& p, const Work& work, int& at, in
     if (past < place.span.tail) from = p.tail + static_cast<i64>(place.pair) * p.max_tail + past;
   } else if (i < place.span.rows) {
     number = i < place.span.sinks ? i : i + place.span.shift;
+#if SAAP_CODED
+    if (i < place.span.sinks) number = i + p.spans[divided(place.pair, p.inverse_heads)].x;
+#endif
     if (i >= place.span.sinks && i < place.span.listed) {
       if (!SAAP_PAGED && p.runs) number = row_of(p, work, place, i - place.span.sinks, bias);
       else from = p.rows + static_cast<i64>(place.pair) * p.max_rows + i - place.span.sinks;
@@ -276,6 +287,19 @@ SAAP_PRIM void gather(char* to, const char* base, int stride, int number) {
   }
 }
 
+// The same of rows of `words` words each, one after the other in `base`, to rows `stride` bytes apart.
+template <int words, int stride>
+SAAP_PRIM void gather_codes(char* to, const char* base, int number) {
+#pragma unroll 4
+  for (int i = threadIdx.x % 32; i - threadIdx.x % 32 < kTile * words; i += 32) {
+    const int token = i / words, word = i - token * words, row = __shfl_sync(kAll, number, token < kTile ? token : 0);
+    if (token >= kTile) continue;
+    char* const place = to + token * stride + word * 4;
+    if (row >= 0) cp_async4(place, base + (static_cast<i64>(row) * words + word) * 4);
+    else *reinterpret_cast<u32*>(place) = 0;
+  }
+}
+
 // Starts the copies of the tile whose numbers the `part`-th lanes hold into a stage, as one group. Returns what is added to the
 // logit of token `lane` % kTile, in log2 units: -inf for one that does not exist, the logarithm of its length for a run that is read
 // through its means, what the selection says for a row.
@@ -292,6 +316,11 @@ SAAP_PRIM float copy_tile(const ScanParams& p, const Numbers& held, int part, ch
     const i64 first = (pair - p.heads * divided(pair, p.inverse_heads)) * p.head_bytes;
     gather<kD>(stage, static_cast<const char*>(p.keys) + first, p.row_bytes, number);
     gather<kE>(stage + KeyShape::kTileBytes, static_cast<const char*>(p.values) + first, p.row_bytes, number);
+#elif SAAP_CODED
+    const i64 first = static_cast<i64>(pair) * p.capacity;
+    gather_codes<kKeyWords, kKeyStride>(stage, static_cast<const char*>(p.keys) + first * (kKeyWords * 4), number);
+    const char* values = static_cast<const char*>(p.values) + first * (kValueWords * 4);
+    gather_codes<kValueWords, kValueStride>(stage + kTile * kKeyStride, values, number);
 #else
     const i64 first = static_cast<i64>(pair) * limit;
     const char* keys = static_cast<const char*>(tail ? p.mean_keys : p.keys) + first * KeyShape::kBytes;

@@ -83,7 +83,7 @@ class AsymmetricIndex:
     break_even : sequences shorter than this are not sealed, and attention over them is dense.
     seal_tokens, max_segment : see `Layout`.
     storage : what keys and values become when they are sealed. None: they stay as given. "SQ8": 8 bits and a scale per token and
-        head. "SQ8/SQ4": 8 bits for keys, 4 for values. Sinks and recent tokens stay as given. Not on a CUDA device yet.
+        head. "SQ8/SQ4": 8 bits for keys, 4 for values. Sinks and recent tokens stay as given.
     backend : by name, see `saap_index.backends`; default the one for the device.
 
     Raises ParameterError for a value outside its range, CompatibilityError for a rope of another dim, DeviceError.
@@ -101,14 +101,14 @@ class AsymmetricIndex:
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
         "_prepared_router", "_rotates_by_length", "_session", "_steady_add", "_steady_by", "_steady_search", "_token", "_trained",
-        "backend_name", "device",
+        "backend_name", "device", "verbose",
     )
 
     def __init__(
         self, d: int, nlist: int = 256, num_heads: int = 1, num_kv_heads: int | None = None, *, d_v: int | None = None,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", rope: Rope | None = None,
         selectivity: float | None = None, nprobe: int | None = None, max_codes: int = 0, window: int = 128, sinks: int = 4,
-        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 32768,
+        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 8192,
         target_mass: float | None = None, budget_shares: Any = None, mean_run_tokens: int = 0, tail: float = 0.0,
         storage: str | None = None, sampled_share: float | None = None, sample_exponent: float | None = None,
         sample_cap: float | None = None, backend: str | None = None,
@@ -139,6 +139,8 @@ class AsymmetricIndex:
         self._steady_search: SteadySearch | None = None
         self._steady_by: tuple[Any, ...] = ()  # what the last search followed from
         self._number, self._token = ops.register(self)
+        self.verbose = False
+        """Whether `train` prints what it does, as an index of FAISS does; an attribute to set."""
 
     def __repr__(self) -> str:
         names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
@@ -162,8 +164,14 @@ class AsymmetricIndex:
         """
         self._require_empty("train")
         sequences = self._arguments.sequences(keys, queries, positions)
-        settings = self.nlist, self.rope, self.layout, self.scale, TrainingConfig() if config is None else config
-        self.load_trained(train_layer(sequences, *settings))
+        config = TrainingConfig() if config is None else config
+        if self.verbose:
+            tokens, asked = (sum(int(sequence[i].shape[1]) for sequence in sequences if sequence[i] is not None) for i in (0, 1))
+            print(f"Training {self.nlist} lists of {self.num_kv_heads} KV heads on {tokens} keys of {self.d} dims")
+            print(f"Training the query router on {asked} queries per head" if asked else "No queries: routing is symmetric")
+            if config.progress is None:
+                config = replace(config, progress=_print_epoch)
+        self.load_trained(train_layer(sequences, self.nlist, self.rope, self.layout, self.scale, config))
 
     def load_trained(self, layer: TrainedLayer) -> None:
         """Take over quantizer, router, tower, calibration and sampling of a layer that was trained before; rope, scale and budget
@@ -272,6 +280,12 @@ class AsymmetricIndex:
         if self._lists is not None:
             self._make_lists(self._lists)
             self._lists.seal(self._assign_rows, last=True)
+
+    @within("_changing")
+    def rearrange(self) -> None:
+        """Bring tokens that lie as in another version of this library, as in a file of before, to where `add` puts them."""
+        if self._lists is not None:
+            self._lists.rearrange(self._assign_rows)
 
     def advance(self, n: int | Sequence[int] | None = None, *, seal: bool = True) -> None:
         """Take note of tokens that replays of a CUDA graph appended, and seal what is due (docs/gpu.md).
@@ -438,6 +452,10 @@ class AsymmetricIndex:
             self._last = self._select_each(x, params)
             scores, ids = best_of(self._backend, self._lists, x, self._last, k)
         return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
+
+    def assign(self, queries: Any, k: int = 1, *, params: SearchParametersIVF | None = None) -> Any:
+        """The ids of `search` alone, as FAISS's assign: int64 (b, hq, q, k). The list of a key: ``key_quantizer.assign``."""
+        return self.search(queries, k, params=params)[1]
 
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:
         """The first half of `search_attend`: which rows it would read. `read_ids` gives the tokens in them."""
@@ -622,9 +640,9 @@ class AsymmetricIndex:
 
     def _require_codes(self, backend: Backend, device: torch.device) -> None:
         """DeviceError for codes where nothing reads them."""
-        if self.storage is not None and not (backend.reads_codes and device.type == "cpu"):
+        if self.storage is not None and not backend.reads_codes:
             where = f"{str(device)!r}, backend {backend.name!r}"
-            raise DeviceError(f"storage: expected device 'cpu' for codes, got {self.storage!r} on {where}")
+            raise DeviceError(f"storage: expected a backend that reads codes, got {self.storage!r} on {where}")
 
     # -- FAISS --------------------------------------------------------------------------------------------------------
 
@@ -945,3 +963,7 @@ class AsymmetricIndex:
         """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
         now = self.graph_key(params)
         return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(key, now, strict=True))
+
+
+def _print_epoch(epoch: int, epochs: int, loss: float) -> None:
+    print(f"  epoch {epoch} of {epochs}: cross-entropy {loss:.4f} nats")

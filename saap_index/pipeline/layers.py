@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,8 @@ from ..routing.trained import TrainedLayer
 from ..routing.two_tower import TwoTower
 from ..training.config import TrainingConfig
 from ..training.layer import TrainingSequence, train_layer
+from ..training.measure import GRID, SHARES, Measured, measure
 from ..training.sampling import best_sampling, sample_errors
-from .budget import BudgetPlan
-from .measure import GRID, SHARES, Measured, measure
 from .settings import TrainSettings
 from .store import CaptureStore
 
@@ -130,9 +129,3 @@ def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
         "outside": [round(float(x), 6) for x in total.outside / max(1, heads)],
         "weight": round(weight, 6),
     }
-
-
-def merge_budget(layers: Mapping[int, TrainedLayer], plan: BudgetPlan) -> dict[int, TrainedLayer]:
-    """The layers with their shares of the budget."""
-    shares = plan.shares.astype(np.float32)
-    return {number: replace(layer, budget_shares=shares[at]) for at, (number, layer) in enumerate(layers.items())}

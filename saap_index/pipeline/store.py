@@ -78,7 +78,7 @@ class CaptureStore:
             self._written.add(path)
 
     def finish(self, number: int, weights: Mapping[int, float]) -> None:
-        """Every layer of a sequence is written. weights : of layers, see `capture.weighing`, for one that is held out."""
+        """Every layer of a sequence is written. weights : of layers, see `hf.weighing`, for one that is held out."""
         files.sync(self._written)  # what is said to be captured is on the disk
         self._written.clear()
         done = {**self.done, number: {str(layer): weight for layer, weight in weights.items()}}

@@ -3,7 +3,7 @@
 1. Capture: one pass of the model per sequence serves all layers; keys, a sample of queries, and, of sequences held out, values go
    to disk (store.py).
 2. Layers, one at a time: read back, trained, measured and calibrated on what was held out, written.
-3. The budget is spread over layers and heads (budget_plan.py), and everything becomes one folder (routers.py).
+3. The budget is spread over layers and heads (training/budget.py), and everything becomes one folder (routers.py).
 
 Work in progress lies in a folder ``unfinished`` in the result's. The same model, texts, settings and machine give the same files,
 interrupted or not.
@@ -28,15 +28,16 @@ from ..errors import CompatibilityError, FormatError, LengthError, ParameterErro
 from ..hf import support
 from ..hf.models import LoadedModel, check_positions
 from ..hf.probe import check_rotation
+from ..hf.weighing import weighing
 from ..routers import CONFIG, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
 from ..routing.quantizer import require_faiss
 from ..routing.rope import Rope
 from ..routing.trained import TrainedLayer
 from ..search.params import SELECTIVITY
+from ..training.budget import spread_budget
 from ..version import __version__
 from . import capture
-from .budget import plan_budget
-from .layers import LayerResult, merge_budget, train_one
+from .layers import LayerResult, train_one
 from .settings import TrainSettings
 from .store import CaptureStore, StoreShape, check_space
 from .texts import TokenSequence, digest
@@ -235,7 +236,7 @@ def _captured(
                     raise capture.Finished
 
             first = int(positions.min()) if held_out else 0
-            with capture.weighing(loaded.model, job.layers if held_out else (), first) as weights:
+            with weighing(support.decoder_of(loaded.model), job.layers if held_out else (), first) as weights:
                 capture.run(loaded.model, tokens, keep)
             store.finish(number, weights)
         if step is not None:
@@ -295,18 +296,12 @@ def _read_layer(path: Path) -> tuple[LayerResult, str]:
 def _assembled(results: Mapping[int, LayerResult], settings: TrainSettings, job: _Job) -> Routers:
     """One object of all layers, with the budget spread over them."""
     layers: dict[int, TrainedLayer] = {number: result.routers for number, result in results.items()}
-    losses = np.stack([layer.losses for layer in layers.values() if layer.losses is not None])
-    grid = np.array(results[job.layers[0]].figures["grid"])
-    plan = plan_budget(losses, grid, SELECTIVITY)
-    layers = merge_budget(layers, plan)
+    layers, budget = spread_budget(layers, SELECTIVITY)
     config = {
         **job.identity,
         "router": settings.router, "partition": settings.partition, "nlist": settings.nlist,
         "layout": {"sinks": settings.sinks, "window": settings.window},
         "evaluation": {str(number): result.figures for number, result in results.items()},
-        "budget": {
-            "average": plan.average, "grid": grid.tolist(), "dense_layers": [job.layers[i] for i in plan.dense],
-            "loss_uniform": plan.uniform, "loss_planned": plan.planned,
-        },
+        "budget": budget,
     }
     return Routers(config, layers)

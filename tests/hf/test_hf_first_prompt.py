@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hf_models import CACHE, SMALL, greedy, left_padded, make_routers, prompt, sealed_tokens, tiny
@@ -17,6 +18,7 @@ import saap_index as saap
 from saap_index.errors import NotFiniteError, ParameterError
 from saap_index.hf import kept, learner
 from saap_index.hf.cache import ATTACHED, plan_of
+from saap_index.training.budget import plan_budget
 from saap_index.training.prompt import PromptTraining
 
 QUICK = PromptTraining(min_tokens=256, queries=64, nlist=8, epochs=2, progress=False)
@@ -155,6 +157,31 @@ def test_kept_loaded_and_refined(folder: Path, caplog: pytest.LogCaptureFixture)
     assert json.loads(next(folder.rglob("config.json")).read_text())["prompts"] == {"0": 3, "1": 3, "2": 3}
     last = learning(tiny("llama"))
     assert plan_of(last).learner is None  # nothing is left to learn
+
+
+def test_the_budget_is_spread_over_layers_and_heads(folder: Path) -> None:
+    """By what each loses on queries of the prompt that were held out; searched with at once, kept, and known of every layer."""
+    model = learning(tiny("llama"), 0.2)
+    _, cache = told(model, prompt(length=LONG))
+    plan = plan_of(model)
+    shares = np.stack([layer.trained.budget_shares for layer in plan.layers.values()])
+    assert shares.mean() == pytest.approx(1) and 0.6 <= shares.min() < shares.max() <= 3
+    for number, layer in cache.indexed.items():
+        np.testing.assert_array_equal(layer.index.budget_shares, shares[number])
+    kept_there = saap.load_routers(next(folder.rglob("config.json")).parent)
+    losses = np.stack([kept_there.layers[number].losses for number in range(3)])
+    want = plan_budget(losses, np.array(kept_there.config["budget"]["grid"]), 0.05)
+    np.testing.assert_allclose(shares, want.shares, rtol=1e-6)
+    np.testing.assert_array_equal(shares, np.stack([kept_there.layers[number].budget_shares for number in range(3)]))
+    assert (losses[:, :, 0] >= losses[:, :, -1]).all() and np.allclose(losses[:, :, -1], 0) and (losses[:, :, 0] > 0).all()
+    assert not any(module._forward_pre_hooks for module in model.model.layers)  # of the weights, while a prompt is read
+
+
+def test_shares_of_a_user_stay() -> None:
+    model = learning(tiny("llama"), 0.2, budget_shares=[0.5, 1.5])
+    _, cache = told(model, prompt(length=LONG))
+    for layer in cache.indexed.values():
+        np.testing.assert_array_equal(layer.index.budget_shares, [0.5, 1.5])
 
 
 def test_other_weights_have_routers_of_their_own() -> None:

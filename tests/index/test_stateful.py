@@ -365,7 +365,12 @@ class Walk(RuleBasedStateMachine):
         assert torch.equal(out, self.index.attend_selected(queries, chosen))
         for i, model in enumerate(self.model):
             at = [p for p, _, _ in model]
-            middles = [(at[start] + at[stop - 1]) / 2 for start, stop in self.index.invlists.segments[i]]
+            lists = self.index.invlists
+            bounds, merging = list(lists.segments[i]), lists.merging[i]
+            if merging is not None:
+                parts = slice(merging.first, merging.stop)
+                bounds[parts] = [(bounds[parts][0][0], bounds[parts][-1][1])] * len(bounds[parts])
+            middles = [(at[start] + at[stop - 1]) / 2 for start, stop in bounds]
             assert self.index.invlists.centres(i).tolist() == middles
 
     @invariant()
@@ -400,7 +405,7 @@ class Walk(RuleBasedStateMachine):
                 want = [x.to(self.dtype) for x in self.stand_for(i)[probe[0]]]
                 assert torch.equal(keys[:, 0], want[0]) and torch.equal(values[:, 0], want[1])
             length, block = len(model), lists.layout.block
-            assert lists.segments[i] == lists.layout.segments(length)
+            assert lists.arrangement(i) == lists.layout.arrangement(length, self.h)
             for s, (start, stop) in enumerate(lists.segments[i]):
                 assert stop - start <= max(block, length - stop), "a segment is never longer than it is old"
                 tables = lists.tables[i, :, s].numpy()
@@ -455,7 +460,7 @@ def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
         assert torch.equal(x.mean_keys[i, :, :count], y.mean_keys[i, :, :count])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.over_backends("backend")
 def test_walk(backend: str) -> None:
     walk = type(f"Walk_{backend}", (Walk,), {"backend": backend})
     examples = {"reference": 10}.get(backend, 60)

@@ -31,10 +31,10 @@ from saap_index.errors import (
 )
 from saap_index.hf.models import LoadedModel, load_model
 from saap_index.pipeline import capture, layers, texts, train
-from saap_index.pipeline.measure import SHARES, measure
 from saap_index.pipeline.settings import TrainSettings
 from saap_index.pipeline.store import CaptureStore
 from saap_index.pipeline.train import train_model
+from saap_index.training.measure import SHARES, measure
 
 SETTINGS = TrainSettings(tokens=1536, context=512, held_out=2, queries=48, nlist=8, window=32)
 FILES = ("config.json", "model.safetensors")

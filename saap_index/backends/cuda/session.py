@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...errors import DeviceError, NotFiniteError, StateError
 from ..base import Backend, Session
-from ..codes import FLAGS, FULL, LENGTH, META, NEXT, NOT_FINITE
+from ..codes import FLAGS, FULL, LENGTH, META, NEXT, NOT_FINITE, SEALED, SINKS
+from ..scalar_quantizer import Coded
 from ..types import (
     MAX_STEP_TOKENS,
     Arena,
@@ -33,6 +34,7 @@ from ..types import (
     columns_in_use,
 )
 from . import append_assign as gpu_build
+from . import codes as gpu_codes
 from . import route_select as gpu_route_select
 from . import seal as gpu_seal
 from .launch import Launch, Runtime
@@ -45,7 +47,7 @@ from .workspace import OneLaunch, Packed, Scanning, Selecting, TwoLaunches, evic
 
 Knobs = Mapping[str, dict[str, int]]
 
-_MEMORY = "keys", "values", "ids", "tables", "mean_keys", "mean_values"
+_MEMORY = "keys", "values", "ids", "tables", "mean_keys", "mean_values", "plain_keys", "plain_values"
 """What of an `Arena` launches read or write."""
 
 _KEPT = 8
@@ -58,7 +60,8 @@ _BOUND = 32
 class CudaSession(Session):
     """See `Session`. ``shape``: b, h, d, e, l.
 
-    `append` and `run` only launch kernels. A selection is written into memory of its plan.
+    `append` and `run` only launch kernels. A selection is written into memory of its plan. Where rows are codes, length, sinks
+    and sealed of meta are those of the rows that are numbers, which tokens are appended to; `coded_spans` has the others.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class CudaSession(Session):
         self._runtime, self._device, self._shape, self._dtype, self._knobs = runtime, device, shape, dtype, knobs
         b = shape[0]
         self._meta = torch.zeros((b, META), dtype=torch.int32, device=device)
+        self._spans = torch.zeros((2, b, 4), dtype=torch.int32, device=device)  # of codes: for searches, and where all is read
         self._counts = torch.zeros((b,), dtype=torch.int32, device=device)
         self._centres = torch.zeros((b, 0), dtype=torch.float32, device=device)
         self._selecting: dict[Any, Selecting] = {}
@@ -130,9 +134,10 @@ class CudaSession(Session):
 
     def _memory(self) -> Iterator[Tensor]:
         """All that launches read or write but for what a call brings."""
-        memory: list[Tensor | None] = [self._meta, self._counts, self._centres, self._tickets]
+        memory: list[Tensor | None] = [self._meta, self._spans, self._counts, self._centres, self._tickets]
         if self._placement is not None:
             memory += [getattr(self._placement.arena, name) for name in _MEMORY]
+            memory += [x for s in self._scanning.values() if isinstance(s.scan, gpu_codes.CodedScan) for x in s.scan.results]
         for s in self._selecting.values():
             memory += s.by.memory()
             memory += [getattr(routing.rope, "inv_freq", None) for _, (routing, _) in s.bound.values()]
@@ -147,6 +152,12 @@ class CudaSession(Session):
         self.wait_stream()
         lengths, gaps = placement.meta[:, LENGTH].tolist(), (placement.meta[:, NEXT] - placement.meta[:, LENGTH]).tolist()
         counted = lengths == self.lengths and gaps == self._gaps  # by the device itself
+        before, coded, columns = self._placement, placement.coded, placement.meta
+        if coded is not None:
+            counted = counted and before is not None and before.coded is not None and _same_spans(before.coded, coded)
+            sinks, sealed = (columns[:, x].tolist() for x in (SINKS, SEALED))
+            columns = columns.copy()
+            columns[:, [LENGTH, SINKS, SEALED]] = np.array(gpu_codes.numbers_meta(coded, lengths, sinks, sealed), np.int32).T
         self._use(placement.arena, None if self._placement is None else self._placement.arena)
         if self._centres.shape != placement.centres.shape:
             self._centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
@@ -155,10 +166,13 @@ class CudaSession(Session):
         writes: list[tuple[int, np.ndarray[Any, Any]]] = []
         for to, x in ((self._centres, centres), (self._tickets, np.zeros(self._tickets.shape, np.int32))):
             writes += [(to.data_ptr(), x)] if x.size else []
-        for i, row in enumerate(placement.meta):
+        if coded is not None:
+            spans = [gpu_codes.coded_spans(coded, sinks, sealed, dense) for dense in (False, True)]
+            writes.append((self._spans.data_ptr(), np.stack(spans)))
+        for i, row in enumerate(columns):
             at = self._meta.data_ptr() + i * META * 4
-            spans = ((LENGTH + 1, NEXT), (NEXT + 1, FLAGS)) if counted else ((0, FLAGS),)
-            writes += [(at + 4 * a, row[a:b]) for a, b in spans]
+            parts = ((LENGTH + 1, NEXT), (NEXT + 1, FLAGS)) if counted else ((0, FLAGS),)
+            writes += [(at + 4 * a, row[a:b]) for a, b in parts]
         for plan, budget in budgets:
             writes += _numbers(plan.packed, budget)
         numbers = sent(gpu_seal.pieces_of(writes), self._device)
@@ -169,7 +183,7 @@ class CudaSession(Session):
 
     def _use(self, arena: Arena, before: Arena | None) -> None:
         """Launches and workspaces that were made for other memory, or for memory of another size, go."""
-        if before is None or any(getattr(before, x).shape != getattr(arena, x).shape for x in ("keys", "tables", "mean_keys")):
+        if before is None or _shapes(before) != _shapes(arena):
             self._selecting.clear()
             self._scanning.clear()
         if before is None or any(getattr(before, name) is not getattr(arena, name) for name in _MEMORY):
@@ -212,7 +226,7 @@ class CudaSession(Session):
         if event is not None:
             event.synchronize()
         meta: np.ndarray[Any, Any] = host.numpy()
-        if meta[:, LENGTH].tolist() == lengths and not meta[:, FLAGS].any():
+        if self._with_codes(meta[:, LENGTH].tolist()) == lengths and not meta[:, FLAGS].any():
             return None
         return self.synchronize()
 
@@ -229,10 +243,17 @@ class CudaSession(Session):
 
     def read_lengths(self) -> tuple[list[int], Exception | None]:
         meta = self.read()
-        lengths: list[int] = meta[:, LENGTH].tolist()
+        lengths = self._with_codes(meta[:, LENGTH].tolist())
         problem = _error(int(np.bitwise_or.reduce(meta[:, FLAGS])))
         self._watched = None  # all is known
         return lengths, problem
+
+    def _with_codes(self, lengths: list[int]) -> list[int]:
+        """Lengths of sequences with so many rows that are numbers."""
+        coded = None if self._placement is None else self._placement.coded
+        if coded is None:
+            return lengths
+        return [n + last - first for n, first, last in zip(lengths, coded.first, coded.last, strict=True)]
 
     def invalidate(self) -> None:
         self.wait_stream()
@@ -268,7 +289,7 @@ class CudaSession(Session):
             key = (by is None, *gpu_build.append_layout(keys, values))
             launch = self._appending.get(key)
             if launch is None:
-                memory = place.arena.keys, place.arena.values, self._meta, by, self._tickets
+                memory = *place.arena.numbers, self._meta, by, self._tickets
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
                 evict(self._appending, _BOUND)
             if self.capturing:
@@ -302,6 +323,11 @@ class CudaSession(Session):
         out = torch.empty((*shape, self._shape[3]), dtype=queries.dtype, device=self._device)
         lse = torch.empty(shape, dtype=torch.float32, device=self._device)
         dense = plan.always_dense
+        coded = self._published.coded
+        if coded is not None and not gpu_codes.covers(coded, self._lengths_published, queries.shape[3], True):
+            if self.capturing:
+                raise StateError("capture: expected as many tokens behind the sinks as queries, got fewer")
+            return super().run(queries, routing, plan, scale)
         with self.lock:
             if self.capturing:
                 if not self._ready(queries, routing, packed, dense):
@@ -398,7 +424,12 @@ class CudaSession(Session):
                     means = Tail(seen.tail, seen.tail_counts, at.mean_keys, at.mean_values, at.tables)
                 if isinstance(listed, Runs):
                     seen = Probed(seen.rows[..., :0], seen.counts, in_runs=listed)
-            launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, self._tickets)
+            coded, memory = self._published.coded, (s.floats, self._tickets)
+            if coded is None:
+                launch: Any = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, *memory)
+            else:
+                spans = self._spans[int(by is None)]
+                launch = s.scan.bind(at.numbers, coded, self._meta, spans, listed, means, scale, *memory)
             bound = s.bound[key] = launch, seen, (by, packed)
             evict(s.bound, _BOUND)
         if self.capturing:
@@ -450,8 +481,12 @@ class CudaSession(Session):
         if made is None:
             b, h, g, q, d = queries.shape
             at, e = self._published.arena, self._shape[3]
-            shape = ScanShape(b, h, g * q, q, d, e, self._dtype, queries.dtype, at.keys.shape[2], causal=True, dense=dense)
-            scan = Scan(self._runtime, shape, self._knobs.get("scan"))
+            rows, coded, knobs = at.numbers[0].shape[2], self._published.coded, self._knobs.get("scan")
+            shape = ScanShape(b, h, g * q, q, d, e, self._dtype, queries.dtype, rows, causal=True, dense=dense)
+            if coded is None:
+                scan: Scan | gpu_codes.CodedScan = Scan(self._runtime, shape, knobs)
+            else:
+                scan = gpu_codes.CodedScan(self._runtime, shape, coded.code.value_bits, at.keys.shape[2], self._device, knobs)
             floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self._device)
             if scan.num_tickets > self._tickets.numel():
                 self._tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device)
@@ -459,6 +494,14 @@ class CudaSession(Session):
             made = self._scanning[key] = Scanning(scan, floats)
             evict(self._scanning, _KEPT)
         return made
+
+
+def _shapes(arena: Arena) -> list[Any]:
+    return [None if x is None else x.shape for x in (arena.keys, arena.tables, arena.mean_keys, arena.plain_keys)]
+
+
+def _same_spans(a: Coded, b: Coded) -> bool:
+    return list(a.first) == list(b.first) and list(a.last) == list(b.last)
 
 
 def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
