@@ -31,7 +31,7 @@ from saap_index.backends.scalar_quantizer import decode, encode
 from saap_index.hf import attach, detach
 from saap_index.hf.cache import adopt, plan_of
 from saap_index.hf.support import cache_argument, decoder_of
-from saap_index.pipeline.capture import _recording
+from saap_index.pipeline.capture import recording
 from saap_index.pipeline.texts import pack_sequences
 from saap_lab.smollm2 import model as demo_model
 from saap_lab.smollm2 import texts
@@ -64,7 +64,7 @@ def read(model: Any, ids: Tensor, forced: int) -> tuple[Rows, Tensor, Recorded]:
     name, cache, recorded = cache_argument(model), DynamicCache(config=model.config), Recorded()
     model(ids[:, :-forced], **{name: cache}, logits_to_keep=1)
     rows = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    with _recording(model, recorded.keep):
+    with recording(model, recorded.keep):
         dense = model(ids[:, -forced:], **{name: cache}).logits[0].log_softmax(-1)
     return rows, dense, recorded
 

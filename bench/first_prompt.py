@@ -6,8 +6,9 @@
 
 Each text is a prompt, read by a model that is attached to without routers, and --steps tokens behind it, which are decoded one
 by one as they stand: KL of the next token's distribution from dense attention, in nats, and in five layers the attention captured
-outside sinks and window, in percent. The same with the routers that come with the package. Routers of one text are kept for the
-next, which is read with them as they are, and again once they are refined. CPU seconds are of all threads of this process.
+outside sinks and window, in percent, of the same budget in each. The same with the routers that come with the package. KL is with
+the budget spread over layers and heads as the routers' plan has it; even_kl, with the same budget everywhere. Routers of one text
+are kept for the next, which is read with them as they are, and again once they are refined. CPU seconds are of all threads.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from saap_index.hf import detached
 from saap_index.hf.cache import adopt, plan_of
 from saap_index.hf.support import cache_argument
 from saap_index.invlists.layout import Layout
-from saap_index.pipeline.measure import SHARES, measure
 from saap_index.routing.trained import TrainedLayer
+from saap_index.training.measure import SHARES, measure
 from saap_lab.smollm2 import model as smollm2
 from saap_lab.smollm2 import texts
 from saap_lab.smollm2.capture import LAYERS
@@ -108,7 +109,7 @@ def dense_continuation(model: Any, rows: Rows, tokens: Tensor, layers: list[int]
     from saap_index.pipeline import capture
 
     recorded = Recorded(layers)
-    with torch.no_grad(), capture._recording(model, recorded.keep):
+    with torch.no_grad(), capture.recording(model, recorded.keep):
         logits = model(tokens, **{cache_argument(model): filled(rows)}).logits[0]
     return logits, recorded
 
@@ -211,10 +212,14 @@ def main() -> None:
             saap.attach(model, selectivity=SELECTIVITY, train=options, break_even=2048)
             seen, seconds = read(model, ids, args.tokens - args.steps)
             row = {"kind": kind, "prefill_cpu_s": seconds, **learnt(model, seen)}
+            attached = plan_of(model)
+            assert attached is not None
+            own = attached.learner.routers()
             saap.detach(model)
-            # the same budget in every layer, as routers of a prompt have no plan of it; and as the routers have it
-            for name, shares in (("shipped", {"budget_shares": None}), ("shipped_planned", {})):
-                saap.attach(model, shipped, SELECTIVITY, break_even=2048, **shares)
+            # the same budget in every layer, and as the package's routers have it by their plan
+            even: dict[str, Any] = {"budget_shares": None}
+            for name, routers, shares in (("even", own, even), ("shipped_even", shipped, even), ("shipped", shipped, {})):
+                saap.attach(model, routers, SELECTIVITY, break_even=2048, **shares)
                 row[f"{name}_kl"] = divergence(model, filled(seen.rows), seen.behind, seen.dense)
                 saap.detach(model)
             row["shipped_captured"] = captured(seen.recorded, dict(shipped.layers), seen.prompt)

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 from saap_index import Layout, Rope, TwoTower
-from saap_index.pipeline.measure import SHARES, Measured, measure
 from saap_index.routing.trained import TrainedLayer
 from saap_index.training.config import TrainingConfig
 from saap_index.training.layer import TrainingSequence, train_layer
+from saap_index.training.measure import SHARES, Measured, measure
 from saap_lab.smollm2 import capture
 from saap_lab.smollm2.capture import Capture
 

@@ -91,10 +91,12 @@ NB_MODULE(_cpu, m) {
   });
   m.def("probe", [](Address z, Address a, Address knots, Address tables, int b, int h, int j, int l, int k, int S, bool size_weighted, int nprobe,
                     const Ints& num_segments, Address budgets, Address unread_mass, Address entries, const Ints& means, int64_t bound, Address rows,
-                    Address counts, int64_t tail_bound, Address tail, Address tail_counts) {
+                    Address counts, int64_t tail_bound, Address tail, Address tail_counts, Address sampled, Address exponents, Address caps,
+                    Address biases) {
     ProbeArgs p{at<const float>(z), at<const float>(a), at<const float>(knots), at<const int32_t>(tables), b, h, j, l, k, S, size_weighted, nprobe,
-                at<const int32_t>(budgets), at<const float>(unread_mass), at<const int32_t>(entries)};
-    ProbeOut r{bound, at<int32_t>(rows), at<int32_t>(counts)}, t{tail_bound, at<int32_t>(tail), at<int32_t>(tail_counts)};
+                at<const int32_t>(budgets), at<const float>(unread_mass), at<const int32_t>(entries), at<const int32_t>(sampled),
+                at<const int32_t>(exponents), at<const float>(caps)};
+    ProbeOut r{bound, at<int32_t>(rows), at<int32_t>(counts), at<float>(biases)}, t{tail_bound, at<int32_t>(tail), at<int32_t>(tail_counts)};
     {
       Free free;
       probe(p, num_segments, means, r, t);
@@ -106,12 +108,13 @@ NB_MODULE(_cpu, m) {
                    Address rows, Address counts, int64_t t, const Ints& sinks, const Ints& sealed, const Ints& lengths, float scale,
                    bool causal, Address out, Address lse, Address runs, Address run_counts, int64_t x, Address mean_k, Address mean_v, int64_t M,
                    Address tables, int64_t S, int l, Address code_k, Address code_v, int64_t code_N, int value_bits, const Ints& first,
-                   const Ints& last) {
+                   const Ints& last, Address biases) {
     CodedRows coded{at<const uint8_t>(code_k), at<const uint8_t>(code_v), code_N, value_bits, first, last};
     TailArgs tail{at<const int32_t>(runs), at<const int32_t>(run_counts), x, at<const void>(mean_k), at<const void>(mean_v), M,
                   at<const int32_t>(tables), S, l};
     ScanArgs p{at<const void>(q), at<const void>(k), at<const void>(v), static_cast<DType>(q_type), static_cast<DType>(type), b, h, g,
-               n_queries, d, e, N, at<const int32_t>(rows), at<const int32_t>(counts), t, scale, causal, at<void>(out), at<float>(lse), tail, std::move(coded)};
+               n_queries, d, e, N, at<const int32_t>(rows), at<const int32_t>(counts), t, scale, causal, at<void>(out), at<float>(lse), tail, std::move(coded),
+               at<const float>(biases)};
     Free free;
     scan(p, sinks, sealed, lengths);
   });
@@ -130,14 +133,15 @@ NB_MODULE(_cpu, m) {
                           Address tables, const Ints& num_segments, Address budgets, Address unread_mass, Address entries, const Ints& means,
                           Address k, Address v, int type, int64_t N, int e, const Ints& sinks, const Ints& sealed, float scale, Address mean_k,
                           Address mean_v, int64_t M, Address code_k, Address code_v, int64_t code_N, int value_bits, const Ints& first,
-                          const Ints& last) {
+                          const Ints& last, Address sampled, Address exponents, Address caps) {
     const double* from = at<const double>(centres);
     auto plan = std::make_unique<SearchPlan>();
     plan->router = router, plan->first_knot = first_knot;
     plan->centres.assign(from, from + static_cast<int64_t>(b) * S);
     plan->num_segments = num_segments, plan->means = means, plan->sinks = sinks, plan->sealed = sealed;
     plan->probe = {nullptr, nullptr, nullptr, at<const int32_t>(tables), b, h, 0, router->lists, router->knots, S, size_weighted, nprobe,
-                   at<const int32_t>(budgets), at<const float>(unread_mass), at<const int32_t>(entries)};
+                   at<const int32_t>(budgets), at<const float>(unread_mass), at<const int32_t>(entries), at<const int32_t>(sampled),
+                   at<const int32_t>(exponents), at<const float>(caps)};
     plan->scan.k = at<const void>(k), plan->scan.v = at<const void>(v), plan->scan.type = static_cast<DType>(type);
     plan->scan.b = b, plan->scan.h = h, plan->scan.d = router->dim, plan->scan.e = e, plan->scan.N = N;
     plan->scan.scale = scale, plan->scan.causal = true;
@@ -147,10 +151,10 @@ NB_MODULE(_cpu, m) {
   });
   m.def("search", [](const SearchPlan& plan, Address q, int q_type, int g, int n_queries, Address cos, Address sin, int r, bool interleaved,
                      float turn, const Ints& ends, const Ints& lengths, Address out, Address lse, int64_t bound, Address rows, Address counts,
-                     int64_t tail_bound, Address tail, Address tail_counts) {
+                     int64_t tail_bound, Address tail, Address tail_counts, Address biases) {
     SearchCall call{at<const void>(q), static_cast<DType>(q_type), g, n_queries, angles(cos, sin, r, interleaved, turn), ends, lengths,
                     at<void>(out), at<float>(lse)};
-    ProbeOut found{bound, at<int32_t>(rows), at<int32_t>(counts)}, entries{tail_bound, at<int32_t>(tail), at<int32_t>(tail_counts)};
+    ProbeOut found{bound, at<int32_t>(rows), at<int32_t>(counts), at<float>(biases)}, entries{tail_bound, at<int32_t>(tail), at<int32_t>(tail_counts)};
     {
       Free free;
       search(plan, call, found, entries);

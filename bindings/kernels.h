@@ -74,7 +74,7 @@ struct Kernels {
   // The inverse for one accumulated row: packed (ep) to plain (e).
   void (*unpack_values)(DType, const float* packed, int e, float* row);
 
-  // scan over rows of codes (codes.inl.h): keys of 8 bits, values of 8 or 4. q and o in plain order; no bias. Values of 4 bits are
+  // scan over rows of codes (codes.inl.h): keys of 8 bits, values of 8 or 4. q and o in plain order. Values of 4 bits are
   // added up rotated, and rotate_back of an accumulated row gives its numbers.
   void (*scan_codes)(int value_bits, const ScanItem&);
   void (*rotate_back)(float* row, int dim);

@@ -65,11 +65,15 @@ struct ProbeArgs {
   const int32_t* budgets;  // (b, h)
   const float* unread_mass;       // (h) or null
   const int32_t* entries;  // (b, h) or null
+  // Of the budgets, rows that are sampled, see Sample in saap_index/backends/types.py: (b, h) or null, and (h) each.
+  const int32_t *sampled = nullptr, *exponents = nullptr;
+  const float* caps = nullptr;
 };
 // Numbers of each head, up to `bound` of them. `probe` packs them: afterwards the first b * h * width elements are (b, h, width).
 struct ProbeOut {
   int64_t bound;
   int32_t *numbers, *counts;  // (b, h, bound), (b, h)
+  float* biases = nullptr;    // as numbers; of rows that are sampled
   int64_t width = 0;
 };
 // The most rows any head can come to.
@@ -109,6 +113,7 @@ struct ScanArgs {
   float* lse;
   TailArgs tail;
   CodedRows coded;
+  const float* biases = nullptr;  // (b, h, t), nats, of rows; null: 0 each
   // Of a pool that all sequences share: elements from row to row and from head to head, of K and V alike; its rows are all listed,
   // those that a causal query may not see last. row 0: an arena.
   int64_t row = 0, head_step = 0;

@@ -4,11 +4,13 @@
 // Weights are not sorted: a histogram over their bit patterns, in which a run counts with its length and its mass, finds the few
 // runs among which the budget ends, and only those are put in order.
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -89,21 +91,27 @@ void list_weights_wide(const ProbeHead& p, float* w) {
 }
 
 constexpr int kBins = 2048, kShift = 20;  // exponent and the first bits of the fraction: an eighth of an octave
+// The edges of bins lie beside the fractions at which equal runs have their weights, see reference.weight_bins.
+constexpr uint32_t kOffset = 0x5A5A5;
+
+int bin_of(float weight) { return static_cast<int>((float_bits(weight) + kOffset) >> kShift); }
+float edge_of(int bin) { return bin > 0 ? bit_float((static_cast<uint32_t>(bin) << kShift) - kOffset) : 0.f; }
 
 // The runs among which the room ends, and the better ones, in row order. `room` becomes what is left for those of weight below
 // `edge`. `allowed` : mass that may stay unread, used if Enough. False, with no runs, if no more than that is there at all.
+// bins (kBins): rows of all runs by weight.
 template <bool Enough>
-bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, std::vector<Candidate>& runs, float& edge) {
+bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, std::vector<Candidate>& runs, float& edge, int32_t* bins) {
   thread_local std::vector<int32_t> places;
-  int32_t bins[kBins] = {};
+  std::fill(bins, bins + kBins, 0);
   double masses[Enough ? kBins : 1] = {};
   for (int s = 0; s < p.s; s++) {
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
     const float* row = w + static_cast<int64_t>(s) * p.lp;
     for (int l = 0; l < p.l; l++) {
       const int32_t n = table[l + 1] - table[l];
-      bins[float_bits(row[l]) >> kShift] += n;
-      if (Enough) masses[float_bits(row[l]) >> kShift] += static_cast<double>(row[l]) * n;
+      bins[bin_of(row[l])] += n;
+      if (Enough) masses[bin_of(row[l])] += static_cast<double>(row[l]) * n;
     }
   }
   runs.clear();
@@ -115,8 +123,8 @@ bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, std:
   }
   int bin = kBins - 1;
   for (; bin > 0 && !room.ends_with(bins[bin], masses[Enough ? bin : 0]); bin--) room.take(bins[bin], masses[Enough ? bin : 0]);
-  edge = bit_float(static_cast<uint32_t>(bin + 1) << kShift);
-  const float least = bit_float(static_cast<uint32_t>(bin) << kShift);
+  edge = edge_of(bin + 1);
+  const float least = edge_of(bin);
   places.resize(p.l + 1);
   for (int s = 0; s < p.s; s++) {
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
@@ -158,25 +166,164 @@ int32_t* write_rows(int32_t first, int32_t n, int32_t* out) {
   return out + n;
 }
 
-// Rows of runs in order of preference until `budget` are taken or the rest has no more mass than `allowed` (if Enough). w : weights
-// of the runs. Moves `out` to the end of what it wrote; returns the last run in order of preference that got rows.
+// The last run that gets rows when the best are taken until `budget` rows are, or the rest has no more mass than `allowed` (if
+// Enough); kNoRun if none gets any. w : weights of the runs; runs : the better ones, in row order, and some that get none.
 template <bool Enough>
-uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, int32_t*& out) {
-  thread_local std::vector<Candidate> runs, few;
+Cut cut_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, std::vector<Candidate>& runs, int32_t* bins) {
+  thread_local std::vector<Candidate> few;
   float edge;
   Room room{budget, 0};
-  if (!gather<Enough>(p, w, allowed, room, runs, edge)) return kNoRun;
+  if (!gather<Enough>(p, w, allowed, room, runs, edge, bins) || budget <= 0) return {kNoRun, 0};
   few.clear();
   for (const Candidate& run : runs)
     if (run.order < preference(edge, 0, 65535)) few.push_back(run);
   // Where masses were summed in another order than before, the room may not end in any run: then all are taken.
-  const Cut cut = few.empty() ? Cut{0, 0} : find_cut(few, room);
+  return few.empty() ? Cut{0, 0} : find_cut(few, room);
+}
+
+// Writes the rows of the runs before the cut and moves `out` to the end of them; returns the last run, in order of preference, that
+// got rows.
+template <bool Enough>
+uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, int32_t*& out) {
+  thread_local std::vector<Candidate> runs;
+  int32_t bins[kBins];
+  const Cut cut = cut_best<Enough>(p, w, budget, allowed, runs, bins);
+  if (cut.order == kNoRun) return kNoRun;
   for (const Candidate& run : runs) {
     if (run.order < cut.order) continue;
     const int32_t n = run.order == cut.order ? cut.rows : run.length;
     out = write_rows(run.end - n, n, out);
   }
   return cut.order;
+}
+
+// Probabilities are whole parts of kOne: see reference.inclusion.
+constexpr int kOneBits = 20;
+constexpr int64_t kOne = int64_t(1) << kOneBits;
+
+constexpr int kPowers = 32 * (kOneBits + 1);  // steps of a thirty-second of an octave after which nothing is left
+
+// 2^(-steps / 32) in parts of kOne.
+int64_t power_of(int64_t steps) {
+  static const std::array<int64_t, 32> powers = [] {
+    std::array<int64_t, 32> table;
+    for (int i = 0; i < 32; i++) table[i] = std::llrint(kOne * std::exp2(i / 32.0));
+    return table;
+  }();
+  return powers[-steps & 31] >> std::min<int64_t>(62, (steps + 31) / 32);
+}
+
+// Probability of inclusion of a row of each bin (kBins), proportional to weight ** (exponent / 4) and `rows` in all at most. bins:
+// the rows there are. See reference.inclusion.
+void inclusion(const int32_t* bins, int64_t rows, int exponent, int32_t* probability) {
+  std::fill(probability, probability + kBins, 0);
+  struct Filled {
+    int bin;
+    int32_t rows;
+    double total;  // of this bin and all below it, about
+  };
+  thread_local std::vector<Filled> filled;  // falling
+  filled.clear();
+  for (int bin = kBins - 1; bin >= 0; bin--)
+    if (bins[bin] > 0) filled.push_back({bin, bins[bin], 0});
+  int64_t powers[kPowers + 1];  // of the distance in bins, up to the first that is 0
+  int reach = 0;
+  while ((powers[reach] = power_of(static_cast<int64_t>(exponent) * reach))) reach++;
+  double below = 0;
+  for (size_t i = filled.size(); i-- > 0;) {
+    const int gap = i + 1 < filled.size() ? filled[i].bin - filled[i + 1].bin : 0;
+    below = filled[i].total = filled[i].rows + below * (gap < reach ? static_cast<double>(powers[gap]) / kOne : 0.0);
+  }
+  for (size_t i = 0; i < filled.size(); i++) {
+    // Where it is plain that all rows of this bin are read for certain, the exact sum need not be asked.
+    if (!(static_cast<double>(rows) > filled[i].total * 1.001 + 2)) {
+      int64_t total = 0;
+      size_t last = i;
+      for (; last < filled.size() && filled[i].bin - filled[last].bin < reach; last++)
+        total += powers[filled[i].bin - filled[last].bin] * filled[last].rows;
+      if (rows * kOne < total) {
+        for (size_t k = i; k < last; k++) {
+          const int64_t term = powers[filled[i].bin - filled[k].bin];
+          probability[filled[k].bin] = static_cast<int32_t>(term * rows * kOne / total);
+        }
+        return;
+      }
+    }
+    probability[filled[i].bin] = kOne;
+    rows -= filled[i].rows;
+  }
+}
+
+// What one head reads of its budget as a sample.
+struct Sampled {
+  int64_t rows;
+  int exponent;
+  float cap;
+};
+
+// take_best of budget - sampled.rows, and a sample of what is left: see reference.weighted_probe. Moves out and biases to the ends of
+// what it wrote. There are more than `budget` rows.
+void take_sampled(const ProbeHead& p, const float* w, int64_t budget, const Sampled& sampled, int32_t*& out, float*& biases) {
+  thread_local std::vector<Candidate> runs;
+  int32_t bins[kBins], probability[kBins];
+  float bias[kBins];
+  const Cut cut = cut_best<false>(p, w, budget - sampled.rows, 0, runs, bins);
+  for (const Candidate& run : runs) {
+    const int bin = bin_of(bit_float(static_cast<uint32_t>(run.order >> 32)));
+    if (run.order >= cut.order) bins[bin] -= run.order == cut.order ? cut.rows : run.length;
+  }
+  inclusion(bins, sampled.rows, sampled.exponent, probability);
+  for (int bin = 0; bin < kBins; bin++)
+    if (probability[bin]) bias[bin] = std::min(static_cast<float>(std::log(static_cast<double>(kOne) / probability[bin])), sampled.cap);
+  // Which runs have rows to read is anybody's guess, so they are listed without a branch.
+  struct Read {
+    int32_t first, rest, whole;  // rows of the run before those that are read for certain, and these
+    int32_t bin;
+    int64_t place;
+  };
+  thread_local std::vector<Read> reads;
+  reads.resize(p.l + 1);
+  const uint32_t cut_weight = static_cast<uint32_t>(cut.order >> 32);
+  int64_t place = kOne / 2;
+  for (int s = 0; s < p.s; s++) {
+    const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
+    const float* row = w + static_cast<int64_t>(s) * p.lp;
+    int found = 0;
+    for (int l = 0; l < p.l; l++) {
+      const int32_t n = table[l + 1] - table[l];
+      const uint32_t weight = float_bits(row[l]);
+      int32_t whole = weight > cut_weight ? n : 0;
+      if (weight == cut_weight) {
+        const uint64_t order = preference(row[l], s, l);
+        whole = order > cut.order ? n : order == cut.order ? cut.rows : 0;
+      }
+      const int bin = bin_of(row[l]);
+      const int64_t end = place + static_cast<int64_t>(probability[bin]) * (n - whole);
+      reads[found] = {table[l], n - whole, whole, bin, place};
+      found += ((end >> kOneBits) > (place >> kOneBits)) | (whole > 0);
+      place = end;
+    }
+    for (int i = 0; i < found; i++) {
+      const Read& run = reads[i];
+      const int64_t each = probability[run.bin], from = run.place & (kOne - 1), marks = (from + each * run.rest) >> kOneBits;
+      if (marks == run.rest) {  // all of them, or one of one
+        out = write_rows(run.first, run.rest, out);
+      } else {
+        // The k-th mark lies in row ceil((k * kOne - from) / each) - 1: a quotient of doubles, put right where it was rounded up.
+        const double inverse = 1.0 / static_cast<double>(each);
+        for (int64_t k = 1; k <= marks; k++) {
+          const int64_t x = k * kOne - from + each - 1;
+          int64_t q = static_cast<int64_t>(static_cast<double>(x) * inverse);
+          q -= q * each > x;
+          q += (q + 1) * each <= x;
+          *out++ = run.first + static_cast<int32_t>(q - 1);
+        }
+      }
+      biases = std::fill_n(biases, marks, bias[run.bin]);
+      out = write_rows(run.first + run.rest, run.whole, out);
+      biases = std::fill_n(biases, run.whole, 0.f);
+    }
+  }
 }
 
 // Numbers s * l + list of up to `entries` runs of the first `means` segments that come after `last` in order of preference, those
@@ -236,10 +383,11 @@ struct Limits {
   double allowed;
   int64_t entries;
   int means;
+  Sampled sampled;
 };
 
-// nprobe 0. Moves `out` and `tail` to the ends of what it wrote.
-void take_runs(const ProbeHead& p, float* w, int64_t total, const Limits& most, int32_t*& out, int32_t*& tail) {
+// nprobe 0. Moves `out` and `tail` to the ends of what it wrote. biases: of the rows, null where nothing is sampled.
+void take_runs(const ProbeHead& p, float* w, int64_t total, const Limits& most, int32_t*& out, int32_t*& tail, float* biases) {
   const bool enough = most.allowed >= 0;
   if (total <= 0 || (most.rows <= 0 && most.entries <= 0)) return;
   if (total <= most.rows && !enough) {
@@ -247,10 +395,13 @@ void take_runs(const ProbeHead& p, float* w, int64_t total, const Limits& most, 
       const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
       out = write_rows(table[0], table[p.l] - table[0], out);
     }
+    if (biases) std::fill_n(biases, total, 0.f);
     return;
   }
   if (!kernels().run_weights(p, w)) run_weights_wide(p, w);
   uint64_t last = kNoRun;
+  if (most.sampled.rows > 0) return take_sampled(p, w, most.rows, most.sampled, out, biases);
+  if (biases) std::fill_n(biases, most.rows, 0.f);
   if (most.rows > 0) last = enough ? take_best<true>(p, w, most.rows, most.allowed, out) : take_best<false>(p, w, most.rows, 0, out);
   tail = take_tail(p, w, last, most.means, most.entries, tail);
 }
@@ -281,8 +432,8 @@ int32_t* take_lists(const ProbeHead& p, float* w, int nprobe, int64_t budget, in
 }
 
 // share (j): the sigmoid of the last of a's m columns, relative to the largest, for mostly only the order of weights matters; 1
-// without. Returns the log of the largest.
-double head_shares(const ProbeArgs& p, int64_t bh, float* share) {
+// without. Returns the log of the largest. as_they_are: not relative to it, unless nothing of them would be left.
+double head_shares(const ProbeArgs& p, int64_t bh, float* share, bool as_they_are) {
   const bool known = p.m && p.size_weighted;
   double top = -INFINITY;
   auto log_share = [&](int j) {
@@ -290,6 +441,7 @@ double head_shares(const ProbeArgs& p, int64_t bh, float* share) {
     return c < 0 ? c - std::log1p(std::exp(c)) : -std::log1p(std::exp(-c));
   };
   for (int j = 0; j < p.j && known; j++) top = std::max(top, log_share(j));
+  if (as_they_are && top > -50) top = 0;
   for (int j = 0; j < p.j; j++) {
     const double relative = known && std::isfinite(top) ? std::exp(log_share(j) - top) : 1.0;
     share[j] = relative > 0 ? static_cast<float>(relative) : 0.f;  // 0 also for NaN
@@ -328,6 +480,8 @@ void pack(ProbeOut& out, int64_t heads) {
   for (int64_t bh = 0; bh < heads; bh++) {
     int32_t* to = out.numbers + bh * out.width;
     if (out.width != out.bound) std::memmove(to, out.numbers + bh * out.bound, sizeof(int32_t) * out.counts[bh]);
+    if (out.biases && out.width != out.bound)
+      std::memmove(out.biases + bh * out.width, out.biases + bh * out.bound, sizeof(float) * out.counts[bh]);
     std::fill(to + out.counts[bh], to + out.width, -1);
   }
 }
@@ -359,7 +513,7 @@ void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, Prob
     float* interpolated = head.c + static_cast<int64_t>(p.j) * head.s;
     head.a = interpolated;
     float* share = interpolated + static_cast<int64_t>(p.j) * head.s;
-    const double log_share = head_shares(p, bh, share);
+    const double log_share = head_shares(p, bh, share, p.sampled && p.sampled[bh] > 0);
     head.share = share;
     const int knots = p.m - 1;
     for (int s = 0; s < head.s; s++) {
@@ -374,12 +528,13 @@ void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, Prob
     if (p.nprobe) {
       end = take_lists(head, w, p.nprobe, p.budgets[bh], out);
     } else {
-      Limits most{p.budgets[bh], -1, 0, 0};
+      Limits most{p.budgets[bh], -1, 0, 0, {}};
+      if (p.sampled) most.sampled = {std::min(p.sampled[bh], p.budgets[bh]), p.exponents[bh % p.h], p.caps[bh % p.h]};
       // Shares beyond float64 let nothing be read: what they say lies outside sinks and window is nothing.
       if (p.unread_mass) most.allowed = std::isfinite(log_share) ? static_cast<double>(p.unread_mass[bh % p.h]) * p.j * std::exp(-log_share) : INFINITY;
       if (p.entries) most.entries = p.entries[bh], most.means = static_cast<int>(means[i]);
       int32_t *const tail_out = tail.numbers + bh * tail.bound, *tail_end = tail_out;
-      take_runs(head, w, total, most, end, tail_end);
+      take_runs(head, w, total, most, end, tail_end, p.sampled ? rows.biases + bh * rows.bound : nullptr);
       if (p.entries) tail.counts[bh] = static_cast<int32_t>(tail_end - tail_out);
     }
     rows.counts[bh] = static_cast<int32_t>(end - out);

@@ -41,6 +41,20 @@ struct Entries {
   }
 };
 
+// The biases of listed rows of one head, in the order of its list; null: 0 each.
+//
+// Of places [from, from + n) of a source, the biases in log2 units. False, with nothing written, if all are 0.
+bool read_biases(const float* biases, const Source& s, int64_t from, int n, float* bias) {
+  const int64_t first = std::clamp(s.sinks - from, int64_t(0), int64_t(n)), last = std::clamp(s.sinks + s.listed - from, int64_t(0), int64_t(n));
+  const float* listed = biases + (from - s.sinks);
+  bool any = false;
+  for (int64_t i = first; i < last; i++) any |= listed[i] != 0;
+  if (!any) return false;
+  std::fill(bias, bias + n, 0.f);
+  for (int64_t i = first; i < last; i++) bias[i] = listed[i] * kLog2e;
+  return true;
+}
+
 // A group of query columns of one head, and where its items and their partial results lie.
 struct Task {
   int head;     // sequence * h + KV head
@@ -256,7 +270,8 @@ void scan(const ScanArgs& p, const Ints& sinks, const Ints& sealed, const Ints& 
       it.d = p.d, it.e = p.e, it.dp = dp, it.ep = ep;
       it.rows = rows;
       it.n = count;
-      it.bias = of_rows || of_codes ? nullptr : bias;
+      const bool biased = of_rows || of_codes ? p.biases && read_biases(p.biases + head * p.t, s, from, count, bias) : true;
+      it.bias = biased ? bias : nullptr;
       it.limits = !limited || !(of_rows || of_codes) ? nullptr : t.limits + (of_codes ? columns : 0);
       it.limits_from = of_codes ? t.coded_limits_from : t.limits_from;
       it.places = rows;

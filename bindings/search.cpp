@@ -26,6 +26,7 @@ void search(const SearchPlan& plan, const SearchCall& call, ProbeOut& rows, Prob
   probe(p, plan.num_segments, plan.means, rows, tail);
   s.q = call.q, s.q_type = call.q_type, s.g = call.g, s.n_queries = call.n_queries;
   s.rows = rows.width ? rows.numbers : nullptr, s.counts = rows.counts, s.t = rows.width;
+  s.biases = rows.biases;
   s.out = call.out, s.lse = call.lse;
   if (p.entries) s.tail.runs = tail.width ? tail.numbers : nullptr, s.tail.counts = tail.counts, s.tail.x = tail.width;
   scan(s, plan.sinks, plan.sealed, call.lengths);

@@ -9,6 +9,7 @@
 //   SAAP_RUNS        runs that a block has in shared memory, at least 32
 //   SAAP_PAGED       1: rows of an engine's pool, all of them listed, instead of an arena's
 //   SAAP_CODED       bits of a value, 8 or 4, of rows that are codes (scan_codes.cu); 0 of numbers
+//   SAAP_WEIGHTED    1: runs are samples with a bias of their own, see Weight; without it nothing of them is compiled
 //   SAAP_CLOCK       0, or 1: blocks note when they pass the points below
 #pragma once
 #include "prims.cuh"
@@ -22,6 +23,9 @@
 #ifndef SAAP_CODED
 #define SAAP_CODED 0
 #endif
+#ifndef SAAP_WEIGHTED
+#define SAAP_WEIGHTED 0
+#endif
 #ifndef SAAP_RUNS
 #define SAAP_RUNS 1024
 #endif
@@ -33,8 +37,17 @@ constexpr int kVectors = 8 * kGroups;  // of one pass
 constexpr int kPlaces = 32, kRuns = SAAP_RUNS;  // pairs and runs that a block has at hand
 constexpr u32 kAll = 0xffffffffu;
 static_assert(SAAP_CODED == 0 || (kStorage == kF16 && !SAAP_PAGED), "codes are read as fp16");
+static_assert(!(SAAP_PAGED && SAAP_WEIGHTED), "pages have no runs");
 static_assert(kD % 8 == 0 && kE % 8 == 0 && (kTile == 16 || kTile == 32) && kStages >= 2 && kRuns >= kPlaces,
               "no such configuration");
+
+// Of a run of a weighted selection, that begins at row `first`, `before` entries of the list before it: its i-th row, i = 1, 2, ...,
+// is first - 1 + ceil((i * 2^20 - offset) / probability), the ceiling of a quotient. Of rows one after the other probability is
+// 2^20, offset 0. 0 < probability <= 2^20, 0 <= offset < 2^20.
+struct alignas(16) Weight {
+  int before, probability, offset;
+  float bias;  // nats, of the logits of its rows
+};
 
 // Pairs are (sequence, KV head), p = b * heads + h. Everything is C-contiguous. Rows, counts and their like are clamped.
 // SAAP_PAGED: keys and values are of a pool that all sequences share, strides below; rows are the whole list, N of them are there,
@@ -67,6 +80,9 @@ struct ScanParams {
   int max_runs;              // R
   int max_segments, max_means, lists;  // S, M <= S, l
   int causal, dense;
+#if SAAP_WEIGHTED
+  const Weight* weights;  // (b, h, R), of runs, whose first number is then `first` and the rows in it: a run may have gaps
+#endif
 #if SAAP_PAGED
   i64 head_bytes;  // from a head's rows to the next one's
   int row_bytes;   // from a row to the next, a multiple of 16, as are head_bytes

@@ -35,6 +35,7 @@ from .routing.calibration import Calibration
 from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.router import QueryRouter
+from .routing.sampling import Sampling
 from .routing.two_tower import TwoTower
 from .search.params import SearchParametersIVF
 from .search.selection import Selection
@@ -85,6 +86,7 @@ __all__ = [
     "Routers",
     "SaapCache",
     "SaapError",
+    "Sampling",
     "SearchParametersIVF",
     "SearchStats",
     "Selection",

@@ -15,7 +15,7 @@ _DTYPES = {"Flat": torch.float32, "SQfp16": torch.float16, "SQbf16": torch.bfloa
 """What keys and values are stored as, by FAISS's names of codes."""
 
 _INTEGERS = "break_even", "max_codes", "nprobe", "sinks", "window"
-_FLOATS = "selectivity", "tail", "target_mass"
+_FLOATS = "sample_cap", "sample_exponent", "sampled_share", "selectivity", "tail", "target_mass"
 
 PARAMETERS = tuple(sorted((*_INTEGERS, *_FLOATS)))
 """What `ParameterSpace` sets."""

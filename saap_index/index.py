@@ -29,18 +29,21 @@ from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.rotations import note_rotation, rotation_lengths
 from .routing.router import QueryRouter
+from .routing.sampling import Sampling
 from .routing.trained import TrainedLayer
 from .routing.two_tower import TwoTower
 from .search.arguments import Arguments, ArrayForm
 from .search.options import Field, IndexOptions
 from .search.params import SELECTIVITY, SearchParametersIVF
-from .search.select import attend, best_of, extend_to_window, select_lists, side_by_side
+from .search.select import attend, best_of, extend_to_window, sample_error, select_lists, side_by_side
 from .search.selection import Selection, read_ids
-from .search.session import SearchSession, Terms
+from .search.session import SearchSession
 from .search.states import empty_state
 from .search.stats import IndexStats, gather
+from .search.steady import SteadyAdd, SteadySearch, same_objects
 from .training.config import TrainingConfig
 from .training.layer import train_layer
+from .training.sampling import calibrate_sampling
 from .whole import restored, signals_wait, within
 
 _STATE = "_last", "_lists", "_options", "_prepared_quantizer", "_prepared_router", "_session", "_trained"
@@ -73,6 +76,8 @@ class AsymmetricIndex:
         most), so that a model's budget may be spread unevenly over layers and heads. The cap of ``target_mass`` is one for all.
     mean_run_tokens, tail : keep the mean key and value of the runs of segments whose average run has that many tokens (0: none),
         and spend that share of the budget on means of runs that are not read, in place of rows.
+    sampled_share, sample_exponent, sample_cap : how much of the budget is spent on a weighted sample, and how, see
+        `SearchParametersIVF`; None: as `sampling` says for each KV head.
     window, sinks : tokens at the end and the start that are always read.
     scale : of the logits, default d ** -0.5.
     break_even : sequences shorter than this are not sealed, and attention over them is dense.
@@ -95,20 +100,23 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
-        "_prepared_router", "_session", "_token", "_trained", "backend_name", "device",
+        "_prepared_router", "_rotates_by_length", "_session", "_steady_add", "_steady_by", "_steady_search", "_token", "_trained",
+        "backend_name", "device", "verbose",
     )
 
     def __init__(
         self, d: int, nlist: int = 256, num_heads: int = 1, num_kv_heads: int | None = None, *, d_v: int | None = None,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", rope: Rope | None = None,
         selectivity: float | None = None, nprobe: int | None = None, max_codes: int = 0, window: int = 128, sinks: int = 4,
-        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 32768,
+        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 8192,
         target_mass: float | None = None, budget_shares: Any = None, mean_run_tokens: int = 0, tail: float = 0.0,
-        storage: str | None = None, backend: str | None = None,
+        storage: str | None = None, sampled_share: float | None = None, sample_exponent: float | None = None,
+        sample_cap: float | None = None, backend: str | None = None,
     ) -> None:
         layout = Layout(sinks, window, seal_tokens, max_segment, break_even, mean_run_tokens)
         params = SearchParametersIVF(
-            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail
+            nprobe=nprobe, selectivity=selectivity, target_mass=target_mass, max_codes=max_codes, tail=tail,
+            sampled_share=sampled_share, sample_exponent=sample_exponent, sample_cap=sample_cap,
         ).over(SearchParametersIVF(selectivity=SELECTIVITY))
         heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
         self._options = IndexOptions(d, d if d_v is None else d_v, nlist, *heads, dtype, layout, params, storage)
@@ -121,12 +129,18 @@ class AsymmetricIndex:
         self._require_codes(self._backend, self.device)
         self.backend_name = backend
         self._arguments = Arguments(self._options, self.device)
+        self._rotates_by_length = rope is not None and rope.is_dynamic
         self._prepared_quantizer: Any = None
         self._prepared_router: Any = None
         self._lists: SegmentedInvertedLists | None = None
         self._session: SearchSession | None = None  # of these lists, or of earlier ones
         self._last: Selection | None = None
+        self._steady_add: SteadyAdd | None = None  # of steps like the last, where the backend has a shorter way for them
+        self._steady_search: SteadySearch | None = None
+        self._steady_by: tuple[Any, ...] = ()  # what the last search followed from
         self._number, self._token = ops.register(self)
+        self.verbose = False
+        """Whether `train` prints what it does, as an index of FAISS does; an attribute to set."""
 
     def __repr__(self) -> str:
         names = ("d", "d_v", "nlist", "num_heads", "num_kv_heads", "dtype", "ntotal", "is_trained")
@@ -150,17 +164,23 @@ class AsymmetricIndex:
         """
         self._require_empty("train")
         sequences = self._arguments.sequences(keys, queries, positions)
-        settings = self.nlist, self.rope, self.layout, self.scale, TrainingConfig() if config is None else config
-        self.load_trained(train_layer(sequences, *settings))
+        config = TrainingConfig() if config is None else config
+        if self.verbose:
+            tokens, asked = (sum(int(sequence[i].shape[1]) for sequence in sequences if sequence[i] is not None) for i in (0, 1))
+            print(f"Training {self.nlist} lists of {self.num_kv_heads} KV heads on {tokens} keys of {self.d} dims")
+            print(f"Training the query router on {asked} queries per head" if asked else "No queries: routing is symmetric")
+            if config.progress is None:
+                config = replace(config, progress=_print_epoch)
+        self.load_trained(train_layer(sequences, self.nlist, self.rope, self.layout, self.scale, config))
 
     def load_trained(self, layer: TrainedLayer) -> None:
-        """Take over quantizer, router, tower and calibration of a layer that was trained before; rope, scale and budget shares
-        are those of the constructor.
+        """Take over quantizer, router, tower, calibration and sampling of a layer that was trained before; rope, scale and budget
+        shares are those of the constructor.
 
         Raises CompatibilityError for another shape, StateError while tokens are stored; the index is unchanged then.
         """
         new = layer.to(self.device)
-        parts: dict[str, Any] = {"tower": new.tower, "calibration": new.calibration}
+        parts: dict[str, Any] = {"tower": new.tower, "calibration": new.calibration, "sampling": new.sampling}
         if new.key_quantizer is not None:
             self._require_empty("key_quantizer")
             parts["key_quantizer"] = KeyQuantizer(new.key_quantizer.centroids.contiguous())
@@ -170,10 +190,14 @@ class AsymmetricIndex:
             parts["query_router"] = new.query_router
         self._set_trained(**parts)
 
-    def calibrate(self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE) -> None:
+    def calibrate(
+        self, keys: Any, queries: Any, *, positions: Any = None, confidence: float = CONFIDENCE, values: Any = None
+    ) -> None:
         """Measure what `target_mass` must ask of the router, on whole sequences that it was not trained on; sets `calibration`.
 
         keys, queries, positions : as in `train`; some tens of positions of each of four sequences or more are enough.
+        values : the same kinds (b, h, n, e); with them it is measured, too, in which KV heads a weighted sample makes the output
+            better, and which: sets `sampling`.
         confidence : for each KV head, the share of texts whose mean captured attention is to reach the target.
 
         Raises NotTrainedError, CompatibilityError for a router that does not predict the attention outside sinks and window,
@@ -183,7 +207,12 @@ class AsymmetricIndex:
             raise NotTrainedError("calibrate: expected a trained index, got one without key_quantizer and query_router")
         sequences, layer = self._arguments.sequences(keys, queries, positions), self._trained
         parts = layer.quantizer, layer.router, layer.rope, self.layout, layer.scale
-        self.calibration = calibrate(sequences, *parts, confidence)
+        measured: dict[str, Any] = {"calibration": calibrate(sequences, *parts, confidence)}
+        if values is not None:
+            shape = (len(sequences), self.num_kv_heads, sequences[0][0].shape[1], self.d_v)
+            each = self._arguments.tensor(values, "values", "b h n e", shape, checks.STORAGE_DTYPES)
+            measured["sampling"] = calibrate_sampling([(*s, v) for s, v in zip(sequences, each, strict=True)], *parts)
+        self._set_trained(**measured)
 
     # -- adding -------------------------------------------------------------------------------------------------------
 
@@ -209,6 +238,11 @@ class AsymmetricIndex:
         """
         if torch.compiler.is_compiling():
             return ops.trace_add(self, keys, values, lengths is None and coarse_keys is None and seq_len is None, seal)
+        steady = self._steady_add
+        if steady is not None and steady(
+            keys, values, self._lists, self._session, self._trained, lengths, coarse_keys, seq_len, seal
+        ):
+            return
         if self._prepared_quantizer is None:
             raise NotTrainedError("add: expected a trained index, got one without key_quantizer; call train or set it")
         capturing = self._capturing()
@@ -221,7 +255,10 @@ class AsymmetricIndex:
                 raise StateError("coarse_keys: expected lists to assign them to, got a tower, which is yet to make them")
             coarse = self._arguments.coarse_keys(coarse_keys, keys.shape)
             list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
-        self._append(keys, values, counts, list_nos, seal, rotation_lengths(self._trained.rope, self._lists, counts, seq_len))
+        rotated = None
+        if self._rotates_by_length or seq_len is not None:
+            rotated = rotation_lengths(self._trained.rope, self._lists, counts, seq_len)
+        self._append(keys, values, counts, list_nos, seal, rotated)
 
     def add_preassigned(
         self, keys: Any, values: Any, list_nos: Any, *, lengths: Sequence[int] | None = None,
@@ -243,6 +280,12 @@ class AsymmetricIndex:
         if self._lists is not None:
             self._make_lists(self._lists)
             self._lists.seal(self._assign_rows, last=True)
+
+    @within("_changing")
+    def rearrange(self) -> None:
+        """Bring tokens that lie as in another version of this library, as in a file of before, to where `add` puts them."""
+        if self._lists is not None:
+            self._lists.rearrange(self._assign_rows)
 
     def advance(self, n: int | Sequence[int] | None = None, *, seal: bool = True) -> None:
         """Take note of tokens that replays of a CUDA graph appended, and seal what is due (docs/gpu.md).
@@ -287,7 +330,12 @@ class AsymmetricIndex:
         lists = self._lists
         same_batch = lists is not None and lists.batch == keys.shape[0]
         if lists is not None and same_batch and list_nos is None and keys.shape[2] and lists.only_grows(counts, seal):
-            self._session_of(lists).append(keys, values, counts, None, rotated)  # nearly every step: nothing is left half done
+            session = self._session_of(lists)
+            session.append(keys, values, counts, None, rotated)  # nearly every step: nothing is left half done
+            if seal and rotated is None and self._backend.captures:
+                append = session.steady_append(keys, values, counts)
+                by = lists, session, self._trained, None, None, None, True
+                self._steady_add = None if append is None else SteadyAdd(session, append, keys, values, counts, by)
             return
         with self._whole():
             if lists is None or (not same_batch and not self.ntotal):
@@ -314,7 +362,8 @@ class AsymmetricIndex:
     # -- searching ----------------------------------------------------------------------------------------------------
 
     def search_attend(
-        self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None, return_lse: bool = False
+        self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None, return_lse: bool = False,
+        return_error: bool = False,
     ) -> Any:
         """Attention of the newest tokens over what the index holds, reading only what the router expects to matter.
 
@@ -325,31 +374,52 @@ class AsymmetricIndex:
         params : replaces the index's own parameters for this call.
         coarse_queries : float (b, hq, q, d), what to route in place of the queries with RoPE undone.
         return_lse : also return the log of the softmax denominator, for `merge_states`.
+        return_error : also return how far off ``out`` may be, by its sampled part. Reads the selected rows once more: not for
+            the decode path, and not inside a capture or a compiled step.
 
         Returns
         -------
         out : dtype of queries (b, hq, q, e): one softmax over sinks, recent tokens and the selected ones.
         lse : float32 (b, hq, q), natural log, if asked for. Nothing to attend: out = 0, lse = -inf.
+        error : float32 (b, hq, q), if asked for: the standard error of ``out``, an estimate of the Euclidean norm of its distance
+            from attention over all tokens that had a chance to be sampled. 0 where nothing was sampled, which says nothing of
+            what is unread. It leaves out what the cap on the logits makes of the mean, and tokens too unlikely to be sampled.
 
         Raises NotTrainedError without a router (but for an index that never held a token, which gives zeros), ShapeError,
         DTypeError, DeviceError, LayoutError, ParameterError. NaN in a query gives NaN in its own output, and an arbitrary
         selection to its group.
         """
         if torch.compiler.is_compiling():
-            return ops.trace_search(self, queries, params, coarse_queries is None, return_lse)
+            return ops.trace_search(self, queries, params, coarse_queries is None and not return_error, return_lse)
+        steady = self._steady_search
+        if steady is not None and not return_error:
+            by = self._lists, self._session, self._trained, self._options, params, coarse_queries, return_lse
+            if (out := steady(queries, *by)) is not None:
+                self._last = steady.chosen
+                return out
         lists = self._lists
         x, form = self._arguments.queries(queries, lists)
         if lists is None:
-            return form.attention(*empty_state(x, self.d_v), return_lse)
-        if coarse_queries is None:
+            out, lse = empty_state(x, self.d_v)
+            return form.attention(out, lse, return_lse, torch.zeros_like(lse) if return_error else None)
+        if coarse_queries is None and not return_error:
             settings, session = self._settings(params), self._session_of(lists)
-            if not self._options.exceeded_by(settings):
+            if params is None or not self._options.exceeded_by(settings):
                 self._refuse_lists_to_come(session)
-                routing = session.routing_of(self._trained, self._prepared_router, x.shape[3])
-                out, lse, self._last = session.run(x, self._terms(settings), routing, self._trained.scale)
+                out, lse, self._last = session.run(x, self._trained, self._prepared_router, settings)
+                if self._backend.captures and not return_lse:
+                    self._note_search(session, queries, x, params)
                 return form.attention(out, lse, return_lse)
             session.refuse_capture("a larger window or more sinks than the index has")
-        return self._attend(x, self._select(x, params, coarse_queries), form, return_lse)
+        return self._attend(x, self._select(x, params, coarse_queries), form, return_lse, return_error)
+
+    def _note_search(self, session: SearchSession, queries: Any, x: Tensor, params: SearchParametersIVF | None) -> None:
+        """The second search in a row with the same of everything may be the first of many."""
+        by = session.lists, session, self._trained, self._options, params, None, False
+        again, self._steady_by, self._steady_search = same_objects(by, self._steady_by), by, None
+        if again and isinstance(queries, Tensor) and queries.ndim == 4 and queries.is_contiguous() and self._last is not None:
+            search = session.steady_search(x)
+            self._steady_search = None if search is None else SteadySearch(session, search, queries, self._last, by)
 
     def search_attend_preassigned(
         self, queries: Any, list_nos: Any, *, params: SearchParametersIVF | None = None, return_lse: bool = False
@@ -383,6 +453,10 @@ class AsymmetricIndex:
             scores, ids = best_of(self._backend, self._lists, x, self._last, k)
         return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
 
+    def assign(self, queries: Any, k: int = 1, *, params: SearchParametersIVF | None = None) -> Any:
+        """The ids of `search` alone, as FAISS's assign: int64 (b, hq, q, k). The list of a key: ``key_quantizer.assign``."""
+        return self.search(queries, k, params=params)[1]
+
     def select(self, queries: Any, *, params: SearchParametersIVF | None = None, coarse_queries: Any = None) -> Selection:
         """The first half of `search_attend`: which rows it would read. `read_ids` gives the tokens in them."""
         x, _ = self._arguments.queries(queries, self._lists)
@@ -409,9 +483,9 @@ class AsymmetricIndex:
         lists, settings, queries = self.invlists, self._settings(params), x
         if coarse_queries is not None:
             queries = self._arguments.coarse_queries(coarse_queries, lists, x.shape)
-        session = self._session_of(lists)
-        routing = session.routing_of(self._trained, self._prepared_router, x.shape[3], coarse_queries is not None)
-        return extend_to_window(lists, session.select(queries, self._terms(settings), routing), settings)
+        layer = self._trained, self._prepared_router
+        selection = self._session_of(lists).select(queries, *layer, settings, coarse_queries is not None)
+        return extend_to_window(lists, selection, settings)
 
     def _select_each(self, x: Tensor, params: SearchParametersIVF | None) -> Selection:
         """`_select` for every query on its own, see `SearchSession.select_each`."""
@@ -419,12 +493,15 @@ class AsymmetricIndex:
         settings, session = self._settings(params), self._session_of(self.invlists)
         if self._options.exceeded_by(settings) or self._backend.captures:
             return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(x.shape[3])])
-        return session.select_each(x, self._terms(settings), session.routing_of(self._trained, self._prepared_router, 1))
+        return session.select_each(x, self._trained, self._prepared_router, settings)
 
-    def _attend(self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool) -> Any:
+    def _attend(
+        self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool, return_error: bool = False
+    ) -> Any:
         self._last = selection
         out, lse = attend(self._backend, self.invlists, x, selection, self.scale, causal=True)
-        return form.attention(out, lse, return_lse)
+        error = sample_error(self.invlists, x, selection, out, lse, self.scale) if return_error else None
+        return form.attention(out, lse, return_lse, error)
 
     # -- shrinking, copying, memory -----------------------------------------------------------------------------------
 
@@ -522,7 +599,8 @@ class AsymmetricIndex:
         for name in type(self).__slots__:
             if name != "__weakref__":
                 setattr(new, name, getattr(self, name))
-        new._lists = new._session = new._last = None
+        new._lists = new._session = new._last = new._steady_add = new._steady_search = None
+        new._steady_by = ()
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
             new._require_codes(new._backend, device)
@@ -614,6 +692,15 @@ class AsymmetricIndex:
         Setting it where it was None makes `selectivity` the cap, 0.25; setting None makes that a budget that is spent.""",
     )
     tail = Field[float]("_options.params.tail", "Share of the budget spent on the means of runs that are not read.", 0.0)
+    sampled_share = Field["float | None"](
+        "_options.params.sampled_share", "Share of the budget that is spent on a weighted sample; None: as `sampling` says."
+    )
+    sample_exponent = Field["float | None"](
+        "_options.params.sample_exponent", "Of a run's weight in the probability of its tokens; None: as `sampling` says, else 2."
+    )
+    sample_cap = Field["float | None"](
+        "_options.params.sample_cap", "Most that the logit of a sampled token is raised by; None: as `sampling` says, else 2."
+    )
     max_codes = Field[int]("_options.params.max_codes", "Most sealed tokens read per KV head; 0 means no limit.", 0)
     options = Field[IndexOptions]("_options", "Shapes, dtype, layout and default search parameters, as one record.")
     trained = Field[TrainedLayer](
@@ -662,12 +749,13 @@ class AsymmetricIndex:
 
     @property
     def query_router(self) -> QueryRouter | None:
-        """The classifier of queries. May be replaced at any time by one for the same lists, which drops `calibration`."""
+        """The classifier of queries. May be replaced at any time by one for the same lists, which drops `calibration` and
+        `sampling`."""
         return self._trained.query_router
 
     @query_router.setter
     def query_router(self, router: QueryRouter) -> None:
-        self._set_trained(query_router=router.to(self.device), calibration=None)
+        self._set_trained(query_router=router.to(self.device), calibration=None, sampling=None)
 
     @property
     def tower(self) -> TwoTower | None:
@@ -685,7 +773,7 @@ class AsymmetricIndex:
             self._set_trained(tower=None)
         else:
             router = self._router_of(tower, self.key_quantizer)
-            self._set_trained(tower=tower.to(self.device), query_router=router, calibration=None)
+            self._set_trained(tower=tower.to(self.device), query_router=router, calibration=None, sampling=None)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -695,6 +783,15 @@ class AsymmetricIndex:
     @calibration.setter
     def calibration(self, value: Calibration | None) -> None:
         self._set_trained(calibration=value)
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """What of the budget each KV head spends on a weighted sample where the search parameters say nothing; None: nothing."""
+        return self._trained.sampling
+
+    @sampling.setter
+    def sampling(self, value: Sampling | None) -> None:
+        self._set_trained(sampling=value)
 
     @property
     def budget_shares(self) -> np.ndarray | None:
@@ -737,15 +834,9 @@ class AsymmetricIndex:
 
     def _settings(self, params: SearchParametersIVF | None) -> SearchParametersIVF:
         """Checked parameters of one search: those given, over the index's own."""
-        if self._trained.query_router is None:
+        if self._prepared_router is None:
             raise NotTrainedError("search: expected a trained index, got one without query_router; call train or set it")
-        return self._options.merged(params)
-
-    def _terms(self, params: SearchParametersIVF) -> Terms:
-        """What a plan for these parameters follows from."""
-        layer, target = self._trained, params.target_mass
-        unread = None if target is None else layer.unread_mass(target, self.device)
-        return params, layer.router, layer.budget_shares, unread
+        return self._options.params if params is None else self._options.merged(params)
 
     @property
     def _assign_rows(self) -> AssignRows:
@@ -865,9 +956,14 @@ class AsymmetricIndex:
         lists = self._lists
         moved = None if lists is None else lists.moved
         layer = self._trained
-        return moved, layer.scale, params, self._options.params, layer.query_router, layer.budget_shares, layer.calibration
+        trained = layer.query_router, layer.budget_shares, layer.calibration, layer.sampling
+        return moved, layer.scale, params, self._options.params, *trained
 
     def same_graph(self, key: tuple[Any, ...], params: SearchParametersIVF | None = None) -> bool:
         """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
         now = self.graph_key(params)
         return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(key, now, strict=True))
+
+
+def _print_epoch(epoch: int, epochs: int, loss: float) -> None:
+    print(f"  epoch {epoch} of {epochs}: cross-entropy {loss:.4f} nats")

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from .errors import StateError
-from .search.params import SearchParametersIVF
+from .search.params import SAMPLING, SearchParametersIVF
 
 _INDEXES: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)
-_NAMES = ("nprobe", "selectivity", "max_codes", "window", "sinks", "target_mass", "tail")
+_NAMES = ("nprobe", "selectivity", "max_codes", "window", "sinks", "target_mass", "tail", *SAMPLING)
 
 
 def register(index: Any) -> tuple[int, Tensor]:
@@ -86,6 +86,6 @@ def trace_add(index: Any, keys: Any, values: Any, plain: bool, seal: bool) -> No
 def trace_search(index: Any, queries: Any, params: SearchParametersIVF | None, plain: bool, return_lse: bool) -> Any:
     """`AsymmetricIndex.search_attend` as the compiler sees it; StateError unless its other arguments are ``plain``."""
     if not plain:
-        raise StateError("compile: expected search_attend of queries alone, got coarse_queries")
+        raise StateError("compile: expected search_attend of queries alone, got coarse_queries or return_error")
     out, lse = search_attend(index._token, queries, index._number, index.d_v, pack(params))
     return (out, lse) if return_lse else out

@@ -19,17 +19,20 @@ Ints = NDArray[np.int64]
 
 def attend(
     queries: Array, keys: Array, values: Array, scale: float, visible: NDArray[np.bool_] | None = None,
-    counts: Array | None = None,
+    counts: Array | None = None, biases: Array | None = None,
 ) -> tuple[Array, Array]:
     """Softmax attention of queries (j, d) over keys (n, d), values (n, e); visible : bool (j, n) hides pairs.
 
-    counts (n,) : the tokens that each key stands for (a run read through its means), default 1 each.
+    counts (n,) : the tokens that each key stands for (a run read through its means), default 1 each. biases (n,) : added to the
+    logits of each key (one that was sampled), default 0 each.
 
     Returns out (j, e) and lse (j,), the natural log of the sum of exp(logits). A query that sees nothing has out 0, lse -inf.
     """
     logits = scale * (queries @ keys.T)
     if counts is not None:
         logits = logits + np.log(counts)
+    if biases is not None:
+        logits = logits + biases
     if visible is not None:
         logits = np.where(visible, logits, -np.inf)
     top = logits.max(axis=1, initial=-np.inf, keepdims=True)
@@ -107,13 +110,42 @@ def run_means(keys: Array, values: Array, offsets: Ints) -> tuple[Array, Array]:
     return mean_keys, mean_values
 
 
-def segments(length: int, sinks: int, window: int, block: int, max_segment: int, fanout: int = 4) -> list[tuple[int, int]]:
-    """The segments [start, stop) of a sequence of ``length`` tokens: a function of the length alone.
+def arrangement(
+    length: int, sinks: int, window: int, block: int, max_segment: int, heads: int, merge_rows: int
+) -> tuple[list[tuple[int, int]], tuple[int, int, int]]:
+    """The segments [start, stop) of a sequence of ``length`` tokens, a function of the length alone; and start and stop of those
+    that are being merged, and for how many KV heads they are one already, or three zeros.
 
-    Tokens leave the recent ones a block at a time. An aligned stretch of fanout**k blocks is one segment as soon as it is at
-    least as old as it is long, its age being counted from the moment the newest block was sealed.
+    Tokens leave the recent ones a block at a time. The merges that are due with a block are carried out one after the other, the
+    short ones first, over the tokens up to the next block, each in a share of them that is its share of the rows; in it, heads
+    follow at equal distances, so many together as have ``merge_rows`` rows, or one.
     """
     blocks = max(0, (length - sinks - window) // block)
+    if not blocks:
+        return [], (0, 0, 0)
+    spans = segments(blocks - 1, sinks, window, block, max_segment)
+    spans.append((sinks + (blocks - 1) * block, sinks + blocks * block))
+    due = [x for x in segments(blocks, sinks, window, block, max_segment) if x not in spans]
+    tokens, rows, done = length - sinks - window - blocks * block, sum(stop - start for start, stop in due), 0
+    for size, start, stop in sorted((stop - start, start, stop) for start, stop in due):
+        begin, end = (1 + (block - 1) * x // rows for x in (done, done + size))
+        done += size
+        if tokens >= end - 1:
+            spans = sorted([x for x in spans if not start <= x[0] < stop] + [(start, stop)])
+            continue
+        together = max(1, merge_rows // size)
+        groups = (heads + together - 1) // together
+        merged = together * (groups * max(0, tokens - begin + 1) // (end - begin))
+        return spans, (start, stop, merged) if merged else (0, 0, 0)
+    return spans, (0, 0, 0)
+
+
+def segments(blocks: int, sinks: int, window: int, block: int, max_segment: int, fanout: int = 4) -> list[tuple[int, int]]:
+    """The segments [start, stop) of a sequence of which so many blocks are sealed, when their merges are done.
+
+    An aligned stretch of fanout**k blocks is one segment as soon as it is at least as old as it is long, its age being counted
+    from the moment the newest block was sealed.
+    """
     sealed_at = window + blocks * block
     spans, i = [], 0
     while i < blocks:
@@ -209,6 +241,87 @@ def probe(
         run = range(tables[s, l], tables[s, l + 1])
         rows.extend(run[max(0, len(run) - (budget - len(rows))) :] if budget > len(rows) else [])
     return np.array(sorted(rows), dtype=np.int64)
+
+
+ONE = 1 << 20
+"""The whole of a probability of inclusion, which is a whole number of these parts."""
+
+POWERS = [round(ONE * 2 ** (i / 32)) for i in range(32)]
+
+
+def weight_bins(weights: Array) -> Ints:
+    """Bins of an eighth of an octave, of weights as float32: their leading bits, behind an offset that keeps the edges off the
+    fractions at which equal runs have their weights."""
+    bins: Ints = (weights.astype(np.float32).view(np.int32).astype(np.int64) + 0x5A5A5) >> 20
+    return bins
+
+
+def inclusion(bins: Ints, sizes: Ints, rows: int, exponent: int) -> Ints:
+    """Probability of inclusion, in parts of `ONE`, of each token of runs: proportional to 2 ** (exponent / 4 * bin / 8), thus to
+    weight ** (exponent / 4), but for those that are read for certain; the sum over all tokens is ``rows`` at most.
+
+    bins, sizes (r,) : of the weight of each run, and its tokens. exponent : at least 1.
+    """
+    probability = np.zeros(len(bins), dtype=np.int64)
+    left = rows
+    for top in sorted({int(b) for b, n in zip(bins, sizes, strict=True) if n}, reverse=True):
+        steps = exponent * (top - bins)
+        terms = np.array([POWERS[-s % 32] >> min(62, -(-s // 32)) if s >= 0 else 0 for s in steps.tolist()], dtype=np.int64)
+        total = int((sizes * terms).sum())
+        if left * ONE < total:
+            for i in np.flatnonzero(terms):
+                probability[i] = int(terms[i]) * left * ONE // total
+            break
+        whole = bins == top
+        probability[whole] = ONE
+        left -= int(sizes[whole].sum())
+    return probability
+
+
+def sample(first: Ints, sizes: Ints, probability: Ints, phase: int = ONE // 2) -> tuple[Ints, Ints]:
+    """A systematic sample of runs of rows [first, first + size), which rise: rows, ascending, and the probability of each.
+
+    Tokens are laid on a line one behind the other, each as long as its probability; those on which one of the marks at
+    ONE - phase, 2 ONE - phase, ... lies are taken. So each is taken with its probability, over all phases in [0, ONE), and of
+    neighbours no two more than they have to be.
+    Source: systematic sampling with probability proportional to size, W. G. Madow, 1949.
+    """
+    each = np.repeat(probability, sizes)
+    ends = phase + np.cumsum(each)
+    taken = np.flatnonzero(ends // ONE > (ends - each) // ONE)
+    rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(f, f + n) for f, n in zip(first, sizes, strict=True))])
+    return rows[taken], each[taken]
+
+
+def weighted_probe(
+    z: Array, a: Array, knots: Array, tables: Ints, budget: int, sampled: int, exponent: int, cap: float, phase: int = ONE // 2
+) -> tuple[Ints, Array]:
+    """`probe` that spends ``sampled`` rows of the budget on a sample of what the others leave: rows, ascending, and what is added
+    to the logit of each: the log of one by its probability, ``cap`` at most."""
+    sure = probe(z, a, knots, tables, budget - sampled, 0, True)
+    # what is left of a run that was cut is its beginning
+    first, sizes = tables[:, :-1].ravel(), np.diff(tables, axis=1).ravel()
+    sizes = sizes - np.diff(np.searchsorted(sure, tables), axis=1).ravel()
+    bins = weight_bins(run_weights(z, a, knots, tables, True)).ravel()
+    rows, probability = sample(first, sizes, inclusion(bins, sizes, sampled, exponent))
+    biases = np.concatenate([np.zeros(len(sure)), np.minimum(np.log(ONE / probability), cap)])
+    order = np.argsort(np.concatenate([sure, rows]), kind="stable")
+    return np.concatenate([sure, rows])[order], biases[order]
+
+
+def sample_error(
+    queries: Array, keys: Array, values: Array, scale: float, biases: Array, out: Array, lse: Array
+) -> Array:
+    """Standard error of attention from its sampled rows, (j,): the root of the sum of (1 - p) w^2 |value - out|^2 over them, w
+    the weight that a row has in the softmax, its bias included, and p = exp(-bias) its probability where that is not capped.
+
+    keys (m, d), values (m, e), biases (m,) : of the rows read; those without a bias contribute nothing. out (j, e), lse (j,).
+    Source: the variance of a Horvitz-Thompson estimate of a ratio, as of independent inclusions.
+    """
+    weights = np.exp(scale * (queries @ keys.T) + biases - lse[:, None])
+    squares = ((values[None] - out[:, None]) ** 2).sum(axis=2)
+    error: Array = np.sqrt(((1 - np.exp(-biases)) * weights**2 * squares).sum(axis=1))
+    return error
 
 
 def tail(z: Array, a: Array, knots: Array, tables: Ints, rows: Ints, mean_entries: int, means: int) -> Ints:

@@ -30,6 +30,7 @@ from .routing.quantizer import KeyQuantizer
 from .routing.rope import Rope
 from .routing.rope_config import _head_dim, _read, _text_config
 from .routing.router import QueryRouter
+from .routing.sampling import Sampling
 from .routing.trained import MAX_LISTS, TrainedLayer, unmade_lists
 from .routing.two_tower import TwoTower
 
@@ -205,6 +206,8 @@ def pack_layer(layer: TrainedLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     arrays |= {f"router.{name}": _narrow(x) for name, x in weights.items()}
     if layer.calibration is not None:
         arrays["calibration"] = layer.calibration.unread_mass
+    if layer.sampling is not None:
+        arrays["sampling"] = layer.sampling.table()
     for name in ("budget_shares", "losses"):
         value = getattr(layer, name)
         if value is not None:
@@ -240,6 +243,9 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
     calibration = Calibration(arrays["calibration"]) if "calibration" in arrays else None
     if calibration is not None and len(calibration.unread_mass) != heads:
         raise FormatError(f"calibration: expected {heads} KV heads, got {len(calibration.unread_mass)}")
+    sampling = Sampling.of_table(arrays["sampling"]) if "sampling" in arrays else None
+    if sampling is not None and len(sampling) != heads:
+        raise FormatError(f"sampling: expected {heads} KV heads, got {len(sampling)}")
     shares, losses = (arrays[name].numpy() if name in arrays else None for name in ("budget_shares", "losses"))
     if shares is not None:
         shares = checks.shares(shares, "budget_shares", heads)
@@ -248,7 +254,7 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
     shared = KeyQuantizer(_wide(arrays["shared_lists"])) if own and "shared_lists" in arrays else None
     if shared is not None and (shared.centroids.shape[0], shared.centroids.shape[2]) != (heads, d):
         raise FormatError(f"shared_lists: expected {heads} KV heads and {d} dims, got {tuple(shared.centroids.shape)}")
-    return TrainedLayer(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses, shared)
+    return TrainedLayer(quantizer, router, rope, model_rope, float(scale), tower, calibration, shares, losses, shared, sampling)
 
 
 def _narrow(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Profiles of hypothesis, and what every test shares."""
 
+import importlib
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its spinning threads would slow everything beside them
@@ -16,6 +17,8 @@ from suite_guard import pytest_configure
 __all__ = ["pytest_configure"]
 
 import saap_index.hf.crossover
+import saap_index.invlists.layout
+from saap_index import register_backend
 
 settings.register_profile(
     "ci",
@@ -26,6 +29,27 @@ settings.register_profile(
 )
 settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "run tests/backends/test_backends.py and tests/index/test_stateful.py for this backend, registered or 'module:Class'"
+    parser.addoption("--backend", metavar="NAME", help=what)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``pytest.mark.over_backends(argument)``: a test for each of its module's BACKENDS, or for the one of --backend."""
+    over = metafunc.definition.get_closest_marker("over_backends")
+    if over is not None:
+        asked = metafunc.config.getoption("--backend")
+        metafunc.parametrize(over.args[0], metafunc.module.BACKENDS if asked is None else [own_backend(asked)])
+
+
+def own_backend(name: str) -> str:
+    """The name of a backend; one that is ``module:Class`` is imported, and registered under that."""
+    module, _, kind = name.partition(":")
+    if kind:
+        register_backend(name, getattr(importlib.import_module(module), kind))
+    return name
 
 
 DEFAULT_DTYPE = os.environ.get("SAAP_DEFAULT_DTYPE", "float32")
@@ -42,6 +66,12 @@ def _break_even(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `attach` measures on a machine is one number here, and nothing is timed."""
     found = saap_index.hf.crossover.Crossover(2048, ())
     monkeypatch.setattr(saap_index.hf.crossover, "measured", lambda key, times: found)
+
+
+@pytest.fixture(autouse=True)
+def _merge_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small segments too are merged a KV head at a time."""
+    monkeypatch.setattr(saap_index.invlists.layout, "MERGE_ROWS", 16)
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,13 @@ from .paged import PagedBackend
 from .plain_torch import TorchBackend
 from .reference import ReferenceBackend
 from .scalar_quantizer import STORAGE_CODES, Coded, StorageCode
-from .types import Arena, Budget, Frequencies, Placement, Plan, Rotation, Routing, Tail
+from .types import Arena, Budget, Frequencies, Placement, Plan, Rotation, Routing, Sample, Tail
 from .weights import NETWORK, RouterWeights
 
 __all__ = [
     "NETWORK", "STORAGE_CODES", "Arena", "Backend", "Budget", "Coded", "Frequencies", "Placement", "Plan", "Rotation",
-    "RouterWeights", "Routing", "SegmentChange", "Session", "StorageCode", "Tail", "get_backend", "get_paged", "register_backend",
+    "RouterWeights", "Routing", "Sample", "SegmentChange", "Session", "StorageCode", "Tail", "get_backend", "get_paged",
+    "register_backend",
 ]
 
 Factory = Callable[[torch.device], Backend]

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ShapeError
+from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ParameterError, ShapeError
 from .codes import DTYPE_CODES
 from .scalar_quantizer import Coded
-from .types import Budget, Probed, Rotation, Tail
+from .types import MAX_EXPONENT, MAX_SAMPLED, Budget, Probed, Rotation, Tail
 
 F32, I32 = torch.float32, torch.int32
 _NO_ROTATION = (0, 0, 0, False, 1.0)
 NO_TAIL = (0, 0, 0, 0, 0, 0, 0, 0, 1)
 NO_CODES: tuple[Any, ...] = (0, 0, 0, 8, [], [])
+NO_SAMPLE = (0, 0, 0)
 
 
 def plain(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -140,11 +141,15 @@ class Places(NamedTuple):
     means: list[int]
     bound: int
     tail_bound: int
+    sample_at: tuple[int, int, int] = NO_SAMPLE
 
     def room(self, b: int, h: int) -> ProbeRoom:
         """Room for what may be selected."""
         rows, counts = torch.empty((b, h, self.bound), dtype=I32, device="cpu"), torch.empty((b, h), dtype=I32, device="cpu")
         at = self.bound, rows.data_ptr(), counts.data_ptr()
+        if self.sample_at is not NO_SAMPLE:
+            biases = torch.empty((b, h, self.bound), dtype=F32, device="cpu")
+            return ProbeRoom((*at, 0, 0, 0), rows, counts, biases=biases, biases_at=biases.data_ptr())
         if not self.entries_at:
             return ProbeRoom((*at, 0, 0, 0), rows, counts)
         runs, run_counts = torch.empty((b, h, self.tail_bound), dtype=I32, device="cpu"), torch.empty_like(counts)
@@ -159,10 +164,13 @@ class ProbeRoom(NamedTuple):
     counts: Tensor
     runs: Tensor | None = None
     run_counts: Tensor | None = None
+    biases: Tensor | None = None
+    biases_at: int = 0
 
     def probed(self, t: int, x: int) -> Probed:
         """What was written, of widths t and x."""
-        return Probed(_packed(self.rows, t), self.counts, None if self.runs is None else _packed(self.runs, x), self.run_counts)
+        runs, biases = (None if y is None else _packed(y, n) for y, n in ((self.runs, x), (self.biases, t)))
+        return Probed(_packed(self.rows, t), self.counts, runs, self.run_counts, biases=biases)
 
 
 def _packed(x: Tensor, width: int) -> Tensor:
@@ -206,4 +214,22 @@ def places_of(module: Any, tables: Tensor, num_segments: Sequence[int], budget: 
             raise LengthError(f"budget.means: expected {b} numbers up to those of the segments, {used}, got {means}")
         entries_at = plain("budget.entries", budget.mean_entries, I32, (b, h))
         tail_bound = max(0, min(max(means, default=0) * lists, int(budget.mean_entries.max())))
-    return Places(tables_at, used, budgets_at, miss_at, entries_at, means, bound, tail_bound)
+    sample_at = NO_SAMPLE if budget.sample is None else sample_of(budget, (b, h))
+    return Places(tables_at, used, budgets_at, miss_at, entries_at, means, bound, tail_bound, sample_at)
+
+
+def sample_of(budget: Budget, shape: tuple[int, int]) -> tuple[int, int, int]:
+    """Rows, exponents and caps as the module takes them."""
+    sample, (_, h) = budget.sample, shape
+    assert sample is not None
+    if budget.nprobe or budget.unread_mass is not None or budget.mean_entries is not None:
+        raise ParameterError("budget.sample: expected a budget of rows alone, got one with nprobe, unread_mass or mean_entries")
+    at = (
+        plain("budget.sample.rows", sample.rows, I32, shape),
+        plain("budget.sample.exponents", sample.exponents, I32, (h,)),
+        plain("budget.sample.caps", sample.caps, F32, (h,)),
+    )
+    for name, x, least, most in (("rows", sample.rows, 0, MAX_SAMPLED), ("exponents", sample.exponents, 1, MAX_EXPONENT)):
+        if x.numel() and not least <= int(x.min()) <= int(x.max()) <= most:
+            raise LengthError(f"budget.sample.{name}: expected {least} to {most}, got {x.tolist()}")
+    return at

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ from .types import (
     Probed,
     Rotation,
     Routing,
+    Sample,
     Tail,
 )
 from .weights import RouterWeights
@@ -48,7 +50,9 @@ class SegmentChange:
     """What becomes of the segments of one sequence: ``have``, [start, stop) each, from number ``first`` on become ``want``.
 
     Every segment of the one lies within one of the other. positions : int64 (n,), of the rows that are sealed now for the first
-    time, up to the last of ``want``. means : how many leading segments keep the means of their runs afterwards.
+    time, up to the last of ``want``. means : how many leading segments keep the means of their runs afterwards. merged, merging :
+    (first, stop, heads), the segments of ``have`` and of ``want`` whose rows are sorted as those of one segment for the first
+    ``heads`` KV heads, their tables cut at their bounds; or None.
     """
 
     sequence: int
@@ -57,6 +61,24 @@ class SegmentChange:
     want: Sequence[tuple[int, int]]
     positions: np.ndarray[Any, Any]
     means: int
+    merged: tuple[int, int, int] | None = None
+    merging: tuple[int, int, int] | None = None
+
+    def rows_moved(self, heads: int) -> int:
+        """Rows that change places, summed over ``heads`` KV heads; those that did not have to count as well."""
+        stops, moved = [stop for _, stop in self.have], 0
+        spans = [(start, stop, heads) for start, stop in self.want[self.first :] if (start, stop) not in self.have]
+        if self.merging is not None:
+            first, past, some = self.merging
+            spans.append((self.want[first][0], self.want[past - 1][1], some))
+        for start, stop, some in spans:
+            old = bisect_right(stops, start), bisect_right(stops, stop)
+            moved += (some - self.sorted_heads(*old)) * (stop - start)
+        return moved
+
+    def sorted_heads(self, first: int, stop: int) -> int:
+        """For how many KV heads the rows of segments [first, stop) of ``have`` are sorted as those of one already."""
+        return self.merged[2] if self.merged is not None and self.merged[:2] == (first, stop) else 0
 
 
 class Backend(ABC):
@@ -122,6 +144,9 @@ class Backend(ABC):
 
     reads_codes: ClassVar[bool] = False
     """Whether `scan` takes ``coded``."""
+
+    reads_samples: ClassVar[bool] = False
+    """Whether `probe` takes a budget with a ``sample``, and `scan` ``biases``."""
 
     seals_batches: ClassVar[bool] = False
     """Whether `seal_batch` may be of use."""
@@ -196,6 +221,8 @@ class Backend(ABC):
         first), until budget.rows are taken.
         Of the run that exceeds the budget the last rows (its newest tokens) are taken.
 
+        ``sample``: of ``budget.rows`` so many are a sample of the others, see `Sample`; rows come with ``biases``.
+
         ``mean_entries``: of the nonempty runs in segments [0, means[i]) of which no row is read, those of largest mass (ties:
         newer segment, then lower list).
         """
@@ -215,10 +242,11 @@ class Backend(ABC):
         causal: bool,
         tail: Tail | None = None,
         coded: Coded | None = None,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Softmax attention over rows [0, sinks[i]), ``rows`` and [sealed[i], lengths[i]) of each sequence, in one softmax,
         and over the entries of ``tail``. coded : which rows are codes; arena_keys and arena_values then hold the others, where it
-        says.
+        says. biases : float32 (b, h, t) as from `probe`, finite, added to the logits of ``rows``, or None for 0 each.
 
         queries : (b, h, g, q, d) float32, bfloat16 or float16; rows : int32 (b, h, t) as from `probe`, or None for none.
         causal: query i of q sees a recent row r only if r < lengths - q + 1 + i; sinks, ``rows`` and entries are seen by every
@@ -289,7 +317,10 @@ class Session:
         device = self._published.arena.keys.device
         if device.type != "cpu":
             mean_entries = None if budget.mean_entries is None else budget.mean_entries.to(device)
-            budget = replace(budget, rows=budget.rows.to(device), mean_entries=mean_entries)
+            sample = budget.sample
+            if sample is not None:
+                sample = Sample(sample.rows.to(device), sample.exponents.to(device), sample.caps.to(device))
+            budget = replace(budget, rows=budget.rows.to(device), mean_entries=mean_entries, sample=sample)
         plan.budget, plan.packed = budget, None
 
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], check: bool = False) -> None:
@@ -323,7 +354,10 @@ class Session:
             cos, sin = rotation.cos.repeat_interleave(q, 0), rotation.sin.repeat_interleave(q, 0)
             rotation = Rotation(cos, sin, rotation.interleaved, rotation.scale)
         queries = queries.permute(0, 3, 1, 2, 4).reshape(b * q, h, g, 1, d).contiguous()
-        budget = Budget(budget.rows.repeat_interleave(q, 0), budget.nprobe, budget.unread_mass)
+        sample = budget.sample
+        if sample is not None:
+            sample = replace(sample, rows=sample.rows.repeat_interleave(q, 0))
+        budget = Budget(budget.rows.repeat_interleave(q, 0), budget.nprobe, budget.unread_mass, sample=sample)
         return self._route_and_probe(queries, rotation, routing, budget, ends, q)
 
     def _route_and_probe(
@@ -357,7 +391,21 @@ class Session:
         if probed.tail is not None and probed.tail_counts is not None:
             tail = Tail(probed.tail, probed.tail_counts, arena.mean_keys, arena.mean_values, arena.tables)
         spans = self._columns[SINKS], self._columns[SEALED], lengths
-        return *self.backend.scan(*memory, probed.rows, probed.counts, *spans, scale, True, tail, place.coded), probed
+        # most backends of others know no biases
+        biases = () if probed.biases is None else (probed.biases,)
+        return *self.backend.scan(*memory, probed.rows, probed.counts, *spans, scale, True, tail, place.coded, *biases), probed
+
+    def steady_append(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Callable[[Tensor, Tensor], bool] | None:
+        """What `append` of other tokens laid out like these comes to while nothing else changes, or None for `append` itself.
+        False from it: something has changed, nothing was done."""
+        return None
+
+    def steady_search(
+        self, queries: Tensor, routing: Routing, plan: Plan, scale: float
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """What `run` of other queries like these comes to while lengths alone change, or None for `run` itself: of queries
+        (b, hq, q, d) out (b, hq, q, e), or None, if something has changed, and nothing was done."""
+        return None
 
     def _ends(self) -> list[int]:
         """Position of the token that comes next in each sequence."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DTypeError, LengthError, MissingDependencyError, ShapeError
+from ..errors import DTypeError, LengthError, MissingDependencyError, NotFiniteError, ShapeError
 from . import native
 from .addresses import (
     F32,
@@ -22,6 +22,7 @@ from .addresses import (
     NO_CODES,
     NO_TAIL,
     Places,
+    ProbeRoom,
     angles_of,
     check_spans,
     code_of,
@@ -38,7 +39,7 @@ from .base import Backend, Session
 from .codes import BYTES_CODE, DTYPE_CODES, SEALED, SEGMENTS, SINKS
 from .scalar_quantizer import SCALE_BYTES, Coded, StorageCode
 from .threads import available_cores
-from .types import Budget, Frequencies, Plan, Probed, Rotation, Routing, Tail
+from .types import Budget, Frequencies, Placement, Plan, Probed, Rotation, Routing, Tail
 from .weights import RouterWeights
 
 ALIGN_BYTES = 64  # so that a row of 128 bytes or more starts on a cache line
@@ -53,7 +54,7 @@ class CpuBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "cpu"
-    reads_codes = True
+    reads_codes = reads_samples = True
 
     def __init__(self) -> None:
         module = native.load()
@@ -230,6 +231,8 @@ class CpuBackend(Backend):
             places.entries_at,
             places.means,
             *room.addresses,
+            *places.sample_at,
+            room.biases_at,
         )
         return room.probed(*widths)
 
@@ -247,6 +250,7 @@ class CpuBackend(Backend):
         causal: bool,
         tail: Tail | None = None,
         coded: Coded | None = None,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         capacity, e = arena_values.shape[2:]
@@ -288,6 +292,7 @@ class CpuBackend(Backend):
             lse.data_ptr(),
             *(NO_TAIL if tail is None else means_of(tail, dtype, (b, h, d, e))),
             *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
+            0 if biases is None or not t else plain("biases", biases, F32, (b, h, t)),
         )
         return out, lse
 
@@ -355,14 +360,57 @@ class _Search(NamedTuple):
     least: Sequence[int]
     most: Sequence[int]
     held: Any
+    rooms: list[ProbeRoom]
+    """Not in use: a search takes one out, so that two threads never write to the same."""
+
+
+class _Target(NamedTuple):
+    """Where tokens are appended, checked."""
+
+    dtype: torch.dtype
+    code: int
+    addresses: tuple[int, int]
+    shape: tuple[int, int, int, int]
+    """b, h, d, e"""
+    capacity: int
 
 
 class CpuSession(Session):
-    """See `Session`. `run` is one call of the compiled module."""
+    """See `Session`. `append` and `run` are one call of the compiled module each."""
 
     def __init__(self, backend: CpuBackend) -> None:
         super().__init__(backend)
         self._cpu, self._module = backend._cpu, backend._module
+        self._target: _Target | None = None
+
+    def publish(self, placement: Placement, budgets: Sequence[tuple[Plan, Budget]]) -> None:
+        super().publish(placement, budgets)
+        keys, values = placement.arena.numbers
+        (b, h, capacity, d), e, dtype = keys.shape, values.shape[3], keys.dtype
+        at = plain("arena_keys", keys, dtype, keys.shape), plain("arena_values", values, dtype, (b, h, capacity, e))
+        self._target = _Target(dtype, code_of("arena_keys", keys), at, (b, h, d, e), capacity)
+
+    def release(self) -> None:
+        super().release()
+        self._target = None
+
+    def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], check: bool = False) -> None:
+        target, place, lengths = self._target, self._placement, self.lengths
+        assert target is not None and place is not None and lengths is not None, "publish comes first"
+        (b, h, d, e), n, dtype = target.shape, keys.shape[2], target.dtype
+        k_at, v_at = rows_of("keys", keys, dtype, (b, h, n, d)), rows_of("values", values, dtype, (b, h, n, e))
+        starts = lengths if place.coded is None else place.coded.plain_rows(lengths)
+        for start, count in zip(starts, counts, strict=True):
+            if not (0 <= count <= n and 0 <= start <= target.capacity - count):
+                raise LengthError(
+                    f"starts, counts: expected at most {n} tokens within {target.capacity} rows, got {count} from row {start}"
+                )
+        kb, kh, kn, _ = keys.stride()
+        vb, vh, vn, _ = values.stride()
+        rows = k_at, kb, kh, kn, v_at, vb, vh, vn, *target.addresses
+        if not self._module().append(target.code, *rows, b, h, target.capacity, d, e, starts, counts):
+            raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
+        self.lengths = list(map(operator.add, lengths, counts))
 
     def run(self, queries: Tensor, routing: Routing, plan: Plan, scale: float) -> tuple[Tensor, Tensor, Probed | None]:
         if plan.dense:
@@ -388,9 +436,14 @@ class CpuSession(Session):
             angles = angles_of(rope, b * q, d)
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
-        room = search.places.room(b, h)
+        try:
+            room = search.rooms.pop()
+        except IndexError:
+            room = search.places.room(b, h)
         call = queries.data_ptr(), DTYPE_CODES[queries.dtype], g, q, *angles, ends, lengths, out.data_ptr(), lse.data_ptr()
-        return out, lse, room.probed(*self._module().search(search.handle, *call, *room.addresses))
+        widths = self._module().search(search.handle, *call, *room.addresses, room.biases_at)
+        search.rooms.append(room)  # what it holds is valid until the next step
+        return out, lse, room.probed(*widths)
 
     def _pack(self, routing: Routing, plan: Plan, scale: float) -> _Search:
         """What a search needs besides queries, all of it checked."""
@@ -421,6 +474,6 @@ class CpuSession(Session):
             b, h, segments, budget.nprobe, places.tables_at, places.used, places.budgets_at, places.miss_at, places.entries_at,
             places.means, plain("keys", keys, dtype, (b, h, capacity, d)), plain("values", values, dtype, (b, h, capacity, e)),
             code_of("keys", keys), capacity, e, columns[SINKS], columns[SEALED], scale, *means_at, most,
-            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
+            *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))), *places.sample_at,
         )
-        return _Search(routing.router, scale, handle, places, d, values, *lengths, (place, budget))
+        return _Search(routing.router, scale, handle, places, d, values, *lengths, (place, budget), [])

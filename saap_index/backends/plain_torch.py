@@ -16,7 +16,7 @@ from torch.nn import functional
 from ..precision import full_precision
 from .base import Backend
 from .scalar_quantizer import Coded, rows_at
-from .types import Budget, Probed, Rotation, Tail
+from .types import Budget, Probed, Rotation, Sample, Tail
 from .weights import RouterWeights
 
 ASSIGN_TOKENS = 4096  # bounds the score matrix of `assign`: tokens at a time
@@ -26,7 +26,7 @@ class TorchBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "torch"
-    reads_codes = True
+    reads_codes = reads_samples = True
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -141,9 +141,13 @@ class TorchBackend(Backend):
             left = mass.flip(2).cumsum(2).flip(2)  # before each run, it included
             ordered = ordered * (left > budget.unread_mass[:, None].double() * j)
         before = ordered.cumsum(2) - ordered
-        taken = torch.minimum(ordered, (budget.rows[:, :, None] - before).clamp(min=0))
+        certain = budget.rows if budget.sample is None else budget.rows - budget.sample.rows
+        taken = torch.minimum(ordered, (certain[:, :, None] - before).clamp(min=0))
         taken = torch.zeros_like(open_).scatter_(2, order, taken)
         rows, counts = _rows(starts + open_ - taken, taken)
+        if budget.sample is not None:
+            bins = (weights.reshape(b, h, -1).float().contiguous().view(torch.int32).long() + 0x5A5A5) >> 20
+            return _with_sample(rows, counts, starts, open_ - taken, bins, budget.sample)
         if budget.mean_entries is None:
             return Probed(rows, counts)
         with_means = newest < _integers(budget.means, z)[:, None]  # (b, s)
@@ -167,6 +171,7 @@ class TorchBackend(Backend):
         causal: bool,
         tail: Tail | None = None,
         coded: Coded | None = None,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, _ = queries.shape
         out = torch.empty((b, h, g, q, arena_values.shape[-1]), dtype=queries.dtype, device=queries.device)
@@ -182,6 +187,8 @@ class TorchBackend(Backend):
             k = rows_at(arena_keys[i], index, coded, i, "key")
             v = rows_at(arena_values[i], index, coded, i, "value")
             logits = torch.einsum("hgqd,htd->hgqt", queries[i].float() * scale, k)
+            if biases is not None:
+                logits[..., : biases.shape[2]] += biases[i, :, None, None]
             logits = logits.masked_fill(~seen[:, None], float("-inf"))
             if tail is not None:
                 entry_logits, entry_values = _entries(tail, i, queries[i].float() * scale)
@@ -297,6 +304,72 @@ def _rows(firsts: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
     rows = firsts.gather(1, run) + slots - (ends - taken).gather(1, run)
     rows = torch.where(slots < counts[:, None], rows, -1)
     return rows.view(b, h, width).int(), counts.view(b, h).int()
+
+
+ONE = 1 << 20
+"""See `reference.ONE`, as for all of what follows."""
+
+POWERS = torch.tensor([round(ONE * 2 ** (i / 32)) for i in range(32)], dtype=torch.int64, device="cpu")
+LAST_STEP = 32 * 21
+"""From here on a power is 0."""
+
+BINS = 2049
+
+
+def _powers(steps: Tensor) -> Tensor:
+    """2 ** (-steps / 32) in parts of `ONE`; 0 for negative ones."""
+    whole = POWERS.to(steps.device)[-steps % 32] >> ((steps + 31) // 32).clamp(0, 62)
+    return torch.where(steps < 0, 0, whole)
+
+
+def _inclusion(bins: Tensor, sizes: Tensor, sample: Sample) -> Tensor:
+    """Probability of inclusion of each run's tokens; all int64 (b, h, r)."""
+    b, h, _ = bins.shape
+    exponents, rows = sample.exponents.long()[:, None], sample.rows.long()
+    there = torch.zeros((b, h, BINS), dtype=torch.int64, device=bins.device).scatter_add_(2, bins, sizes)
+    totals = there * ONE  # of each bin as the best one, and all below
+    farthest = min(BINS - 1, LAST_STEP // max(1, int(sample.exponents.min()) if h else 1))
+    for distance in range(1, farthest + 1):
+        totals[..., distance:] += there[..., :-distance] * _powers(exponents * distance)
+    above = there.sum(2, keepdim=True) - there.cumsum(2)
+    left = rows[..., None] - above
+    partial = (there > 0) & (left * ONE < totals)
+    places = _arange(0, BINS, bins)
+    top = torch.where(partial, places, -1).amax(2, keepdim=True)
+    at = top.clamp(min=0)
+    share = _powers(exponents * (top - bins)) * left.gather(2, at) * ONE // totals.gather(2, at).clamp(min=1)
+    return torch.where(bins > top, ONE, share)
+
+
+def _with_sample(rows: Tensor, counts: Tensor, starts: Tensor, sizes: Tensor, bins: Tensor, sample: Sample) -> Probed:
+    """Rows int32 (b, h, t) that are read for certain, and a sample of runs [start, start + size), int64 (b, h, r)."""
+    b, h, runs = starts.shape
+    order = torch.argsort(starts, dim=-1, stable=True)
+    starts, sizes, bins = (x.gather(2, order) for x in (starts, sizes, bins))
+    each = _inclusion(bins, sizes, sample)
+    ends = ONE // 2 + (each * sizes).cumsum(2)
+    begins = ends - each * sizes
+    marks = ends // ONE - begins // ONE
+    marked = marks.cumsum(2)
+    width = int(marked[..., -1].max()) if marked.numel() else 0
+    slots = _arange(0, width, starts).expand(b, h, -1).contiguous()
+    run = torch.searchsorted(marked, slots, right=True).clamp(max=max(0, runs - 1))
+    if not runs:
+        run = slots
+    probability, nth = each.gather(2, run).clamp(min=1), slots - (marked - marks).gather(2, run) + 1
+    place = (nth * ONE - begins.gather(2, run) % ONE + probability - 1) // probability - 1
+    present = slots < marked[..., -1:] if runs else slots < 0
+    nowhere = torch.iinfo(torch.int32).max
+    sampled = torch.where(present, starts.gather(2, run) + place, nowhere)
+    biases = torch.minimum(torch.log(ONE / probability.double()).float(), sample.caps[:, None])
+    both = torch.cat([torch.where(rows < 0, nowhere, rows).long(), sampled], 2)
+    biases = torch.cat([torch.zeros_like(rows, dtype=torch.float32), biases], 2)
+    both, order = both.sort(dim=2, stable=True)
+    counts = counts + (marked[..., -1].int() if runs else 0)
+    width = int(counts.max()) if counts.numel() else 0
+    both, biases = both[..., :width], biases.gather(2, order)[..., :width]
+    past = both == nowhere
+    return Probed(both.masked_fill(past, -1).int(), counts, biases=biases.masked_fill(past, 0.0).contiguous())
 
 
 def _best(mass: Tensor, numbers: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ class ReferenceBackend(Backend):
     """See `Backend` for the contract of every method."""
 
     name = "reference"
-    reads_codes = True
+    reads_codes = reads_samples = True
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
@@ -102,16 +102,31 @@ class ReferenceBackend(Backend):
         size_weighted: bool,
     ) -> Probed:
         b, h = z.shape[:2]
-        selected, tails = [], []
+        selected: list[reference.Ints] = []
+        tails: list[reference.Ints] = []
+        biases: list[reference.Array] = []
         for i in range(b):
             s = num_segments[i]
             for head in range(h):
                 args = _f64(z[i, head]), _f64(a[i, head]), _f64(knots[i, :s]), tables[i, head, :s].numpy().astype(np.int64)
+                if budget.sample is not None:
+                    part = budget.sample
+                    most = int(budget.rows[i, head]), int(part.rows[i, head])
+                    found = reference.weighted_probe(*args, *most, int(part.exponents[head]), float(part.caps[head]))
+                    selected.append(found[0])
+                    biases.append(found[1])
+                    continue
                 unread_mass = None if budget.unread_mass is None else float(budget.unread_mass[head])
                 rows = reference.probe(*args, int(budget.rows[i, head]), budget.nprobe, size_weighted, unread_mass)
                 selected.append(rows)
                 if budget.mean_entries is not None:
                     tails.append(reference.tail(*args, rows, int(budget.mean_entries[i, head]), budget.means[i]))
+        if budget.sample is not None:
+            listed, counts = _padded(selected, b, h)
+            beside = torch.zeros(listed.shape, dtype=torch.float32, device="cpu")
+            for x, bias in zip(beside.flatten(0, 1), biases, strict=True):
+                x[: len(bias)] = torch.from_numpy(bias)
+            return Probed(listed, counts, biases=beside)
         if budget.mean_entries is None:
             return Probed(*_padded(selected, b, h))
         return Probed(*_padded(selected, b, h), *_padded(tails, b, h))
@@ -130,6 +145,7 @@ class ReferenceBackend(Backend):
         causal: bool,
         tail: Tail | None = None,
         coded: Coded | None = None,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         out = np.zeros((b, h, g, q, arena_values.shape[-1]))
@@ -138,7 +154,10 @@ class ReferenceBackend(Backend):
             dense = np.concatenate([np.arange(sinks[i]), np.arange(sealed[i], lengths[i])])
             for head in range(h):
                 picked = dense if rows is None else np.concatenate([rows[i, head].numpy(), dense])
-                picked = picked[picked >= 0].astype(np.int64)
+                bias = np.zeros(len(picked))
+                if biases is not None:
+                    bias[: biases.shape[2]] = _f64(biases[i, head])
+                bias, picked = bias[picked >= 0], picked[picked >= 0].astype(np.int64)
                 limit = lengths[i] - q + 1 + np.arange(q) if causal else np.full(q, lengths[i])
                 seen = (picked[None] < sealed[i]) | (picked[None] < limit[:, None])
                 x = _f64(queries[i, head]).reshape(g * q, d)
@@ -155,7 +174,8 @@ class ReferenceBackend(Backend):
                     sizes = np.diff(tail.tables[i, head].numpy(), axis=1)
                     tokens = np.concatenate([tokens, sizes[runs // nlist, runs % nlist]])
                     seen = np.concatenate([seen, np.ones((q, len(runs)), bool)], 1)
-                o, e = reference.attend(x, keys, values, scale, np.tile(seen, (g, 1)), tokens)
+                    bias = np.concatenate([bias, np.zeros(len(runs))])
+                o, e = reference.attend(x, keys, values, scale, np.tile(seen, (g, 1)), tokens, bias)
                 out[i, head], lse[i, head] = o.reshape(g, q, -1), e.reshape(g, q)
         return torch.from_numpy(out).to(queries.dtype), torch.from_numpy(lse).float()
 

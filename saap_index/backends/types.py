@@ -73,6 +73,36 @@ class Frequencies:
         return Rotation(angles.cos(), angles.sin_(), self.interleaved, self.scale)
 
 
+MAX_SAMPLED = 1 << 21
+"""Most rows of a `Sample` per (sequence, KV head): what the whole numbers of its probabilities have room for."""
+
+MAX_EXPONENT = 64
+"""Of the weight of a run in the probability of its tokens, in quarters."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How much of a budget goes to a sample of what the rest leaves unread; see `reference.weighted_probe`.
+
+    The best runs are read as with a budget of ``Budget.rows - rows``. Of the tokens of other runs, and of what the cut left of
+    the last one, each is read with a probability p proportional to the weight of its run ** (exponent / 4), those for which that
+    would be more than 1 for certain, and its logit is raised by min(-ln p, cap). Probabilities are whole parts of 2**20 and
+    follow from the bin of the weight (an eighth of an octave) and from run lengths, and which rows are taken follows from them: a
+    systematic sample over the rows in the order of memory, the same from every backend for the same weights.
+
+    So a selection is a list of runs {first row, rows, p, logit bias}: of a run of which so many rows are taken, the n-th, from 1,
+    is first + (n * 2**20 - r + p - 1) // p - 1, where r is the sum of the probabilities of all sampled rows before it, plus
+    2**19, modulo 2**20. A run that is read whole, or its end where the budget for whole runs ends, has p = 2**20 and no bias.
+
+    rows : int32 (b, h), at most `MAX_SAMPLED` and at most ``Budget.rows``; 0 for none. exponents : int32 (h,), of 1 to
+    `MAX_EXPONENT` quarters; caps : float32 (h,), nats, not negative.
+    """
+
+    rows: Tensor
+    exponents: Tensor
+    caps: Tensor
+
+
 @dataclass(frozen=True)
 class Budget:
     """What `Backend.probe` may take of each (sequence, KV head).
@@ -83,6 +113,8 @@ class Budget:
         no further run is read once no more than that is left. Needs size_weighted and a router with c.
     mean_entries : int32 (b, h) or None, most unread runs to enter through their means. Needs size_weighted.
     means : leading segments of each sequence that have run means, b numbers <= num_segments; read with ``mean_entries`` only.
+    sample : how many of the rows are sampled, or None. Needs size_weighted, nprobe 0, no unread_mass, no mean_entries, and a
+        backend that ``reads_samples``.
     """
 
     rows: Tensor
@@ -90,6 +122,7 @@ class Budget:
     unread_mass: Tensor | None = None
     mean_entries: Tensor | None = None
     means: Sequence[int] = ()
+    sample: Sample | None = None
 
 
 class InRuns(Protocol):
@@ -106,6 +139,7 @@ class Probed:
     in_runs : of a step that lists no rows; they are then (b, h, 0).
     tail : int32 (b, h, x), numbers s * l + list of runs that enter through their means, ascending, padded with -1, x = the
     largest count; tail_counts : int32 (b, h). Both None where ``mean_entries`` was.
+    biases : float32 (b, h, t), nats, added to the logits of ``rows``; anything behind the last. None where ``sample`` was.
     """
 
     rows: Tensor
@@ -113,6 +147,7 @@ class Probed:
     tail: Tensor | None = None
     tail_counts: Tensor | None = None
     in_runs: InRuns | None = None
+    biases: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from .kept import folder_of, kept_routers
 from .layer_plan import LayerPlan
 from .learner import PromptLearner, options_of
 from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
+from .weighing import weighing
 
 
 class Attachment:
@@ -50,6 +51,7 @@ class Attachment:
         self._after = decoder.register_forward_hook(self._finish, with_kwargs=True, always_call=True)
         for attention in self._indexed(decoder):
             setattr(attention, INDEXED, True)
+        self._weighing, self._weights = ExitStack(), dict[int, float]()
         self._graphed: GraphedDecoder | None = None
         if plan.cuda_graphs:
             decoder.forward = self._graphed = GraphedDecoder(decoder, plan, self._name, plan.cuda_graphs is True)
@@ -82,9 +84,13 @@ class Attachment:
     def _finish(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After a forward that is through, or that failed and has no output."""
         if not torch.compiler.is_compiling():
+            self._weighing.close()
             for value in (*args, *kwargs.values()):
                 if isinstance(value, SaapCache):
                     value.call.finish() if output is not None else value.call.fail()
+                    if output is not None and self._weights:
+                        value.weigh(self._weights)
+            self._weights = {}
 
     def _adopt(self, cache: Any, decoder: Any, tokens: int) -> SaapCache:
         learner = self._plan.learner
@@ -95,6 +101,10 @@ class Attachment:
             cache.plan = learner.plan
         adopted = self._adopted(cache, decoder)
         learner.before_call(adopted, tokens)
+        self._weighing.close()  # of a call that was interrupted
+        sampled = [number for number, layer in adopted.indexed.items() if layer.sample is not None]
+        if sampled and tokens > adopted.plan.max_sparse_tokens:
+            self._weights = self._weighing.enter_context(weighing(decoder, sampled, tokens // 2))
         if self._graphed is not None:
             self._graphed.plan = learner.plan
         return adopted
@@ -120,6 +130,7 @@ class Attachment:
         if self._graphed is not None:
             self._graphed.close()
             del decoder.forward
+        self._weighing.close()
         self._hook.remove()
         self._after.remove()
         for attention in self._indexed(decoder):
@@ -202,7 +213,7 @@ def attach(
         raise ParameterError("audit_bound: expected audit_every beside it, got none")
     training = options_of(train)
     if routers is None:
-        plan = _learning(model, training, make)
+        plan = _learning(model, training, make, "budget_shares" in options)
     elif isinstance(train, PromptTraining):
         raise ParameterError("train: expected no PromptTraining beside routers, which are used as they are, got one")
     else:
@@ -211,7 +222,7 @@ def attach(
     return model
 
 
-def _learning(model: Any, training: PromptTraining | None, make: Callable[[Routers], Plan]) -> Plan:
+def _learning(model: Any, training: PromptTraining | None, make: Callable[[Routers], Plan], own_shares: bool) -> Plan:
     """The plan of a model without routers, or with those that were kept."""
     decoder = support.decoder_of(model)
     if training is None:
@@ -223,7 +234,7 @@ def _learning(model: Any, training: PromptTraining | None, make: Callable[[Route
             )
         return make(kept)
     learner = PromptLearner(model, training)
-    plan = learner.make(make)
+    plan = learner.make(make, own_shares)
     return replace(plan, learner=None) if learner.complete else plan
 
 

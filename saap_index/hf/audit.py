@@ -36,7 +36,7 @@ TOLERATED = 0.1
 """How much less of the attention outside sinks and window may be captured than training measured. Texts of the kinds trained on
 differ by 0.03 to 0.08 in a layer (``spread`` in the routers' config), other kinds capture 0.05 less."""
 
-EVERYTHING = SearchParametersIVF(selectivity=1.0, max_codes=0, tail=0.0)
+EVERYTHING = SearchParametersIVF(selectivity=1.0, max_codes=0, tail=0.0, sampled_share=0.0)
 
 WELL_AGAIN = 0.05
 """By how much the bound has to be passed after a warning before there can be another."""
@@ -135,8 +135,11 @@ def compare(index: AsymmetricIndex, query: Tensor, params: SearchParametersIVF |
     dense, dense_lse = index.search_attend(query, params=EVERYTHING, return_lse=True)
     _, always_lse = index.search_attend_preassigned(query, none, return_lse=True)
     tail = index.tail if params is None or params.tail is None else params.tail
-    if tail:
-        rows = replace(index.select(query, params=params), tail=None, tail_counts=None)
+    sampled = index.sampled_share if params is None or params.sampled_share is None else params.sampled_share
+    if tail or sampled or (sampled is None and index.sampling is not None):
+        # what the router finds is what the best runs hold that the budget has room for, as training measured it
+        whole = replace(SearchParametersIVF() if params is None else params, sampled_share=0.0)
+        rows = replace(index.select(query, params=whole), tail=None, tail_counts=None)
         _, read_lse = index.attend_selected(query, rows, return_lse=True)
         out = index.search_attend(query, params=params)
     else:

@@ -66,7 +66,10 @@ def key_of(
     """What the times of a step depend on, beside the machine."""
     trained = layer.trained
     weights = trained.router.weights if trained.tower is None else trained.tower.weights
-    names = ("selectivity", "nprobe", "target_mass", "max_codes", "tail", "mean_run_tokens", "window", "sinks", "backend")
+    names = (
+        "selectivity", "nprobe", "target_mass", "max_codes", "tail", "sampled_share", "mean_run_tokens", "window", "sinks",
+        "backend",
+    )
     return {
         "heads": layer.num_heads, "kv_heads": layer.num_kv_heads, "ranks": layer.shard[1],
         "lists": list(trained.quantizer.centroids.shape), "own_lists": trained.tower is not None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,6 +108,12 @@ class SaapCache(DynamicCache):
     def indexed(self) -> dict[int, IndexedLayer]:
         """The layers that are indexed, by number."""
         return {number: layer for number, layer in enumerate(self.layers) if isinstance(layer, IndexedLayer)}
+
+    def weigh(self, weights: Mapping[int, float]) -> None:
+        """Note, beside the sampled queries of a prompt, what attention adds to the hidden state of each layer."""
+        for number, layer in self.indexed.items():
+            if layer.sample is not None and number in weights:
+                layer.sample = replace(layer.sample, weight=weights[number])
 
     def set_search(self, params: SearchParametersIVF | None) -> None:
         """Search with these parameters in place of the attached ones, in this cache alone; None: with those again."""

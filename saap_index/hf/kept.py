@@ -16,6 +16,8 @@ from .. import files
 from ..errors import CompatibilityError, FormatError
 from ..files import cache_folder
 from ..routers import CONFIG, Routers, load_routers, save_routers
+from ..search.params import SELECTIVITY
+from ..training.budget import spread_budget
 from . import support
 
 LOGGER = logging.getLogger("saap_index")
@@ -78,4 +80,5 @@ def _merged(ours: Routers, there: Routers | None) -> Routers:
     mine, others = prompts_of(ours), prompts_of(there)
     newer = {n: layer for n, layer in there.layers.items() if n not in mine or others[n] > mine[n]}
     counts = {str(n): count for n, count in sorted({**mine, **{n: others[n] for n in newer}}.items())}
-    return Routers({**ours.config, PROMPTS: counts}, {**ours.layers, **newer})
+    layers, budget = spread_budget(dict(sorted({**ours.layers, **newer}.items())), SELECTIVITY)
+    return Routers({**ours.config, PROMPTS: counts, **({} if budget is None else {"budget": budget})}, layers)

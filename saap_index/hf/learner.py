@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from ..routers import Routers, model_shape
 from ..routing.rope import Rope
 from ..routing.trained import TrainedLayer, unmade_lists
 from ..routing.two_tower import TwoTower
+from ..search.params import SELECTIVITY
+from ..training.budget import spread_budget
 from ..training.prompt import PromptTraining, fit_bytes, fit_prompt
 from ..version import __version__
 from . import support
@@ -74,8 +77,9 @@ class PromptLearner:
         """Whether there is nothing to learn: every layer has routers, of as many prompts as they are to learn from."""
         return all(self.prompts.get(number, 0) >= self.options.prompts for number in self._base.layers)
 
-    def make(self, make: Callable[[Routers], Plan]) -> Plan:
-        """The first plan. make : from routers to a plan, with the options of `attach`."""
+    def make(self, make: Callable[[Routers], Plan], own_shares: bool = False) -> Plan:
+        """The first plan. make : from routers to a plan, with the options of `attach`; own_shares : whether a user's shares of
+        the budget are among these, in place of those that are measured."""
         config, layers = self.decoder.config, {}
         for number in support.global_layers(self.decoder):
             rope = Rope.from_config(config, layer=number)
@@ -87,7 +91,7 @@ class PromptLearner:
         split = next(iter(base.layers.values())).shard[1]
         if split > 1:
             raise CompatibilityError(f"routers: expected some for a model that is split among {split} processes, got none")
-        self._base = base
+        self._base, self._own_shares = base, own_shares
         self.plan = self._planned(kept)
         return self.plan
 
@@ -100,7 +104,8 @@ class PromptLearner:
             sample = QuerySample(count, self.options.seed) if more else None
             if number in trained:
                 mine = trained[number].with_lists(layer.trained.quantizer.nlist)
-                mine = replace(mine, budget_shares=layer.trained.budget_shares)
+                if self._own_shares:
+                    mine = replace(mine, budget_shares=layer.trained.budget_shares)
                 layers[number] = replace(layer, trained=mine, sample=sample, _empty={})
             else:
                 never = {**layer.options, "break_even": NEVER}
@@ -179,16 +184,21 @@ class PromptLearner:
         try:
             # what is trained must not be made in inference mode, and generate turns gradients off
             with torch.inference_mode(False), torch.enable_grad():
-                tower = self._fit_heads(index, sample, before)
+                tower, losses = self._fit_heads(index, sample, before)
         except (SaapError, MemoryError, torch.OutOfMemoryError) as error:
             LOGGER.warning("layer %d: routers are not trained on this prompt: %s", number, error)
             return None
         rope = self._base.layers[number].trained.rope
         parts = unmade_lists(tower, self.options.nlist)
-        return TrainedLayer(*parts, rope, rope, index.scale, tower)
+        if before is not None and before.losses is not None and losses is not None:  # the more prompts, the less is chance
+            losses = before.losses + (losses - before.losses) / (self.prompts[number] + 1)
+        return TrainedLayer(*parts, rope, rope, index.scale, tower, losses=losses)
 
-    def _fit_heads(self, index: Any, sample: QuerySample, before: TrainedLayer | None) -> TwoTower:
-        """A few KV heads at a time where all of them would take more memory than is allowed."""
+    def _fit_heads(
+        self, index: Any, sample: QuerySample, before: TrainedLayer | None
+    ) -> tuple[TwoTower, np.ndarray | None]:
+        """A few KV heads at a time where all of them would take more memory than is allowed: the routers, and what every KV head
+        loses at each budget, float32 (h, s), see `TrainedLayer.losses`; None where that was not measured."""
         sequence, heads, kv_heads, d = sample.sequence or 0, index.num_heads, index.num_kv_heads, index.d
         n, rope, options = index.lengths[sequence], index.rope, self.options
         assert sample.queries is not None
@@ -204,26 +214,32 @@ class PromptLearner:
             raise LengthError(f"max_bytes: expected {need(some)} or more for a prompt of {n} tokens, got {options.max_bytes}")
         lengths = index.invlists.rotated.at(sequence, 0, n) if rope is not None and rope.is_dynamic else None
         layout = index.layout
-        parts = []
+        parts, measured = [], []
         for first in range(0, kv_heads, some):
             share = slice(first, min(first + some, kv_heads))
             group = slice(share.start * heads // kv_heads, share.stop * heads // kv_heads)
-            keys = _keys(index, sequence, share)
+            keys, values = _rows(index, sequence, share)
             queries = sample.queries[group].clone()
             start = None if before is None or before.tower is None else before.of_heads(share).tower
             start = None if start is None else start.to(keys.device)
             fit = fit_prompt(
                 keys, queries, sample.positions, rope, index.scale,
-                Layout(sinks=layout.sinks, window=layout.window), options, start, lengths,
+                Layout(sinks=layout.sinks, window=layout.window), options, start, lengths, values,
             )
+            measured.append(fit.measured)
             tower = fit.tower if fit.tower is not None else start
             assert tower is not None
             parts.append(tower)
-        return parts[0] if len(parts) == 1 else _joined(parts)
+        tower = parts[0] if len(parts) == 1 else _joined(parts)
+        curves = [one for one in measured if one is not None]
+        if sample.weight is None or len(curves) < len(parts):
+            return tower, None
+        norm = max(1e-30, float(sum(one.norm.sum() for one in curves)))
+        return tower, (np.concatenate([one.loss for one in curves]) / norm * sample.weight).astype(np.float32)
 
     def _publish(self, done: Mapping[int, TrainedLayer]) -> None:
         """Use these routers from now on, and keep them."""
-        trained = {**self._trained(), **done}
+        trained, _ = spread_budget({**self._trained(), **done}, SELECTIVITY)
         self.prompts = {**self.prompts, **{n: self.prompts.get(n, 0) + 1 for n in done}}
         self.plan = self._planned(trained)
         keep(self.routers(), self.folder, self.decoder.config)
@@ -242,7 +258,9 @@ class PromptLearner:
             PROMPTS: {str(n): count for n, count in sorted(self.prompts.items())},
             "versions": {"saap_index": __version__, "torch": torch.__version__},
         }
-        return Routers(config, {n: layer.to("cpu") for n, layer in self._trained().items()})
+        layers, budget = spread_budget(self._trained(), SELECTIVITY)
+        config |= {} if budget is None else {"budget": budget}
+        return Routers(config, {n: layer.to("cpu") for n, layer in layers.items()})
 
     # -- what a user is told -------------------------------------------------------------------------------------------
 
@@ -275,14 +293,17 @@ def _untrained(heads: int, d: int) -> TwoTower:
     return TwoTower(RouterWeights(hidden, zeros((heads, _HIDDEN)), out, skip, zeros((heads, outputs)), d))
 
 
-def _keys(index: Any, sequence: int, heads: slice) -> Tensor:
-    """Keys (h, n, d) of some heads of a sequence in the order of its text, a copy, in the storage dtype."""
+def _rows(index: Any, sequence: int, heads: slice) -> tuple[Tensor, Tensor]:
+    """Keys (h, n, d) and values (h, n, e) of some heads of a sequence in the order of its text, copies, in the storage dtype."""
     n, lists = index.lengths[sequence], index.invlists
     ids = lists.row_ids(sequence)
-    out = torch.empty((heads.stop - heads.start, n, index.d), dtype=index.dtype, device=index.device)
-    for place, head in enumerate(range(heads.start, heads.stop)):
-        out[place, ids[head].long()] = lists.key_rows(sequence, 0, n, head).to(index.dtype)
-    return out
+    sides = []
+    for read, width in ((lists.key_rows, index.d), (lists.value_rows, index.d_v)):
+        out = torch.empty((heads.stop - heads.start, n, width), dtype=index.dtype, device=index.device)
+        for place, head in enumerate(range(heads.start, heads.stop)):
+            out[place, ids[head].long()] = read(sequence, 0, n, head).to(index.dtype)
+        sides.append(out)
+    return sides[0], sides[1]
 
 
 def _joined(parts: Sequence[TwoTower]) -> TwoTower:

@@ -21,7 +21,8 @@ class QuerySample:
     """Up to ``count`` queries of one sequence of a batch, of one layer; never changed, so that a call that fails leaves no trace.
 
     sequence : the first one without padding, None before the first call; positions : int64 (q,); queries : storage dtype
-    (hq, q, d), as attention saw them.
+    (hq, q, d), as attention saw them; weight : what attention adds to the hidden state there, see `weighing`, None until a call
+    is through.
     """
 
     count: int
@@ -29,6 +30,7 @@ class QuerySample:
     sequence: int | None = None
     positions: np.ndarray = field(default_factory=_none, repr=False)
     queries: Tensor | None = field(default=None, repr=False)
+    weight: float | None = None
 
     def picked(self, sequences: Sequence[int]) -> QuerySample | None:
         """Of a batch of these sequences of the one before; None if its own is not among them."""

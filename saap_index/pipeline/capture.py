@@ -72,37 +72,8 @@ def run(model: Any, tokens: Sequence[int], keep: Keep) -> None:
 
     ids = torch.tensor([list(tokens)], dtype=torch.int64, device="cpu")
     rotary = rotary_of(model.base_model)
-    with torch.inference_mode(), fresh_rotation(rotary), _recording(model, keep), suppress(Finished):
+    with torch.inference_mode(), fresh_rotation(rotary), recording(model, keep), suppress(Finished):
         model.base_model(ids.to(model.device), use_cache=False)
-
-
-@contextmanager
-def weighing(model: Any, layers: Sequence[int], first: int) -> Iterator[dict[int, float]]:
-    """During a pass, what attention adds to the hidden state of each layer: squared length of the one by that of the other, over
-    the tokens from ``first`` on. So errors of different layers can be compared."""
-    from ..hf import support
-
-    modules = support.attention_layers(support.decoder_of(model))
-    added_energy: dict[int, float] = {}
-    before: dict[int, Tensor] = {}
-    handles = []
-    for layer in layers:
-
-        def enter(_: Any, args: tuple[Any, ...], options: dict[str, Any], layer: int = layer) -> None:
-            hidden = args[0] if args else options["hidden_states"]
-            before[layer] = hidden[:, first:].float().square().sum()
-
-        def leave(_: Any, args: Any, added: Any, layer: int = layer) -> None:
-            out = added[0] if isinstance(added, tuple) else added
-            added_energy[layer] = float(out[:, first:].float().square().sum() / before.pop(layer))
-
-        handles.append(modules[layer].register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(modules[layer].self_attn.register_forward_hook(leave))
-    try:
-        yield added_energy
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def capture(model: Any, tokens: Sequence[int], layers: Iterable[int], positions: Tensor, name: str = "") -> Capture:
@@ -133,8 +104,9 @@ def capture(model: Any, tokens: Sequence[int], layers: Iterable[int], positions:
 
 
 @contextmanager
-def _recording(model: Any, keep: Keep) -> Iterator[None]:
-    """Give every attention layer's query, key and value to ``keep``, and compute what ``sdpa`` computes."""
+def recording(model: Any, keep: Keep) -> Iterator[None]:
+    """For as long as the context lasts, every attention layer gives its query, key and value to ``keep``, and computes what
+    ``sdpa`` computes. The model is not attached to, and is afterwards what it was."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask

@@ -29,6 +29,7 @@ from ..routing.quantizer import require_faiss
 from ..training.config import ROUTERS
 from ..training.prompt import PromptTraining
 from . import texts
+from .costs import costs
 from .settings import PARTITIONS, TrainSettings
 from .train import Step, train_model
 
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--dtype", choices=("auto", *models.DTYPES), default="auto", help="of the passes (default %(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the CPU (default %(default)s)")
+    parser.add_argument("--disk", type=float, metavar="GB", help="of captures at a time: with less, more passes (default: all)")
     parser.add_argument("--resume", action="store_true", help="continue what is unfinished in --out")
 
 
@@ -76,8 +78,10 @@ def run(args: argparse.Namespace) -> int:
     models.check_positions("context", loaded.model.config, settings.context)
     encode, flags = partial(models.encode, loaded.tokenizer), "--tokens, --held-out or --context"
     sequences = texts.pack_sequences(documents, encode, settings.sequences, settings.context, flags)
+    most = None if args.disk is None else int(checked_disk(args.disk) * 1e9)
+    say(costs(loaded.model, settings, most).line())
     with progress() as step:
-        routers = train_model(loaded, sequences, settings, args.out, args.resume, step)
+        routers = train_model(loaded, sequences, settings, args.out, args.resume, step, max_disk_bytes=most)
     print("\n".join(report(routers)))
     say(f"wrote {args.out}")
     return 0
@@ -102,6 +106,13 @@ def run_quick(args: argparse.Namespace, settings: TrainSettings) -> int:
     routers = train_on_prompts(loaded.model, [tokens for _, tokens in sequences], options, args.out)
     say(f"wrote routers of {len(routers.layers)} layers to {args.out}")
     return 0
+
+
+def checked_disk(value: float) -> float:
+    """ParameterError for a size that is none."""
+    if not 0 < value < float("inf"):
+        raise ParameterError(f"disk: expected a positive number of GB, got {value!r}")
+    return value
 
 
 def settings_of(args: argparse.Namespace) -> TrainSettings:

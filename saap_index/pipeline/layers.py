@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from ..routing.trained import TrainedLayer
 from ..routing.two_tower import TwoTower
 from ..training.config import TrainingConfig
 from ..training.layer import TrainingSequence, train_layer
-from .budget import BudgetPlan
-from .measure import GRID, SHARES, Measured, measure
+from ..training.measure import GRID, SHARES, Measured, measure
+from ..training.sampling import best_sampling, sample_errors
 from .settings import TrainSettings
 from .store import CaptureStore
 
@@ -53,13 +53,15 @@ def train_one(
     trained = replace(trained, tower=tower)
     rest = trained, settings, rope, scale, device
     results = [_measure(store, layer, n, positions_of(settings, n), *rest) for n in store.shape.held_out]
-    measured, curves = [m for m, _ in results], [c for _, c in results if c is not None]
+    measured, curves = [m for m, _, _ in results], [c for _, c, _ in results if c is not None]
     total = sum(measured[1:], measured[0])
     losses = total.loss / max(1e-30, float(total.norm.sum())) * store.weight(layer)
     calibration = table(curves) if curves else None
+    sampling = best_sampling([errors for _, _, errors in results])
     shared = None if tower is None else shared_lists(trained.quantizer)
     routers = replace(
-        trained, model_rope=model_rope, calibration=calibration, losses=losses.astype(np.float32), shared_lists=shared
+        trained, model_rope=model_rope, calibration=calibration, losses=losses.astype(np.float32), shared_lists=shared,
+        sampling=sampling,
     )
     return LayerResult(routers, _figures(measured, store.weight(layer)))
 
@@ -76,8 +78,9 @@ def _without_queries(store: CaptureStore, layer: int, numbers: list[int], device
 def _measure(
     store: CaptureStore, layer: int, number: int, positions: np.ndarray, trained: TrainedLayer, settings: TrainSettings,
     rope: Rope | None, scale: float, device: torch.device,
-) -> tuple[Measured, np.ndarray | None]:
-    """One sequence that was held out: its figures, and for calibration the attention captured by how much was left unread."""
+) -> tuple[Measured, np.ndarray | None, np.ndarray | None]:
+    """One sequence that was held out: its figures; for calibration the attention captured by how much was left unread, and the
+    errors by what is sampled."""
     some = _spread(len(positions))
     places = positions[some]
     keys, values, queries = (
@@ -92,10 +95,11 @@ def _measure(
     parts = trained.quantizer, trained.router
     if trained.tower is not None:
         parts = trained.tower.for_prompt(coarse[:, : int(positions.min())], settings.nlist)
-    measured = measure(keys, values, grouped, routed, places, parts[0].assign(coarse), parts[1], settings.layout, scale)
+    replayed = keys, values, grouped, routed, places, parts[0].assign(coarse), parts[1], settings.layout, scale
+    measured, errors = measure(*replayed), sample_errors(*replayed)
     # the symmetric tower has the output, but learnt nothing
     trusts = trained.router.predicts_outside and settings.router != "kmeans"
-    return measured, replay(keys, queries, places, *parts, rope, settings.layout, scale) if trusts else None
+    return measured, replay(keys, queries, places, *parts, rope, settings.layout, scale) if trusts else None, errors
 
 
 def _spread(count: int) -> np.ndarray:
@@ -125,9 +129,3 @@ def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:
         "outside": [round(float(x), 6) for x in total.outside / max(1, heads)],
         "weight": round(weight, 6),
     }
-
-
-def merge_budget(layers: Mapping[int, TrainedLayer], plan: BudgetPlan) -> dict[int, TrainedLayer]:
-    """The layers with their shares of the budget."""
-    shares = plan.shares.astype(np.float32)
-    return {number: replace(layer, budget_shares=shares[at]) for at, (number, layer) in enumerate(layers.items())}

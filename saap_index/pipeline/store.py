@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -39,6 +39,13 @@ class StoreShape:
     tokens: int
     queries: int
     dtype: torch.dtype
+
+    @property
+    def total_bytes(self) -> int:
+        """What everything takes on disk."""
+        keys, values = self.kv_heads * self.tokens * self.d, self.kv_heads * self.tokens * self.e
+        queries = self.heads * self.queries * self.d
+        return 2 * len(self.layers) * (self.sequences * (keys + queries) + len(self.held_out) * values)
 
 
 class CaptureStore:
@@ -78,7 +85,7 @@ class CaptureStore:
             self._written.add(path)
 
     def finish(self, number: int, weights: Mapping[int, float]) -> None:
-        """Every layer of a sequence is written. weights : of layers, see `capture.weighing`, for one that is held out."""
+        """Every layer of a sequence is written. weights : of layers, see `hf.weighing`, for one that is held out."""
         files.sync(self._written)  # what is said to be captured is on the disk
         self._written.clear()
         done = {**self.done, number: {str(layer): weight for layer, weight in weights.items()}}
@@ -137,22 +144,28 @@ class CaptureStore:
 
 def check_space(folder: Path, shape: StoreShape) -> None:
     """OSError unless the disk of a store's folder, there or not yet, has room for what is not captured yet, and a tenth more."""
-    s = shape
-    keys, queries, values = s.kv_heads * s.tokens * s.d, s.heads * s.queries * s.d, s.kv_heads * s.tokens * s.e
-    total = 2 * len(s.layers) * (s.sequences * (keys + queries) + len(s.held_out) * values)
+    total = shape.total_bytes
     there = sum(path.stat().st_blocks * 512 for path in folder.iterdir()) if folder.is_dir() else 0
     disk = next(place for place in (folder, *folder.parents) if place.is_dir())
     need, free = int(1.1 * max(0, total - there)), shutil.disk_usage(disk).free
     if need > free:
         raise OSError(
             errno.ENOSPC,
-            f"expected room for {_size(need)} of keys and queries in 16 bits, got {_size(free)} free; train on "
-            "fewer --tokens or --layers, or name an --out on another disk",
+            f"expected room for {size_in_words(need)} of keys and queries in 16 bits, got {size_in_words(free)} free; train on "
+            "fewer --tokens or --layers, some layers at a time (--disk), or name an --out on another disk",
             str(folder),
         )
 
 
-def _size(count: int) -> str:
+def parts_of(shape: StoreShape, max_bytes: int | None) -> list[StoreShape]:
+    """Stores of some layers each, in order, that take ``max_bytes`` at most, or hold one layer; of all layers for None."""
+    each = shape.total_bytes // len(shape.layers)
+    some = len(shape.layers) if max_bytes is None else max(1, max_bytes // max(1, each))
+    return [replace(shape, layers=shape.layers[at : at + some]) for at in range(0, len(shape.layers), some)]
+
+
+def size_in_words(count: int) -> str:
+    """Bytes as a person reads them."""
     return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.1f} MB"
 
 

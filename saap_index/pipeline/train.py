@@ -3,7 +3,7 @@
 1. Capture: one pass of the model per sequence serves all layers; keys, a sample of queries, and, of sequences held out, values go
    to disk (store.py).
 2. Layers, one at a time: read back, trained, measured and calibrated on what was held out, written.
-3. The budget is spread over layers and heads (budget_plan.py), and everything becomes one folder (routers.py).
+3. The budget is spread over layers and heads (training/budget.py), and everything becomes one folder (routers.py).
 
 Work in progress lies in a folder ``unfinished`` in the result's. The same model, texts, settings and machine give the same files,
 interrupted or not.
@@ -28,17 +28,18 @@ from ..errors import CompatibilityError, FormatError, LengthError, ParameterErro
 from ..hf import support
 from ..hf.models import LoadedModel, check_positions
 from ..hf.probe import check_rotation
+from ..hf.weighing import weighing
 from ..routers import CONFIG, Routers, load_routers, model_shape, pack_layer, save_routers, unpack_layer
 from ..routing.quantizer import require_faiss
 from ..routing.rope import Rope
 from ..routing.trained import TrainedLayer
 from ..search.params import SELECTIVITY
+from ..training.budget import spread_budget
 from ..version import __version__
 from . import capture
-from .budget import plan_budget
-from .layers import LayerResult, merge_budget, train_one
+from .layers import LayerResult, train_one
 from .settings import TrainSettings
-from .store import CaptureStore, StoreShape, check_space
+from .store import CaptureStore, StoreShape, check_space, parts_of
 from .texts import TokenSequence, digest
 
 UNFINISHED = "unfinished"
@@ -50,12 +51,14 @@ Step = Callable[[str, int, int], None]
 
 def train_model(
     loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings, out: Path, resume: bool = False,
-    step: Step | None = None, keep_captures: bool = False,
+    step: Step | None = None, keep_captures: bool = False, max_disk_bytes: int | None = None,
 ) -> Routers:
     """Train every layer; the routers, also written to ``out``.
 
     sequences : ``settings.sequences`` of ``settings.context`` tokens. resume : continue what is unfinished in ``out``; if all is
-    there already, read it. keep_captures : leave what was captured on disk.
+    there already, read it. keep_captures : leave what was captured on disk. max_disk_bytes : of captures at a time, None: of all
+    layers at once. With less they are captured and trained some layers at a time, at least one, by a pass over all texts for each
+    such part, which ends with its last layer; the routers are the same.
 
     Raises MissingDependencyError without FAISS before anything else, StateError for a folder in use without ``resume``, or by
     another process or thread that trains,
@@ -78,10 +81,19 @@ def train_model(
     with files.hold(work) as is_ours:
         if not is_ours:
             raise StateError(f"out: expected a folder where no other training is at work, got {out}; wait, or name another --out")
-        shape = _store_shape(settings, job)
-        _claim(work, job, resume, shape)
-        store = _captured(loaded, sequences, settings, job, work, shape, step)
-        results = _layers(store, settings, job, work, torch.device(loaded.model.device), step)
+        parts = parts_of(_store_shape(settings, job), max_disk_bytes)
+        _claim(work, job, resume, parts[0])
+        results: dict[int, LayerResult] = {}
+        for number, shape in enumerate(parts):
+            store, folder = None, work / _CAPTURES
+            if len(parts) > 1:
+                folder = folder / f"layers_{shape.layers[0]}_{shape.layers[-1]}"
+            if len(parts) == 1 or not all(_is_trained(work, layer, job) for layer in shape.layers):
+                passes = number * len(sequences), len(parts) * len(sequences)
+                store = _captured(loaded, sequences, settings, work, folder, shape, step, passes)
+            results |= _layers(store, shape.layers, settings, job, work, torch.device(loaded.model.device), step)
+            if len(parts) > 1 and not keep_captures:
+                shutil.rmtree(folder, ignore_errors=True)
         routers = _assembled(results, settings, job)
         save_routers(routers, out)
         if not keep_captures:
@@ -213,12 +225,12 @@ def _finished(out: Path, job: _Job, keep_captures: bool) -> Routers:
 
 
 def _captured(
-    loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings, job: _Job, work: Path, shape: StoreShape,
-    step: Step | None,
+    loaded: LoadedModel, sequences: Sequence[TokenSequence], settings: TrainSettings, work: Path, folder: Path, shape: StoreShape,
+    step: Step | None, passes: tuple[int, int],
 ) -> CaptureStore:
-    """Captures of all sequences; those on disk are not made again."""
+    """Captures of all sequences; those on disk are not made again. passes : of these there were before, and are in all."""
     try:
-        store = CaptureStore(work / _CAPTURES, shape)
+        store = CaptureStore(folder, shape)
     except FormatError as error:
         raise FormatError(f"{error}; {_anew(work)}") from error
     check_space(store.folder, shape)
@@ -229,17 +241,17 @@ def _captured(
             held_out = number in settings.held_out_numbers
 
             def keep(layer: int, query: Tensor, key: Tensor, value: Tensor, _: float) -> None:
-                if layer in job.layers:
+                if layer in shape.layers:
                     store.write(number, layer, key[0], value[0], query[0][:, positions.to(query.device)])  # noqa: B023
-                if layer == job.layers[-1] and not held_out:  # noqa: B023
+                if layer == shape.layers[-1] and not held_out:  # noqa: B023
                     raise capture.Finished
 
             first = int(positions.min()) if held_out else 0
-            with capture.weighing(loaded.model, job.layers if held_out else (), first) as weights:
+            with weighing(support.decoder_of(loaded.model), shape.layers if held_out else (), first) as weights:
                 capture.run(loaded.model, tokens, keep)
             store.finish(number, weights)
         if step is not None:
-            step("capture", number + 1, len(sequences))
+            step("capture", passes[0] + number + 1, passes[1])
     return store
 
 
@@ -262,20 +274,33 @@ def query_positions(settings: TrainSettings, number: int) -> np.ndarray:
 
 
 def _layers(
-    store: CaptureStore, settings: TrainSettings, job: _Job, work: Path, device: torch.device, step: Step | None
+    store: CaptureStore | None, layers: Sequence[int], settings: TrainSettings, job: _Job, work: Path, device: torch.device,
+    step: Step | None,
 ) -> dict[int, LayerResult]:
+    """store : of these layers; None if all are trained."""
     results = {}
-    for at, layer in enumerate(job.layers):
-        path = work / f"layer_{layer:03d}.safetensors"
-        if not path.exists() or _read_layer(path)[1] != job.faiss:  # all layers are of one FAISS
+    for layer in layers:
+        path = _layer_file(work, layer)
+        if not _is_trained(work, layer, job):
+            assert store is not None
             result = train_one(store, layer, settings, job.ropes[layer], job.scales[layer], device, query_positions)
             facts, arrays = pack_layer(result.routers)
             said = json.dumps({"facts": facts, "figures": result.figures, "faiss": job.faiss})
             files.write_tensors(path, arrays, {"layer": said})
         results[layer] = _read_layer(path)[0]  # also of one just made, so that a resumed run has the same numbers
         if step is not None:
-            step("layer", at + 1, len(job.layers))
+            step("layer", job.layers.index(layer) + 1, len(job.layers))
     return results
+
+
+def _layer_file(work: Path, layer: int) -> Path:
+    return work / f"layer_{layer:03d}.safetensors"
+
+
+def _is_trained(work: Path, layer: int, job: _Job) -> bool:
+    """All layers are of one FAISS: one of another is trained again."""
+    path = _layer_file(work, layer)
+    return path.exists() and _read_layer(path)[1] == job.faiss
 
 
 def _read_layer(path: Path) -> tuple[LayerResult, str]:
@@ -295,18 +320,12 @@ def _read_layer(path: Path) -> tuple[LayerResult, str]:
 def _assembled(results: Mapping[int, LayerResult], settings: TrainSettings, job: _Job) -> Routers:
     """One object of all layers, with the budget spread over them."""
     layers: dict[int, TrainedLayer] = {number: result.routers for number, result in results.items()}
-    losses = np.stack([layer.losses for layer in layers.values() if layer.losses is not None])
-    grid = np.array(results[job.layers[0]].figures["grid"])
-    plan = plan_budget(losses, grid, SELECTIVITY)
-    layers = merge_budget(layers, plan)
+    layers, budget = spread_budget(layers, SELECTIVITY)
     config = {
         **job.identity,
         "router": settings.router, "partition": settings.partition, "nlist": settings.nlist,
         "layout": {"sinks": settings.sinks, "window": settings.window},
         "evaluation": {str(number): result.figures for number, result in results.items()},
-        "budget": {
-            "average": plan.average, "grid": grid.tolist(), "dense_layers": [job.layers[i] for i in plan.dense],
-            "loss_uniform": plan.uniform, "loss_planned": plan.planned,
-        },
+        "budget": budget,
     }
     return Routers(config, layers)

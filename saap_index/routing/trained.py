@@ -14,6 +14,7 @@ from .calibration import Calibration
 from .quantizer import KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
+from .sampling import Sampling
 from .two_tower import TwoTower
 
 MAX_LISTS = 1 << 16
@@ -52,6 +53,8 @@ class TrainedLayer:
     shared_lists: KeyQuantizer | None = None
     """Beside a tower, lists of the training texts, for where no prompt can have its own: in an engine, in which prompts share
     pages. None in folders of before."""
+    sampling: Sampling | None = None
+    """What of the budget each KV head spends on a weighted sample; None: nothing."""
 
     _unread_mass: dict[tuple[float, torch.device], Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -65,6 +68,8 @@ class TrainedLayer:
         object.__setattr__(self, "scale", float(scale))
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
             raise ParameterError(f"calibration: expected a Calibration or None, got {type(self.calibration).__name__}")
+        if self.sampling is not None and not isinstance(self.sampling, Sampling):
+            raise ParameterError(f"sampling: expected a Sampling or None, got {type(self.sampling).__name__}")
 
     @property
     def is_trained(self) -> bool:
@@ -99,6 +104,8 @@ class TrainedLayer:
             self.tower.check_heads(num_kv_heads, d)
         if self.calibration is not None and len(self.calibration.unread_mass) != num_kv_heads:
             raise CompatibilityError(f"calibration: expected {num_kv_heads} KV heads, got {len(self.calibration.unread_mass)}")
+        if self.sampling is not None and len(self.sampling) != num_kv_heads:
+            raise CompatibilityError(f"sampling: expected {num_kv_heads} KV heads, got {len(self.sampling)}")
         if self.budget_shares is not None:
             checks.shares(self.budget_shares, "budget_shares", num_kv_heads)
 
@@ -142,6 +149,7 @@ class TrainedLayer:
             budget_shares=None if self.budget_shares is None else self.budget_shares[share],
             losses=None if self.losses is None else self.losses[share],
             shared_lists=None if self.shared_lists is None else KeyQuantizer(self.shared_lists.centroids[share]),
+            sampling=None if self.sampling is None else self.sampling.of_heads(share),
         )
 
     def to(self, device: torch.device | str) -> TrainedLayer:

@@ -28,10 +28,14 @@ class ArrayForm:
         x = x[0, 0] if self.flat else x
         return x.cpu().numpy() if self.numpy else x
 
-    def attention(self, out: Tensor, lse: Tensor, return_lse: bool) -> Any:
-        """Results of queries by KV head, out (b, h, g, q, e) and lse (b, h, g, q), by query head; out alone, or both."""
+    def attention(self, out: Tensor, lse: Tensor, return_lse: bool, error: Tensor | None = None) -> Any:
+        """Results of queries by KV head, out (b, h, g, q, e), lse and error (b, h, g, q), by query head; out alone, or with the
+        others that are asked for."""
         by_head = self.output(out.flatten(1, 2))
-        return (by_head, self.output(lse.flatten(1, 2))) if return_lse else by_head
+        if not return_lse and error is None:
+            return by_head
+        others = (x for x in (lse if return_lse else None, error) if x is not None)
+        return (by_head, *(self.output(x.flatten(1, 2)) for x in others))
 
 
 _PLAIN = ArrayForm(False, False)
@@ -72,7 +76,7 @@ class Arguments:
         if plain:
             kind = queries.shape, queries.stride(), queries.dtype, queries.device, batch, any_number
         if plain and kind == self._accepted:  # a decode step is like the last: checking it again costs as much as choosing lists
-            x, form = queries.detach(), _PLAIN
+            x, form = queries.detach() if queries.requires_grad else queries, _PLAIN
         else:
             form = _PLAIN if plain else ArrayForm(isinstance(queries, np.ndarray), getattr(queries, "ndim", 4) == 2)
             x = self.tensor(queries, "queries", "b hq q d", (batch, options.num_heads, None, options.d), checks.STORAGE_DTYPES)

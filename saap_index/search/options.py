@@ -11,7 +11,7 @@ from .. import checks
 from ..backends import STORAGE_CODES, StorageCode
 from ..errors import ParameterError
 from ..invlists.layout import Layout
-from .params import SELECTIVITY, SearchParametersIVF
+from .params import SAMPLING, SELECTIVITY, SearchParametersIVF
 from .plan import MOST_PLANS
 
 MAX_DIM = 256
@@ -103,7 +103,8 @@ class IndexOptions:
         """These options with another value of one field of the layout or of the default search parameters.
 
         nprobe : unsets selectivity, target_mass and tail. selectivity : the cap of target_mass where there is one; unsets nprobe.
-        target_mass : makes selectivity its cap; None makes the cap a budget that is spent.
+        target_mass : makes selectivity its cap; None makes the cap a budget that is spent. nprobe, target_mass and tail unset
+        sampled_share; None for that and the two beside it is what is calibrated.
 
         ParameterError for a value outside its range, and for no means while there is a tail.
         """
@@ -116,6 +117,8 @@ class IndexOptions:
             return replace(self, params=SearchParametersIVF(nprobe=value, max_codes=params.max_codes))
         if name == "selectivity":
             return replace(self, params=replace(params, nprobe=None, selectivity=value))
+        if name in SAMPLING and value is None:
+            return replace(self, params=replace(params, **{name: None}))
         if name == "target_mass" and value is None:
             budget = SearchParametersIVF(nprobe=params.nprobe, selectivity=params.selectivity)
         else:

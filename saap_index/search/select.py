@@ -18,7 +18,8 @@ from .selection import Selection, _leave_out, _padded, ids_of
 
 
 def side_by_side(selections: Sequence[Selection]) -> Selection:
-    """Selections of one query each, of the same sequences, as `SearchSession.select_each` returns them; without their tails."""
+    """Selections of one query each, of the same sequences, as `SearchSession.select_each` returns them; without their tails and
+    biases."""
     b = len(selections[0].lengths)
     sinks, sealed, lengths = (
         [getattr(s, name)[i] for i in range(b) for s in selections] for name in ("sinks", "sealed", "lengths")
@@ -114,6 +115,7 @@ def extend_to_window(lists: SegmentedInvertedLists, selection: Selection, params
     if (window <= layout.window and sinks <= layout.sinks) or selection.rows is None:
         return selection
     picked, tail = [], None if selection.tail is None else selection.tail.clone()
+    biases: list[Tensor] = []
     for i in range(lists.batch):
         low, high = lists.sinks(i), lists.sealed(i)
         ids = lists.ids[i, :, low:high]
@@ -123,11 +125,21 @@ def extend_to_window(lists: SegmentedInvertedLists, selection: Selection, params
         for head in range(lists.heads):
             keep = (ids[head] >= first) | (ids[head] < last)
             rows = selection.rows[i, head]
-            keep[rows[rows >= 0].long() - low] = True
+            chosen = rows[rows >= 0].long() - low
+            if selection.biases is not None:  # what is read anyway stands for itself alone
+                bias = torch.zeros(high - low, dtype=torch.float32, device=keep.device)
+                bias[chosen] = selection.biases[i, head, : len(chosen)]
+                bias[keep] = 0.0
+            keep[chosen] = True
             picked.append(torch.nonzero(keep)[:, 0].int() + low)
+            if selection.biases is not None:
+                biases.append(bias[keep])
             if tail is not None:
                 _leave_out(tail[i, head], lists.tables[i, head], picked[-1])
     wider = _padded(picked, lists.batch, lists.heads, lists)
+    if biases:
+        beside = torch.nn.utils.rnn.pad_sequence(biases, batch_first=True).view(lists.batch, lists.heads, -1)
+        wider = replace(wider, biases=beside)
     return wider if tail is None else replace(wider, tail=tail, tail_counts=(tail >= 0).sum(-1).int())
 
 
@@ -138,10 +150,36 @@ def attend(
     tail = None
     if selection.tail is not None and selection.tail_counts is not None:
         tail = Tail(selection.tail, selection.tail_counts, lists.mean_keys, lists.mean_values, lists.tables)
+    # backends of others may know no biases
+    biases = () if selection.biases is None else (selection.biases,)
     return backend.scan(
         queries, *lists.arena.numbers, selection.rows, selection.counts, selection.sinks, selection.sealed, selection.lengths,
-        scale, causal, tail, lists.coded,
+        scale, causal, tail, lists.coded, *biases,
     )
+
+
+@full_precision
+def sample_error(
+    lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    """See `reference.sample_error`: float32 (b, h, g, q), 0 where nothing was sampled.
+
+    queries (b, h, g, q, d), out (b, h, g, q, e) and lse (b, h, g, q) of attention over ``selection``.
+    """
+    error = torch.zeros(lse.shape, dtype=torch.float32, device=lse.device)
+    if selection.rows is None or selection.biases is None or selection.counts is None:
+        return error
+    places = torch.arange(selection.rows.shape[2], dtype=torch.int32, device=lse.device)
+    for i in range(len(error)):
+        present = places < selection.counts[i, :, None]
+        bias = torch.where(present, selection.biases[i], 0.0)  # of a row that is read for certain, 0 leaves nothing of it
+        keys, values = (x.float() for x in lists.rows(i, selection.rows[i].clamp(min=0).long()))
+        logits = torch.einsum("hgqd,htd->hgqt", queries[i].float(), keys) * scale + bias[:, None, None]
+        shares = torch.exp(logits - lse[i, ..., None]).square() * (1 - torch.exp(-bias))[:, None, None]
+        for j in range(lse.shape[3]):
+            squares = (values[:, None] - out[i, :, :, j, None].float()).square().sum(-1)
+            error[i, :, :, j] = (shares[:, :, j] * squares).sum(-1).sqrt()
+    return error
 
 
 def _always(selection: Selection, i: int, device: torch.device) -> Tensor:

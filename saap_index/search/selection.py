@@ -22,6 +22,8 @@ class Selection:
     sinks are 0 where every row is read. tail : int32 (b, h, x), numbers segment * nlist + list of the runs that are read through
     their means, ascending, padded with -1, or None for none; tail_counts : int32 (b, h) of them. version : of the inverted lists
     whose rows these are; None holds for any, at the caller's own risk. in_runs : of a step, where ``rows`` is (b, h, 0).
+    biases : float32 (b, h, t), nats, what is added to the logits of ``rows``: above 0 for those that were sampled and stand for
+    others besides; anything behind the last. None for 0 each.
     """
 
     rows: Tensor | None
@@ -33,6 +35,7 @@ class Selection:
     tail_counts: Tensor | None = None
     version: int | None = None
     in_runs: InRuns | None = None
+    biases: Tensor | None = None
 
     def check(self, lists: SegmentedInvertedLists) -> None:
         """StateError if rows were chosen before they changed."""

@@ -7,9 +7,9 @@ CUDA graph was replayed, of which the host learns by `AsymmetricIndex.advance`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -20,14 +20,20 @@ from ..backends.types import MAX_STEP_TOKENS, Probed
 from ..errors import CompatibilityError, StateError
 from ..invlists.segmented import SegmentedInvertedLists
 from ..routing.rotations import query_rotation
-from ..routing.router import QueryRouter
 from ..routing.trained import TrainedLayer
 from .params import SearchParametersIVF
-from .plan import MOST_PLANS, budget_of, new_plan
+from .plan import MOST_PLANS, Terms, budget_of, new_plan, terms_of
 from .selection import Selection, dense_selection
 
-Terms = tuple[SearchParametersIVF, QueryRouter, np.ndarray | None, Tensor | None]
-"""What a plan follows from: parameters, router, budget shares and unread mass, as in `new_plan`. Kept by identity."""
+
+class Step(NamedTuple):
+    """What a search needs besides queries, as long as layer, router and parameters are these very objects."""
+
+    layer: TrainedLayer
+    prepared: Any
+    params: SearchParametersIVF
+    routing: Routing
+    plan: Plan
 
 
 class SearchSession:
@@ -39,10 +45,12 @@ class SearchSession:
         self._routing: dict[bool, Routing] = {}  # kept for the next step, of coarse queries and of others
         self._version = self._moved = 0  # of the lists, as published
         self._plans: dict[tuple[int, ...], Plan] = {}
+        self._step: Step | None = None  # the last one, for the next is nearly always the same
         self._sinks: list[int] = []
         self._sealed: list[int] = []
         self._recorded: Selection | None = None  # of the newest capture
         self._replayed = False  # since the last step outside a graph
+        self._steady: tuple[Selection, list[int]] | None = None  # a selection, and the lengths at the newest step that it was of
 
     # -- what changed ------------------------------------------------------------------------------------------------
 
@@ -56,6 +64,7 @@ class SearchSession:
             return
         self.refuse_capture("a change of the index since the last step outside a capture")
         problem = session.published_error()
+        self._step = None
         if self._moved != lists.moved:  # sizes follow from the capacity, and graphs of before hold addresses of before
             self._plans.clear()
         batch = range(lists.batch)
@@ -96,6 +105,7 @@ class SearchSession:
         if self.backend_session.captured or (step_next and self._captures):
             self.publish()
         elif self._moved != self.lists.moved:
+            self._step = None
             self._plans.clear()
             self.backend_session.release()
 
@@ -186,11 +196,60 @@ class SearchSession:
 
     # -- searching ---------------------------------------------------------------------------------------------------
 
-    def routing_of(self, layer: TrainedLayer, prepared: Any, q: int, coarse: bool = False) -> Routing:
-        """How queries of the last q tokens are routed, with RoPE undone or, coarse, as they come.
+    def run(
+        self, queries: Tensor, layer: TrainedLayer, prepared: Any, params: SearchParametersIVF
+    ) -> tuple[Tensor, Tensor, Selection]:
+        """`search_attend` of queries (b, h, g, q, d), of the newest tokens: out, lse, and what was read.
 
-        prepared : the layer's router as the backend keeps it.
+        prepared : the layer's router as the backend keeps it. params : of this search, merged with those of the index.
         """
+        self.publish()
+        step, session = self._step, self.backend_session
+        if step is None or step.layer is not layer or step.prepared is not prepared or step.params is not params:
+            step = self._new_step(layer, prepared, params, queries.shape[3])
+        out, lse, probed = session.run(queries, step.routing, step.plan, layer.scale)
+        selection = self._selection(probed)
+        self._replayed = False
+        if session.capturing:
+            self._recorded = selection
+        return out, lse, selection
+
+    def select(
+        self, queries: Tensor, layer: TrainedLayer, prepared: Any, params: SearchParametersIVF, coarse: bool = False
+    ) -> Selection:
+        """What `run` would read, as the caller's own copy. coarse : queries come without RoPE."""
+        self.publish()
+        self.refuse_capture("select")
+        plan = self._plan(terms_of(layer, params, queries.device))
+        if plan.dense:
+            return self._selection(None)
+        routing = self._routing_of(layer, prepared, queries.shape[3], coarse)
+        return self._selection(self.backend_session.select(queries, routing, plan))
+
+    def select_each(self, queries: Tensor, layer: TrainedLayer, prepared: Any, params: SearchParametersIVF) -> Selection:
+        """`select` for every one of queries (b, h, g, q, d) on its own, each as the newest token's: of b * q sequences, those of
+        one side by side. Nothing enters through means.
+        """
+        self.publish()
+        self.refuse_capture("select")
+        plan, q, probed = self._plan(terms_of(layer, params, queries.device)), queries.shape[3], None
+        if not plan.dense:
+            probed = self.backend_session.select_each(queries, self._routing_of(layer, prepared, 1), plan)
+        chosen = self._selection(probed)
+        sinks, sealed, lengths = (
+            [x for x in values for _ in range(q)] for values in (chosen.sinks, chosen.sealed, chosen.lengths)
+        )
+        return replace(chosen, sinks=sinks, sealed=sealed, lengths=lengths)
+
+    def _new_step(self, layer: TrainedLayer, prepared: Any, params: SearchParametersIVF, q: int) -> Step:
+        routing = self._routing_of(layer, prepared, q)
+        step = Step(layer, prepared, params, routing, self._plan(terms_of(layer, params, self.lists.keys.device)))
+        if layer.rope is None or not layer.rope.is_dynamic:  # whose angles are another step's in the next
+            self._step = step
+        return step
+
+    def _routing_of(self, layer: TrainedLayer, prepared: Any, q: int, coarse: bool = False) -> Routing:
+        """How queries of the last q tokens are routed, with RoPE undone or, coarse, as they come."""
         router, rope = layer.router, None if coarse else layer.rope
         if rope is not None and rope.is_dynamic:
             self.refuse_capture("a rope whose angles depend on the length")
@@ -201,40 +260,28 @@ class SearchSession:
             kept = self._routing[coarse] = Routing(prepared, router.first_knot, router.size_weighted, turn)
         return kept
 
-    def run(self, queries: Tensor, terms: Terms, routing: Routing, scale: float) -> tuple[Tensor, Tensor, Selection]:
-        """`search_attend` of queries (b, h, g, q, d): out, lse, and what was read."""
-        self.publish()
-        session = self.backend_session
-        out, lse, probed = session.run(queries, routing, self._plan(terms), scale)
-        selection = self._selection(probed)
-        self._replayed = False
-        if session.capturing:
-            self._recorded = selection
-        return out, lse, selection
+    def is_published(self, version: int) -> bool:
+        """Whether `publish` would find nothing to do, and the lists are those of that version."""
+        lists = self.lists
+        return version == self._version == lists.version and self.backend_session.lengths == lists.lengths
 
-    def select(self, queries: Tensor, terms: Terms, routing: Routing) -> Selection:
-        """What `run` would read, as the caller's own copy."""
-        self.publish()
-        self.refuse_capture("select")
-        plan = self._plan(terms)
-        return self._selection(None if plan.dense else self.backend_session.select(queries, routing, plan))
+    def steady_append(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Callable[[Tensor, Tensor], bool] | None:
+        """See `Session.steady_append`; after an `append` of these."""
+        return self.backend_session.steady_append(keys, values, counts)
 
-    def select_each(self, queries: Tensor, terms: Terms, routing: Routing) -> Selection:
-        """`select` for every one of queries (b, h, g, q, d) on its own: of b * q sequences, those of one side by side.
+    def steady_search(self, queries: Tensor) -> Callable[[Tensor], Tensor | None] | None:
+        """See `Session.steady_search`; after a `run` of these."""
+        step = self._step
+        return None if step is None else self.backend_session.steady_search(queries, step.routing, step.plan, step.layer.scale)
 
-        routing : of the newest token. Nothing enters through means.
-        """
-        self.publish()
-        self.refuse_capture("select")
-        plan, q = self._plan(terms), queries.shape[3]
-        chosen = self._selection(None if plan.dense else self.backend_session.select_each(queries, routing, plan))
-        sinks, sealed, lengths = (
-            [x for x in values for _ in range(q)] for values in (chosen.sinks, chosen.sealed, chosen.lengths)
-        )
-        return replace(chosen, sinks=sinks, sealed=sealed, lengths=lengths)
+    def note_steady(self, chosen: Selection) -> None:
+        """A step was taken that chose as ``chosen`` says, at the lengths there are now."""
+        self._steady, self._replayed = (chosen, self.lists.lengths), False
 
     def newest(self, last: Selection | None) -> Selection | None:
-        """What the last search read: ``last``, or what the replays since then did."""
+        """What the last search read: ``last``, or what steps like it or the replays since then did."""
+        if self._steady is not None and last is self._steady[0]:
+            last = replace(last, lengths=list(self._steady[1]))
         recorded = self._recorded
         if not self._replayed or recorded is None:
             return last
@@ -249,11 +296,12 @@ class SearchSession:
         if probed is None:
             return dense_selection(lists)
         spans, tail = (self._sinks, self._sealed, list(lists.lengths)), (probed.tail, probed.tail_counts)
-        return Selection(probed.rows, probed.counts, *spans, *tail, lists.version, probed.in_runs)
+        return Selection(probed.rows, probed.counts, *spans, *tail, lists.version, probed.in_runs, probed.biases)
 
     def _plan(self, terms: Terms) -> Plan:
-        params, router, shares, unread_mass = terms
-        plan = self._plans.get((id(params), id(router), id(shares), id(unread_mass)))  # it holds what the ids stand for
+        params, router, shares, unread_mass, sampling = terms
+        # it holds what the ids stand for
+        plan = self._plans.get((id(params), id(router), id(shares), id(unread_mass), id(sampling)))
         return self._new_plan(terms) if plan is None else plan
 
     def _new_plan(self, terms: Terms) -> Plan:

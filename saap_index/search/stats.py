@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from ..invlists.arena import nbytes
 from ..invlists.segmented import SegmentedInvertedLists
 from ..routing.quantizer import KeyQuantizer
@@ -15,8 +17,9 @@ from .selection import Selection
 class SearchStats:
     """Of the last search, averages per (sequence, KV head) in tokens; bytes over all of them.
 
-    sealed_tokens were there to choose from, read_sealed of them were read, dense_tokens are sinks and recent tokens; tail_entries
-    are runs read through their means. kv_bytes : K and V rows read; mean_bytes : rows of means read; metadata_bytes : offset
+    sealed_tokens were there to choose from, read_sealed of them were read, dense_tokens are sinks and recent tokens;
+    sampled_tokens are those of read_sealed that were sampled, and count for more than themselves; tail_entries are runs read
+    through their means. kv_bytes : K and V rows read; mean_bytes : rows of means read; metadata_bytes : offset
     tables and row lists; router_bytes : weights, read once per call whatever the batch is.
     """
 
@@ -28,6 +31,7 @@ class SearchStats:
     router_bytes: int = 0
     tail_entries: float = 0.0
     mean_bytes: int = 0
+    sampled_tokens: float = 0.0
 
     @property
     def selectivity(self) -> float:
@@ -118,6 +122,14 @@ def _codes_beside(lists: SegmentedInvertedLists, last: Selection, i: int) -> int
     return sum(max(0, min(stop, end) - max(start, first)) for start, stop in always)
 
 
+def _sampled(last: Selection) -> int:
+    """Rows that were sampled, over all sequences and KV heads."""
+    if last.biases is None or last.counts is None:
+        return 0
+    places = torch.arange(last.biases.shape[2], dtype=torch.int32, device=last.biases.device)
+    return int(((last.biases > 0) & (places < last.counts[..., None])).sum())
+
+
 def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter | None) -> SearchStats:
     """What a search that made this selection read."""
     b, h = len(last.lengths), lists.heads  # of `search`, every query for itself
@@ -135,8 +147,9 @@ def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRo
         read_sealed=sum(read) / b,
         dense_tokens=sum(dense) / b,
         kv_bytes=round((sum(read) + sum(dense)) * h) * row_bytes - saved,
-        metadata_bytes=tables + (round(sum(read) * h) + entries) * 4,
+        metadata_bytes=tables + (round(sum(read) * h) * (1 if last.biases is None else 2) + entries) * 4,
         router_bytes=lists.backend.router_bytes(router.weights) if routed and router is not None else 0,
         tail_entries=entries / (b * h),
         mean_bytes=entries * row_bytes,
+        sampled_tokens=_sampled(last) / (b * h),
     )

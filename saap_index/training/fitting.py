@@ -290,8 +290,9 @@ def cross_entropy(z: Tensor, a: Tensor, data: RouterTargets, batch: Batch, size_
         return (torch.logsumexp(z, -1) - fit).mean()
     top_z, top_a = z.detach().amax(-1, keepdim=True), a.detach().amax(-1, keepdim=True)
     counts = data.counts[:, batch].float()  # (h, p, B, l)
-    per_bin = counts @ torch.exp(z - top_z).transpose(-1, -2)  # (h, p, B, g)
-    total = (per_bin * torch.exp(a - top_a).transpose(-1, -2)).sum(-2)
+    # a head at a time, for counts of some positions of all heads are not one piece; and for a gradient from counts as they lie
+    per_bin = torch.stack([e @ c.transpose(1, 2) for e, c in zip(torch.exp(z - top_z), counts, strict=True)])  # (h, p, g, B)
+    total = (per_bin * torch.exp(a - top_a)).sum(-1)
     return (torch.log(total) + (top_z + top_a)[..., 0] - fit).mean()
 
 

@@ -8,7 +8,7 @@ sample, held out, says whether they got better. Knows arrays, no models and no f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,10 +24,14 @@ from ..routing.two_tower import TwoTower
 from .config import TrainingConfig
 from .fitting import fit_tower
 from .layer import MIN_FIRST_KNOT
+from .measure import Measured, measure
 from .targets import BLOCK, LISTS_AT_ONCE, bin_edges, targets
 
 HELD_OUT = 8
 """One in so many queries of the sample is fitted to by nobody, and tells whether a fit is better than what was there."""
+
+MEASURED = 16
+"""Of the queries that nobody is fitted to, so many tell what each KV head loses at each budget."""
 
 GAIN = 0.01
 """Nats of cross-entropy on those, by which routers must get better to take the place of others: less is chance."""
@@ -92,30 +96,35 @@ def priorities(positions: np.ndarray, seed: int) -> np.ndarray:
 @dataclass(frozen=True)
 class PromptFit:
     """tower : the routers, or None if those of before were kept; before, after : cross-entropy in nats on what was held out, of
-    the routers that were there and of the new ones, nan without any; queries : positions that were sampled."""
+    the routers that were there and of the new ones, nan without any; queries : positions that were sampled. measured : what the
+    routers that are used from now on lose at each budget, on queries that were held out; None without values, or where none of
+    these has a sealed token."""
 
     tower: TwoTower | None
     before: float
     after: float
     queries: int
+    measured: Measured | None = None
 
 
 @full_precision
 def fit_prompt(
     keys: Tensor, queries: Tensor, positions: np.ndarray, rope: Rope | None, scale: float, layout: Layout,
-    options: PromptTraining, start: TwoTower | None = None, lengths: np.ndarray | None = None,
+    options: PromptTraining, start: TwoTower | None = None, lengths: np.ndarray | None = None, values: Tensor | None = None,
 ) -> PromptFit:
     """Train the routers of one layer, or refine ``start``.
 
     keys : float (h, n, d) and queries : float (hq, q, d) as attention sees them; positions : int64 (q,) of the queries, each
-    before n; lengths : int64 (n,), those that the keys were rotated at, where the angles depend on them.
+    before n; lengths : int64 (n,), those that the keys were rotated at, where the angles depend on them. values : float
+    (h, n, e), with which budgets are measured.
 
     Deterministic for a seed and thread count. LengthError with too few queries past window and sinks to fit and hold out any.
     """
     h, n, d = keys.shape
     order = np.argsort(positions, kind="stable")
     positions, queries = positions[order], queries[:, torch.from_numpy(order).to(queries.device)]
-    coarse, routed = keys.float(), queries.float().reshape(h, queries.shape[0] // h, -1, d)
+    keys = keys.float()
+    coarse, routed = keys, queries.float().reshape(h, queries.shape[0] // h, -1, d)
     grouped = routed
     if rope is not None:
         by_key = n if lengths is None else lengths
@@ -132,7 +141,7 @@ def fit_prompt(
     edges = bin_edges(layout.window, n, True)
     where = torch.from_numpy(positions)
     data = targets(
-        keys.float(), grouped, routed, where, lists, options.nlist, layout.sinks, layout.window, scale, edges
+        keys, grouped, routed, where, lists, options.nlist, layout.sinks, layout.window, scale, edges
     )
     count = data.x.shape[1]
     if count < 2 * HELD_OUT:
@@ -140,10 +149,27 @@ def fit_prompt(
     rate = LEARNING_RATE if start is None else REFINING_RATE
     config = TrainingConfig.named("two-tower", seed=options.seed, epochs=options.epochs, lr=rate)
     draw = torch.Generator().manual_seed(config.seed)
-    data = data.picked(torch.randperm(count, generator=draw, dtype=torch.int64, device="cpu").to(keys.device))
-    begin, held_out = (TwoTower.symmetric(h, d, scale).to(keys.device), 0) if start is None else (start, count // HELD_OUT)
-    tower, before, after = fit_tower(data, quantizer.centroids, held_out, config, first_knot, num_knots, begin)
-    return PromptFit(tower if start is None or after < before - GAIN else None, before, after, count)
+    shuffled = torch.randperm(count, generator=draw, dtype=torch.int64, device="cpu")
+    data = data.picked(shuffled.to(keys.device))
+    if start is None:
+        begin = TwoTower.symmetric(h, d, scale).to(keys.device)
+        held_out = 0 if values is None else min(MEASURED, count // HELD_OUT)
+    else:
+        begin, held_out = start, count // HELD_OUT
+    fitted, before, after = fit_tower(data, quantizer.centroids, held_out, config, first_knot, num_knots, begin)
+    tower = fitted if start is None or after < before - GAIN else None
+    if values is None:
+        return PromptFit(tower, before, after, count)
+    del data
+    outside = np.flatnonzero(positions - layout.window >= layout.sinks)
+    places = np.sort(outside[shuffled[count - held_out :].numpy()][:MEASURED])
+    router = (tower or begin).for_lists(quantizer.centroids)
+    sealed = replace(layout, break_even=min(layout.break_even, n // 2))  # also of a prompt that is sealed for what follows
+    some = torch.from_numpy(places).to(keys.device)
+    measured = measure(
+        keys, values.float(), grouped[:, :, some], routed[:, :, some], positions[places], lists, router, sealed, scale
+    )
+    return PromptFit(tower, before, after, count, measured if measured.queries else None)
 
 
 def _assign(centroids: Tensor, keys: Tensor) -> Tensor:
@@ -153,13 +179,14 @@ def _assign(centroids: Tensor, keys: Tensor) -> Tensor:
 
 
 def fit_bytes(heads: int, kv_heads: int, d: int, tokens: int, queries: int, nlist: int) -> int:
-    """Memory that `fit_prompt` of so many heads of a layer takes on a CPU, at most, the keys that it is given aside."""
+    """Memory that `fit_prompt` of so many heads of a layer takes on a CPU, at most, beside the keys and values it is given."""
     bins = len(bin_edges(128, tokens, True)) + 9  # a smaller window has more
     keys = tokens * kv_heads * d * 4
-    rotation = 6 * keys + 16 * tokens * d
+    rotation = 7 * keys + 16 * tokens * d
+    measuring = 3 * keys + tokens * (heads * 24 + kv_heads * 64)
     products = 8 * min(_PRODUCTS, tokens * kv_heads * nlist) + 8 * tokens * kv_heads
     masses = 40 * min(BLOCK, tokens * queries * heads // kv_heads) + 16 * min(nlist, LISTS_AT_ONCE) * (tokens + queries * bins)
     targets_of_queries = queries * (heads * (nlist + 4 * d + 6 * bins) * 8 + kv_heads * bins * nlist * 8)
     network = 16 * kv_heads * (2 * d + bins) * 4 * (d + 128)
     step = 12 * min(queries, 128) * heads * (nlist + 6 * d + 8 * bins) * 4
-    return rotation + products + masses + targets_of_queries + network + step
+    return rotation + products + masses + targets_of_queries + network + max(step, measuring)

@@ -18,6 +18,9 @@ BINS_PER_OCTAVE = 2
 LISTS_AT_ONCE = 64
 """Whose tokens are counted: what a long prompt takes of memory."""
 
+COLUMNS = 64
+"""Whose attention is summed in float32."""
+
 BLOCK = 1 << 20
 """Logits at a time on a CPU: what its cache holds."""
 
@@ -101,15 +104,13 @@ def targets(
             logits[..., mixed:].masked_fill_(beyond[:, None, mixed:], float("-inf"))
             top = logits.amax(-1, keepdim=True)
             mass = logits.sub_(top).exp_()
-            total = mass.sum(-1, dtype=torch.float64)
+            total, at = _leading_sums(mass, first[some_queries] - sinks)  # of the tokens below each position
             mass /= total[..., None].float()
+            bin_mass[head, some_queries] = ((at[..., :-1] - at[..., 1:]) / total[..., None]).float()
             beside = (x[:, :, None] @ keys[head][near[some_queries]].transpose(1, 2)[:, None])[:, :, 0]
             share[head, some_queries] = torch.sigmoid(total.log().float() + top[..., 0] - torch.logsumexp(beside, -1))
             by_list = mass.new_zeros((len(some_queries), g, nlist))
             list_mass[head, some_queries] = by_list.scatter_add_(2, index[sinks:stop].expand_as(mass), mass)
-            upto = functional.pad(mass.cumsum(-1, dtype=torch.float64), (1, 0))  # mass of tokens below each position
-            at = upto.gather(2, (first[some_queries, None] - sinks).expand(-1, g, -1))
-            bin_mass[head, some_queries] = (at[..., :-1] - at[..., 1:]).float()
         for low in range(0, nlist, LISTS_AT_ONCE):  # whose tokens below each position are counted at a time
             some_lists = torch.arange(low, min(low + LISTS_AT_ONCE, nlist), dtype=torch.int64, device=keys.device)
             hot = (index == some_lists[:, None]).int()
@@ -119,6 +120,21 @@ def targets(
         torch.log2(edges[:-1]) + 0.5 / BINS_PER_OCTAVE if num_bins > 1 else torch.zeros(1, dtype=torch.float64, device="cpu")
     )
     return RouterTargets(router_queries.transpose(1, 2).contiguous(), share, list_mass, bin_mass, counts, centres.float())
+
+
+def _leading_sums(x: Tensor, stops: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of x : float32 (p, g, n), not negative, over all columns, float64 (p, g), and over those below each of stops : int64
+    (p, k) in [0, n], float64 (p, g, k). By blocks of columns: a running sum of each would write twice what x holds."""
+    p, g, n = x.shape
+    whole = n // COLUMNS
+    blocks = x[..., : whole * COLUMNS].view(p, g, whole, COLUMNS).sum(-1)
+    upto = functional.pad(blocks.cumsum(-1, dtype=torch.float64), (1, 0))
+    total = upto[..., -1] + x[..., whole * COLUMNS :].sum(-1, dtype=torch.float64)
+    first = (stops // COLUMNS).clamp(max=whole)
+    column = first[..., None] * COLUMNS + torch.arange(COLUMNS, dtype=torch.int64, device=x.device)  # (p, k, COLUMNS)
+    part = x.gather(2, column.clamp(max=n - 1).view(p, 1, -1).expand(-1, g, -1)).view(p, g, -1, COLUMNS)
+    rest = part.masked_fill((column >= stops[..., None])[:, None], 0.0).sum(-1, dtype=torch.float64)
+    return total, upto.gather(2, first[:, None].expand(-1, g, -1)) + rest
 
 
 def _window(positions: Tensor, window: int) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,7 @@ GROUPS = st.one_of(st.integers(1, 8), st.sampled_from([5, 7, 12, 16]))
 SEEDS = st.integers(0, 2**31 - 1)
 EPS32 = torch.finfo(torch.float32).eps
 
-over_backends = pytest.mark.parametrize("name", BACKENDS)
+over_backends = pytest.mark.over_backends("name")
 
 
 def backend(name: str) -> Backend:
@@ -55,6 +58,16 @@ def test_register_backend() -> None:
     assert get_backend(CPU, "test-only") is SPEC and made == [CPU]
     with pytest.raises(DeviceError, match="test-only"):
         get_backend(CPU, "no such backend")
+
+
+def test_a_backend_of_ones_own_is_tested_by_name() -> None:
+    """The whole way: imported, registered, and in place of ours, in this file and in that of the state machine."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--collect-only"]
+    own = "saap_index.backends.plain_torch:TorchBackend"
+    files = [__file__, str(Path(__file__).parents[1] / "index" / "test_stateful.py")]
+    out = subprocess.run([*command, "--backend", own, *files], capture_output=True, text=True, check=True).stdout
+    assert f"test_empty[{own}]" in out and f"test_walk[{own}]" in out
+    assert "test_empty[cpu]" not in out and "test_walk[cpu]" not in out
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------------
@@ -396,7 +409,8 @@ def check_scan(name: str, case: dict[str, Any], queries: Tensor, keys: Tensor, v
     tail = case.get("tail")
     order = ("rows", "counts", "sinks", "sealed", "lengths")
     args = [*(case[x] for x in order), scale, case["causal"]]
-    out, lse = backend(name).scan(queries, keys, values, *args, tail)
+    biases = case.get("biases")
+    out, lse = backend(name).scan(queries, keys, values, *args, tail, None, biases)
     b, h, g, q = case["shape"]
     assert out.shape == (b, h, g, q, values.shape[-1]) and out.dtype == queries.dtype
     assert lse.shape == (b, h, g, q) and lse.dtype == torch.float32
@@ -412,6 +426,8 @@ def check_scan(name: str, case: dict[str, Any], queries: Tensor, keys: Tensor, v
             k, v = (torch.cat([y, m[i, head].flatten(0, 1)[runs]]) for y, m in ((k, tail.keys), (v, tail.values)))
             tokens = torch.cat([tokens, tail.tables[i, head].diff(dim=1).flatten()[runs]])
             seen = torch.cat([seen, torch.ones((q, len(runs)), dtype=torch.bool)], 1)
+        if biases is not None:  # as if a key stood for as many tokens
+            tokens[low : low + len(picked)] *= biases[i, head, : len(picked)].exp()
         logits = (scale * x.double() @ k.double().T + tokens.double().log()).masked_fill(~seen, -torch.inf)
         flat, plain = x.double().reshape(g * q, -1).numpy(), [y.double().numpy() for y in (k, v)]
         want, want_lse = reference.attend(flat, *plain, scale, seen.repeat(g, 1).numpy(), tokens.double().numpy())

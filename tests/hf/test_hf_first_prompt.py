@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hf_models import CACHE, SMALL, greedy, left_padded, make_routers, prompt, sealed_tokens, tiny
@@ -17,6 +21,7 @@ import saap_index as saap
 from saap_index.errors import NotFiniteError, ParameterError
 from saap_index.hf import kept, learner
 from saap_index.hf.cache import ATTACHED, plan_of
+from saap_index.training.budget import plan_budget
 from saap_index.training.prompt import PromptTraining
 
 QUICK = PromptTraining(min_tokens=256, queries=64, nlist=8, epochs=2, progress=False)
@@ -155,6 +160,31 @@ def test_kept_loaded_and_refined(folder: Path, caplog: pytest.LogCaptureFixture)
     assert json.loads(next(folder.rglob("config.json")).read_text())["prompts"] == {"0": 3, "1": 3, "2": 3}
     last = learning(tiny("llama"))
     assert plan_of(last).learner is None  # nothing is left to learn
+
+
+def test_the_budget_is_spread_over_layers_and_heads(folder: Path) -> None:
+    """By what each loses on queries of the prompt that were held out; searched with at once, kept, and known of every layer."""
+    model = learning(tiny("llama"), 0.2)
+    _, cache = told(model, prompt(length=LONG))
+    plan = plan_of(model)
+    shares = np.stack([layer.trained.budget_shares for layer in plan.layers.values()])
+    assert shares.mean() == pytest.approx(1) and 0.6 <= shares.min() < shares.max() <= 3
+    for number, layer in cache.indexed.items():
+        np.testing.assert_array_equal(layer.index.budget_shares, shares[number])
+    kept_there = saap.load_routers(next(folder.rglob("config.json")).parent)
+    losses = np.stack([kept_there.layers[number].losses for number in range(3)])
+    want = plan_budget(losses, np.array(kept_there.config["budget"]["grid"]), 0.05)
+    np.testing.assert_allclose(shares, want.shares, rtol=1e-6)
+    np.testing.assert_array_equal(shares, np.stack([kept_there.layers[number].budget_shares for number in range(3)]))
+    assert (losses[:, :, 0] >= losses[:, :, -1]).all() and np.allclose(losses[:, :, -1], 0) and (losses[:, :, 0] > 0).all()
+    assert not any(module._forward_pre_hooks for module in model.model.layers)  # of the weights, while a prompt is read
+
+
+def test_shares_of_a_user_stay() -> None:
+    model = learning(tiny("llama"), 0.2, budget_shares=[0.5, 1.5])
+    _, cache = told(model, prompt(length=LONG))
+    for layer in cache.indexed.values():
+        np.testing.assert_array_equal(layer.index.budget_shares, [0.5, 1.5])
 
 
 def test_other_weights_have_routers_of_their_own() -> None:
@@ -298,6 +328,34 @@ def test_writers_at_once_keep_the_newer_layers(folder: Path) -> None:
     last = kept.kept_routers(place, model.config)
     assert last is not None and kept.prompts_of(last) == {0: 2, 1: 1, 2: 2}
     assert not list(folder.rglob("*.draft"))
+
+
+LEARNS = """
+import sys
+from hf_models import prompt
+from test_hf_first_prompt import LONG, QUICK, SMALL, learning, tiny, told
+from saap_index.hf import crossover
+crossover.measured = lambda key, times: crossover.Crossover(2048, ())
+model = learning(tiny("llama"))
+told(model, prompt(length=LONG, seed=int(sys.argv[1])))
+"""
+
+
+def test_two_processes_learn_at_once(folder: Path) -> None:
+    """Neither fails, neither leaves a broken file, and what is kept is whole, and good for a third."""
+    places = os.pathsep.join(str(Path(__file__).parents[i]) for i in (0, 1, 2))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([places, os.environ.get("PYTHONPATH", "")])}
+    running = [subprocess.Popen([sys.executable, "-c", LEARNS, str(seed)], env=env, stderr=subprocess.PIPE) for seed in (1, 2)]
+    ends = [(process.communicate(timeout=600)[1].decode(), process.returncode) for process in running]
+    assert [status for _, status in ends] == [0, 0], ends
+    assert not list(folder.rglob("*.draft"))
+    place = next(folder.rglob("config.json")).parent
+    there = saap.load_routers(place)
+    assert set(there.layers) == {0, 1, 2} and set(there.config["prompts"].values()) <= {1, 2}
+    assert np.mean([layer.budget_shares for layer in there.layers.values()]) == pytest.approx(1)
+    third = tiny("llama")
+    saap.attach(third, train="never", **SMALL)
+    assert min(sealed_tokens(told(third, prompt(length=LONG))[1])) > 200
 
 
 def test_saving_a_prompt_trains_first(tmp_path: Path) -> None:

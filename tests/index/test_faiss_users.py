@@ -20,6 +20,7 @@ from saap_index import (
     Rope,
     SearchParametersIVF,
     ShapeError,
+    TrainingConfig,
 )
 from saap_index.backends import get_backend, native
 
@@ -229,3 +230,27 @@ def test_a_sliding_window_takes_no_room_as_it_slides() -> None:
     assert (gaps.array() == [[2, 62 + 20 * 500]]).all() and index.ntotal == 200
     index.truncate(10)
     assert gaps.positions(np.arange(4)).tolist() == [0, 1, 62 + 20 * 500, 63 + 20 * 500]
+
+
+def test_verbose_prints_what_training_does(capsys: pytest.CaptureFixture[str]) -> None:
+    index = AsymmetricIndex(16, 8, num_heads=4, num_kv_heads=2, window=4, sinks=1)
+    keys, queries = tokens(2, 2, 300, 16, seed=1), tokens(2, 4, 40, 16, seed=2)
+    config = TrainingConfig(epochs=2)
+    index.train(keys, queries, config=config)
+    assert capsys.readouterr().out == "" and not index.verbose
+    quiet = index.query_router.tensors()
+    index.verbose = True
+    index.train(keys, queries, config=config)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Training 8 lists of 2 KV heads on 600 keys of 16 dims"
+    assert lines[1] == "Training the query router on 80 queries per head"
+    assert [line.split(":")[0] for line in lines[2:]] == ["  epoch 1 of 2", "  epoch 2 of 2"]
+    assert all(torch.equal(x, quiet[name]) for name, x in index.query_router.tensors().items()) and index.fork().verbose
+    index.train(keys)
+    assert capsys.readouterr().out.endswith("No queries: routing is symmetric\n")
+
+
+def test_assign_gives_the_ids_of_search() -> None:
+    index, queries = filled(), tokens(1, 4, 5, 32, seed=3)
+    _, ids = index.search(queries, 3)
+    assert torch.equal(index.assign(queries, 3), ids) and torch.equal(index.assign(queries), ids[..., :1])

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,9 +23,22 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from saap_index import AsymmetricIndex, Calibration, FormatError, QueryRouter, Rope, SearchParametersIVF, read_index, write_index
+from saap_index import (
+    AsymmetricIndex,
+    Calibration,
+    FormatError,
+    QueryRouter,
+    Rope,
+    Sampling,
+    SearchParametersIVF,
+    io,
+    read_index,
+    write_index,
+)
+from saap_index.invlists.runs import run_lists
 from saap_index.io import _checksum
 from saap_index.routing.calibration import TARGETS
+from saap_index.search.params import SAMPLING
 
 D, E, NLIST, HQ, H = 32, 40, 4, 4, 2
 ROPES = {
@@ -100,6 +114,12 @@ def planned() -> AsymmetricIndex:
     return index
 
 
+def sampled() -> AsymmetricIndex:
+    index = filled(selectivity=0.4, sample_cap=1.5)
+    index.sampling = Sampling([0.5, 0.0], [2.25, 1.0], [0.75, 0.0])
+    return index
+
+
 INDEXES: dict[str, Callable[[], AsymmetricIndex]] = {
     "trained, empty": lambda: small_index(D, E, NLIST, HQ, H),
     "untrained, empty": lambda: AsymmetricIndex(D, NLIST, HQ, H),
@@ -115,6 +135,7 @@ INDEXES: dict[str, Callable[[], AsymmetricIndex]] = {
     "symmetric": symmetric,
     "published": published,
     "planned": planned,
+    "sampled": sampled,
     "means": lambda: filled(mean_run_tokens=2, tail=0.3),
     "means, ragged": lambda: filled(3, 90, [90, 0, 13], mean_run_tokens=1, tail=0.3, dtype=torch.bfloat16),
     **{f"rope {name}": (lambda rope=rope: filled(rope=rope)) for name, rope in ROPES.items()},
@@ -130,7 +151,7 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
 
     names = (
         "d", "d_v", "nlist", "num_heads", "num_kv_heads", "scale", "dtype", "rope", "layout", "nprobe", "selectivity",
-        "max_codes", "lengths", "is_trained", "target_mass", "tail",
+        "max_codes", "lengths", "is_trained", "target_mass", "tail", *SAMPLING,
     )
     found = {name: getattr(index, name) for name in names}
     if index.key_quantizer is not None:
@@ -140,6 +161,7 @@ def parts(index: AsymmetricIndex) -> dict[str, Any]:
         found["knots"] = index.query_router.first_knot, index.query_router.size_weighted
     found["budget_shares"] = None if index.budget_shares is None else index.budget_shares.tolist()
     found["calibration"] = None if index.calibration is None else index.calibration.unread_mass.tolist()
+    found["sampling"] = None if index.sampling is None else index.sampling.table().tolist()
     for i, n in enumerate(index.lengths):
         lists = index.invlists
         count = lists.num_means(i)
@@ -456,7 +478,7 @@ def test_unsafe_values(change: Callable[[Tensors, Config], object], good: Path, 
     refuse((tmp_path / "forged").read_bytes(), tmp_path / "forged")
 
 
-@pytest.mark.parametrize("key, value", [("format", "other"), ("version", "0"), ("version", "2"), ("checksum", "00000000")])
+@pytest.mark.parametrize("key, value", [("format", "other"), ("version", "0"), ("version", "3"), ("checksum", "00000000")])
 def test_other_metadata(key: str, value: str, good: Path, tmp_path: Path) -> None:
     tensors, metadata, _ = opened(good)
     for changed in ({**metadata, key: value}, {k: v for k, v in metadata.items() if k != key}):
@@ -606,3 +628,40 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="No space left"):
         write_index(removed(), path)
     assert parts(read_index(path)) == parts(filled())
+
+
+def test_a_file_of_before_merges_took_their_time(tmp_path: Path) -> None:
+    """Version 1 has every merge done when it is due; what is read is the state of the tokens, lists that were given included."""
+    keys, values = tokens(2, 2, 99, 32, seed=1), tokens(2, 2, 99, 32, seed=2)
+    merging = 0
+    for n in range(60, 99, 3):
+        index = small_index()
+        index.add_preassigned(keys[:, :, :20], values[:, :, :20], torch.zeros((2, 2, 20)).int())
+        index.add(keys[:, :, 20:n], values[:, :, 20:n], lengths=[n - 20, n - 27])
+        old = index.fork()
+        lists = old.invlists
+        for i, length in enumerate(lists.lengths):
+            have, merging = lists.arrangement(i), merging + (lists.merging[i] is not None)
+            settled = lists.layout.settled(length)
+            lists.resize_tables(max(lists.tables.shape[2], len(settled)))
+            for first, (start, stop) in ((s, x) for s, x in enumerate(settled) if x not in have.segments):
+                assert lists.segments[i][first][0] == start
+                parts = [x for x in lists.segments[i] if start <= x[0] < stop]
+                lists.segments[i] = (*lists.segments[i][:first], (start, stop), *lists.segments[i][first + len(parts) :])
+                numbers = torch.cat([run_lists(lists.tables[i, :, first + k], x) for k, x in enumerate(parts)], 1)
+                left = lists.tables[i, :, first + len(parts) :].clone()
+                lists.backend.seal(lists.keys[i], lists.values[i], lists.ids[i], start, numbers, lists.tables[i, :, first])
+                lists.tables[i, :, first + 1 : first + 1 + left.shape[1]] = left
+            lists.merging[i] = None
+            assert lists.segments[i] == settled
+        with patch.object(io, "VERSION", io.AT_ONCE), patch.object(AsymmetricIndex, "seal", lambda index: None):
+            write_index(old, tmp_path / "old")
+        read = read_index(tmp_path / "old")
+        for i, length in enumerate(index.lengths):
+            one, other = index.invlists, read.invlists
+            assert other.arrangement(i) == one.arrangement(i) == one.layout.arrangement(length, 2)
+            parts = len(one.segments[i])
+            assert torch.equal(other.tables[i, :, :parts], one.tables[i, :, :parts])
+            assert torch.equal(other.row_ids(i), one.row_ids(i))
+            assert torch.equal(other.keys[i, :, :length], one.keys[i, :, :length])
+    assert merging

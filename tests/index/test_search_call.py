@@ -104,7 +104,7 @@ def test_the_published_classifier() -> None:
 
 def test_it_follows_the_index() -> None:
     """Packed once while nothing but lengths changes; anew when tokens are sealed or memory moves, never with what was."""
-    index, params = filled([100]), SearchParametersIVF(selectivity=0.2)
+    index, params = filled([102]), SearchParametersIVF(selectivity=0.2)
     queries, key, value = tokens(1, 6, 1, 32, seed=5), tokens(1, 2, 1, 32, seed=6), tokens(1, 2, 1, 40, seed=7)
     index.reserve_memory(400)
     assert_same(index, queries, params)
@@ -196,7 +196,7 @@ def test_refusals() -> None:
     index = filled([150, 120])
     lists, router = index.invlists, index.query_router
     assert router is not None
-    planned = new_plan(lists, SearchParametersIVF(selectivity=0.2, max_codes=0), router, None, None, for_good=False)
+    planned = new_plan(lists, SearchParametersIVF(selectivity=0.2, max_codes=0), router, None, None, None, for_good=False)
     routing = Routing(index._prepared_router, router.first_knot, router.size_weighted)
     queries = tokens(2, 6, 1, 32).view(2, 2, 3, 1, 32)
     index.search_attend(tokens(2, 6, 1, 32))

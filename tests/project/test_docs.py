@@ -22,7 +22,7 @@ from saap_index import _cpu
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/compare.md", "docs/faiss_users.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/backends.md", "docs/compare.md", "docs/faiss_users.md"])
 def test_document(path: str) -> None:
     text = (ROOT / path).read_text().replace("```", "")  # a fence right after an expected result would be part of it
     test = doctest.DocTestParser().get_doctest(text, {}, path, path, 0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saap_index.errors import NotFiniteError, ParameterError, ShapeError
-from saap_index.pipeline.budget import plan_budget
+from saap_index.training.budget import plan_budget
 
 GRID = np.array([0, 0.01, 0.03, 0.1, 0.3, 1.0])
 SEEDS = st.integers(0, 2**31 - 1)

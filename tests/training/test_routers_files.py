@@ -25,6 +25,7 @@ from saap_index.routing.calibration import TARGETS, Calibration
 from saap_index.routing.quantizer import KeyQuantizer
 from saap_index.routing.rope import Rope
 from saap_index.routing.router import QueryRouter
+from saap_index.routing.sampling import Sampling
 from saap_index.routing.two_tower import TwoTower
 
 HEADS, D, UNITS, NLIST = 2, 8, 3, 4
@@ -45,7 +46,8 @@ def made(value: float = 1.0) -> Routers:
     layers = {
         0: LayerRouters(KeyQuantizer(centroids), QueryRouter(weights(NLIST)), rope, rope, value, None, calibration, shares),
         2: LayerRouters(
-            KeyQuantizer(centroids), tower.for_lists(centroids), None, rope, value, tower, None, shares, shares[:, None]
+            KeyQuantizer(centroids), tower.for_lists(centroids), None, rope, value, tower, None, shares, shares[:, None],
+            sampling=Sampling([0.5, 0.0], [1.25, 2.0], [1.0, 0.0]),
         ),
     }
     model = {"num_attention_heads": 4, "num_key_value_heads": HEADS, "head_dim": D, "num_hidden_layers": 3}

@@ -31,10 +31,11 @@ from saap_index.errors import (
 )
 from saap_index.hf.models import LoadedModel, load_model
 from saap_index.pipeline import capture, layers, texts, train
-from saap_index.pipeline.measure import SHARES, measure
+from saap_index.pipeline.costs import costs, costs_of
 from saap_index.pipeline.settings import TrainSettings
 from saap_index.pipeline.store import CaptureStore
 from saap_index.pipeline.train import train_model
+from saap_index.training.measure import SHARES, measure
 
 SETTINGS = TrainSettings(tokens=1536, context=512, held_out=2, queries=48, nlist=8, window=32)
 FILES = ("config.json", "model.safetensors")
@@ -143,6 +144,46 @@ def test_same_seed_same_files_another_seed_others(
         torch.equal(a, b) for a, b in zip(*(load_file(f / FILES[1]).values() for f in (whole, tmp_path / "other")), strict=True)
     ]
     assert not all(same)
+
+
+def test_some_layers_at_a_time_take_less_disk_and_give_the_same(
+    whole: Path, loaded: LoadedModel, sequences: list[texts.TokenSequence], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's captures alone; interrupted between two, what is trained is neither captured nor trained again."""
+    stored: list[tuple[int, ...]] = []
+    made, parts = train.CaptureStore, []
+
+    def store(folder: Path, shape: Any) -> CaptureStore:
+        stored.append(shape.layers)
+        return made(folder, shape)
+
+    def step(what: str, done: int, total: int) -> None:
+        parts.append((what, done, total))
+        if what == "layer" and len([part for part in parts if part[0] == "layer"]) == 1:
+            raise Interruption
+
+    monkeypatch.setattr(train, "CaptureStore", store)
+    with pytest.raises(Interruption):
+        train_model(loaded, sequences, SETTINGS, tmp_path / "out", step=step, max_disk_bytes=1)
+    train_model(loaded, sequences, SETTINGS, tmp_path / "out", resume=True, step=step, max_disk_bytes=1)
+    assert content(tmp_path / "out") == content(whole)
+    assert stored == [(0,), (1,)]
+    count = SETTINGS.sequences
+    assert parts[count - 1] == ("capture", count, 2 * count) and parts[-1] == ("layer", 2, 2)
+
+
+def test_what_it_will_take(loaded: LoadedModel) -> None:
+    """An 8B model: 19 GB of captures at once, a tenth in parts; time grows with the tokens, and shrinks with the rate."""
+    shape = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    settings = TrainSettings()
+    whole, parts = (costs_of(shape, 7 * 10**9, settings, 1e12, most, 32) for most in (None, 19 * 10**8))
+    assert 17e9 < whole.disk < 20e9 and whole.passes == 1
+    assert parts.disk <= 1.9e9 and 10 <= parts.passes <= 16 and parts.layer_multiplications == whole.layer_multiplications
+    assert 5 < parts.pass_multiplications / whole.pass_multiplications < 9
+    more = costs_of(shape, 7 * 10**9, replace(settings, tokens=400_000), 2e12, None, 32)
+    assert more.disk > 1.7 * whole.disk and whole.seconds / 2 < more.seconds < whole.seconds
+    assert "GB of disk" in whole.line() and "10 pass" not in whole.line()
+    assert costs(loaded.model, SETTINGS).seconds > 0
 
 
 STAGES = ["first sequence", "while writing a sequence", "captures", "first layer", "while training a layer", "while saving"]

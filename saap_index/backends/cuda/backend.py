@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import DTypeError
+from ...errors import DeviceError, DTypeError
 from ..base import SegmentChange
 from ..codes import DTYPE_CODES, LENGTH, MEANS, META, NEXT, SEALED, SEGMENTS, SINKS
 from ..plain_torch import TorchBackend
@@ -36,7 +36,8 @@ from . import scan as gpu_scan
 from . import seal as gpu_seal
 from . import select as gpu_select
 from .launch import Runtime
-from .session import CudaSession, Knobs, sent
+from .seal_plan import Job, places, planned
+from .session import CudaSession, Knobs, refuse_sample, sent
 
 MOST_SORTED_LISTS = 32768
 """More do not fit the shared memory of a block of every device; torch sorts then."""
@@ -98,8 +99,8 @@ class CudaBackend(TorchBackend):
         arena = gpu_seal.Arena(keys[None], values[None], ids[None], tables[None])
         jobs, at = [], 0
         for slot, (start, stop) in enumerate(segments):
-            jobs.append(gpu_seal.Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
-            at += gpu_seal.places(stop - start)
+            jobs.append(Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
+            at += places(stop - start)
         numbers = sent(np.array(jobs, np.int32), self.device)
         least, most = gpu_seal.workspace_bytes(arena, jobs)
         workspace = torch.empty(max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
@@ -108,7 +109,7 @@ class CudaBackend(TorchBackend):
     def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
         if arena.tables.shape[3] > MOST_SORTED_LISTS:
             return False
-        plan = gpu_seal.planned(changes)
+        plan = planned(changes)
         if not plan.jobs:
             return True
         heads, rows = arena.keys.shape[1], gpu_seal.Arena(arena.keys, arena.values, arena.ids, arena.tables)
@@ -146,6 +147,7 @@ class CudaBackend(TorchBackend):
         self, z: Tensor, a: Tensor, knots: Tensor, tables: Tensor, num_segments: Sequence[int], budget: Budget,
         size_weighted: bool,
     ) -> Probed:
+        refuse_sample(budget, self.device)
         b, h, j, nlist = z.shape
         segments, m = tables.shape[2], a.shape[3] - 1
         shape = gpu_select.SelectShape(b, h, j, nlist, segments, m, 0, budget.nprobe, size_weighted)
@@ -183,8 +185,10 @@ class CudaBackend(TorchBackend):
     def scan(
         self, queries: Tensor, arena_keys: Tensor, arena_values: Tensor, rows: Tensor | None, counts: Tensor | None,
         sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], scale: float, causal: bool, tail: Tail | None = None,
-        coded: Coded | None = None,
+        coded: Coded | None = None, biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if biases is not None:
+            raise DeviceError(f"biases: expected None on {str(self.device)!r}, which reads no samples yet, got some")
         b, h, g, q, d = queries.shape
         if coded is not None and not gpu_codes.covers(coded, lengths, q, causal):
             memory = queries, arena_keys, arena_values

@@ -34,6 +34,7 @@ PARAMS = np.dtype(
 _FIELDS = [(name, PARAMS[name]) for name in PARAMS.names or ()]
 CLOCK_PARAMS = np.dtype([*_FIELDS, ("clocks", np.uint64)], align=True)
 CODED_PARAMS = np.dtype([*_FIELDS, ("spans", np.uint64)], align=True)
+WEIGHTED_PARAMS = np.dtype([*_FIELDS, ("weights", np.uint64)], align=True)
 PAGED_PARAMS = np.dtype([*_FIELDS, ("head_bytes", np.int64), ("row_bytes", np.int32)], align=True)
 POINTS = "began", "waited", "planned", "copying", "arrived", "added", "merged", "ticketed", "ended"
 """Of a block, with SAAP_CLOCK: scan_params.cuh."""
@@ -48,6 +49,11 @@ PAGED = {"SAAP_PAGED": 1, "SAAP_RUNS": 32, "SAAP_CLOCK": 0}
 """What makes it a scan of pages, which has no runs."""
 
 CODED_KERNEL = "scan_codes.cu", "saap_scan_codes"
+WEIGHTED = {"SAAP_WEIGHTED": 1, "SAAP_CLOCK": 0}
+"""What makes it a scan of runs with weights; one without compiles nothing of them."""
+
+WEIGHT = np.dtype([("before", np.int32), ("probability", np.int32), ("offset", np.int32), ("bias", np.float32)], align=True)
+"""Of a run of a weighted selection: scan_params.cuh."""
 
 RUNS = 1024
 """Runs that a block has in shared memory: of more it has every second, third, ..., and looks up the others in device memory."""
@@ -121,7 +127,7 @@ def _padded(dim: int, storage: torch.dtype) -> int:
 class ScanShape:
     """What a scan is compiled and sized for. dense: it reads rows [0, length) of each sequence, and no list; paged: a list, and
     nothing else, of a pool's rows, of which there are ``capacity``; coded: bits of the values of rows that are codes, read as
-    float16, or 0."""
+    float16, or 0; weighted: of `Runs` with weights."""
 
     sequences: int
     heads: int
@@ -136,6 +142,7 @@ class ScanShape:
     dense: bool = False
     paged: bool = False
     coded: int = 0
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,24 +156,44 @@ class Listed:
 @dataclass(frozen=True)
 class Runs:
     """Rows to read, in runs: runs : int32 (b, h, R, 2), for each the row behind it, and the rows in it and in those before it;
-    run_counts : int32 (b, h) of them; counts : int32 (b, h) rows in them, at most ``most_rows``."""
+    run_counts : int32 (b, h) of them; counts : int32 (b, h) rows in them, at most ``most_rows``.
+
+    weights : int32 (b, h, R, 4), or None: of every run rows before it, probability, offset, and the bits of its bias, float32 in
+    nats, as `WEIGHT` has them. Its rows may then be a sample with gaps (`Weight` in cuda/scan_params.cuh), and instead of the row
+    behind it ``runs`` has the sum of its first row and the rows in it."""
 
     runs: Tensor
     run_counts: Tensor
     counts: Tensor
     most_rows: int
+    weights: Tensor | None = None
 
     def rows(self) -> Tensor:
         """int32 (b, h, most_rows): the rows, run by run; anything behind the last."""
+        return self._listed()[0]
+
+    def biases(self) -> Tensor | None:
+        """float32 (b, h, most_rows): what is added to the logits of `rows`, nats; None without weights."""
+        return self._listed()[1]
+
+    def _listed(self) -> tuple[Tensor, Tensor | None]:
         entries = torch.arange(self.most_rows, dtype=torch.int32, device=self.runs.device)
         if not self.runs.shape[2]:  # no segment has room: there are no rows
-            return entries.expand(*self.runs.shape[:2], -1).contiguous()
+            rows = entries.expand(*self.runs.shape[:2], -1).contiguous()
+            return rows, None if self.weights is None else rows.new_zeros(rows.shape, dtype=torch.float32)
         behind, ends = (x.contiguous() for x in self.runs.unbind(-1))
         number = torch.arange(ends.shape[2], dtype=torch.int32, device=ends.device)
         ends = ends.masked_fill(number >= self.run_counts[..., None], torch.iinfo(torch.int32).max)
         entries = entries.expand(*ends.shape[:2], -1).contiguous()
         at = torch.searchsorted(ends, entries, right=True).clamp_(max=max(0, ends.shape[2] - 1))
-        return behind.gather(2, at) - (ends.gather(2, at) - entries)
+        rows = behind.gather(2, at) - (ends.gather(2, at) - entries)
+        if self.weights is None:
+            return rows, None
+        before, probability, offset, bits = (x.contiguous().gather(2, at).long() for x in self.weights.unbind(-1))
+        probability = probability.clamp(min=1)
+        i = entries - before + 1
+        rows = rows - i + torch.div((i << 20) - offset + probability - 1, probability, rounding_mode="floor")
+        return rows.to(torch.int32), bits.to(torch.int32).view(torch.float32)
 
 
 class Scan:
@@ -186,6 +213,8 @@ class Scan:
         macros |= knobs or {}
         if shape.paged:
             macros |= PAGED
+        if shape.weighted:
+            macros |= WEIGHTED
         self.vectors = 8 * macros["SAAP_GROUPS"]
         passes = max(1, -(-shape.vectors // self.vectors))
         # All passes at once: they read the same rows, so all but one of them find them in the second cache.
@@ -202,7 +231,7 @@ class Scan:
         self._kernel = runtime.kernel(*(CODED_KERNEL if shape.coded else file_of(shape.storage)), macros)
         self.num_clocks = blocks * passes * len(POINTS) if macros.get("SAAP_CLOCK") and not shape.paged else 0
         plain = CODED_PARAMS if shape.coded else CLOCK_PARAMS if self.num_clocks else PARAMS
-        self._params = np.zeros((), PAGED_PARAMS if shape.paged else plain)
+        self._params = np.zeros((), PAGED_PARAMS if shape.paged else WEIGHTED_PARAMS if shape.weighted else plain)
         self._dependent = runtime.capability >= CLUSTERS
         for name in ("sequences", "heads", "vectors", "num_queries", "capacity", "causal", "dense"):
             self._params[name] = getattr(shape, name)
@@ -253,6 +282,8 @@ class Scan:
         if isinstance(listed, Runs):
             p["runs"], p["run_counts"], p["max_runs"] = listed.runs.data_ptr(), listed.run_counts.data_ptr(), listed.runs.shape[2]
             p["counts"], p["max_rows"] = listed.counts.data_ptr(), listed.most_rows
+            if listed.weights is not None:
+                p["weights"] = listed.weights.data_ptr()
         elif listed is not None and listed.rows.shape[2]:
             p["rows"], p["counts"], p["max_rows"] = listed.rows.data_ptr(), listed.counts.data_ptr(), listed.rows.shape[2]
         if means is not None and means.runs.shape[2]:
@@ -296,6 +327,8 @@ def _shipped() -> Iterator[tuple[str, str, dict[str, int]]]:
     shapes += [(128, 128, 16, f16, f16), (128, 128, 16, f16, bf16), (128, 128, 8, f32, f32), (256, 256, 8, f32, f32)]
     for d, e, j, storage, query in shapes:
         yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES)
+    for d, e, j, storage, query in (shapes[0], shapes[3], shapes[4]):
+        yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES) | WEIGHTED
     paged = [shapes[0], shapes[3], shapes[4], shapes[7], (128, 128, 16, f16, f16), (128, 128, 8, f32, f32)]
     for d, e, j, storage, query in paged:
         yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES) | PAGED

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import NotFiniteError, StateError
+from ...errors import DeviceError, NotFiniteError, StateError
 from ..base import Backend, Session
 from ..codes import FLAGS, FULL, LENGTH, META, NEXT, NOT_FINITE, SEALED, SINKS
 from ..scalar_quantizer import Coded
@@ -42,6 +42,7 @@ from .route import Route
 from .route_select import RouteSelect, RouteSelectShape
 from .scan import Runs, Scan, ScanShape, aligned
 from .select import Select, SelectShape
+from .steady import SteadyAppend, SteadySearch
 from .workspace import OneLaunch, Packed, Scanning, Selecting, TwoLaunches, evict, listed_of, queries_key, runs_of, selecting_key
 
 Knobs = Mapping[str, dict[str, int]]
@@ -80,16 +81,19 @@ class CudaSession(Session):
         # As many as a step of few query vectors has; more move to other memory, and launches are bound anew.
         self._tickets = torch.zeros((b * shape[1],), dtype=torch.int32, device=device)
         self._appending: dict[Any, Launch] = {}
-        gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
+        gpu_build.append_kernel(runtime, True)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
         # Whether no selection has waited yet for tables, centres and budgets to be written; the next one then waits before it
         # reads. That an append lies in between does not help: it starts its successor before it waits itself.
         self._just_published = True
         self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._stream: Any = None
+        self._raw: int | None = None  # its address
+        self.generation = 0
+        """Changes when launches that are bound come to be of no use."""
         # meta on its way to the host as of the last publication, the event behind it, and the lengths that the host knew
         self._watched: tuple[Tensor, Any, list[int]] | None = None
-        self._lock = threading.Lock()  # parameter structs and workspaces serve one call at a time
+        self.lock = threading.Lock()  # parameter structs and workspaces serve one call at a time
 
     # -- what the host decides ---------------------------------------------------------------------------------------
 
@@ -105,7 +109,19 @@ class CudaSession(Session):
             stream.wait_stream(self._stream)
             for x in self._memory():  # freed, it must not go to others before this stream is done with it
                 x.record_stream(stream)
-        self._stream = stream
+        self._stream, self._raw = stream, self.raw_stream()
+
+    def raw_stream(self) -> int | None:
+        """The address of the current stream, 0 where there are none; None while another device is current."""
+        stream = getattr(self._runtime, "stream", None)
+        return 0 if stream is None else stream()
+
+    def steady(self, generation: int, stream: int | None) -> bool:
+        """Whether launches that were bound then may start on that stream as they are."""
+        if generation != self.generation or self._just_published or stream is None or self.capturing:
+            return False
+        on_gpu = self._device.type == "cuda"
+        return not on_gpu or stream == self._raw == self.raw_stream()
 
     def release(self) -> None:
         """Memory is held until other is published: another stream may still have to wait for it."""
@@ -175,6 +191,7 @@ class CudaSession(Session):
             self.captured = False  # graphs hold addresses of before
 
     def plan(self, plan: Plan, budget: Budget) -> None:
+        refuse_sample(budget, self._device)
         self.wait_stream()
         b, h = self._shape[:2]
 
@@ -265,7 +282,7 @@ class CudaSession(Session):
             return
         self.wait_stream()
         by = None if all(count == n for count in counts) else self._counts
-        with self._lock:
+        with self.lock:
             if by is not None:
                 some = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda", device="cpu")
                 by.copy_(some, non_blocking=True)
@@ -286,7 +303,7 @@ class CudaSession(Session):
     def select(self, queries: Tensor, routing: Routing, plan: Plan) -> Probed:
         self.wait_stream()
         packed: Packed = plan.packed
-        with self._lock:
+        with self.lock:
             self._select(queries, routing, packed)
             selected = packed.selected
             counts = selected.counts.clone()
@@ -311,7 +328,7 @@ class CudaSession(Session):
             if self.capturing:
                 raise StateError("capture: expected as many tokens behind the sinks as queries, got fewer")
             return super().run(queries, routing, plan, scale)
-        with self._lock:
+        with self.lock:
             if self.capturing:
                 if not self._ready(queries, routing, packed, dense):
                     raise StateError("capture: expected a step that ran once before, got one with other queries")
@@ -326,6 +343,28 @@ class CudaSession(Session):
             scan, selected = self._scan_of(queries, by, packed, scale)
             scan(queries=queries, out=out, lse=lse)
         return out, lse, selected
+
+    def steady_append(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> SteadyAppend | None:
+        launch = self._appending.get((True, *gpu_build.append_layout(keys, values)))
+        same = all(count == keys.shape[2] for count in counts)
+        return SteadyAppend(self, launch, keys, values, counts) if same and launch is not None else None
+
+    def steady_search(self, queries: Tensor, routing: Routing, plan: Plan, scale: float) -> SteadySearch | None:
+        packed: Packed = plan.packed
+        if plan.dense or isinstance(routing.rope, Rotation) or self.capturing:
+            return None
+        with self.lock:
+            made = self._selecting.get(selecting_key(queries, routing, packed))
+            select = None if made is None else made.bound.get((id(routing), id(packed)))
+            if made is None or select is None:
+                return None
+            scan = self._scanning_of(queries, False).bound.get((id(made.by), id(packed), scale))
+            if scan is None or not isinstance(scan[0], Launch):
+                return None
+            if isinstance(made.by, OneLaunch):
+                select[0][0].params["early"] = True
+            lse = torch.empty(queries.shape[:-1], dtype=torch.float32, device=self._device)
+            return SteadySearch(self, select[0], scan[0], lse, *self._shape[2:4])
 
     def _ready(self, queries: Tensor, routing: Routing, packed: Packed, dense: bool) -> bool:
         """Whether a step with such queries finds its memory and kernels in place, as it does from the second time on."""
@@ -372,7 +411,7 @@ class CudaSession(Session):
 
     def _scan_of(
         self, queries: Tensor, by: TwoLaunches | OneLaunch | None, packed: Packed, scale: float
-    ) -> tuple[Launch, Probed | None]:
+    ) -> tuple[Launch | gpu_codes.CodedLaunch, Probed | None]:
         """The scan of what a selection within ``packed`` comes to, or, without one, of every row; and that."""
         s = self._scanning_of(queries, by is None)
         key = id(by), id(packed), scale
@@ -386,11 +425,13 @@ class CudaSession(Session):
                 if isinstance(listed, Runs):
                     seen = Probed(seen.rows[..., :0], seen.counts, in_runs=listed)
             coded, memory = self._published.coded, (s.floats, self._tickets)
-            if coded is None:
-                launch: Any = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, *memory)
-            else:
+            launch: Launch | gpu_codes.CodedLaunch
+            if isinstance(s.scan, gpu_codes.CodedScan):
+                assert coded is not None, "of this arena"
                 spans = self._spans[int(by is None)]
                 launch = s.scan.bind(at.numbers, coded, self._meta, spans, listed, means, scale, *memory)
+            else:
+                launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, *memory)
             bound = s.bound[key] = launch, seen, (by, packed)
             evict(s.bound, _BOUND)
         if self.capturing:
@@ -399,6 +440,7 @@ class CudaSession(Session):
 
     def _unbind(self) -> None:
         """Memory has moved: launches made for where it was are of no use."""
+        self.generation += 1
         self._appending.clear()
         for selecting in self._selecting.values():
             selecting.bound.clear()
@@ -471,6 +513,12 @@ def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     pinned = torch.empty(numbers.shape, dtype=torch.int32, device="cpu", pin_memory=True)
     pinned.numpy()[...] = numbers
     return pinned.to(device, non_blocking=True)
+
+
+def refuse_sample(budget: Budget, device: torch.device) -> None:
+    """DeviceError for a budget of which something is sampled: no kernel does that yet."""
+    if budget.sample is not None:
+        raise DeviceError(f"budget: expected one without a sample on {str(device)!r}, which reads no samples yet, got one")
 
 
 def _numbers(packed: Packed, budget: Budget) -> list[tuple[int, np.ndarray[Any, Any]]]:

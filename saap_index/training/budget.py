@@ -1,4 +1,4 @@
-"""How a model's budget is best spread over its layers and KV heads. Knows measured curves, not models.
+"""How a model's budget is best spread over its layers and KV heads. Knows measured curves and layers, not models.
 
 Heads differ: one finds nearly all of its attention in a percent of the tokens, another needs twenty. What a head loses by reading
 a share of its tokens is measured; every further token then goes to the head that gains most by it. On curves that fall ever
@@ -8,12 +8,16 @@ worth what the next stretch of the hull gives per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from ..errors import NotFiniteError, ParameterError, ShapeError
+from ..routing.trained import TrainedLayer
+from .measure import GRID
 
 LEAST, MOST = 0.6, 3.0
 """Of the average, what every head gets at least and at most: the curves are of some texts, and others will differ; and what a
@@ -72,6 +76,24 @@ def plan_budget(
     uniform, planned = (_loss(heads, at, x) for x in (np.full_like(shares, average), shares))
     spread: np.ndarray = shares.reshape(curves.shape[:2])
     return BudgetPlan(spread / spread.mean(), average, dense, uniform, planned)
+
+
+def spread_budget(layers: Mapping[int, TrainedLayer], average: float) -> tuple[dict[int, TrainedLayer], dict[str, Any] | None]:
+    """The layers, by number, with the shares that follow from their ``losses`` at `measure.GRID`, and the plan as plain data.
+
+    Layers without losses have none, and take no part; where no layer has any, the second is None. Raises as `plan_budget` does.
+    """
+    measured = {number: layer.losses for number, layer in layers.items() if layer.losses is not None}
+    if not measured:
+        return {number: replace(layer, budget_shares=None) for number, layer in layers.items()}, None
+    plan = plan_budget(np.stack(list(measured.values())), np.array(GRID), average)
+    shares = dict(zip(measured, plan.shares.astype(np.float32), strict=True))
+    numbers = list(measured)
+    facts = {
+        "average": plan.average, "grid": list(GRID), "dense_layers": [numbers[i] for i in plan.dense],
+        "loss_uniform": plan.uniform, "loss_planned": plan.planned,
+    }
+    return {number: replace(layer, budget_shares=shares.get(number)) for number, layer in layers.items()}, facts
 
 
 def _spend(heads: np.ndarray, grid: np.ndarray, average: float, low: float, high: float) -> np.ndarray:

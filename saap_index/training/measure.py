@@ -80,20 +80,20 @@ def _one(
     # stable, newest first among the tokens of a run
     order = high - low - 1 - weights.flip(1).argsort(dim=1, descending=True, stable=True)
     sealed = p[:, :, low:high]
-    ordered = sealed.gather(2, order[:, None].expand_as(sealed)).double()
-    rows = values[:, low:high].gather(1, order[..., None].expand(-1, -1, values.shape[2])).double()
-    upto = torch.nn.functional.pad(ordered.cumsum(-1), (1, 0))
+    ordered = sealed.gather(2, order[:, None].expand_as(sealed))
+    rows = torch.stack([some.index_select(0, at) for some, at in zip(values[:, low:high], order, strict=True)])
+    upto = torch.nn.functional.pad(ordered.cumsum(-1, dtype=torch.float64), (1, 0))
     outside = window_start - layout.sinks
     spare = window_start - high  # recent tokens beyond the window: read anyway, and part of the budget
     report = [min(high - low, max(0, round(share * outside) - spare)) for share in SHARES]
     grid = [round(share * (high - low)) for share in GRID]
-    beyond = p[:, :, high:window_start].double().sum(-1)
-    always = torch.cat([p[:, :, :low], p[:, :, high:]], -1).double()
-    always_values = torch.cat([values[:, :low], values[:, high:n]], 1).double()
-    out, outs, at = always @ always_values, {}, 0
+    beyond = p[:, :, high:window_start].sum(-1, dtype=torch.float64)
+    always = torch.cat([p[:, :, :low], p[:, :, high:]], -1)
+    always_values = torch.cat([values[:, :low], values[:, high:n]], 1)
+    out, outs, at = (always @ always_values).double(), {}, 0
     for budget in sorted({*report, *grid}):
         out = out + ordered[:, :, at:budget] @ rows[:, at:budget]
-        outs[budget], at = out / (always.sum(-1) + upto[:, :, budget])[..., None], budget
+        outs[budget], at = out / (always.sum(-1, dtype=torch.float64) + upto[:, :, budget])[..., None], budget
     exact = outs[high - low]
 
     def numbers(value: Tensor) -> np.ndarray:
@@ -102,12 +102,12 @@ def _one(
 
     squares = {budget: (out - exact).square().sum(-1) for budget, out in outs.items()}  # (h, g)
     norm = exact.square().sum(-1)
-    top = sealed.sum(1).double().sort(dim=1, descending=True).values.cumsum(1)
+    top = sealed.sum(1).sort(dim=1, descending=True).values.cumsum(1, dtype=torch.float64)
     top = torch.nn.functional.pad(top, (1, 0))
     return Measured(
         captured=numbers(torch.stack([(upto[:, :, b] + beyond).sum(1) for b in report], 1)),
         best=numbers(torch.stack([top[:, b] + beyond.sum(1) for b in report], 1)),
-        outside=numbers((sealed.double().sum(-1) + beyond).sum(1)),
+        outside=numbers((sealed.sum(-1, dtype=torch.float64) + beyond).sum(1)),
         error=numbers(torch.stack([(squares[b] / norm).sqrt().sum(1) for b in report], 1)),
         loss=numbers(torch.stack([squares[b].sum(1) for b in grid], 1)),
         norm=numbers(norm.sum(1)),
