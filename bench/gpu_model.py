@@ -77,6 +77,7 @@ CONSTANTS: dict[str, tuple[float, str]] = {
     "block_barrier": (34, "floor.cu"),
     "dram": (674, "floor.cu"),
     "cold_line": (27, "floor.cu: 128 bytes of code, fetched ahead from L2"),
+    "cold_jump": (272, "assumed: code that no fetch ahead brings takes as long as data from L2"),
     "shared": (29, "Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, 2024"),
     "shuffle": (24, "audit of the SASS, as for Ampere"),
     "special": (30, "MUFU, conversions, S2R, counts of bits: as for Ampere"),
@@ -98,28 +99,34 @@ _CLASSES = {
     "ULDC": "constant", "MEMBAR": "fence", "HMMA": "matrix", "LDGDEPBAR": "dram", "QSPC": "special",
 }
 _BARRIERS = {"BAR": "block_barrier", "UCGABAR_WAIT": "cluster_barrier"}
+FETCHED_AHEAD = 512
+"""Bytes, assumed: a jump over no more than these finds its code on the way."""
+
 _TRIPS = ("l2", "dram", "shared_of_another_block", "atomic", "fence", "shared")
-GRID_WAIT = "ACQBULK"
+GRID_WAIT, GRID_LAUNCH = "ACQBULK", "PREEXIT"
 PRIMITIVES = "prims.cuh"
 """Has other text on the emulated device: its lines are counted where they are used."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a launch. instructions, code_bytes : in the cubin; cold_bytes : of blocks that run at this size; executed : warp
-    instructions of a multiprocessor; barriers : by kind, passed by a warp; trips : waits at scoreboards, by what is waited for;
-    before, after : cycles until, and from, where it waits for the launch in front; copy : of `after`, in loops that copy;
-    nbytes : from memory. us : by device, of `after` and the launch; roofline : by device, of the bytes alone."""
+    """Of a launch. instructions, code_bytes : in the cubin; cold_bytes : of blocks that run at this size; jumps : to code that no
+    fetch ahead brings; executed : warp instructions of a multiprocessor; barriers : by kind, passed by a warp; trips : waits at
+    scoreboards, by what is waited for; before, after : cycles until, and from, where it waits for the launch in front; released :
+    cycles until it lets the next one begin; copy : of `after`, in loops that copy; nbytes : from memory. us : by device,
+    by which it ends later than the launch in front; roofline : by device, of the bytes alone."""
 
     kernel: str
     instructions: int
     code_bytes: int
     cold_bytes: int
+    jumps: int
     executed: int
     barriers: dict[str, int]
     trips: dict[str, int]
     before: int
     after: int
+    released: int
     copy: int
     nbytes: int
     us: dict[str, float]
@@ -202,8 +209,12 @@ def frequencies(blocks: Sequence[Block], lines: Lines, threads: int) -> tuple[li
             often = above[0 if i in heads.values() else len(above) // 4]
         before = often
         mean.append(often)
+    for loop, head in heads.items():
+        # of a head whose lines are only those of the step of a `for`, never reached: the loop ran once each time
+        if any(mean[k] for k in loop) and not mean[head]:
+            mean[head] = next((mean[k] for k in range(head - 1, -1, -1) if mean[k]), 0.0)
     for i, block in enumerate(blocks):
-        if block.loops and mean[heads[block.loops[-1]]]:  # a turn runs a block once at most
+        if block.loops:  # a turn runs a block once at most
             mean[i] = min(mean[i], mean[heads[block.loops[-1]]])
     return [max(1.0, x) if x else 0.0 for x in mean], mean
 
@@ -232,7 +243,11 @@ def predict(start: Start, blocks: list[Block], lines: Lines, nbytes: int, consta
     each, mean = frequencies(blocks, lines, grid * start.block)
     copies = streaming(blocks, each)
     walk = Walk(constants)
-    spent, copy, cold, executed = [0.0, 0.0], 0.0, 0, 0.0
+    spent, copy, cold, executed, jumps, released = [0.0, 0.0], 0.0, 0, 0.0, 0, 0.0
+    places = [0]
+    for block in blocks:
+        places.append(places[-1] + len(block.instructions) * gpu_sass.BYTES)
+    fetched = 0
     # the last: one before it, where nothing may be read early, is jumped over in a step
     wait = max((i for i, block in enumerate(blocks) if any(x.base == GRID_WAIT for x in block.instructions)), default=0)
     cold_block = constants["cold_line"] / (128 / gpu_sass.BYTES)
@@ -247,6 +262,10 @@ def predict(start: Start, blocks: list[Block], lines: Lines, nbytes: int, consta
         walk.run(block, 1.0)
         stalls = sum(x.stall for x in block.instructions)
         first = walk.now - began - stalls + max(stalls, count * cold_block)
+        if places[i] > fetched + FETCHED_AHEAD:
+            jumps += 1
+            first += constants["cold_jump"]
+        fetched = places[i + 1]
         more = 0.0
         if each[i] > 1:
             again = walk.now
@@ -257,17 +276,36 @@ def predict(start: Start, blocks: list[Block], lines: Lines, nbytes: int, consta
             copy += more
             cycles -= more
         spent[i >= wait] += cycles
+        if any(x.base == GRID_LAUNCH for x in block.instructions):
+            released = sum(spent)
     us, roofline = {}, {}
-    launch = constants["launch_us" if start.dependent else "launch_plain_us"]
     for device in DEVICES:
         roofline[device.name] = 1e6 * nbytes / device.read
-        us[device.name] = launch + spent[1] / device.mhz + max(copy / device.mhz, roofline[device.name] if copies else 0.0)
+        us[device.name] = spent[1] / device.mhz + max(copy / device.mhz, roofline[device.name] if copies else 0.0)
     code = sum(len(x.instructions) for x in blocks)
     whole = {name: round(x) for name, x in walk.trips.items()}
     return Prediction(
-        start.kernel, code, code * gpu_sass.BYTES, cold, round(executed), {k: round(x) for k, x in walk.barriers.items()}, whole,
-        round(spent[0]), round(spent[1] + copy), round(copy), nbytes, us, roofline,
+        start.kernel, code, code * gpu_sass.BYTES, cold, jumps, round(executed),
+        {k: round(x) for k, x in walk.barriers.items()}, whole,
+        round(spent[0]), round(spent[1] + copy), round(released), round(copy), nbytes, us, roofline,
     )
+
+
+def in_a_row(starts: Sequence[Start], predictions: Sequence[Prediction], constants: dict[str, float]) -> list[Prediction]:
+    """Predictions whose ``us`` are of the step: what each launch adds to the end of the one in front. Of the first one what
+    comes before its wait is done by then, as in a stream of steps."""
+    us: list[dict[str, float]] = [{} for _ in predictions]
+    for device in DEVICES:
+        end, released = 0.0, -math.inf
+        for start, x, to in zip(starts, predictions, us, strict=True):
+            launch = constants["launch_us" if start.dependent else "launch_plain_us"]
+            ready = end + launch
+            if start.dependent and released > -math.inf:
+                ready = max(ready, released + launch + x.before / device.mhz)
+            released = ready + (x.released - x.before) / device.mhz if x.released else ready + x.us[device.name]
+            to[device.name] = ready + x.us[device.name] - end
+            end = ready + x.us[device.name]
+    return [replace(x, us=of) for x, of in zip(predictions, us, strict=True)]
 
 
 @cache
@@ -323,11 +361,12 @@ def step(size: Size) -> list[tuple[Start, Lines, int]]:
 
 
 def model(size: Size, constants: dict[str, float], arch: str = "sm_90") -> list[Prediction]:
-    predictions = []
+    starts, predictions = [], []
     for start, lines, nbytes in step(size):
         blocks = machine_code(start.file, start.kernel, tuple(sorted(start.macros.items())), arch)
+        starts.append(start)
         predictions.append(predict(start, blocks, lines, nbytes, constants))
-    return predictions
+    return in_a_row(starts, predictions, constants)
 
 
 # -- on record
@@ -388,8 +427,8 @@ def predicted(predictions: list[Prediction]) -> dict[str, Any]:
     """As it stands on record."""
     of = {}
     for x in predictions:
-        fields = {"cold_bytes": x.cold_bytes, "executed": x.executed, **x.barriers, "trips": sum(x.trips.values())}
-        fields |= {"before": x.before, "after": x.after, "nbytes": x.nbytes}
+        fields = {"cold_bytes": x.cold_bytes, "jumps": x.jumps, "executed": x.executed, **x.barriers}
+        fields |= {"trips": sum(x.trips.values()), "before": x.before, "after": x.after, "nbytes": x.nbytes}
         of[x.kernel] = fields | {f"{name}_us": round(us, 2) for name, us in x.us.items()}
     return of
 
@@ -472,19 +511,19 @@ def constants_of(folder: Path | None) -> dict[str, float]:
 
 
 def table(results: dict[str, list[Prediction]], measured: dict[str, tuple[float | None, dict[str, float]]]) -> str:
-    head = ["tokens x batch, launch", "code", "cold", "warp instr.", "barriers", "trips", "wait", "cycles"]
+    head = ["tokens x batch, launch", "code", "cold", "jumps", "warp instr.", "barriers", "trips", "wait", "cycles"]
     head += [f"{x.name} us" for x in DEVICES] + ["bytes alone", "measured", "off"]
     rows = []
     for name, predictions in results.items():
         whole, kernels = measured[name]
         for x in predictions:
             barriers = "+".join(str(x.barriers.get(k, 0)) for k in ("block_barrier", "cluster_barrier"))
-            cells = [f"{name}  {x.kernel}", str(x.code_bytes), str(x.cold_bytes), str(x.executed), barriers]
+            cells = [f"{name}  {x.kernel}", str(x.code_bytes), str(x.cold_bytes), str(x.jumps), str(x.executed), barriers]
             cells += [str(sum(x.trips.values())), str(x.before), str(x.after), *(f"{x.us[d.name]:.1f}" for d in DEVICES)]
             cells += [f"{x.roofline[DEVICES[0].name]:.1f}"]
             rows.append([*cells, f"({kernels[x.kernel]:.1f})" if x.kernel in kernels else "-", ""])
         total = [sum(x.us[d.name] for x in predictions) for d in DEVICES]
-        sums = (str(sum(getattr(x, of) for x in predictions)) for of in ("code_bytes", "cold_bytes", "executed"))
+        sums = (str(sum(getattr(x, of) for x in predictions)) for of in ("code_bytes", "cold_bytes", "jumps", "executed"))
         cells = [f"{name}  step", *sums]
         cells += ["", "", "", str(sum(x.after for x in predictions)), *(f"{x:.1f}" for x in total)]
         cells += [f"{sum(x.roofline[DEVICES[0].name] for x in predictions):.1f}"]

@@ -26,7 +26,7 @@ export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-$(mktemp -d)} # the home folder may not 
 BEGAN=$(date +%s)
 [ -n "${DRY:-}" ] && LIMIT=${LIMIT:-1500}
 LIMIT=${LIMIT:-520} # seconds for everything
-STAGES=${STAGES:-environment primitives bisect memcheck step model build tests racecheck}
+STAGES=${STAGES:-environment primitives bisect memcheck step model host build tests racecheck}
 FAILED=()
 dry=${DRY:+--dry}
 
@@ -152,6 +152,7 @@ for name in $STAGES; do
     ready
     LINES_SHOWN=110 stage step 200 "$PYTHON" bench/gpu_step.py $dry --out "$WORK" --budget 150 ${SIZES:+--sizes "$SIZES"}
     ;;
+  host) stage host 30 "$PYTHON" bench/gpu_host.py --out "$WORK" ;;
   build) LINES_SHOWN=40 stage build 60 "$PYTHON" bench/gpu_build.py $dry --out "$WORK" --budget 45 ;;
   generate) LINES_SHOWN=40 stage generate 120 "$PYTHON" bench/gpu_generate.py $dry --out "$WORK" ;;
   tests) tests ;;

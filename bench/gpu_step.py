@@ -290,6 +290,18 @@ def measure(
             line["failed"] = _reason(failure)
             report.wrong.append(f"{n} x {batch} {name}: {line['failed']}")
 
+    def note_sealed(step: dict[str, Any]) -> None:
+        """The step with what sealing costs the device, a token; in a model it runs between replays."""
+        if "failed" in step or "graph_us" not in step:
+            return
+        try:
+            more = sealing_us(device, indexes[0], n)
+        except Exception as failure:
+            report.wrong.append(f"{n} x {batch} sealing: {_reason(failure)}")
+            return
+        both = {"eager_us": step["eager_us"] + more, "graph_us": step["graph_us"] + more, "sealing_us": more}
+        report.figures.append({**step, **both, "name": f"{step['name']}, sealing included"})
+
     if sweep:
         params = SearchParametersIVF(selectivity=SHARES[0])
         indexes[0].search_attend(drawn[0], params=params)
@@ -303,6 +315,7 @@ def measure(
         indexes[0].search_attend(drawn[0], params=params)
         nbytes = indexes[0].stats().last_search.total_bytes
         note_step(f"ours step {share:.0%}", params, nbytes)
+        note_sealed(report.figures[-1])
         note(f"ours search {share:.0%}", [partial(x.search_attend, q, params=params) for x, q in pairs], nbytes)
     params = SearchParametersIVF(selectivity=SHARES[0])
     for i, (index, _) in enumerate(pairs):
@@ -321,6 +334,23 @@ def measure(
         if gathered:
             note("torch gather + SDPA 5%", gathered, kv_bytes * 0.05)
     return rates(report, error, read)
+
+
+def sealing_us(device: harness.Device, index: AsymmetricIndex, n: int) -> float:
+    """Microseconds of the device a token: all that `add` of one token after the other launches over two blocks but the append
+    itself. However sealing is spread over tokens, it is in here; so are the merges that fall due."""
+    batch, steps = len(index.lengths), min(ROOM, 2 * index.layout.block)
+    size = (batch, index.num_kv_heads, 1, index.d)
+    token = torch.zeros(size, dtype=index.dtype, device=device.device)
+    token[..., 0] = 1.0
+
+    def add() -> None:
+        for _ in range(steps):
+            index.add(token, token)
+
+    kernels = device.kernels(add, steps, repeat=1)
+    index.truncate(n)
+    return sum(us for name, us in kernels.items() if name not in ("saap_append", "gaps"))
 
 
 def rates(report: Report, error: float, read: float) -> Report:

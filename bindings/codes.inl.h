@@ -165,65 +165,25 @@ INLINE void add_codes(const ScanItem& it, float* w, const int32_t* rows, int n, 
   }
 }
 
-template <int BITS, int D, int G>
-void scan_coded_item(const ScanItem& it) {
-  const int columns = it.chunks * G;
-  alignas(64) float s[kBlock * G], m[kScanColumns * W], l[kScanColumns * W];
-  const int dp = D ? D : it.dp, ep = D ? D : it.ep;
-  const int k_bytes = code_bytes<8>(it.d), v_bytes = code_bytes<BITS>(it.e);
-  std::memset(it.o, 0, sizeof(float) * columns * ep);
-  for (int i = 0; i < it.chunks; i++) {
-    store(m + i * W, splat(kLowest));
-    store(l + i * W, vf{});
+template <int BITS> struct CodedRows {
+  INLINE const char* key(const ScanItem& it, int32_t row) { return (const char*)it.k + (int64_t)row * key_bytes(it); }
+  INLINE const char* value(const ScanItem& it, int32_t row) { return (const char*)it.v + (int64_t)row * value_bytes(it); }
+  INLINE int key_bytes(const ScanItem& it) { return code_bytes<8>(it.d); }
+  INLINE int value_bytes(const ScanItem& it) { return code_bytes<BITS>(it.e); }
+  template <int D, int G> INLINE void score(const ScanItem& it, const float* q, const int32_t* rows, int n, bool fetch, float* s) {
+    score_codes<BITS, D, G>(it, q, rows, n, fetch, s);
   }
-  for (int i = 0; i < kKeysAhead<G> * kBlock; i++) {
-    prefetch((const char*)it.k + (int64_t)it.rows[i] * k_bytes, k_bytes);
-    if (i < kBlock) prefetch((const char*)it.v + (int64_t)it.rows[i] * v_bytes, v_bytes);
+  template <int D, int G> INLINE void add(const ScanItem& it, float* w, const int32_t* rows, int n, bool fetch, float* acc) {
+    add_codes<BITS, D, G>(it, w, rows, n, fetch, acc);
   }
-  for (int t = 0; t < it.n; t += kBlock) {
-    const int n = it.n - t < kBlock ? it.n - t : kBlock;
-    const int32_t* rows = it.rows + t;
-    bool limited = false;
-    if (it.limits)
-      for (int i = 0; i < n; i++) limited |= rows[i] >= it.limits_from;
-    for (int c = 0; c < it.chunks; c++) {
-      float* acc = it.o + c * G * ep;
-      score_codes<BITS, D, G>(it, it.q + c * G * dp, rows, n, c == 0, s);
-      if (it.bias) add_bias<G>(it.bias + t, n, s);
-      if (limited || n * G % W) hide_scores<G>(limited ? it.limits + c * G : nullptr, rows, n, s);
-      weigh_block<G>(n, ep, s, acc, m + c * W, l + c * W);
-      add_codes<BITS, D, G>(it, s, rows, n, c == 0, acc);
-    }
-  }
-  for (int c = 0; c < it.chunks; c++) {
-    vf sum = sum_modulo<G>(load(l + c * W));
-    for (int g = 0; g < G; g++) {
-      it.m[c * G + g] = m[c * W + g];
-      it.l[c * G + g] = sum[g];
-    }
-  }
-}
-
-template <int BITS, int D> void scan_coded_group(const ScanItem& it) {
-  switch (it.group) {
-    case 1: return scan_coded_item<BITS, D, 1>(it);
-    case 2: return scan_coded_item<BITS, D, 2>(it);
-    case 4: return scan_coded_item<BITS, D, 4>(it);
-#if W >= 8
-    case 8: return scan_coded_item<BITS, D, 8>(it);
-#endif
-#if W >= 16
-    case 16: return scan_coded_item<BITS, D, 16>(it);
-#endif
-  }
-}
+};
 
 template <int BITS> void scan_coded_dims(const ScanItem& it) {
 #if W >= 8
-  if (it.d == 64 && it.e == 64) return scan_coded_group<BITS, 64>(it);
-  if (it.d == 128 && it.e == 128) return scan_coded_group<BITS, 128>(it);
+  if (it.d == 64 && it.e == 64) return scan_group<CodedRows<BITS>, 64>(it);
+  if (it.d == 128 && it.e == 128) return scan_group<CodedRows<BITS>, 128>(it);
 #endif
-  scan_coded_group<BITS, 0>(it);
+  scan_group<CodedRows<BITS>, 0>(it);
 }
 
 void scan_codes(int value_bits, const ScanItem& it) {
@@ -235,17 +195,55 @@ void scan_codes(int value_bits, const ScanItem& it) {
 
 INLINE float sign_of(int i) { return (uint32_t)(i + 1) * 0x9E3779B1u >> 31 ? -1.f : 1.f; }
 
+// Numbers of type T in vectors of whole registers.
+template <class T> struct Lanes {
+  typedef T type __attribute__((vector_size(W * 4)));
+  static constexpr int count = W * 4 / (int)sizeof(T);
+};
+
+// Of pairs of lanes that differ by H the sum in the lower, the difference in the upper one: x + y where the latter is y - x.
+template <int H, class V, int... I> INLINE V butterfly(V x, std::integer_sequence<int, I...>) {
+  constexpr V one = {(I & H ? -1 : 1)...};
+  return __builtin_shufflevector(x, x, (I ^ H)...) + x * one;
+}
+template <class T, int H> INLINE void butterflies(T* part, int size) {
+  using L = Lanes<T>;
+  for (int i = 0; i < size; i += L::count) {
+    typename L::type x;
+    std::memcpy(&x, part + i, sizeof x);
+    x = butterfly<H>(x, std::make_integer_sequence<int, L::count>{});
+    std::memcpy(part + i, &x, sizeof x);
+  }
+}
+
 // A Walsh-Hadamard transform of each block, powers of two that make up dim, in the order of additions that reference.rotate has.
 template <class T> INLINE void hadamard(T* x, int dim) {
+  using L = Lanes<T>;
   for (int start = 0, left = dim; left; ) {
     int size = 1;
     while (2 * size <= left) size *= 2;
     T* part = x + start;
-    for (int half = 1; half < size; half *= 2)
+    int half = 1;
+    if (size >= L::count) {
+      butterflies<T, 1>(part, size), half = 2;
+      if constexpr (L::count > 2) butterflies<T, 2>(part, size), half = 4;
+      if constexpr (L::count > 4) butterflies<T, 4>(part, size), half = 8;
+      if constexpr (L::count > 8) butterflies<T, 8>(part, size), half = 16;
+    }
+    for (; half < size; half *= 2)
       for (int i = 0; i < size; i += 2 * half)
-        for (int k = i; k < i + half; k++) {
-          const T a = part[k], b = part[k + half];
-          part[k] = a + b, part[k + half] = a - b;
+        for (int k = i; k < i + half;) {
+          if (half >= L::count) {
+            typename L::type a, b;
+            std::memcpy(&a, part + k, sizeof a), std::memcpy(&b, part + k + half, sizeof b);
+            const typename L::type sum = a + b, difference = a - b;
+            std::memcpy(part + k, &sum, sizeof sum), std::memcpy(part + k + half, &difference, sizeof difference);
+            k += L::count;
+          } else {
+            const T a = part[k], b = part[k + half];
+            part[k] = a + b, part[k + half] = a - b;
+            k++;
+          }
         }
     const T scale = (T)(1 / std::sqrt((double)size));
     for (int i = 0; i < size; i++) part[i] *= scale;
@@ -263,48 +261,95 @@ INLINE double pairwise_sum(double* x, int dim) {
   int size = 1;
   while (size < dim) size *= 2;
   for (int i = dim; i < size; i++) x[i] = 0;
+  using L = Lanes<double>;
+  for (; size >= 2 * L::count; size /= 2)
+    for (int i = 0; i < size / 2; i += L::count) {
+      typename L::type a, b;
+      std::memcpy(&a, x + i, sizeof a), std::memcpy(&b, x + i + size / 2, sizeof b);
+      a += b;
+      std::memcpy(x + i, &a, sizeof a);
+    }
   for (; size > 1; size /= 2)
     for (int i = 0; i < size / 2; i++) x[i] += x[i + size / 2];
   return x[0];
+}
+
+// Whole numbers from -127 to 127 as bytes; n, 8 or at least W, of them.
+INLINE void store_bytes(vf x, uint8_t* out, int n) {
+#if W == 16 && !defined(SAAP_EMULATE_AVX512)
+  const __m128i b = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)x));
+  if (n >= W) _mm_storeu_si128((__m128i*)out, b);
+  else _mm_storel_epi64((__m128i*)out, b);
+#elif W == 8
+  const __m256i i = _mm256_cvtps_epi32((__m256)x);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+  _mm_storel_epi64((__m128i*)out, _mm_packs_epi16(words, words));
+#else
+  const vb b = __builtin_convertvector(__builtin_convertvector(x, vi), vb);
+  std::memcpy(out, &b, n < W ? W / 2 : W);
+#endif
 }
 
 void encode8(const float* row, int dim, uint8_t* code) {
   vf top{};
   for (int j = 0; j < dim; j += W) top = maximum(top, (vf)((vi)load(row + j) & 0x7fffffff));
   const float scale = max_modulo<1>(top)[0] / 127.f;
+  const vf divisor = splat(scale > 0 ? scale : 1), lowest = splat(scale > 0 ? -127.f : 0.f), highest = splat(scale > 0 ? 127.f : 0.f);
   for (int j = 0; j < dim; j += W) {
-    vf t = scale > 0 ? load(row + j) / splat(scale) : vf{};
+    vf t = load(row + j) / divisor;
     t = (t + splat(12582912.f)) - splat(12582912.f);
-    t = maximum(splat(-127.f), t < splat(127.f) ? t : splat(127.f));
-    const vb b = __builtin_convertvector(__builtin_convertvector(t, vi), vb);
-    std::memcpy(code + j, &b, dim - j < W ? dim - j : W);
+    t = maximum(lowest, t < highest ? t : highest);
+    store_bytes(t, code + j, dim - j);
   }
   std::memcpy(code + dim, &scale, sizeof scale);
 }
 
+// The largest float that a level's upper bound leaves to it: of floats x > 0 those with x / divisor > bound are the larger ones.
+// Quotients grow with x, and only the float nearest to bound * divisor needs one.
+INLINE float last_below(double bound, double divisor) {
+  const float near = (float)(bound * divisor);
+  int32_t bits;
+  std::memcpy(&bits, &near, sizeof bits);
+  bits -= near / divisor > bound;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // Every product below is of numbers whose significands together fit a double, so a fused multiplication rounds like two steps.
 void encode4(const float* row, int dim, uint8_t* code) {
-  alignas(64) double x[256], terms[256], squares[256];
-  alignas(64) int32_t number[256];
-  for (int i = 0; i < dim; i++) x[i] = (double)row[i] * sign_of(i);
+  alignas(64) double x[256], terms[256];
+  alignas(64) float turned[256 + 8];
+  alignas(64) int32_t number[256 + 8], level[256 + 8];
+  for (int i = 0; i < dim; i++) x[i] = (double)(row[i] * sign_of(i));
   hadamard(x, dim);
   const double largest = 3.4028234663852886e38;
   for (int i = 0; i < dim; i++) {
-    x[i] = (float)(x[i] > largest ? largest : x[i] < -largest ? -largest : x[i]);
-    squares[i] = x[i] * x[i];
+    const double capped = x[i] > largest ? largest : x[i] < -largest ? -largest : x[i];
+    turned[i] = (float)capped;
+    terms[i] = (double)turned[i] * (double)turned[i];
   }
-  const double unit = std::sqrt(pairwise_sum(squares, dim) / dim) / kGauss, divisor = unit > 0 ? unit : 1;
-  for (int i = 0; i < dim; i++) {
-    const double part = x[i] / divisor, size = part < 0 ? -part : part;
-    int32_t index = 0;
-    for (int level = 0; level < 7; level++) index += size > (kLevels[level] + kLevels[level + 1]) / 2.0;
-    number[i] = part < 0 ? index + 8 : index;
+  const double unit = std::sqrt(pairwise_sum(terms, dim) / dim) / kGauss, divisor = unit > 0 ? unit : 1;
+  float bounds[7];
+  for (int k = 0; k < 7; k++) bounds[k] = last_below((kLevels[k] + kLevels[k + 1]) / 2.0, divisor);
+  for (int i = dim; i < dim + 8; i++) turned[i] = 0;  // half a vector, at most
+  vi squares{};  // whole, so in any order
+  for (int i = 0; i < dim; i += W) {
+    const vf x = load(turned + i), size = (vf)((vi)x & 0x7fffffff);
+    const vi negative = x < vf{};
+    vi index{}, positive = splat((int32_t)kLevels[0]);
+    for (int k = 0; k < 7; k++) {
+      const vi beyond = size > splat(bounds[k]);
+      index -= beyond, positive += beyond & splat((int32_t)(kLevels[k + 1] - kLevels[k]));
+    }
+    const vi named = index + (negative & 8), signed_level = (positive ^ negative) - negative;
+    std::memcpy(number + i, &named, sizeof named), std::memcpy(level + i, &signed_level, sizeof signed_level);
+    squares += positive * positive;
   }
-  for (int i = 0; i < dim; i++) {
-    const double level = kLevels[number[i]];
-    terms[i] = x[i] * level, squares[i] = level * level;
-  }
-  const float scale = (float)(pairwise_sum(terms, dim) / pairwise_sum(squares, dim));
+  int square_sum = -(dim % W) * kLevels[0] * kLevels[0];  // what the zeros behind the row were named
+  for (int i = 0; i < W; i++) square_sum += squares[i];
+  for (int i = 0; i < dim; i++) terms[i] = (double)turned[i] * level[i];
+  const float scale = (float)(pairwise_sum(terms, dim) / square_sum);
   for (int start = 0; start < dim; start += kRun) {
     const int half = (dim - start < kRun ? dim - start : kRun) / 2;
     for (int i = 0; i < half; i++) code[start / 2 + i] = (uint8_t)(number[start + i] | number[start + half + i] << 4);

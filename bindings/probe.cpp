@@ -201,6 +201,8 @@ uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double al
 constexpr int kOneBits = 20;
 constexpr int64_t kOne = int64_t(1) << kOneBits;
 
+constexpr int kPowers = 32 * (kOneBits + 1);  // steps of a thirty-second of an octave after which nothing is left
+
 // 2^(-steps / 32) in parts of kOne.
 int64_t power_of(int64_t steps) {
   static const std::array<int64_t, 32> powers = [] {
@@ -212,31 +214,43 @@ int64_t power_of(int64_t steps) {
 }
 
 // Probability of inclusion of a row of each bin (kBins), proportional to weight ** (exponent / 4) and `rows` in all at most. bins:
-// the rows there are.
+// the rows there are. See reference.inclusion.
 void inclusion(const int32_t* bins, int64_t rows, int exponent, int32_t* probability) {
   std::fill(probability, probability + kBins, 0);
-  thread_local std::vector<std::pair<int, int32_t>> filled;  // falling
+  struct Filled {
+    int bin;
+    int32_t rows;
+    double total;  // of this bin and all below it, about
+  };
+  thread_local std::vector<Filled> filled;  // falling
   filled.clear();
   for (int bin = kBins - 1; bin >= 0; bin--)
-    if (bins[bin] > 0) filled.emplace_back(bin, bins[bin]);
+    if (bins[bin] > 0) filled.push_back({bin, bins[bin], 0});
+  int64_t powers[kPowers + 1];  // of the distance in bins, up to the first that is 0
+  int reach = 0;
+  while ((powers[reach] = power_of(static_cast<int64_t>(exponent) * reach))) reach++;
+  double below = 0;
+  for (size_t i = filled.size(); i-- > 0;) {
+    const int gap = i + 1 < filled.size() ? filled[i].bin - filled[i + 1].bin : 0;
+    below = filled[i].total = filled[i].rows + below * (gap < reach ? static_cast<double>(powers[gap]) / kOne : 0.0);
+  }
   for (size_t i = 0; i < filled.size(); i++) {
-    const auto [top, there] = filled[i];
-    int64_t total = 0;
-    for (size_t k = i; k < filled.size(); k++) {
-      const int64_t term = power_of(static_cast<int64_t>(exponent) * (top - filled[k].first));
-      if (!term) break;
-      total += term * filled[k].second;
-    }
-    if (rows * kOne < total) {
-      for (size_t k = i; k < filled.size(); k++) {
-        const int64_t term = power_of(static_cast<int64_t>(exponent) * (top - filled[k].first));
-        if (!term) break;
-        probability[filled[k].first] = static_cast<int32_t>(term * rows * kOne / total);
+    // Where it is plain that all rows of this bin are read for certain, the exact sum need not be asked.
+    if (!(static_cast<double>(rows) > filled[i].total * 1.001 + 2)) {
+      int64_t total = 0;
+      size_t last = i;
+      for (; last < filled.size() && filled[i].bin - filled[last].bin < reach; last++)
+        total += powers[filled[i].bin - filled[last].bin] * filled[last].rows;
+      if (rows * kOne < total) {
+        for (size_t k = i; k < last; k++) {
+          const int64_t term = powers[filled[i].bin - filled[k].bin];
+          probability[filled[k].bin] = static_cast<int32_t>(term * rows * kOne / total);
+        }
+        return;
       }
-      return;
     }
-    probability[top] = kOne;
-    rows -= there;
+    probability[filled[i].bin] = kOne;
+    rows -= filled[i].rows;
   }
 }
 
@@ -261,28 +275,53 @@ void take_sampled(const ProbeHead& p, const float* w, int64_t budget, const Samp
   inclusion(bins, sampled.rows, sampled.exponent, probability);
   for (int bin = 0; bin < kBins; bin++)
     if (probability[bin]) bias[bin] = std::min(static_cast<float>(std::log(static_cast<double>(kOne) / probability[bin])), sampled.cap);
+  // Which runs have rows to read is anybody's guess, so they are listed without a branch.
+  struct Read {
+    int32_t first, rest, whole;  // rows of the run before those that are read for certain, and these
+    int32_t bin;
+    int64_t place;
+  };
+  thread_local std::vector<Read> reads;
+  reads.resize(p.l + 1);
+  const uint32_t cut_weight = static_cast<uint32_t>(cut.order >> 32);
   int64_t place = kOne / 2;
   for (int s = 0; s < p.s; s++) {
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
     const float* row = w + static_cast<int64_t>(s) * p.lp;
+    int found = 0;
     for (int l = 0; l < p.l; l++) {
       const int32_t n = table[l + 1] - table[l];
-      if (!n) continue;
-      const uint64_t order = preference(row[l], s, l);
-      const int32_t whole = order > cut.order ? n : order == cut.order ? cut.rows : 0, rest = n - whole;
-      const int bin = bin_of(row[l]);
-      const int64_t each = probability[bin], end = place + each * rest, marks = (end >> kOneBits) - (place >> kOneBits);
-      if (marks == rest && marks) {  // each is kOne: at most one row would hold a mark otherwise, and that is right as well
-        out = write_rows(table[l], rest, out);
-        biases = std::fill_n(biases, rest, bias[bin]);
-      } else if (marks) {
-        int64_t mark = kOne - (place & (kOne - 1));
-        for (int64_t i = 0; i < marks; i++, mark += kOne) *out++ = table[l] + static_cast<int32_t>((mark + each - 1) / each - 1);
-        biases = std::fill_n(biases, marks, bias[bin]);
+      const uint32_t weight = float_bits(row[l]);
+      int32_t whole = weight > cut_weight ? n : 0;
+      if (weight == cut_weight) {
+        const uint64_t order = preference(row[l], s, l);
+        whole = order > cut.order ? n : order == cut.order ? cut.rows : 0;
       }
+      const int bin = bin_of(row[l]);
+      const int64_t end = place + static_cast<int64_t>(probability[bin]) * (n - whole);
+      reads[found] = {table[l], n - whole, whole, bin, place};
+      found += ((end >> kOneBits) > (place >> kOneBits)) | (whole > 0);
       place = end;
-      out = write_rows(table[l + 1] - whole, whole, out);
-      biases = std::fill_n(biases, whole, 0.f);
+    }
+    for (int i = 0; i < found; i++) {
+      const Read& run = reads[i];
+      const int64_t each = probability[run.bin], from = run.place & (kOne - 1), marks = (from + each * run.rest) >> kOneBits;
+      if (marks == run.rest) {  // all of them, or one of one
+        out = write_rows(run.first, run.rest, out);
+      } else {
+        // The k-th mark lies in row ceil((k * kOne - from) / each) - 1: a quotient of doubles, put right where it was rounded up.
+        const double inverse = 1.0 / static_cast<double>(each);
+        for (int64_t k = 1; k <= marks; k++) {
+          const int64_t x = k * kOne - from + each - 1;
+          int64_t q = static_cast<int64_t>(static_cast<double>(x) * inverse);
+          q -= q * each > x;
+          q += (q + 1) * each <= x;
+          *out++ = run.first + static_cast<int32_t>(q - 1);
+        }
+      }
+      biases = std::fill_n(biases, marks, bias[run.bin]);
+      out = write_rows(run.first + run.rest, run.whole, out);
+      biases = std::fill_n(biases, run.whole, 0.f);
     }
   }
 }

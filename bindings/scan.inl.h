@@ -141,7 +141,8 @@ INLINE void add_bias(const float* bias, int n, float* s) {
     for (int g = 0; g < G; g++) s[t * G + g] += bias[t];
 }
 
-template <class T, int D, int G>
+// The loop over blocks of rows. Rows says where a row lies and how its scores and values are formed; codes.inl.h has others.
+template <class Rows, int D, int G>
 void scan_item(const ScanItem& it) {
   const int columns = it.chunks * G;
   alignas(64) float s[kBlock * G], m[kScanColumns * W], l[kScanColumns * W];
@@ -152,8 +153,8 @@ void scan_item(const ScanItem& it) {
     store(l + i * W, vf{});
   }
   for (int i = 0; i < kKeysAhead<G> * kBlock; i++) {
-    prefetch((const char*)((const T*)it.k + (int64_t)it.rows[i] * it.k_row), it.d * (int)sizeof(T));
-    if (i < kBlock) prefetch((const char*)((const T*)it.v + (int64_t)it.rows[i] * it.v_row), it.e * (int)sizeof(T));
+    prefetch(Rows::key(it, it.rows[i]), Rows::key_bytes(it));
+    if (i < kBlock) prefetch(Rows::value(it, it.rows[i]), Rows::value_bytes(it));
   }
   for (int t = 0; t < it.n; t += kBlock) {
     const int n = it.n - t < kBlock ? it.n - t : kBlock;
@@ -162,13 +163,12 @@ void scan_item(const ScanItem& it) {
     if (it.limits)
       for (int i = 0; i < n; i++) limited |= it.places[t + i] >= it.limits_from;
     for (int c = 0; c < it.chunks; c++) {
-      const float* q = it.q + c * G * dp;
       float* acc = it.o + c * G * ep;
-      score_block<T, D, G>(it, q, rows, n, c == 0, s);
+      Rows::template score<D, G>(it, it.q + c * G * dp, rows, n, c == 0, s);
       if (it.bias) add_bias<G>(it.bias + t, n, s);
       if (limited || n * G % W) hide_scores<G>(limited ? it.limits + c * G : nullptr, it.places + t, n, s);
       weigh_block<G>(n, ep, s, acc, m + c * W, l + c * W);
-      add_values<T, D, G>(it, s, rows, n, c == 0, acc);
+      Rows::template add<D, G>(it, s, rows, n, c == 0, acc);
     }
   }
   for (int c = 0; c < it.chunks; c++) {
@@ -180,16 +180,29 @@ void scan_item(const ScanItem& it) {
   }
 }
 
-template <class T, int D> void scan_group(const ScanItem& it) {
+template <class T> struct NumberRows {
+  INLINE const char* key(const ScanItem& it, int32_t row) { return (const char*)((const T*)it.k + (int64_t)row * it.k_row); }
+  INLINE const char* value(const ScanItem& it, int32_t row) { return (const char*)((const T*)it.v + (int64_t)row * it.v_row); }
+  INLINE int key_bytes(const ScanItem& it) { return it.d * (int)sizeof(T); }
+  INLINE int value_bytes(const ScanItem& it) { return it.e * (int)sizeof(T); }
+  template <int D, int G> INLINE void score(const ScanItem& it, const float* q, const int32_t* rows, int n, bool fetch, float* s) {
+    score_block<T, D, G>(it, q, rows, n, fetch, s);
+  }
+  template <int D, int G> INLINE void add(const ScanItem& it, float* w, const int32_t* rows, int n, bool fetch, float* acc) {
+    add_values<T, D, G>(it, w, rows, n, fetch, acc);
+  }
+};
+
+template <class Rows, int D> void scan_group(const ScanItem& it) {
   switch (it.group) {
-    case 1: return scan_item<T, D, 1>(it);
-    case 2: return scan_item<T, D, 2>(it);
-    case 4: return scan_item<T, D, 4>(it);
+    case 1: return scan_item<Rows, D, 1>(it);
+    case 2: return scan_item<Rows, D, 2>(it);
+    case 4: return scan_item<Rows, D, 4>(it);
 #if W >= 8
-    case 8: return scan_item<T, D, 8>(it);
+    case 8: return scan_item<Rows, D, 8>(it);
 #endif
 #if W >= 16
-    case 16: return scan_item<T, D, 16>(it);
+    case 16: return scan_item<Rows, D, 16>(it);
 #endif
   }
 }
@@ -226,11 +239,11 @@ void scores(DType t, const ScanItem& it, float* s) {
 template <class T> void scan_dims(const ScanItem& it) {
 #if W >= 8
   if constexpr (sizeof(T) == 2) {
-    if (it.d == 64 && it.e == 64) return scan_group<T, 64>(it);
-    if (it.d == 128 && it.e == 128) return scan_group<T, 128>(it);
+    if (it.d == 64 && it.e == 64) return scan_group<NumberRows<T>, 64>(it);
+    if (it.d == 128 && it.e == 128) return scan_group<NumberRows<T>, 128>(it);
   }
 #endif
-  scan_group<T, 0>(it);
+  scan_group<NumberRows<T>, 0>(it);
 }
 
 void scan(DType t, const ScanItem& it) {

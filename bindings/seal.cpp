@@ -38,12 +38,20 @@ void seal(DType type, void* keys, void* values, int32_t* ids, int h, int64_t N, 
       throw std::out_of_range("seal: list_nos: a list number lies outside [0, " + std::to_string(l) + ")");
   const int64_t size = static_cast<int64_t>(size_of(type));
   thread_local Scratch memory;  // of all heads at once: where there is none, no row has moved yet
-  const int64_t room = 3 * n + l + 1 + (std::max(d, e) + 1) * 4;
+  const int64_t room = 3 * n + l + 1 + (d + e + 1) * 4;
   int32_t* all = memory.get<int32_t>(h * room);
-  pool().run(h, [&](int64_t head) {
+  thread_local Scratch counts;
+  int64_t* found = counts.get<int64_t>(2 * h);  // of each head: rows that move, and their cycles
+  // A block or a few thousand rows are done before a worker could wake up.
+  const bool small = n * h * (d + e) * size < (1 << 20);
+  auto run = [small](int64_t items, auto&& f) {
+    if (small)
+      for (int64_t i = 0; i < items; i++) f(i);
+    else pool().run(items, f);
+  };
+  run(h, [&](int64_t head) {
     int32_t* next = all + head * room;
     int32_t *order = next + l + 1, *from = order + n, *cycles = from + n;
-    char* spare = reinterpret_cast<char*>(cycles + n);
     const int32_t* list = list_nos + head * n;
     int32_t* offsets = table + head * table_stride;
 
@@ -69,10 +77,15 @@ void seal(DType type, void* keys, void* values, int32_t* ids, int h, int64_t N, 
       }
       cycles[num_cycles++] = static_cast<int32_t>(total - first);
     }
-    char* k = static_cast<char*>(keys) + (head * N + start) * d * size;
-    char* v = static_cast<char*>(values) + (head * N + start) * e * size;
-    move_rows(k, d * size, order, total, cycles, num_cycles, spare);
-    move_rows(v, e * size, order, total, cycles, num_cycles, spare);
+    found[2 * head] = total;
+    found[2 * head + 1] = num_cycles;
+  });
+  run(2 * h, [&](int64_t item) {  // keys and values apart: two cores help with a single head
+    const int64_t head = item / 2, dim = item % 2 ? e : d;
+    int32_t *order = all + head * room + l + 1, *cycles = order + 2 * n;
+    char* spare = reinterpret_cast<char*>(cycles + n) + (item % 2 ? d * size : 0);
+    char* rows = static_cast<char*>(item % 2 ? values : keys) + (head * N + start) * dim * size;
+    move_rows(rows, dim * size, order, found[2 * head], cycles, found[2 * head + 1], spare);
   });
 }
 

@@ -99,6 +99,13 @@ SAAP_PRIM void sinpi_cospi(double x, float* sine, float* cosine) {
   sincospif(static_cast<float>(x - 2.0 * rint(0.5 * x)), sine, cosine);
 }
 
+// a - b of two fp16 each, to nearest, ties to even.
+SAAP_PRIM u32 sub_f16x2(u32 a, u32 b) {
+  u32 c;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+
 // ---- memory
 
 SAAP_PRIM u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
@@ -108,6 +115,11 @@ SAAP_PRIM void cp_async16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
                : "memory");
+}
+
+// The same of 4 bytes, aligned to 4.
+SAAP_PRIM void cp_async4(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 // Closes the group of the copies that this thread started since the last one.

@@ -60,7 +60,7 @@ constexpr int kParts = kD > 1 ? 2 : 1;           // parts of a sum of products o
 constexpr int kCoarse = kBins / 32;              // bins of 32 bins
 constexpr int kKeyShift = 17;                    // of the first histogram: bins of 1.6 %
 constexpr int kFirstBin = (130 << 6) + 63 - (kBins - 1);  // of weights from 2^-28 to 2^4; smaller ones are in the lowest bin
-constexpr int kNumSegments = 3, kNextPosition = 4, kMetaWords = 8;
+constexpr int kMetaWords = 8;  // of which 3 are segments, 4 the next position
 static_assert(kColumns <= 8 && kThreads >= 8 * kCluster && kCoarse == 64 && !SAAP_LISTS && !SAAP_FAR, "no such configuration");
 
 // What blocks read of each other's shared memory, and write to it, and what all threads of a block share.
@@ -151,10 +151,16 @@ __device__ __forceinline__ void fill_rows(
 }
 
 // Starts to copy bytes, a multiple of 16.
-__device__ __forceinline__ void fetch(void* to, const void* from, int bytes) {
-#pragma unroll 2
-  for (int i = threadIdx.x * 16; i < bytes; i += kThreads * 16)
-    cp_async16(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, true);
+__device__ __forceinline__ void fetch(char* to, const char* from, int bytes) {
+#pragma unroll 1
+  for (int i = threadIdx.x * 16; i < bytes; i += kThreads * 16) cp_async16(to + i, from + i, true);
+}
+
+// The same of a few words, by one warp; the loops of all those that are small are short and stand side by side.
+__device__ __forceinline__ void fetch_words(int warp, void* to, const void* from, int words) {
+  if (static_cast<int>(threadIdx.x) / 32 != warp % kWarps) return;
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < words; i += 32) cp_async4(static_cast<u32*>(to) + i, static_cast<const u32*>(from) + i);
 }
 
 // One cluster's selection: where it reads, where its shared memory is.
@@ -165,7 +171,8 @@ struct Block {
   Shared* shared;
   int head, sequence, rank;
   int first, lists;  // the block's lists: [first, first + lists)
-  int segments, knots;
+  int knots;
+  int segments = 0, next = 0;  // of the sequence, and the position of the token that comes next
   i64 began = 0;     // the clock, if SAAP_CLOCK
   char* weights;     // hidden (kHiddenTiles, kD, kUnit), out (tiles + more_tiles, kK, kUnit)
   char* rows;        // (8, kRow)
@@ -182,8 +189,7 @@ struct Block {
   __device__ __forceinline__ Block(const RouteSelectParams& p, char* memory)
       : p(p), size(p), shared(reinterpret_cast<Shared*>(memory)), head(static_cast<int>(blockIdx.x) / kCluster),
         sequence(static_cast<int>(blockIdx.y)), rank(cluster_rank()), first(rank * size.lists),
-        lists(clamp(p.l - first, 0, size.lists)), segments(clamp(ld_acquire(p.meta + sequence * kMetaWords + kNumSegments), 0, p.segments)),
-        knots(p.outputs - p.l - 1) {
+        lists(clamp(p.l - first, 0, size.lists)), knots(p.outputs - p.l - 1) {
 #if SAAP_CLOCK
     began = clock64();
 #endif
@@ -210,6 +216,13 @@ struct Block {
 
   __device__ __forceinline__ char* out_weights() const { return weights + kHiddenTiles * kD * kUnit; }
 
+  // What the launch in front has counted: past L1, where a line of before it may lie.
+  __device__ __forceinline__ void read_meta() {
+    const int* meta = p.meta + sequence * kMetaWords;
+    const float4 low = ld_l2_16(meta), high = ld_l2_16(meta + 4);
+    segments = clamp(static_cast<int>(__float_as_uint(low.w)), 0, p.segments), next = static_cast<int>(__float_as_uint(high.x));
+  }
+
   // What no other launch of a step writes: it may be read before they are done.
   __device__ __forceinline__ void prefetch() const {
     const char* hidden = reinterpret_cast<const char*>(p.hidden) + static_cast<i64>(head) * kHiddenTiles * kD * kUnit;
@@ -218,37 +231,33 @@ struct Block {
     fetch(weights, hidden, kHiddenTiles * kD * kUnit);
     fetch(out_weights(), out + static_cast<i64>(tile) * kK * kUnit, tiles * kK * kUnit);
     fetch(out_weights() + size.tiles * kK * kUnit, out + static_cast<i64>(more) * kK * kUnit, size.more_tiles * kK * kUnit);
-    const float* bias = p.bias_out + static_cast<i64>(head) * p.out_tiles * 16;
-    fetch(biases, p.bias_hidden + head * 32 * kU, 32 * kU * 4);
-    fetch(biases + 32 * kU, bias + tile * 16, tiles * 64);
-    fetch(biases + 32 * kU + size.tiles * 16, bias + more * 16, size.more_tiles * 64);
     cp_async_commit();
-    if (p.inv_freq)
-      for (int i = threadIdx.x; i < p.pairs; i += kThreads) inv_freq[i] = p.inv_freq[i];
-    const float* centre = p.centres + static_cast<i64>(sequence) * p.segments;
-    for (int i = threadIdx.x; i < segments; i += kThreads) centres[i] = centre[i];
+    const float* bias = p.bias_out + static_cast<i64>(head) * p.out_tiles * 16;
+    fetch_words(0, biases, p.bias_hidden + head * 32 * kU, 32 * kU);
+    fetch_words(1, biases + 32 * kU, bias + tile * 16, tiles * 16);
+    fetch_words(2, biases + 32 * kU + size.tiles * 16, bias + more * 16, size.more_tiles * 16);
+    if (p.inv_freq) fetch_words(3, inv_freq, p.inv_freq, p.pairs);
+    fetch_words(4, centres, p.centres + static_cast<i64>(sequence) * p.segments, p.segments);
     const int* from = p.tables + (static_cast<i64>(sequence) * p.h + head) * p.segments * (p.l + 1) + first;
-    const int width = lists + 1;
-    if (lists)
-#pragma unroll 4
-      for (int i = threadIdx.x; i < segments * width; i += kThreads) {
-        const int s = static_cast<int>(static_cast<u32>(i) / static_cast<u32>(width)), list = i - s * width;
-        table[s * (size.lists + 1) + list] = from[s * (p.l + 1) + list];
-      }
+    const int width = lists ? lists + 1 : 0;
+#pragma unroll 1
+    for (int s = threadIdx.x / 32; s < p.segments; s += kWarps)
+      fetch_words(threadIdx.x / 32, table + s * (size.lists + 1), from + s * (p.l + 1), width);
+    cp_async_commit();
   }
 
   __device__ __forceinline__ void clear_bins() const {
     if (threadIdx.x == 0) shared->found = 0, shared->far = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < kBins; i += kThreads) shared->bins[i] = {0, 0};
-    for (int i = threadIdx.x; i < kCoarse; i += kThreads) shared->coarse[i] = {0, 0};
+    if (threadIdx.x < kCoarse) shared->coarse[threadIdx.x] = {0, 0};
   }
 
   // Fills z and a.
   __device__ __forceinline__ void route() const {
     const int warp = threadIdx.x / 32, tiles = size.tiles + size.more_tiles;
-    const int next = ld_acquire(p.meta + sequence * kMetaWords + kNextPosition);
     fill_rows(p, next, inv_freq, rows, head, sequence);
-    find_places(next);
+    find_places();
     cp_async_wait<0>();
     __syncthreads();
     note(1);
@@ -300,7 +309,7 @@ struct Block {
   }
 
   // Where each segment lies on the knots, as QueryRouter.knots has it, in place of its centre. The last threads are idle here.
-  __device__ __forceinline__ void find_places(int next) const {
+  __device__ __forceinline__ void find_places() const {
 #pragma unroll 1
     for (int s = kThreads - 1 - static_cast<int>(threadIdx.x); s < segments; s += kThreads) {
       const float distance = static_cast<float>(static_cast<double>(next) - 1.0 - static_cast<double>(centres[s]));
@@ -425,7 +434,7 @@ struct Block {
         int tokens = 0;
 #pragma unroll
         for (int k = 0; k < kColumns; k++) density[k] = 0.f;
-#pragma unroll 2
+#pragma unroll 1
         for (int s = warp; s < segments; s += kWarps) {
           const Columns x(bend + s * kColumns);
           const int n = length(s, list);
@@ -508,7 +517,7 @@ struct Block {
         const float factor = shared->factor[k];
         relative[k] = wide ? factor : factor > 0.f ? factor * exp2_fast(score.of[k] - shared->top[k]) : 0.f;
       }
-#pragma unroll 2
+#pragma unroll 1
       for (int s = warp; s < segments; s += kWarps) {
         const int n = length(s, list);
         const Columns x(bend + s * kColumns);
@@ -656,39 +665,41 @@ struct Block {
     const u32 most = static_cast<u32>(p.t_cap);
     int2* const to = p.runs + pair * p.most_runs;
     Measure at{0, 0};  // rows and runs: first of the thread, then before the run at hand
-#pragma unroll 1
-    for (bool write = false;; write = true) {
-      each_run([&](int s, int list) {
-        const u32 key = keys[s * size.lists + list];
-        if (key < cut.key || key == kNoItem) return;
+    each_run([&](int s, int list) {
+      u32& key = keys[s * size.lists + list];
+      u32 read = 0;  // rows, at the end of the run; from here on in place of its key
+      if (key >= cut.key && key != kNoItem) {
         const u32 n = static_cast<u32>(length(s, list));
         const int place = static_cast<int>(place_of(s, list));
-        u32 read = 0;  // rows, at the end of the run
-        if (cut.whole(key, place)) read = n;
-        else if (key == cut.key && place == cut.place) read = cut.rows < n ? cut.rows : n;
-        if (!read) return;
-        at = at + Measure{read, 1};
-        if (write && at.mass <= static_cast<u32>(p.most_runs))
-          to[at.mass - 1] = make_int2(table[s * (size.lists + 1) + list + 1], static_cast<int>(at.rows < most ? at.rows : most));
-      });
-      if (write) break;
-      Measure total;
-      at = exclusive_scan(at, total, shared->scan);
-      if (threadIdx.x < kCluster) of_block(shared, static_cast<int>(threadIdx.x))->written[rank] = total;
-      note(10);
-      cluster_barrier();  // the last: from here on nobody looks into another's memory
-      Measure before{0, 0}, all{0, 0};
+        if (key > cut.key || place < cut.place) read = n;
+        else if (place == cut.place) read = cut.rows < n ? cut.rows : n;
+      }
+      key = read;
+      at = at + Measure{read, read > 0};
+    });
+    Measure total;
+    at = exclusive_scan(at, total, shared->scan);
+    if (threadIdx.x < kCluster) of_block(shared, static_cast<int>(threadIdx.x))->written[rank] = total;
+    note(10);
+    cluster_barrier();  // the last: from here on nobody looks into another's memory
+    Measure before{0, 0}, all{0, 0};
 #pragma unroll
-      for (int i = 0; i < kCluster; i++) {
-        if (i < rank) before = before + shared->written[i];
-        all = all + shared->written[i];
-      }
-      at = at + before;
-      if (rank == 0 && threadIdx.x == 0) {
-        p.counts[pair] = static_cast<int>(all.rows < most ? all.rows : most);
-        p.run_counts[pair] = static_cast<int>(min(all.mass, static_cast<u32>(p.most_runs)));
-      }
+    for (int i = 0; i < kCluster; i++) {
+      if (i < rank) before = before + shared->written[i];
+      all = all + shared->written[i];
     }
+    at = at + before;
+    if (rank == 0 && threadIdx.x == 0) {
+      p.counts[pair] = static_cast<int>(all.rows < most ? all.rows : most);
+      p.run_counts[pair] = static_cast<int>(min(all.mass, static_cast<u32>(p.most_runs)));
+    }
+    each_run([&](int s, int list) {
+      const u32 read = keys[s * size.lists + list];
+      if (!read) return;
+      at = at + Measure{read, 1};
+      if (at.mass <= static_cast<u32>(p.most_runs))
+        to[at.mass - 1] = make_int2(table[s * (size.lists + 1) + list + 1], static_cast<int>(at.rows < most ? at.rows : most));
+    });
   }
 };
 
@@ -707,16 +718,19 @@ struct Block {
 extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(const __grid_constant__ RouteSelectParams p) {
   SAAP_SHARED(char, memory);
   if (!p.early) grid_dependency_wait();
-  const Block block(p, memory);
+  Block block(p, memory);
   block.prefetch();
   const i64 pair = static_cast<i64>(block.sequence) * p.h + block.head;
   const int budget = clamp(p.budgets[pair], 0, p.t_cap);
   const float unread_mass = p.unread_mass ? p.unread_mass[block.head] : -1.f;
   block.clear_bins();
+  cp_async_wait<0>();
   cluster_barrier();  // all blocks are there
   grid_dependency_wait();
   grid_dependency_launch();
+  block.read_meta();
   if (p.tickets)
+#pragma unroll 1
     for (int i = (blockIdx.y * gridDim.x + blockIdx.x) * kThreads + threadIdx.x; i < p.num_tickets;
          i += gridDim.x * gridDim.y * kThreads)
       p.tickets[i] = 0;

@@ -21,16 +21,20 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
   grid_dependency_wait();
   grid_dependency_launch();
   note(p, kWaited);
-  if (warp == 0) plan(p, work);
-  __syncthreads();
-  if (!SAAP_PAGED && p.runs) {
-    load_runs(p, work);
-    __syncthreads();
-  }
-  note(p, kPlanned);
-
   Core core(shared + kStagesBytes + kCoreOffset);
-  while (work.count) {
+#pragma unroll 1
+  for (bool first = true;; first = false) {
+    if (warp == 0) {
+      const Task task = first ? plan(p, work) : Task{work.until, work.last, work.total, work.pair, work.before, false, Span{}, 0};
+      if (task.begin < task.last) fill_places(p, work, task);
+    }
+    __syncthreads();
+    if (!work.count) break;
+    if (!SAAP_PAGED && p.runs) {
+      load_runs(p, work);
+      __syncthreads();
+    }
+    if (first) note(p, kPlanned);
     const int mine = work.begin + warp, until = work.until, count = work.count;
     Numbers numbers{-1, -1}, ahead{-1, -1};
     float bias[kStages];
@@ -72,13 +76,8 @@ SAAP_PRIM void scan_tiles(const ScanParams& p) {
     }
     if (until >= work.last) break;
     __syncthreads();
-    if (warp == 0) fill_places(p, work, until, work.last, work.total, work.pair, work.before, false, Span{0, 0, 0, 0, 0, 0}, 0);
-    __syncthreads();
-    if (!SAAP_PAGED && p.runs) {
-      load_runs(p, work);
-      __syncthreads();
-    }
   }
-  if (work.empty) finish_empty_pairs(p, pass);
   note(p, kEnded);
+  if (!work.empty) return;
+  finish_empty_pairs(p, pass);
 }

@@ -35,7 +35,7 @@ SAAP_PRIM float share(saap::softmax_mass part, float top) { return part.is_empty
 SAAP_PRIM float highest(float top, saap::softmax_mass part) { return part.is_empty() ? top : fmaxf(top, part.m); }
 
 SAAP_PRIM void store_pair(void* base, i64 index, float x, float y) {
-  if constexpr (kQuery == kF32) {
+  if constexpr (kQuery == kF32 || SAAP_CODED) {
     *reinterpret_cast<float2*>(static_cast<float*>(base) + index) = make_float2(x, y);
   } else {
     *reinterpret_cast<u32*>(static_cast<u16*>(base) + index) = narrow2<kQuery>(x, y);

@@ -8,6 +8,8 @@
 //   SAAP_BLOCKS      blocks of a multiprocessor
 //   SAAP_RUNS        runs that a block has in shared memory, at least 32
 //   SAAP_PAGED       1: rows of an engine's pool, all of them listed, instead of an arena's
+//   SAAP_CODED       bits of a value, 8 or 4, of rows that are codes (scan_codes.cu); 0 of numbers
+//   SAAP_WEIGHTED    1: runs are samples with a bias of their own, see Weight; without it nothing of them is compiled
 //   SAAP_CLOCK       0, or 1: blocks note when they pass the points below
 #pragma once
 #include "prims.cuh"
@@ -17,6 +19,12 @@
 #endif
 #ifndef SAAP_PAGED
 #define SAAP_PAGED 0
+#endif
+#ifndef SAAP_CODED
+#define SAAP_CODED 0
+#endif
+#ifndef SAAP_WEIGHTED
+#define SAAP_WEIGHTED 0
 #endif
 #ifndef SAAP_RUNS
 #define SAAP_RUNS 1024
@@ -28,8 +36,18 @@ constexpr int kGroups = SAAP_GROUPS, kTile = SAAP_TILE, kStages = SAAP_STAGES, k
 constexpr int kVectors = 8 * kGroups;  // of one pass
 constexpr int kPlaces = 32, kRuns = SAAP_RUNS;  // pairs and runs that a block has at hand
 constexpr u32 kAll = 0xffffffffu;
+static_assert(SAAP_CODED == 0 || (kStorage == kF16 && !SAAP_PAGED), "codes are read as fp16");
+static_assert(!(SAAP_PAGED && SAAP_WEIGHTED), "pages have no runs");
 static_assert(kD % 8 == 0 && kE % 8 == 0 && (kTile == 16 || kTile == 32) && kStages >= 2 && kRuns >= kPlaces,
               "no such configuration");
+
+// Of a run of a weighted selection, that begins at row `first`, `before` entries of the list before it: its i-th row, i = 1, 2, ...,
+// is first - 1 + ceil((i * 2^20 - offset) / probability), the ceiling of a quotient. Of rows one after the other probability is
+// 2^20, offset 0. 0 < probability <= 2^20, 0 <= offset < 2^20.
+struct alignas(16) Weight {
+  int before, probability, offset;
+  float bias;  // nats, of the logits of its rows
+};
 
 // Pairs are (sequence, KV head), p = b * heads + h. Everything is C-contiguous. Rows, counts and their like are clamped.
 // SAAP_PAGED: keys and values are of a pool that all sequences share, strides below; rows are the whole list, N of them are there,
@@ -62,9 +80,16 @@ struct ScanParams {
   int max_runs;              // R
   int max_segments, max_means, lists;  // S, M <= S, l
   int causal, dense;
+#if SAAP_WEIGHTED
+  const Weight* weights;  // (b, h, R), of runs, whose first number is then `first` and the rows in it: a run may have gaps
+#endif
 #if SAAP_PAGED
   i64 head_bytes;  // from a head's rows to the next one's
   int row_bytes;   // from a row to the next, a multiple of 16, as are head_bytes
+#endif
+#if SAAP_CODED
+  const int4* spans;  // int32 (b, 4), 16-byte aligned: first and past the last coded row, the first of those
+                      // behind the segments, past the last of those among the sinks
 #endif
 #if SAAP_CLOCK
   i64* clocks;  // int64 (passes, grid, kPoints), cycles, or null; points that a block does not pass are left alone
@@ -98,7 +123,15 @@ struct RowShape {
 };
 using KeyShape = RowShape<kD>;
 using ValueShape = RowShape<kE>;
-constexpr int kStageBytes = KeyShape::kTileBytes + ValueShape::kTileBytes;
+
+// Codes lie in shared memory as in device memory, rows of words an odd multiple of 16 bytes apart: what the lanes of a fragment
+// read then lies in different banks.
+constexpr int coded_words(int dim, int bits) { return dim * bits / 32 + 1; }
+constexpr int coded_stride(int words) { return ((words + 3) / 8 * 8 + 4) * 4; }
+constexpr int kKeyWords = coded_words(kD, 8), kValueWords = coded_words(kE, SAAP_CODED);
+constexpr int kKeyStride = coded_stride(kKeyWords), kValueStride = coded_stride(kValueWords);
+
+constexpr int kStageBytes = SAAP_CODED ? kTile * (kKeyStride + kValueStride) : KeyShape::kTileBytes + ValueShape::kTileBytes;
 
 // Dynamic shared memory: stages (kWarps, kStages, kStageBytes), the work of the block (scan_walk.cuh), masses, what the core
 // wants for itself, and kWarps * 8 * kStride floats of values.

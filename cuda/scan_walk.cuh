@@ -7,10 +7,11 @@
 constexpr float kSlack = 2.f;  // tiles that a block may have more so that none ends two pairs
 
 // The list of one pair: entries [0, sinks) are the rows of that number, [sinks, listed) are rows[i - sinks], or those of `runs` runs
-// one after the other, [listed, rows) are rows i + shift; then, in tiles of their own, `tail` entries for the means of runs.
+// one after the other, [listed, rows) are rows i + shift; then, in tiles of their own, `tail` entries for the means of runs. Of codes
+// there are none: tail is then the number of tokens behind the last coded one, and sinks are counted from the first.
 struct Span {
   int sinks, listed, rows, shift, tail, runs;
-  SAAP_PRIM int tiles() const { return ceil_div(rows, kTile) + ceil_div(tail, kTile); }
+  SAAP_PRIM int tiles() const { return ceil_div(rows, kTile) + (SAAP_CODED ? 0 : ceil_div(tail, kTile)); }
 };
 
 SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
@@ -22,6 +23,13 @@ SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
   const int4 meta = *reinterpret_cast<const int4*>(p.meta + static_cast<i64>(divided(pair, p.inverse_heads)) * 8);
   const int runs = p.runs && !p.dense ? p.run_counts[pair] : 0;
   const int count = (p.rows || p.runs) && !p.dense ? p.counts[pair] : 0, tail = p.tail && !p.dense ? p.tail_counts[pair] : 0;
+#if SAAP_CODED
+  const int4 span = p.spans[divided(pair, p.inverse_heads)];
+  const int last = clamp(span.y, 0, p.capacity), always = clamp(span.z, 0, last);
+  const int first = clamp(span.x, 0, always), low = clamp(span.w - first, 0, always - first), num = clamp(runs, 0, p.max_runs);
+  const int chosen = low + (p.runs && !num ? 0 : clamp(count, 0, p.max_rows));
+  return {low, chosen, chosen + last - always, always - chosen, max(meta.x - first, 0), num};
+#endif
   const int length = clamp(meta.x, 0, p.capacity);
   if (p.dense) return {0, 0, length, 0, 0, 0};
   int sinks = clamp(meta.y, 0, length), sealed = clamp(meta.z, 0, length);
@@ -33,7 +41,7 @@ SAAP_PRIM Span span_of(const ScanParams& p, int pair) {
 // How many leading entries of the rows of a list query vector `vector` sees.
 SAAP_PRIM int seen_entries(const ScanParams& p, const Span& span, int vector) {
   const int query = vector - p.num_queries * divided(vector, p.inverse_queries);
-  const int causal = span.rows - p.num_queries + 1 + query;
+  const int causal = span.rows - p.num_queries + 1 + query + (SAAP_CODED ? span.tail : 0);
   return !p.causal ? span.rows : SAAP_PAGED || causal > span.listed ? causal : span.listed;
 }
 
@@ -84,10 +92,21 @@ SAAP_PRIM int empty_share(const ScanParams& p) {
   return static_cast<int>((static_cast<u32>(p.sequences * p.heads) + gridDim.x - 1) / gridDim.x);
 }
 
-// One warp: the pairs of tiles [begin, last) from pair `first` on, the tiles of which start at `before`; no more than fit. known:
-// the lane holds the span of pair first + lane, and `end` is where its tiles end.
-SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last, int total, int first, int before, bool known,
-                           Span span, int end) {
+// Tiles [begin, last) of the row, of `total`, to be found from pair `first` on, the tiles of which start at `before`. known: the
+// lane holds the span of pair first + lane, and `end` is where its tiles end.
+struct Task {
+  int begin, last, total, first, before;
+  bool known;
+  Span span;
+  int end;
+};
+
+// One warp: the pairs of a task's tiles; no more than fit.
+SAAP_PRIM void fill_places(const ScanParams& p, Work& work, Task task) {
+  const int begin = task.begin, last = task.last, total = task.total;
+  int first = task.first, before = task.before, end = task.end;
+  bool known = task.known;
+  Span span = task.span;
   const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads;
   for (;; first += 32) {
     if (!known) {
@@ -117,8 +136,8 @@ SAAP_PRIM void fill_places(const ScanParams& p, Work& work, int begin, int last,
   }
 }
 
-// One warp: how the tiles are split, which of them are the block's, the first of its pairs.
-SAAP_PRIM void plan(const ScanParams& p, Work& work) {
+// One warp: how the tiles are split, and which of them are the block's: none if it has no task.
+SAAP_PRIM Task plan(const ScanParams& p, Work& work) {
   const int lane = threadIdx.x % 32, pairs = p.sequences * p.heads, block = blockIdx.x, grid = gridDim.x;
   const int each = (pairs + 31) / 32, share = empty_share(p);
   Span span{0, 0, 0, 0, 0, 0};
@@ -151,13 +170,13 @@ SAAP_PRIM void plan(const ScanParams& p, Work& work) {
   const Split split{offset, first, quotient, of - quotient * parts};
   empty = __any_sync(kAll, empty);
   if (lane == 0) work.split = split, work.empty = empty, work.begin = work.last = work.count = 0;
-  if (block >= blocks || total == 0) return;
+  const Task none{0, 0, 0, 0, 0, false, span, 0};
+  if (block >= blocks || total == 0) return none;
   const int begin = split.first(block - first), last = split.first(block - first + 1);
   const int owner = __ffs(__ballot_sync(kAll, end > begin)) - 1;
   const int before = __shfl_sync(kAll, end - tiles, owner);
-  if (begin >= last) return;
   const bool known = each == 1;
-  fill_places(p, work, begin, last, total, known ? 0 : owner * each, known ? 0 : before, known, span, end);
+  return {begin, last, total, known ? 0 : owner * each, known ? 0 : before, known, span, end};
 }
 
 // All threads, after the places are filled and before a barrier: the runs of their pairs, of each the last in a stride.
@@ -184,23 +203,43 @@ SAAP_PRIM int run_behind(const u32* ends, int step, int n, u32 entry) {
   return low;
 }
 
-// The row of an entry past the sinks.
-SAAP_PRIM int row_of(const ScanParams& p, const Work& work, const Place& at, u32 entry) {
+// Of a run, the row of its i-th entry less its first row: i from 1 to 2^21. As a quotient of 41 bits by 21, from one of floats, which
+// is at most 1 off; of one too large for rows anything.
+SAAP_PRIM int sampled(int i, int probability, int offset) {
+  const i64 from = (static_cast<i64>(i) << 20) - offset + probability - 1;
+  const float about = __fdividef(static_cast<float>(from), static_cast<float>(probability));
+  int quotient = static_cast<int>(fmaxf(fminf(about, 1073741824.f), -1073741824.f));
+  const i64 left = from - static_cast<i64>(quotient) * probability;
+  quotient += left < 0 ? -1 : left >= probability ? 1 : 0;
+  return quotient - 1;
+}
+
+// The row of an entry past the sinks; bias: of its logit, as far as selections are weighted.
+SAAP_PRIM int row_of(const ScanParams& p, const Work& work, const Place& at, u32 entry, float& bias) {
   const int sample = run_behind(work.ends + at.first, 1, at.samples, entry);
   u32 shift = work.shifts[at.first + sample];
+  [[maybe_unused]] int number = sample;
   if (at.stride > 1) {
     const int first = sample * at.stride, left = at.span.runs - first;
     const int2* runs = p.runs + static_cast<i64>(at.pair) * p.max_runs + first;
-    const int2 run = runs[run_behind(reinterpret_cast<const u32*>(&runs->y), 2, left < at.stride ? left : at.stride, entry)];
-    shift = static_cast<u32>(run.x) - static_cast<u32>(run.y);
+    const int within = run_behind(reinterpret_cast<const u32*>(&runs->y), 2, left < at.stride ? left : at.stride, entry);
+    shift = static_cast<u32>(runs[within].x) - static_cast<u32>(runs[within].y);
+    number = first + within;
   }
+#if SAAP_WEIGHTED
+  const Weight weight = p.weights[static_cast<i64>(at.pair) * p.max_runs + number];
+  bias = weight.bias * saap::kLog2e;
+  const int i = static_cast<int>(entry - weight.before + 1), probability = clamp(weight.probability, 1, 1 << 20);
+  if (probability < 1 << 20) return static_cast<int>(weight.before + shift + sampled(i, probability, weight.offset));
+#endif
   return static_cast<int>(entry + shift);
 }
 
 // The tokens of tiles by their numbers, kTile lanes to a tile: a row of the arena or a run, -1: none. of: of which pair, times
-// two, and one more for runs; -1 where there is no such tile.
+// two, and one more for runs; -1 where there is no such tile. bias: of the logit, in log2 units, where selections are weighted.
 struct Numbers {
   int number, of;
+  float bias = 0.f;
 };
 constexpr int kTogether = 32 / kTile;  // tiles whose numbers a warp loads at once
 
@@ -214,17 +253,21 @@ SAAP_PRIM Numbers number_tile(const ScanParams& p, const Work& work, int& at, in
   const int past = i - ceil_div(place.span.rows, kTile) * kTile;
   const int* from = nullptr;
   int number = -1;
+  float bias = 0.f;
   if (tail) {
     if (past < place.span.tail) from = p.tail + static_cast<i64>(place.pair) * p.max_tail + past;
   } else if (i < place.span.rows) {
     number = i < place.span.sinks ? i : i + place.span.shift;
+#if SAAP_CODED
+    if (i < place.span.sinks) number = i + p.spans[divided(place.pair, p.inverse_heads)].x;
+#endif
     if (i >= place.span.sinks && i < place.span.listed) {
-      if (!SAAP_PAGED && p.runs) number = row_of(p, work, place, i - place.span.sinks);
+      if (!SAAP_PAGED && p.runs) number = row_of(p, work, place, i - place.span.sinks, bias);
       else from = p.rows + static_cast<i64>(place.pair) * p.max_rows + i - place.span.sinks;
     }
   }
   if (from) number = *from;
-  return {number, place.pair * 2 + tail};
+  return {number, place.pair * 2 + tail, bias};
 }
 
 // Starts the copies of a tile's rows of `dim` elements out of `base`, `stride` bytes apart; lane i holds the number of row i, -1
@@ -244,11 +287,26 @@ SAAP_PRIM void gather(char* to, const char* base, int stride, int number) {
   }
 }
 
+// The same of rows of `words` words each, one after the other in `base`, to rows `stride` bytes apart.
+template <int words, int stride>
+SAAP_PRIM void gather_codes(char* to, const char* base, int number) {
+#pragma unroll 4
+  for (int i = threadIdx.x % 32; i - threadIdx.x % 32 < kTile * words; i += 32) {
+    const int token = i / words, word = i - token * words, row = __shfl_sync(kAll, number, token < kTile ? token : 0);
+    if (token >= kTile) continue;
+    char* const place = to + token * stride + word * 4;
+    if (row >= 0) cp_async4(place, base + (static_cast<i64>(row) * words + word) * 4);
+    else *reinterpret_cast<u32*>(place) = 0;
+  }
+}
+
 // Starts the copies of the tile whose numbers the `part`-th lanes hold into a stage, as one group. Returns what is added to the
-// logit of token `lane` % kTile, in log2 units: -inf for one that does not exist, the logarithm of its length for a run.
+// logit of token `lane` % kTile, in log2 units: -inf for one that does not exist, the logarithm of its length for a run that is read
+// through its means, what the selection says for a row.
 SAAP_PRIM float copy_tile(const ScanParams& p, const Numbers& held, int part, char* stage) {
   const int source = part * kTile + threadIdx.x % kTile, of = __shfl_sync(kAll, held.of, source);
   int number = __shfl_sync(kAll, held.number, source);
+  const float own = SAAP_WEIGHTED ? __shfl_sync(kAll, held.bias, source) : 0.f;
   float bias = -INFINITY;
   if (of >= 0) {
     const bool tail = of & 1;
@@ -258,6 +316,11 @@ SAAP_PRIM float copy_tile(const ScanParams& p, const Numbers& held, int part, ch
     const i64 first = (pair - p.heads * divided(pair, p.inverse_heads)) * p.head_bytes;
     gather<kD>(stage, static_cast<const char*>(p.keys) + first, p.row_bytes, number);
     gather<kE>(stage + KeyShape::kTileBytes, static_cast<const char*>(p.values) + first, p.row_bytes, number);
+#elif SAAP_CODED
+    const i64 first = static_cast<i64>(pair) * p.capacity;
+    gather_codes<kKeyWords, kKeyStride>(stage, static_cast<const char*>(p.keys) + first * (kKeyWords * 4), number);
+    const char* values = static_cast<const char*>(p.values) + first * (kValueWords * 4);
+    gather_codes<kValueWords, kValueStride>(stage + kTile * kKeyStride, values, number);
 #else
     const i64 first = static_cast<i64>(pair) * limit;
     const char* keys = static_cast<const char*>(tail ? p.mean_keys : p.keys) + first * KeyShape::kBytes;
@@ -266,7 +329,7 @@ SAAP_PRIM float copy_tile(const ScanParams& p, const Numbers& held, int part, ch
     gather<kE>(stage + KeyShape::kTileBytes, values, ValueShape::kBytes, number);
 #endif
     if (number >= 0) {
-      bias = 0.f;
+      bias = own;
       if (tail) {
         const i64 table = static_cast<i64>(pair) * p.max_segments * (p.lists + 1);
         const int* run = p.tables + table + number + number / p.lists;

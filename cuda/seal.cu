@@ -16,7 +16,8 @@ struct Job {
   int fresh;          // first fresh row; rows before it lie in old segments
   int fresh_at;       // place of that row in `list_nos` and in `positions`
   int position;       // of the token in that row, and so on; or negative: ids are there already, for every row
-  int unused[2];
+  int head, past_head;  // KV heads [head, past_head) move. past_head >= h: the others get their table. Else they get nothing, and
+                        // tables old to old + olds - 1 become those of the whole, cut at their bounds; none is written at `slot`
 };
 
 struct RankParams {
@@ -59,7 +60,7 @@ constexpr int kAhead = 4;      // vectors of a thread in flight
 
 __device__ __forceinline__ Job read_job(const int* jobs, int i) {
   const int* from = jobs + i * kJobInts;
-  return {from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8], from[9], {0, 0}};
+  return {from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8], from[9], from[10], from[11]};
 }
 
 __device__ __forceinline__ int inclusive_sum(int x, int lane) {
@@ -102,6 +103,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) saap_rank(const __grid_con
   const int head = blockIdx.y, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int warps = blockDim.x / kWarp;
   const Job job = read_job(p.jobs, blockIdx.x);
+  if (job.past_head < static_cast<int>(gridDim.y) && (head < job.head || head >= job.past_head)) return;
   const int end = job.first + job.rows;
   const int share = ((job.rows + warps - 1) / warps + kWarp - 1) / kWarp * kWarp;
   const int used = share ? (job.rows + share - 1) / share : 0;  // warps that have rows
@@ -191,7 +193,22 @@ extern "C" __global__ void __launch_bounds__(256) saap_permute(const __grid_cons
     else high = middle - 1;
   }
   const Job job = read_job(p.jobs, low);
+  const bool moves = head >= job.head && head < job.past_head, whole = job.past_head >= p.heads;
   const int offset = place - job.at, rows = min(kTileRows, job.rows - offset);
+  if (!p.order && offset == 0 && (moves || whole)) {
+    const int* from = p.new_tables + (static_cast<i64>(low) * p.heads + head) * (p.lists + 1);
+    int* table = p.tables + job.sequence * p.table_sequence + head * p.table_head;
+    if (whole) {
+      table += job.slot * p.table_segment;
+      for (int i = threadIdx.x; i <= p.lists; i += blockDim.x) table[i] = from[i];
+    } else {
+      table += job.old * p.table_segment;
+      for (int s = 0; s < job.olds; s++, table += p.table_segment)
+        for (int i = threadIdx.x + 1; i < p.lists; i += blockDim.x)
+          table[i] = min(max(from[i], table[0]), table[p.lists]);
+    }
+  }
+  if (!moves) return;
   const int vectors = p.key_vectors + p.value_vectors, total = rows * vectors;
   const i64 in_scratch = static_cast<i64>(blockIdx.y) * gridDim.x * kTileRows + blockIdx.x * kTileRows;
   char* keys = p.keys + job.sequence * p.key_sequence + head * p.key_head;
@@ -210,11 +227,6 @@ extern "C" __global__ void __launch_bounds__(256) saap_permute(const __grid_cons
     if (!order) ids[row] = *scratch_id;
     else if (job.position < 0 || row < job.fresh) *scratch_id = ids[row];
     else *scratch_id = p.positions ? p.positions[job.fresh_at + row - job.fresh] : job.position + row - job.fresh;
-  }
-  if (!order && offset == 0) {
-    const int* from = p.new_tables + (static_cast<i64>(low) * p.heads + head) * (p.lists + 1);
-    int* table = p.tables + job.sequence * p.table_sequence + head * p.table_head + job.slot * p.table_segment;
-    for (int i = threadIdx.x; i <= p.lists; i += blockDim.x) table[i] = from[i];
   }
   for (int from = threadIdx.x; from < total; from += kAhead * blockDim.x) {
     uint4 data[kAhead];

@@ -16,12 +16,13 @@ constexpr int kThreads = 64, kSharedBytes = 4096;
 
 SAAP_PRIM u32 bits(float x) { return __float_as_uint(x); }
 
-// out (n, 8): widen of both types, narrow of both, narrow2 of both with the next word, load and store of float32 and of fp16.
+// out (n, 9): widen of both types, narrow of both, narrow2 of both with the next word, load and store of float32 and of fp16,
+// sub_f16x2 of the next word.
 extern "C" __global__ void __launch_bounds__(kThreads) saap_selftest_convert(const __grid_constant__ SelftestParams p) {
   for (int i = threadIdx.x; i < p.n; i += kThreads) {
     const float x = __uint_as_float(p.in[i]), next = __uint_as_float(p.in[(i + 1) % p.n]);
     const u16 low = static_cast<u16>(p.in[i]);
-    u32* out = p.out + 8 * static_cast<i64>(i);
+    u32* out = p.out + 9 * static_cast<i64>(i);
     out[0] = bits(widen<kBF16>(low));
     out[1] = bits(widen<kF16>(low));
     out[2] = narrow<kBF16>(x) | static_cast<u32>(narrow<kF16>(x)) << 16;
@@ -31,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) saap_selftest_convert(con
     out[6] = bits(load<kF16>(p.in, 2 * static_cast<i64>(i)));
     out[7] = 0;
     store<kBF16>(out, 14, load<kBF16>(p.in, 2 * static_cast<i64>(i)));
+    out[8] = sub_f16x2(p.in[i], p.in[(i + 1) % p.n]);
   }
 }
 

@@ -141,6 +141,10 @@ def probe(
     arg20: int,
     arg21: int,
     arg22: int,
+    arg23: int,
+    arg24: int,
+    arg25: int,
+    arg26: int,
     /,
 ) -> tuple: ...
 def scan(
@@ -181,6 +185,7 @@ def scan(
     arg34: int,
     arg35: Sequence[int],
     arg36: Sequence[int],
+    arg37: int,
     /,
 ) -> None: ...
 def best(
@@ -241,6 +246,9 @@ def make_search(
     arg28: int,
     arg29: Sequence[int],
     arg30: Sequence[int],
+    arg31: int,
+    arg32: int,
+    arg33: int,
     /,
 ) -> SearchPlan: ...
 def search(
@@ -264,6 +272,7 @@ def search(
     arg17: int,
     arg18: int,
     arg19: int,
+    arg20: int,
     /,
 ) -> tuple: ...
 

@@ -40,6 +40,7 @@ from .search.selection import Selection, read_ids
 from .search.session import SearchSession
 from .search.states import empty_state
 from .search.stats import IndexStats, gather
+from .search.steady import SteadyAdd, SteadySearch, same_objects
 from .training.config import TrainingConfig
 from .training.layer import train_layer
 from .training.sampling import calibrate_sampling
@@ -82,7 +83,7 @@ class AsymmetricIndex:
     break_even : sequences shorter than this are not sealed, and attention over them is dense.
     seal_tokens, max_segment : see `Layout`.
     storage : what keys and values become when they are sealed. None: they stay as given. "SQ8": 8 bits and a scale per token and
-        head. "SQ8/SQ4": 8 bits for keys, 4 for values. Sinks and recent tokens stay as given. Not on a CUDA device yet.
+        head. "SQ8/SQ4": 8 bits for keys, 4 for values. Sinks and recent tokens stay as given.
     backend : by name, see `saap_index.backends`; default the one for the device.
 
     Raises ParameterError for a value outside its range, CompatibilityError for a rope of another dim, DeviceError.
@@ -99,14 +100,15 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
-        "_prepared_router", "_rotates_by_length", "_session", "_token", "_trained", "backend_name", "device", "verbose",
+        "_prepared_router", "_rotates_by_length", "_session", "_steady_add", "_steady_by", "_steady_search", "_token", "_trained",
+        "backend_name", "device", "verbose",
     )
 
     def __init__(
         self, d: int, nlist: int = 256, num_heads: int = 1, num_kv_heads: int | None = None, *, d_v: int | None = None,
         dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", rope: Rope | None = None,
         selectivity: float | None = None, nprobe: int | None = None, max_codes: int = 0, window: int = 128, sinks: int = 4,
-        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 32768,
+        scale: float | None = None, break_even: int = 2048, seal_tokens: int = 0, max_segment: int = 8192,
         target_mass: float | None = None, budget_shares: Any = None, mean_run_tokens: int = 0, tail: float = 0.0,
         storage: str | None = None, sampled_share: float | None = None, sample_exponent: float | None = None,
         sample_cap: float | None = None, backend: str | None = None,
@@ -133,6 +135,9 @@ class AsymmetricIndex:
         self._lists: SegmentedInvertedLists | None = None
         self._session: SearchSession | None = None  # of these lists, or of earlier ones
         self._last: Selection | None = None
+        self._steady_add: SteadyAdd | None = None  # of steps like the last, where the backend has a shorter way for them
+        self._steady_search: SteadySearch | None = None
+        self._steady_by: tuple[Any, ...] = ()  # what the last search followed from
         self._number, self._token = ops.register(self)
         self.verbose = False
         """Whether `train` prints what it does, as an index of FAISS does; an attribute to set."""
@@ -233,6 +238,11 @@ class AsymmetricIndex:
         """
         if torch.compiler.is_compiling():
             return ops.trace_add(self, keys, values, lengths is None and coarse_keys is None and seq_len is None, seal)
+        steady = self._steady_add
+        if steady is not None and steady(
+            keys, values, self._lists, self._session, self._trained, lengths, coarse_keys, seq_len, seal
+        ):
+            return
         if self._prepared_quantizer is None:
             raise NotTrainedError("add: expected a trained index, got one without key_quantizer; call train or set it")
         capturing = self._capturing()
@@ -270,6 +280,12 @@ class AsymmetricIndex:
         if self._lists is not None:
             self._make_lists(self._lists)
             self._lists.seal(self._assign_rows, last=True)
+
+    @within("_changing")
+    def rearrange(self) -> None:
+        """Bring tokens that lie as in another version of this library, as in a file of before, to where `add` puts them."""
+        if self._lists is not None:
+            self._lists.rearrange(self._assign_rows)
 
     def advance(self, n: int | Sequence[int] | None = None, *, seal: bool = True) -> None:
         """Take note of tokens that replays of a CUDA graph appended, and seal what is due (docs/gpu.md).
@@ -314,7 +330,12 @@ class AsymmetricIndex:
         lists = self._lists
         same_batch = lists is not None and lists.batch == keys.shape[0]
         if lists is not None and same_batch and list_nos is None and keys.shape[2] and lists.only_grows(counts, seal):
-            self._session_of(lists).append(keys, values, counts, None, rotated)  # nearly every step: nothing is left half done
+            session = self._session_of(lists)
+            session.append(keys, values, counts, None, rotated)  # nearly every step: nothing is left half done
+            if seal and rotated is None and self._backend.captures:
+                append = session.steady_append(keys, values, counts)
+                by = lists, session, self._trained, None, None, None, True
+                self._steady_add = None if append is None else SteadyAdd(session, append, keys, values, counts, by)
             return
         with self._whole():
             if lists is None or (not same_batch and not self.ntotal):
@@ -370,6 +391,12 @@ class AsymmetricIndex:
         """
         if torch.compiler.is_compiling():
             return ops.trace_search(self, queries, params, coarse_queries is None and not return_error, return_lse)
+        steady = self._steady_search
+        if steady is not None and not return_error:
+            by = self._lists, self._session, self._trained, self._options, params, coarse_queries, return_lse
+            if (out := steady(queries, *by)) is not None:
+                self._last = steady.chosen
+                return out
         lists = self._lists
         x, form = self._arguments.queries(queries, lists)
         if lists is None:
@@ -380,9 +407,19 @@ class AsymmetricIndex:
             if params is None or not self._options.exceeded_by(settings):
                 self._refuse_lists_to_come(session)
                 out, lse, self._last = session.run(x, self._trained, self._prepared_router, settings)
+                if self._backend.captures and not return_lse:
+                    self._note_search(session, queries, x, params)
                 return form.attention(out, lse, return_lse)
             session.refuse_capture("a larger window or more sinks than the index has")
         return self._attend(x, self._select(x, params, coarse_queries), form, return_lse, return_error)
+
+    def _note_search(self, session: SearchSession, queries: Any, x: Tensor, params: SearchParametersIVF | None) -> None:
+        """The second search in a row with the same of everything may be the first of many."""
+        by = session.lists, session, self._trained, self._options, params, None, False
+        again, self._steady_by, self._steady_search = same_objects(by, self._steady_by), by, None
+        if again and isinstance(queries, Tensor) and queries.ndim == 4 and queries.is_contiguous() and self._last is not None:
+            search = session.steady_search(x)
+            self._steady_search = None if search is None else SteadySearch(session, search, queries, self._last, by)
 
     def search_attend_preassigned(
         self, queries: Any, list_nos: Any, *, params: SearchParametersIVF | None = None, return_lse: bool = False
@@ -562,7 +599,8 @@ class AsymmetricIndex:
         for name in type(self).__slots__:
             if name != "__weakref__":
                 setattr(new, name, getattr(self, name))
-        new._lists = new._session = new._last = None
+        new._lists = new._session = new._last = new._steady_add = new._steady_search = None
+        new._steady_by = ()
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
             new._require_codes(new._backend, device)
@@ -602,9 +640,9 @@ class AsymmetricIndex:
 
     def _require_codes(self, backend: Backend, device: torch.device) -> None:
         """DeviceError for codes where nothing reads them."""
-        if self.storage is not None and not (backend.reads_codes and device.type == "cpu"):
+        if self.storage is not None and not backend.reads_codes:
             where = f"{str(device)!r}, backend {backend.name!r}"
-            raise DeviceError(f"storage: expected device 'cpu' for codes, got {self.storage!r} on {where}")
+            raise DeviceError(f"storage: expected a backend that reads codes, got {self.storage!r} on {where}")
 
     # -- FAISS --------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from .index import AsymmetricIndex
 from .invlists.arena import PLAIN_ARRAYS, ROW_ARRAYS
 from .invlists.coded import plain_rows
 from .invlists.gaps import Gaps
-from .invlists.layout import Layout, Segment
+from .invlists.layout import Arrangement, Segment
 from .invlists.rotated import RotationLengths
 from .invlists.segmented import SegmentedInvertedLists
 from .routing.calibration import TARGETS, Calibration
@@ -35,9 +35,11 @@ from .routing.router import QueryRouter
 from .routing.sampling import Sampling
 from .routing.trained import TrainedLayer
 from .routing.two_tower import TwoTower
-from .search.params import SAMPLING
 
-FORMAT, VERSION = "saap_index", "1"
+FORMAT, VERSION = "saap_index", "2"
+AT_ONCE = "1"  # the version of before merges took their time: segments lie as `Layout.settled` has them
+_SAMPLING = "sampled_share", "sample_exponent", "sample_cap"
+"""Search parameters that a file names where they are set."""
 
 
 def write_index(index: AsymmetricIndex, path: str | os.PathLike[str]) -> None:
@@ -92,7 +94,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "target_mass": index.target_mass, "tail": index.tail,
             "budget_shares": None if index.budget_shares is None else index.budget_shares.tolist(),
             **({} if index.storage is None else {"storage": index.storage}),
-            **{name: getattr(index, name) for name in SAMPLING if getattr(index, name) is not None},
+            **{name: getattr(index, name) for name in _SAMPLING if getattr(index, name) is not None},
         },
         "dtype": str(index.dtype).removeprefix("torch."),
         "rope": None if index.rope is None else index.rope.to_dict(),
@@ -140,12 +142,12 @@ def _checksum(tensors: dict[str, Tensor], config: str) -> str:
 def _config(metadata: dict[str, str] | None) -> dict[str, Any]:
     if not metadata or metadata.get("format") != FORMAT:
         raise FormatError(f"expected a file of format {FORMAT!r}, got {(metadata or {}).get('format')!r}")
-    if metadata.get("version") != VERSION:
-        raise FormatError(f"expected version {VERSION} of the format, got {metadata.get('version')!r}")
+    if metadata.get("version") not in (AT_ONCE, VERSION):
+        raise FormatError(f"expected version {AT_ONCE} or {VERSION} of the format, got {metadata.get('version')!r}")
     config = files.json_of(metadata["config"])
     if not isinstance(config, dict):
         raise FormatError(f"expected a configuration, got {type(config).__name__}")
-    return config
+    return {**config, "at_once": metadata["version"] == AT_ONCE}
 
 
 def _weights(h: int, u: int, outputs: int, d: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -176,11 +178,12 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
         want["sampling"] = ((h, 3), torch.float32)
     if lengths:
         b, rows = len(lengths), max(lengths)
-        count = max(len(s) for s in _segments(config))
+        segments = [x.segments for x in _arrangements(config)]
+        count = max(map(len, segments))
         want["keys"], want["values"] = ((b, h, rows, d), dtype), ((b, h, rows, e), dtype)
         if c.get("storage") is not None:
             sizes = STORAGE_CODES[c["storage"]].sizes(d, e)
-            plain = max(plain_rows(lengths, coded_spans(config["coded"], lengths, _segments(config))))
+            plain = max(plain_rows(lengths, coded_spans(config["coded"], lengths, segments)))
             for side, dim, size in zip(("keys", "values"), (d, e), sizes, strict=True):
                 want[side], want[f"plain_{side}"] = ((b, h, rows, size), torch.uint8), ((b, h, plain, dim), dtype)
         want["ids"], want["tables"] = ((b, h, rows), torch.int32), ((b, h, count, nlist + 1), torch.int32)
@@ -195,14 +198,17 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
     return want
 
 
-def _segments(config: dict[str, Any]) -> list[tuple[tuple[int, int], ...]]:
+def _arrangements(config: dict[str, Any]) -> list[Arrangement]:
+    """How the sealed tokens of every sequence lie in the file."""
     layout = _empty_index(config, "cpu", "torch").layout
     lengths = config["lengths"]
     if not all(isinstance(n, int) and 0 <= n < 2**31 for n in lengths):
         raise FormatError(f"expected token counts, got {lengths!r}")
     if max(lengths) // layout.block > 2**24:
         raise FormatError(f"expected sequences of fewer than {layout.block << 24} tokens, got {max(lengths)}")
-    return [layout.segments(n) for n in lengths]
+    if config["at_once"]:
+        return [Arrangement(layout.settled(n)) for n in lengths]
+    return [layout.arrangement(n, config["index"]["num_kv_heads"]) for n in lengths]
 
 
 def _load(file: Any, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -263,10 +269,10 @@ def _restore(
     lengths = config["lengths"]
     if not lengths:
         return index
-    segments = _segments(config)
+    arrangements = _arrangements(config)
     index.reserve_memory(max(lengths), batch=len(lengths))
     lists = index.invlists
-    lists.lengths, lists.segments = list(lengths), segments
+    lists.hold(lengths, arrangements)
     name = "gaps" if "gaps" in config else "removed"
     counts = checks.counts(config[name], len(lengths), 2**31 - 1, name)
     parts_of = np.split(tensors[name].numpy(), np.cumsum(counts)[:-1])
@@ -278,18 +284,20 @@ def _restore(
         lists.rotated = RotationLengths.of(tensors["rotated"], counts, lengths)
     elif index.rope is not None and index.rope.is_dynamic:
         raise FormatError("expected the lengths at which tokens were rotated, got a file of before they were kept")
-    check_lists(lists.layout, lengths, lists.gaps, tensors)
+    check_lists(arrangements, lengths, lists.gaps, tensors)
     lists.resize_tables(tensors["tables"].shape[2])
     if config["pending"]:
         lists.arena = replace(lists.arena, pending=tensors["pending"].to(index.device))
     if lists.code is not None:
-        lists.coded_spans = coded_spans(config["coded"], lengths, segments)
+        lists.coded_spans = coded_spans(config["coded"], lengths, lists.segments)
         plain = {name: tensors[name].to(index.device) for name in ("plain_keys", "plain_values")}
         lists.arena = replace(lists.arena, **plain)
     for name in ("keys", "values", "ids", "tables"):
         getattr(lists, name).copy_(tensors[name])
     for i in range(lists.batch):
         lists.update_means(i)
+    if config["at_once"]:
+        index.rearrange()
     return index
 
 
@@ -336,18 +344,22 @@ def coded_spans(spans: Any, lengths: Sequence[int], segments: Sequence[Sequence[
 
 
 def check_lists(
-    layout: Layout, lengths: Sequence[int], gaps: Sequence[Gaps], tensors: Mapping[str, Tensor], ids: bool = True
+    arrangements: Sequence[Arrangement], lengths: Sequence[int], gaps: Sequence[Gaps], tensors: Mapping[str, Tensor],
+    ids: bool = True,
 ) -> None:
     """FormatError or ParameterError unless arrays as of `pack_lists` are those of sequences of these lengths; ``ids`` too."""
-    for i, (n, gap) in enumerate(zip(lengths, gaps, strict=True)):
-        parts, tables = layout.segments(n), tensors["tables"][i]
+    for i, (n, gap, lie) in enumerate(zip(lengths, gaps, arrangements, strict=True)):
+        parts, tables = lie.segments, tensors["tables"][i]
         check_gaps(gap, n)
         check_tables(tables[:, : len(parts)], parts)
         for low, high in ((0, parts[0][0] if parts else 0), (parts[-1][1] if parts else 0, n)):
             if "pending" in tensors:
                 checks.list_numbers(tensors["pending"][i, :, low:high], "pending", tables.shape[2] - 1, -1)
         if ids:
-            check_ids(tensors["ids"][i], torch.from_numpy(gap.positions(np.arange(n))).to(tables.device), parts)
+            positions = torch.from_numpy(gap.positions(np.arange(n))).to(tables.device)
+            merged = 0 if lie.merging is None else lie.merging.heads
+            check_ids(tensors["ids"][i, :merged], positions, lie.joined)
+            check_ids(tensors["ids"][i, merged:], positions, parts)
 
 
 def check_tables(tables: Tensor, segments: tuple[tuple[int, int], ...]) -> None:

@@ -110,13 +110,42 @@ def run_means(keys: Array, values: Array, offsets: Ints) -> tuple[Array, Array]:
     return mean_keys, mean_values
 
 
-def segments(length: int, sinks: int, window: int, block: int, max_segment: int, fanout: int = 4) -> list[tuple[int, int]]:
-    """The segments [start, stop) of a sequence of ``length`` tokens: a function of the length alone.
+def arrangement(
+    length: int, sinks: int, window: int, block: int, max_segment: int, heads: int, merge_rows: int
+) -> tuple[list[tuple[int, int]], tuple[int, int, int]]:
+    """The segments [start, stop) of a sequence of ``length`` tokens, a function of the length alone; and start and stop of those
+    that are being merged, and for how many KV heads they are one already, or three zeros.
 
-    Tokens leave the recent ones a block at a time. An aligned stretch of fanout**k blocks is one segment as soon as it is at
-    least as old as it is long, its age being counted from the moment the newest block was sealed.
+    Tokens leave the recent ones a block at a time. The merges that are due with a block are carried out one after the other, the
+    short ones first, over the tokens up to the next block, each in a share of them that is its share of the rows; in it, heads
+    follow at equal distances, so many together as have ``merge_rows`` rows, or one.
     """
     blocks = max(0, (length - sinks - window) // block)
+    if not blocks:
+        return [], (0, 0, 0)
+    spans = segments(blocks - 1, sinks, window, block, max_segment)
+    spans.append((sinks + (blocks - 1) * block, sinks + blocks * block))
+    due = [x for x in segments(blocks, sinks, window, block, max_segment) if x not in spans]
+    tokens, rows, done = length - sinks - window - blocks * block, sum(stop - start for start, stop in due), 0
+    for size, start, stop in sorted((stop - start, start, stop) for start, stop in due):
+        begin, end = (1 + (block - 1) * x // rows for x in (done, done + size))
+        done += size
+        if tokens >= end - 1:
+            spans = sorted([x for x in spans if not start <= x[0] < stop] + [(start, stop)])
+            continue
+        together = max(1, merge_rows // size)
+        groups = (heads + together - 1) // together
+        merged = together * (groups * max(0, tokens - begin + 1) // (end - begin))
+        return spans, (start, stop, merged) if merged else (0, 0, 0)
+    return spans, (0, 0, 0)
+
+
+def segments(blocks: int, sinks: int, window: int, block: int, max_segment: int, fanout: int = 4) -> list[tuple[int, int]]:
+    """The segments [start, stop) of a sequence of which so many blocks are sealed, when their merges are done.
+
+    An aligned stretch of fanout**k blocks is one segment as soon as it is at least as old as it is long, its age being counted
+    from the moment the newest block was sealed.
+    """
     sealed_at = window + blocks * block
     spans, i = [], 0
     while i < blocks:

@@ -17,6 +17,7 @@ from suite_guard import pytest_configure
 __all__ = ["pytest_configure"]
 
 import saap_index.hf.crossover
+import saap_index.invlists.layout
 from saap_index import register_backend
 
 settings.register_profile(
@@ -65,6 +66,12 @@ def _break_even(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `attach` measures on a machine is one number here, and nothing is timed."""
     found = saap_index.hf.crossover.Crossover(2048, ())
     monkeypatch.setattr(saap_index.hf.crossover, "measured", lambda key, times: found)
+
+
+@pytest.fixture(autouse=True)
+def _merge_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small segments too are merged a KV head at a time."""
+    monkeypatch.setattr(saap_index.invlists.layout, "MERGE_ROWS", 16)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,12 +26,13 @@ from saap_index.pipeline.texts import TokenSequence, digest, pack_sequences, rea
 from saap_index.routers import Routers, load_routers
 from saap_index.routing.rope import Rope
 
-from . import evaluate, linear, moa_profile, page, plots, report
+from . import evaluate, flags, linear, moa_profile, page, plots, report, tables
 from .evaluate import Records, Settings
 from .flags import check_count, check_names, check_shares, names, numbers
 from .measures import exact_attention
 from .method import Method
-from .needles import Haystack, haystacks
+from .needles import Haystack, Question, haystacks
+from .own import builder, check_method, load_methods
 from .replace import Prompt, read_prompt
 from .roster import BATCH, KINDS, Build, Roster
 from .trained import TrainedMethods
@@ -75,6 +76,10 @@ class Task:
     profile_tokens: int = PROFILE_TOKENS
     """Of a training sequence that MoA's profile looks at."""
     reports: Sequence[str] = PAGE
+    questions: Mapping[str, Question] = field(default_factory=dict)
+    """Of RULER's kinds, by name."""
+    endings: Sequence[str] = ("png",)
+    """Of the plots."""
 
     @property
     def measured(self) -> Sequence[TokenSequence]:
@@ -102,11 +107,14 @@ def compare(task: Task, out: Path, progress: Progress = lambda line: None) -> Re
     CompatibilityError for routers of another model.
     """
     check(task)
+    rope = Rope.from_config(task.model.config, layer=min(task.trained.routers.layers) if task.trained else None)
+    _try_own(task, rope)
     files.make_folder(out)
     records = Records(out / "records.json")
     _check_same(task, records)
-    rope = Rope.from_config(task.model.config, layer=min(task.trained.routers.layers) if task.trained else None)
     methods: Methods = task.trained or _roster(task, rope, records, out, progress)
+    if task.trained and task.training:
+        task.trained.prompts = _training_prompts(task, rope, progress)
     try:
         _measure(task, rope, methods, records, progress)
         if "page" in task.reports:
@@ -161,6 +169,7 @@ def _check_same(task: Task, records: Records) -> None:
     for haystack in task.needles:
         for name, needle in haystack.needles.items():
             expected[f"asked/{name}"] = hashlib.sha256(needle.prompt.encode()).hexdigest()[:16]
+    expected |= {f"asked/{name}": question.digest() for name, question in task.questions.items()}
     for key, value in expected.items():
         if records.rows.get(key, value) != value:
             raise ParameterError(
@@ -174,6 +183,8 @@ def _measure(task: Task, rope: Rope | None, methods: Methods, records: Records, 
     for number, (_, tokens) in enumerate(task.measured):
         methods_at = partial(methods.at, length=len(tokens))
         evaluate.evaluate_text(task.model, rope, f"{number}", tokens, methods_at, settings, records, clock.step)
+        if settings.drift:
+            evaluate.evaluate_drift(task.model, rope, f"{number}", tokens, methods_at, settings, records, clock.step)
         clock.sequence_done(number + 1)
     shares = settings.decode_shares or settings.shares
     for haystack in task.needles:
@@ -181,17 +192,25 @@ def _measure(task: Task, rope: Rope | None, methods: Methods, records: Records, 
         evaluate.evaluate_needles(
             task.model, task.tokenizer, rope, haystack.needles, methods_at, shares, records, clock.step, settings.replaced
         )
+    for name, question in task.questions.items():
+        methods_at = partial(methods.at, length=question.length)
+        evaluate.evaluate_question(
+            task.model, task.tokenizer, rope, name, question, methods_at, shares, records, clock.step, settings.replaced
+        )
 
 
 class _Clock:
     """Lines of progress with the time that is left, if every step takes what the steps of this run took."""
 
     def __init__(self, task: Task, methods: Methods, progress: Progress) -> None:
-        s, length = task.settings, max((len(tokens) for _, tokens in task.sequences), default=0)
+        lengths = [len(tokens) for _, tokens in task.sequences] + [q.length for q in task.questions.values()]
+        s, length = task.settings, max(lengths, default=0)
         decodes = sum(len(methods.at(share, length)) for share in s.decode_shares or s.shares)
         layers = task.model.config.num_hidden_layers if s.layers is None else len(s.layers)
         self.per_sequence = (1 + layers + (decodes if s.decoded else 0)) if layers or s.decoded else 0
-        self.total = len(task.measured) * self.per_sequence + decodes * sum(len(x.needles) for x in task.needles)
+        self.per_sequence += 1 + decodes if s.drift else 0
+        asked = sum(len(x.needles) for x in task.needles) + len(task.questions)
+        self.total = len(task.measured) * self.per_sequence + decodes * asked
         self.place, self.steps, self.began, self.progress = 0, 0, time.monotonic(), progress
 
     def step(self, line: str) -> None:
@@ -215,7 +234,8 @@ def _write(task: Task, methods: Methods, records: Records, out: Path, progress: 
         files.write_text(out / "report.html", page.html(records.rows, task.title, kinds, depth, _facts(task), task.batch))
     if "plots" in reports:
         try:
-            plots.write(records.rows, depth, out)
+            for ending in task.endings:
+                plots.write(records.rows, depth, out, ending)
         except MissingDependencyError as error:
             progress(f"no plots: {error}")
 
@@ -227,7 +247,8 @@ def _facts(task: Task) -> list[str]:
         f"every method reads {s.sinks} first and {s.window} newest tokens; a budget is a share of those between, in bytes",
         f"queries: every {s.step}th of the last {s.span} tokens; decoded with these layers replaced: {s.decoded} tokens",
         f"weights that sequences share are charged to each of {task.batch} that are decoded at once",
-        f"bytes as if K and V were 16-bit; times are of this reference implementation on {torch.get_num_threads()} threads",
+        f"model in {str(task.model.dtype).removeprefix('torch.')} on {task.model.device}; bytes as if K and V were 16-bit",
+        f"times are of this reference implementation on {torch.get_num_threads()} threads",
     ]
 
 
@@ -239,16 +260,31 @@ def _roster(task: Task, rope: Rope | None, records: Records, out: Path, progress
     layers = list(range(depth)) if every else sorted({*(s.layers or ()), *(s.replaced or ())})
     if not layers or not 0 <= layers[0] <= layers[-1] < depth:
         raise ParameterError(f"layers: expected numbers in [0, {depth}), got {layers}")
-    prompts: list[Prompt] = []
-    for number, (_, tokens) in enumerate(task.sequences[: task.training]):
-        positions = _training_positions(len(tokens), number)
-        recent = s.window + len(tokens) - int(positions[-8:].min())
-        prompts.append(read_prompt(task.model, tokens, rope, positions, recent=recent))
-        progress(f"training sequence {number + 1} of {task.training} read")
+    prompts = _training_prompts(task, rope, progress)
     profile = _profile(task, records, progress) if "moa" in task.methods else None
     return Roster(
         task.methods, prompts, s, layers, out / "indexes", task.own, profile, task.batch, task.routers, records.once, progress
     )
+
+
+def _try_own(task: Task, rope: Rope | None) -> None:
+    """A user's methods on a layer as the model has them, before anything long starts."""
+    own = task.trained.own_builds() if task.trained else task.own
+    if own:
+        some = task.sequences[0][1] if task.sequences else next(iter(task.questions.values())).document
+        layer = read_prompt(task.model, list(some[:4]), rope).layers[0]
+        for name, build in own.items():
+            check_method(name, build, layer)
+
+
+def _training_prompts(task: Task, rope: Rope | None, progress: Progress) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for number, (_, tokens) in enumerate(task.sequences[: task.training]):
+        positions = _training_positions(len(tokens), number)
+        recent = task.settings.window + len(tokens) - int(positions[-8:].min())
+        prompts.append(read_prompt(task.model, tokens, rope, positions, recent=recent))
+        progress(f"training sequence {number + 1} of {task.training} read")
+    return prompts
 
 
 def _training_positions(length: int, seed: int) -> Tensor:
@@ -285,7 +321,7 @@ def _looks(task: Task, rope: Rope | None, source: Methods, records: Records) -> 
     recent = max(m.observed for m in methods) + 1
     prompt = read_prompt(task.model, tokens, rope, torch.tensor([last], dtype=torch.int64, device="cpu"), recent=recent)
     slot = next(i for i, layer in enumerate(prompt.layers) if layer.number == number)
-    keys, values, queries = prompt.keys[slot], prompt.values[slot], prompt.queries[slot]
+    keys, values, queries = prompt.keys[slot], prompt.values[slot], prompt.queries[slot].float()
     exact = exact_attention(keys, values, queries.flatten(0, 1), prompt.positions, s.sinks, s.window)
     mass = _binned(exact.probabilities[:, :, 0].mean((0, 1)))
     sizes = _binned(torch.ones(len(tokens), dtype=torch.float64, device="cpu"))
@@ -302,8 +338,8 @@ def _looks(task: Task, rope: Rope | None, source: Methods, records: Records) -> 
 
 def _binned(values: Tensor) -> Tensor:
     """float64 (`LOOK_BINS`,): sums over the stretches of a text of (n,) tokens."""
-    bins = torch.arange(len(values), dtype=torch.int64, device="cpu") * LOOK_BINS // len(values)
-    return torch.zeros(LOOK_BINS, dtype=torch.float64, device="cpu").index_add(0, bins, values)
+    bins = torch.arange(len(values), dtype=torch.int64, device=values.device) * LOOK_BINS // len(values)
+    return torch.zeros(LOOK_BINS, dtype=torch.float64, device=values.device).index_add(0, bins, values).cpu()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -311,6 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="files, folders or data sets on disk")
     parser.add_argument("--routers", type=Path, help="folder that saap train wrote (default: trained here)")
     parser.add_argument("--methods", default=DEFAULT_METHODS, help="names separated by commas (default: all)")
+    flags.add_own(parser)
     parser.add_argument("--budgets", default="0.02,0.05,0.1", help="shares of the KV bytes (default %(default)s)")
     parser.add_argument("--layers", help="layers to compare in, as 3,8,14; the others stay dense (default: all)")
     parser.add_argument("--decoded", type=int, default=64, help="tokens decoded with these layers replaced (default %(default)s)")
@@ -322,37 +359,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=BATCH, help="sequences that share the reading of weights (default %(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("compare_results"), help="folder (default %(default)s)")
+    flags.add_tables(parser)
+    flags.add_computing(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare` raise."""
+    computing = flags.computing(options)
     layers = None if options.layers is None else numbers("layers", options.layers, int)
+    endings = flags.check_tables(options)
     shares, methods = numbers("budgets", options.budgets, float), names(options.methods)
     check_shares("budgets", shares)
     check_names("methods", methods, KINDS)
+    own = load_methods(options.own, tuple(KINDS))
     for name, least in (("length", 1), ("training", 1), ("sequences", 1), ("needles", 0), ("batch", 1)):
         check_count(name, getattr(options, name), least)
     _check_decoded(options.decoded, options.length)
     routers = None if options.routers is None else load_routers(options.routers)
     span, window = min(Settings.span, options.length // 4), min(Settings.window, options.length // 8)
     settings = Settings(shares, layers, span, decoded=options.decoded, window=window, replaced=layers)
-    loaded = models.load_model(options.model, dtype="float32")
+    loaded = models.load_model(options.model, **computing)
     models.check_positions("length", loaded.model.config, options.length)
     documents = list(read_texts(options.text))
-    encode, flags = partial(models.encode, loaded.tokenizer), "--training, --sequences or --length"
-    sequences = pack_sequences(documents, encode, options.training + options.sequences, options.length, flags)
+    encode, asked = partial(models.encode, loaded.tokenizer), "--training, --sequences or --length"
+    sequences = pack_sequences(documents, encode, options.training + options.sequences, options.length, asked)
     needles = haystacks(filler(documents, options.length * 3), options.needles)  # a token has three characters at least
+    builds: dict[str, Build] = {name: builder(name, kind, settings.sinks, window) for name, kind in own.items()}
     task = Task(
-        loaded.model, loaded.tokenizer, loaded.name, sequences, options.training, methods, settings, needles,
-        batch=options.batch, routers=routers,
+        loaded.model, loaded.tokenizer, loaded.name + dtype_mark(loaded.model), sequences, options.training, (*methods, *own),
+        settings, needles, builds, batch=options.batch, routers=routers, reports=(*PAGE, "plots") if endings else PAGE,
+        endings=endings,
     )
-    return finish(task, options.out)
+    return finish(task, options.out, options.csv, options.latex)
 
 
-def finish(task: Task, out: Path) -> int:
-    """`compare` as a command ends: the table on the terminal, and where the rest is."""
-    compare(task, out, say)
+def dtype_mark(model: Any) -> str:
+    """What a title says of a model that does not compute in float32: its figures are others."""
+    return "" if model.dtype == torch.float32 else f" {str(model.dtype).removeprefix('torch.')}"
+
+
+def finish(task: Task, out: Path, csv: Path | None = None, latex: Path | None = None) -> int:
+    """`compare` as a command ends: the table on the terminal, files that were asked for, and where the rest is."""
+    depth = task.model.config.num_hidden_layers
+    records = compare(task, out, say)
     print((out / "table.txt").read_text())
+    for file, write in ((csv, tables.as_csv), (latex, tables.as_latex)):
+        if file is not None:
+            files.write_text(file, write(records.rows, depth))
+            print(f"wrote {file}")
     extras = {"summary": "summary.json", "page": "report.html", "plots": "plots"}
     *first, last = ["records.json", "table.txt", *(name for key, name in extras.items() if key in task.reports)]
     print(f"wrote {', '.join(first)} and {last} to {out}")

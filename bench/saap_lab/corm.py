@@ -46,12 +46,12 @@ class CormState(State):
     def __init__(self, method: Corm, cache: Cache) -> None:
         self.method, self.cache = method, cache
         self.steps = 0
-        self.last_important = torch.zeros((cache.layer.heads, 0), dtype=torch.int64, device="cpu")
-        self.live = torch.zeros((cache.layer.heads, 0), dtype=torch.bool, device="cpu")
+        self.last_important = torch.zeros((cache.layer.heads, 0), dtype=torch.int64, device=cache.layer.device)
+        self.live = torch.zeros((cache.layer.heads, 0), dtype=torch.bool, device=cache.layer.device)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.cache.append(keys, values)
-        came = torch.full(keys.shape[:2], self.steps, dtype=torch.int64, device="cpu")
+        came = torch.full(keys.shape[:2], self.steps, dtype=torch.int64, device=keys.device)
         self.last_important = torch.cat([self.last_important, came], 1)
         self.live = torch.cat([self.live, torch.ones_like(came, dtype=torch.bool)], 1)
 
@@ -61,17 +61,18 @@ class CormState(State):
             return
         if int(positions.max()) >= self.cache.length:
             raise LengthError(f"positions: expected below {self.cache.length}, got {int(positions.max())}")
-        for at in torch.arange(len(positions), dtype=torch.int64, device="cpu").split(_CHUNK):
+        for at in torch.arange(len(positions), dtype=torch.int64, device=positions.device).split(_CHUNK):
             important = self._important(queries[:, :, at], positions[at] + 1)
-            step = torch.arange(1, len(at) + 1, dtype=torch.int64, device="cpu")[:, None] * important  # (h, q, n), 0 for minor
-            newest = step.amax(1)
+            step = torch.arange(1, len(at) + 1, dtype=torch.int64, device=important.device)
+            newest = (step[:, None] * important).amax(1)  # (h, n), 0 for minor
             self.last_important = torch.where(newest > 0, self.steps + newest, self.last_important)
             self.steps += len(at)
         self._drop()
 
     def attend(self, queries: Tensor) -> Attended:
         cache, layer = self.cache, self.cache.layer
-        important = self._important(queries[:, :, None], torch.tensor([cache.length], dtype=torch.int64, device="cpu"))[:, 0]
+        length = torch.tensor([cache.length], dtype=torch.int64, device=queries.device)
+        important = self._important(queries[:, :, None], length)[:, 0]
         self.steps += 1
         self.last_important = torch.where(important, self.steps, self.last_important)
         chosen = self.live.clone()
@@ -84,7 +85,7 @@ class CormState(State):
         """Live tokens with a probability of at least 1 / t for a head of the group: queries (h, g, q, d), t (q,) -> (h, q, n)."""
         cache = self.cache
         logits = queries @ cache.keys[:, None].transpose(2, 3) * cache.layer.scale
-        seen = self.live[:, None] & (torch.arange(cache.length, dtype=torch.int64, device="cpu") < lengths[:, None])
+        seen = self.live[:, None] & (torch.arange(cache.length, dtype=torch.int64, device=lengths.device) < lengths[:, None])
         probabilities = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
         important: Tensor = (probabilities >= 1 / lengths[:, None]).any(1) & seen
         return important

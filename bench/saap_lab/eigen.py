@@ -47,12 +47,13 @@ class _EigenState(State):
 
     def __init__(self, layer: Layer, basis_k: Tensor, basis_v: Tensor) -> None:
         self.layer, self.basis_k, self.basis_v = layer, basis_k, basis_v
-        self.keys = torch.zeros((layer.heads, 0, basis_k.shape[1]), dtype=torch.float32, device="cpu")
-        self.values = torch.zeros((layer.heads, 0, basis_v.shape[2]), dtype=torch.float32, device="cpu")
+        self.keys = torch.zeros((layer.heads, 0, basis_k.shape[1]), dtype=torch.float32, device=layer.device)
+        self.values = torch.zeros((layer.heads, 0, basis_v.shape[2]), dtype=torch.float32, device=layer.device)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         rope, done = self.layer.rope, self.keys.shape[1]
         stop = done + keys.shape[1]
+        keys, values = keys.float(), values.float()
         plain = keys if rope is None else rope.unrotate(keys, range(done, stop), stop)
         self.keys = torch.cat([self.keys, plain @ self.basis_k], 1)
         self.values = torch.cat([self.values, values @ self.basis_v], 1)

@@ -3,9 +3,15 @@
 saap eval --model ./checkpoint --routers routers --text novel.txt notes/ --out results
 saap eval --routers routers --tasks layers --layers 3,14,26 --budgets 0.02,0.05        the demo's model, one table only
 
-Three tasks. layers: attention captured and output error, layer by layer. end: the last tokens of each sequence with every layer
+Tasks. layers: attention captured and output error, layer by layer. end: the last tokens of each sequence with every layer
 replaced, against the dense model's next-token distributions. needles: facts hidden in the text and asked for, the question
-processed sparsely too. Yardsticks read as many bytes as the index does.
+processed sparsely too. drift: KL by position in a long text that the dense model writes itself. ruler: the synthetic tasks of
+RULER at the lengths of --lengths, dense and sparse side by side:
+
+saap eval --model ./checkpoint --device cuda --dtype bfloat16 --tasks ruler --lengths 4096,8192 --methods dense,saap,topk_group
+
+Without --routers a model of one's own gets some from the first sequences of the text, in seconds a layer. Yardsticks read as many
+bytes as the index does.
 
 The folder gets records.json, table.txt, summary.json and plots. The same command goes on after an interruption; more sequences,
 budgets or methods than before are added to what is there.
@@ -14,39 +20,55 @@ budgets or methods than before are added to what is there.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
-import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from saap_index.errors import LengthError, ParameterError
+from saap_index import files
+from saap_index.errors import CompatibilityError, LengthError, ParameterError
 from saap_index.hf import models, support
-from saap_index.pipeline.command import say
-from saap_index.pipeline.texts import TokenSequence, pack_sequences, read_texts
+from saap_index.hf.quick import train_on_prompts
+from saap_index.pipeline.command import DAY_SECONDS, say
+from saap_index.pipeline.texts import Document, TokenSequence, pack_sequences, read_texts
 from saap_index.routers import Routers, load_routers
+from saap_index.training.prompt import PromptTraining
 
-from . import compare, evaluate, flags, needles, trained
+from . import compare, drift, evaluate, flags, needles, ruler, trained
 from .compare import Task
 from .evaluate import Settings
+from .method import Method
 from .needles import Haystack, Needle
+from .own import learns, load_methods
+from .questions import ruler_questions
 from .smollm2 import model as demo_model
 from .smollm2 import routers as demo_routers
 from .smollm2 import texts as demo_texts
 from .trained import TrainedMethods
 
-TASKS = ("layers", "end", "needles")
+TASKS = ("layers", "end", "needles", "drift", "ruler")
+DEFAULT_TASKS = "layers,end,needles"
+_OF_LENGTHS = {"needles", "ruler"}
+"""Tasks that make their own texts, of --lengths."""
+
+Encode = Callable[[str], list[int]]
+
+QUICK_PROMPTS = 3
+"""Sequences that routers are learnt from where there are none."""
 KEYS = 4  # of a multi-key needle
 
 
 def router_task(
     model: Any, tokenizer: Any, identity: str, methods: TrainedMethods, sequences: Sequence[TokenSequence], *,
-    tasks: Sequence[str] = TASKS, layers: Sequence[int] | None = None, continuation: int = 256, queries: int = 32,
+    tasks: Sequence[str] = TASKS[:3], layers: Sequence[int] | None = None, continuation: int = 256, queries: int = 32,
     lengths: Sequence[int] = (), depths: Sequence[float] = (0.1, 0.5, 0.9), filler: str = "",
+    kinds: Sequence[str] = tuple(ruler.KINDS), samples: int = 5, seed: int = 0, training: int = 0,
+    chat: bool = False, dense_question: bool = False,
+    drift_tokens: int = 0,
 ) -> Task:
     """`saap eval` as a task of the comparison.
 
@@ -56,28 +78,44 @@ def router_task(
     layers : measured one by one, None for all that have routers
     continuation : tokens at the end of each sequence with every layer replaced, where queries are taken for the layers too
     queries : of each layer and sequence
-    lengths, depths : of needles, in tokens and in [0, 1]
+    lengths : of needles and of RULER's tasks, in tokens
+    depths : of needles, in [0, 1]
     filler : text that hides them
+    kinds, samples, seed : of RULER's tasks, see `ruler.KINDS`; so many of each kind and length
+    training : so many sequences come first that a user's own methods learn from
+    chat : put RULER's prompts into the chat template of the tokenizer
+    drift_tokens : the dense model writes at the end of a sequence for drift, 0 for a quarter of it
+    dense_question : read RULER's questions densely too, so that the answer alone is the method's
 
     Raises ParameterError and LengthError for what cannot be measured.
     """
     check_flags(methods, tasks, layers, depths)
+    methods.dtype = model.dtype
     indexed, layout = tuple(sorted(methods.routers.layers)), methods.layout
     least = layout.sinks + layout.window + 2 * max(2, continuation)
-    for name, length in [("length", len(tokens)) for _, tokens in sequences] + [("needle-lengths", n) for n in lengths]:
+    for name, length in [("length", len(tokens)) for _, tokens in sequences] + [("lengths", n) for n in lengths]:
         models.check_positions(name, model.config, length)
-        if length < least:
+        if length < least and not (name == "lengths" and "needles" not in tasks):  # a prompt of RULER's has its own least length
             raise LengthError(f"{name}: expected at least {least} tokens with this continuation and window, got {length}")
     if continuation < 2 or queries < 1:
         raise ParameterError(f"continuation, queries: expected at least 2 tokens and 1 query, got {continuation} and {queries}")
+    written = 0
+    if "drift" in tasks:
+        shortest = min((len(tokens) for _, tokens in sequences), default=0)
+        written, room = drift_tokens or shortest // 4, shortest - layout.sinks - layout.window - 2
+        if not drift.STRETCHES <= written <= room:
+            raise LengthError(f"drift-tokens: expected {drift.STRETCHES} to {room} of {shortest} tokens, got {written}")
     wanted = indexed if layers is None else tuple(layers)
     settings = Settings(
         shares=methods.shares(), layers=wanted if "layers" in tasks else (), span=continuation,
         step=max(1, continuation // queries), decoded=continuation if "end" in tasks else 0, sinks=layout.sinks,
-        window=layout.window, replaced=indexed, together=True,
+        window=layout.window, replaced=indexed, together=True, drift=written,
     )
     haystacks = [x for n in lengths for x in _haystacks(tokenizer, filler, n, depths)] if "needles" in tasks else []
-    return Task(model, tokenizer, identity, sequences, 0, methods, settings, haystacks, reports=compare.ROUTERS)
+    asked = ruler_questions(tokenizer, filler, lengths, kinds, samples, seed, chat, dense_question) if "ruler" in tasks else {}
+    return Task(
+        model, tokenizer, identity, sequences, training, methods, settings, haystacks, reports=compare.ROUTERS, questions=asked
+    )
 
 
 def check_flags(
@@ -114,7 +152,7 @@ def _fitting(tokenizer: Any, filler: str, length: int, makers: Sequence[Callable
         if tokens <= length:
             return made
         characters = int(characters * min(0.99, length / tokens))
-    raise LengthError(f"needle-lengths: expected room for a question, got {length} tokens")
+    raise LengthError(f"lengths: expected room for a question, got {length} tokens")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,8 +163,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nlist", type=int, help="lists, if each prompt makes its own (default: as many as in training)")
     parser.add_argument("--out", type=Path, default=Path("eval_results"), help="folder to write (default %(default)s)")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="default %(default)s")
+    parser.add_argument("--tasks", default=DEFAULT_TASKS, help="default %(default)s")
     parser.add_argument("--methods", help=f"of {', '.join(trained.METHODS)} (default {trained.DEFAULT})")
+    flags.add_own(parser)
+    parser.add_argument("--training", type=int, default=2, help="sequences that those learn from (default %(default)s)")
     parser.add_argument("--budgets", default="0.02,0.05,0.1", help="shares of the tokens, on average (default %(default)s)")
     parser.add_argument("--target-mass", help="targets as 0.9,0.95: the index reads what each needs, at most a quarter")
     parser.add_argument("--sequences", type=int, default=4, help="to measure (default %(default)s)")
@@ -134,57 +174,120 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--continuation", type=int, default=256, help="tokens at its end that are replaced (default %(default)s)")
     parser.add_argument("--layers", help="measured one by one, as 3,8,14 (default: all that have routers)")
     parser.add_argument("--queries", type=int, default=32, help="positions per layer and sequence (default %(default)s)")
-    parser.add_argument("--needle-lengths", help="tokens, as 2048,8192 (default: a quarter, a half and the whole of --length)")
+    parser.add_argument(
+        "--lengths", "--needle-lengths", dest="lengths",
+        help="tokens of needles and ruler, as 4096,8192 (default: a quarter, a half and the whole of --length)",
+    )
     parser.add_argument("--depths", default="0.1,0.5,0.9", help="of passkeys, 0 first, 1 last (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the CPU (default %(default)s)")
+    parser.add_argument(
+        "--drift-tokens", type=int, default=0,
+        help="that the dense model writes at the end of a sequence, for the task drift (default: a quarter of --length)",
+    )
+    parser.add_argument("--ruler-tasks", default=",".join(ruler.KINDS), help="default: %(default)s")
+    parser.add_argument("--samples", type=int, default=5, help="of each of them and each length (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default %(default)s)")
+    parser.add_argument("--chat-template", action="store_true", help="ask ruler's questions in the model's chat template")
+    parser.add_argument(
+        "--dense-question", action="store_true", help="of ruler: read the question densely too, the answer alone is sparse"
+    )
+    flags.add_tables(parser, "png")
+    flags.add_computing(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """The command. Raises what `load_model`, `load_routers`, `read_texts` and `compare.compare` raise."""
-    torch.set_num_threads(max(1, options.threads))
-    folder = options.routers or demo_routers.newest()
-    routers = load_routers(folder)
-    if options.nlist is not None:
-        routers = replace(routers, layers={n: layer.with_lists(options.nlist) for n, layer in routers.layers.items()})
-    methods = _methods(options, routers)
+    computing = flags.computing(options)
+    endings = flags.check_tables(options)
+    reports = [each for each in compare.ROUTERS if endings or each != "plots"]
+    own = load_methods(options.own, trained.METHODS)
+    folder = options.routers or (None if options.model else demo_routers.newest())
+    routers = None if folder is None else _with_lists(load_routers(folder), options)
+    methods = None if routers is None else _methods(options, routers, own)
     tasks, depths = flags.names(options.tasks), flags.numbers("depths", options.depths, float)
     layers = None if options.layers is None else flags.numbers("layers", options.layers, int)
+    kinds = flags.names(options.ruler_tasks)
     lengths: tuple[int, ...] = ()
-    if "needles" in tasks:
-        asked = options.needle_lengths
-        lengths = flags.numbers("needle-lengths", asked, int) if asked else tuple(options.length // part for part in (4, 2, 1))
-    check_flags(methods, tasks, layers, depths)
-    flags.check_count("sequences", options.sequences, 0 if set(tasks) == {"needles"} else 1)
-    for name, least in (("length", 1), ("continuation", 2), ("queries", 1)):
-        flags.check_count(name, getattr(options, name), least)
-    if routers.dense_layers:
-        advised = ", ".join(map(str, routers.dense_layers))
-        say(f"the routers advise to leave layers {advised} dense; here they are replaced like the others")
-    if options.model is None:
-        model, tokenizer = demo_model.load()
+    if _OF_LENGTHS & set(tasks):
+        asked = options.lengths
+        lengths = flags.numbers("lengths", asked, int) if asked else tuple(options.length // part for part in (4, 2, 1))
+    training = options.training if any(learns(kind) for kind in own.values()) else 0
+    flags.check_names("tasks", tasks, TASKS)
+    flags.check_names("ruler-tasks", kinds, ruler.KINDS)
+    if methods is None:
+        flags.check_names("methods", flags.names(options.methods or trained.DEFAULT), trained.METHODS)
+        flags.check_shares("budgets", flags.numbers("budgets", options.budgets, float))
     else:
-        loaded = models.load_model(options.model, dtype="float32")
+        check_flags(methods, tasks, layers, depths)
+    count = 0 if set(tasks) <= _OF_LENGTHS else options.sequences
+    flags.check_count("sequences", options.sequences, 0 if set(tasks) <= _OF_LENGTHS else 1)
+    for name, least in (("length", 1), ("continuation", 2), ("queries", 1), ("samples", 1), ("training", 1), ("drift-tokens", 0)):
+        flags.check_count(name, getattr(options, name.replace("-", "_")), least)
+    if options.model is None:
+        model, tokenizer = demo_model.load(**computing)
+    else:
+        loaded = models.load_model(options.model, **computing)
         model, tokenizer = loaded.model, loaded.tokenizer
-    for name, tokens in (("length", options.length), *(("needle-lengths", length) for length in lengths)):
+    for name, tokens in (("length", options.length), *(("lengths", length) for length in lengths)):
         models.check_positions(name, model.config, tokens)
     documents = list(read_texts(options.text) if options.text else demo_texts.unseen_texts())
     encode = partial(models.encode, tokenizer)
-    sequences = pack_sequences(documents, encode, options.sequences, options.length, "--sequences or --length")
-    identity = f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}"
+    if methods is None:
+        folder = _fitting_folder(model, options, documents, encode)
+        routers = _with_lists(load_routers(folder), options)
+        methods = _methods(options, routers, own)
+        check_flags(methods, tasks, layers, depths)
+    assert folder is not None and routers is not None
+    if routers.dense_layers:
+        advised = ", ".join(map(str, routers.dense_layers))
+        say(f"the routers advise to leave layers {advised} dense; here they are replaced like the others")
+    first = QUICK_PROMPTS if folder == options.out / "routers" else 0
+    ask = "--sequences or --length"
+    sequences = pack_sequences(documents, encode, first + training + count, options.length, ask)[first:]
+    identity = f"{support.fingerprint(support.decoder_of(model))} {_checksum(folder)}{compare.dtype_mark(model)}"
     task = router_task(
         model, tokenizer, identity + (f" {options.nlist}" if options.nlist else ""), methods, sequences, tasks=tasks,
         layers=layers, continuation=options.continuation, queries=options.queries, lengths=lengths, depths=depths,
-        filler=compare.filler(documents, 6 * options.length),
+        filler=compare.filler(documents, 6 * max(options.length, *lengths, 0)), kinds=kinds, samples=options.samples,
+        seed=options.seed, training=training, chat=options.chat_template, dense_question=options.dense_question,
+        drift_tokens=options.drift_tokens,
     )
-    return compare.finish(task, options.out)
+    return compare.finish(replace(task, endings=endings, reports=reports), options.out, options.csv, options.latex)
 
 
-def _methods(options: argparse.Namespace, routers: Routers) -> TrainedMethods:
+def _with_lists(routers: Routers, options: argparse.Namespace) -> Routers:
+    if options.nlist is None:
+        return routers
+    return replace(routers, layers={n: layer.with_lists(options.nlist) for n, layer in routers.layers.items()})
+
+
+def _fitting_folder(model: Any, options: argparse.Namespace, documents: Sequence[Document], encode: Encode) -> Path:
+    """Of the demo's routers if they are of such a model; else of routers of the text's first sequences, learnt as `attach` learns
+    from prompts, once for a folder of results."""
+    with contextlib.suppress(CompatibilityError):
+        folder = demo_routers.newest()
+        load_routers(folder).check(model.config)
+        return folder
+    folder = options.out / "routers"
+    if not folder.is_dir():
+        prompts = pack_sequences(documents, encode, QUICK_PROMPTS, options.length, "--length")
+        say(f"no routers are named: learning some from the first {QUICK_PROMPTS} sequences of the text")
+        learning = PromptTraining(
+            min_tokens=min(PromptTraining.min_tokens, options.length), prompts=QUICK_PROMPTS, max_seconds=DAY_SECONDS,
+            progress=False,
+        )
+        files.make_folder(options.out)
+        with tempfile.TemporaryDirectory(dir=options.out) as draft:
+            train_on_prompts(model, [tokens for _, tokens in prompts], learning, Path(draft) / "routers")
+            (Path(draft) / "routers").rename(folder)
+    return folder
+
+
+def _methods(options: argparse.Namespace, routers: Routers, own: Mapping[str, type[Method]]) -> TrainedMethods:
     names = flags.names(options.methods or trained.DEFAULT)
     if options.methods is None and not trained.publishable(routers):
         names = tuple(name for name in names if name != "published")
     masses = flags.numbers("target-mass", options.target_mass, float) if options.target_mass else ()
-    return TrainedMethods(routers, names, flags.numbers("budgets", options.budgets, float), masses)
+    return TrainedMethods(routers, names, flags.numbers("budgets", options.budgets, float), masses, own)
 
 
 def _checksum(folder: Path) -> str:

@@ -20,10 +20,10 @@ from saap_index import files
 from saap_index.errors import FormatError, ParameterError
 from saap_index.routing.rope import Rope
 
-from . import quality
+from . import drift, quality, ruler
 from .method import Method
-from .needles import Needle
-from .replace import Prompt, decode, generate, read_prompt, start, starting
+from .needles import Needle, Question
+from .replace import Prompt, decode, decode_hidden, generate, read_prompt, start, starting
 
 ANSWER_TOKENS = 10
 """Generated for each needle's question."""
@@ -54,6 +54,8 @@ class Settings:
     """Newest tokens that every method reads."""
     replaced: tuple[int, ...] | None = None
     """Layers whose attention is the method's while tokens are decoded; None for all. The others stay as the model has them."""
+    drift: int = 0
+    """Tokens that the dense model writes at the end of a sequence, in place of the text's, see `drift`; 0 for none."""
     together: bool = False
     """Whether yardsticks answer several queries at once: faster, and no measure of their time."""
 
@@ -145,12 +147,41 @@ def _text(model: Any, prompt: Prompt, method: Method, settings: Settings) -> dic
     tokens, last = prompt.tokens.tolist(), settings.decoded
     first = len(tokens) - last
     states = starting(_methods(prompt, method, settings.replaced), prompt, first, last)
-    logits, traffic = decode(model, states, tokens[first:], first, settings.together)
+    logits, traffic = decode(model, states, tokens[first:], first, settings.together, settings.sinks + settings.window)
     same = quality.agreement(prompt.logits[:-1], logits[:-1], prompt.tokens[first + 1 :])
     per_layer = {str(layer): tokens_read for layer, tokens_read in traffic.per_layer.items()}  # as JSON gives it back
     row = {**asdict(same), **asdict(traffic), "per_layer": per_layer, "kind": method.kind}
     row["seconds_per_token"] = row.pop("seconds")
     return row
+
+
+def evaluate_drift(
+    model: Any, rope: Rope | None, name: str, tokens: Sequence[int], methods_at: MethodsAt, settings: Settings, records: Records,
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:
+    """KL by position in what the dense model writes; keys ``drift/<name>/<method>/<share>``, its tokens ``written/<name>``."""
+    shares, count, first = settings.decode_shares or settings.shares, settings.drift, len(tokens) - settings.drift
+    wanted = [(method, share) for share in shares for method in methods_at(share)]
+    if all(f"drift/{name}/{m.name}/{share}" in records.rows for m, share in wanted):
+        return
+    written = records.once(f"written/{name}", lambda: drift.continuation(model, tokens[:first], count))
+    whole = [*tokens[:first], *written]
+    prompt = read_prompt(model, whole, rope, recent=count + max(m.observed for m, _ in wanted), hidden=count)
+    assert prompt.hidden is not None
+    dense = prompt.hidden
+    progress(f"{name}: {count} tokens written by the dense model")
+    for method, share in wanted:
+        states = starting(_methods(prompt, method, settings.replaced), prompt, first, count)
+
+        def measure(method: Method = method, states: Any = states) -> dict[str, Any]:
+            always = settings.sinks + settings.window
+            hidden, traffic = decode_hidden(model, states, written, first, settings.together, always)
+            curve = drift.by_position(model, dense, hidden)
+            return {**curve, "tokens": count, "kind": method.kind, "read": traffic.tokens}
+
+        records.once(f"drift/{name}/{method.name}/{share}", measure)
+        progress(f"{name}: drift of {method.name} at {share:.1%}")
+    records.flush()
 
 
 def evaluate_needles(
@@ -180,6 +211,41 @@ def evaluate_needles(
             records.once(f"needle/{name}/{method.name}/{share}", ask)
             progress(f"needle {name}: {method.name} at {share:.1%}")
     records.flush()
+
+
+def evaluate_question(
+    model: Any, tokenizer: Any, rope: Rope | None, name: str, question: Question, methods_at: MethodsAt, shares: Iterable[float],
+    records: Records, progress: Callable[[str], None] = lambda line: None, replaced: tuple[int, ...] | None = None,
+) -> None:
+    """Ask one question of RULER's kind; keys ``ruler/<name>/<method>/<share>``, the answer and its score in [0, 1]."""
+    wanted = [(method, share) for share in shares for method in methods_at(share)]
+    if {f"ruler/{name}/{m.name}/{share}" for m, share in wanted} <= records.rows.keys():
+        return
+    document, asked = list(question.document), list(question.question)
+    prompt = read_prompt(model, document, rope, recent=max(m.observed for m, _ in wanted))
+    ends = _ends(model)
+
+    def done(tokens: list[int]) -> bool:
+        """No later token can change the score."""
+        return tokens[-1] in ends or ruler.score(tokenizer.decode(tokens), question.answers) == 1
+
+    def ask(method: Method) -> dict[str, Any]:
+        room = len(asked) + question.answer_tokens
+        states = start(_methods(prompt, method, replaced), prompt, len(document), room)
+        answer = tokenizer.decode(generate(model, states, asked, len(document), question.answer_tokens, done))
+        return {"answer": answer, "score": ruler.score(answer, question.answers), "tokens": len(document) + len(asked)}
+
+    for method, share in wanted:
+        records.once(f"ruler/{name}/{method.name}/{share}", partial(ask, method))
+        progress(f"ruler {name}: {method.name} at {share:.1%}")
+
+
+def _ends(model: Any) -> set[int]:
+    """Tokens that end an answer, by the model's own settings."""
+    settings = getattr(model, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    ends = model.config.eos_token_id if ends is None else ends
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 def _methods(prompt: Prompt, method: Method, replaced: tuple[int, ...] | None) -> Mapping[int, Method]:

@@ -68,15 +68,15 @@ class Indexes:
         outside: dict[str, Any] = {"window": self.settings.window, "sinks": self.settings.sinks, "break_even": 0}
         if routers and (OWN if routers.tower is not None else "saap") == name:
             assert self.routers is not None
-            return self.routers.index(layer.number, **outside)  # a short text is no excuse here: break_even
+            return self.routers.index(layer.number, dtype=layer.dtype, **outside)  # a short text is no excuse here: break_even
         path = self.folder and self.folder / f"{name}.{layer.number}.saap"
         if path and path.is_file():
             return read_index(path)
-        keys, queries = (torch.stack([getattr(p, part)[slot] for p in self.prompts]) for part in ("keys", "queries"))
+        keys, queries = (torch.stack([getattr(p, part)[slot] for p in self.prompts]).cpu() for part in ("keys", "queries"))
         positions = torch.stack([p.positions for p in self.prompts])
         budget = {"nprobe": 32} if name == "published" else {"selectivity": 0.05}
         nlist = min(LISTS, max(8, keys.shape[2] // 32))
-        options = {"d_v": layer.e, "rope": layer.rope, "scale": layer.scale, **outside, **budget}
+        options = {"d_v": layer.e, "rope": layer.rope, "scale": layer.scale, "dtype": layer.dtype, **outside, **budget}
         index = AsymmetricIndex(layer.d, nlist, layer.heads * layer.group, layer.heads, **options)
         index.train(keys, queries.flatten(1, 2), positions=positions, config=replace(CONFIGS[name], seed=1234))
         if path:
@@ -97,7 +97,7 @@ class Indexes:
         budget: dict[str, Any] = {} if index.nprobe is None else {"nprobe": index.nprobe}
         fitted = AsymmetricIndex(
             index.d, nlist, index.num_heads, index.num_kv_heads, d_v=index.d_v, rope=index.rope, scale=index.scale,
-            window=index.layout.window, sinks=index.layout.sinks, break_even=0, seal_tokens=block,
+            dtype=index.dtype, window=index.layout.window, sinks=index.layout.sinks, break_even=0, seal_tokens=block,
             budget_shares=index.budget_shares, **budget,
         )
         fitted.key_quantizer = KeyQuantizer(centroids[:, :nlist].contiguous())  # a prompt's own replace the first ones

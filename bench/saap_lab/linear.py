@@ -58,7 +58,7 @@ def decayed_prefill(queries: Tensor, keys: Tensor, values: Tensor, decays: Tenso
     outs = []
     for first in range(0, n, chunk):
         q, k, v = (x[:, first : first + chunk] for x in (queries, keys, values))
-        at = torch.arange(q.shape[1], dtype=torch.int64, device="cpu")
+        at = torch.arange(q.shape[1], dtype=torch.int64, device=q.device)
         age = at[:, None] - at
         within = decays[:, None, None] ** age.clamp(min=0) * (age >= 0)
         since = decays[:, None] ** (at + 1)  # of the state, at each token

@@ -59,7 +59,7 @@ class _LokiState(State):
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.cache.append(keys, values)
-        self.leading = torch.cat([self.leading, keys @ self.basis], 1)
+        self.leading = torch.cat([self.leading, keys.float() @ self.basis], 1)
 
     def attend(self, queries: Tensor) -> Attended:
         cache, layer, m = self.cache, self.cache.layer, self.method

@@ -79,9 +79,10 @@ def exact_attention(
         raise ShapeError(f"queries: expected (a multiple of {heads}, {count}, {dims}), got {tuple(queries.shape)}")
     if count and (int(positions.min()) < 0 or int(positions.max()) >= tokens):
         raise LengthError(f"positions: expected positions in [0, {tokens}), got {positions.tolist()}")
-    age = positions[:, None] - torch.arange(tokens, dtype=torch.int64, device="cpu")
+    positions = positions.to(keys.device)
+    age = positions[:, None] - torch.arange(tokens, dtype=torch.int64, device=keys.device)
     visible = age >= 0
-    always = visible & ((age < window) | (torch.arange(tokens, dtype=torch.int64, device="cpu") < sinks))
+    always = visible & ((age < window) | (torch.arange(tokens, dtype=torch.int64, device=keys.device) < sinks))
     grouped = queries.double().view(heads, -1, count, dims)
     logits = grouped @ keys.double()[:, None].transpose(2, 3) * dims**-0.5
     probabilities = logits.masked_fill_(~visible, -torch.inf).softmax(-1)

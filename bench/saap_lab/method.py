@@ -1,6 +1,7 @@
 """The interface of an attention method under test: it is given a prompt's cache, then one token and its queries at a time.
 
-A method sees what an attention layer of the model sees while it decodes, no more: keys and values after RoPE, in order. Everyone
+A method sees what an attention layer of the model sees while it decodes, no more: keys and values after RoPE, in order, in the
+model's dtype and on its device. Queries and results are float32, and so is the arithmetic here. Everyone
 reads the first ``sinks`` tokens and the newest ``window`` tokens (the query's own among them); a budget is a share of the tokens
 between the two. Bytes are counted as if keys and values were stored in 16 bits, whatever the arithmetic here is.
 
@@ -9,6 +10,7 @@ Axes: h KV heads, g query heads per KV head, n tokens, d key dim, e value dim.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +19,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from saap_index.backends.scalar_quantizer import STORAGE_CODES
 from saap_index.errors import ParameterError
 from saap_index.routing.rope import Rope
+
+_CPU = torch.device("cpu")
 
 ITEM_BYTES = 2
 """Bytes of a stored number."""
@@ -42,6 +47,10 @@ class Layer:
     """Factor of the logits."""
     rope: Rope | None
     """The model's rotation of queries and keys."""
+    device: torch.device = _CPU
+    """Where its keys and values are, and everything that is computed with them."""
+    dtype: torch.dtype = torch.float32
+    """Of the model, and of the keys and values that `State.append` is given."""
 
     @property
     def token_bytes(self) -> int:
@@ -65,10 +74,22 @@ class Attended:
     """Weights, read once whatever the batch is."""
     chosen: Tensor | None = None
     """bool (h, n) or (h, g, n), the tokens read, sinks and window among them; None where no tokens as such are read"""
+    plain_tokens: float | None = None
+    """Of the tokens read, those that a storage of codes keeps as numbers; None for sinks and window"""
+
+    def coded_bytes(self, layer: Layer, always: int) -> dict[str, float]:
+        """Bytes of keys and values by storage code, if a method's tokens were coded as the index codes its own: all but the first
+        and the newest, ``always`` of them where the method does not say. Empty for a method that reads something else than whole
+        keys and values."""
+        if not math.isclose(self.kv_bytes, self.tokens * layer.heads * layer.token_bytes, rel_tol=1e-6):
+            return {}
+        plain = min(self.tokens, always if self.plain_tokens is None else self.plain_tokens)
+        coded = {name: sum(code.sizes(layer.d, layer.e)) for name, code in STORAGE_CODES.items()}
+        return {name: layer.heads * (plain * layer.token_bytes + (self.tokens - plain) * x) for name, x in coded.items()}
 
 
 class State(ABC):
-    """The cache of one layer and one sequence under a method."""
+    """The cache of one layer and one sequence under a method. Every tensor it makes is on the device of the layer."""
 
     def observe(self, queries: Tensor, positions: Tensor) -> None:  # noqa: B027, most methods do not ask what was looked at
         """See queries of tokens appended already, whose attention was computed elsewhere: of a prompt, at most the last
@@ -76,7 +97,7 @@ class State(ABC):
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Take the next tokens: float32 (h, n, d) and (h, n, e)."""
+        """Take the next tokens: (h, n, d) and (h, n, e), in the layer's dtype, on its device. `Cache` keeps them as float32."""
 
     @abstractmethod
     def attend(self, queries: Tensor) -> Attended:
@@ -99,7 +120,7 @@ class Method(ABC):
         self, layer: Layer, keys: Sequence[Tensor], values: Sequence[Tensor], queries: Sequence[Tensor]
     ) -> None:
         """Learn what the method needs of a layer from training sequences: keys (h, n, d), values (h, n, e), queries (h, g, q, d)
-        of each, as in a `Prompt`. Called once per layer, before `start`."""
+        of each, float32. Called once per layer, before `start`."""
 
     @abstractmethod
     def start(self, layer: Layer, tokens: int) -> State:
@@ -111,8 +132,8 @@ class Cache:
 
     def __init__(self, layer: Layer, tokens: int) -> None:
         self.layer, self.length = layer, 0
-        self._keys = torch.empty((layer.heads, tokens, layer.d), dtype=torch.float32, device="cpu")
-        self._values = torch.empty((layer.heads, tokens, layer.e), dtype=torch.float32, device="cpu")
+        self._keys = torch.empty((layer.heads, tokens, layer.d), dtype=torch.float32, device=layer.device)
+        self._values = torch.empty((layer.heads, tokens, layer.e), dtype=torch.float32, device=layer.device)
 
     @property
     def keys(self) -> Tensor:

@@ -101,7 +101,7 @@ def _loss_gradient(model: Any, top: Tensor, hidden: Tensor, tokens: Sequence[int
     """dL / d top, the logits a few rows at a time: a vocabulary is wide."""
     above = torch.zeros_like(hidden)
     targets = torch.tensor(list(tokens[first + 1 :]), dtype=torch.int64, device=hidden.device)
-    for rows in torch.arange(len(targets), dtype=torch.int64, device="cpu").split(_ROWS):
+    for rows in torch.arange(len(targets), dtype=torch.int64, device=targets.device).split(_ROWS):
         part = hidden[0, rows + first].detach().requires_grad_()
         with torch.enable_grad():
             loss = functional.cross_entropy(model.lm_head(part), targets[rows], reduction="sum") / len(targets)
@@ -130,7 +130,12 @@ def _backward(model: Any, calls: list[_Call], grad: Tensor) -> Iterator[Saved]:
         layer, queries, keys, values, out = rows.pop()
         grad, outer = torch.autograd.grad(above, (below, out), grad)
         del above, out
-        yield Saved(layer, queries, keys, values, outer[0].transpose(0, 1).unflatten(0, (layer.heads, layer.group)))
+        outer_grad = outer[0].transpose(0, 1).unflatten(0, (layer.heads, layer.group))
+        yield Saved(layer, *map(_at_least_float32, (queries, keys, values, outer_grad)))
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _hidden(out: Any) -> Tensor:
@@ -143,8 +148,8 @@ def entry_influence(saved: Saved, first: int, stop: int) -> Tensor:
 
     A row with a single entry has nothing to renormalise over: its output becomes 0.
     """
-    lengths = torch.arange(first, stop, dtype=torch.int64, device="cpu")[:, None]
-    seen = torch.arange(stop, dtype=torch.int64, device="cpu") <= lengths
+    lengths = torch.arange(first, stop, dtype=torch.int64, device=saved.keys.device)[:, None]
+    seen = torch.arange(stop, dtype=torch.int64, device=saved.keys.device) <= lengths
     logits = saved.queries[:, :, first:stop] @ saved.keys[:, None, :stop].mT * saved.layer.scale
     a = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
     g = saved.grad[:, :, first:stop] @ saved.values[:, None, :stop].mT
@@ -172,7 +177,7 @@ def rule_losses(importance: Tensor, rules: Sequence[Rule], length: int, block: i
 
     A row of blocks keeps the first block and the newest ones, its own among them, as the published prefill does.
     """
-    at = torch.arange(importance.shape[1], dtype=torch.int64, device="cpu")
+    at = torch.arange(importance.shape[1], dtype=torch.int64, device=importance.device)
     age = at[:, None] - at
     losses = []
     for rule in rules:

@@ -1,13 +1,14 @@
 """Facts hidden in a long text and asked for at its end: the passkey and several keys of which one is asked for.
 
 After the passkey test of Mohtashami and Jaggi, 2023 (arXiv 2305.16300) and the multi-key needles of RULER (arXiv 2404.06654).
-Plain strings; knows nothing of tokens or models.
+Knows nothing of models.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saap_index.errors import ParameterError
@@ -39,6 +40,25 @@ class Haystack:
     """By name; all of one document."""
     length: int = 0
     """Tokens of the document and a question, about; 0 if nobody counted."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt in tokens, read in two parts, and the strings that its answer should name."""
+
+    document: Sequence[int]
+    """Read densely, as a prompt is."""
+    question: Sequence[int]
+    """Read by the method, as the answer is."""
+    answers: tuple[str, ...]
+    length: int
+    """Tokens of prompt and answer, at most."""
+    answer_tokens: int
+    """Generated at most."""
+
+    def digest(self) -> str:
+        whole = f"{list(self.document)}|{list(self.question)}|{self.answers}"
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def haystacks(filler: str, count: int) -> list[Haystack]:

@@ -61,6 +61,11 @@ class _Style:
         marker = {m: MARKERS.get(self.kinds[m], "circle") for m in order}
         return [svg.Curve(m, points[m], self.colours[m], m in bounds, m in OURS, marker[m]) for m in order]
 
+    def drawn(self, points: Mapping[str, svg.Points], x_label: str, y_label: str, log_y: bool) -> str:
+        """Twice, for wide and for narrow pages, of which the style sheet shows one."""
+        lines = self.lines(points)
+        return "".join(svg.curves(lines, x_label, y_label, log_y, (ORACLE, WINDOW), narrow) for narrow in (False, True))
+
     def legend(self, points: Mapping[str, svg.Points]) -> list[tuple[str, str]]:
         kinds = [kind for kind in page_tables.KINDS if any(self.kinds[m] == kind for m in points)]
         return [(svg.MARKERS[MARKERS[kind]], kind) for kind in kinds]
@@ -77,7 +82,7 @@ def _curves(title: str, rows: Sequence[LayerRow], style: _Style, error: bool, wh
         else f"Mass outside sinks and window, pooled by mass over {where}, mean over sequences. Higher is better. "
     ) + "The shaded band lies between the best tokens per KV head, the most so many bytes can capture, and a longer window."
     label = "relative error" if error else "% of the attention"
-    drawn = svg.curves(style.lines(points), "kB read per layer and step", label, error, (ORACLE, WINDOW))
+    drawn = style.drawn(points, "kB read per layer and step", label, error)
     return Section(title, note, drawing=drawn, legend=style.legend(points))
 
 
@@ -93,7 +98,7 @@ def _text_curves(records: Mapping[str, Any], style: _Style, depth: int) -> Secti
         points.setdefault(t.method, []).append((spread(read[t.method, t.share])[0], t.kl[0]))
     where = layers_replaced(records, depth)
     note = f"KL divergence of the next token's distribution from the dense model's, {where}. Lower is better."
-    drawn = svg.curves(style.lines(points), "MB read per token, these layers", "KL, nats", True, (ORACLE, WINDOW))
+    drawn = style.drawn(points, "MB read per token, these layers", "KL, nats", True)
     return Section("The model's answers", note, drawing=drawn, legend=style.legend(points))
 
 

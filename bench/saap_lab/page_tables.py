@@ -10,11 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from saap_index.backends.scalar_quantizer import STORAGE_CODES
+
 from .palette import OURS
 from .quality import spread
-from .report import LayerRow, TextRow, needle_rows
+from .report import LayerRow, TextRow, coded_heads, needle_rows
 
-ORACLES = ("dense", "topk", "topk_group")
+ORACLES = ("dense", "topk", "topk_group", "topk_weighted")
 """What cannot be deployed: these read everything to know what they choose."""
 
 KINDS = ("query-adaptive index", "eviction", "static pattern", "compression", "yardstick")
@@ -27,7 +29,7 @@ NOTES = {
 }
 _HEAD = (
     "K, V kB", "tables kB", "weights kB", "in all kB", "of dense", "alone", "captured %", "error", "KL", "same 1st",
-    "ppl ×", "needles", "ms",
+    "ppl ×", "needles", "ms", *coded_heads("K, V kB"),
 )
 
 Key = tuple[str, float]
@@ -98,7 +100,8 @@ def budgets(
         "Mean ± standard deviation over sequences; one sequence has none. Captured is pooled by mass over layers. "
         "In all: keys, values, tables that decide what to read, and weights by the "
         f"sequence if {batch} are decoded at once, per layer and step. Alone: of dense, if one sequence is decoded and reads the "
-        "weights for itself. ppl: perplexity of the text by the dense model's. ms: per token in this reference implementation."
+        "weights for itself. ppl: perplexity of the text by the dense model's. ms: per token in this reference implementation. "
+        "SQ8, SQ8/4: keys and values if every method's but the first and newest were stored as 8-bit codes, or with 4-bit values."
     )
     for share in sorted({s for _, s in [*by, *text]}):
         here = [m for m in methods if (m, share) in by or (m, share) in text]
@@ -133,6 +136,9 @@ def _cells(
         cells[11] = f"{right[0]}/{right[1]}"
     if key in times:
         cells[12] = f"{times[key]:.0f}"
+    for i, name in enumerate(STORAGE_CODES, 13):
+        if r and name in r.coded_bytes:
+            cells[i] = f"{r.coded_bytes[name] / 1e3:.0f}"
     return cells
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 COLOURS = {
     "saap": "#e4572e", "saap-own": "#d6256f", "saap-even": "#f2935c", "published": "#d98324", "loki": "#2e86de",
     "scfa": "#45a5c4", "scfa-centred": "#1f8a9c", "scfa-drop": "#7d5ba6", "corm": "#8e5bc9", "sparsek": "#c06ad6",
-    "moa": "#2d936c", "eigen": "#a67c00", "quest": "#78828d", "ivf": "#6d8f3c", "random": "#98a1a9", "recent": "#7f8c8d",
-    "topk": "#7788a0", "dense": "#7788a0",
+    "moa": "#2d936c", "eigen": "#a67c00", "quest": "#78828d", "moments": "#8a6f5c", "ivf": "#6d8f3c", "random": "#98a1a9",
+    "recent": "#7f8c8d", "topk": "#7788a0", "topk_weighted": "#3f6fb5", "dense": "#7788a0",
 }
 """Legible on white and on dark."""
 

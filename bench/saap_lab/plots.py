@@ -1,4 +1,7 @@
-"""Records as pictures in files, PNG or PDF by the name's ending, all in one style. Needs matplotlib; the page draws by `svg`."""
+"""Records as pictures in files, PNG, PDF or SVG by the name's ending, all in one style, the same bytes for the same records.
+
+Needs matplotlib; the page draws by `svg`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ _STYLE: Any = {
     "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 10, "axes.edgecolor": "#67717e",
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": "#67717e", "ytick.color": "#67717e", "axes.grid": True,
     "axes.grid.which": "both", "grid.color": "#eeece6", "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "legend.fontsize": 9, "savefig.dpi": 130,
+    "legend.frameon": False, "legend.fontsize": 9, "savefig.dpi": 130, "pdf.fonttype": 42,
+    "svg.hashsalt": "saap_lab", "figure.facecolor": "white", "legend.handlelength": 1.6,
 }
 
 Points = Sequence[tuple[float, float]]
@@ -40,7 +44,8 @@ def _figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, floa
         figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False)
         try:
             yield figure, axes
-            files.write_file(path, figure.savefig)
+            undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(path.suffix[1:])
+            files.write_file(path, partial(figure.savefig, metadata=undated))
         finally:
             pyplot.close(figure)
 
@@ -98,7 +103,7 @@ def scatter(path: Path, panels: Mapping[str, Mapping[str, tuple[float, float]]],
 
 def write(records: report.Records, depth: int, folder: Path, ending: str = "png") -> list[Path]:
     """Every picture that the records have figures for: mass (all and late layers), output error and KL against bytes, captured
-    mass by layer at each share, right answers to needles by length and depth."""
+    mass by layer at each share, drift, RULER's mean by length, right answers to needles by length and depth."""
     kinds = {key.split("/")[-2]: row["kind"] for key, row in records.items() if isinstance(row, dict) and "kind" in row}
     pooled = {"mass_all": report.layer_rows(records), "mass_late": report.layer_rows(records, report.late_layers(depth))}
     per_layer, mass = "kB read per step and layer", "attention mass captured outside sinks and window, %"
@@ -121,6 +126,19 @@ def write(records: report.Records, depth: int, folder: Path, ending: str = "png"
         points = _by_method([(r.method, x, r.captured[0]) for x, rows in by_layer.items() for r in rows if r.share == share])
         title = f"{share:.1%} of the tokens"
         written.append(draw(folder / f"layers_{share:g}.{ending}", points, "layer", mass, title=title, log=""))
+    drifts = report.drift_rows(records)
+    for share in sorted({share for method, share in drifts if method != "dense"}):
+        points = _by_method([(m, x, kl) for (m, s), each in drifts.items() if s == share for x, kl, _ in each])
+        where, title = "tokens after the prompt, written by the dense model", f"{share:.1%} of the tokens"
+        path = folder / f"drift_{share:g}.{ending}"
+        written.append(draw(path, points, where, "KL to the dense model, nats", title=title, log="y"))
+    averages = report.ruler_averages(records)
+    if averages:
+        names = {key: key[0] if key[0] == "dense" else f"{key[0]} {key[1]:.1%}" for key in averages}
+        points = {names[key]: list(each.items()) for key, each in averages.items()}
+        written.append(
+            curves(folder / f"ruler.{ending}", points, "tokens", "mean of RULER's tasks, %", kinds=kinds, limits=(0, 100))
+        )
     cells = report.needle_cells(records)
     for kind in sorted({kind for answers in cells.values() for kind, _, _ in answers}):
         written.append(_needles(folder / f"needles_{kind}.{ending}", kind, cells))

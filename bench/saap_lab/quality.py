@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,12 +35,14 @@ class LayerQuality:
     """Per step, as the others."""
     other_bytes: float
     shared_bytes: float
+    coded_bytes: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """Of keys and values per step by storage code, see `Attended.coded_bytes`; empty where they cannot be coded."""
 
 
 def exact_layer(prompt: Prompt, at: int, sinks: int = 4, window: int = 128) -> Exact:
     """Exact attention of the kept queries in layer number ``at`` of those of a prompt."""
     layer = prompt.layers[at]
-    queries = prompt.queries[at].flatten(0, 1) * (layer.scale * layer.d**0.5)  # the measure divides by the root of d
+    queries = prompt.queries[at].float().flatten(0, 1) * (layer.scale * layer.d**0.5)  # the measure divides by the root of d
     return exact_attention(prompt.keys[at], prompt.values[at], queries, prompt.positions, sinks, window)
 
 
@@ -64,9 +66,10 @@ def layer_quality(
         state.append(prompt.keys[at][:, :first], prompt.values[at][:, :first])
         prompt.show(state, at, first - method.observed, first)
     keys, values = prompt.keys[at][:, first:stop], prompt.values[at][:, first:stop]
-    steps = replay(state, keys, values, prompt.queries[at], prompt.positions - first, together, show if method.observed else None)
+    queries, at_steps = prompt.queries[at].float(), prompt.positions - first
+    steps = replay(state, keys, values, queries, at_steps, together, show if method.observed else None)
     captured = outside = 0.0
-    total = torch.zeros(layer.heads, dtype=torch.float64, device="cpu")
+    total = torch.zeros(layer.heads, dtype=torch.float64, device=layer.device)
     for j, (step, done) in enumerate(zip(steps, (prompt.positions + 1).tolist(), strict=True)):
         mass, far = exact.probabilities[:, :, j, :done], exact.outside[j, :done]
         outside += float(mass[:, :, far].sum())
@@ -81,7 +84,9 @@ def layer_quality(
     reads = torch.tensor(
         [[step.tokens, step.kv_bytes, step.other_bytes, step.shared_bytes] for step in steps], dtype=torch.float64, device="cpu"
     )
-    return LayerQuality(captured, outside, float(error), total / len(steps), *reads.mean(0).tolist())
+    places = (prompt.positions + 1).tolist()
+    coded = mean_by_name([step.coded_bytes(layer, min(n, sinks + window)) for step, n in zip(steps, places, strict=True)])
+    return LayerQuality(captured, outside, float(error), (total / len(steps)).cpu(), *reads.mean(0).tolist(), coded_bytes=coded)
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,22 @@ def agreement(dense: Tensor, sparse: Tensor, targets: Tensor) -> Agreement:
     if dense.shape != sparse.shape or targets.shape != dense.shape[:1]:
         shapes = [tuple(x.shape) for x in (dense, sparse, targets)]
         raise ShapeError(f"dense, sparse, targets: expected equal lengths, got {shapes}")
+    kl, same = divergence(dense, sparse)
     p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1).mean()
     gained = (p - q).gather(1, targets[:, None]).mean()
-    return Agreement(float(kl), float((dense.argmax(-1) == sparse.argmax(-1)).double().mean()), float(gained))
+    return Agreement(float(kl.mean()), float(same.double().mean()), float(gained))
+
+
+def divergence(dense: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token: KL(dense || sparse) in nats, float64 (n,), and whether the first choice is the same, bool (n,)."""
+    p, q = dense.double().log_softmax(-1), sparse.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1), dense.argmax(-1) == sparse.argmax(-1)
+
+
+def mean_by_name(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means of what all of them have."""
+    names = [name for name in (each[0] if each else {}) if all(name in x for x in each)]
+    return {name: sum(x[name] for x in each) / len(each) for name in names}
 
 
 def spread(values: Mapping[str, float] | list[float]) -> tuple[float, float]:

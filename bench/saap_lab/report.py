@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .quality import spread
+from saap_index.backends.scalar_quantizer import STORAGE_CODES
+
+from . import ruler
+from .quality import mean_by_name, spread
 
 Records = Mapping[str, Any]
 
@@ -18,7 +21,7 @@ LATE = 0.45
 MASS = "saap-mass-"
 """Begins the name of a method with a target of attention mass."""
 
-_LAST = ("saap", "published", "topk", "topk_group", "ivf", "quest", "recent", "random")
+_LAST = ("saap", "published", "topk", "topk_group", "topk_weighted", "ivf", "quest", "moments", "recent", "random")
 """Order of the methods, after all others."""
 
 
@@ -38,6 +41,9 @@ class LayerRow:
     """Per step and layer, as the others."""
     other_bytes: float
     shared_bytes: float
+    coded_bytes: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """Of K and V by storage code, if a method's tokens were coded like the index's; empty where they cannot be, or in records of
+    before."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class TextRow:
     kv_bytes: float
     other_bytes: float
     sequences: int
+    coded_bytes: dict[str, float] = field(default_factory=dict, kw_only=True)
+    """As in `LayerRow`."""
 
 
 def layer_rows(records: Records, layers: Iterable[int] | None = None) -> list[LayerRow]:
@@ -73,7 +81,8 @@ def layer_rows(records: Records, layers: Iterable[int] | None = None) -> list[La
         errors = [sum(r["error"] for r in each) / len(each) for each in sequences.values()]
         pooled = [r for each in sequences.values() for r in each]
         means = (sum(r[x] for r in pooled) / len(pooled) for x in ("tokens", "kv_bytes", "other_bytes", "shared_bytes"))
-        rows.append(LayerRow(method, share, spread(captured), spread(errors), *means))
+        coded = mean_by_name([r.get("coded_bytes") or {} for r in pooled])
+        rows.append(LayerRow(method, share, spread(captured), spread(errors), *means, coded_bytes=coded))
     return sorted(rows, key=lambda r: (r.share, -(r.captured[0] if not math.isnan(r.captured[0]) else -1)))
 
 
@@ -90,7 +99,8 @@ def text_rows(records: Records) -> list[TextRow]:
         ratio = spread([math.exp(r["log_perplexity_ratio"]) for r in each])
         tokens, kv_bytes, other_bytes = (sum(r[x] for r in each) / len(each) for x in ("tokens", "kv_bytes", "other_bytes"))
         percent = (100 * top1[0], 100 * top1[1])
-        rows.append(TextRow(method, share, kl, percent, ratio, tokens, kv_bytes, other_bytes, len(each)))
+        coded = mean_by_name([r.get("coded_bytes") or {} for r in each])
+        rows.append(TextRow(method, share, kl, percent, ratio, tokens, kv_bytes, other_bytes, len(each), coded_bytes=coded))
     return sorted(rows, key=lambda r: (r.share, r.kl[0]))
 
 
@@ -116,6 +126,44 @@ def needle_cells(records: Records) -> dict[tuple[str, float], dict[tuple[str, in
             if len(place) == 2:
                 cells.setdefault((method, float(share)), {})[kind, int(place[0]), float(place[1])] = bool(record["right"])
     return cells
+
+
+def ruler_rows(records: Records) -> dict[tuple[str, float], dict[tuple[str, int], tuple[float, int]]]:
+    """By method and share: (task, length) -> mean score in percent, and samples."""
+    scores: dict[tuple[str, float], dict[tuple[str, int], list[float]]] = {}
+    for key, record in records.items():
+        if key.startswith("ruler/"):
+            _, name, method, share = key.split("/")
+            task, length, _ = name.split(".")
+            scores.setdefault((method, float(share)), {}).setdefault((task, int(length)), []).append(record["score"])
+    order = sorted(scores, key=lambda key: (key[0] != "dense", key[1], rank(key[0]), key[0]))
+    return {key: {cell: (100 * sum(x) / len(x), len(x)) for cell, x in scores[key].items()} for key in order}
+
+
+def ruler_averages(records: Records) -> dict[tuple[str, float], dict[int, float]]:
+    """By method and share: length -> mean of the tasks' scores, percent."""
+    averages: dict[tuple[str, float], dict[int, float]] = {}
+    for key, cells in ruler_rows(records).items():
+        for length in sorted({n for _, n in cells}):
+            each = [mean for (_, n), (mean, _) in cells.items() if n == length]
+            averages.setdefault(key, {})[length] = sum(each) / len(each)
+    return averages
+
+
+def drift_rows(records: Records) -> dict[tuple[str, float], list[tuple[float, float, float]]]:
+    """By method and share, in order of the text: (middle of a stretch in tokens, KL in nats, same first choice in percent), means
+    over the sequences."""
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for key, record in records.items():
+        if key.startswith("drift/"):
+            *_, method, share = key.split("/")
+            groups.setdefault((method, float(share)), []).append(record)
+    rows: dict[tuple[str, float], list[tuple[float, float, float]]] = {}
+    for name, each in sorted(groups.items(), key=lambda item: (item[0][1], rank(item[0][0]), item[0][0])):
+        means = [[sum(x) / len(x) for x in zip(*(r[part] for r in each), strict=True)] for part in ("kl", "top1")]
+        wide = each[0]["tokens"] / len(means[0])
+        rows[name] = [((i + 0.5) * wide, kl, 100 * same) for i, (kl, same) in enumerate(zip(*means, strict=True))]
+    return rows
 
 
 def masses(records: Records) -> dict[str, dict[str, float]]:
@@ -187,7 +235,8 @@ def as_text(records: Records, depth: int, each_layer: bool = False) -> str:
     lines += _needle_counts(needle_rows(records))
     if each_layer:
         lines += _each_layer_tables(by_layer(records))
-    lines += [*_mass_table(masses(records)), *_needle_table(needle_cells(records))]
+    lines += [*_mass_table(masses(records)), *_needle_table(needle_cells(records)), *_drift_table(records)]
+    lines += _ruler_tables(records)
     return "\n".join(lines) + "\n"
 
 
@@ -200,19 +249,29 @@ def _deviation(value: float, digits: int) -> str:
     return "(-)" if math.isnan(value) else f"({value:.{digits}f})"
 
 
+def coded_heads(unit: str) -> list[str]:
+    """Of the columns with bytes if keys and values were codes."""
+    return [f"{unit} {name.replace('/SQ', '/')}" for name in STORAGE_CODES]
+
+
+def _coded_cells(coded: Mapping[str, float], unit: float, digits: int) -> list[str]:
+    return [f"{coded[name] / unit:.{digits}f}" if name in coded else "-" for name in STORAGE_CODES]
+
+
 def _layers_table(title: str, rows: list[LayerRow]) -> list[str]:
     if not rows:
         return []
     lines = [
         "",
         f"{title}: attention mass captured outside sinks and window, pooled by mass over layers, and output error, the "
-        "mean of layers (mean, spread over sequences)",
-        _line("share", "method", "mass %", "", "error", "", "tokens", "kB K, V", "kB other", "kB weights"),
+        "mean of layers (mean, spread over sequences); SQ8, SQ8/4: K and V if all but sinks and window were codes",
+        _line("share", "method", "mass %", "", "error", "", "tokens", "kB K, V", "kB other", "kB weights", *coded_heads("kB")),
     ]
     for r in rows:
         mass = (f"{r.captured[0]:.1f}", _deviation(r.captured[1], 1), f"{r.error[0]:.4f}", _deviation(r.error[1], 4))
         kilobytes = (f"{x / 1e3:.1f}" for x in (r.kv_bytes, r.other_bytes, r.shared_bytes))
-        lines.append(_line(f"{r.share:.1%}", r.method, *mass, f"{r.tokens:.0f}", *kilobytes))
+        coded = _coded_cells(r.coded_bytes, 1e3, 1)
+        lines.append(_line(f"{r.share:.1%}", r.method, *mass, f"{r.tokens:.0f}", *kilobytes, *coded))
     return lines
 
 
@@ -223,13 +282,14 @@ def _text_table(rows: list[TextRow], where: str) -> list[str]:
     lines = [
         "",
         f"{where}, {sequences}: against the dense model (mean, spread over sequences)",
-        _line("share", "method", "KL", "", "same 1st %", "", "perplex. x", "", "tokens", "MB a token"),
+        _line("share", "method", "KL", "", "same 1st %", "", "perplex. x", "", "tokens", "MB a token", *coded_heads("MB")),
     ]
     for t in rows:
         answers = (f"{t.kl[0]:.4f}", _deviation(t.kl[1], 4), f"{t.top1[0]:.1f}", _deviation(t.top1[1], 1))
         ratio = (f"{t.perplexity_ratio[0]:.4f}", _deviation(t.perplexity_ratio[1], 4))
         megabytes = f"{(t.kv_bytes + t.other_bytes) / 1e6:.2f}"
-        lines.append(_line(f"{t.share:.1%}", t.method, *answers, *ratio, f"{t.tokens:.0f}", megabytes))
+        coded = _coded_cells({name: x + t.other_bytes for name, x in t.coded_bytes.items()}, 1e6, 2)
+        lines.append(_line(f"{t.share:.1%}", t.method, *answers, *ratio, f"{t.tokens:.0f}", megabytes, *coded))
     return lines
 
 
@@ -288,6 +348,44 @@ def _needle_table(cells: Mapping[tuple[str, float], Mapping[tuple[str, int, floa
     return lines
 
 
+def _drift_table(records: Records) -> list[str]:
+    """KL over eighths of the text, and the last quarter by the first."""
+    rows = drift_rows(records)
+    if not rows:
+        return []
+    length = next(r["tokens"] for key, r in records.items() if key.startswith("drift/"))
+    edges = [round(length * (i + 1) / 8) for i in range(8)]
+    lines = [
+        "", f"drift: KL to the dense model in {length} tokens that it wrote itself, by position; last quarter by first",
+        f"{'share':>6} {'method':<14}" + "".join(f"{f'to {edge}':>10}" for edge in edges) + f"{'ratio':>8}",
+    ]
+    for (method, share), points in rows.items():
+        kl = [kl for _, kl, _ in points]
+        eighths = [(a + b) / 2 for a, b in zip(kl[::2], kl[1::2], strict=True)]
+        begin, end = sum(kl[: len(kl) // 4]), sum(kl[-(len(kl) // 4) :])
+        ratio = f"{end / begin:8.2f}" if begin > 0 else f"{'-':>8}"
+        lines.append(f"{share:6.1%} {method:<14}" + "".join(f"{x:10.4f}" for x in eighths) + ratio)
+    return lines
+
+
+def _ruler_tables(records: Records) -> list[str]:
+    """A table for each length, a column for each task in RULER's order."""
+    rows, averages, lines = ruler_rows(records), ruler_averages(records), list[str]()
+    for length in sorted({n for cells in rows.values() for _, n in cells}):
+        tasks = [task for task in ruler.KINDS if any((task, length) in cells for cells in rows.values())]
+        counts = sorted({count for cells in rows.values() for (_, n), (_, count) in cells.items() if n == length})
+        samples = "-".join(map(str, dict.fromkeys((counts[0], counts[-1])))) + " sample" + "s" * (counts[-1] > 1)
+        lines += [
+            "", f"RULER's tasks at {length} tokens, {samples} each: % of the answers' strings that occur",
+            f"{'share':>6} {'method':<14}" + "".join(f"{ruler.KINDS[task].short:>6}" for task in tasks) + f"{'mean':>7}",
+        ]
+        for (method, share), cells in rows.items():
+            if length in averages[method, share]:
+                scores = (f"{cells[task, length][0]:6.0f}" if (task, length) in cells else f"{'-':>6}" for task in tasks)
+                lines.append(f"{share:6.1%} {method:<14}" + "".join(scores) + f"{averages[method, share][length]:7.1f}")
+    return lines
+
+
 def summary(records: Records, depth: int) -> dict[str, Any]:
     """Everything in the tables as plain data; what is not a number is None."""
     late = late_layers(depth)
@@ -301,6 +399,16 @@ def summary(records: Records, depth: int) -> dict[str, Any]:
             {"method": method, "share": share, "kind": kind, "length": length, "depth": place, "right": right}
             for (method, share), cells in sorted(needle_cells(records).items())
             for (kind, length, place), right in sorted(cells.items())
+        ],
+        "drift": [
+            {"method": method, "share": share, "position": place, "kl": kl, "top1": same}
+            for (method, share), points in drift_rows(records).items()
+            for place, kl, same in points
+        ],
+        "ruler": [
+            {"method": method, "share": share, "task": task, "length": length, "score": mean, "samples": count}
+            for (method, share), cells in ruler_rows(records).items()
+            for (task, length), (mean, count) in sorted(cells.items())
         ],
     }
     plain: dict[str, Any] = _plain(content)

@@ -30,16 +30,18 @@ from .scfa import ScfaDrop, ScfaHash
 from .selections import SELECTIONS
 from .spans import Moa
 from .sparsek import SparseK
-from .yardsticks import Clusters, Dense, Selected, TopK
+from .yardsticks import Clusters, Dense, Selected, TopK, WeightedTopK
 
 KINDS = {
     "dense": "yardstick",
     "topk": "yardstick",
     "topk_group": "yardstick",
+    "topk_weighted": "yardstick",
     "recent": "yardstick",
     "random": "yardstick",
     "ivf": "yardstick",
     "quest": "yardstick",
+    "moments": "yardstick",
     "saap": "query-adaptive index",
     "saap-own": "query-adaptive index",
     "published": "query-adaptive index",
@@ -165,7 +167,7 @@ class Roster:
                 state.append(prompt.keys[slot][:, done : position + 1], prompt.values[slot][:, done : position + 1])
                 prompt.show(state, slot, max(done, position - method.observed), position)
                 done = position + 1
-                step = state.answer(query)
+                step = state.answer(query.float())
                 sizes.append([step.kv_bytes, step.other_bytes, step.shared_bytes / self.batch])
         parts = [sum(x) / len(sizes) for x in zip(*sizes, strict=True)]
         kv_bytes, other, weights = (x / 1e3 for x in parts)
@@ -206,6 +208,7 @@ class Roster:
             return self._calibrated(("loki", r), lambda x: Loki(x, r, sinks=s.sinks, window=s.window))
         builds: dict[str, Build] = {
             "topk": lambda x: TopK(x, **outside),
+            "topk_weighted": lambda x: WeightedTopK(x, **outside),
             "scfa": lambda x: ScfaHash(_even(1 / x), False, sinks=s.sinks, window=s.window),
             "scfa-centred": lambda x: ScfaHash(_even(1 / x), True, sinks=s.sinks, window=s.window),
             "scfa-drop": lambda x: ScfaDrop(x),
@@ -237,7 +240,7 @@ class Roster:
 
     def _calibrate(self, method: Method) -> Method:
         for slot in self._every():
-            training = ([getattr(p, part)[slot] for p in self.prompts] for part in ("keys", "values", "queries"))
+            training = ([getattr(p, part)[slot].float() for p in self.prompts] for part in ("keys", "values", "queries"))
             method.calibrate(self.prompts[0].layers[slot], *training)
         return method
 

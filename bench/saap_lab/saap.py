@@ -48,7 +48,7 @@ class Saap(Method):
         self.name, self.indexes, self.share, self.params, self.prefilled = name, indexes, share, params, prefilled
 
     def start(self, layer: Layer, tokens: int) -> State:
-        index = self.indexes[layer.number].fork()
+        index = self.indexes[layer.number].to(layer.device).fork()
         index.reset()
         index.reserve_memory(tokens, batch=1)
         return _SaapState(self, index, layer, tokens)
@@ -59,6 +59,7 @@ class _SaapState(State):
         self.method, self.index, self.layer, self.tokens = method, index, layer, tokens
 
     def append(self, keys: Tensor, values: Tensor) -> None:
+        keys, values = keys.to(self.index.dtype), values.to(self.index.dtype)
         shared = self.method.prefilled
         if shared is not None and not self.index.ntotal:
             self.index = shared.fork(self.layer.number, self.index, keys, values)
@@ -74,12 +75,12 @@ class _SaapState(State):
 
     def _step(self, queries: Tensor, which: bool) -> Attended:
         index, layer = self.index, self.layer
-        flat = queries.reshape(1, layer.heads * layer.group, 1, layer.d)
+        flat = queries.reshape(1, layer.heads * layer.group, 1, layer.d).to(index.dtype)
         selection = index.select(flat, params=self._params())
-        out = index.attend_selected(flat, selection)[0, :, 0].view(layer.heads, layer.group, layer.e)
+        out = index.attend_selected(flat, selection)[0, :, 0].view(layer.heads, layer.group, layer.e).float()
         chosen = None
         if which:
-            chosen = torch.zeros((layer.heads, index.ntotal), dtype=torch.bool, device="cpu")
+            chosen = torch.zeros((layer.heads, index.ntotal), dtype=torch.bool, device=layer.device)
             for head, ids in enumerate(index.read_ids(selection)[0]):
                 chosen[head, ids] = True
         last = search_stats(index.invlists, selection, index.query_router)
@@ -90,7 +91,7 @@ class _SaapState(State):
         router = index.query_router
         own = router.weights.list_bytes if router is not None and index.tower is not None and last.router_bytes else 0
         tables = last.metadata_bytes + means + own
-        return Attended(out, read + last.tail_entries, kv_bytes, tables, last.router_bytes - own, chosen)
+        return Attended(out, read + last.tail_entries, kv_bytes, tables, last.router_bytes - own, chosen, last.dense_tokens)
 
     def _params(self) -> SearchParametersIVF | None:
         """The share as this step's parameters: recent tokens beyond the window are read anyway, and part of the budget."""

@@ -42,12 +42,12 @@ class ScfaHash(Method):
     def hash(self, layer: Layer, x: Tensor, is_query: bool) -> Tensor:
         """Buckets of x (h, ..., d): int64 (h, ...)."""
         if self.buckets == 1:
-            return torch.zeros(x.shape[:-1], dtype=torch.int64, device="cpu")
+            return torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
         generator = torch.Generator().manual_seed(self.seed * 10007 + layer.number)
         directions = torch.randn(
             (layer.heads, layer.d, self.buckets // 2), generator=generator, dtype=torch.float32, device="cpu"
         )
-        directions /= directions.norm(dim=1, keepdim=True)
+        directions = (directions / directions.norm(dim=1, keepdim=True)).to(x.device)
         if layer.number in self.means:
             x = x - self.means[layer.number][is_query].view(layer.heads, *[1] * (x.ndim - 2), layer.d)
         projected = (x.flatten(1, -2) @ directions).view(*x.shape[:-1], -1)
@@ -57,11 +57,11 @@ class ScfaHash(Method):
 class _ScfaState(State):
     def __init__(self, method: ScfaHash, cache: Cache) -> None:
         self.method, self.cache = method, cache
-        self.codes = torch.zeros((cache.layer.heads, 0), dtype=torch.int64, device="cpu")
+        self.codes = torch.zeros((cache.layer.heads, 0), dtype=torch.int64, device=cache.layer.device)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.cache.append(keys, values)
-        self.codes = torch.cat([self.codes, self.method.hash(self.cache.layer, keys, False)], 1)
+        self.codes = torch.cat([self.codes, self.method.hash(self.cache.layer, keys.float(), False)], 1)
 
     def attend(self, queries: Tensor) -> Attended:
         cache, layer, m = self.cache, self.cache.layer, self.method
@@ -96,7 +96,7 @@ class ScfaDrop(Method):
 class _DropState(State):
     def __init__(self, method: ScfaDrop, cache: Cache) -> None:
         self.method, self.cache = method, cache
-        self.kept = torch.zeros((cache.layer.heads, 0), dtype=torch.bool, device="cpu")
+        self.kept = torch.zeros((cache.layer.heads, 0), dtype=torch.bool, device=cache.layer.device)
         self.generator = torch.Generator().manual_seed(method.seed * 10007 + cache.layer.number)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -105,14 +105,14 @@ class _DropState(State):
             torch.rand(keys.shape[1], keys.shape[0], generator=self.generator, dtype=torch.float32, device="cpu").T
             < self.method.keep_keys
         )
-        self.kept = torch.cat([self.kept, drawn], 1)
+        self.kept = torch.cat([self.kept, drawn.to(keys.device)], 1)
 
     def attend(self, queries: Tensor) -> Attended:
         cache, layer = self.cache, self.cache.layer
         speaks = (
             torch.rand(layer.heads, layer.group, generator=self.generator, dtype=torch.float32, device="cpu")
             < self.method.keep_queries
-        )
+        ).to(queries.device)
         out = attend_over(cache, queries, self.kept).nan_to_num(0.0) * speaks[:, :, None]
         chosen = self.kept & speaks.any(1)[:, None]
         read = float(chosen.sum()) / layer.heads
@@ -127,7 +127,7 @@ def hash_prefill(
     Rows are sorted by bucket, stably, so a bucket is one stretch in order of time and its attention one causal triangle: the same
     as masking dense attention by equal codes. strict : a token does not see itself, as in the published models.
     """
-    out = torch.zeros((queries.shape[0], values.shape[1]), dtype=values.dtype, device="cpu")
+    out = torch.zeros((queries.shape[0], values.shape[1]), dtype=values.dtype, device=values.device)
     q_order, k_order = q_codes.argsort(stable=True), k_codes.argsort(stable=True)
     for code in q_codes.unique().tolist():
         rows, cols = q_order[q_codes[q_order] == code], k_order[k_codes[k_order] == code]

@@ -23,6 +23,7 @@ WINDOW = 128
 LISTS = 256
 ITERATIONS = 10
 PAGE_TOKENS = 16
+DEVIATIONS = 0.5
 
 Selector = Callable[[Tensor, int, int], Tensor]
 """(queries float32 (h * g, d), position, budget) -> bool (h, n), True for the candidates to read."""
@@ -56,7 +57,7 @@ def recent(keys: Tensor, queries: Tensor, position: int, budget: int, *, sinks: 
         bool (h, n), True for the tokens chosen.
     """
     first, last = _checked(keys, queries, position, budget, sinks, window)
-    scores = torch.zeros(keys.shape[0], last - first, dtype=torch.float32, device="cpu")
+    scores = torch.zeros(keys.shape[0], last - first, dtype=torch.float32, device=keys.device)
     return _newest_first(scores, first, keys.shape[1], budget)
 
 
@@ -74,7 +75,7 @@ def uniform(
     first, last = _checked(keys, queries, position, budget, sinks, window)
     generator = torch.Generator().manual_seed(seed * keys.shape[1] + position)
     scores = torch.rand(keys.shape[0], last - first, generator=generator, dtype=torch.float32, device="cpu")
-    return _newest_first(scores, first, keys.shape[1], budget)
+    return _newest_first(scores.to(keys.device), first, keys.shape[1], budget)
 
 
 def topk_group(keys: Tensor, queries: Tensor, position: int, budget: int, *, sinks: int = SINKS, window: int = WINDOW) -> Tensor:
@@ -107,18 +108,41 @@ def quest(
     if page_tokens < 1:
         raise ParameterError(f"page_tokens: expected at least 1, got {page_tokens}")
     first, last = _checked(keys, queries, position, budget, sinks, window)
-    heads, tokens, dims = keys.shape
-    if first == last:
-        return torch.zeros(heads, tokens, dtype=torch.bool, device="cpu")
-    pages = -(-(last - first) // page_tokens)
-    # Repeating the last key fills the last page without moving its bounds.
-    rows = torch.arange(first, first + pages * page_tokens, dtype=torch.int64, device="cpu").clamp(max=last - 1)
-    paged = keys[:, rows].view(heads, pages, page_tokens, dims)
-    low, high = paged.amin(2), paged.amax(2)
     grouped = _grouped(keys, queries)
-    bounds = grouped.clamp(min=0) @ high.transpose(1, 2) + grouped.clamp(max=0) @ low.transpose(1, 2)
-    scores = bounds.amax(1).repeat_interleave(page_tokens, dim=1)[:, : last - first]
-    return _newest_first(_unit_ranks(scores, page_tokens), first, tokens, budget)
+
+    def bounds(paged: Tensor) -> Tensor:
+        low, high = paged.amin(2), paged.amax(2)
+        return grouped.clamp(min=0) @ high.transpose(1, 2) + grouped.clamp(max=0) @ low.transpose(1, 2)
+
+    return _best_pages(keys, bounds, first, last, budget, page_tokens)
+
+
+def moments(
+    keys: Tensor,
+    queries: Tensor,
+    position: int,
+    budget: int,
+    *,
+    page_tokens: int = PAGE_TOKENS,
+    deviations: float = DEVIATIONS,
+    sinks: int = SINKS,
+    window: int = WINDOW,
+) -> Tensor:
+    """Pages of consecutive tokens by mean and deviation of their keys per dimension: q . mean + ``deviations`` |q| . std.
+
+    What engines put in place of Quest's corners, of which few keys come near; as many bytes. A page counts as much as the query
+    head that wants it most. Parameters and result as for :func:`recent`.
+    """
+    if page_tokens < 1:
+        raise ParameterError(f"page_tokens: expected at least 1, got {page_tokens}")
+    first, last = _checked(keys, queries, position, budget, sinks, window)
+    grouped = _grouped(keys, queries)
+
+    def reach(paged: Tensor) -> Tensor:
+        spread = paged.std(2, correction=0)
+        return grouped @ paged.mean(2).transpose(1, 2) + deviations * grouped.abs() @ spread.transpose(1, 2)
+
+    return _best_pages(keys, reach, first, last, budget, page_tokens)
 
 
 def ivf(
@@ -146,7 +170,7 @@ def ivf(
     # Ranks rather than scores: two lists of one score are still read one after the other.
     order = wanted.argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], dtype=torch.int64, device="cpu").expand_as(order)
+        1, order, torch.arange(order.shape[1], dtype=torch.int64, device=order.device).expand_as(order)
     )
     return _newest_first(-ranks.gather(1, assignment[:, first:last]), first, keys.shape[1], budget)
 
@@ -170,14 +194,14 @@ def cluster(keys: Tensor, lists: int = LISTS, iterations: int = ITERATIONS, seed
     except ImportError as error:
         raise MissingDependencyError("the ivf baseline needs FAISS; install with: pip install faiss-cpu") from error
     centroids, assignment = [], []
-    for rows in keys.contiguous().numpy():
+    for rows in keys.float().contiguous().cpu().numpy():
         kmeans: Any = faiss.Kmeans(
             rows.shape[1], min(lists, rows.shape[0]), niter=iterations, seed=seed, min_points_per_centroid=1, verbose=False
         )
         kmeans.train(rows)
         centroids.append(torch.from_numpy(kmeans.centroids))
         assignment.append(torch.from_numpy(kmeans.index.search(rows, 1)[1][:, 0]))
-    return torch.stack(centroids), torch.stack(assignment)
+    return torch.stack(centroids).to(keys.device), torch.stack(assignment).to(keys.device)
 
 
 SELECTIONS: dict[str, Callable[..., Tensor]] = {
@@ -186,6 +210,7 @@ SELECTIONS: dict[str, Callable[..., Tensor]] = {
     "topk_group": topk_group,
     "ivf": ivf,
     "quest": quest,
+    "moments": moments,
 }
 """Every selection by name; all take (keys, queries, position, budget, *, sinks, window)."""
 
@@ -234,12 +259,27 @@ def _grouped(keys: Tensor, queries: Tensor) -> Tensor:
     return queries.view(keys.shape[0], -1, keys.shape[2])
 
 
+def _best_pages(
+    keys: Tensor, score: Callable[[Tensor], Tensor], first: int, last: int, budget: int, page_tokens: int
+) -> Tensor:
+    """Choose pages of the candidates [first, last). score : of paged keys (h, pages, tokens, d), by query head: (h, g, pages)."""
+    heads, tokens, dims = keys.shape
+    if first == last:
+        return torch.zeros(heads, tokens, dtype=torch.bool, device=keys.device)
+    pages = -(-(last - first) // page_tokens)
+    # Repeating the last key fills the last page without moving its bounds.
+    rows = torch.arange(first, first + pages * page_tokens, dtype=torch.int64, device=keys.device).clamp(max=last - 1)
+    paged = keys[:, rows].view(heads, pages, page_tokens, dims)
+    scores = score(paged).amax(1).repeat_interleave(page_tokens, dim=1)[:, : last - first]
+    return _newest_first(_unit_ranks(scores, page_tokens), first, tokens, budget)
+
+
 def _unit_ranks(scores: Tensor, unit: int) -> Tensor:
     """Replace the scores of candidates in units of consecutive tokens by the negated rank of their unit, so none are equal."""
     heads, count = scores.shape
     order = scores[:, ::unit].argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], dtype=torch.int64, device="cpu").expand_as(order)
+        1, order, torch.arange(order.shape[1], dtype=torch.int64, device=order.device).expand_as(order)
     )
     return -ranks.repeat_interleave(unit, dim=1)[:, :count].view(heads, count)
 
@@ -251,6 +291,6 @@ def _newest_first(scores: Tensor, first: int, tokens: int, budget: int) -> Tenso
     Returns bool (h, tokens).
     """
     heads, count = scores.shape
-    chosen = torch.zeros(heads, tokens, dtype=torch.bool, device="cpu")
+    chosen = torch.zeros(heads, tokens, dtype=torch.bool, device=scores.device)
     order = scores.flip(1).argsort(dim=1, descending=True, stable=True)[:, :budget]
     return chosen.scatter_(1, first + count - 1 - order, True)

@@ -75,7 +75,8 @@ class Moa(Method):
     def start(self, layer: Layer, tokens: int) -> State:
         length = self.length or tokens
         heads = layer.heads * layer.group
-        spans = torch.tensor([self.plan.span(layer.number, i, length) for i in range(heads)], dtype=torch.int64, device="cpu")
+        each = [self.plan.span(layer.number, i, length) for i in range(heads)]
+        spans = torch.tensor(each, dtype=torch.int64, device=layer.device)
         return _SpanState(Cache(layer, tokens), spans.view(layer.heads, layer.group), self.sinks)
 
 
@@ -88,7 +89,7 @@ class _SpanState(State):
 
     def attend(self, queries: Tensor) -> Attended:
         cache, layer = self.cache, self.cache.layer
-        at = torch.arange(cache.length, dtype=torch.int64, device="cpu")
+        at = torch.arange(cache.length, dtype=torch.int64, device=queries.device)
         chosen = (at < self.sinks) | (at >= cache.length - (self.spans[:, :, None] - self.sinks))
         read = float(chosen.any(1).sum()) / layer.heads  # spans are nested: the union is the longest
         return Attended(attend_over(cache, queries, chosen), read, read * layer.heads * layer.token_bytes, chosen=chosen)

@@ -87,7 +87,7 @@ class SparseK(Method):
         with_target = torch.stack([((x - mean) * (y - aim)[:, :, None]).sum(1) for x, y in zip(features, targets, strict=True)])
         deviation = products.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-6)
         scaled = products / deviation[:, :, None] / deviation[:, None] + self.ridge * torch.eye(
-            deviation.shape[1], dtype=torch.float32, device="cpu"
+            deviation.shape[1], dtype=torch.float32, device=deviation.device
         )
         weights = torch.linalg.solve(scaled, with_target.sum(0) / count / deviation)
         self.scorers[layer.number] = weights.float(), mean.float(), deviation[:, None].float()
@@ -105,15 +105,15 @@ class SparseKState(State):
         self.method, self.cache = method, cache
         heads = cache.layer.heads
         self.scores, self.kept = (
-            torch.zeros((heads, 0), dtype=torch.float32, device="cpu"),
-            torch.zeros((heads, 0), dtype=torch.bool, device="cpu"),
+            torch.zeros((heads, 0), dtype=torch.float32, device=cache.layer.device),
+            torch.zeros((heads, 0), dtype=torch.bool, device=cache.layer.device),
         )
         self.k: int | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         self.cache.append(keys, values)
         weights, mean, deviation = self.method.scorers[self.cache.layer.number]
-        new = torch.einsum("hnf,hf->hn", (_features(keys, values) - mean) / deviation, weights)
+        new = torch.einsum("hnf,hf->hn", (_features(keys.float(), values.float()) - mean) / deviation, weights)
         self.scores = torch.cat([self.scores, new], 1)
         self.kept = torch.cat([self.kept, torch.zeros_like(new, dtype=torch.bool)], 1)
 
@@ -128,7 +128,7 @@ class SparseKState(State):
         self.kept[:] = False
         best = candidates.topk(min(self.k, last - first), dim=-1).indices
         self.kept.scatter_(1, best + first, True)
-        gates = torch.ones((layer.heads, n), dtype=torch.float32, device="cpu")
+        gates = torch.ones((layer.heads, n), dtype=torch.float32, device=queries.device)
         if m.gate and self.k < last - first:
             gates[:, first:last] = project(candidates, self.k)
         chosen = self.kept.clone()

@@ -33,7 +33,7 @@ def replay(
 ) -> list[Attended]:
     """Append tokens in order, and attend with query j when token at[j] is the newest.
 
-    keys : float32 (h, m, d), values : (h, m, e), all the new tokens; queries : (h, g, q, d); at : int64 (q,), ascending, in
+    keys : (h, m, d), values : (h, m, e), all the new tokens; queries : float32 (h, g, q, d); at : int64 (q,), ascending, in
     [0, m). together : several queries at once where the state can; chosen : False if nobody asks which tokens were read. Tokens
     behind the last query are appended too.
     """
@@ -66,12 +66,12 @@ def _choice(state: _DenseState) -> _Choose | None:
 def _several(state: _DenseState, choose: _Choose, keys: Tensor, values: Tensor, queries: Tensor, at: Tensor) -> list[Attended]:
     cache, before = state.cache, state.cache.length
     state.append(keys, values)
-    lengths = before + at + 1
+    lengths = before + at.to(keys.device) + 1
     steps: list[Attended] = []
     for part in range(0, len(at), _CHUNK):
         upto = lengths[part : part + _CHUNK]
         n = int(upto.max())
-        seen = torch.arange(n, dtype=torch.int64, device="cpu") < upto[:, None]  # (q, n)
+        seen = torch.arange(n, dtype=torch.int64, device=keys.device) < upto[:, None]  # (q, n)
         logits = queries[:, :, part : part + _CHUNK] @ cache.keys[:, None, :n].transpose(2, 3) * cache.layer.scale
         logits.masked_fill_(~seen, -torch.inf)
         chosen = choose(state, queries[:, :, part : part + _CHUNK], logits, upto)  # (h, g or 1, q, n)
@@ -91,7 +91,8 @@ def _other(state: _DenseState) -> float:
 
 
 def _all(state: _DenseState, queries: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
-    return (torch.arange(logits.shape[3], dtype=torch.int64, device="cpu") < lengths[:, None]).expand(logits.shape[0], 1, -1, -1)
+    place = torch.arange(logits.shape[3], dtype=torch.int64, device=logits.device)
+    return (place < lengths[:, None]).expand(logits.shape[0], 1, -1, -1)
 
 
 def _best(state: _TopKState, queries: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
@@ -105,16 +106,17 @@ def _selected(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: T
 
 def _largest(method: TopK | Selected, scores: Tensor, lengths: Tensor) -> Tensor:
     """Sinks, window, and each query's budget of the tokens between of largest score (h, x, q, n): bool of that shape."""
-    place, until = torch.arange(scores.shape[3], dtype=torch.int64, device="cpu"), lengths[:, None]
-    first = torch.minimum((until - method.window).clamp(min=0), torch.tensor(method.sinks, dtype=torch.int64, device="cpu"))
+    place, until = torch.arange(scores.shape[3], dtype=torch.int64, device=scores.device), lengths[:, None]
+    first = (until - method.window).clamp(min=0, max=method.sinks)
     between = (place >= first) & (place < until - method.window)
     budgets = torch.tensor(
-        [budget_tokens(method.share, x, method.sinks, method.window) for x in lengths.tolist()], dtype=torch.int64, device="cpu"
+        [budget_tokens(method.share, x, method.sinks, method.window) for x in lengths.tolist()], dtype=torch.int64,
+        device=scores.device,
     )
     most = min(int(budgets.max()), scores.shape[3])
     best = scores.masked_fill(~between, -torch.inf).topk(most, dim=-1).indices
-    within = (torch.arange(most, dtype=torch.int64, device="cpu") < budgets[:, None]).expand_as(best)
-    chosen = torch.zeros(scores.shape, dtype=torch.bool, device="cpu").scatter_(3, best, within)
+    within = (torch.arange(most, dtype=torch.int64, device=scores.device) < budgets[:, None]).expand_as(best)
+    chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(3, best, within)
     return (chosen & between) | ((place < until) & ~between)
 
 
@@ -123,19 +125,19 @@ def _by_mass(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: Te
 
 
 def _by_age(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
-    return torch.arange(logits.shape[3], dtype=torch.float32, device="cpu").expand(1, len(lengths), -1)
+    return torch.arange(logits.shape[3], dtype=torch.float32, device=logits.device).expand(1, len(lengths), -1)
 
 
 def _by_chance(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: Tensor) -> Tensor:
     """The draws of `selections.uniform`."""
-    scores = torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.float32, device="cpu")
+    scores = torch.zeros(logits.shape[0], *logits.shape[2:], dtype=torch.float32, device=logits.device)
     for j, length in enumerate(lengths.tolist()):
         last = max(length - state.method.window, 0)
         first = min(state.method.sinks, last)
         generator = torch.Generator().manual_seed(length - 1)
         scores[:, j, first:last] = torch.rand(
             logits.shape[0], last - first, generator=generator, dtype=torch.float32, device="cpu"
-        )
+        ).to(logits.device)
     return scores
 
 
@@ -146,10 +148,10 @@ def _by_list(state: _SelectedState, queries: Tensor, logits: Tensor, lengths: Te
     n = logits.shape[3]
     order = (queries.mean(1) @ centroids.transpose(1, 2)).argsort(dim=-1, descending=True, stable=True)  # (h, q, l)
     ranks = torch.empty_like(order).scatter_(
-        2, order, torch.arange(order.shape[2], dtype=torch.int64, device="cpu").expand_as(order)
+        2, order, torch.arange(order.shape[2], dtype=torch.int64, device=order.device).expand_as(order)
     )
     of_token = ranks.gather(2, assigned[:, None, :n].expand(-1, len(lengths), -1))
-    return (torch.arange(n, dtype=torch.int64, device="cpu") - of_token * n).double()
+    return (torch.arange(n, dtype=torch.int64, device=logits.device) - of_token * n).double()
 
 
 _SCORES: dict[str, Callable[[_SelectedState, Tensor, Tensor, Tensor], Tensor]] = {

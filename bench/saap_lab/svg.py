@@ -48,12 +48,18 @@ def marker(shape: str, x: float, y: float, r: float, colour: str) -> str:
     return f'polygon points="{corners}" fill="{colour}"'
 
 
-def curves(lines: Sequence[Curve], x_label: str, y_label: str, log_y: bool = False, band: tuple[str, str] | None = None) -> str:
-    """Curves over a logarithmic x axis, each labelled at its end; band : the labels of two curves between which is shaded."""
+def curves(
+    lines: Sequence[Curve], x_label: str, y_label: str, log_y: bool = False, band: tuple[str, str] | None = None,
+    narrow: bool = False,
+) -> str:
+    """Curves over a logarithmic x axis, each labelled at its end; band : the labels of two curves between which is shaded;
+    narrow : for a telephone, where the text is as large as on a wide page."""
     lines = [line for line in lines if any(x > 0 and math.isfinite(y) and (y > 0 or not log_y) for x, y in line.points)]
     if not lines:
         return ""
     width, height, left, right, top, bottom = 860, 400, 62, 122, 14, 48
+    if narrow:
+        width, height, left, right = 350, max(340, 14 * len(lines) + 66), 46, 104
     ok = {c.label: sorted((x, y) for x, y in c.points if x > 0 and math.isfinite(y) and (y > 0 or not log_y)) for c in lines}
     xs, ys = ([p[i] for points in ok.values() for p in points] for i in (0, 1))
     x0, x1 = math.log10(min(xs)) - 0.03, math.log10(max(xs)) + 0.03
@@ -65,12 +71,14 @@ def curves(lines: Sequence[Curve], x_label: str, y_label: str, log_y: bool = Fal
         across = left + (math.log10(x) - x0) / (x1 - x0) * (width - left - right)
         return across, height - bottom - (v - y0) / (y1 - y0) * (height - top - bottom)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(y_label)} against {escape(x_label)}">']
+    shape = "narrow" if narrow else "broad"
+    spoken = f"{escape(y_label)} against {escape(x_label)}"
+    parts = [f'<svg class="{shape}" viewBox="0 0 {width} {height}" role="img" aria-label="{spoken}">']
     for v in _ticks(y0, y1, log_y):
         y = at(min(xs), v)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{v:g}</text>')
-    for v in _log_ticks(x0, x1):
+    for v in _log_ticks(x0, x1)[:: 2 if narrow else 1]:
         x = at(v, max(ys))[0]
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{height - bottom + 17}" text-anchor="middle">{v:g}</text>')

@@ -31,7 +31,7 @@ class _DenseState(State):
 
     def attend(self, queries: Tensor) -> Attended:
         n, layer = self.cache.length, self.cache.layer
-        chosen = torch.ones((layer.heads, n), dtype=torch.bool, device="cpu")
+        chosen = torch.ones((layer.heads, n), dtype=torch.bool, device=queries.device)
         return Attended(attend_over(self.cache, queries, None), n, layer.heads * n * layer.token_bytes, chosen=chosen)
 
 
@@ -59,12 +59,84 @@ class _TopKState(_DenseState):
         cache, layer, m = self.cache, self.cache.layer, self.method
         first, last = _between(cache.length, m.sinks, m.window)
         logits = queries @ cache.keys.transpose(1, 2)
-        chosen = torch.ones((layer.heads, layer.group, cache.length), dtype=torch.bool, device="cpu")
+        chosen = torch.ones((layer.heads, layer.group, cache.length), dtype=torch.bool, device=queries.device)
         chosen[:, :, first:last] = False
         best = logits[:, :, first:last].topk(budget_tokens(m.share, cache.length, m.sinks, m.window), dim=-1).indices
         chosen.scatter_(2, best + first, True)
         read = float(chosen.any(1).sum()) / layer.heads
         return Attended(attend_over(cache, queries, chosen), read, read * layer.heads * layer.token_bytes, chosen=chosen)
+
+
+class WeightedTopK(Method):
+    """A weighted sample with exact scores, once per KV head: what bounds a weighted selection, as ``topk_group`` a plain one.
+
+    A part of the budget are the tokens of largest probability (mean over the query heads), the rest is drawn from the others
+    without replacement, each with a known probability p proportional to its own. The logits of those drawn get min(-log p, cap):
+    uncapped the estimate would be unbiased, and noisier. sampled : share of the budget that is drawn. To know the scores it would
+    have to read everything; only the tokens are counted. The draw is a function of the position.
+    """
+
+    name, kind = "topk_weighted", "yardstick"
+
+    def __init__(self, share: float, sinks: int = 4, window: int = 128, sampled: float = 0.5, cap: float = 1.4) -> None:
+        if not 0 <= sampled <= 1 or cap < 0:
+            raise ParameterError(f"sampled, cap: expected a share in [0, 1] and 0 nats or more, got {sampled} and {cap}")
+        self.share, self.sinks, self.window, self.sampled, self.cap = share, sinks, window, sampled, cap
+
+    def start(self, layer: Layer, tokens: int) -> State:
+        return _WeightedState(self, Cache(layer, tokens))
+
+
+class _WeightedState(_DenseState):
+    def __init__(self, method: WeightedTopK, cache: Cache) -> None:
+        super().__init__(cache)
+        self.method = method
+
+    def attend(self, queries: Tensor) -> Attended:
+        cache, layer, m = self.cache, self.cache.layer, self.method
+        first, last = _between(cache.length, m.sinks, m.window)
+        budget = min(last - first, budget_tokens(m.share, cache.length, m.sinks, m.window))
+        drawn = round(m.sampled * budget)
+        logits = queries @ cache.keys.transpose(1, 2) * layer.scale
+        weights = logits.double().softmax(-1).mean(1)[:, first:last]
+        best = weights.topk(budget - drawn, dim=-1).indices
+        inclusion = inclusion_probabilities(weights.scatter(1, best, 0.0), drawn)
+        taken = systematic_sample(inclusion, seed=cache.length)
+        chosen = torch.ones((layer.heads, cache.length), dtype=torch.bool, device=queries.device)
+        chosen[:, first:last] = taken.scatter(1, best, True)
+        bias = torch.zeros((layer.heads, cache.length), dtype=torch.float32, device=queries.device)
+        bias[:, first:last] = torch.where(taken, (-inclusion.log()).clamp(max=m.cap), 0.0).float()
+        out = (logits + bias[:, None]).masked_fill(~chosen[:, None], -torch.inf).softmax(-1) @ cache.values
+        read = float(chosen.sum()) / layer.heads
+        return Attended(out, read, read * layer.heads * layer.token_bytes, chosen=chosen)
+
+
+def inclusion_probabilities(weights: Tensor, count: int) -> Tensor:
+    """min(1, w / tau) with tau such that they sum to ``count``, or to the number of positive weights if that is smaller.
+
+    weights : float64 (h, n), 0 or more -> float64 (h, n)
+    """
+    if not count or not weights.shape[1]:
+        return torch.zeros_like(weights)
+    ordered = weights.sort(-1, descending=True).values
+    rest = ordered.flip(-1).cumsum(-1).flip(-1)  # of a weight and all smaller ones
+    certain = torch.arange(min(count, weights.shape[1]), dtype=torch.int64, device=weights.device)
+    tau = rest[:, : len(certain)] / (count - certain)
+    fits = ordered[:, : len(certain)] <= tau  # with so many certain, the next one is not; if none fits, all that are positive are
+    at = fits.int().argmax(-1, keepdim=True)
+    chosen = torch.where(fits.any(-1, keepdim=True), tau.gather(1, at), 0.0)
+    return torch.where(weights > 0, (weights / chosen).clamp(max=1.0), 0.0)
+
+
+def systematic_sample(inclusion: Tensor, seed: int) -> Tensor:
+    """Which entries are drawn, each with its probability, in number their sum up to rounding: float64 (h, n) -> bool (h, n).
+
+    Systematic sampling (Madow, 1949) in the order of the tokens, from a start by chance in each row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.rand((inclusion.shape[0], 1), generator=generator, dtype=torch.float64, device="cpu").to(inclusion.device)
+    passed = torch.cat([start, start + inclusion.cumsum(-1)], 1).floor()
+    return (passed[:, 1:] > passed[:, :-1]) | (inclusion >= 1)
 
 
 class Clusters:
@@ -83,7 +155,8 @@ class Clusters:
 
 
 class Selected(Method):
-    """One of the selections once per KV head: ``topk_group``, ``ivf`` per prompt, ``quest`` pages, ``recent``, ``random``.
+    """One of the selections once per KV head: ``topk_group``, ``ivf`` per prompt, ``quest`` and ``moments`` pages, ``recent``,
+    ``random``.
 
     ``clusters`` may be shared by the methods of several budgets.
     """
@@ -114,7 +187,7 @@ class _SelectedState(_DenseState):
             self.lists = self.method.clusters.of(self.cache.layer.number, keys)
             return
         centroids, assigned = self.lists
-        nearest = (keys @ centroids.transpose(1, 2) - 0.5 * centroids.square().sum(-1)[:, None]).argmax(-1)
+        nearest = (keys.float() @ centroids.transpose(1, 2) - 0.5 * centroids.square().sum(-1)[:, None]).argmax(-1)
         self.lists = centroids, torch.cat([assigned, nearest], 1)
 
     def attend(self, queries: Tensor) -> Attended:
@@ -127,7 +200,8 @@ class _SelectedState(_DenseState):
         )
         chosen[:, :first] = chosen[:, last:] = True
         read = float(chosen.sum()) / layer.heads
-        other = {"quest": 2 * layer.d * ITEM_BYTES * (last - first) / PAGE_TOKENS, "ivf": LISTS * layer.d * ITEM_BYTES}
+        pages = 2 * layer.d * ITEM_BYTES * (last - first) / PAGE_TOKENS
+        other = {"quest": pages, "moments": pages, "ivf": LISTS * layer.d * ITEM_BYTES}
         return Attended(
             attend_over(cache, queries, chosen), read, read * layer.heads * layer.token_bytes,
             other.get(m.name, 0.0) * layer.heads, chosen=chosen,

@@ -251,11 +251,8 @@ class _Part:
 
     def seal(self) -> None:
         """What the token that comes next makes due."""
-        lists = self.index.invlists
-        for length, have in zip(lists.lengths, lists.segments, strict=True):
-            if lists.layout.segments(length + 1) != have:
-                self.index.seal_ahead(1)
-                return
+        if self.index.invlists.due_with(1):
+            self.index.seal_ahead(1)
 
     def replayed(self, layer: Any, visible: Tensor | None) -> None:
         self.index.advance(1, seal=False)

@@ -42,9 +42,7 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", dtype: str = "
     """
     support.check_version()
     folder, gguf = _where(Path(path))
-    if dtype not in ("auto", *DTYPES):
-        raise ParameterError(f"dtype: expected auto or one of {', '.join(DTYPES)}, got {dtype!r}")
-    chosen = DTYPES.get(dtype) or (torch.bfloat16 if _computes_bfloat16(torch.device(device)) else torch.float32)
+    chosen = chosen_dtype(device, dtype)
     require("accelerate", *(("gguf",) if gguf else ()))
     options = {"gguf_file": gguf} if gguf else {}
     try:
@@ -56,6 +54,13 @@ def load_model(path: str | os.PathLike[str], device: str = "cpu", dtype: str = "
     support.check_decoder(decoder)
     name = Path(gguf).stem if gguf else folder.resolve().name
     return LoadedModel(model.to(device), tokenizer, name, support.fingerprint(decoder))
+
+
+def chosen_dtype(device: str, dtype: str) -> torch.dtype:
+    """What `load_model` makes of its ``dtype``. ParameterError for another name."""
+    if dtype not in ("auto", *DTYPES):
+        raise ParameterError(f"dtype: expected auto or one of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES.get(dtype) or (torch.bfloat16 if _computes_bfloat16(torch.device(device)) else torch.float32)
 
 
 def from_folder(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:

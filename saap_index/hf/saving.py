@@ -37,7 +37,7 @@ from .layer import IndexedLayer
 from .layer_plan import LayerPlan
 from .plan import Plan
 
-FORMAT, VERSION = "saap_cache", 3
+FORMAT, VERSION = "saap_cache", 4
 CONFIG = "cache.json"
 ROOM_TOKENS = 1024
 """Slots of room in a file, so that tokens may follow a prompt without copying it."""
@@ -198,7 +198,8 @@ def _restore_indexed(
     b, h, rows = tensors["keys"].shape[:3]
     index.reserve_memory(0, batch=b)
     lists = index.invlists
-    segments = [index.layout.segments(n) for n in lengths]
+    arrangements = [index.layout.arrangement(n, lists.heads) for n in lengths]
+    segments = [x.segments for x in arrangements]
     most = max(map(len, segments))
     counts = checks.counts(about["gaps"], b, 2**31 - 1, "gaps")
     turns = checks.counts(about["rotated"], b, 2**31 - 1, "rotated")
@@ -225,7 +226,7 @@ def _restore_indexed(
         if key in tensors and tensors[key].dtype != dtype:
             raise FormatError(f"{name}: expected {key} of {dtype}, got {tensors[key].dtype}")
     gaps = [Gaps.of_array(part) for part in np.split(tensors.pop("gaps").cpu().numpy(), np.cumsum(counts)[:-1])]
-    check_lists(index.layout, lengths, gaps, tensors, ids=verify)
+    check_lists(arrangements, lengths, gaps, tensors, ids=verify)
     layer.slots, layer.ragged, layer.visible = slots, ragged, None if visible is None else visible.to(device)
     rotated = RotationLengths.of(tensors.pop("rotated").cpu(), turns, lengths)
     lists.adopt(lengths, gaps, tensors, spans)

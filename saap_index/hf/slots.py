@@ -32,6 +32,9 @@ from .rotation import length_of_rotation
 LAYER = "saap_layer"
 """Attribute of the keys that `update` returns: by it the attention function finds the layer."""
 
+SPREAD_TOKENS = 128
+"""Tokens over which the layers of a model move to larger memory."""
+
 ROOM_TOKENS = 256  # a prompt is given room for so many tokens more, or an eighth of its length
 
 
@@ -273,11 +276,20 @@ class SlotLayer(CacheLayerMixin):
     def _append(self, keys: Tensor, values: Tensor) -> None:
         """Append at the end in arrival order, with room for some more where the arena has to grow."""
         assert self.index is not None
-        n, layout = keys.shape[2], self.index.layout
-        self._due = self._due or layout.num_blocks(self.slots) != layout.num_blocks(self.slots - n)
+        n = keys.shape[2]
         if self.slots == n and self.room_tokens < n + ROOM_TOKENS:
             self.index.reserve_memory(n + max(ROOM_TOKENS, n // 8), batch=keys.shape[0])
+        elif keys.is_cpu:
+            self._grow()
         self.index.add(keys, values, seal=False)
+        self._due = self._due or self.index.invlists.due()
+
+    def _grow(self) -> None:
+        """Make room before there is none, each layer at another token: that copies what it holds."""
+        assert self.index is not None
+        capacity = self.index.invlists.capacity
+        if self.slots + self.plan.number % SPREAD_TOKENS >= capacity:
+            self.index.reserve_memory(max(self.slots + ROOM_TOKENS, capacity + capacity // 2))
 
     def _length_of_rotation(self, position_ids: Tensor | None) -> int | None:
         """The length that the angles of the newest tokens belong to; None if they depend on none."""

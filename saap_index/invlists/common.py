@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .layout import Segment
+from .layout import Arrangement, Merging, Segment
 
 
 def common_prefix(a: Sequence[Segment], b: Sequence[Segment]) -> int:
@@ -15,6 +15,19 @@ def common_prefix(a: Sequence[Segment], b: Sequence[Segment]) -> int:
     while n < min(len(a), len(b)) and a[n] == b[n]:
         n += 1
     return n
+
+
+def before_merge(n: int, merging: Merging | None) -> int:
+    """The most of the ``n`` leading segments that end where no merge is under way: its rows lie across its segments."""
+    return merging.first if merging is not None and merging.first < n < merging.stop else n
+
+
+def common_segments(a: Arrangement, b: Arrangement) -> int:
+    """Leading segments that are the same, and merged for the same KV heads."""
+    n = common_prefix(a.segments, b.segments)
+    if a.merging == b.merging:
+        return before_merge(n, a.merging)
+    return min([n, *(x.first for x in (a.merging, b.merging) if x is not None)])
 
 
 def diverged(common: np.ndarray, i: int, length: int) -> np.ndarray:

@@ -66,6 +66,16 @@ def merged_lists(
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 
 
+def joined_table(tables: Tensor) -> Tensor:
+    """Offsets of neighbours sorted as one: int32 (h, l + 1), from those of each, int32 (h, s, l + 1)."""
+    return (tables - tables[:, :, :1]).sum(1, dtype=tables.dtype) + tables[:, 0, :1]
+
+
+def cut_table(table: Tensor, parts: Sequence[Segment]) -> Tensor:
+    """Offsets of each of some neighbours that are sorted as one, int32 (h, s, l + 1), from those of all, int32 (h, l + 1)."""
+    return torch.stack([table.clamp(low, high) for low, high in parts], 1)
+
+
 def rows_of(row_ids: Tensor, ids: np.ndarray) -> Tensor:
     """Rows of the tokens with these ids : int64 (n,), by KV head: int64 (h, n). row_ids : int (h, N). LengthError for others."""
     stored, order = row_ids.long().sort(dim=1)

@@ -1,342 +1,49 @@
 """The inverted lists: one dense arena per batch of sequences, sorted by list inside segments. Knows rows, not routing.
 
-Keys and values lie in arrival order, except that every segment is sorted by list number per KV head, with an offset table
-beside it (backends/base.py has the picture in words). Log-structured: blocks leave the recent tokens, are sorted in place,
-and merge with their neighbours as they age (layout.py). Axes as in backends/base.py.
+Log-structured: blocks leave the recent tokens, are sorted in place, and merge with their neighbours as they age, a KV head after
+the other (layout.py). Axes as in backends/base.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..backends import Arena, Backend, Coded, SegmentChange, StorageCode
-from ..backends.scalar_quantizer import decode, rows_at
-from ..errors import StateError
+from ..backends import Backend, SegmentChange, StorageCode
 from . import arena, coded
-from .common import common_prefix, diverged, picked
-from .gaps import Gaps
-from .layout import MAX_QUERY_TOKENS, Layout, Segment
-from .rotated import RotationLengths
-from .runs import Assign, KnownLists, merged_lists, run_lists
-from .undo import UndoLog
+from .ahead import Ahead, due_rows, next_time
+from .common import before_merge, common_prefix, common_segments, diverged, picked
+from .layout import MAX_QUERY_TOKENS, Arrangement, Layout, Merging, Segment
+from .runs import Assign, KnownLists, cut_table, joined_table, merged_lists, run_lists
+from .stored import StoredTokens
 
 
-def _of_arena(name: str) -> Any:
-    """A property: this array of the arena."""
-    return property(operator.attrgetter(f"arena.{name}"))
-
-
-_VERSIONS = itertools.count(1)  # one for all, so that no two batches share a number
-
-
-class SegmentedInvertedLists:
-    """Storage of one batch: keys, values, ids, offset tables, and the segments of every sequence.
-
-    Attributes, to be read: arena : the memory, of which keys : storage dtype (b, h, N, d); values : (b, h, N, e); ids : int32
-    (b, h, N), the position of the token in each sealed row; tables : int32 (b, h, S, l + 1); mean_keys : storage dtype (b, h, M,
-    l, d), mean_values : (b, h, M, l, e), means of the runs of the first `num_means` segments; pending : int32 (b, h, N), list
-    numbers given with the tokens, -1 where the quantizer decides, or None for -1 everywhere. capacity : N. lengths : tokens of
-    each sequence; segments : [start, stop) of each sequence; gaps : positions of tokens taken out of each sequence; rotated : at
-    which length each token was rotated, where that matters. code : what sealed rows are stored as, or None for numbers; with one,
-    keys and values are bytes, and coded_spans says which rows of each sequence they are of (coded.py).
-
-    version : changes with everything that a search depends on besides lengths: segments and what lies in them, positions, layout
-    and memory. What was made from these lists holds as long as the number is the same. moved : the version since which keys,
-    values, tables and means lie where they lie.
-    """
-
-    _STATE = ("_common", "arena", "capacity", "coded_spans", "gaps", "layout", "lengths", "rotated", "segments")
-
-    keys: Tensor = _of_arena("keys")
-    values: Tensor = _of_arena("values")
-    ids: Tensor = _of_arena("ids")
-    tables: Tensor = _of_arena("tables")
-    mean_keys: Tensor = _of_arena("mean_keys")
-    mean_values: Tensor = _of_arena("mean_values")
-    pending: Tensor | None = _of_arena("pending")
-
-    def __init__(
-        self, backend: Backend, layout: Layout, batch: int, heads: int, d: int, d_v: int, nlist: int, dtype: torch.dtype,
-        code: StorageCode | None = None,
-    ) -> None:
-        self.backend, self.layout, self.code = backend, layout, code
-        self.batch, self.heads, self.d, self.d_v, self.nlist, self.dtype = batch, heads, d, d_v, nlist, dtype
-        self.lengths = [0] * batch
-        self.segments: list[tuple[Segment, ...]] = [()] * batch
-        self.gaps = [Gaps.none()] * batch
-        self.rotated = RotationLengths(batch)
-        self.version = self.moved = next(_VERSIONS)
-        self.arena, self.capacity = arena.without_rows(backend, batch, heads, d, d_v, nlist, dtype, code), 0
-        self.coded_spans: list[Segment] = [coded.NONE] * batch
-        self._undo = UndoLog(backend)
-        self._common = np.zeros((batch, batch), np.int64)  # (i, j): leading tokens that i and j are known to have in common
-        self._centres: list[tuple[int, np.ndarray] | None] = [None] * batch
-
-    # -- changes -----------------------------------------------------------------------------------------------------
-
-    def _changed(self, moved: bool = False) -> None:
-        """Something that a search depends on is another from now on; ``moved``: memory lies elsewhere."""
-        self.version = next(_VERSIONS)
-        if moved:
-            self.moved = self.version
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Around a change: if it raises, these lists are what they were, and hold what they held.
-
-        Rows beyond ``lengths`` may be other ones, and no others than the lists have room for. StateError if there is no memory to
-        put rows back where they were: every token is forgotten then.
-        """
-        undo, before, moved = self._undo, {}, self.moved
-        undo.depth += 1
-        if undo.depth == 1:
-            before = {name: getattr(self, name) for name in self._STATE}
-            before |= {name: list(before[name]) for name in ("coded_spans", "lengths", "segments", "gaps")}
-        try:
-            yield
-        except BaseException as error:
-            try:
-                for name, value in before.items():
-                    setattr(self, name, value)
-                if before:
-                    self._changed(moved != self.moved)
-                    for i in range(self.batch if undo.undo(self.arena) else 0):
-                        self.update_means(i)
-            except Exception as another:
-                self.clear()
-                raise StateError(f"expected memory to take back a failed change, got {another!r}: tokens are gone") from error
-            raise
-        finally:
-            undo.depth -= 1
-            if not undo.depth:
-                undo.forget()
-
-    # -- memory ------------------------------------------------------------------------------------------------------
-
-    def _set_arena(self, memory: Arena) -> None:
-        """Everything in use lies in this memory from now on."""
-        self._changed(moved=True)
-        self.arena, self.capacity = memory, int(memory.keys.shape[2])
-
-    def _allocate(self, capacity: int) -> None:
-        """Move everything in use to an arena of ``capacity`` rows."""
-        used, means = max(self.lengths, default=0), self.layout.most_means(capacity, self.nlist)
-        self._set_arena(arena.resized(self.backend, self.arena, rows=capacity, used=used, means=means))
-
-    def has_room(self, counts: Sequence[int]) -> bool:
-        """Whether counts[i] tokens more of each sequence find room where memory lies."""
-        lengths = list(map(operator.add, self.lengths, counts))
-        if self.code is not None and max(coded.plain_rows(lengths, self.coded_spans)) > self.arena.numbers[0].shape[2]:
-            return False
-        return max(lengths) <= self.capacity
-
-    def make_room(self, counts: Sequence[int]) -> None:
-        """Room for counts[i] tokens more of each sequence, and for more where memory has to move for it."""
-        lengths = list(map(operator.add, self.lengths, counts))
-        if max(lengths) > self.capacity:
-            self._allocate(max(*lengths, self.capacity + self.capacity // 2))
-        plain, have = max(coded.plain_rows(lengths, self.coded_spans)), self.arena.numbers[0].shape[2]
-        if self.code is not None and plain > have:
-            self._resize_plain(max(plain, have + have // 2))
-
-    def _resize_plain(self, rows: int) -> None:
-        used = coded.plain_rows(self.lengths, self.coded_spans)
-        self._set_arena(coded.moved(self.backend, self.arena, coded.leading(used), used, rows))
-
-    def reserve(self, tokens: int) -> None:
-        """Room for ``tokens`` per sequence without further allocation."""
-        if tokens > self.capacity:
-            self._allocate(tokens)
-        self.resize_tables(max(self.tables.shape[2], self.layout.most_segments(self.capacity)))
-
-    def reclaim(self) -> int:
-        """Give back unused rows; returns the bytes freed."""
-        before = arena.nbytes(self.arena)
-        self._allocate(max(self.lengths, default=0))
-        if self.code is not None:
-            self._resize_plain(max(coded.plain_rows(self.lengths, self.coded_spans), default=0))
-        self.resize_tables(max(map(len, self.segments), default=0))
-        return before - arena.nbytes(self.arena)
-
-    def resize_tables(self, count: int) -> None:
-        """Room for the offset tables of so many segments per sequence."""
-        if count != self.tables.shape[2]:
-            self._set_arena(arena.resized(self.backend, self.arena, tables=count))
-
-    def _room_for_segments(self, count: int) -> None:
-        if count > self.tables.shape[2]:
-            self.resize_tables(count + 8)
-
-    def adopt(
-        self, lengths: Sequence[int], gaps: Sequence[Gaps], arrays: Mapping[str, Any], spans: Sequence[Segment] = ()
-    ) -> None:
-        """Hold what is in these arrays in place of what there is: keys, values, ids and tables, and pending if there is one, with
-        the segments of these lengths; plain_keys and plain_values besides, where rows of these spans are codes. They are not
-        copied, and later tokens are written to them."""
-        memory = replace(self.arena, **{"pending": None, **arrays})
-        means = self.layout.most_means(int(memory.keys.shape[2]), self.nlist)
-        self._set_arena(arena.resized(self.backend, memory, means=means))
-        self.lengths, self.gaps = list(lengths), list(gaps)
-        self.coded_spans = list(spans) or [coded.NONE] * self.batch
-        self.segments = [self.layout.segments(n) for n in lengths]
-        for i in range(self.batch):
-            self.update_means(i)
-
-    def clear(self) -> None:
-        """Forget every token; keep the memory."""
-        self._changed()
-        self.lengths, self.segments = [0] * self.batch, [()] * self.batch
-        self.gaps, self.arena = [Gaps.none()] * self.batch, replace(self.arena, pending=None)
-        self.coded_spans = [coded.NONE] * self.batch
-        self.rotated = RotationLengths(self.batch)
-        self._common = np.zeros((self.batch, self.batch), np.int64)
-
-    def forget_lists(self) -> None:
-        """Lists are others from now on, and no token is in one: drop what recent rows that are codes knew of the old ones."""
-        if self.code is not None:
-            self.arena = replace(self.arena, pending=None)
-
-    # -- positions ---------------------------------------------------------------------------------------------------
-
-    def sealed(self, i: int) -> int:
-        """Row past the last segment of sequence i; 0 if it has none (every row is then in arrival order)."""
-        return self.segments[i][-1][1] if self.segments[i] else 0
-
-    def sinks(self, i: int) -> int:
-        """Sink rows in front of the segments of sequence i; 0 if it has none."""
-        return self.segments[i][0][0] if self.segments[i] else 0
-
-    def num_means(self, i: int) -> int:
-        """How many segments of sequence i, the first ones, keep the means of their runs."""
-        return self.layout.num_means(self.segments[i], self.nlist)
-
-    def positions(self, i: int, ranks: np.ndarray) -> np.ndarray:
-        """Positions of the tokens with these ranks (0 = oldest still stored): int64 (n,)."""
-        return self.gaps[i].positions(ranks)
-
-    def next_position(self, i: int) -> int:
-        """Position of the token that sequence i gets next."""
-        return self.lengths[i] + self.gaps[i].count
-
-    def centres(self, i: int) -> np.ndarray:
-        """Position of the middle of every segment of sequence i: float64 (s,)."""
-        kept = self._centres[i]
-        if kept is None or kept[0] != self.version:
-            ends = np.array(self.segments[i], np.int64).reshape(-1, 2)
-            middle = (self.positions(i, ends[:, 0]) + self.positions(i, ends[:, 1] - 1)) / 2
-            self._centres[i] = kept = (self.version, middle)
-        return kept[1]
-
-    def row_ids(self, i: int) -> Tensor:
-        """Position of the token in every row of sequence i: int32 (h, lengths[i])."""
-        n, low, high = self.lengths[i], self.sinks(i), self.sealed(i)
-        ids = torch.from_numpy(self.positions(i, np.arange(n))).to(self.ids).expand(self.heads, n).clone()
-        ids[:, low:high] = self.ids[i, :, low:high]
-        return ids
-
-    # -- as FAISS's InvertedLists --------------------------------------------------------------------------------------
-
-    def list_sizes(self) -> Tensor:
-        """Sealed tokens of every list: int64 (b, h, l). Sinks and recent tokens are in none."""
-        sizes = torch.zeros((self.batch, self.heads, self.nlist), dtype=torch.int64, device=self.tables.device)
-        for i, segments in enumerate(self.segments):
-            sizes[i] = self.tables[i, :, : len(segments)].diff(dim=-1).sum(1)
-        return sizes
-
-    def list_size(self, list_no: int, sequence: int = 0, head: int = 0) -> int:
-        """Sealed tokens of one list. ParameterError for numbers that are none."""
-        return len(self.get_ids(list_no, sequence, head))
-
-    def get_ids(self, list_no: int, sequence: int = 0, head: int = 0) -> Tensor:
-        """Positions of the sealed tokens of one list, oldest segment first: int32 (n,). ParameterError as for `list_size`."""
-        checks.integer(list_no, "list_no", 0, self.nlist - 1)
-        checks.integer(sequence, "sequence", 0, self.batch - 1)
-        checks.integer(head, "head", 0, self.heads - 1)
-        bounds = self.tables[sequence, head, : len(self.segments[sequence]), list_no : list_no + 2].tolist()
-        return torch.cat([self.ids.new_empty(0), *(self.ids[sequence, head, first:stop] for first, stop in bounds)])
-
-    def imbalance_factor(self) -> float:
-        """nlist * sum of squared list sizes / (their sum)^2, averaged over sequences and heads; 1 is balanced, 0 where nothing is
-        sealed. FAISS's definition."""
-        sizes = self.list_sizes().double()
-        squares, sums = sizes.square().sum(-1), sizes.sum(-1)
-        factors = (self.nlist * squares / sums.square())[sums > 0]
-        return float(factors.mean()) if len(factors) else 0.0
-
-    # -- numbers of rows ---------------------------------------------------------------------------------------------
-
-    @property
-    def coded(self) -> Coded | None:
-        """Which rows are codes, for `Backend.scan`; None where none can be."""
-        if self.code is None:
-            return None
-        first, last = zip(*self.coded_spans, strict=True)
-        return Coded(self.code, self.keys, self.values, list(first), list(last))
-
-    def key_rows(self, i: int, start: int, stop: int, head: int | None = None) -> Tensor:
-        """Keys of rows [start, stop) of sequence i: storage dtype (h, n, d), a view, where none is a code, else float32, of codes
-        what they stand for; (n, d) of one KV head."""
-        return self._side_rows("key", i, start, stop, head)
-
-    def value_rows(self, i: int, start: int, stop: int, head: int | None = None) -> Tensor:
-        """Values of rows [start, stop), (h, n, e) or (n, e), otherwise as `key_rows`."""
-        return self._side_rows("value", i, start, stop, head)
-
-    def _side_rows(self, side: str, i: int, start: int, stop: int, head: int | None) -> Tensor:
-        span, heads = self.coded_spans[i], slice(None) if head is None else slice(head, head + 1)
-        if self.code is None or stop <= span[0] or start >= span[1]:
-            low = coded.plain_row(span, start)
-            rows = self.arena.numbers[side == "value"][i, heads, low : low + stop - start]
-        else:
-            index = torch.arange(start, stop, dtype=torch.int64, device=self.keys.device)
-            rows = self._rows(i, index.expand(self.heads, -1)[heads], side, heads)
-        return rows if head is None else rows[0]
-
-    def all_rows(self, sequences: slice, n: int) -> tuple[Tensor, Tensor]:
-        """Keys (b, h, n, d) and values (b, h, n, e) of the first n rows of these sequences: views where no row is a code."""
-        chosen = range(self.batch)[sequences]
-        if self.code is None or all(self.coded_spans[i] == coded.NONE for i in chosen):
-            keys, values = (x[sequences, :, :n] for x in self.arena.numbers)
-            return keys, values
-        index = torch.arange(n, dtype=torch.int64, device=self.keys.device).expand(self.heads, n)
-        sides = zip(*(self.rows(i, index.clamp(max=max(0, self.lengths[i] - 1))) for i in chosen), strict=True)
-        keys, values = (torch.stack(x) for x in sides)
-        return keys, values
-
-    def rows(self, i: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys (h, n, d) and values (h, n, e) of rows : int64 (h, n) of sequence i, in the storage dtype."""
-        return self._rows(i, index, "key").to(self.dtype), self._rows(i, index, "value").to(self.dtype)
-
-    def _rows(self, i: int, index: Tensor, side: str, heads: slice = slice(None)) -> Tensor:
-        numbers, all_coded = self.arena.numbers[side == "value"][i, heads], self.coded
-        if all_coded is None:
-            return numbers.gather(1, index[:, :, None].expand(-1, -1, numbers.shape[2]))
-        part = replace(all_coded, keys=all_coded.keys[:, heads], values=all_coded.values[:, heads])
-        return rows_at(numbers, index, part, i, side)
+class SegmentedInvertedLists(StoredTokens):
+    """Storage of one batch: see `StoredTokens` for what it holds; here is how tokens come and go."""
 
     # -- growing -----------------------------------------------------------------------------------------------------
 
     def only_grows(self, counts: Sequence[int], seal: bool = True) -> bool:
         """Whether to add so many tokens, to be sealed or not, is to write them behind the others and nothing else."""
-        if self.pending is not None:
+        if self.pending is not None or not self.has_room(counts):
             return False
-        if not self.has_room(counts):
-            return False
-        for length, count, have in zip(self.lengths, counts, self.segments, strict=True):
-            if seal and self.layout.segments(length + count) != have:
-                return False
-        return True
+        return not seal or all(map(operator.lt, map(operator.add, self.lengths, counts), self._due_at))
+
+    def due(self) -> bool:
+        """Whether `seal` has anything to do."""
+        return any(map(operator.ge, self.lengths, self._due_at))
+
+    def due_with(self, count: int) -> bool:
+        """Whether the arrangement of a sequence is another with ``count`` tokens more."""
+        now = enumerate(self.lengths)
+        return any(self.layout.arrangement(n + count, self.heads) != self.arrangement(i) for i, n in now)
 
     def seal(self, assign: Assign, last: bool = False) -> None:
         """Bring every sequence to the layout of its length. last: nothing comes after it in this change, unless that is part of
@@ -375,80 +82,176 @@ class SegmentedInvertedLists:
 
     def _seal(self, sequences: Iterable[int], assign: Assign, final: bool = False) -> None:
         """`seal` of these sequences; the rows past the last segment are in arrival order. final: it will not be taken back."""
-        due = [i for i in sequences if self.layout.segments(self.lengths[i]) != self.segments[i]]
-        if due and self.code is not None:
-            assign = self._code(due, self.code, assign)
-        if due and not self._seal_together(due, assign, final):
-            for i in due:
-                self._seal_alone(i, assign)
-        if due and self.code is not None and not any(map(self._lists_given, range(self.batch))):
-            self.arena = replace(self.arena, pending=None)
+        chosen = list(sequences)
+        wanted = {i: self.layout.arrangement(self.lengths[i], self.heads) for i in chosen}
+        wanted = {i: want for i, want in wanted.items() if want != self.arrangement(i)}
+        if wanted:
+            by_key = assign if self.code is None else self._code(wanted, self.code, assign)
+            for i in self._seal_together(wanted, by_key, final):
+                self._seal_alone(i, wanted[i], by_key)
+            if self.code is not None and not any(map(self._lists_given, range(self.batch))):
+                self.arena = replace(self.arena, pending=None)
+        for i in chosen:
+            self._look_ahead(i, assign)
 
-    def _code(self, due: Sequence[int], code: StorageCode, assign: Assign) -> Assign:
+    def _look_ahead(self, i: int, assign: Assign) -> None:
+        """Assign what is due of the next block of sequence i, and note with how many tokens something is due again."""
+        length, at = self.lengths[i], self.layout.next_change(self.lengths[i], self.heads)
+        quantizer = None if self.backend.seals_batches or self.pending is not None else assign.by_position()
+        if quantizer is not None and quantizer[0] is not None:
+            sealed_at, stop = self.layout.next_seal(length)
+            if not self.segments[i]:  # a block more, which may be due a few tokens after the first ones
+                stop += self.layout.block
+            ahead, start = self.ahead[i], self.sealed(i) or self.layout.sinks
+            known = start if ahead is None else ahead.stop
+            until = due_rows(length, sealed_at, known, stop)
+            if until > known:
+                lists = assign(i, known, until)
+                self.rows_assigned += lists.numel()
+                self.ahead[i] = Ahead(start, lists) if ahead is None else ahead.followed_by(lists)
+            at = min(at, next_time(sealed_at, max(known, until), stop))
+        self._due_at[i] = at
+
+    def _code(self, wanted: dict[int, Arrangement], code: StorageCode, assign: Assign) -> Assign:
         """Make codes of the rows of these sequences that are about to be sealed; returns their lists, from the numbers."""
         spans, lists = {}, {}
-        for i in due:
-            want = self.layout.segments(self.lengths[i])
-            spans[i] = want[0][0], want[-1][1]
-            start, stop = self.sealed(i) or want[0][0], want[-1][1]
-            if start < stop and self._lists_missing(i, start, stop):
-                lists[i] = start, assign(i, start, stop)
-        spare = self.layout.block + MAX_QUERY_TOKENS
-        memory, self.coded_spans = coded.sealed(self.backend, code, self.arena, self.lengths, self.coded_spans, spans, spare)
-        self._set_arena(memory)
+        for i, want in wanted.items():
+            first, stop = want.segments[0][0], want.segments[-1][1]
+            start = self.sealed(i) or first
+            if start < stop:
+                spans[i] = first, stop
+                if self._lists_missing(i, start, stop):
+                    lists[i] = start, self._assigned(i, assign, start, stop)
+        if spans:
+            spare = self.layout.block + MAX_QUERY_TOKENS
+            memory, self.coded_spans = coded.sealed(
+                self.backend, code, self.arena, self.lengths, self.coded_spans, spans, spare
+            )
+            self._set_arena(memory)
         return KnownLists(lists)
 
-    def _seal_together(self, due: Sequence[int], assign: Assign, final: bool = False) -> bool:
-        """`_seal_alone` of all these sequences in one go, where the backend can; False if nothing was done. final: it will not be
+    def _seal_together(self, wanted: dict[int, Arrangement], assign: Assign, final: bool = False) -> list[int]:
+        """`_seal_alone` of these sequences in one go, where the backend can; returns those that are left. final: it will not be
         taken back."""
         quantizer = assign.by_position() if self.backend.seals_batches and self.code is None else None
-        if quantizer is None:
-            return False
-        changes = []
-        for i in due:
-            have, want = self.segments[i], self.layout.segments(self.lengths[i])
-            first = common_prefix(have, want)
-            positions = self.positions(i, np.arange(max(self.sealed(i), want[first][0]), want[-1][1]))
-            changes.append(SegmentChange(i, first, have, want, positions, self.layout.num_means(want, self.nlist)))
-        self._room_for_segments(max(len(c.want) for c in changes))
-        steps = [] if final else self._undo.before_changes(self.arena, changes)
-        self._changed()
-        if not self.backend.seal_batch(self.arena, changes, *quantizer):
-            return False
-        self._undo.note(*steps)  # not before: it says that it moves nothing if it fails
-        for c in changes:
-            self.segments[c.sequence] = self.layout.segments(self.lengths[c.sequence])
-        return True
+        while quantizer is not None and wanted:
+            changes = [self._change(i, want) for i, want in wanted.items()]
+            self._room_for_segments(max(len(c.want) for c in changes))
+            steps = [] if final else self._undo.before_changes(self.arena, changes)
+            self._changed()
+            if not self.backend.seal_batch(self.arena, changes, *quantizer):
+                break
+            self._undo.note(*steps)  # not before: it says that it moves nothing if it fails
+            for c in changes:
+                self.rows_moved += c.rows_moved(self.heads)
+                self.rows_assigned += self.heads * len(c.positions)
+                self._arrange(c.sequence, Arrangement(tuple(c.want), None if c.merging is None else Merging(*c.merging)))
+            wanted = {i: want for i, want in wanted.items() if want != self.arrangement(i)}
+        return list(wanted)
 
-    def _seal_alone(self, i: int, assign: Assign) -> None:
-        """`_seal` where it is due, by the backend's single operations."""
-        have, want = self.segments[i], self.layout.segments(self.lengths[i])
-        first = common_prefix(have, want)
-        self._room_for_segments(len(want))
+    def _change(self, i: int, want: Arrangement) -> SegmentChange:
+        """The next change on the way of sequence i to an arrangement: to its segments, then to what of them is merged."""
+        have, segments = self.segments[i], want.segments
+        merging = want.merging if segments == have else None
+        first = common_prefix(have, segments) if merging is None else merging.first
+        positions = self.positions(i, np.arange(max(self.sealed(i), segments[first][0]), segments[-1][1]))
+        means = self.layout.num_means(segments, self.nlist)
+        return SegmentChange(i, first, have, segments, positions, means, self.merging[i], merging)
+
+    def _seal_alone(self, i: int, want: Arrangement, assign: Assign) -> None:
+        """Bring sequence i to an arrangement that follows its own, by the backend's single operations."""
+        have = self.arrangement(i)
+        self._room_for_segments(len(want.segments))
+        self._changed()
+        first = common_prefix(have.segments, want.segments)
+        if first < len(want.segments):
+            self._merge(i, first, have, want.segments, assign)
+        if want.merging is not None:
+            self._merge_heads(i, have, want.segments, want.merging)
+        self._arrange(i, want)
+        ahead = self.ahead[i]
+        self.ahead[i] = None if ahead is None else ahead.behind(self.sealed(i))
+
+    def _merge(self, i: int, first: int, have: Arrangement, want: Sequence[Segment], assign: Assign) -> None:
+        """Make the segments of sequence i from number ``first`` on those of ``want``. Rows of a segment that stays do not move,
+        nor those of KV heads that have merged it."""
+        sealed, means = self.sealed(i), self.num_means(i)
         tables = self.tables.new_empty((self.heads, len(want) - first, self.nlist + 1))
-        list_nos = merged_lists(self.tables[i], have, want[first:], partial(self._recent_lists, i, assign))
-        self._undo.before_move(self.arena, i, slice(want[first][0], want[-1][1]), slice(first, len(have)))
-        self._changed()
-        self.backend.seal_many(self.keys[i], self.values[i], self.ids[i], want[first:], list_nos, tables)
+        stays: dict[int, int] = {}  # segments by number: which they were
+        whole: list[tuple[int, Segment]] = []  # to be sorted for every KV head
+        partly: list[tuple[int, range]] = []  # sorted for some, and which segments they were
+        stops = [stop for _, stop in have.segments]
+        for s in range(first, len(want)):
+            start, stop = want[s]
+            old = range(bisect_right(stops, start), bisect_right(stops, stop))
+            if stop > sealed or not old:
+                whole.append((s, want[s]))
+            elif len(old) == 1:
+                stays[s] = old[0]
+                tables[:, s - first] = self.tables[i, :, old[0]]
+            elif have.merging is not None and (have.merging.first, have.merging.stop) == (old.start, old.stop):
+                partly.append((s, old))
+            else:
+                whole.append((s, want[s]))
+        fresh = partial(self._recent_lists, i, assign)
+        lists = [(s, merged_lists(self.tables[i], have.segments, [segment], fresh)) for s, segment in whole]
+        self._undo.before_tables(self.arena, i, slice(first, len(have.segments)))
+        for run in _neighbours([s for s, _ in whole]):
+            part = slice(run[0] - first, run[-1] + 1 - first)
+            list_nos = [x for s, x in lists if s in run]
+            nos = list_nos[0] if len(list_nos) == 1 else torch.cat(list_nos, 1)
+            start, stop = want[run[0]][0], want[run[-1]][1]
+            self._undo.before_move(self.arena, i, slice(start, stop))
+            self.backend.seal_many(self.keys[i], self.values[i], self.ids[i], want[run[0] : run[-1] + 1], nos, tables[:, part])
+            self.rows_moved += nos.numel()
+        for s, old in partly:
+            assert have.merging is not None
+            done = have.merging.heads
+            tables[:done, s - first] = joined_table(self.tables[i, :done, old.start : old.stop])
+            self._sort(i, slice(done, None), have.segments[old.start : old.stop], old.start, tables[done:, s - first])
         self.tables[i, :, first : len(want)] = tables
-        self.segments[i] = want
-        self.update_means(i, first)
-
-    def update_means(self, i: int, first: int = 0) -> None:
-        """Compute the means of the runs of sequence i from the rows of segments ``first`` on."""
+        self.segments[i] = tuple(want)
         for s in range(first, self.num_means(i)):
-            table, outs = self.tables[i, :, s], (self.mean_keys[i, :, s], self.mean_values[i, :, s])
-            if self.code is None:
-                self.backend.means(self.keys[i], self.values[i], table, *outs)
-                continue
-            start, stop = self.segments[i][s]
-            bits, sizes = (self.code.key_bits, self.code.value_bits), (self.d, self.d_v)
-            arrays = zip((self.keys, self.values), sizes, bits, strict=True)
-            keys, values = (decode(x[i, :, start:stop], size, n) for x, size, n in arrays)
-            mean_keys, mean_values = (torch.empty_like(x, dtype=torch.float32) for x in outs)
-            self.backend.means(keys, values, table - start, mean_keys, mean_values)
-            outs[0].copy_(mean_keys)
-            outs[1].copy_(mean_values)
+            old_s = stays.get(s, means)
+            if old_s < means:
+                for x in (self.mean_keys, self.mean_values):
+                    x[i, :, s] = x[i, :, old_s]
+            else:
+                self._mean_runs(i, s)
+
+    def _merge_heads(self, i: int, have: Arrangement, segments: Sequence[Segment], merging: Merging) -> None:
+        """Merge ``segments`` of sequence i, whose tables are there, for the KV heads of ``merging`` that have not yet."""
+        parts, old = segments[merging.first : merging.stop], have.merging
+        done = old.heads if old is not None and have.segments[old.first : old.stop] == parts else 0
+        heads = slice(done, merging.heads)
+        table = self.tables.new_empty((merging.heads - done, self.nlist + 1))
+        self._undo.before_tables(self.arena, i, slice(merging.first, merging.stop))
+        self._sort(i, heads, parts, merging.first, table)
+        self.tables[i, heads, merging.first : merging.stop] = cut_table(table, parts)
+        for s in range(merging.first, min(merging.stop, self.num_means(i))):
+            self._mean_runs(i, s, heads)
+
+    def _sort(self, i: int, heads: slice, parts: Sequence[Segment], first: int, table: Tensor) -> None:
+        """Sort the rows of these neighbours, of which the first is segment number ``first``, as those of one segment.
+
+        table : int32 (heads, l + 1) out.
+        """
+        lists = merged_lists(self.tables[i, heads, first:], parts, [(parts[0][0], parts[-1][1])], _none_fresh)
+        self._undo.before_move(self.arena, i, slice(parts[0][0], parts[-1][1]), heads)
+        rows = self.keys[i, heads], self.values[i, heads], self.ids[i, heads]
+        self.backend.seal(*rows, parts[0][0], lists, table)
+        self.rows_moved += lists.numel()
+
+    def _assigned(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
+        """List numbers of recent rows by the quantizer: int32 (h, n); of as many as are known already without asking it."""
+        ahead, parts = self.ahead[i], []
+        if ahead is not None and ahead.first <= start < ahead.stop:
+            parts.append(ahead.lists[:, start - ahead.first : stop - ahead.first])
+            start = min(stop, ahead.stop)
+        if start < stop:
+            parts.append(assign(i, start, stop))
+            self.rows_assigned += parts[-1].numel()
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _recent_lists(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
         """List numbers of recent rows about to be sealed, whose ids are written: int32 (h, n)."""
@@ -456,7 +259,7 @@ class SegmentedInvertedLists:
         if not self._lists_missing(i, start, stop):
             assert self.pending is not None
             return self.pending[i, :, start:stop]
-        lists, given = assign(i, start, stop), None if self.pending is None else self.pending[i, :, start:stop]
+        lists, given = self._assigned(i, assign, start, stop), None if self.pending is None else self.pending[i, :, start:stop]
         return lists if given is None else torch.where(given < 0, lists, given)
 
     def _lists_given(self, i: int) -> bool:
@@ -482,7 +285,8 @@ class SegmentedInvertedLists:
             self._changed()
             self.gaps[i] = gaps
         self.rotated = self.rotated.truncated(i, length)
-        self.lengths[i] = length
+        self.lengths[i], ahead = length, self.ahead[i]
+        self.ahead[i] = None if ahead is None else ahead.up_to(length)
         if self.code is not None:
             self._changed()
             self.coded_spans[i] = coded.truncated(self.coded_spans[i], length)
@@ -505,6 +309,7 @@ class SegmentedInvertedLists:
         self._changed()
         self.rotated = self.rotated.without(i, ranks)
         self._common = diverged(self._common, i, first)
+        self.ahead[i] = None
         self.gaps[i], self.lengths[i] = gaps, length - len(ranks)
         self._seal([i], assign)
         return len(ranks)
@@ -518,10 +323,23 @@ class SegmentedInvertedLists:
         self._set_arena(arena.resized(self.backend, self.arena, means=means))
         self._seal(range(self.batch), assign)
 
+    def rearrange(self, assign: Assign) -> None:
+        """Bring every sequence to the layout of its length from any other arrangement, every token in the list that it is in."""
+        pending = self.pending
+        self.arena = arena.with_pending(self.backend, self.arena)
+        for i, length in enumerate(self.lengths):
+            self._unseal(i, length, length)
+        self._seal(range(self.batch), assign)
+        self.arena = replace(self.arena, pending=pending)
+
     def _unseal(self, i: int, changed: int, length: int) -> None:
         """Put rows back in arrival order, from the first segment that holds a row >= changed or is not there at ``length``."""
-        have = self.segments[i]
-        first = min(common_prefix(have, self.layout.segments(length)), sum(stop <= changed for _, stop in have))
+        now = self.arrangement(i)
+        have = now.segments
+        first = min(
+            common_segments(now, self.layout.arrangement(length, self.heads)), sum(stop <= changed for _, stop in have)
+        )
+        first = before_merge(first, now.merging)
         if first == len(have):
             return
         start, stop = have[first][0], have[-1][1]
@@ -534,10 +352,13 @@ class SegmentedInvertedLists:
             self.pending[i, :, start:stop] = torch.cat(lists, 1).gather(1, order)
         rank = order.argsort(dim=1)
         scratch = self.tables.new_empty((self.heads, stop - start + 1))
-        self._undo.before_move(self.arena, i, slice(start, stop), slice(first, len(have)))
+        self._undo.before_tables(self.arena, i, slice(first, len(have)))
+        self._undo.before_move(self.arena, i, slice(start, stop))
         self._changed()
         self.backend.seal(self.keys[i], self.values[i], self.ids[i], start, rank.int(), scratch)
-        self.segments[i] = have[:first]
+        kept = now.merging if now.merging is not None and now.merging.stop <= first else None
+        self._arrange(i, Arrangement(have[:first], kept))
+        self.ahead[i] = None
 
     # -- whole batches -----------------------------------------------------------------------------------------------
 
@@ -547,7 +368,7 @@ class SegmentedInvertedLists:
             self.backend, self.layout, len(sequences), self.heads, self.d, self.d_v, self.nlist, self.dtype,
             self.code,
         )
-        for name in ("coded_spans", "lengths", "segments", "gaps"):
+        for name in self._OF_SEQUENCES:
             setattr(new, name, [getattr(self, name)[i] for i in sequences])
         new.rotated = self.rotated.pick(sequences)
         new._common = picked(self._common, self.lengths, sequences)
@@ -574,7 +395,9 @@ class SegmentedInvertedLists:
                 continue
             common, length = int(self._common[i, source]), self.lengths[source]
             have, want = self.segments[i], self.segments[source]
-            kept = sum(stop <= common for _, stop in want[: common_prefix(have, want)])  # segments in common are in one order
+            same = common_segments(self.arrangement(i), self.arrangement(source))
+            kept = sum(stop <= common for _, stop in want[:same])  # segments in common are in one order
+            kept = before_merge(kept, self.merging[source])
             first = min([common, length, *(s[kept][0] for s in (have, want) if len(s) > kept)])
             span = self.coded_spans[source]
             if span != self.coded_spans[i]:  # a token that both have may be a code in the one alone
@@ -591,12 +414,25 @@ class SegmentedInvertedLists:
             arena.write(self.arena, i, parts)
         self._common = picked(self._common, self.lengths, sequences)
         self.rotated = self.rotated.pick(sequences)
-        for name in ("coded_spans", "lengths", "segments", "gaps"):
+        for name in (*self._OF_SEQUENCES, "_due_at"):
             setattr(self, name, [getattr(self, name)[source] for source in sequences])
 
     def to(self, backend: Backend, device: torch.device) -> SegmentedInvertedLists:
         """A copy on another device."""
         new = self.fork(range(self.batch))
         new.backend = new._undo.backend = backend
+        new.ahead = [None] * new.batch
         new._set_arena(arena.on_device(new.arena, device))
         return new
+
+
+def _none_fresh(start: int, stop: int) -> Tensor:
+    raise AssertionError(f"expected rows in segments, got recent ones [{start}, {stop})")
+
+
+def _neighbours(numbers: Sequence[int]) -> list[range]:
+    """Numbers, ascending, as ranges of those that follow one another."""
+    found: list[range] = []
+    for x in numbers:
+        found[-1:] = [range(found[-1].start, x + 1)] if found and found[-1].stop == x else [*found[-1:], range(x, x + 1)]
+    return found

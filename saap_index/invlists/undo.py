@@ -39,11 +39,16 @@ class UndoLog:
         """The change is over."""
         self._steps, self.depth = [], 0
 
-    def before_move(self, arena: Arena, i: int, rows: slice, tables: slice) -> None:
-        """These rows of sequence i, and its tables, are about to be others: note what they are."""
+    def before_move(self, arena: Arena, i: int, rows: slice, heads: slice = slice(None)) -> None:
+        """These rows of sequence i are about to change places, of these KV heads: note what they are."""
         if self.depth:
-            before = arena.ids[i, :, rows].clone(), arena.tables[i, :, tables].clone()
-            self.note(partial(_put_back, self.backend, arena.keys, i, tables.start, rows.start, *before))
+            ids = arena.ids[i, heads, rows].clone()
+            self.note(partial(_put_rows_back, self.backend, arena.keys, i, heads, rows.start, ids))
+
+    def before_tables(self, arena: Arena, i: int, tables: slice) -> None:
+        """These tables of sequence i are about to be others: note what they are."""
+        if self.depth and tables.start < tables.stop:
+            self.note(partial(_put_tables_back, i, tables.start, arena.tables[i, :, tables].clone()))
 
     def before_changes(self, arena: Arena, changes: Sequence[SegmentChange]) -> list[Step]:
         """What takes these changes back once they are done; the ids of rows that were not sealed before are theirs to write.
@@ -63,22 +68,26 @@ class UndoLog:
         def restore(c: SegmentChange, start: int, end: int, arena: Arena) -> None:
             fresh = torch.from_numpy(c.positions).to(ids).expand(ids.shape[1], -1)
             before = torch.cat([ids[c.sequence, :, start - low : end - low], fresh], 1)
-            replaced = tables[c.sequence, :, c.first - first : len(c.have) - first]
-            _put_back(self.backend, keys, c.sequence, c.first, start, before, replaced, arena)
+            _put_rows_back(self.backend, keys, c.sequence, slice(None), start, before, arena)
+            _put_tables_back(c.sequence, c.first, tables[c.sequence, :, c.first - first : len(c.have) - first], arena)
 
         return [partial(restore, *what) for what in zip(changes, starts, ends, strict=True)]
 
 
-def _put_back(backend: Backend, keys: Tensor, i: int, first: int, start: int, ids: Tensor, tables: Tensor, arena: Arena) -> None:
-    """Put the tokens of sequence i back into the rows from ``start`` on, and its tables from ``first`` on.
+def _put_rows_back(backend: Backend, keys: Tensor, i: int, heads: slice, start: int, ids: Tensor, arena: Arena) -> None:
+    """Put the tokens of sequence i back into the rows from ``start`` on, of these KV heads.
 
     keys : the memory where they changed places. ids : int32 (h, n), of the tokens as they were; the same are there now, in
-    another order. tables : int32 (h, s, l + 1).
+    another order.
     """
-    heads, count = ids.shape
-    now = arena.ids[i, :, start : start + count]
+    count = ids.shape[1]
+    now = arena.ids[i, heads, start : start + count]
     if arena.keys is keys and not torch.equal(now, ids):  # other memory was not there yet, and is gone
         places = ids.argsort(dim=1).gather(1, now.argsort(dim=1).argsort(dim=1))  # where the token of each row was
-        scratch = empty(backend, (heads, count + 1), torch.int32)
-        backend.seal(arena.keys[i], arena.values[i], arena.ids[i], start, places.int(), scratch)
+        scratch = empty(backend, (len(ids), count + 1), torch.int32)
+        backend.seal(arena.keys[i, heads], arena.values[i, heads], arena.ids[i, heads], start, places.int(), scratch)
+
+
+def _put_tables_back(i: int, first: int, tables: Tensor, arena: Arena) -> None:
+    """Make these, int32 (h, s, l + 1), the tables of sequence i from ``first`` on."""
     arena.tables[i, :, first : first + tables.shape[1]] = tables

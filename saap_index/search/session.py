@@ -7,7 +7,7 @@ CUDA graph was replayed, of which the host learns by `AsymmetricIndex.advance`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ class SearchSession:
         self._sealed: list[int] = []
         self._recorded: Selection | None = None  # of the newest capture
         self._replayed = False  # since the last step outside a graph
+        self._steady: tuple[Selection, list[int]] | None = None  # a selection, and the lengths at the newest step that it was of
 
     # -- what changed ------------------------------------------------------------------------------------------------
 
@@ -259,8 +260,28 @@ class SearchSession:
             kept = self._routing[coarse] = Routing(prepared, router.first_knot, router.size_weighted, turn)
         return kept
 
+    def is_published(self, version: int) -> bool:
+        """Whether `publish` would find nothing to do, and the lists are those of that version."""
+        lists = self.lists
+        return version == self._version == lists.version and self.backend_session.lengths == lists.lengths
+
+    def steady_append(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> Callable[[Tensor, Tensor], bool] | None:
+        """See `Session.steady_append`; after an `append` of these."""
+        return self.backend_session.steady_append(keys, values, counts)
+
+    def steady_search(self, queries: Tensor) -> Callable[[Tensor], Tensor | None] | None:
+        """See `Session.steady_search`; after a `run` of these."""
+        step = self._step
+        return None if step is None else self.backend_session.steady_search(queries, step.routing, step.plan, step.layer.scale)
+
+    def note_steady(self, chosen: Selection) -> None:
+        """A step was taken that chose as ``chosen`` says, at the lengths there are now."""
+        self._steady, self._replayed = (chosen, self.lists.lengths), False
+
     def newest(self, last: Selection | None) -> Selection | None:
-        """What the last search read: ``last``, or what the replays since then did."""
+        """What the last search read: ``last``, or what steps like it or the replays since then did."""
+        if self._steady is not None and last is self._steady[0]:
+            last = replace(last, lengths=list(self._steady[1]))
         recorded = self._recorded
         if not self._replayed or recorded is None:
             return last

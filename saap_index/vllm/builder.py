@@ -72,6 +72,7 @@ def line(model: ServedModel, numbers: dict[str, int | None], backend: str) -> st
     dense = f"; dense: layers {_ranges(rest)}" if rest else ""
     others = sum(n is None for n in numbers.values())
     dense += f"; dense: {others} of no number" if others else ""
+    dense += "; weighted samples, for which these routers are calibrated, are not read" if model.calibrated_samples else ""
     always = f"the first {model.sinks} and last {max(model.window, MAX_QUERY_TOKENS)}"
     return (
         f"saap_index: layers {_ranges(served)} read {what} from {model.options.break_even} tokens on, and {always}; prompts are "

@@ -37,7 +37,8 @@ class ServedLayer:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """sinks, window : what every query reads; layers : by number; ropes : those that differ."""
+    """sinks, window : what every query reads; layers : by number; ropes : those that differ. calibrated_samples : whether the
+    routers ask for weighted samples, which are not read here."""
 
     options: Options
     sinks: int
@@ -45,6 +46,7 @@ class ServedModel:
     layers: dict[int, ServedLayer]
     ropes: tuple[Rope, ...]
     shares: np.ndarray
+    calibrated_samples: bool = False
 
     def budgets(self, sealed: Sequence[int]) -> Tensor:
         """Most tokens that each layer, sequence and KV head may read of so many, int32 (layers, b, h): for each what
@@ -87,7 +89,9 @@ def serve(
         if layer.rope is not None and layer.rope not in ropes:
             ropes.append(layer.rope)
     shares = np.stack([x.shares for x in served.values()]) if served else np.ones((0, 0), np.float32)
-    return ServedModel(options, layout.get("sinks", 4), layout.get("window", 128), served, tuple(ropes), shares)
+    samplings = [routers.layers[number].sampling for number in served]
+    calibrated = options.target_mass is None and any(x is not None and x.shares.any() for x in samplings)
+    return ServedModel(options, layout.get("sinks", 4), layout.get("window", 128), served, tuple(ropes), shares, calibrated)
 
 
 def _served(

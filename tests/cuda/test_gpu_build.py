@@ -19,6 +19,7 @@ from saap_index.backends import Frequencies, SegmentChange
 from saap_index.backends.codes import FLAGS, FULL, NOT_FINITE
 from saap_index.backends.cuda import append_assign as gpu_build
 from saap_index.backends.cuda import seal as gpu_seal
+from saap_index.backends.cuda import seal_plan
 from saap_index.backends.types import Rotation
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
@@ -56,7 +57,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def test_parameters_are_laid_out_as_in_the_kernels() -> None:
     rows = {"SAAP_ROWS": gpu_build.KEYS_PER_BLOCK[-1]}
     for file, name, macros, layout in (
-        ("append.cu", "append", {}, gpu_build.APPEND_PARAMS),
+        ("append.cu", "append", {"SAAP_STEP": 0}, gpu_build.APPEND_PARAMS),
         ("assign.cu", "assign", rows, gpu_build.ASSIGN_PARAMS),
         ("seal.cu", "rank", {}, gpu_seal.RANK_PARAMS),
         ("seal.cu", "permute", {}, gpu_seal.PERMUTE_PARAMS),
@@ -347,14 +348,14 @@ def seal_given(
     arena = gpu_seal.Arena(*(x[None] for x in rows.parts), tables[None])
     jobs, at = [], 0
     for slot, (start, stop) in enumerate(segments):
-        jobs.append(gpu_seal.Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
-        at += gpu_seal.places(stop - start)
+        jobs.append(seal_plan.Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
+        at += seal_plan.places(stop - start)
     space = workspace(arena, jobs, generous)
     with run.allow(*rows.parts, space):
         gpu_seal.seal(run, arena, jobs, ints(jobs), gpu_seal.Fresh(list_nos), space)
 
 
-def workspace(arena: gpu_seal.Arena, jobs: list[gpu_seal.Job], generous: float, before: int = 0) -> Tensor:
+def workspace(arena: gpu_seal.Arena, jobs: list[seal_plan.Job], generous: float, before: int = 0) -> Tensor:
     least, most = gpu_seal.workspace_bytes(arena, jobs)
     return torch.full((before + least + int((most - least) * generous),), 255, dtype=torch.uint8)
 
@@ -452,7 +453,7 @@ def test_seal_of_a_batch(
         wanted.append((final, after))
         due.append(SegmentChange(i, kept, have, want, positions[max(sealed, want[kept][0]) : last], 0))
     arena = gpu_seal.Arena(*(torch.stack(x) for x in zip(*(rows.parts for rows in batch), strict=True)), tables)
-    plan = gpu_seal.planned(due)
+    plan = seal_plan.planned(due)
     given_lists = torch.from_numpy(every.copy()) if lists != "assigned" else None
     centroids = None
     if lists != "given":
@@ -512,7 +513,7 @@ def test_seal_by_tables_that_are_none_moves_every_row_once() -> None:
     before = rows.ids.clone()
     tables = torch.randint(-(2**31), 2**31, (1, 1, 4, 8), dtype=torch.int64).int()
     arena = gpu_seal.Arena(*(x[None] for x in rows.parts), tables)
-    jobs = [gpu_seal.Job(0, 0, n, 0, 3, 0, 3, n, 0, 0)]
+    jobs = [seal_plan.Job(0, 0, n, 0, 3, 0, 3, n, 0, 0)]
     gpu_seal.seal(run, arena, jobs, ints(jobs), gpu_seal.Fresh(None), workspace(arena, jobs, 1.0))
     assert torch.equal(rows.ids.sort().values, before) and bool((tables[0, 0, 3].diff() >= 0).all())
 
@@ -520,7 +521,7 @@ def test_seal_by_tables_that_are_none_moves_every_row_once() -> None:
 def test_seal_says_what_does_not_fit() -> None:
     run, rows = runtime(SCHEDULES[0]), Rows(1, 40, 32, 32, torch.float16, 0)
     arena = gpu_seal.Arena(*(x[None] for x in rows.parts), torch.empty((1, 1, 1, 5), dtype=torch.int32))
-    jobs = [gpu_seal.Job(0, 0, 40, 0, 0, 0, 0, 0, 0, -1)]
+    jobs = [seal_plan.Job(0, 0, 40, 0, 0, 0, 0, 0, 0, -1)]
     lists, space = torch.zeros((1, 40), dtype=torch.int32), workspace(arena, jobs, 0.0)
     with pytest.raises(ValueError, match=f"workspace of {len(space)} bytes"):
         gpu_seal.seal(run, arena, jobs, ints(jobs), gpu_seal.Fresh(lists), space[:-16])
@@ -626,7 +627,7 @@ def all_kernels_once() -> None:
     parts = gpu_seal.Arena(*arena, ids, torch.empty((1, h, 3, nlist + 1), dtype=torch.int32))
     for have, want in (([], [(2, 20), (20, 34)]), ([(2, 20), (20, 34)], [(2, 34), (34, n - 2)])):  # sealed, then merged
         fresh = np.arange(have[-1][1] if have else 2, want[-1][1])
-        plan = gpu_seal.planned([SegmentChange(0, 0, have, want, fresh, 1)])
+        plan = seal_plan.planned([SegmentChange(0, 0, have, want, fresh, 1)])
         numbers = torch.from_numpy(plan.numbers)
         space = workspace(parts, plan.jobs, 0.5, gpu_seal.aligned(4 * h * plan.fresh))
         gpu_seal.seal_batch(run, parts, plan, numbers, centroids, Frequencies(turns.inv_freq, False, 1.0), None, space)

@@ -130,7 +130,8 @@ def run(
     one.params["early"] = early
     queries = guarded(of.queries)
     weights = router.hidden, router.out, router.bias_hidden, router.bias_out
-    with on.allow(*weights, meta):
+    turns = [of.rotation.inv_freq] if isinstance(of.rotation, Frequencies) else []
+    with on.allow(*weights, *turns, meta, tables, centres):
         one(queries=queries)
     assert (tickets == 0).all()
     rows, counts = found.rows(), found.counts

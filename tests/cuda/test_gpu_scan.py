@@ -49,7 +49,8 @@ MODEL_IDS = [f"{d}-{e}-{str(s)[6:]}-{str(q)[6:]}-{j}" for d, e, s, q, j, _ in MO
 class Case:
     """sequences: (sinks, sealed, length) of each. share: of the sealed rows that is listed. entries: most runs by their means.
 
-    junk: numbers outside the arena in the lists, and counts beyond the capacity of a list. runs: rows are given as runs.
+    junk: numbers outside the arena in the lists, counts beyond the capacity of a list. runs: rows are given as runs. weighted:
+    as runs some of which are samples, with a bias each.
     """
 
     sequences: tuple[tuple[int, int, int], ...]
@@ -62,6 +63,7 @@ class Case:
     dense: bool = False
     junk: bool = False
     runs: bool = False
+    weighted: bool = False
     logit: float = 1.0
     seed: int = 0
 
@@ -79,6 +81,7 @@ cases = st.builds(
     dense=st.booleans(),
     junk=st.booleans(),
     runs=st.booleans(),
+    weighted=st.booleans(),
     logit=st.sampled_from([0.1, 1.0, 8.0]),
     seed=st.integers(0, 2**31 - 1),
 )
@@ -94,6 +97,8 @@ class Data:
     means: Tail
     rows: list[list[np.ndarray]]
     runs: list[list[np.ndarray]]
+    biases: list[list[np.ndarray]]
+    weighted: Runs | None = None
 
 
 def make(case: Case, d: int, e: int, storage: torch.dtype, query: torch.dtype) -> Data:
@@ -116,25 +121,73 @@ def make(case: Case, d: int, e: int, storage: torch.dtype, query: torch.dtype) -
     tables = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).int()
     chosen: list[list[np.ndarray]] = []
     runs: list[list[np.ndarray]] = []
+    biases: list[list[np.ndarray]] = []
+    samples: list[np.ndarray] = []
     for i, (sinks, sealed, length) in enumerate(case.sequences):
         chosen.append([])
         runs.append([])
+        biases.append([])
         for head in range(h):
             some = rng.choice(np.arange(sinks, sealed), round(case.share * (sealed - sinks)), replace=False)
+            bias = np.zeros(len(some))
+            if case.weighted:
+                some, bias, sample = sampled(sinks, sealed, case.share, rng)
+                samples.append(sample)
+            biases[-1].append(bias)
             read = np.arange(length) if case.dense else np.r_[:sinks, np.sort(some), sealed:length]
             keys[i, head, read], values[i, head, read] = all_keys[i, head, read], all_values[i, head, read]
             chosen[-1].append(np.sort(some))
             runs[-1].append(np.sort(rng.choice(WITH_MEANS * LISTS, rng.integers(0, min(case.entries, 15) + 1), replace=False)))
             for to, source in ((mean_keys, all_mean_keys), (mean_values, all_mean_values)):
                 to[i, head].flatten(0, 1)[runs[-1][-1]] = source[i, head].flatten(0, 1)[runs[-1][-1]]
-    outside = (-1, capacity, -(2**31), 2**31 - 1) if case.junk else ()
+    outside = (-1, capacity, -(2**31), 2**31 - 1) if case.junk and not case.weighted else ()
     rows, counts = padded(chosen, outside, rng)
     tail, tail_counts = padded(runs, (-1, WITH_MEANS * LISTS, 2**31 - 1) if case.junk else (), rng)
     meta = torch.full((b, 8), -7, dtype=torch.int32)
     meta[:, :3] = torch.tensor([(n, s, m) for s, m, n in case.sequences], dtype=torch.int32)
     queries = (case.logit * randn(b, h, case.g * case.q, d)).to(query)
     listed, means = Listed(rows, counts), Tail(tail, tail_counts, mean_keys, mean_values, tables)
-    return Data(queries, keys, values, meta, listed, means, chosen, runs)
+    weighted = weighted_runs(samples, listed) if case.weighted else None
+    return Data(queries, keys, values, meta, listed, means, chosen, runs, biases, weighted)
+
+
+ONE = 1 << 20
+
+
+def sampled(sinks: int, sealed: int, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows [sinks, sealed) as runs of which every row is read with a probability of about ``share``, or for certain: the
+    rows, their biases, and of each run with rows first, rows, probability, offset and bias."""
+    rows, biases, found, at, phase = [], [], [], sinks, ONE // 2
+    while at < sealed:
+        size = int(rng.integers(1, min(40, sealed - at) + 1))
+        probability = ONE if rng.random() < share / 2 else int(ONE * rng.uniform(0, max(share, 0.01))) + 1
+        ends = phase % ONE + probability * np.arange(1, size + 1)
+        mine = at + np.flatnonzero(ends // ONE > (ends - probability) // ONE)
+        bias = min(np.log(ONE / probability), 1.4)
+        if len(mine):
+            found.append((at, len(mine), probability, phase % ONE if probability < ONE else 0, bias))
+        rows.append(mine)
+        biases.append(np.full(len(mine), bias))
+        at, phase = at + size, int(ends[-1])
+    nothing = np.zeros(0, np.int64), np.zeros(0), np.zeros((0, 5))
+    return (np.concatenate(rows), np.concatenate(biases), np.array(found).reshape(-1, 5)) if rows else nothing
+
+
+def weighted_runs(samples: list[np.ndarray], listed: Listed) -> Runs:
+    b, h = listed.counts.shape
+    most = max(map(len, samples)) + 2
+    runs, weights = np.full((b * h, most, 2), 2**30, np.int32), np.zeros((b * h, most), gpu_scan.WEIGHT)
+    for i, x in enumerate(samples):
+        first, rows, probability, offset, bias = x.T
+        runs[i, : len(x)] = np.stack([first + rows, rows.cumsum()], 1)
+        for name, of in (("before", rows.cumsum() - rows), ("probability", probability), ("offset", offset), ("bias", bias)):
+            weights[i, : len(x)][name] = of
+    counts = torch.tensor([len(x) for x in samples], dtype=torch.int32).view(b, h)
+    numbers = torch.from_numpy(weights.view(np.int32).reshape(b, h, most, 4))
+    made = Runs(torch.from_numpy(runs).view(b, h, most, 2), counts, listed.counts, listed.rows.shape[2], numbers)
+    read = torch.arange(listed.rows.shape[2]) < listed.counts[..., None]
+    assert torch.equal(made.rows()[read], listed.rows[read])
+    return made
 
 
 def padded(lists: list[list[np.ndarray]], junk: tuple[int, ...], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -178,7 +231,7 @@ def run(
     b, h, j, d = data.queries.shape
     e, capacity = data.values.shape[-1], data.keys.shape[2]
     shape = ScanShape(b, h, j, case.q, d, e, data.keys.dtype, data.queries.dtype, capacity, case.causal, case.dense)
-    scan = Scan(runtime, shape, knobs)
+    scan = Scan(runtime, replace(shape, weighted=case.weighted), knobs)
     floats, tickets = torch.full((scan.num_floats,), float("nan")), torch.zeros(scan.num_tickets, dtype=torch.int32)
     out, lse = torch.full((b, h, j, e), float("nan"), dtype=data.queries.dtype), torch.full((b, h, j), float("nan"))
     means, listed = data.means, data.listed
@@ -186,7 +239,7 @@ def run(
     tensors += [listed.rows, listed.counts, means.runs, means.counts, means.keys, means.values, means.tables]
     with runtime.allow(*tensors):
         used = means if case.entries else None
-        found = as_runs(listed) if case.runs else listed
+        found = data.weighted or (as_runs(listed) if case.runs else listed)
         launch = scan.bind(data.keys, data.values, data.meta, found, used, d**-0.5, floats, tickets)
         for _ in range(launches):
             launch(queries=data.queries, out=out, lse=lse)
@@ -208,7 +261,10 @@ def check(case: Case, data: Data, out: Tensor, lse: Tensor) -> None:
             k = torch.cat([data.keys[i, head, rows], data.means.keys[i, head].flatten(0, 1)[runs]])
             v = torch.cat([data.values[i, head, rows], data.means.values[i, head].flatten(0, 1)[runs]])
             sizes = data.means.tables[i, head].diff(dim=-1)[:WITH_MEANS].flatten()[runs].double()
-            bias = torch.cat([torch.zeros(len(rows)).double(), sizes.log()])
+            of_rows = torch.zeros(len(rows)).double()
+            if not case.dense:
+                of_rows[sinks : sinks + len(mine)] = torch.from_numpy(data.biases[i][head])
+            bias = torch.cat([of_rows, sizes.log()])
             seen = np.ones((case.g * case.q, len(k)), dtype=bool)
             if case.causal:
                 recent = np.arange(len(k)) >= (0 if case.dense else sinks + len(mine))
@@ -292,6 +348,8 @@ CORNERS = {
     "runs": Case(((3, 900, 950), (0, 0, 9)), share=0.5, entries=3, runs=True),
     "many pairs in runs": Case(((0, 0, 3), (1, 50, 59), (0, 0, 0)) * 30, heads=2, share=0.5, runs=True),
     "junk in runs": Case(((1, 40, 60), (0, 0, 9)), junk=True, entries=12, runs=True),
+    "samples": Case(((3, 900, 950), (0, 0, 9), (1, 30, 40)), share=0.4, entries=3, weighted=True, causal=True),
+    "more samples than a block has at hand": Case(((2, 2400, 2450),), heads=1, share=0.2, weighted=True),
 }
 
 
@@ -430,20 +488,23 @@ def test_nonsense_from_the_device_stays_inside() -> None:
     assert torch.equal(out, same) and torch.equal(lse, same_lse)
 
 
-def test_runs_of_nonsense_stay_inside() -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_runs_of_nonsense_stay_inside(weighted: bool) -> None:
     """Runs that no selection writes: whatever comes out, no block hangs and nothing outside is touched."""
     d, e, storage, query, _, knobs = SMALLEST
     data = make(Case(((2, 300, 350),), share=1.0), d, e, storage, query)
     data.keys.nan_to_num_(), data.values.nan_to_num_()
     shape = ScanShape(1, 2, 2, 1, d, e, storage, query, data.keys.shape[2])
-    scan = Scan(EmulatedRuntime(), shape, {**knobs, "SAAP_GROUPS": 1, "SAAP_TILE": 16})
+    scan = Scan(EmulatedRuntime(), replace(shape, weighted=weighted), {**knobs, "SAAP_GROUPS": 1, "SAAP_TILE": 16})
     floats, tickets = torch.empty(scan.num_floats), torch.zeros(scan.num_tickets, dtype=torch.int32)
-    runs = torch.randint(-(2**31), 2**31 - 1, (1, 2, 77, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    numbers = torch.randint(-(2**31), 2**31 - 1, (1, 2, 77, 6), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    runs, weights = numbers[..., :2].contiguous(), numbers[..., 2:].contiguous() if weighted else None
     counts, out = torch.tensor([[298, 2**31 - 1]], dtype=torch.int32), torch.empty((1, 2, 2, e), dtype=query)
     lse = torch.empty((1, 2, 2))
     for run_counts in ([[77, 2**31 - 1]], [[1, 0]], [[-1, 33]]):
-        found = Runs(runs, torch.tensor(run_counts, dtype=torch.int32), counts, 298)
-        tensors = data.queries, data.keys, data.values, data.meta, out, lse, floats, tickets, runs, counts, found.run_counts
+        found = Runs(runs, torch.tensor(run_counts, dtype=torch.int32), counts, 298, weights)
+        tensors = [data.queries, data.keys, data.values, data.meta, out, lse, floats, tickets, runs, counts, found.run_counts]
+        tensors += [] if weights is None else [weights]
         with EmulatedRuntime().allow(*tensors):
             launch = scan.bind(data.keys, data.values, data.meta, found, None, 1.0, floats, tickets)
             launch(queries=data.queries, out=out, lse=lse)

@@ -61,10 +61,10 @@ class DeviceWalk(Walk):
         rope=st.sampled_from([None, "plain", "dynamic"]), sinks=st.integers(0, 5), window=st.integers(0, 20),
         break_even=st.sampled_from([0, 30]), published=st.sampled_from([False, False, True]), means=st.sampled_from([0, 1, 3]),
         tail=st.sampled_from([0.0, 0.4]), shares=st.sampled_from([None, (0.2, 1.5, 9.0)]),
-        target_mass=st.sampled_from([None, None, 0.8]),
+        target_mass=st.sampled_from([None, None, 0.8]), storage=st.sampled_from([None, "SQ8/SQ4"]),
     )
     def start(self, **options: Any) -> None:
-        Walk.start(self, dims=(40, 64), storage=None, **options)
+        Walk.start(self, dims=(40, 64), **options)
         self.index = Ferry(self.index.to(self.place.device)) if self.place.real else self.index
 
     @rule()

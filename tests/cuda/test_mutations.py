@@ -155,7 +155,7 @@ VALUES = mutants({
     ("scan_params.cuh", check_scan_banks): {"no swizzle": ("(chunk ^ (row / (8 / kGroup) & (kGroup - 1)))", "chunk")},
     ("append.cu", check_append): {
         "the last row is never filled": ("wanted <= p.capacity - start", "wanted < p.capacity - start"),
-        "the lengths of a sequence without room": ("if (meta && fits)", "if (meta)"),
+        "the lengths of a sequence without room": ("if (fits) meta[kLength]", "if (start >= 0) meta[kLength]"),
         "the last ticket stays": ("i < p.num_tickets;", "i < p.num_tickets - 1;"),
     },
     ("seal.cu", check_seal): {
@@ -186,13 +186,13 @@ RACES = mutants({
     ("scan_body.cuh", check_scan): {
         "lanes do not wait for each other's copies": ("wait<kStages - 1>();\n      __syncwarp();", "wait<kStages - 1>();"),
         "a stage is filled while it is read": ("__syncwarp();  // all lanes have read the stage before", "//"),
-        "the work is read before it is there": ("plan(p, work);\n  __syncthreads();", "plan(p, work);"),
+        "the work is read before it is there": ("__syncthreads();\n    if (!work.count)", "if (!work.count)"),
     },
     ("scan_merge.cuh", check_scan): {
         "states not fenced": ("atomic_inc_acq_rel(ticket", "atomicInc(ticket"),
         "the area is used again early": ("__syncthreads();  // the area is free again", "//"),
     },
-    ("append.cu", check_append): {"length read before it is there": ("      __syncthreads();\n", "")},
+    ("append.cu", check_append): {"the length grows early": ("__syncthreads();  // all have read the length", "//")},
     ("seal.cu", check_seal_with_few_warps): {
         "counters not handed on": ("mine[list] += __popc(peers);\n    __syncwarp(~0u);", "mine[list] += __popc(peers);"),
     },

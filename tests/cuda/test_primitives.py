@@ -86,7 +86,7 @@ def same(got: Words, want: NDArray[np.float32]) -> None:
 
 def check_convert(words: Words, out: Words) -> None:
     x, low = words.view(np.float32), words.astype(np.uint16)
-    got = out.reshape(-1, 8).T
+    got = out.reshape(-1, 9).T
     same(got[0], wide(low, "bf16"))
     same(got[1], wide(low, "f16"))
     np.testing.assert_array_equal(got[2], pair(narrow(x, "bf16"), narrow(x, "f16")))
@@ -95,6 +95,13 @@ def check_convert(words: Words, out: Words) -> None:
     np.testing.assert_array_equal(got[5], words)
     same(got[6], wide(low, "f16"))
     np.testing.assert_array_equal(got[7], narrow(wide(low, "bf16"), "bf16"))
+    for shift in (0, 16):
+        a, b = (wide((x >> shift).astype(np.uint16), "f16") for x in (words, np.roll(words, -1)))
+        with np.errstate(all="ignore"):
+            want, half = narrow(a - b, "f16"), (got[8] >> shift).astype(np.uint16)
+        nan = np.isnan(a - b)
+        assert np.isnan(wide(half[nan], "f16")).all()
+        np.testing.assert_array_equal(half[~nan], want[~nan])
 
 
 def check_math(words: Words, out: Words) -> None:

@@ -23,18 +23,18 @@ void check_shared(const void* p, int bytes, const char* what, Site at) {
   if (offset % bytes) fail(at, "%s: byte %td of the shared memory is not aligned to %d bytes", what, offset, bytes);
 }
 
-void start_copy(void* shared, const void* global, bool valid, Site at) {
-  check_shared(shared, 16, "cp.async", at);
+void start_copy(void* shared, const void* global, int bytes, bool valid, Site at) {
+  check_shared(shared, bytes, "cp.async", at);
   if (valid)
-    check_global(global, 16, "cp.async", at);
-  else if (reinterpret_cast<uintptr_t>(global) % 16)
-    fail(at, "cp.async: global address %p is not aligned to 16 bytes", global);
-  __builtin_memset(shared, 0xff, 16);
-  declare_write(shared, 16);
+    check_global(global, bytes, "cp.async", at);
+  else if (reinterpret_cast<uintptr_t>(global) % static_cast<uintptr_t>(bytes))
+    fail(at, "cp.async: global address %p is not aligned to %d bytes", global, bytes);
+  __builtin_memset(shared, 0xff, bytes);
+  declare_write(shared, bytes);
   Quiet quiet;
   machine.counters.copies++;
   Fiber* me = machine.current;
-  me->copies.push_back({shared, global, valid, me->group});
+  me->copies.push_back({shared, global, valid, bytes, me->group});
 }
 
 void close_group() {
@@ -55,12 +55,12 @@ static std::vector<Copy> due(int pending) {
 void land_groups(int pending) {
   for (const Copy& c : due(pending)) {
     if (c.valid) {
-      declare_read(c.from, 16);
-      __builtin_memcpy(c.to, c.from, 16);
+      declare_read(c.from, c.bytes);
+      __builtin_memcpy(c.to, c.from, c.bytes);
     } else {
-      __builtin_memset(c.to, 0, 16);
+      __builtin_memset(c.to, 0, c.bytes);
     }
-    declare_write(c.to, 16);
+    declare_write(c.to, c.bytes);
   }
 }
 

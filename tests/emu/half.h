@@ -49,3 +49,10 @@ u32 narrow2(float lo, float hi) {
   return narrow<T>(lo) | static_cast<u32>(narrow<T>(hi)) << 16;
 }
 
+
+// By way of float, whose 24 bits are twice the 11 and two more: rounded twice as once.
+inline u32 sub_f16x2(u32 a, u32 b) {
+  const float low = widen<kF16>(static_cast<u16>(a)) - widen<kF16>(static_cast<u16>(b));
+  const float high = widen<kF16>(static_cast<u16>(a >> 16)) - widen<kF16>(static_cast<u16>(b >> 16));
+  return narrow2<kF16>(low, high);
+}

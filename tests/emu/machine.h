@@ -23,7 +23,7 @@ struct Copy {
   void* to;
   const void* from;
   bool valid;
-  int group;
+  int bytes, group;
 };
 
 struct Fiber {

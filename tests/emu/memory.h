@@ -38,7 +38,10 @@ V read_vector(const void* global, const char* what, Site at) {
 
 // ---- as in prims.cuh
 
-inline void cp_async16(void* shared, const void* global, bool valid, EMU_HERE) { emu::start_copy(shared, global, valid, at); }
+inline void cp_async16(void* shared, const void* global, bool valid, EMU_HERE) {
+  emu::start_copy(shared, global, 16, valid, at);
+}
+inline void cp_async4(void* shared, const void* global, EMU_HERE) { emu::start_copy(shared, global, 4, true, at); }
 inline void cp_async_commit() { emu::close_group(); }
 
 template <int N>

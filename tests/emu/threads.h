@@ -60,8 +60,8 @@ char* of_block(const void* shared, int rank, Site at);
 // The launch before is over, for this thread.
 void grid_dependency_wait(Site at);
 
-// Asynchronous copies of 16 bytes.
-void start_copy(void* shared, const void* global, bool valid, Site at);
+// Asynchronous copies of 4 or 16 bytes.
+void start_copy(void* shared, const void* global, int bytes, bool valid, Site at);
 void close_group();
 void land_groups(int pending);  // completes all but the latest `pending` groups
 

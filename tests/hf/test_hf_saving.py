@@ -296,7 +296,7 @@ def test_damage_is_refused(tmp_path: Path) -> None:
     refuses("values")
     layer.write_bytes(whole)
     for change in (
-        {"version": 2}, {"version": 4}, {"format": "other"}, {"layers": about["layers"][:2]}, {"layers": None},
+        {"version": 3}, {"version": 5}, {"format": "other"}, {"layers": about["layers"][:2]}, {"layers": None},
         {"layers": [{**about["layers"][0], "lengths": [10**6, 5]}, *about["layers"][1:]]},
         {"layers": [{**about["layers"][0], "lengths": [-1, 5]}, *about["layers"][1:]]},
     ):

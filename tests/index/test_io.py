@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -30,9 +31,11 @@ from saap_index import (
     Rope,
     Sampling,
     SearchParametersIVF,
+    io,
     read_index,
     write_index,
 )
+from saap_index.invlists.runs import run_lists
 from saap_index.io import _checksum
 from saap_index.routing.calibration import TARGETS
 from saap_index.search.params import SAMPLING
@@ -475,7 +478,7 @@ def test_unsafe_values(change: Callable[[Tensors, Config], object], good: Path, 
     refuse((tmp_path / "forged").read_bytes(), tmp_path / "forged")
 
 
-@pytest.mark.parametrize("key, value", [("format", "other"), ("version", "0"), ("version", "2"), ("checksum", "00000000")])
+@pytest.mark.parametrize("key, value", [("format", "other"), ("version", "0"), ("version", "3"), ("checksum", "00000000")])
 def test_other_metadata(key: str, value: str, good: Path, tmp_path: Path) -> None:
     tensors, metadata, _ = opened(good)
     for changed in ({**metadata, key: value}, {k: v for k, v in metadata.items() if k != key}):
@@ -625,3 +628,40 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="No space left"):
         write_index(removed(), path)
     assert parts(read_index(path)) == parts(filled())
+
+
+def test_a_file_of_before_merges_took_their_time(tmp_path: Path) -> None:
+    """Version 1 has every merge done when it is due; what is read is the state of the tokens, lists that were given included."""
+    keys, values = tokens(2, 2, 99, 32, seed=1), tokens(2, 2, 99, 32, seed=2)
+    merging = 0
+    for n in range(60, 99, 3):
+        index = small_index()
+        index.add_preassigned(keys[:, :, :20], values[:, :, :20], torch.zeros((2, 2, 20)).int())
+        index.add(keys[:, :, 20:n], values[:, :, 20:n], lengths=[n - 20, n - 27])
+        old = index.fork()
+        lists = old.invlists
+        for i, length in enumerate(lists.lengths):
+            have, merging = lists.arrangement(i), merging + (lists.merging[i] is not None)
+            settled = lists.layout.settled(length)
+            lists.resize_tables(max(lists.tables.shape[2], len(settled)))
+            for first, (start, stop) in ((s, x) for s, x in enumerate(settled) if x not in have.segments):
+                assert lists.segments[i][first][0] == start
+                parts = [x for x in lists.segments[i] if start <= x[0] < stop]
+                lists.segments[i] = (*lists.segments[i][:first], (start, stop), *lists.segments[i][first + len(parts) :])
+                numbers = torch.cat([run_lists(lists.tables[i, :, first + k], x) for k, x in enumerate(parts)], 1)
+                left = lists.tables[i, :, first + len(parts) :].clone()
+                lists.backend.seal(lists.keys[i], lists.values[i], lists.ids[i], start, numbers, lists.tables[i, :, first])
+                lists.tables[i, :, first + 1 : first + 1 + left.shape[1]] = left
+            lists.merging[i] = None
+            assert lists.segments[i] == settled
+        with patch.object(io, "VERSION", io.AT_ONCE), patch.object(AsymmetricIndex, "seal", lambda index: None):
+            write_index(old, tmp_path / "old")
+        read = read_index(tmp_path / "old")
+        for i, length in enumerate(index.lengths):
+            one, other = index.invlists, read.invlists
+            assert other.arrangement(i) == one.arrangement(i) == one.layout.arrangement(length, 2)
+            parts = len(one.segments[i])
+            assert torch.equal(other.tables[i, :, :parts], one.tables[i, :, :parts])
+            assert torch.equal(other.row_ids(i), one.row_ids(i))
+            assert torch.equal(other.keys[i, :, :length], one.keys[i, :, :length])
+    assert merging

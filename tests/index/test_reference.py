@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -10,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
+import saap_index.invlists.layout as layouts
 from saap_index import Layout, reference
 
 SEEDS = st.integers(0, 2**32 - 1)
 DIMS = st.sampled_from([1, 2, 8, 13])
+MERGE_ROWS = 900
 
 
 def rng(seed: int) -> np.random.Generator:
@@ -169,14 +172,22 @@ def test_route_survives_huge_activations() -> None:
 
 @given(
     sinks=st.integers(0, 40), window=st.integers(0, 400), seal_tokens=st.integers(0, 300), break_even=st.integers(0, 3000),
-    max_segment=st.integers(1, 20000), length=st.one_of(st.integers(0, 6000), st.integers(0, 200_000)),
+    max_segment=st.integers(1, 20000), length=st.one_of(st.integers(0, 6000), st.integers(0, 200_000)), heads=st.integers(1, 9),
 )
+@patch.object(layouts, "MERGE_ROWS", MERGE_ROWS)
 def test_segments_are_those_of_the_layout(
-    sinks: int, window: int, seal_tokens: int, break_even: int, max_segment: int, length: int
+    sinks: int, window: int, seal_tokens: int, break_even: int, max_segment: int, length: int, heads: int
 ) -> None:
     layout = Layout(sinks, window, seal_tokens, max_segment, break_even)
-    want = () if length < break_even else tuple(reference.segments(length, sinks, layout.recent, layout.block, max_segment))
-    assert layout.segments(length) == want
+    want = reference.arrangement(length, sinks, layout.recent, layout.block, max_segment, heads, MERGE_ROWS)
+    if length < break_even:
+        want = [], (0, 0, 0)
+    found = layout.arrangement(length, heads)
+    merging = (0, 0, 0)
+    if found.merging is not None:
+        parts = found.segments[found.merging.first : found.merging.stop]
+        merging = parts[0][0], parts[-1][1], found.merging.heads
+    assert (list(found.segments), merging) == want and layout.segments(length) == found.segments
 
 
 @st.composite

@@ -104,7 +104,7 @@ def test_the_published_classifier() -> None:
 
 def test_it_follows_the_index() -> None:
     """Packed once while nothing but lengths changes; anew when tokens are sealed or memory moves, never with what was."""
-    index, params = filled([100]), SearchParametersIVF(selectivity=0.2)
+    index, params = filled([102]), SearchParametersIVF(selectivity=0.2)
     queries, key, value = tokens(1, 6, 1, 32, seed=5), tokens(1, 2, 1, 32, seed=6), tokens(1, 2, 1, 40, seed=7)
     index.reserve_memory(400)
     assert_same(index, queries, params)

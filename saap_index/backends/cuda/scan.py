@@ -33,6 +33,8 @@ PARAMS = np.dtype(
 )
 _FIELDS = [(name, PARAMS[name]) for name in PARAMS.names or ()]
 CLOCK_PARAMS = np.dtype([*_FIELDS, ("clocks", np.uint64)], align=True)
+CODED_PARAMS = np.dtype([*_FIELDS, ("spans", np.uint64)], align=True)
+WEIGHTED_PARAMS = np.dtype([*_FIELDS, ("weights", np.uint64)], align=True)
 PAGED_PARAMS = np.dtype([*_FIELDS, ("head_bytes", np.int64), ("row_bytes", np.int32)], align=True)
 POINTS = "began", "waited", "planned", "copying", "arrived", "added", "merged", "ticketed", "ended"
 """Of a block, with SAAP_CLOCK: scan_params.cuh."""
@@ -45,6 +47,13 @@ H200_SHARED_BYTES = 227 * 1024
 MOST_WARPS, MOST_STAGES = 8, 4
 PAGED = {"SAAP_PAGED": 1, "SAAP_RUNS": 32, "SAAP_CLOCK": 0}
 """What makes it a scan of pages, which has no runs."""
+
+CODED_KERNEL = "scan_codes.cu", "saap_scan_codes"
+WEIGHTED = {"SAAP_WEIGHTED": 1, "SAAP_CLOCK": 0}
+"""What makes it a scan of runs with weights; one without compiles nothing of them."""
+
+WEIGHT = np.dtype([("before", np.int32), ("probability", np.int32), ("offset", np.int32), ("bias", np.float32)], align=True)
+"""Of a run of a weighted selection: scan_params.cuh."""
 
 RUNS = 1024
 """Runs that a block has in shared memory: of more it has every second, third, ..., and looks up the others in device memory."""
@@ -63,16 +72,32 @@ def configuration(d: int, e: int, storage: torch.dtype, query: torch.dtype, j: i
     wide = _padded(d, storage) + _padded(e, storage)
     # two groups where their fragments fit into the registers of a thread
     groups = 2 if j > 8 and storage is not torch.float32 and wide <= 256 else 1
-    macros = {
+    tile = 32 if wide <= 128 and storage is not torch.float32 else 16
+    return _filled(_macros(d, e, storage, query, groups, tile), max_shared_bytes)
+
+
+def coded_configuration(d: int, e: int, bits: int, query: torch.dtype, j: int, max_shared_bytes: int) -> dict[str, int]:
+    """The same of a scan of codes, values of so many bits. Two groups of queries need more registers than a thread has where
+    vectors are long."""
+    groups = 2 if j > 8 and d + e <= 256 else 1
+    return _filled(_macros(d, e, torch.float16, query, groups, 16) | {"SAAP_CODED": bits}, max_shared_bytes)
+
+
+def _macros(d: int, e: int, storage: torch.dtype, query: torch.dtype, groups: int, tile: int) -> dict[str, int]:
+    return {
         "SAAP_D": d,
         "SAAP_E": e,
         "SAAP_T": DTYPE_CODES[storage],
         "SAAP_TQ": DTYPE_CODES[query],
         "SAAP_GROUPS": groups,
-        "SAAP_TILE": 32 if wide <= 128 and storage is not torch.float32 else 16,
+        "SAAP_TILE": tile,
         "SAAP_BLOCKS": 1,
         "SAAP_RUNS": RUNS,
     }
+
+
+def _filled(macros: dict[str, int], max_shared_bytes: int) -> dict[str, int]:
+    """With as many warps and stages as fit."""
     for warps in range(MOST_WARPS, 0, -1):
         for stages in range(MOST_STAGES, 1, -1):
             macros |= {"SAAP_WARPS": warps, "SAAP_STAGES": stages}
@@ -85,7 +110,9 @@ def shared_bytes(macros: dict[str, int]) -> int:
     """Dynamic shared memory of a block: see scan_params.cuh."""
     d, e, warps, tile = (macros[f"SAAP_{name}"] for name in ("D", "E", "WARPS", "TILE"))
     storage = next(dtype for dtype, code in DTYPE_CODES.items() if code == macros["SAAP_T"])
-    stage = tile * (_padded(d, storage) + _padded(e, storage)) * storage.itemsize
+    bits = macros.get("SAAP_CODED", 0)
+    coded = sum((words + 3) // 8 * 32 + 16 for words in (d // 4 + 1, e * bits // 32 + 1))
+    stage = tile * (coded if bits else (_padded(d, storage) + _padded(e, storage)) * storage.itemsize)
     core = 8 * d * 4 + warps * 8 * tile * 4 if storage is torch.float32 else 0
     exchange = warps * 8 * (-(-e // 16) * 16 + 4)
     return warps * macros["SAAP_STAGES"] * stage + 48 + 48 * 32 + 8 * macros["SAAP_RUNS"] + warps * 64 + core + exchange * 4
@@ -99,7 +126,8 @@ def _padded(dim: int, storage: torch.dtype) -> int:
 @dataclass(frozen=True)
 class ScanShape:
     """What a scan is compiled and sized for. dense: it reads rows [0, length) of each sequence, and no list; paged: a list, and
-    nothing else, of a pool's rows, of which there are ``capacity``."""
+    nothing else, of a pool's rows, of which there are ``capacity``; coded: bits of the values of rows that are codes, read as
+    float16, or 0; weighted: of `Runs` with weights."""
 
     sequences: int
     heads: int
@@ -113,6 +141,8 @@ class ScanShape:
     causal: bool = False
     dense: bool = False
     paged: bool = False
+    coded: int = 0
+    weighted: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,24 +156,44 @@ class Listed:
 @dataclass(frozen=True)
 class Runs:
     """Rows to read, in runs: runs : int32 (b, h, R, 2), for each the row behind it, and the rows in it and in those before it;
-    run_counts : int32 (b, h) of them; counts : int32 (b, h) rows in them, at most ``most_rows``."""
+    run_counts : int32 (b, h) of them; counts : int32 (b, h) rows in them, at most ``most_rows``.
+
+    weights : int32 (b, h, R, 4), or None: of every run rows before it, probability, offset, and the bits of its bias, float32 in
+    nats, as `WEIGHT` has them. Its rows may then be a sample with gaps (`Weight` in cuda/scan_params.cuh), and instead of the row
+    behind it ``runs`` has the sum of its first row and the rows in it."""
 
     runs: Tensor
     run_counts: Tensor
     counts: Tensor
     most_rows: int
+    weights: Tensor | None = None
 
     def rows(self) -> Tensor:
         """int32 (b, h, most_rows): the rows, run by run; anything behind the last."""
+        return self._listed()[0]
+
+    def biases(self) -> Tensor | None:
+        """float32 (b, h, most_rows): what is added to the logits of `rows`, nats; None without weights."""
+        return self._listed()[1]
+
+    def _listed(self) -> tuple[Tensor, Tensor | None]:
         entries = torch.arange(self.most_rows, dtype=torch.int32, device=self.runs.device)
         if not self.runs.shape[2]:  # no segment has room: there are no rows
-            return entries.expand(*self.runs.shape[:2], -1).contiguous()
+            rows = entries.expand(*self.runs.shape[:2], -1).contiguous()
+            return rows, None if self.weights is None else rows.new_zeros(rows.shape, dtype=torch.float32)
         behind, ends = (x.contiguous() for x in self.runs.unbind(-1))
         number = torch.arange(ends.shape[2], dtype=torch.int32, device=ends.device)
         ends = ends.masked_fill(number >= self.run_counts[..., None], torch.iinfo(torch.int32).max)
         entries = entries.expand(*ends.shape[:2], -1).contiguous()
         at = torch.searchsorted(ends, entries, right=True).clamp_(max=max(0, ends.shape[2] - 1))
-        return behind.gather(2, at) - (ends.gather(2, at) - entries)
+        rows = behind.gather(2, at) - (ends.gather(2, at) - entries)
+        if self.weights is None:
+            return rows, None
+        before, probability, offset, bits = (x.contiguous().gather(2, at).long() for x in self.weights.unbind(-1))
+        probability = probability.clamp(min=1)
+        i = entries - before + 1
+        rows = rows - i + torch.div((i << 20) - offset + probability - 1, probability, rounding_mode="floor")
+        return rows.to(torch.int32), bits.to(torch.int32).view(torch.float32)
 
 
 class Scan:
@@ -156,9 +206,15 @@ class Scan:
     def __init__(self, runtime: Runtime, shape: ScanShape, knobs: dict[str, int] | None = None) -> None:
         """knobs : macros other than those of `configuration`, to try."""
         shared = runtime.max_shared_bytes
-        macros = configuration(shape.d, shape.e, shape.storage, shape.query, shape.vectors, shared) | (knobs or {})
+        about = shape.query, shape.vectors, shared
+        macros = coded_configuration(shape.d, shape.e, shape.coded, *about) if shape.coded else configuration(
+            shape.d, shape.e, shape.storage, *about
+        )
+        macros |= knobs or {}
         if shape.paged:
             macros |= PAGED
+        if shape.weighted:
+            macros |= WEIGHTED
         self.vectors = 8 * macros["SAAP_GROUPS"]
         passes = max(1, -(-shape.vectors // self.vectors))
         # All passes at once: they read the same rows, so all but one of them find them in the second cache.
@@ -172,9 +228,10 @@ class Scan:
         self.num_floats = self._states * (shape.e + 2)
         self.num_tickets = passes * pairs
         self._mass_offset = 4 * self._states * shape.e
-        self._kernel = runtime.kernel(*file_of(shape.storage), macros)
+        self._kernel = runtime.kernel(*(CODED_KERNEL if shape.coded else file_of(shape.storage)), macros)
         self.num_clocks = blocks * passes * len(POINTS) if macros.get("SAAP_CLOCK") and not shape.paged else 0
-        self._params = np.zeros((), PAGED_PARAMS if shape.paged else CLOCK_PARAMS if self.num_clocks else PARAMS)
+        plain = CODED_PARAMS if shape.coded else CLOCK_PARAMS if self.num_clocks else PARAMS
+        self._params = np.zeros((), PAGED_PARAMS if shape.paged else WEIGHTED_PARAMS if shape.weighted else plain)
         self._dependent = runtime.capability >= CLUSTERS
         for name in ("sequences", "heads", "vectors", "num_queries", "capacity", "causal", "dense"):
             self._params[name] = getattr(shape, name)
@@ -210,11 +267,13 @@ class Scan:
         floats: Tensor,
         tickets: Tensor,
         clocks: Tensor | None = None,
+        spans: Tensor | None = None,
     ) -> Launch:
         """One softmax over rows [0, sinks), the listed ones, [sealed, length) and the means: see cuda/scan.cu.
 
         keys : storage dtype (b, h, N, d), values : (b, h, N, e), rows aligned to 16 bytes; meta : int32 (b, 8). floats :
-        float32 (num_floats,), tickets : int32 (num_tickets,); clocks : int64 (num_clocks,), cycles by block and point.
+        float32 (num_floats,), tickets : int32 (num_tickets,); clocks : int64 (num_clocks,), cycles by block and point. Of codes,
+        uint8 (b, h, N, c), spans : int32 (b, 4), as in cuda/scan_params.cuh, and out is float32.
         A start takes queries : query dtype (b, h, j, d), `aligned`, and writes out : query dtype (b, h, j, e), lse : float32
         (b, h, j).
         """
@@ -223,6 +282,8 @@ class Scan:
         if isinstance(listed, Runs):
             p["runs"], p["run_counts"], p["max_runs"] = listed.runs.data_ptr(), listed.run_counts.data_ptr(), listed.runs.shape[2]
             p["counts"], p["max_rows"] = listed.counts.data_ptr(), listed.most_rows
+            if listed.weights is not None:
+                p["weights"] = listed.weights.data_ptr()
         elif listed is not None and listed.rows.shape[2]:
             p["rows"], p["counts"], p["max_rows"] = listed.rows.data_ptr(), listed.counts.data_ptr(), listed.rows.shape[2]
         if means is not None and means.runs.shape[2]:
@@ -232,7 +293,9 @@ class Scan:
             p["lists"] = means.tables.shape[3] - 1
         if clocks is not None:
             p["clocks"] = clocks.data_ptr()
-        kept = keys, values, meta, listed, means, floats, tickets, clocks
+        if spans is not None:
+            p["spans"] = spans.data_ptr()
+        kept = keys, values, meta, listed, means, floats, tickets, clocks, spans
         return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept, dependent=self._dependent)
 
 
@@ -264,6 +327,8 @@ def _shipped() -> Iterator[tuple[str, str, dict[str, int]]]:
     shapes += [(128, 128, 16, f16, f16), (128, 128, 16, f16, bf16), (128, 128, 8, f32, f32), (256, 256, 8, f32, f32)]
     for d, e, j, storage, query in shapes:
         yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES)
+    for d, e, j, storage, query in (shapes[0], shapes[3], shapes[4]):
+        yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES) | WEIGHTED
     paged = [shapes[0], shapes[3], shapes[4], shapes[7], (128, 128, 16, f16, f16), (128, 128, 8, f32, f32)]
     for d, e, j, storage, query in paged:
         yield *file_of(storage), configuration(d, e, storage, query, j, H200_SHARED_BYTES) | PAGED

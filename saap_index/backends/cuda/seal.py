@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import SegmentChange
 from ..codes import DTYPE_CODES
 from ..types import Frequencies
 from .append_assign import (
-    ASSIGN_JOB,
     VECTOR,
     AssignJobs,
     PackedCentroids,
@@ -29,6 +27,7 @@ from .append_assign import (
     vectors,
 )
 from .launch import Runtime
+from .seal_plan import JOB, TILE_ROWS, Job, Plan, places
 
 CONFIGURATIONS: tuple[tuple[str, str, dict[str, int]], ...] = (
     ("seal.cu", "saap_rank", {}),
@@ -37,8 +36,6 @@ CONFIGURATIONS: tuple[tuple[str, str, dict[str, int]], ...] = (
     ("means.cu", "saap_means", {}),
 )
 
-TILE_ROWS = 32
-"""Rows that a block of saap_permute moves."""
 _MEANS_SHARED_BYTES = 8 * 8 * 32 * 4
 
 RANK_PARAMS = np.dtype(
@@ -65,36 +62,6 @@ MEANS_PARAMS = np.dtype(
     + [(x, "i4") for x in ("capacity", "key_vectors", "value_vectors", "type")],
     align=True,
 )
-
-
-class Job(NamedTuple):
-    """One segment to be sealed: rows [first, first + rows) of a sequence become its segment number ``slot``.
-
-    at : place of its first row among those of all jobs, see `places`. Rows before ``fresh`` lie in segments old, old + 1, ...,
-    ``olds`` of them, one after the other; the others are in arrival order, and place fresh_at of list_nos and positions is of the
-    first of them. position : of that token, where positions follow one another; -1: the ids of every row are there already.
-    """
-
-    sequence: int
-    first: int
-    rows: int
-    at: int
-    slot: int
-    old: int
-    olds: int
-    fresh: int
-    fresh_at: int
-    position: int
-    unused: int = 0
-    unused_too: int = 0
-
-
-JOB = len(Job._fields)
-
-
-def places(rows: int) -> int:
-    """What a job takes of the places of all jobs: whole blocks of the kernel, at least one."""
-    return max(1, -(-rows // TILE_ROWS)) * TILE_ROWS
 
 
 class Arena(NamedTuple):
@@ -277,59 +244,6 @@ def _prepare_seal(
 
 
 # -- a batch ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a batch seals at once. numbers : int32 (n), all that the device has to know: the jobs, the stretches to assign from
-    stretches_at on, sequence and segment of the runs whose means are due from means_at on, and from positions_at on (-1: they
-    follow one another) positions of the fresh rows. fresh : how many those are, longest : those of one sequence at most."""
-
-    jobs: Sequence[Job]
-    numbers: np.ndarray[Any, Any]
-    stretches: int
-    stretches_at: int
-    means: int
-    means_at: int
-    positions_at: int
-    fresh: int
-    longest: int
-
-
-def planned(changes: Sequence[SegmentChange]) -> Plan:
-    """The jobs that these changes take, in their order."""
-    jobs: list[Job] = []
-    stretches, means, at, fresh_at, longest = [], [], 0, 0, 0
-    gaps = False
-    for c in changes:
-        old, i = c.first, c.sequence
-        sealed = c.have[-1][1] if c.have else 0
-        begin, count = max(sealed, c.want[c.first][0]), len(c.positions)
-        position = int(c.positions[0]) if count else 0
-        gaps = gaps or (count > 0 and int(c.positions[-1]) - position != count - 1)
-        for slot in range(c.first, len(c.want)):
-            start, stop = c.want[slot]
-            first_old = old
-            while old < len(c.have) and c.have[old][1] <= stop:
-                old += 1
-            fresh = c.have[old - 1][1] if old > first_old else start
-            place = (fresh_at + fresh - begin, position + fresh - begin) if fresh < stop else (0, 0)
-            jobs.append(Job(i, start, stop - start, at, slot, first_old, old - first_old, fresh, *place))
-            at += places(stop - start)
-        if count:
-            stretches.append((i, begin, count, fresh_at, position, 0, 0, 0))
-        means += [(i, s) for s in range(c.first, c.means)]
-        fresh_at, longest = fresh_at + count, max(longest, count)
-    flat = [x for part in (jobs, stretches, means) for numbers in part for x in numbers]
-    # NumPy takes ten times as long over tuples
-    numbers: np.ndarray[Any, Any] = np.frombuffer(bytearray(struct.pack(f"{len(flat)}i", *flat)), np.int32)
-    if gaps:
-        numbers = np.concatenate([numbers, *(c.positions.astype(np.int32) for c in changes)])
-    stretches_at = len(jobs) * JOB
-    means_at = stretches_at + len(stretches) * ASSIGN_JOB
-    positions_at = means_at + 2 * len(means) if gaps else -1
-    sizes = len(stretches), stretches_at, len(means), means_at, positions_at, fresh_at, longest
-    return Plan(jobs, numbers, *sizes)
 
 
 def seal_batch(

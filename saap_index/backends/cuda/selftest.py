@@ -23,7 +23,7 @@ def words_out(family: str, n: int) -> int:
     """Size of the result for n words of input, of `order` its workspace included."""
     blocks = -(-n // THREADS)
     sizes = {
-        "convert": 8 * n, "math": 4 * n, "copy": 9 * n // 4, "matrix": 288, "mma": 256, "warp": 16 * n, "order": 3 + blocks,
+        "convert": 9 * n, "math": 4 * n, "copy": 9 * n // 4, "matrix": 288, "mma": 256, "warp": 16 * n, "order": 3 + blocks,
         "cluster": 4 * n, "relay": RELAYS * n,
     }
     return sizes[family]

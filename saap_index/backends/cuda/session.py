@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...errors import DeviceError, NotFiniteError, StateError
 from ..base import Backend, Session
-from ..codes import FLAGS, FULL, LENGTH, META, NEXT, NOT_FINITE
+from ..codes import FLAGS, FULL, LENGTH, META, NEXT, NOT_FINITE, SEALED, SINKS
+from ..scalar_quantizer import Coded
 from ..types import (
     MAX_STEP_TOKENS,
     Arena,
@@ -33,6 +34,7 @@ from ..types import (
     columns_in_use,
 )
 from . import append_assign as gpu_build
+from . import codes as gpu_codes
 from . import route_select as gpu_route_select
 from . import seal as gpu_seal
 from .launch import Launch, Runtime
@@ -40,11 +42,12 @@ from .route import Route
 from .route_select import RouteSelect, RouteSelectShape
 from .scan import Runs, Scan, ScanShape, aligned
 from .select import Select, SelectShape
+from .steady import SteadyAppend, SteadySearch
 from .workspace import OneLaunch, Packed, Scanning, Selecting, TwoLaunches, evict, listed_of, queries_key, runs_of, selecting_key
 
 Knobs = Mapping[str, dict[str, int]]
 
-_MEMORY = "keys", "values", "ids", "tables", "mean_keys", "mean_values"
+_MEMORY = "keys", "values", "ids", "tables", "mean_keys", "mean_values", "plain_keys", "plain_values"
 """What of an `Arena` launches read or write."""
 
 _KEPT = 8
@@ -57,7 +60,8 @@ _BOUND = 32
 class CudaSession(Session):
     """See `Session`. ``shape``: b, h, d, e, l.
 
-    `append` and `run` only launch kernels. A selection is written into memory of its plan.
+    `append` and `run` only launch kernels. A selection is written into memory of its plan. Where rows are codes, length, sinks
+    and sealed of meta are those of the rows that are numbers, which tokens are appended to; `coded_spans` has the others.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class CudaSession(Session):
         self._runtime, self._device, self._shape, self._dtype, self._knobs = runtime, device, shape, dtype, knobs
         b = shape[0]
         self._meta = torch.zeros((b, META), dtype=torch.int32, device=device)
+        self._spans = torch.zeros((2, b, 4), dtype=torch.int32, device=device)  # of codes: for searches, and where all is read
         self._counts = torch.zeros((b,), dtype=torch.int32, device=device)
         self._centres = torch.zeros((b, 0), dtype=torch.float32, device=device)
         self._selecting: dict[Any, Selecting] = {}
@@ -76,16 +81,19 @@ class CudaSession(Session):
         # As many as a step of few query vectors has; more move to other memory, and launches are bound anew.
         self._tickets = torch.zeros((b * shape[1],), dtype=torch.int32, device=device)
         self._appending: dict[Any, Launch] = {}
-        gpu_build.append_kernel(runtime)  # compiled now: inside the capture of a graph it would be too late
+        gpu_build.append_kernel(runtime, True)  # compiled now: inside the capture of a graph it would be too late
         self._held: list[Any] = []  # what graphs hold addresses of
         # Whether no selection has waited yet for tables, centres and budgets to be written; the next one then waits before it
         # reads. That an append lies in between does not help: it starts its successor before it waits itself.
         self._just_published = True
         self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._stream: Any = None
+        self._raw: int | None = None  # its address
+        self.generation = 0
+        """Changes when launches that are bound come to be of no use."""
         # meta on its way to the host as of the last publication, the event behind it, and the lengths that the host knew
         self._watched: tuple[Tensor, Any, list[int]] | None = None
-        self._lock = threading.Lock()  # parameter structs and workspaces serve one call at a time
+        self.lock = threading.Lock()  # parameter structs and workspaces serve one call at a time
 
     # -- what the host decides ---------------------------------------------------------------------------------------
 
@@ -101,7 +109,19 @@ class CudaSession(Session):
             stream.wait_stream(self._stream)
             for x in self._memory():  # freed, it must not go to others before this stream is done with it
                 x.record_stream(stream)
-        self._stream = stream
+        self._stream, self._raw = stream, self.raw_stream()
+
+    def raw_stream(self) -> int | None:
+        """The address of the current stream, 0 where there are none; None while another device is current."""
+        stream = getattr(self._runtime, "stream", None)
+        return 0 if stream is None else stream()
+
+    def steady(self, generation: int, stream: int | None) -> bool:
+        """Whether launches that were bound then may start on that stream as they are."""
+        if generation != self.generation or self._just_published or stream is None or self.capturing:
+            return False
+        on_gpu = self._device.type == "cuda"
+        return not on_gpu or stream == self._raw == self.raw_stream()
 
     def release(self) -> None:
         """Memory is held until other is published: another stream may still have to wait for it."""
@@ -114,9 +134,10 @@ class CudaSession(Session):
 
     def _memory(self) -> Iterator[Tensor]:
         """All that launches read or write but for what a call brings."""
-        memory: list[Tensor | None] = [self._meta, self._counts, self._centres, self._tickets]
+        memory: list[Tensor | None] = [self._meta, self._spans, self._counts, self._centres, self._tickets]
         if self._placement is not None:
             memory += [getattr(self._placement.arena, name) for name in _MEMORY]
+            memory += [x for s in self._scanning.values() if isinstance(s.scan, gpu_codes.CodedScan) for x in s.scan.results]
         for s in self._selecting.values():
             memory += s.by.memory()
             memory += [getattr(routing.rope, "inv_freq", None) for _, (routing, _) in s.bound.values()]
@@ -131,6 +152,12 @@ class CudaSession(Session):
         self.wait_stream()
         lengths, gaps = placement.meta[:, LENGTH].tolist(), (placement.meta[:, NEXT] - placement.meta[:, LENGTH]).tolist()
         counted = lengths == self.lengths and gaps == self._gaps  # by the device itself
+        before, coded, columns = self._placement, placement.coded, placement.meta
+        if coded is not None:
+            counted = counted and before is not None and before.coded is not None and _same_spans(before.coded, coded)
+            sinks, sealed = (columns[:, x].tolist() for x in (SINKS, SEALED))
+            columns = columns.copy()
+            columns[:, [LENGTH, SINKS, SEALED]] = np.array(gpu_codes.numbers_meta(coded, lengths, sinks, sealed), np.int32).T
         self._use(placement.arena, None if self._placement is None else self._placement.arena)
         if self._centres.shape != placement.centres.shape:
             self._centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
@@ -139,10 +166,13 @@ class CudaSession(Session):
         writes: list[tuple[int, np.ndarray[Any, Any]]] = []
         for to, x in ((self._centres, centres), (self._tickets, np.zeros(self._tickets.shape, np.int32))):
             writes += [(to.data_ptr(), x)] if x.size else []
-        for i, row in enumerate(placement.meta):
+        if coded is not None:
+            spans = [gpu_codes.coded_spans(coded, sinks, sealed, dense) for dense in (False, True)]
+            writes.append((self._spans.data_ptr(), np.stack(spans)))
+        for i, row in enumerate(columns):
             at = self._meta.data_ptr() + i * META * 4
-            spans = ((LENGTH + 1, NEXT), (NEXT + 1, FLAGS)) if counted else ((0, FLAGS),)
-            writes += [(at + 4 * a, row[a:b]) for a, b in spans]
+            parts = ((LENGTH + 1, NEXT), (NEXT + 1, FLAGS)) if counted else ((0, FLAGS),)
+            writes += [(at + 4 * a, row[a:b]) for a, b in parts]
         for plan, budget in budgets:
             writes += _numbers(plan.packed, budget)
         numbers = sent(gpu_seal.pieces_of(writes), self._device)
@@ -153,7 +183,7 @@ class CudaSession(Session):
 
     def _use(self, arena: Arena, before: Arena | None) -> None:
         """Launches and workspaces that were made for other memory, or for memory of another size, go."""
-        if before is None or any(getattr(before, x).shape != getattr(arena, x).shape for x in ("keys", "tables", "mean_keys")):
+        if before is None or _shapes(before) != _shapes(arena):
             self._selecting.clear()
             self._scanning.clear()
         if before is None or any(getattr(before, name) is not getattr(arena, name) for name in _MEMORY):
@@ -196,7 +226,7 @@ class CudaSession(Session):
         if event is not None:
             event.synchronize()
         meta: np.ndarray[Any, Any] = host.numpy()
-        if meta[:, LENGTH].tolist() == lengths and not meta[:, FLAGS].any():
+        if self._with_codes(meta[:, LENGTH].tolist()) == lengths and not meta[:, FLAGS].any():
             return None
         return self.synchronize()
 
@@ -213,10 +243,17 @@ class CudaSession(Session):
 
     def read_lengths(self) -> tuple[list[int], Exception | None]:
         meta = self.read()
-        lengths: list[int] = meta[:, LENGTH].tolist()
+        lengths = self._with_codes(meta[:, LENGTH].tolist())
         problem = _error(int(np.bitwise_or.reduce(meta[:, FLAGS])))
         self._watched = None  # all is known
         return lengths, problem
+
+    def _with_codes(self, lengths: list[int]) -> list[int]:
+        """Lengths of sequences with so many rows that are numbers."""
+        coded = None if self._placement is None else self._placement.coded
+        if coded is None:
+            return lengths
+        return [n + last - first for n, first, last in zip(lengths, coded.first, coded.last, strict=True)]
 
     def invalidate(self) -> None:
         self.wait_stream()
@@ -245,14 +282,14 @@ class CudaSession(Session):
             return
         self.wait_stream()
         by = None if all(count == n for count in counts) else self._counts
-        with self._lock:
+        with self.lock:
             if by is not None:
                 some = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda", device="cpu")
                 by.copy_(some, non_blocking=True)
             key = (by is None, *gpu_build.append_layout(keys, values))
             launch = self._appending.get(key)
             if launch is None:
-                memory = place.arena.keys, place.arena.values, self._meta, by, self._tickets
+                memory = *place.arena.numbers, self._meta, by, self._tickets
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
                 evict(self._appending, _BOUND)
             if self.capturing:
@@ -266,7 +303,7 @@ class CudaSession(Session):
     def select(self, queries: Tensor, routing: Routing, plan: Plan) -> Probed:
         self.wait_stream()
         packed: Packed = plan.packed
-        with self._lock:
+        with self.lock:
             self._select(queries, routing, packed)
             selected = packed.selected
             counts = selected.counts.clone()
@@ -286,7 +323,12 @@ class CudaSession(Session):
         out = torch.empty((*shape, self._shape[3]), dtype=queries.dtype, device=self._device)
         lse = torch.empty(shape, dtype=torch.float32, device=self._device)
         dense = plan.always_dense
-        with self._lock:
+        coded = self._published.coded
+        if coded is not None and not gpu_codes.covers(coded, self._lengths_published, queries.shape[3], True):
+            if self.capturing:
+                raise StateError("capture: expected as many tokens behind the sinks as queries, got fewer")
+            return super().run(queries, routing, plan, scale)
+        with self.lock:
             if self.capturing:
                 if not self._ready(queries, routing, packed, dense):
                     raise StateError("capture: expected a step that ran once before, got one with other queries")
@@ -301,6 +343,28 @@ class CudaSession(Session):
             scan, selected = self._scan_of(queries, by, packed, scale)
             scan(queries=queries, out=out, lse=lse)
         return out, lse, selected
+
+    def steady_append(self, keys: Tensor, values: Tensor, counts: Sequence[int]) -> SteadyAppend | None:
+        launch = self._appending.get((True, *gpu_build.append_layout(keys, values)))
+        same = all(count == keys.shape[2] for count in counts)
+        return SteadyAppend(self, launch, keys, values, counts) if same and launch is not None else None
+
+    def steady_search(self, queries: Tensor, routing: Routing, plan: Plan, scale: float) -> SteadySearch | None:
+        packed: Packed = plan.packed
+        if plan.dense or isinstance(routing.rope, Rotation) or self.capturing:
+            return None
+        with self.lock:
+            made = self._selecting.get(selecting_key(queries, routing, packed))
+            select = None if made is None else made.bound.get((id(routing), id(packed)))
+            if made is None or select is None:
+                return None
+            scan = self._scanning_of(queries, False).bound.get((id(made.by), id(packed), scale))
+            if scan is None or not isinstance(scan[0], Launch):
+                return None
+            if isinstance(made.by, OneLaunch):
+                select[0][0].params["early"] = True
+            lse = torch.empty(queries.shape[:-1], dtype=torch.float32, device=self._device)
+            return SteadySearch(self, select[0], scan[0], lse, *self._shape[2:4])
 
     def _ready(self, queries: Tensor, routing: Routing, packed: Packed, dense: bool) -> bool:
         """Whether a step with such queries finds its memory and kernels in place, as it does from the second time on."""
@@ -347,7 +411,7 @@ class CudaSession(Session):
 
     def _scan_of(
         self, queries: Tensor, by: TwoLaunches | OneLaunch | None, packed: Packed, scale: float
-    ) -> tuple[Launch, Probed | None]:
+    ) -> tuple[Launch | gpu_codes.CodedLaunch, Probed | None]:
         """The scan of what a selection within ``packed`` comes to, or, without one, of every row; and that."""
         s = self._scanning_of(queries, by is None)
         key = id(by), id(packed), scale
@@ -360,7 +424,14 @@ class CudaSession(Session):
                     means = Tail(seen.tail, seen.tail_counts, at.mean_keys, at.mean_values, at.tables)
                 if isinstance(listed, Runs):
                     seen = Probed(seen.rows[..., :0], seen.counts, in_runs=listed)
-            launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, s.floats, self._tickets)
+            coded, memory = self._published.coded, (s.floats, self._tickets)
+            launch: Launch | gpu_codes.CodedLaunch
+            if isinstance(s.scan, gpu_codes.CodedScan):
+                assert coded is not None, "of this arena"
+                spans = self._spans[int(by is None)]
+                launch = s.scan.bind(at.numbers, coded, self._meta, spans, listed, means, scale, *memory)
+            else:
+                launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, *memory)
             bound = s.bound[key] = launch, seen, (by, packed)
             evict(s.bound, _BOUND)
         if self.capturing:
@@ -369,6 +440,7 @@ class CudaSession(Session):
 
     def _unbind(self) -> None:
         """Memory has moved: launches made for where it was are of no use."""
+        self.generation += 1
         self._appending.clear()
         for selecting in self._selecting.values():
             selecting.bound.clear()
@@ -411,8 +483,12 @@ class CudaSession(Session):
         if made is None:
             b, h, g, q, d = queries.shape
             at, e = self._published.arena, self._shape[3]
-            shape = ScanShape(b, h, g * q, q, d, e, self._dtype, queries.dtype, at.keys.shape[2], causal=True, dense=dense)
-            scan = Scan(self._runtime, shape, self._knobs.get("scan"))
+            rows, coded, knobs = at.numbers[0].shape[2], self._published.coded, self._knobs.get("scan")
+            shape = ScanShape(b, h, g * q, q, d, e, self._dtype, queries.dtype, rows, causal=True, dense=dense)
+            if coded is None:
+                scan: Scan | gpu_codes.CodedScan = Scan(self._runtime, shape, knobs)
+            else:
+                scan = gpu_codes.CodedScan(self._runtime, shape, coded.code.value_bits, at.keys.shape[2], self._device, knobs)
             floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self._device)
             if scan.num_tickets > self._tickets.numel():
                 self._tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device)
@@ -420,6 +496,14 @@ class CudaSession(Session):
             made = self._scanning[key] = Scanning(scan, floats)
             evict(self._scanning, _KEPT)
         return made
+
+
+def _shapes(arena: Arena) -> list[Any]:
+    return [None if x is None else x.shape for x in (arena.keys, arena.tables, arena.mean_keys, arena.plain_keys)]
+
+
+def _same_spans(a: Coded, b: Coded) -> bool:
+    return list(a.first) == list(b.first) and list(a.last) == list(b.last)
 
 
 def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:

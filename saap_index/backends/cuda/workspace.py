@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..types import Probed, Routing
+from .codes import CodedLaunch, CodedScan
 from .launch import Launch
 from .route import Route
 from .route_select import RouteSelect
@@ -68,9 +69,9 @@ class Selecting:
 class Scanning:
     """Scan for queries of one shape and dtype; launches as in `Selecting`."""
 
-    scan: Scan
+    scan: Scan | CodedScan
     floats: Tensor
-    bound: dict[Any, tuple[Launch, Probed | None, Any]] = field(default_factory=dict)
+    bound: dict[Any, tuple[Launch | CodedLaunch, Probed | None, Any]] = field(default_factory=dict)
 
 
 def runs_of(by: OneLaunch, packed: Packed) -> Runs:
