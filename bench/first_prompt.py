@@ -197,7 +197,7 @@ def main() -> None:
             {**shipped.config, "model": {**shipped.config["model"], "num_hidden_layers": args.layers}},
             {n: layer for n, layer in shipped.layers.items() if n < args.layers},
         )
-    options = saap.PromptTraining(progress=sys.stderr.isatty(), prompts=9)
+    options = saap.PromptTraining(progress=sys.stderr.isatty(), prompts=9, max_seconds=1e5)
     found = documents(args.kinds, args.text)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ WINGS: dict[str, set[str]] = {
     "interop": PLAIN | {"routing"},
     "index": PLAIN | {"backends", "interop", "invlists", "ops", "routing", "search", "training", "whole"},
     "factory": {"backends", "errors", "index"},
-    "io": PLAIN | {"backends", "index", "invlists", "routing"},
+    "io": PLAIN | {"backends", "index", "invlists", "routing", "search"},
     "routers": PLAIN | {"backends", "index", "routing"},
     "shipped": {"errors", "routers"},
     "info": {"backends", "files", "routers", "shipped", "version"},
