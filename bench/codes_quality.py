@@ -14,6 +14,7 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def read(model: Any, ids: Tensor, forced: int) -> tuple[Rows, Tensor, Recorded]:
     """Of a text ids (1, n): the rows of all but its last tokens, what the dense model says behind each of those, its queries."""
     name, cache, recorded = cache_argument(model), DynamicCache(config=model.config), Recorded()
     model(ids[:, :-forced], **{name: cache}, logits_to_keep=1)
-    rows = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    rows: Rows = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]  # type: ignore[union-attr]
     with recording(model, recorded.keep):
         dense = model(ids[:, -forced:], **{name: cache}).logits[0].log_softmax(-1)
     return rows, dense, recorded
@@ -108,7 +109,11 @@ def coded(x: Tensor, bits: int) -> Tensor:
     return decode(encode(x, bits), x.shape[-1], bits)
 
 
-CODES = {"8 bits": partial(coded, bits=8), "e4m3": rounded_e4m3, "4 bits": partial(coded, bits=4)}
+CODES: dict[str, Callable[[Tensor], Tensor]] = {
+    "8 bits": partial(coded, bits=8),
+    "e4m3": rounded_e4m3,
+    "4 bits": partial(coded, bits=4),
+}
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -16,6 +16,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def main() -> None:
     if not args.prompt_only:
         config, places = TrainingConfig.named("two-tower"), np.sort(positions[:256])
         sequence = keys, queries[:, :256], places
-        one, two = (timed(lambda n=n: train_layer([sequence] * n, 256, rope, Layout(), scale, config)) for n in (1, 2))
+        settings = 256, rope, Layout(), scale, config
+        one, two = (timed(partial(train_layer, [sequence] * n, *settings)) for n in (1, 2))
         each = max(0.0, two["cpu_s"] - one["cpu_s"])
         layer = one["cpu_s"] + (args.sequences - 1) * each
         found |= {"train_1": one, "train_2": two, "train_estimate_cpu_s": layer}

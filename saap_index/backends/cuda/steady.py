@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .launch import Launch
 
-if TYPE_CHECKING:
-    from .session import CudaSession
-
 _VECTOR = 16
+
+
+class DeviceSession(Protocol):
+    """What of a `CudaSession` is asked here; see there."""
+
+    generation: int
+    lengths: list[int] | None
+    captured: bool
+    lock: AbstractContextManager[Any]
+
+    def raw_stream(self) -> int | None: ...
+
+    def steady(self, generation: int, stream: int | None) -> bool: ...
 
 
 class SteadySearch:
@@ -30,7 +41,7 @@ class SteadySearch:
         "_d_v", "_generation", "_kept", "_lse", "_scan", "_scan_fields", "_select", "_select_queries", "_session", "_stream",
     )
 
-    def __init__(self, session: CudaSession, select: Sequence[Launch], scan: Launch, lse: Tensor, d: int, d_v: int) -> None:
+    def __init__(self, session: DeviceSession, select: Sequence[Launch], scan: Launch, lse: Tensor, d: int, d_v: int) -> None:
         self._session, self._generation, self._stream = session, session.generation, session.raw_stream() or 0
         self._select, self._select_queries = tuple(x.on_stream for x in select), select[0].field("queries")
         self._scan, self._scan_fields = scan.on_stream, tuple(map(scan.field, ("queries", "out", "lse")))
@@ -58,7 +69,7 @@ class SteadyAppend:
 
     __slots__ = ("_append", "_counts", "_fields", "_generation", "_kept", "_phase", "_session", "_stream")
 
-    def __init__(self, session: CudaSession, launch: Launch, keys: Tensor, values: Tensor, counts: Sequence[int]) -> None:
+    def __init__(self, session: DeviceSession, launch: Launch, keys: Tensor, values: Tensor, counts: Sequence[int]) -> None:
         self._session, self._generation, self._stream = session, session.generation, session.raw_stream() or 0
         self._append, self._fields, self._counts = launch.on_stream, (launch.field("keys"), launch.field("values")), counts
         self._kept, self._phase = launch, (keys.data_ptr() % _VECTOR, values.data_ptr() % _VECTOR)
