@@ -7,7 +7,7 @@ struct EncodeParams {
   u32* codes;            // out (h, n, words), stride below, a row contiguous
   i64 head, row;         // strides of rows in elements
   i64 code_head;         // stride of codes in words
-  int type, heads, n, dim, bits;
+  int type, n, dim, bits;
 };
 
 struct JoinParams {
@@ -145,17 +145,16 @@ SAAP_PRIM void encode4(const EncodeParams& p, i64 first, u32* code, double* x, d
 
 }  // namespace
 
-// Codes of rows, as reference.encode specifies, the same bytes. A warp per row. Grid (any); block kThreads; shared memory
+// Codes of rows, as reference.encode specifies, the same bytes. A warp per row. Grid (any, heads); block kThreads; shared memory
 // kWarps * (2 * 256 * 8 + 256) bytes. dim: a multiple of 8, at most 256; bits: 8 or 4.
 extern "C" __global__ void __launch_bounds__(kThreads) saap_encode(const __grid_constant__ EncodeParams p) {
   SAAP_SHARED(double, shared);
   const int warp = threadIdx.x / 32, words = p.dim * p.bits / 32 + 1;
   double* const x = shared + warp * 2 * kMaxDim;
   unsigned char* const numbers = reinterpret_cast<unsigned char*>(shared + kWarps * 2 * kMaxDim) + warp * kMaxDim;
-  const i64 rows = static_cast<i64>(p.heads) * p.n;
-  for (i64 i = static_cast<i64>(blockIdx.x) * kWarps + warp; i < rows; i += static_cast<i64>(gridDim.x) * kWarps) {
-    const i64 head = i / p.n, row = i - head * p.n, first = head * p.head + row * p.row;
-    u32* const code = p.codes + head * p.code_head + row * words;
+  for (i64 row = static_cast<i64>(blockIdx.x) * kWarps + warp; row < p.n; row += static_cast<i64>(gridDim.x) * kWarps) {
+    const i64 first = blockIdx.y * p.head + row * p.row;
+    u32* const code = p.codes + blockIdx.y * p.code_head + row * words;
     if (p.bits == 8) encode8(p, first, code);
     else encode4(p, first, code, x, x + kMaxDim, numbers);
   }

@@ -23,7 +23,7 @@ from .scan import CODED_KERNEL, H200_SHARED_BYTES, Listed, Runs, Scan, ScanShape
 ENCODE_PARAMS = np.dtype(
     [(name, np.uint64) for name in ("rows", "codes")]
     + [(name, np.int64) for name in ("head", "row", "code_head")]
-    + [(name, np.int32) for name in ("type", "heads", "n", "dim", "bits")],
+    + [(name, np.int32) for name in ("type", "n", "dim", "bits")],
     align=True,
 )
 JOIN_PARAMS = np.dtype(
@@ -44,9 +44,9 @@ def encode(runtime: Runtime, rows: Tensor, bits: int, codes: Tensor) -> None:
     params = np.zeros((), ENCODE_PARAMS)
     params["rows"], params["codes"] = rows.data_ptr(), codes.data_ptr()
     params["head"], params["row"], params["code_head"] = rows.stride(0), rows.stride(1), codes.stride(0) // 4
-    params["type"], params["heads"], params["n"], params["dim"], params["bits"] = DTYPE_CODES[rows.dtype], h, n, dim, bits
-    blocks = min(-(-h * n // ROWS), 16 * runtime.multiprocessors)
-    runtime.kernel("codes.cu", "saap_encode", {}).launch((blocks, 1, 1), THREADS, _ENCODE_SHARED_BYTES, params)
+    params["type"], params["n"], params["dim"], params["bits"] = DTYPE_CODES[rows.dtype], n, dim, bits
+    blocks = min(-(-n // ROWS), 16 * runtime.multiprocessors)
+    runtime.kernel("codes.cu", "saap_encode", {}).launch((blocks, h, 1), THREADS, _ENCODE_SHARED_BYTES, params)
 
 
 def coded_spans(coded: Coded, sinks: Sequence[int], sealed: Sequence[int], dense: bool) -> np.ndarray[Any, Any]:
