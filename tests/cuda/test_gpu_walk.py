@@ -18,6 +18,7 @@ from test_stateful import Walk
 from torch import Tensor
 
 from saap_index import AsymmetricIndex, CompatibilityError, SaapError, read_index, write_index
+from saap_index.invlists.layout import Arrangement
 from saap_index.invlists.segmented import SegmentedInvertedLists
 
 
@@ -36,6 +37,8 @@ class Ferry:
     def _out(self, x: Any) -> Any:
         if isinstance(x, Tensor):
             return x.cpu()
+        if isinstance(x, Arrangement):
+            return x
         if isinstance(x, list | tuple):
             return type(x)(self._out(y) for y in x)
         if isinstance(x, AsymmetricIndex | SegmentedInvertedLists):

@@ -98,8 +98,9 @@ def check_convert(words: Words, out: Words) -> None:
     for shift in (0, 16):
         a, b = (wide((x >> shift).astype(np.uint16), "f16") for x in (words, np.roll(words, -1)))
         with np.errstate(all="ignore"):
-            want, half = narrow(a - b, "f16"), (got[8] >> shift).astype(np.uint16)
-        nan = np.isnan(a - b)
+            difference = a - b
+            want, half = narrow(difference, "f16"), (got[8] >> shift).astype(np.uint16)
+        nan = np.isnan(difference)
         assert np.isnan(wide(half[nan], "f16")).all()
         np.testing.assert_array_equal(half[~nan], want[~nan])
 
