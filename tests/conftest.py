@@ -37,11 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``pytest.mark.over_backends(argument)``: a test for each of its module's BACKENDS, or for the one of --backend."""
+    """``pytest.mark.over_backends(argument, backends)``: a test for each of these, or for the one of --backend."""
     over = metafunc.definition.get_closest_marker("over_backends")
     if over is not None:
         asked = metafunc.config.getoption("--backend")
-        metafunc.parametrize(over.args[0], metafunc.module.BACKENDS if asked is None else [own_backend(asked)])
+        metafunc.parametrize(over.args[0], over.args[1] if asked is None else [own_backend(asked)])
 
 
 def own_backend(name: str) -> str:

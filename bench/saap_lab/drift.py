@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saap_index.errors import LengthError
+from saap_index.hf.support import cache_argument
 
 from .quality import divergence
 
@@ -28,12 +29,12 @@ def continuation(model: Any, tokens: Sequence[int], count: int, seed: int = 0) -
     """``count`` tokens that a model writes after these, drawn from its distribution; a token that ends a text is one as any."""
     from transformers import DynamicCache
 
-    cache, written = DynamicCache(config=model.config), list[int]()
+    cache, written = {cache_argument(model.base_model): DynamicCache(config=model.config)}, list[int]()
     generator = torch.Generator().manual_seed(seed)
     ids = torch.tensor([list(tokens)], dtype=torch.int64, device=model.device)
     with torch.no_grad():
         while len(written) < count:
-            hidden = model.base_model(ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+            hidden = model.base_model(ids, **cache, use_cache=True).last_hidden_state[:, -1]
             chances = model.lm_head(hidden)[0].float().softmax(-1).cpu()
             written.append(int(torch.multinomial(chances, 1, generator=generator)))
             ids = torch.tensor([written[-1:]], dtype=torch.int64, device=model.device)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..hf import support
+from ..precision import full_precision
 from ..routers import model_shape
 from ..training.config import TrainingConfig
 from .settings import TrainSettings
@@ -90,6 +91,7 @@ def costs_of(
     )
 
 
+@full_precision
 def _rate(device: torch.device, dtype: torch.dtype) -> float:
     """Multiplications a second in a large product."""
     x = torch.ones((_SIZE, _SIZE), dtype=dtype, device=device)

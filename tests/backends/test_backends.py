@@ -30,7 +30,7 @@ GROUPS = st.one_of(st.integers(1, 8), st.sampled_from([5, 7, 12, 16]))
 SEEDS = st.integers(0, 2**31 - 1)
 EPS32 = torch.finfo(torch.float32).eps
 
-over_backends = pytest.mark.over_backends("name")
+over_backends = pytest.mark.over_backends("name", BACKENDS)
 
 
 def backend(name: str) -> Backend:

@@ -135,7 +135,7 @@ def mutants(table: dict[tuple[str, Check], dict[str, tuple[str, str]]]) -> list[
 VALUES = mutants({
     ("scan_body.cuh", check_scan): {
         "a copy is used before it is there": ("wait<kStages - 1>", "wait<kStages>"),
-        "nothing to read, nothing written": ("if (work.empty) finish_empty_pairs(p, pass);", ""),
+        "nothing to read, nothing written": ("  finish_empty_pairs(p, pass);", ""),
     },
     ("scan.cu", check_scan): {
         "causal ignored": ("if (masked && index", "if (false && index"),

@@ -485,7 +485,7 @@ def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
         assert torch.equal(x.mean_keys[i, :, :count], y.mean_keys[i, :, :count])
 
 
-@pytest.mark.over_backends("backend")
+@pytest.mark.over_backends("backend", BACKENDS)
 def test_walk(backend: str) -> None:
     walk = type(f"Walk_{backend}", (Walk,), {"backend": backend})
     examples = {"reference": 10}.get(backend, 60)
