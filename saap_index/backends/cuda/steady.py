@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +25,7 @@ class DeviceSession(Protocol):
     generation: int
     lengths: list[int] | None
     captured: bool
-    lock: AbstractContextManager[Any]
+    lock: Any
 
     def raw_stream(self) -> int | None: ...
 
