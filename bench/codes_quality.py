@@ -1,9 +1,10 @@
-"""What codes of sealed tokens cost a model: SmolLM2, every layer replaced, unseen texts, the routers that come with the package.
+"""What codes of sealed tokens cost a model, and what weighted samples gain it: SmolLM2, every layer replaced, unseen texts, the
+routers that come with the package.
 
     python bench/codes_quality.py --texts 1 --json bench/results/cpu_codes_quality.json
 
-A prompt is read densely; the tokens behind it are decoded as they stand, once for every storage and selectivity, from the same
-keys and values, rounded to bfloat16: KL from the dense model in float32, agreement of the likeliest token, tokens and bytes read.
+A prompt is read densely; the tokens behind it are decoded as they stand, once for every selectivity and storage, and once without
+samples, from the same keys and values, rounded to bfloat16: KL from the dense model in float32, agreement of the likeliest token, tokens and bytes read.
 Of the same keys and values the errors of the codes alone are measured, beside an 8-bit float (e4m3) with the same scale per token
 and head: of keys and values, relative, and of the attention of the last queries over all of them, relative too.
 """
@@ -38,15 +39,14 @@ from saap_lab.smollm2 import model as demo_model
 from saap_lab.smollm2 import texts
 from saap_lab.smollm2.shipped import SHIPPED
 
-STORAGES = None, *STORAGE_CODES
+ARMS: dict[str, dict[str, Any]] = {"whole runs": {"sampled_share": 0.0}, "bfloat16": {}}
+ARMS |= {name: {"storage": name} for name in STORAGE_CODES}
+"""Options of `attach` by the name in the table; all but the first sample as the routers are calibrated."""
+
 E4M3_LARGEST = 448.0
 
 Rows = list[tuple[Tensor, Tensor]]
 """Keys and values of every layer, (1, h, n, d)."""
-
-
-def name_of(storage: str | None) -> str:
-    return storage or "bfloat16"
 
 
 class Recorded:
@@ -71,7 +71,7 @@ def read(model: Any, ids: Tensor, forced: int) -> tuple[Rows, Tensor, Recorded]:
 
 
 @torch.inference_mode()
-def decoded(model: Any, rows: Rows, text: Tensor, dense: Tensor, storage: str | None) -> dict[str, float]:
+def decoded(model: Any, rows: Rows, text: Tensor, dense: Tensor, is_coded: bool) -> dict[str, float]:
     """KL in nats, agreement, and share of the tokens and bytes read per token, as the attached model decodes text (1, q)."""
     plan, name, cache = plan_of(model), cache_argument(model), DynamicCache(config=model.config)
     assert plan is not None
@@ -88,7 +88,7 @@ def decoded(model: Any, rows: Rows, text: Tensor, dense: Tensor, storage: str | 
         for stats in indexed.stats().values():
             search = stats.last_search
             # the model is in float32, whose rows hold numbers of bfloat16: those that are no codes have twice the bytes
-            tokens = search.dense_tokens + (0 if storage else search.read_sealed)
+            tokens = search.dense_tokens + (0 if is_coded else search.read_sealed)
             twice = round(tokens * heads) * row_bytes // 2
             kv_bytes += search.kv_bytes - twice
             all_bytes += search.total_bytes - twice
@@ -171,12 +171,12 @@ def main() -> None:
         for name, figures in row["codes"].items():
             print(f"  {name:9}" + ", ".join(f" error of {what} {x:.4f}" for what, x in figures.items()), flush=True)
         for share in args.selectivity:
-            for storage in STORAGES:
-                attach(model, routers, share, break_even=2048, storage=storage)
-                figures = decoded(model, rows, ids[:, -args.forced :], dense, storage)
+            for name, options in ARMS.items():
+                attach(model, routers, share, break_even=2048, **options)
+                figures = decoded(model, rows, ids[:, -args.forced :], dense, "storage" in options)
                 detach(model)
-                row["decoded"].setdefault(f"{share:.0%}", {})[name_of(storage)] = figures
-                print(f"  {share:.0%} {name_of(storage):9}" + ", ".join(f" {k} {x:.5g}" for k, x in figures.items()), flush=True)
+                row["decoded"].setdefault(f"{share:.1%}", {})[name] = figures
+                print(f"  {share:.1%} {name:10}" + ", ".join(f" {k} {x:.5g}" for k, x in figures.items()), flush=True)
         rows_of_table.append(row)
         harness.save(args.json, "codes_quality", {"tokens": args.tokens, "forced": args.forced, "texts": rows_of_table})
 

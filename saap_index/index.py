@@ -40,7 +40,7 @@ from .search.selection import Selection, read_ids
 from .search.session import SearchSession
 from .search.states import empty_state
 from .search.stats import IndexStats, gather
-from .search.steady import SteadyAdd, SteadySearch, same_objects
+from .search.steady import SteadySteps
 from .training.config import TrainingConfig
 from .training.layer import train_layer
 from .training.sampling import calibrate_sampling
@@ -100,8 +100,8 @@ class AsymmetricIndex:
 
     __slots__ = (
         "__weakref__", "_arguments", "_backend", "_last", "_lists", "_number", "_options", "_prepared_quantizer",
-        "_prepared_router", "_rotates_by_length", "_session", "_steady_add", "_steady_by", "_steady_search", "_token", "_trained",
-        "backend_name", "device", "verbose",
+        "_prepared_router", "_rotates_by_length", "_session", "_steady", "_token", "_trained", "backend_name", "device",
+        "verbose",
     )
 
     def __init__(
@@ -135,9 +135,7 @@ class AsymmetricIndex:
         self._lists: SegmentedInvertedLists | None = None
         self._session: SearchSession | None = None  # of these lists, or of earlier ones
         self._last: Selection | None = None
-        self._steady_add: SteadyAdd | None = None  # of steps like the last, where the backend has a shorter way for them
-        self._steady_search: SteadySearch | None = None
-        self._steady_by: tuple[Any, ...] = ()  # what the last search followed from
+        self._steady = SteadySteps()
         self._number, self._token = ops.register(self)
         self.verbose = False
         """Whether `train` prints what it does, as an index of FAISS does; an attribute to set."""
@@ -166,9 +164,11 @@ class AsymmetricIndex:
         sequences = self._arguments.sequences(keys, queries, positions)
         config = TrainingConfig() if config is None else config
         if self.verbose:
-            tokens, asked = (sum(int(sequence[i].shape[1]) for sequence in sequences if sequence[i] is not None) for i in (0, 1))
-            print(f"Training {self.nlist} lists of {self.num_kv_heads} KV heads on {tokens} keys of {self.d} dims")
-            print(f"Training the query router on {asked} queries per head" if asked else "No queries: routing is symmetric")
+            sizes = [[x.shape[1] for x in column if x is not None] for column in zip(*(s[:2] for s in sequences), strict=True)]
+            num_keys, num_queries = map(sum, sizes)
+            print(f"Training {self.nlist} lists of {self.num_kv_heads} KV heads on {num_keys} keys of {self.d} dims")
+            router = f"Training the query router on {num_queries} queries per head"
+            print(router if num_queries else "No queries: routing is symmetric")
             if config.progress is None:
                 config = replace(config, progress=_print_epoch)
         self.load_trained(train_layer(sequences, self.nlist, self.rope, self.layout, self.scale, config))
@@ -238,7 +238,7 @@ class AsymmetricIndex:
         """
         if torch.compiler.is_compiling():
             return ops.trace_add(self, keys, values, lengths is None and coarse_keys is None and seq_len is None, seal)
-        steady = self._steady_add
+        steady = self._steady.add
         if steady is not None and steady(
             keys, values, self._lists, self._session, self._trained, lengths, coarse_keys, seq_len, seal
         ):
@@ -333,9 +333,7 @@ class AsymmetricIndex:
             session = self._session_of(lists)
             session.append(keys, values, counts, None, rotated)  # nearly every step: nothing is left half done
             if seal and rotated is None and self._backend.captures:
-                append = session.steady_append(keys, values, counts)
-                by = lists, session, self._trained, None, None, None, True
-                self._steady_add = None if append is None else SteadyAdd(session, append, keys, values, counts, by)
+                self._steady.note_add(session, keys, values, counts, (lists, session, self._trained, None, None, None, True))
             return
         with self._whole():
             if lists is None or (not same_batch and not self.ntotal):
@@ -391,7 +389,7 @@ class AsymmetricIndex:
         """
         if torch.compiler.is_compiling():
             return ops.trace_search(self, queries, params, coarse_queries is None and not return_error, return_lse)
-        steady = self._steady_search
+        steady = self._steady.search
         if steady is not None and not return_error:
             by = self._lists, self._session, self._trained, self._options, params, coarse_queries, return_lse
             if (out := steady(queries, *by)) is not None:
@@ -408,18 +406,11 @@ class AsymmetricIndex:
                 self._refuse_lists_to_come(session)
                 out, lse, self._last = session.run(x, self._trained, self._prepared_router, settings)
                 if self._backend.captures and not return_lse:
-                    self._note_search(session, queries, x, params)
+                    by = lists, session, self._trained, self._options, params, None, False
+                    self._steady.note_search(session, queries, x, self._last, by)
                 return form.attention(out, lse, return_lse)
             session.refuse_capture("a larger window or more sinks than the index has")
         return self._attend(x, self._select(x, params, coarse_queries), form, return_lse, return_error)
-
-    def _note_search(self, session: SearchSession, queries: Any, x: Tensor, params: SearchParametersIVF | None) -> None:
-        """The second search in a row with the same of everything may be the first of many."""
-        by = session.lists, session, self._trained, self._options, params, None, False
-        again, self._steady_by, self._steady_search = same_objects(by, self._steady_by), by, None
-        if again and isinstance(queries, Tensor) and queries.ndim == 4 and queries.is_contiguous() and self._last is not None:
-            search = session.steady_search(x)
-            self._steady_search = None if search is None else SteadySearch(session, search, queries, self._last, by)
 
     def search_attend_preassigned(
         self, queries: Any, list_nos: Any, *, params: SearchParametersIVF | None = None, return_lse: bool = False
@@ -599,8 +590,8 @@ class AsymmetricIndex:
         for name in type(self).__slots__:
             if name != "__weakref__":
                 setattr(new, name, getattr(self, name))
-        new._lists = new._session = new._last = new._steady_add = new._steady_search = None
-        new._steady_by = ()
+        new._lists = new._session = new._last = None
+        new._steady = SteadySteps()
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
             new._require_codes(new._backend, device)

@@ -35,11 +35,10 @@ from .routing.router import QueryRouter
 from .routing.sampling import Sampling
 from .routing.trained import TrainedLayer
 from .routing.two_tower import TwoTower
+from .search.params import SAMPLING
 
 FORMAT, VERSION = "saap_index", "2"
-AT_ONCE = "1"  # the version of before merges took their time: segments lie as `Layout.settled` has them
-_SAMPLING = "sampled_share", "sample_exponent", "sample_cap"
-"""Search parameters that a file names where they are set."""
+AT_ONCE = "1"  # the version of before merges took their time: segments lie as `Layout.merged_segments` has them
 
 
 def write_index(index: AsymmetricIndex, path: str | os.PathLike[str]) -> None:
@@ -94,7 +93,7 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "target_mass": index.target_mass, "tail": index.tail,
             "budget_shares": None if index.budget_shares is None else index.budget_shares.tolist(),
             **({} if index.storage is None else {"storage": index.storage}),
-            **{name: getattr(index, name) for name in _SAMPLING if getattr(index, name) is not None},
+            **{name: getattr(index, name) for name in SAMPLING if getattr(index, name) is not None},  # files of before name none
         },
         "dtype": str(index.dtype).removeprefix("torch."),
         "rope": None if index.rope is None else index.rope.to_dict(),
@@ -207,7 +206,7 @@ def _arrangements(config: dict[str, Any]) -> list[Arrangement]:
     if max(lengths) // layout.block > 2**24:
         raise FormatError(f"expected sequences of fewer than {layout.block << 24} tokens, got {max(lengths)}")
     if config["at_once"]:
-        return [Arrangement(layout.settled(n)) for n in lengths]
+        return [Arrangement(layout.merged_segments(n)) for n in lengths]
     return [layout.arrangement(n, config["index"]["num_kv_heads"]) for n in lengths]
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -112,9 +111,11 @@ def router_task(
         window=layout.window, replaced=indexed, together=True, drift=written,
     )
     haystacks = [x for n in lengths for x in _haystacks(tokenizer, filler, n, depths)] if "needles" in tasks else []
-    asked = ruler_questions(tokenizer, filler, lengths, kinds, samples, seed, chat, dense_question) if "ruler" in tasks else {}
+    made = tokenizer, filler, lengths, kinds, samples, seed, chat, dense_question
+    questions = ruler_questions(*made) if "ruler" in tasks else {}
     return Task(
-        model, tokenizer, identity, sequences, training, methods, settings, haystacks, reports=compare.ROUTERS, questions=asked
+        model, tokenizer, identity, sequences, training, methods, settings, haystacks, reports=compare.ROUTERS,
+        questions=questions,
     )
 
 
@@ -208,8 +209,8 @@ def run(options: argparse.Namespace) -> int:
     kinds = flags.names(options.ruler_tasks)
     lengths: tuple[int, ...] = ()
     if _OF_LENGTHS & set(tasks):
-        asked = options.lengths
-        lengths = flags.numbers("lengths", asked, int) if asked else tuple(options.length // part for part in (4, 2, 1))
+        named = options.lengths
+        lengths = flags.numbers("lengths", named, int) if named else tuple(options.length // part for part in (4, 2, 1))
     training = options.training if any(learns(kind) for kind in own.values()) else 0
     flags.check_names("tasks", tasks, TASKS)
     flags.check_names("ruler-tasks", kinds, ruler.KINDS)
@@ -275,10 +276,8 @@ def _fitting_folder(model: Any, options: argparse.Namespace, documents: Sequence
             min_tokens=min(PromptTraining.min_tokens, options.length), prompts=QUICK_PROMPTS, max_seconds=DAY_SECONDS,
             progress=False,
         )
-        files.make_folder(options.out)
-        with tempfile.TemporaryDirectory(dir=options.out) as draft:
-            train_on_prompts(model, [tokens for _, tokens in prompts], learning, Path(draft) / "routers")
-            (Path(draft) / "routers").rename(folder)
+        learnt_from = [tokens for _, tokens in prompts]
+        files.write_folder(folder, partial(train_on_prompts, model, learnt_from, learning), replaces=lambda _: False)
     return folder
 
 

@@ -221,7 +221,7 @@ def evaluate_question(
     wanted = [(method, share) for share in shares for method in methods_at(share)]
     if {f"ruler/{name}/{m.name}/{share}" for m, share in wanted} <= records.rows.keys():
         return
-    document, asked = list(question.document), list(question.question)
+    document, tail = list(question.document), list(question.question)
     prompt = read_prompt(model, document, rope, recent=max(m.observed for m, _ in wanted))
     ends = _ends(model)
 
@@ -230,10 +230,10 @@ def evaluate_question(
         return tokens[-1] in ends or ruler.score(tokenizer.decode(tokens), question.answers) == 1
 
     def ask(method: Method) -> dict[str, Any]:
-        room = len(asked) + question.answer_tokens
+        room = len(tail) + question.answer_tokens
         states = start(_methods(prompt, method, replaced), prompt, len(document), room)
-        answer = tokenizer.decode(generate(model, states, asked, len(document), question.answer_tokens, done))
-        return {"answer": answer, "score": ruler.score(answer, question.answers), "tokens": len(document) + len(asked)}
+        answer = tokenizer.decode(generate(model, states, tail, len(document), question.answer_tokens, done))
+        return {"answer": answer, "score": ruler.score(answer, question.answers), "tokens": len(document) + len(tail)}
 
     for method, share in wanted:
         records.once(f"ruler/{name}/{method.name}/{share}", partial(ask, method))

@@ -30,20 +30,20 @@ TRIAL_TOKENS = 160
 Build = Callable[[float], Method]
 
 
-def load_methods(specs: Iterable[str], taken: Sequence[str] = ()) -> dict[str, type[Method]]:
-    """Classes by the name that tables say: the class's ``name``, or else its own. taken : names of other methods.
+def load_methods(specs: Iterable[str], reserved: Sequence[str] = ()) -> dict[str, type[Method]]:
+    """Classes by the name that tables say: the class's ``name``, or else its own. reserved : names of other methods.
 
     Raises ParameterError for what cannot be imported or is no `Method`.
     """
     classes: dict[str, type[Method]] = {}
     for spec in specs:
-        found = _class(spec)
-        name = vars(found).get("name", found.__name__)
+        method_class = _class(spec)
+        name = vars(method_class).get("name", method_class.__name__)
         if not isinstance(name, str) or not name or not set(name).isdisjoint("/,"):
             raise ParameterError(f"own: expected a name without commas and slashes of {spec}, got {name!r}")
-        if name in (*taken, *classes):
+        if name in (*reserved, *classes):
             raise ParameterError(f"own: expected a name that no other method has of {spec}, got {name!r}")
-        classes[name] = found
+        classes[name] = method_class
     return classes
 
 
@@ -129,19 +129,19 @@ def _class(spec: str) -> type[Method]:
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name.isidentifier():
         raise ParameterError(f"own: expected module:Class or file.py:Class, got {spec!r}")
-    found = getattr(_module(place), name, None)
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        got = "nothing of that name" if found is None else f"{found!r}"
+    method_class = getattr(_module(place), name, None)
+    if not (isinstance(method_class, type) and issubclass(method_class, Method)):
+        got = "nothing of that name" if method_class is None else f"{method_class!r}"
         raise ParameterError(f"own: expected {spec} to be a subclass of saap_lab.method.Method, got {got}")
-    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    missing = sorted(getattr(method_class, "__abstractmethods__", ()))
     if missing:
         raise ParameterError(f"own: expected {spec} to define {', '.join(missing)}, got a class without")
-    takes = inspect.signature(found)
+    signature = inspect.signature(method_class)
     try:
-        takes.bind(0.5)
+        signature.bind(0.5)
     except TypeError as error:
-        raise ParameterError(f"own: expected {name}(share) to build one, got {name}{takes}: {error}") from error
-    return found
+        raise ParameterError(f"own: expected {name}(share) to build one, got {name}{signature}: {error}") from error
+    return method_class
 
 
 def _module(place: str) -> ModuleType:

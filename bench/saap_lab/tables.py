@@ -86,8 +86,8 @@ def as_latex(records: Records, depth: int) -> str:
     for length in sorted({n for cells in scores.values() for _, n in cells}):
         tasks = [task for task in ruler.KINDS if any((task, length) in cells for cells in scores.values())]
         names = [f"ruler_{length}_{task}_percent" for task in (*tasks, "mean")]
-        asked = [row for row in table if any(name in row for name in names)]
-        lines = [[_share(row), _plain(str(row["method"])), *(_cell(row, x, 1) for x in names)] for row in asked]
+        scored = [row for row in table if any(name in row for name in names)]
+        lines = [[_share(row), _plain(str(row["method"])), *(_cell(row, x, 1) for x in names)] for row in scored]
         caption = f"Synthetic tasks after RULER at {length} tokens, percent of the wanted strings found."
         columns = ["budget", "method", *(ruler.KINDS[x].short for x in tasks), "mean"]
         parts.append(_table(f"ruler-{length}", caption, columns, lines))

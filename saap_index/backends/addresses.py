@@ -179,16 +179,21 @@ def _packed(x: Tensor, width: int) -> Tensor:
     return x if width == n else x.view(-1)[: b * h * width].view(b, h, width)
 
 
-def new_tokens(keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor) -> tuple[int, ...]:
-    """dtype, address and strides of new keys, the same of values, addresses of the arena as the module takes them."""
-    (b, h, n, d), e = keys.shape, values.shape[-1]
-    capacity, dtype = arena_keys.shape[2], arena_keys.dtype
-    k_at, v_at = rows_of("keys", keys, dtype, keys.shape), rows_of("values", values, dtype, (b, h, n, e))
-    ak_at = plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
-    av_at = plain("arena_values", arena_values, dtype, (b, h, capacity, e))
-    kb, kh, kn, _ = keys.stride()
-    vb, vh, vn, _ = values.stride()
-    return code_of("arena_keys", arena_keys), k_at, kb, kh, kn, v_at, vb, vh, vn, ak_at, av_at
+class Target(NamedTuple):
+    """Where tokens are appended: b, h, d, e, rows of an arena, its dtype and code, and the addresses of keys and values."""
+
+    shape: tuple[int, int, int, int]
+    capacity: int
+    dtype: torch.dtype
+    code: int
+    addresses: tuple[int, int]
+
+
+def target_of(arena_keys: Tensor, arena_values: Tensor) -> Target:
+    """Of an arena, checked."""
+    (b, h, capacity, d), e, dtype = arena_keys.shape, arena_values.shape[-1], arena_keys.dtype
+    at = plain("arena_keys", arena_keys, dtype, arena_keys.shape), plain("arena_values", arena_values, dtype, (b, h, capacity, e))
+    return Target((b, h, d, e), capacity, dtype, code_of("arena_keys", arena_keys), at)
 
 
 def places_of(module: Any, tables: Tensor, num_segments: Sequence[int], budget: Budget, shape: tuple[int, int, int]) -> Places:

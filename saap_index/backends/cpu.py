@@ -23,6 +23,7 @@ from .addresses import (
     NO_TAIL,
     Places,
     ProbeRoom,
+    Target,
     angles_of,
     check_spans,
     code_of,
@@ -30,10 +31,10 @@ from .addresses import (
     dtype_names,
     lists_of,
     means_of,
-    new_tokens,
     places_of,
     plain,
     rows_of,
+    target_of,
 )
 from .base import Backend, Session
 from .codes import BYTES_CODE, DTYPE_CODES, SEALED, SEGMENTS, SINKS
@@ -88,9 +89,12 @@ class CpuBackend(Backend):
     def append(
         self, keys: Tensor, values: Tensor, arena_keys: Tensor, arena_values: Tensor, starts: Sequence[int], counts: Sequence[int]
     ) -> bool:
-        b, h, n, d = keys.shape
-        capacity = arena_keys.shape[2]
-        tokens = new_tokens(keys, values, arena_keys, arena_values)
+        return self.append_to(target_of(arena_keys, arena_values), keys, values, starts, counts)
+
+    def append_to(self, target: Target, keys: Tensor, values: Tensor, starts: Sequence[int], counts: Sequence[int]) -> bool:
+        """`append` to an arena that was checked before."""
+        (b, h, d, e), n, capacity = target.shape, keys.shape[2], target.capacity
+        k_at, v_at = rows_of("keys", keys, target.dtype, (b, h, n, d)), rows_of("values", values, target.dtype, (b, h, n, e))
         if len(starts) != b or len(counts) != b:
             raise ShapeError(f"starts, counts: expected {b} numbers each, got {len(starts)} and {len(counts)}")
         for start, count in zip(starts, counts, strict=True):
@@ -98,7 +102,9 @@ class CpuBackend(Backend):
                 raise LengthError(
                     f"starts, counts: expected at most {n} tokens within {capacity} rows, got {count} tokens from row {start}"
                 )
-        return bool(self._module().append(*tokens, b, h, capacity, d, values.shape[-1], starts, counts))
+        (kb, kh, kn, _), (vb, vh, vn, _) = keys.stride(), values.stride()
+        rows = k_at, kb, kh, kn, v_at, vb, vh, vn, *target.addresses
+        return bool(self._module().append(target.code, *rows, b, h, capacity, d, e, starts, counts))
 
     def prepare_quantizer(self, centroids: Tensor) -> Any:
         h, lists, d = centroids.shape
@@ -364,31 +370,17 @@ class _Search(NamedTuple):
     """Not in use: a search takes one out, so that two threads never write to the same."""
 
 
-class _Target(NamedTuple):
-    """Where tokens are appended, checked."""
-
-    dtype: torch.dtype
-    code: int
-    addresses: tuple[int, int]
-    shape: tuple[int, int, int, int]
-    """b, h, d, e"""
-    capacity: int
-
-
 class CpuSession(Session):
     """See `Session`. `append` and `run` are one call of the compiled module each."""
 
     def __init__(self, backend: CpuBackend) -> None:
         super().__init__(backend)
-        self._cpu, self._module = backend._cpu, backend._module
-        self._target: _Target | None = None
+        self._cpu, self._module, self._append_to = backend._cpu, backend._module, backend.append_to
+        self._target: Target | None = None
 
     def publish(self, placement: Placement, budgets: Sequence[tuple[Plan, Budget]]) -> None:
         super().publish(placement, budgets)
-        keys, values = placement.arena.numbers
-        (b, h, capacity, d), e, dtype = keys.shape, values.shape[3], keys.dtype
-        at = plain("arena_keys", keys, dtype, keys.shape), plain("arena_values", values, dtype, (b, h, capacity, e))
-        self._target = _Target(dtype, code_of("arena_keys", keys), at, (b, h, d, e), capacity)
+        self._target = target_of(*placement.arena.numbers)
 
     def release(self) -> None:
         super().release()
@@ -397,18 +389,8 @@ class CpuSession(Session):
     def append(self, keys: Tensor, values: Tensor, counts: Sequence[int], check: bool = False) -> None:
         target, place, lengths = self._target, self._placement, self.lengths
         assert target is not None and place is not None and lengths is not None, "publish comes first"
-        (b, h, d, e), n, dtype = target.shape, keys.shape[2], target.dtype
-        k_at, v_at = rows_of("keys", keys, dtype, (b, h, n, d)), rows_of("values", values, dtype, (b, h, n, e))
         starts = lengths if place.coded is None else place.coded.plain_rows(lengths)
-        for start, count in zip(starts, counts, strict=True):
-            if not (0 <= count <= n and 0 <= start <= target.capacity - count):
-                raise LengthError(
-                    f"starts, counts: expected at most {n} tokens within {target.capacity} rows, got {count} from row {start}"
-                )
-        kb, kh, kn, _ = keys.stride()
-        vb, vh, vn, _ = values.stride()
-        rows = k_at, kb, kh, kn, v_at, vb, vh, vn, *target.addresses
-        if not self._module().append(target.code, *rows, b, h, target.capacity, d, e, starts, counts):
+        if not self._append_to(target, keys, values, starts, counts):
             raise NotFiniteError("keys, values: expected finite numbers, got NaN or infinity")
         self.lengths = list(map(operator.add, lengths, counts))
 

@@ -1,7 +1,7 @@
-"""Lists of recent rows, known ahead of their seal, so that a seal only moves rows. Knows numbers of tokens and lists, no keys.
+"""Lists of recent rows, assigned ahead of their seal, so that a seal only moves rows. Knows numbers of tokens and lists, no keys.
 
 To assign a block takes longer than to move it. Its tokens are older than the window when it is sealed, so they are assigned a few
-at a time before. What is known ahead is no part of the state of an index: it follows from the keys alone and may be dropped.
+at a time before. What is assigned ahead is no part of the state of an index: it follows from the keys alone and may be dropped.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class Ahead(NamedTuple):
         return Ahead(self.first, torch.cat([self.lists, lists], 1))
 
 
-def next_time(sealed_at: int, known: int, stop: int) -> int:
-    """With how many tokens the next rows are due to be assigned, of those from ``known`` to ``stop``, which are sealed when there
-    are ``sealed_at`` tokens; ``sealed_at`` if none are due before."""
-    left = stop - known
+def next_time(sealed_at: int, assigned: int, stop: int) -> int:
+    """With how many tokens the next rows are due to be assigned, of those from ``assigned`` to ``stop``, which are sealed with
+    ``sealed_at`` tokens; ``sealed_at`` if none are due before."""
+    left = stop - assigned
     if left <= 0:
         return sealed_at
     at = sealed_at - AHEAD_TOKENS * -(-left // AHEAD_ROWS)
-    return min(sealed_at, max(at, known + min(left, AHEAD_ROWS)))
+    return min(sealed_at, max(at, assigned + min(left, AHEAD_ROWS)))
 
 
-def due_rows(length: int, sealed_at: int, known: int, stop: int) -> int:
-    """Past which row the lists are to be known with ``length`` tokens, ``known`` or more; the rest of the arguments as above."""
-    if length < next_time(sealed_at, known, stop):
-        return known
+def due_rows(length: int, sealed_at: int, assigned: int, stop: int) -> int:
+    """Past which row lists are to be assigned with ``length`` tokens, ``assigned`` or more; other arguments as above."""
+    if length < next_time(sealed_at, assigned, stop):
+        return assigned
     wait = AHEAD_ROWS * (-(-(sealed_at - length) // AHEAD_TOKENS) - 1)
-    return max(known, min(length, stop - max(0, wait)))
+    return max(assigned, min(length, stop - max(0, wait)))

@@ -143,7 +143,7 @@ class Layout:
         at = max(self.break_even, self._length_of(self.num_blocks(length) + 1))
         return at, self.sinks + self.num_blocks(at) * self.block
 
-    def settled(self, length: int) -> tuple[Segment, ...]:
+    def merged_segments(self, length: int) -> tuple[Segment, ...]:
         """The segments of a sequence of ``length`` tokens as soon as no merge is under way."""
         return _segments(self.num_blocks(length), self.sinks, self.recent, self.block, self.max_segment)
 

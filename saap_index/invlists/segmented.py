@@ -103,13 +103,13 @@ class SegmentedInvertedLists(StoredTokens):
             if not self.segments[i]:  # a block more, which may be due a few tokens after the first ones
                 stop += self.layout.block
             ahead, start = self.ahead[i], self.sealed(i) or self.layout.sinks
-            known = start if ahead is None else ahead.stop
-            until = due_rows(length, sealed_at, known, stop)
-            if until > known:
-                lists = assign(i, known, until)
+            assigned = start if ahead is None else ahead.stop
+            until = due_rows(length, sealed_at, assigned, stop)
+            if until > assigned:
+                lists = assign(i, assigned, until)
                 self.rows_assigned += lists.numel()
                 self.ahead[i] = Ahead(start, lists) if ahead is None else ahead.followed_by(lists)
-            at = min(at, next_time(sealed_at, max(known, until), stop))
+            at = min(at, next_time(sealed_at, max(assigned, until), stop))
         self._due_at[i] = at
 
     def _code(self, wanted: dict[int, Arrangement], code: StorageCode, assign: Assign) -> Assign:
@@ -243,7 +243,7 @@ class SegmentedInvertedLists(StoredTokens):
         self.rows_moved += lists.numel()
 
     def _assigned(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
-        """List numbers of recent rows by the quantizer: int32 (h, n); of as many as are known already without asking it."""
+        """List numbers of recent rows by the quantizer: int32 (h, n); of as many as were assigned ahead without asking it."""
         ahead, parts = self.ahead[i], []
         if ahead is not None and ahead.first <= start < ahead.stop:
             parts.append(ahead.lists[:, start - ahead.first : stop - ahead.first])
@@ -259,11 +259,11 @@ class SegmentedInvertedLists(StoredTokens):
         if not self._lists_missing(i, start, stop):
             assert self.pending is not None
             return self.pending[i, :, start:stop]
-        lists, given = self._assigned(i, assign, start, stop), None if self.pending is None else self.pending[i, :, start:stop]
-        return lists if given is None else torch.where(given < 0, lists, given)
+        lists, named = self._assigned(i, assign, start, stop), None if self.pending is None else self.pending[i, :, start:stop]
+        return lists if named is None else torch.where(named < 0, lists, named)
 
     def _lists_given(self, i: int) -> bool:
-        """Whether the list of one of the recent rows is settled."""
+        """Whether the list of one of the recent rows was named by whoever added it."""
         rows = None if self.pending is None else self.pending[i, :, self.sealed(i) : self.lengths[i]]
         return rows is not None and bool((rows >= 0).any())
 

@@ -16,13 +16,10 @@ from ..routing.trained import TrainedLayer
 from ..routing.two_tower import TwoTower
 from ..training.config import TrainingConfig
 from ..training.layer import TrainingSequence, train_layer
-from ..training.measure import GRID, SHARES, Measured, measure
+from ..training.measure import GRID, SHARES, HeldOut, Measured, measure
 from ..training.sampling import best_sampling, sample_errors
 from .settings import TrainSettings
 from .store import CaptureStore
-
-MEASURED_QUERIES = 32
-"""Of each sequence held out."""
 
 Positions = Callable[[TrainSettings, int], np.ndarray]
 """(settings, sequence) -> positions of its queries, int64 (q,)."""
@@ -81,31 +78,20 @@ def _measure(
 ) -> tuple[Measured, np.ndarray | None, np.ndarray | None]:
     """One sequence that was held out: its figures; for calibration the attention captured by how much was left unread, and the
     errors by what is sampled."""
-    some = _spread(len(positions))
-    places = positions[some]
     keys, values, queries = (
         x.to(device, torch.float32)
         for x in (store.keys(layer, number), store.values(layer, number), store.queries(layer, number))
     )
-    h, n, d = keys.shape
-    queries = queries[:, some]
-    grouped = queries.reshape(h, -1, len(some), d)
-    coarse = keys if rope is None else rope.unrotate(keys, np.arange(n), n)
-    routed = grouped if rope is None else rope.unrotate(grouped, places, n)
+    held_out = HeldOut.of(keys, values, queries, positions, rope)
     parts = trained.quantizer, trained.router
     if trained.tower is not None:
-        parts = trained.tower.for_prompt(coarse[:, : int(positions.min())], settings.nlist)
-    replayed = keys, values, grouped, routed, places, parts[0].assign(coarse), parts[1], settings.layout, scale
+        parts = trained.tower.for_prompt(held_out.coarse[:, : int(positions.min())], settings.nlist)
+    replayed = held_out.replayed(*parts, settings.layout, scale)
     measured, errors = measure(*replayed), sample_errors(*replayed)
     # the symmetric tower has the output, but learnt nothing
     trusts = trained.router.predicts_outside and settings.router != "kmeans"
-    return measured, replay(keys, queries, places, *parts, rope, settings.layout, scale) if trusts else None, errors
-
-
-def _spread(count: int) -> np.ndarray:
-    """Evenly spaced places of up to MEASURED_QUERIES of ``count`` queries."""
-    places: np.ndarray = np.unique(np.linspace(0, count - 1, min(count, MEASURED_QUERIES)).round().astype(np.int64))
-    return places
+    by_head = held_out.queries.flatten(0, 1), held_out.positions
+    return measured, replay(keys, *by_head, *parts, rope, settings.layout, scale) if trusts else None, errors
 
 
 def _figures(measured: list[Measured], weight: float) -> dict[str, Any]:

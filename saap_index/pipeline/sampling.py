@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from ..errors import ParameterError
 from ..invlists.layout import Layout
 from ..routers import Routers
-from ..training.sampling import MEASURED, best_sampling, sample_errors
+from ..training.measure import HeldOut
+from ..training.sampling import best_sampling, sample_errors
 from .capture import Capture, LayerCapture
 
 
@@ -33,20 +32,14 @@ def with_sampling(
         errors = []
         for text in texts:
             capture, row = text(number)
-            every = capture.positions.numpy()
-            some = np.unique(np.linspace(0, len(every) - 1, min(len(every), MEASURED)).round().astype(np.int64))
-            places, keys, values = every[some], row.keys[0].float(), row.values[0].float()
-            h, n, d = keys.shape
-            layout = replace(Layout(**settings), break_even=min(Layout().break_even, n // 2))
-            grouped = row.queries[0][:, some].float().reshape(h, -1, len(some), d)
-            rope = layer.rope
-            coarse = keys if rope is None else rope.unrotate(keys, np.arange(n), n)
-            routed = grouped if rope is None else rope.unrotate(grouped, places, n)
+            keys, values, queries = (x[0] for x in (row.keys, row.values, row.queries))
+            held_out = HeldOut.of(keys, values, queries, capture.positions.numpy(), layer.rope)
+            layout = replace(Layout(**settings), break_even=min(Layout().break_even, keys.shape[1] // 2))
             parts = layer.quantizer, layer.router
             if layer.tower is not None:  # lists of the text itself, as far as it was read before the first query
-                parts = layer.tower.for_prompt(coarse[:, : int(places.min())], layer.quantizer.nlist)
-            replayed = keys, values, grouped, routed, places, parts[0].assign(coarse), parts[1], layout, layer.scale
-            errors.append(sample_errors(*replayed))
+                first = int(held_out.positions.min())
+                parts = layer.tower.for_prompt(held_out.coarse[:, :first], layer.quantizer.nlist)
+            errors.append(sample_errors(*held_out.replayed(*parts, layout, layer.scale)))
         layers[number] = replace(layer, sampling=best_sampling(errors))
         if step is not None:
             step(number)

@@ -88,8 +88,8 @@ def sample_of(
             return None
         sampling = Sampling(*(np.full(lists.heads, x, np.float32) for x in (0.0, EXPONENT, CAP)))
 
-    def of_heads(given: float | None, calibrated: np.ndarray) -> np.ndarray:
-        return calibrated if given is None else np.full(lists.heads, given, np.float32)
+    def of_heads(parameter: float | None, calibrated: np.ndarray) -> np.ndarray:
+        return calibrated if parameter is None else np.full(lists.heads, parameter, np.float32)
 
     shares = of_heads(params.sampled_share, sampling.shares)
     rows = np.floor(budgets * shares.astype(np.float64) + 1e-6).astype(np.int32)

@@ -30,10 +30,6 @@ def is_of(x: Any, kind: Kind) -> bool:
     return type(x) is Tensor and x.shape == shape and x.dtype is dtype and x.stride() == stride and x.device == device
 
 
-def same_objects(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
 class SteadyAdd:
     """The same number of tokens more to every sequence. by : identities that it follows from."""
 
@@ -91,3 +87,33 @@ class SteadySearch:
         if out is not None:
             session.note_steady(self.chosen)
         return out
+
+
+class SteadySteps:
+    """Of an index: what takes an `add` and a `search_attend` like the last ones, or None where the backend has no shorter way."""
+
+    __slots__ = ("_by", "add", "search")
+
+    def __init__(self) -> None:
+        self.add: SteadyAdd | None = None
+        self.search: SteadySearch | None = None
+        self._by: tuple[Any, ...] = ()  # what the last search followed from
+
+    def note_add(
+        self, session: SearchSession, keys: Tensor, values: Tensor, counts: list[int], by: tuple[Any, ...]
+    ) -> None:
+        """These were appended the longer way."""
+        append = session.steady_append(keys, values, counts)
+        self.add = None if append is None else SteadyAdd(session, append, keys, values, counts, by)
+
+    def note_search(
+        self, session: SearchSession, queries: Any, x: Tensor, chosen: Selection | None, by: tuple[Any, ...]
+    ) -> None:
+        """These were searched for the longer way; the second time in a row with the same of everything may be the first of many.
+
+        x : the same queries by KV head."""
+        again = len(by) == len(self._by) and all(map(operator.is_, by, self._by))
+        self._by, self.search = by, None
+        if again and isinstance(queries, Tensor) and queries.ndim == 4 and queries.is_contiguous() and chosen is not None:
+            search = session.steady_search(x)
+            self.search = None if search is None else SteadySearch(session, search, queries, chosen, by)

@@ -9,6 +9,7 @@ Axes: h KV heads, g query heads per KV head, q queries, n tokens, d key dim, e v
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..backends import TorchBackend
 from ..invlists.layout import Layout
 from ..precision import full_precision
+from ..routing.quantizer import KeyQuantizer
+from ..routing.rope import Rope
 from ..routing.router import QueryRouter
 
 GRID = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -24,6 +27,41 @@ GRID = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 
 
 SHARES = (0.02, 0.05, 0.1, 0.2)
 """Shares of all tokens outside sinks and window at which figures are reported."""
+
+
+MEASURED_QUERIES = 32
+"""Query positions of a sequence that are replayed."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One layer of one sequence that was in no training, with some of its queries. keys : float32 (h, n, d) and queries :
+    (h, g, q, d) as attention sees them; coarse and routed : the same as lists and router see them; values : (h, n, e);
+    positions : int64 (q,)."""
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+    coarse: Tensor
+    routed: Tensor
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, queries: Tensor, positions: np.ndarray, rope: Rope | None) -> HeldOut:
+        """Of keys (h, n, d), values (h, n, e), queries (hq, q, d) at int64 (q,) positions up to `MEASURED_QUERIES`, evenly."""
+        h, n, d = keys.shape
+        some = np.unique(np.linspace(0, len(positions) - 1, min(len(positions), MEASURED_QUERIES)).round().astype(np.int64))
+        positions, keys = positions[some], keys.float()
+        grouped = queries[:, some].float().reshape(h, -1, len(some), d)
+        if rope is None:
+            return cls(keys, values.float(), grouped, keys, grouped, positions)
+        coarse, routed = rope.unrotate(keys, np.arange(n), n), rope.unrotate(grouped, positions, n)
+        return cls(keys, values.float(), grouped, coarse, routed, positions)
+
+    def replayed(self, quantizer: KeyQuantizer, router: QueryRouter, layout: Layout, scale: float) -> tuple[Any, ...]:
+        """Arguments of `measure` and of `sampling.sample_errors`."""
+        lists = quantizer.assign(self.coarse)
+        return self.keys, self.values, self.queries, self.routed, self.positions, lists, router, layout, scale
 
 
 @dataclass

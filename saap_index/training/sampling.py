@@ -25,6 +25,7 @@ from ..routing.quantizer import KeyQuantizer
 from ..routing.rope import Rope
 from ..routing.router import QueryRouter
 from ..routing.sampling import CAP, EXPONENT, Sampling
+from .measure import HeldOut
 
 BUDGETS = (0.05, 0.1)
 """Shares of the sealed tokens at which candidates are compared."""
@@ -40,9 +41,6 @@ LEAST_GAIN = 0.02
 FLOOR = 1e-3
 """Of the errors of a text, in all: a head that reads all it attends to gains nothing by anything."""
 
-MEASURED = 32
-"""Query positions of a sequence that are replayed."""
-
 MeasuredSequence = tuple[Tensor, Tensor, np.ndarray, Tensor]
 """Keys (h, n, d) and queries (hq, q, d) as attention sees them, positions int64 (q,) of the queries, values (h, n, e)."""
 
@@ -55,18 +53,8 @@ def calibrate_sampling(
 
     Raises LengthError if no sequence has a query past its window.
     """
-    errors = []
-    for keys, queries, positions, values in sequences:
-        h, n, d = keys.shape
-        some = np.unique(np.linspace(0, len(positions) - 1, min(len(positions), MEASURED)).round().astype(np.int64))
-        places, keys = positions[some], keys.float()
-        grouped = queries[:, some].float().reshape(h, -1, len(some), d)
-        coarse = keys if rope is None else rope.unrotate(keys, np.arange(n), n)
-        routed = grouped if rope is None else rope.unrotate(grouped, places, n)
-        errors.append(
-            sample_errors(keys, values.float(), grouped, routed, places, quantizer.assign(coarse), router, layout, scale)
-        )
-    return best_sampling(errors)
+    texts = (HeldOut.of(keys, values, queries, positions, rope) for keys, queries, positions, values in sequences)
+    return best_sampling([sample_errors(*text.replayed(quantizer, router, layout, scale)) for text in texts])
 
 
 def best_sampling(errors: Sequence[np.ndarray | None]) -> Sampling | None:

@@ -25,7 +25,7 @@ from saap_index.backends.cuda import source as gpu_source
 ARCHS = ("sm_80", "sm_90", "sm_100")
 LAUNCHERS = ("append_assign", "codes", "paged", "route", "route_select", "scan", "seal", "select", "selftest")
 RECORD = Path(__file__).parents[1] / "registers.json"
-SAMPLE = 4
+SAMPLE = 1
 """The test compiles one in so many, and checks of all that the record is of their present text."""
 
 Task = tuple[str, tuple[tuple[str, int], ...], str]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saap_index import AsymmetricIndex, KeyQuantizer, QueryRouter, SearchParametersIVF
 from saap_index.errors import DTypeError, SaapError, ShapeError
+from saap_index.search.steady import SteadySteps
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs a C++ compiler")
 
@@ -45,16 +46,15 @@ def step(of: AsymmetricIndex, seed: int, **more: Any) -> Any:
 
 def no_short_way(of: AsymmetricIndex) -> AsymmetricIndex:
     """Every step takes the longer way."""
-    of._steady_add = of._steady_search = None
-    of._steady_by = ()
+    of._steady = SteadySteps()
     return of
 
 
-def was_steady(of: AsymmetricIndex, take: Callable[[], Any]) -> tuple[bool, bool]:
+def was_steady(of: AsymmetricIndex, take_step: Callable[[], Any]) -> tuple[bool, bool]:
     """Whether a step's `add` and `search_attend` left the short ways as they were, and so took them."""
-    before = of._steady_add, of._steady_search
-    take()
-    return of._steady_add is before[0] is not None, of._steady_search is before[1] is not None
+    before = of._steady.add, of._steady.search
+    take_step()
+    return of._steady.add is before[0] is not None, of._steady.search is before[1] is not None
 
 
 def test_the_same_as_the_longer_way() -> None:

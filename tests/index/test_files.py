@@ -337,7 +337,6 @@ WRITING = {
 MODULES = {("os", "replace"), ("np", "save"), ("torch", "save"), ("os", "remove"), ("os", "unlink"), ("shutil", "move")}
 INSIDE = {  # what is called in a function that files.py calls with a draft, or on work in progress that is taken away
     ("routers.py", "write_text"), ("hf/saving.py", "write_text"), ("plots.py", "savefig"), ("pipeline/train.py", "rmtree"),
-    ("eval_command.py", "TemporaryDirectory"), ("eval_command.py", "rename"),
 }
 
 
