@@ -4,9 +4,9 @@ routers that come with the package.
     python bench/codes_quality.py --texts 1 --json bench/results/cpu_codes_quality.json
 
 A prompt is read densely; the tokens behind it are decoded as they stand, once for every selectivity and storage, and once without
-samples, from the same keys and values, rounded to bfloat16: KL from the dense model in float32, agreement of the likeliest token, tokens and bytes read.
-Of the same keys and values the errors of the codes alone are measured, beside an 8-bit float (e4m3) with the same scale per token
-and head: of keys and values, relative, and of the attention of the last queries over all of them, relative too.
+samples, from the same keys and values, rounded to bfloat16: KL from the dense model in float32, agreement of the likeliest token,
+tokens and bytes read. Of the same keys and values the errors of the codes alone are measured, beside an 8-bit float (e4m3) with
+the same scale per token and head: of keys and values, relative, and of the attention of the last queries over all of them.
 """
 
 from __future__ import annotations

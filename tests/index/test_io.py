@@ -642,9 +642,9 @@ def test_a_file_of_before_merges_took_their_time(tmp_path: Path) -> None:
         lists = old.invlists
         for i, length in enumerate(lists.lengths):
             have, merging = lists.arrangement(i), merging + (lists.merging[i] is not None)
-            settled = lists.layout.settled(length)
-            lists.resize_tables(max(lists.tables.shape[2], len(settled)))
-            for first, (start, stop) in ((s, x) for s, x in enumerate(settled) if x not in have.segments):
+            merged_segments = lists.layout.merged_segments(length)
+            lists.resize_tables(max(lists.tables.shape[2], len(merged_segments)))
+            for first, (start, stop) in ((s, x) for s, x in enumerate(merged_segments) if x not in have.segments):
                 assert lists.segments[i][first][0] == start
                 parts = [x for x in lists.segments[i] if start <= x[0] < stop]
                 lists.segments[i] = (*lists.segments[i][:first], (start, stop), *lists.segments[i][first + len(parts) :])
@@ -653,7 +653,7 @@ def test_a_file_of_before_merges_took_their_time(tmp_path: Path) -> None:
                 lists.backend.seal(lists.keys[i], lists.values[i], lists.ids[i], start, numbers, lists.tables[i, :, first])
                 lists.tables[i, :, first + 1 : first + 1 + left.shape[1]] = left
             lists.merging[i] = None
-            assert lists.segments[i] == settled
+            assert lists.segments[i] == merged_segments
         with patch.object(io, "VERSION", io.AT_ONCE), patch.object(AsymmetricIndex, "seal", lambda index: None):
             write_index(old, tmp_path / "old")
         read = read_index(tmp_path / "old")
