@@ -247,12 +247,16 @@ ONE = 1 << 20
 """The whole of a probability of inclusion, which is a whole number of these parts."""
 
 POWERS = [round(ONE * 2 ** (i / 32)) for i in range(32)]
+"""2 ** (i / 32) in these parts."""
+
+BIN_SHIFT, BIN_OFFSET = 20, 0x5A5A5
+"""Of the bits of a float32: dropped, and added before, which keeps the edges of bins off the fractions at which equal runs have
+their weights."""
 
 
 def weight_bins(weights: Array) -> Ints:
-    """Bins of an eighth of an octave, of weights as float32: their leading bits, behind an offset that keeps the edges off the
-    fractions at which equal runs have their weights."""
-    bins: Ints = (weights.astype(np.float32).view(np.int32).astype(np.int64) + 0x5A5A5) >> 20
+    """Bins of an eighth of an octave, of weights as float32."""
+    bins: Ints = (weights.astype(np.float32).view(np.int32).astype(np.int64) + BIN_OFFSET) >> BIN_SHIFT
     return bins
 
 

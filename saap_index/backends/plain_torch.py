@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..precision import full_precision
+from ..reference import BIN_OFFSET, BIN_SHIFT, ONE, POWERS
 from .base import Backend
 from .scalar_quantizer import Coded, rows_at
 from .types import Budget, Probed, Rotation, Sample, Tail
@@ -146,7 +147,7 @@ class TorchBackend(Backend):
         taken = torch.zeros_like(open_).scatter_(2, order, taken)
         rows, counts = _rows(starts + open_ - taken, taken)
         if budget.sample is not None:
-            bins = (weights.reshape(b, h, -1).float().contiguous().view(torch.int32).long() + 0x5A5A5) >> 20
+            bins = (weights.reshape(b, h, -1).float().contiguous().view(torch.int32).long() + BIN_OFFSET) >> BIN_SHIFT
             return _with_sample(rows, counts, starts, open_ - taken, bins, budget.sample)
         if budget.mean_entries is None:
             return Probed(rows, counts)
@@ -306,10 +307,8 @@ def _rows(firsts: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
     return rows.view(b, h, width).int(), counts.view(b, h).int()
 
 
-ONE = 1 << 20
-"""See `reference.ONE`, as for all of what follows."""
+_POWERS = torch.tensor(POWERS, dtype=torch.int64, device="cpu")
 
-POWERS = torch.tensor([round(ONE * 2 ** (i / 32)) for i in range(32)], dtype=torch.int64, device="cpu")
 LAST_STEP = 32 * 21
 """From here on a power is 0."""
 
@@ -318,7 +317,7 @@ BINS = 2049
 
 def _powers(steps: Tensor) -> Tensor:
     """2 ** (-steps / 32) in parts of `ONE`; 0 for negative ones."""
-    whole = POWERS.to(steps.device)[-steps % 32] >> ((steps + 31) // 32).clamp(0, 62)
+    whole = _POWERS.to(steps.device)[-steps % 32] >> ((steps + 31) // 32).clamp(0, 62)
     return torch.where(steps < 0, 0, whole)
 
 
