@@ -35,9 +35,9 @@ class SaapGpuMetadata(FlashAttentionMetadata):
 
 
 class SaapGpuBuilder(FlashAttentionMetadataBuilder):
-    """Steps that only decode, with as many tokens of each request, may be captured whole; what such a graph reads of a step is put
-    on the device by `build`, with the same addresses and grids for as many requests. In others attention runs between captured
-    pieces. `build` is not told whether a graph will be replayed, so it plans for it wherever one may be."""
+    """Steps that only decode, with as many tokens of each request, may be captured whole; what such a graph reads of a step is
+    put on the device by `build`, with the same addresses and grids for as many requests. In others attention runs between
+    captured pieces. `build` is not told whether a graph will be replayed, so it plans for it wherever one may be."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     supports_update_block_table: bool = False  # groups hold block tables too

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def uniform(starts: Sequence[int], tokens: int, queries: int) -> int:
     q = starts[1] - starts[0] if r else 0
     if not 0 < q <= queries or tokens != r * q:
         return 0
-    used = sum(b > a for a, b in zip(starts[:-1], starts[1:], strict=True))
+    used = sum(b > a for a, b in pairwise(starts))
     return q if list(starts) == [*range(0, used * q + 1, q), *[used * q] * (r - used)] else 0
 
 
