@@ -83,14 +83,12 @@ class Case:
         self.budget = round(shape.selectivity * (self.sealed - shape.sinks))
         self.knots = torch.linspace(shape.knots - 1, 0, count)[None].contiguous()
         o = shape.nlist + shape.knots + 1  # the last: the share outside sinks and window
-        self.weights = RouterWeights(
-            0.1 * torch.randn((h, shape.units, d), generator=g),
-            torch.zeros((h, shape.units)),
-            0.5 * torch.randn((h, o, shape.units), generator=g),
-            0.1 * torch.randn((h, o, d), generator=g),
-            torch.zeros((h, o)),
-            shape.nlist,
+        parts = ((shape.units, d), (shape.units,), (o, shape.units), (o, d), (o,))
+        hidden, bias_hidden, out, skip, bias_out = (
+            (scale * torch.randn((h, *x), generator=g)).bfloat16().float()  # as training leaves them
+            for x, scale in zip(parts, (0.1, 0, 0.5, 0.1, 0), strict=True)
         )
+        self.weights = RouterWeights(hidden, bias_hidden, out, skip, bias_out, shape.nlist)
         self.queries = [torch.randn((1, h, shape.group, 1, d), generator=g).to(torch.bfloat16) for _ in range(20)]
         self.rotation = Rotation(torch.ones((1, d // 2)), torch.zeros((1, d // 2)), False, 1.0)
 
@@ -175,7 +173,7 @@ def run(shape: Shape, seconds: float) -> None:
     runs = float((rows[0, :, 1:] != rows[0, :, :-1] + 1).sum() + h)
     us = median_us([partial(scan, x, *s, False) for x, s in zip(case.queries, selections, strict=True)], seconds)
     report.line(f"scan, {shape.selectivity:.0%} of the rows", us, read, f"runs of {float(counts.sum()) / runs:.0f} rows")
-    weight_bytes = 4 * h * (shape.units * d + (shape.nlist + shape.knots + 1) * (shape.units + d))
+    weight_bytes = 2 * h * (shape.units * d + (shape.nlist + shape.knots + 1) * (shape.units + d))
     route_us = median_us([partial(CPU.route, router, x, case.rotation) for x in case.queries], seconds)
     report.line("route", route_us, weight_bytes)
     scores = [CPU.route(router, x, case.rotation) for x in case.queries]

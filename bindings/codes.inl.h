@@ -372,7 +372,7 @@ INLINE void find_level(vf x, const Bounds& bounds, vi& index, vi& level) {
 // Numbers below 256 as bytes.
 INLINE void store_low_bytes(vi x, uint8_t* out) {
 #if W == 16 && !defined(SAAP_EMULATE_AVX512)
-  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8((__m512i)x));
+  _mm_storeu_si128((__m128i*)out, _mm512_maskz_cvtepi32_epi8((__mmask16)-1, (__m512i)x));
 #elif W == 8
   const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   _mm_storel_epi64((__m128i*)out, _mm_packus_epi16(words, words));
@@ -387,9 +387,9 @@ constexpr int kDoubles = Lanes<double>::count;
 typedef float half_vf __attribute__((vector_size(kDoubles * 4)));
 typedef int32_t half_vi __attribute__((vector_size(kDoubles * 4)));
 #if W == 16 && !defined(SAAP_EMULATE_AVX512)
-INLINE vd widen(half_vf x) { return (vd)_mm512_cvtps_pd((__m256)x); }
-INLINE vd widen(half_vi x) { return (vd)_mm512_cvtepi32_pd((__m256i)x); }
-INLINE half_vf narrow(vd x) { return (half_vf)_mm512_cvtpd_ps((__m512d)x); }
+INLINE vd widen(half_vf x) { return (vd)_mm512_maskz_cvtps_pd((__mmask8)-1, (__m256)x); }
+INLINE vd widen(half_vi x) { return (vd)_mm512_maskz_cvtepi32_pd((__mmask8)-1, (__m256i)x); }
+INLINE half_vf narrow(vd x) { return (half_vf)_mm512_maskz_cvtpd_ps((__mmask8)-1, (__m512d)x); }
 #elif W == 8  // what GCC makes of __builtin_convertvector takes twice as long
 INLINE vd widen(half_vf x) { return (vd)_mm256_cvtps_pd((__m128)x); }
 INLINE vd widen(half_vi x) { return (vd)_mm256_cvtepi32_pd((__m128i)x); }

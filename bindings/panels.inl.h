@@ -163,8 +163,8 @@ template <class T> INLINE void load2_in_order(const T* p, vf& x, vf& y) {
     }
 #elif W == 16 && !defined(SAAP_EMULATE_AVX512)
     if constexpr (std::is_same_v<T, bf16>) {
-      x = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
-      y = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p + W))), 16);
+      x = (vf)_mm512_maskz_slli_epi32((__mmask16)-1, _mm512_maskz_cvtepu16_epi32((__mmask16)-1, _mm256_loadu_si256((const __m256i*)p)), 16);
+      y = (vf)_mm512_maskz_slli_epi32((__mmask16)-1, _mm512_maskz_cvtepu16_epi32((__mmask16)-1, _mm256_loadu_si256((const __m256i*)(p + W))), 16);
       return;
     }
 #endif

@@ -47,7 +47,8 @@ struct Room {
   void take(int64_t more_rows, double more_mass) { rows -= more_rows, mass -= more_mass; }
 };
 
-double mass_of(const Candidate& run) { return static_cast<double>(bit_float(static_cast<uint32_t>(run.order >> 32))) * run.length; }
+float weight_of(const Candidate& run) { return bit_float(static_cast<uint32_t>(run.order >> 32)); }
+double mass_of(const Candidate& run) { return static_cast<double>(weight_of(run)) * run.length; }
 
 // The plain way, for scores too far apart for single precision: everything relative to the largest single weight, in float64.
 void run_weights_wide(const ProbeHead& p, float* w) {
@@ -110,66 +111,91 @@ void each_run(const ProbeHead& p, std::span<const int32_t> runs, F&& f) {
   }
 }
 
-// The runs s * lp + l that are at least as heavy as the edge of some bin, ascending, where those have `rows` rows or more; none
-// if no such bin was guessed. The guess counts some of the runs, and no result depends on it.
-std::span<const int32_t> guess_heavy(const ProbeHead& p, const float* w, int64_t rows, std::vector<int32_t>& found) {
-  constexpr int kSome = 8, kLeastRuns = 4096;
-  const int runs = p.s * p.lp;
-  if (runs < kLeastRuns || rows <= 0) return {};
-  int32_t bins[kBins] = {};
+using Candidates = std::span<Candidate>;  // of this thread, until it gathers again
+
+// These runs, in row order, but for those of no rows.
+Candidates candidates(const ProbeHead& p, const float* w, std::span<const int32_t> some) {
+  thread_local Scratch memory;
+  Candidate* const first = memory.get<Candidate>(some.size());
+  Candidate* last = first;
+  each_run(p, some, [&](int run, int s, int l, const int32_t* at) { *last++ = {preference(w[run], s, l), at[1], at[1] - at[0]}; });
+  return {first, last};
+}
+
+// Runs that are at least as heavy as the edge of some bin, and their rows by weight, where those have `rows` rows or more. Returns
+// the highest bin in use, or 0, if no such edge was guessed. The guess counts some of the runs, and no result depends on it.
+int guess_heavy(const ProbeHead& p, const float* w, int64_t rows, std::vector<int32_t>& numbers, Candidates& runs, int32_t* bins) {
+  constexpr int kSome = 8, kLeastRuns = 2048;
+  const int all = p.s * p.lp;
+  if (all < kLeastRuns || rows <= 0) return 0;
+  std::fill(bins, bins + kBins, 0);
+  int bin = 0;
   for (int s = 0; s < p.s; s++) {  // other lists in every segment
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
     for (int from = s % kSome * kPanel; from < p.l; from += kSome * kPanel)
-      for (int l = from; l < std::min(from + kPanel, p.l); l++) bins[bin_of(w[s * p.lp + l])] += table[l + 1] - table[l];
+      for (int l = from; l < std::min(from + kPanel, p.l); l++) {
+        const int of_run = bin_of(w[s * p.lp + l]);
+        bins[of_run] += table[l + 1] - table[l];
+        bin = std::max(bin, of_run);
+      }
   }
   const int64_t enough = (rows + rows / 2) / kSome + 1;
-  int bin = kBins - 1;
   for (int64_t sum = bins[bin]; sum < enough && bin > 0;) sum += bins[--bin];
-  if (bin <= 0) return {};
-  const std::span<const int32_t> heavy(found.data(), kernels().heavy_runs(w, runs, edge_of(bin), found.data()));
+  if (bin <= 0) return 0;
+  const size_t found = static_cast<size_t>(kernels().heavy_runs(w, all, edge_of(bin), numbers.data()));
+  runs = candidates(p, w, {numbers.data(), found});
+  std::fill(bins, bins + kBins, 0);
   int64_t sum = 0;
-  each_run(p, heavy, [&](int, int, int, const int32_t* at) { sum += at[1] - at[0]; });
-  return sum >= rows ? heavy : std::span<const int32_t>{};
+  int top = 0;
+  for (const Candidate& run : runs) {
+    bin = bin_of(weight_of(run));
+    bins[bin] += run.length;
+    sum += run.length;
+    top = std::max(top, bin);
+  }
+  return sum >= rows ? top : 0;
 }
 
 // The runs among which the room ends, and the better ones, in row order. `room` becomes what is left for those of weight below
 // `edge`. `allowed` : mass that may stay unread, used if Enough. False, with no runs, if no more than that is there at all.
 // bins (kBins): rows of all runs by weight, or null, if nobody asks for them.
 template <bool Enough>
-bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, std::vector<Candidate>& runs, float& edge, int32_t* bins) {
+bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, Candidates& runs, float& edge, int32_t* bins) {
   thread_local std::vector<int32_t> numbers;
-  int32_t own[kBins];
   if (numbers.size() < static_cast<size_t>(p.s) * p.lp + kFindPad) numbers.resize(static_cast<size_t>(p.s) * p.lp + kFindPad);
-  std::span<const int32_t> heavy;
-  if (!Enough && !bins) heavy = guess_heavy(p, w, room.rows, numbers);
-  if (!bins) bins = own;
-  std::fill(bins, bins + kBins, 0);
+  int32_t own[kBins];
   double masses[Enough ? kBins : 1] = {};
-  each_run(p, heavy, [&](int run, int, int, const int32_t* at) { bins[bin_of(w[run])] += at[1] - at[0]; });
-  for (int s = 0; s < p.s && heavy.empty(); s++) {
-    const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
-    const float* row = w + static_cast<int64_t>(s) * p.lp;
-    for (int l = 0; l < p.l; l++) {
-      const int32_t n = table[l + 1] - table[l];
-      bins[bin_of(row[l])] += n;
-      if (Enough) masses[bin_of(row[l])] += static_cast<double>(row[l]) * n;
+  int bin = Enough || bins ? 0 : guess_heavy(p, w, room.rows, numbers, runs, own);
+  const bool guessed = bin > 0;
+  if (!bins) bins = own;
+  if (!guessed) {
+    bin = kBins - 1;
+    std::fill(bins, bins + kBins, 0);
+    for (int s = 0; s < p.s; s++) {
+      const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
+      const float* row = w + static_cast<int64_t>(s) * p.lp;
+      for (int l = 0; l < p.l; l++) {
+        const int32_t n = table[l + 1] - table[l];
+        bins[bin_of(row[l])] += n;
+        if (Enough) masses[bin_of(row[l])] += static_cast<double>(row[l]) * n;
+      }
     }
   }
-  runs.clear();
   room.mass = INFINITY;
   if (Enough) {
     room.mass = -allowed;
     for (double mass : masses) room.mass += mass;
-    if (!(room.mass > 0)) return false;
+    if (!(room.mass > 0)) return runs = {}, false;
   }
-  int bin = kBins - 1;
   for (; bin > 0 && !room.ends_with(bins[bin], masses[Enough ? bin : 0]); bin--) room.take(bins[bin], masses[Enough ? bin : 0]);
   edge = edge_of(bin + 1);
   const float least = edge_of(bin);
-  if (heavy.empty()) heavy = {numbers.data(), static_cast<size_t>(kernels().heavy_runs(w, p.s * p.lp, least, numbers.data()))};
-  each_run(p, heavy, [&](int run, int s, int l, const int32_t* at) {
-    if (w[run] >= least) runs.push_back({preference(w[run], s, l), at[1], at[1] - at[0]});
-  });
+  if (guessed) {
+    runs = {runs.begin(), std::remove_if(runs.begin(), runs.end(), [least](const Candidate& run) { return weight_of(run) < least; })};
+  } else {
+    const size_t found = static_cast<size_t>(kernels().heavy_runs(w, p.s * p.lp, least, numbers.data()));
+    runs = candidates(p, w, {numbers.data(), found});
+  }
   return true;
 }
 
@@ -210,7 +236,7 @@ int32_t* write_rows(int32_t first, int32_t n, int32_t* out, const int32_t* stop 
 // The last run that gets rows when the best are taken until `budget` rows are, or the rest has no more mass than `allowed` (if
 // Enough); kNoRun if none gets any. w : weights of the runs; runs : the better ones, in row order, and some that get none.
 template <bool Enough>
-Cut cut_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, std::vector<Candidate>& runs, int32_t* bins) {
+Cut cut_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, Candidates& runs, int32_t* bins) {
   thread_local std::vector<Candidate> few;
   float edge;
   Room room{budget, 0};
@@ -226,7 +252,7 @@ Cut cut_best(const ProbeHead& p, const float* w, int64_t budget, double allowed,
 // preference, that got rows.
 template <bool Enough>
 uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, int32_t*& out, const int32_t* stop) {
-  thread_local std::vector<Candidate> runs;
+  Candidates runs;
   const Cut cut = cut_best<Enough>(p, w, budget, allowed, runs, nullptr);
   if (cut.order == kNoRun) return kNoRun;
   for (const Candidate& run : runs) {
@@ -304,12 +330,12 @@ struct Sampled {
 // take_best of budget - sampled.rows, and a sample of what is left: see reference.weighted_probe. Moves out and biases to the ends of
 // what it wrote. There are more than `budget` rows.
 void take_sampled(const ProbeHead& p, const float* w, int64_t budget, const Sampled& sampled, int32_t*& out, float*& biases) {
-  thread_local std::vector<Candidate> runs;
+  Candidates runs;
   int32_t bins[kBins], probability[kBins];
   float bias[kBins];
   const Cut cut = cut_best<false>(p, w, budget - sampled.rows, 0, runs, bins);
   for (const Candidate& run : runs) {
-    const int bin = bin_of(bit_float(static_cast<uint32_t>(run.order >> 32)));
+    const int bin = bin_of(weight_of(run));
     if (run.order >= cut.order) bins[bin] -= run.order == cut.order ? cut.rows : run.length;
   }
   inclusion(bins, sampled.rows, sampled.exponent, probability);
