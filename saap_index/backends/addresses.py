@@ -51,6 +51,17 @@ def _refuse(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], la
     raise LayoutError(f"{name}: expected rows {layout}, got strides {x.stride()}")
 
 
+def listed_rows(rows: Tensor | None, counts: Tensor | None, b: int, h: int) -> tuple[int, int, int]:
+    """Addresses of rows : int32 (b, h, t) and counts : int32 (b, h), and t, as the module takes them; zeros without either."""
+    if rows is None or counts is None:
+        if rows is not counts:
+            raise ShapeError("rows, counts: expected both or neither")
+        return 0, 0, 0
+    t = rows.shape[2]
+    rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
+    return rows_at if t else 0, counts_at, t
+
+
 def means_of(tail: Tail, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
     """runs, counts, x, means of keys and values, M, tables, S, l as the module takes them."""
     b, h, d, e = shape
