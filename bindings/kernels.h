@@ -11,7 +11,7 @@ namespace saap {
 constexpr int kPanel = 16;       // output columns of a weight panel, for every instruction set
 constexpr int kScanPad = 48;     // valid row numbers that must follow the last one of a ScanItem, for prefetching
 constexpr int kScanColumns = 64; // most query columns of a ScanItem
-constexpr int kFindPad = 16;     // numbers that find_lists may overwrite behind its last
+constexpr int kFindPad = 16;     // numbers that find_lists and heavy_runs may overwrite behind their last
 
 // Attention of a few query columns over listed rows of one head. All columns pass over a block of rows while it is in cache.
 struct ScanItem {
@@ -92,6 +92,10 @@ struct Kernels {
   bool (*run_weights)(const ProbeHead&, float* w);
   // w (lp): weight of each list from z alone.
   bool (*list_weights)(const ProbeHead&, float* w);
+
+  // Numbers of those of n weights, n a multiple of kPanel, that are `least` or more, ascending; returns how many. May overwrite
+  // kFindPad numbers behind the last.
+  int (*heavy_runs)(const float* w, int n, float least, int32_t* out);
 
   // Of tokens [0, n) of a page, numbered first + i * step, those whose list is chosen: a bit for each of 256 lists. Writes up to n
   // numbers, and may overwrite kFindPad beyond them; returns how many.

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <span>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -97,15 +98,55 @@ constexpr uint32_t kOffset = 0x5A5A5;
 int bin_of(float weight) { return static_cast<int>((float_bits(weight) + kOffset) >> kShift); }
 float edge_of(int bin) { return bin > 0 ? bit_float((static_cast<uint32_t>(bin) << kShift) - kOffset) : 0.f; }
 
+// f(number, s, l, rows) for runs s * lp + l, ascending, but for those of no rows and what fills the last panel of lists up.
+template <class F>
+void each_run(const ProbeHead& p, std::span<const int32_t> runs, F&& f) {
+  const int32_t* table = p.tables;
+  int s = 0, first = 0;
+  for (int32_t run : runs) {
+    for (; run - first >= p.lp; s++) first += p.lp, table += p.l + 1;
+    const int l = run - first;
+    if (l < p.l && table[l + 1] > table[l]) f(run, s, l, table + l);
+  }
+}
+
+// The runs s * lp + l that are at least as heavy as the edge of some bin, ascending, where those have `rows` rows or more; none
+// if no such bin was guessed. The guess counts some of the runs, and no result depends on it.
+std::span<const int32_t> guess_heavy(const ProbeHead& p, const float* w, int64_t rows, std::vector<int32_t>& found) {
+  constexpr int kSome = 8, kLeastRuns = 4096;
+  const int runs = p.s * p.lp;
+  if (runs < kLeastRuns || rows <= 0) return {};
+  int32_t bins[kBins] = {};
+  for (int s = 0; s < p.s; s++) {  // other lists in every segment
+    const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
+    for (int from = s % kSome * kPanel; from < p.l; from += kSome * kPanel)
+      for (int l = from; l < std::min(from + kPanel, p.l); l++) bins[bin_of(w[s * p.lp + l])] += table[l + 1] - table[l];
+  }
+  const int64_t enough = (rows + rows / 2) / kSome + 1;
+  int bin = kBins - 1;
+  for (int64_t sum = bins[bin]; sum < enough && bin > 0;) sum += bins[--bin];
+  if (bin <= 0) return {};
+  const std::span<const int32_t> heavy(found.data(), kernels().heavy_runs(w, runs, edge_of(bin), found.data()));
+  int64_t sum = 0;
+  each_run(p, heavy, [&](int, int, int, const int32_t* at) { sum += at[1] - at[0]; });
+  return sum >= rows ? heavy : std::span<const int32_t>{};
+}
+
 // The runs among which the room ends, and the better ones, in row order. `room` becomes what is left for those of weight below
 // `edge`. `allowed` : mass that may stay unread, used if Enough. False, with no runs, if no more than that is there at all.
-// bins (kBins): rows of all runs by weight.
+// bins (kBins): rows of all runs by weight, or null, if nobody asks for them.
 template <bool Enough>
 bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, std::vector<Candidate>& runs, float& edge, int32_t* bins) {
-  thread_local std::vector<int32_t> places;
+  thread_local std::vector<int32_t> numbers;
+  int32_t own[kBins];
+  if (numbers.size() < static_cast<size_t>(p.s) * p.lp + kFindPad) numbers.resize(static_cast<size_t>(p.s) * p.lp + kFindPad);
+  std::span<const int32_t> heavy;
+  if (!Enough && !bins) heavy = guess_heavy(p, w, room.rows, numbers);
+  if (!bins) bins = own;
   std::fill(bins, bins + kBins, 0);
   double masses[Enough ? kBins : 1] = {};
-  for (int s = 0; s < p.s; s++) {
+  each_run(p, heavy, [&](int run, int, int, const int32_t* at) { bins[bin_of(w[run])] += at[1] - at[0]; });
+  for (int s = 0; s < p.s && heavy.empty(); s++) {
     const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
     const float* row = w + static_cast<int64_t>(s) * p.lp;
     for (int l = 0; l < p.l; l++) {
@@ -125,20 +166,10 @@ bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, std:
   for (; bin > 0 && !room.ends_with(bins[bin], masses[Enough ? bin : 0]); bin--) room.take(bins[bin], masses[Enough ? bin : 0]);
   edge = edge_of(bin + 1);
   const float least = edge_of(bin);
-  places.resize(p.l + 1);
-  for (int s = 0; s < p.s; s++) {
-    const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
-    const float* row = w + static_cast<int64_t>(s) * p.lp;
-    int found = 0;  // without a branch: which runs are good is anybody's guess
-    for (int l = 0; l < p.l; l++) {
-      places[found] = l;
-      found += row[l] >= least;
-    }
-    for (int i = 0; i < found; i++) {
-      const int l = places[i];
-      if (table[l + 1] > table[l]) runs.push_back({preference(row[l], s, l), table[l + 1], table[l + 1] - table[l]});
-    }
-  }
+  if (heavy.empty()) heavy = {numbers.data(), static_cast<size_t>(kernels().heavy_runs(w, p.s * p.lp, least, numbers.data()))};
+  each_run(p, heavy, [&](int run, int s, int l, const int32_t* at) {
+    if (w[run] >= least) runs.push_back({preference(w[run], s, l), at[1], at[1] - at[0]});
+  });
   return true;
 }
 
@@ -161,8 +192,18 @@ Cut find_cut(std::vector<Candidate>& few, Room room) {
   return {few[from].order, static_cast<int32_t>(std::min<int64_t>(few[from].length, room.rows))};
 }
 
-int32_t* write_rows(int32_t first, int32_t n, int32_t* out) {
-  for (int32_t i = 0; i < n; i++) out[i] = first + i;
+// stop: as far as may be written, over what is written later.
+int32_t* write_rows(int32_t first, int32_t n, int32_t* out, const int32_t* stop = nullptr) {
+  typedef int32_t four __attribute__((vector_size(16)));
+  if (stop && stop - out >= n + 8) {
+    four rows = first + four{0, 1, 2, 3};
+    for (int32_t i = 0; i < n; i += 8, rows += 8) {
+      const four more = rows + 4;
+      std::memcpy(out + i, &rows, sizeof rows), std::memcpy(out + i + 4, &more, sizeof more);
+    }
+  } else {
+    for (int32_t i = 0; i < n; i++) out[i] = first + i;
+  }
   return out + n;
 }
 
@@ -181,18 +222,17 @@ Cut cut_best(const ProbeHead& p, const float* w, int64_t budget, double allowed,
   return few.empty() ? Cut{0, 0} : find_cut(few, room);
 }
 
-// Writes the rows of the runs before the cut and moves `out` to the end of them; returns the last run, in order of preference, that
-// got rows.
+// Writes the rows of the runs before the cut and moves `out` to the end of them, `stop` at most; returns the last run, in order of
+// preference, that got rows.
 template <bool Enough>
-uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, int32_t*& out) {
+uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, int32_t*& out, const int32_t* stop) {
   thread_local std::vector<Candidate> runs;
-  int32_t bins[kBins];
-  const Cut cut = cut_best<Enough>(p, w, budget, allowed, runs, bins);
+  const Cut cut = cut_best<Enough>(p, w, budget, allowed, runs, nullptr);
   if (cut.order == kNoRun) return kNoRun;
   for (const Candidate& run : runs) {
     if (run.order < cut.order) continue;
     const int32_t n = run.order == cut.order ? cut.rows : run.length;
-    out = write_rows(run.end - n, n, out);
+    out = write_rows(run.end - n, n, out, stop);
   }
   return cut.order;
 }
@@ -402,7 +442,8 @@ void take_runs(const ProbeHead& p, float* w, int64_t total, const Limits& most, 
   uint64_t last = kNoRun;
   if (most.sampled.rows > 0) return take_sampled(p, w, most.rows, most.sampled, out, biases);
   if (biases) std::fill_n(biases, most.rows, 0.f);
-  if (most.rows > 0) last = enough ? take_best<true>(p, w, most.rows, most.allowed, out) : take_best<false>(p, w, most.rows, 0, out);
+  const int32_t* stop = out + std::min(most.rows, total);
+  if (most.rows > 0) last = enough ? take_best<true>(p, w, most.rows, most.allowed, out, stop) : take_best<false>(p, w, most.rows, 0, out, stop);
   tail = take_tail(p, w, last, most.means, most.entries, tail);
 }
 
@@ -488,60 +529,69 @@ void pack(ProbeOut& out, int64_t heads) {
 
 }  // namespace
 
-void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, ProbeOut& rows, ProbeOut& tail) {
+bool probe_head(const ProbeArgs& p, const Ints& num_segments, const Ints& means, const ProbeOut& rows, const ProbeOut& tail, int64_t bh) {
+  thread_local Scratch memory;
+  const int64_t i = bh / p.h;
+  ProbeHead head{};
+  head.j = p.j, head.l = p.l, head.lp = (p.l + kPanel - 1) / kPanel * kPanel;
+  head.s = static_cast<int>(num_segments[i]);
+  head.z = p.z + bh * p.j * p.l;
+  head.tables = table_of(p, bh, 0);
+  head.size_weighted = p.size_weighted;
+  rows.counts[bh] = 0;
+  if (p.entries) tail.counts[bh] = 0;
+  for (int s = 0; s < head.s; s++)
+    if (!ordered(table_of(p, bh, s), p.l)) return false;
+  const int64_t total = total_of(p, bh, head.s);
+  if (std::min<int64_t>(p.budgets[bh], total) > rows.bound) return false;
+  const int64_t runs = static_cast<int64_t>(head.s) * head.lp, e_size = static_cast<int64_t>(p.j) * head.lp;
+  float* w = memory.get<float>(std::max<int64_t>(runs, head.lp) + e_size + 2 * static_cast<int64_t>(p.j) * head.s + p.j);
+  head.e = w + std::max<int64_t>(runs, head.lp);
+  head.c = head.e + e_size;
+  float* interpolated = head.c + static_cast<int64_t>(p.j) * head.s;
+  head.a = interpolated;
+  float* share = interpolated + static_cast<int64_t>(p.j) * head.s;
+  const double log_share = head_shares(p, bh, share, p.sampled && p.sampled[bh] > 0);
+  head.share = share;
+  const int knots = p.m - 1;
+  for (int s = 0; s < head.s; s++) {
+    const float place = knots > 0 ? std::clamp(p.knots[i * p.S + s], 0.f, static_cast<float>(knots - 1)) : 0.f;
+    const int low = static_cast<int>(place), high = std::min(low + 1, knots - 1);
+    for (int j = 0; j < p.j; j++) {
+      const float* a = p.a + (bh * p.j + j) * p.m;
+      interpolated[static_cast<int64_t>(j) * head.s + s] = knots > 0 ? a[low] + (place - static_cast<float>(low)) * (a[high] - a[low]) : 0.f;
+    }
+  }
+  int32_t *const out = rows.numbers + bh * rows.bound, *end = out;
+  if (p.nprobe) {
+    end = take_lists(head, w, p.nprobe, p.budgets[bh], out);
+  } else {
+    Limits most{p.budgets[bh], -1, 0, 0, {}};
+    if (p.sampled) most.sampled = {std::min(p.sampled[bh], p.budgets[bh]), p.exponents[bh % p.h], p.caps[bh % p.h]};
+    // Shares beyond float64 let nothing be read: what they say lies outside sinks and window is nothing.
+    if (p.unread_mass) most.allowed = std::isfinite(log_share) ? static_cast<double>(p.unread_mass[bh % p.h]) * p.j * std::exp(-log_share) : INFINITY;
+    if (p.entries) most.entries = p.entries[bh], most.means = static_cast<int>(means[i]);
+    int32_t *const tail_out = tail.numbers + bh * tail.bound, *tail_end = tail_out;
+    take_runs(head, w, total, most, end, tail_end, p.sampled ? rows.biases + bh * rows.bound : nullptr);
+    if (p.entries) tail.counts[bh] = static_cast<int32_t>(tail_end - tail_out);
+  }
+  rows.counts[bh] = static_cast<int32_t>(end - out);
+  return true;
+}
+
+void finish_probe(const ProbeArgs& p, bool fine, ProbeOut& rows, ProbeOut& tail) {
   const int64_t heads = static_cast<int64_t>(p.b) * p.h;
-  std::atomic<bool> fine{true};
-  pool().run(heads, [&](int64_t bh) {
-    thread_local Scratch memory;
-    const int64_t i = bh / p.h;
-    ProbeHead head{};
-    head.j = p.j, head.l = p.l, head.lp = (p.l + kPanel - 1) / kPanel * kPanel;
-    head.s = static_cast<int>(num_segments[i]);
-    head.z = p.z + bh * p.j * p.l;
-    head.tables = table_of(p, bh, 0);
-    head.size_weighted = p.size_weighted;
-    rows.counts[bh] = 0;
-    if (p.entries) tail.counts[bh] = 0;
-    for (int s = 0; s < head.s; s++)
-      if (!ordered(table_of(p, bh, s), p.l)) return fine.store(false);
-    const int64_t total = total_of(p, bh, head.s);
-    if (std::min<int64_t>(p.budgets[bh], total) > rows.bound) return fine.store(false);
-    const int64_t runs = static_cast<int64_t>(head.s) * head.lp, e_size = static_cast<int64_t>(p.j) * head.lp;
-    float* w = memory.get<float>(std::max<int64_t>(runs, head.lp) + e_size + 2 * static_cast<int64_t>(p.j) * head.s + p.j);
-    head.e = w + std::max<int64_t>(runs, head.lp);
-    head.c = head.e + e_size;
-    float* interpolated = head.c + static_cast<int64_t>(p.j) * head.s;
-    head.a = interpolated;
-    float* share = interpolated + static_cast<int64_t>(p.j) * head.s;
-    const double log_share = head_shares(p, bh, share, p.sampled && p.sampled[bh] > 0);
-    head.share = share;
-    const int knots = p.m - 1;
-    for (int s = 0; s < head.s; s++) {
-      const float place = knots > 0 ? std::clamp(p.knots[i * p.S + s], 0.f, static_cast<float>(knots - 1)) : 0.f;
-      const int low = static_cast<int>(place), high = std::min(low + 1, knots - 1);
-      for (int j = 0; j < p.j; j++) {
-        const float* a = p.a + (bh * p.j + j) * p.m;
-        interpolated[static_cast<int64_t>(j) * head.s + s] = knots > 0 ? a[low] + (place - static_cast<float>(low)) * (a[high] - a[low]) : 0.f;
-      }
-    }
-    int32_t *const out = rows.numbers + bh * rows.bound, *end = out;
-    if (p.nprobe) {
-      end = take_lists(head, w, p.nprobe, p.budgets[bh], out);
-    } else {
-      Limits most{p.budgets[bh], -1, 0, 0, {}};
-      if (p.sampled) most.sampled = {std::min(p.sampled[bh], p.budgets[bh]), p.exponents[bh % p.h], p.caps[bh % p.h]};
-      // Shares beyond float64 let nothing be read: what they say lies outside sinks and window is nothing.
-      if (p.unread_mass) most.allowed = std::isfinite(log_share) ? static_cast<double>(p.unread_mass[bh % p.h]) * p.j * std::exp(-log_share) : INFINITY;
-      if (p.entries) most.entries = p.entries[bh], most.means = static_cast<int>(means[i]);
-      int32_t *const tail_out = tail.numbers + bh * tail.bound, *tail_end = tail_out;
-      take_runs(head, w, total, most, end, tail_end, p.sampled ? rows.biases + bh * rows.bound : nullptr);
-      if (p.entries) tail.counts[bh] = static_cast<int32_t>(tail_end - tail_out);
-    }
-    rows.counts[bh] = static_cast<int32_t>(end - out);
-  }, Pool::Next::kSoon);
   if (!fine) throw std::out_of_range("probe: tables: the offsets of a segment are not ascending, or hold more rows than they did");
   pack(rows, heads);
   if (p.entries) pack(tail, heads);
+}
+
+void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, ProbeOut& rows, ProbeOut& tail) {
+  std::atomic<bool> fine{true};
+  pool().run(static_cast<int64_t>(p.b) * p.h, [&](int64_t head) {
+    if (!probe_head(p, num_segments, means, rows, tail, head)) fine.store(false);
+  }, Pool::Next::kSoon);
+  finish_probe(p, fine, rows, tail);
 }
 
 }  // namespace saap

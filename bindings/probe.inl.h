@@ -108,3 +108,30 @@ bool list_weights(const ProbeHead& h, float* w) {
   }
   return true;
 }
+
+int heavy_runs(const float* w, int n, float least, int32_t* out) {
+  int32_t* const begin = out;
+  const vf limit = splat(least);
+#if W == 16 && !defined(SAAP_EMULATE_AVX512)
+  vi numbers;
+  for (int j = 0; j < W; j++) numbers[j] = j;
+  for (int i = 0; i < n; i += W, numbers += W) {
+    const __mmask16 hit = _mm512_cmp_ps_mask((__m512)load(w + i), (__m512)limit, _CMP_GE_OQ);
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(hit, (__m512i)numbers));
+    out += __builtin_popcount(hit);
+  }
+#elif W == 8
+  for (int i = 0; i < n; i += W)
+    for (int hit = _mm256_movemask_ps(_mm256_cmp_ps((__m256)load(w + i), (__m256)limit, _CMP_GE_OQ)); hit; hit &= hit - 1)
+      *out++ = i + __builtin_ctz(hit);
+#else
+  for (int i = 0; i < n; i += W) {
+    const vi hit = load(w + i) >= limit;
+    for (int j = 0; j < W; j++) {  // without a branch: which are is anybody's guess
+      *out = i + j;
+      out -= hit[j];
+    }
+  }
+#endif
+  return (int)(out - begin);
+}

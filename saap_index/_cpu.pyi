@@ -47,6 +47,23 @@ def assign(
     arg11: int,
     /,
 ) -> None: ...
+def merge(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: Sequence[int],
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    /,
+) -> None: ...
 def seal(
     arg0: int,
     arg1: int,

@@ -36,6 +36,7 @@ from .addresses import (
     plain,
     rows_of,
     rows_to_seal,
+    sequence_of,
     target_of,
     tokens_of,
 )
@@ -122,6 +123,22 @@ class CpuBackend(Backend):
 
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
         self._module().seal(*rows_to_seal(keys, values, ids, start, list_nos, table))
+
+    def merge(
+        self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], tables: Tensor,
+        joined: Tensor | None,
+    ) -> bool:
+        h, capacity, lists, bounds = *keys.shape[:2], tables.shape[2] - 1, [segments[0][0], *(stop for _, stop in segments)]
+        if not (0 <= bounds[0] and bounds == sorted(bounds) and bounds[-1] <= capacity):
+            raise LengthError(f"segments: expected neighbours within {capacity} rows, got {list(segments)}")
+        self._module().merge(
+            *sequence_of(keys, values, ids),
+            bounds,
+            lists,
+            *lists_of("tables", tables, I32, (h, len(segments), lists + 1)),
+            *((0, 0) if joined is None else (rows_of("joined", joined, I32, (h, lists + 1)), joined.stride(0))),
+        )
+        return True
 
     def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
         for name, x, bits, out in (

@@ -133,9 +133,7 @@ class SegmentedInvertedLists(StoredTokens):
             self._set_arena(memory)
         return KnownLists(lists)
 
-    def _seal_together(
-        self, wanted: dict[int, Arrangement], assign: Assign, final: bool = False
-    ) -> dict[int, Arrangement]:
+    def _seal_together(self, wanted: dict[int, Arrangement], assign: Assign, final: bool = False) -> dict[int, Arrangement]:
         """`_seal_alone` of these sequences in one go, where the backend can; returns those that are left. final: it will not be
         taken back."""
         quantizer = assign.by_position()
@@ -182,8 +180,8 @@ class SegmentedInvertedLists(StoredTokens):
         means = self.num_means(i) if self.layout.mean_run_tokens else 0
         tables = self.tables.new_empty((self.heads, len(want) - first, self.nlist + 1))
         stays: dict[int, int] = {}  # segments by number: which they were
-        whole: list[tuple[int, Segment]] = []  # to be sorted for every KV head
-        partly: list[tuple[int, range]] = []  # sorted for some, and which segments they were
+        whole: list[tuple[int, Segment]] = []  # with recent rows
+        partly: list[tuple[int, range]] = []  # of whole segments, and which these were
         stops = [stop for _, stop in have.segments]
         for s in range(first, len(want)):
             start, stop = want[s]
@@ -193,10 +191,8 @@ class SegmentedInvertedLists(StoredTokens):
             elif len(old) == 1:
                 stays[s] = old[0]
                 tables[:, s - first] = self.tables[i, :, old[0]]
-            elif have.merging is not None and (have.merging.first, have.merging.stop) == (old.start, old.stop):
-                partly.append((s, old))
             else:
-                whole.append((s, want[s]))
+                partly.append((s, old))
         fresh = partial(self._recent_lists, i, assign)
         lists = [
             (s, fresh(*x).contiguous() if x[0] >= sealed else merged_lists(self.tables[i], have.segments, x, fresh))
@@ -216,9 +212,10 @@ class SegmentedInvertedLists(StoredTokens):
                 self.backend.seal_many(*rows, want[run[0] : run[-1] + 1], torch.cat(list_nos, 1), tables[:, part])
             self.rows_moved += sum(map(Tensor.numel, list_nos))
         for s, old in partly:
-            assert have.merging is not None
-            done = have.merging.heads
-            tables[:done, s - first] = joined_table(self.tables[i, :done, old.start : old.stop])
+            now = have.merging
+            done = now.heads if now is not None and (now.first, now.stop) == (old.start, old.stop) else 0
+            if done:
+                tables[:done, s - first] = joined_table(self.tables[i, :done, old.start : old.stop])
             self._sort(i, slice(done, None), have.segments[old.start : old.stop], old.start, tables[done:, s - first])
         self.tables[i, :, first : len(want)] = tables
         self.segments[i] = tuple(want)
@@ -235,23 +232,27 @@ class SegmentedInvertedLists(StoredTokens):
         parts, old = segments[merging.first : merging.stop], have.merging
         done = old.heads if old is not None and have.segments[old.first : old.stop] == parts else 0
         heads = slice(done, merging.heads)
-        table = self.tables.new_empty((merging.heads - done, self.nlist + 1))
         self._undo.before_tables(self.arena, i, slice(merging.first, merging.stop))
-        self._sort(i, heads, parts, merging.first, table)
-        self.tables[i, heads, merging.first : merging.stop] = cut_table(table, parts)
+        self._sort(i, heads, parts, merging.first, None)
         for s in range(merging.first, min(merging.stop, self.num_means(i))):
             self._mean_runs(i, s, heads)
 
-    def _sort(self, i: int, heads: slice, parts: Sequence[Segment], first: int, table: Tensor) -> None:
+    def _sort(self, i: int, heads: slice, parts: Sequence[Segment], first: int, table: Tensor | None) -> None:
         """Sort the rows of these neighbours, of which the first is segment number ``first``, as those of one segment.
 
-        table : int32 (heads, l + 1) out.
+        table : int32 (heads, l + 1) out; None: their tables become it, cut at their bounds.
         """
-        lists = merged_lists(self.tables[i, heads, first:], parts, (parts[0][0], parts[-1][1]), _none_fresh)
-        self._undo.before_move(self.arena, i, slice(parts[0][0], parts[-1][1]), heads)
+        start, stop = parts[0][0], parts[-1][1]
+        tables = self.tables[i, heads, first : first + len(parts)]
+        self._undo.before_move(self.arena, i, slice(start, stop), heads)
         rows = self.keys[i, heads], self.values[i, heads], self.ids[i, heads]
-        self.backend.seal(*rows, parts[0][0], lists, table)
-        self.rows_moved += lists.numel()
+        if not self.backend.merge(*rows, parts, tables, table):
+            lists = merged_lists(tables, parts, (start, stop), _none_fresh)
+            joined = tables.new_empty((len(tables), self.nlist + 1)) if table is None else table
+            self.backend.seal(*rows, start, lists, joined)
+            if table is None:
+                tables.copy_(cut_table(joined, parts))
+        self.rows_moved += len(tables) * (stop - start)
 
     def _assigned(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
         """List numbers of recent rows by the quantizer: int32 (h, n); of as many as were assigned ahead without asking it."""
