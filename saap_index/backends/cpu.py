@@ -29,12 +29,14 @@ from .addresses import (
     code_of,
     codes_of,
     dtype_names,
+    listed_rows,
     lists_of,
     means_of,
     places_of,
     plain,
     rows_of,
     rows_to_seal,
+    sequence_of,
     target_of,
     tokens_of,
 )
@@ -126,19 +128,11 @@ class CpuBackend(Backend):
         self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], tables: Tensor,
         joined: Tensor | None,
     ) -> bool:
-        h, capacity, d = keys.shape
-        e, lists, bounds = values.shape[-1], tables.shape[2] - 1, [segments[0][0], *(stop for _, stop in segments)]
+        h, capacity, lists, bounds = *keys.shape[:2], tables.shape[2] - 1, [segments[0][0], *(stop for _, stop in segments)]
         if not (0 <= bounds[0] and bounds == sorted(bounds) and bounds[-1] <= capacity):
             raise LengthError(f"segments: expected neighbours within {capacity} rows, got {list(segments)}")
         self._module().merge(
-            BYTES_CODE if keys.dtype is torch.uint8 else code_of("keys", keys),
-            plain("keys", keys, keys.dtype, (h, capacity, d)),
-            plain("values", values, keys.dtype, (h, capacity, e)),
-            plain("ids", ids, I32, (h, capacity)),
-            h,
-            capacity,
-            d,
-            e,
+            *sequence_of(keys, values, ids),
             bounds,
             lists,
             *lists_of("tables", tables, I32, (h, len(segments), lists + 1)),
@@ -269,12 +263,7 @@ class CpuBackend(Backend):
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
         k_at = plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
         v_at = plain("arena_values", arena_values, dtype, (b, h, capacity, e))
-        rows_at = counts_at = t = 0
-        if rows is not None and counts is not None:
-            t = rows.shape[2]
-            rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
-        elif rows is not counts:
-            raise ShapeError("rows, counts: expected both or neither")
+        listed = listed_rows(rows, counts, b, h)
         check_spans(sinks, sealed, lengths, b, capacity, coded)
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
@@ -291,9 +280,7 @@ class CpuBackend(Backend):
             d,
             e,
             capacity,
-            rows_at if t else 0,
-            counts_at,
-            t,
+            *listed,
             list(sinks),
             list(sealed),
             list(lengths),
@@ -303,7 +290,7 @@ class CpuBackend(Backend):
             lse.data_ptr(),
             *(NO_TAIL if tail is None else means_of(tail, dtype, (b, h, d, e))),
             *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
-            0 if biases is None or not t else plain("biases", biases, F32, (b, h, t)),
+            0 if biases is None or not listed[0] else plain("biases", biases, F32, (b, h, listed[2])),
         )
         return out, lse
 
@@ -315,12 +302,7 @@ class CpuBackend(Backend):
         capacity, n = arena_keys.shape[2], b * q
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
         k_at = plain("arena_keys", arena_keys, arena_keys.dtype, (b, h, capacity, d))
-        rows_at = counts_at = t = 0
-        if rows is not None and counts is not None:
-            t = rows.shape[2]
-            rows_at, counts_at = plain("rows", rows, I32, (n, h, t)), plain("counts", counts, I32, (n, h))
-        elif rows is not counts:
-            raise ShapeError("rows, counts: expected both or neither")
+        listed = listed_rows(rows, counts, n, h)
         check_spans(sinks, sealed, lengths, n, capacity)
         scores = torch.empty((b, h, g, q, k), dtype=F32, device="cpu")
         rows_of_best = torch.empty((b, h, g, q, k), dtype=torch.int64, device="cpu")
@@ -335,9 +317,7 @@ class CpuBackend(Backend):
             q,
             d,
             capacity,
-            rows_at if t else 0,
-            counts_at,
-            t,
+            *listed,
             list(sinks),
             list(sealed),
             list(lengths),
