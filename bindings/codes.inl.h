@@ -417,58 +417,69 @@ template <class Term> INLINE double sum_terms(double* x, int dim, Term&& term) {
   return pairwise_sum(x, quarter);
 }
 
-// Every product below is of numbers whose significands together fit a double, so a fused multiplication rounds like two steps.
-void encode4(const float* row, int dim, uint8_t* code) {
+// Several rows at a time, so that none waits for the sum, the root and the quotients of another. Every product below is of numbers
+// whose significands together fit a double, so a fused multiplication rounds like two steps.
+void encode4(const float* rows, int64_t stride, int n, int dim, uint8_t* codes) {
   alignas(64) double x[256 + 16], terms[256 + 16];
-  alignas(64) float turned[256 + 16];
+  alignas(64) float turned[kEncodeRows][256 + 16];
   alignas(64) int32_t number[256 + 16], level[256 + 16];
-  hadamard(x, dim, [&](int i) __attribute__((always_inline)) {  // past the row there are zeros
-    half_vf a, b;
-    std::memcpy(&a, row + i, sizeof a), std::memcpy(&b, kSigns.of + i, sizeof b);
-    return widen(a * b);
-  });
+  double divisors[kEncodeRows];
+  Bounds bounds[kEncodeRows];
   const vd largest = 3.4028234663852886e38 - vd{};
-  const double unit = std::sqrt(sum_terms(terms, dim, [&](int i) __attribute__((always_inline)) {
-    vd wide = load_doubles(x + i);
-    wide = wide > largest ? largest : wide;
-    wide = wide < -largest ? -largest : wide;
-    const half_vf rounded = narrow(wide);
-    std::memcpy(turned + i, &rounded, sizeof rounded);
-    wide = widen(rounded);
-    return wide * wide;
-  }) / dim) / kGauss;
-  const double divisor = unit > 0 ? unit : 1;
-  Bounds bounds{};
-  for (int k = 0; k < 7; k++) bounds.of[k] = last_below((kLevels[k] + kLevels[k + 1]) / 2.0, divisor);
-  for (int i = dim; i < dim + 16; i++) turned[i] = 0;  // a vector, at most
-  vi squares{};  // whole, so in any order
-  for (int i = 0; i < dim; i += W) {
-    const vf x = load(turned + i);
-    const vi negative = x < vf{};
-    vi index, positive;
-    find_level((vf)((vi)x & 0x7fffffff), bounds, index, positive);
-    const vi named = index + (negative & 8), signed_level = (positive ^ negative) - negative;
-    std::memcpy(number + i, &named, sizeof named), std::memcpy(level + i, &signed_level, sizeof signed_level);
-    squares += positive * positive;
+  for (int r = 0; r < n; r++) {
+    hadamard(x, dim, [&](int i) __attribute__((always_inline)) {  // past the row there are zeros
+      half_vf a, b;
+      std::memcpy(&a, rows + r * stride + i, sizeof a), std::memcpy(&b, kSigns.of + i, sizeof b);
+      return widen(a * b);
+    });
+    divisors[r] = sum_terms(terms, dim, [&](int i) __attribute__((always_inline)) {
+      vd wide = load_doubles(x + i);
+      wide = wide > largest ? largest : wide;
+      wide = wide < -largest ? -largest : wide;
+      const half_vf rounded = narrow(wide);
+      std::memcpy(turned[r] + i, &rounded, sizeof rounded);
+      wide = widen(rounded);
+      return wide * wide;
+    });
+    for (int i = dim; i < dim + 16; i++) turned[r][i] = 0;  // a vector, at most
   }
-  int square_sum = -((W - dim % W) % W) * kLevels[0] * kLevels[0];  // what the zeros behind the row were named
-  for (int i = 0; i < W; i++) square_sum += squares[i];
-  const double product = sum_terms(terms, dim, [&](int i) __attribute__((always_inline)) { return load_doubles(turned + i) * load_doubles(level + i); });
-  const float scale = (float)(product / square_sum);
-  int start = 0;
-  for (; start + kRun <= dim; start += kRun)
-    for (int i = 0; i < kRun / 2; i += W) {
-      vi low, high;
-      std::memcpy(&low, number + start + i, sizeof low), std::memcpy(&high, number + start + kRun / 2 + i, sizeof high);
-      store_low_bytes(low | high << 4, code + start / 2 + i);
+  for (int r = 0; r < n; r++) {
+    const double unit = std::sqrt(divisors[r] / dim) / kGauss;
+    divisors[r] = unit > 0 ? unit : 1;
+  }
+  for (int r = 0; r < n; r++)
+    for (int k = 0; k < 8; k++) bounds[r].of[k] = k < 7 ? last_below((kLevels[k] + kLevels[k + 1]) / 2.0, divisors[r]) : 0;
+  for (int r = 0; r < n; r++) {
+    uint8_t* code = codes + (int64_t)r * code_bytes<4>(dim);
+    vi squares{};  // whole, so in any order
+    for (int i = 0; i < dim; i += W) {
+      const vf x = load(turned[r] + i);
+      const vi negative = x < vf{};
+      vi index, positive;
+      find_level((vf)((vi)x & 0x7fffffff), bounds[r], index, positive);
+      const vi named = index + (negative & 8), signed_level = (positive ^ negative) - negative;
+      std::memcpy(number + i, &named, sizeof named), std::memcpy(level + i, &signed_level, sizeof signed_level);
+      squares += positive * positive;
     }
-  const int half = (dim - start) / 2;
-  for (int i = 0; i < half; i++) code[start / 2 + i] = (uint8_t)(number[start + i] | number[start + half + i] << 4);
-  std::memcpy(code + dim / 2, &scale, sizeof scale);
+    int square_sum = -((W - dim % W) % W) * kLevels[0] * kLevels[0];  // what the zeros behind the row were named
+    for (int i = 0; i < W; i++) square_sum += squares[i];
+    const double product =
+        sum_terms(terms, dim, [&](int i) __attribute__((always_inline)) { return load_doubles(turned[r] + i) * load_doubles(level + i); });
+    const float scale = (float)(product / square_sum);
+    int start = 0;
+    for (; start + kRun <= dim; start += kRun)
+      for (int i = 0; i < kRun / 2; i += W) {
+        vi low, high;
+        std::memcpy(&low, number + start + i, sizeof low), std::memcpy(&high, number + start + kRun / 2 + i, sizeof high);
+        store_low_bytes(low | high << 4, code + start / 2 + i);
+      }
+    const int half = (dim - start) / 2;
+    for (int i = 0; i < half; i++) code[start / 2 + i] = (uint8_t)(number[start + i] | number[start + half + i] << 4);
+    std::memcpy(code + dim / 2, &scale, sizeof scale);
+  }
 }
 
-// row: dim floats and zeros up to a multiple of W.
-void encode(int bits, const float* row, int dim, uint8_t* code) {
-  if (bits == 8) return encode8(row, dim, code);
-  encode4(row, dim, code);
+void encode(int bits, const float* rows, int64_t stride, int n, int dim, uint8_t* codes) {
+  if (bits == 4) return encode4(rows, stride, n, dim, codes);
+  for (int r = 0; r < n; r++) encode8(rows + r * stride, dim, codes + (int64_t)r * code_bytes<8>(dim));
 }

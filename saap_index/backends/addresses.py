@@ -62,6 +62,22 @@ def listed_rows(rows: Tensor | None, counts: Tensor | None, b: int, h: int) -> t
     return rows_at if t else 0, counts_at, t
 
 
+def rows_to_merge(
+    keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], tables: Tensor, joined: Tensor | None
+) -> tuple[Any, ...]:
+    """Arguments of `Backend.merge` as the module takes them: as `rows_to_seal`, with the bounds of the segments."""
+    h, capacity, lists, bounds = *keys.shape[:2], tables.shape[2] - 1, [segments[0][0], *(stop for _, stop in segments)]
+    if not (0 <= bounds[0] and bounds == sorted(bounds) and bounds[-1] <= capacity):
+        raise LengthError(f"segments: expected neighbours within {capacity} rows, got {list(segments)}")
+    return (
+        *sequence_of(keys, values, ids),
+        bounds,
+        lists,
+        *lists_of("tables", tables, I32, (h, len(segments), lists + 1)),
+        *((0, 0) if joined is None else (rows_of("joined", joined, I32, (h, lists + 1)), joined.stride(0))),
+    )
+
+
 def means_of(tail: Tail, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
     """runs, counts, x, means of keys and values, M, tables, S, l as the module takes them."""
     b, h, d, e = shape

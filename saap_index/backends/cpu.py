@@ -35,8 +35,8 @@ from .addresses import (
     places_of,
     plain,
     rows_of,
+    rows_to_merge,
     rows_to_seal,
-    sequence_of,
     target_of,
     tokens_of,
 )
@@ -128,16 +128,7 @@ class CpuBackend(Backend):
         self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], tables: Tensor,
         joined: Tensor | None,
     ) -> bool:
-        h, capacity, lists, bounds = *keys.shape[:2], tables.shape[2] - 1, [segments[0][0], *(stop for _, stop in segments)]
-        if not (0 <= bounds[0] and bounds == sorted(bounds) and bounds[-1] <= capacity):
-            raise LengthError(f"segments: expected neighbours within {capacity} rows, got {list(segments)}")
-        self._module().merge(
-            *sequence_of(keys, values, ids),
-            bounds,
-            lists,
-            *lists_of("tables", tables, I32, (h, len(segments), lists + 1)),
-            *((0, 0) if joined is None else (rows_of("joined", joined, I32, (h, lists + 1)), joined.stride(0))),
-        )
+        self._module().merge(*rows_to_merge(keys, values, ids, segments, tables, joined))
         return True
 
     def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-AHEAD_ROWS = 32
-"""Rows of a sequence that are assigned together, at most."""
+AHEAD_ROWS = 24
+"""Rows of a sequence that are assigned together, at most: a multiple of what the kernels multiply at once (`kRows`)."""
 
 AHEAD_TOKENS = 8
 """Tokens from one time to the next."""

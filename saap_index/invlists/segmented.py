@@ -266,7 +266,11 @@ class SegmentedInvertedLists(StoredTokens):
 
     def _recent_lists(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
         """List numbers of recent rows about to be sealed, whose ids are written: int32 (h, n)."""
-        self.ids[i, :, start:stop] = torch.from_numpy(self.gaps[i].positions(np.arange(start, stop))).to(self.ids)
+        positions = self.gaps[i].positions(np.arange(start, stop))
+        if self.ids.is_cpu:
+            self.ids.numpy()[i, :, start:stop] = positions  # in a fraction of the time that torch takes
+        else:
+            self.ids[i, :, start:stop] = torch.from_numpy(positions).to(self.ids)
         if not self._lists_missing(i, start, stop):
             assert self.pending is not None
             return self.pending[i, :, start:stop]
