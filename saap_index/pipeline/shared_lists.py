@@ -13,7 +13,6 @@ from ..hf.models import LoadedModel
 from ..routers import LayerRouters, Routers
 from ..routing.quantizer import MAX_POINTS_PER_CENTROID, KeyQuantizer, require_faiss
 from . import capture
-from .layers import shared_lists
 from .texts import TokenSequence
 
 
@@ -50,6 +49,6 @@ def with_shared_lists(
         if number not in wanted:
             return layer
         quantizer = KeyQuantizer.train(torch.cat(found.pop(number), 1), nlist, seed=seed * 1009 + number)
-        return replace(layer, shared_lists=shared_lists(quantizer))
+        return replace(layer, shared_lists=quantizer.rounded())
 
     return Routers(routers.config, {number: made(number, layer) for number, layer in routers.layers.items()})
