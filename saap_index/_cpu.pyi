@@ -333,6 +333,8 @@ def find_pages(
     arg8: int,
     arg9: int,
     arg10: int,
+    arg11: int,
+    arg12: int,
     /,
 ) -> None: ...
 def scan_pages(
@@ -351,6 +353,7 @@ def scan_pages(
     arg12: bool,
     arg13: int,
     arg14: int,
+    arg15: int,
     /,
 ) -> None: ...
 def search_pages(
@@ -370,6 +373,9 @@ def search_pages(
     nprobe: int,
     budgets: int,
     unread_mass: int,
+    sampled: int,
+    exponents: int,
+    caps: int,
     q: int,
     q_type: int,
     g: int,
