@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ParameterError, ShapeError
-from .codes import DTYPE_CODES
+from .codes import BYTES_CODE, DTYPE_CODES
 from .scalar_quantizer import Coded
 from .types import MAX_EXPONENT, MAX_SAMPLED, Budget, Probed, Rotation, Tail
 
@@ -194,6 +194,37 @@ def target_of(arena_keys: Tensor, arena_values: Tensor) -> Target:
     (b, h, capacity, d), e, dtype = arena_keys.shape, arena_values.shape[-1], arena_keys.dtype
     at = plain("arena_keys", arena_keys, dtype, arena_keys.shape), plain("arena_values", arena_values, dtype, (b, h, capacity, e))
     return Target((b, h, d, e), capacity, dtype, code_of("arena_keys", arena_keys), at)
+
+
+def tokens_of(target: Target, keys: Tensor, values: Tensor) -> tuple[int, ...]:
+    """Address and strides over b, h and n of new keys (b, h, n, d), then of values (b, h, n, e), as the module takes them."""
+    (b, h, d, e), n = target.shape, keys.shape[2]
+    k_at, v_at = rows_of("keys", keys, target.dtype, (b, h, n, d)), rows_of("values", values, target.dtype, (b, h, n, e))
+    return k_at, *keys.stride()[:3], v_at, *values.stride()[:3]
+
+
+def rows_to_seal(keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> tuple[int, ...]:
+    """Arguments of `Backend.seal` as the module takes them: code of the dtype, addresses, sizes, first row and number of rows."""
+    h, capacity, d = keys.shape
+    e, n, lists = values.shape[-1], list_nos.shape[1], table.shape[1] - 1
+    if not 0 <= start <= capacity - n:
+        raise LengthError(f"start: expected {n} rows within {capacity}, got them from row {start}")
+    return (
+        BYTES_CODE if keys.dtype is torch.uint8 else code_of("keys", keys),
+        plain("keys", keys, keys.dtype, (h, capacity, d)),
+        plain("values", values, keys.dtype, (h, capacity, e)),
+        plain("ids", ids, I32, (h, capacity)),
+        h,
+        capacity,
+        d,
+        e,
+        start,
+        n,
+        plain("list_nos", list_nos, I32, (h, n)),
+        lists,
+        rows_of("table", table, I32, (h, lists + 1)),
+        table.stride(0),
+    )
 
 
 def places_of(module: Any, tables: Tensor, num_segments: Sequence[int], budget: Budget, shape: tuple[int, int, int]) -> Places:

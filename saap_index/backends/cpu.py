@@ -34,10 +34,12 @@ from .addresses import (
     places_of,
     plain,
     rows_of,
+    rows_to_seal,
     target_of,
+    tokens_of,
 )
 from .base import Backend, Session
-from .codes import BYTES_CODE, DTYPE_CODES, SEALED, SEGMENTS, SINKS
+from .codes import DTYPE_CODES, SEALED, SEGMENTS, SINKS
 from .scalar_quantizer import SCALE_BYTES, Coded, StorageCode
 from .threads import available_cores
 from .types import Budget, Frequencies, Placement, Plan, Probed, Rotation, Routing, Tail
@@ -94,7 +96,7 @@ class CpuBackend(Backend):
     def append_to(self, target: Target, keys: Tensor, values: Tensor, starts: Sequence[int], counts: Sequence[int]) -> bool:
         """`append` to an arena that was checked before."""
         (b, h, d, e), n, capacity = target.shape, keys.shape[2], target.capacity
-        k_at, v_at = rows_of("keys", keys, target.dtype, (b, h, n, d)), rows_of("values", values, target.dtype, (b, h, n, e))
+        rows = tokens_of(target, keys, values)
         if len(starts) != b or len(counts) != b:
             raise ShapeError(f"starts, counts: expected {b} numbers each, got {len(starts)} and {len(counts)}")
         for start, count in zip(starts, counts, strict=True):
@@ -102,9 +104,7 @@ class CpuBackend(Backend):
                 raise LengthError(
                     f"starts, counts: expected at most {n} tokens within {capacity} rows, got {count} tokens from row {start}"
                 )
-        (kb, kh, kn, _), (vb, vh, vn, _) = keys.stride(), values.stride()
-        rows = k_at, kb, kh, kn, v_at, vb, vh, vn, *target.addresses
-        return bool(self._module().append(target.code, *rows, b, h, capacity, d, e, starts, counts))
+        return bool(self._module().append(target.code, *rows, *target.addresses, b, h, capacity, d, e, starts, counts))
 
     def prepare_quantizer(self, centroids: Tensor) -> Any:
         h, lists, d = centroids.shape
@@ -120,26 +120,7 @@ class CpuBackend(Backend):
         return out
 
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
-        h, capacity, d = keys.shape
-        e, n, lists = values.shape[-1], list_nos.shape[1], table.shape[1] - 1
-        if not 0 <= start <= capacity - n:
-            raise LengthError(f"start: expected {n} rows within {capacity}, got them from row {start}")
-        self._module().seal(
-            BYTES_CODE if keys.dtype is torch.uint8 else code_of("keys", keys),
-            plain("keys", keys, keys.dtype, (h, capacity, d)),
-            plain("values", values, keys.dtype, (h, capacity, e)),
-            plain("ids", ids, I32, (h, capacity)),
-            h,
-            capacity,
-            d,
-            e,
-            start,
-            n,
-            plain("list_nos", list_nos, I32, (h, n)),
-            lists,
-            rows_of("table", table, I32, (h, lists + 1)),
-            table.stride(0),
-        )
+        self._module().seal(*rows_to_seal(keys, values, ids, start, list_nos, table))
 
     def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
         for name, x, bits, out in (

@@ -28,6 +28,10 @@ class Ahead(NamedTuple):
     def stop(self) -> int:
         return self.first + self.lists.shape[1]
 
+    def part(self, start: int, stop: int) -> list[Tensor]:
+        """List numbers of the leading rows of [start, stop) that are known: int32 (h, n), or none."""
+        return [self.lists[:, start - self.first : stop - self.first]] if self.first <= start < self.stop else []
+
     def up_to(self, length: int) -> Ahead | None:
         """The same of a sequence of which ``length`` rows are left."""
         return None if length <= self.first else Ahead(self.first, self.lists[:, : length - self.first])
@@ -50,9 +54,12 @@ def next_time(sealed_at: int, assigned: int, stop: int) -> int:
     return min(sealed_at, max(at, assigned + min(left, AHEAD_ROWS)))
 
 
-def due_rows(length: int, sealed_at: int, assigned: int, stop: int) -> int:
-    """Past which row lists are to be assigned with ``length`` tokens, ``assigned`` or more; other arguments as above."""
-    if length < next_time(sealed_at, assigned, stop):
-        return assigned
+def due_rows(length: int, sealed_at: int, assigned: int, stop: int) -> tuple[int, int]:
+    """Past which row lists are to be assigned with ``length`` tokens, ``assigned`` or more, and the `next_time` after that; other
+    arguments as above."""
+    again = next_time(sealed_at, assigned, stop)
+    if length < again:
+        return assigned, again
     wait = AHEAD_ROWS * (-(-(sealed_at - length) // AHEAD_TOKENS) - 1)
-    return max(assigned, min(length, stop - max(0, wait)))
+    until = max(assigned, min(length, stop - max(0, wait)))
+    return until, next_time(sealed_at, until, stop)

@@ -119,7 +119,7 @@ def _served(
     if parts is None:
         raise CompatibilityError(
             f"routers: expected lists that all prompts share in layer {number}, got those that each prompt makes its own: in an "
-            "engine prompts share pages. `saap train` makes both; saap_index.pipeline.shared_lists adds them to older routers"
+            "engine prompts share pages. `saap train`, also with --quick, makes both: train anew"
         )
     quantizer, router = parts
     total, nlist, _ = quantizer.centroids.shape

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 
 from saap_index.backends.cpu import CpuBackend
@@ -126,7 +127,7 @@ def check_scan(
             assert np.abs(got_lse[~empty] - want_lse[~empty]).max(initial=0) <= NOISE * reach * 8
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     dtype=DTYPES,
     d=DIMS,
@@ -297,7 +298,7 @@ def probe_head(
     return sorted(taken)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(data=st.data(), seed=SEEDS, size_weighted=st.booleans(), ties=st.booleans())
 def test_probe(data: st.DataObject, seed: int, size_weighted: bool, ties: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -373,7 +374,7 @@ def rotations(n: int, d: int, seed: int) -> st.SearchStrategy[Rotation | None]:
     return st.one_of(st.none(), st.builds(make, st.sampled_from([d // 2, d // 4, 1]), st.booleans()))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data(), dtype=DTYPES, d=DIMS, n=st.integers(0, 220), lists=st.integers(1, 70), seed=SEEDS)
 def test_assign(data: st.DataObject, dtype: torch.dtype, d: int, n: int, lists: int, seed: int) -> None:
     h = data.draw(st.integers(1, 3))
@@ -395,7 +396,7 @@ def test_assign_ties_go_to_the_lower_list() -> None:
     assert (got == 7).all()
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data(), dtype=DTYPES, d=DIMS, seed=SEEDS)
 def test_route(data: st.DataObject, dtype: torch.dtype, d: int, seed: int) -> None:
     b, h, g, q = (data.draw(st.integers(1, most)) for most in (2, 3, 8, 12))
@@ -430,7 +431,7 @@ def test_route(data: st.DataObject, dtype: torch.dtype, d: int, seed: int) -> No
 # -- moving rows ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data(), dtype=DTYPES, d=DIMS, e=DIMS, n=st.integers(0, 300), lists=st.integers(1, 40), seed=SEEDS)
 def test_seal(data: st.DataObject, dtype: torch.dtype, d: int, e: int, n: int, lists: int, seed: int) -> None:
     h, start, capacity = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 5)), n + 9
@@ -458,7 +459,7 @@ def test_seal_refuses_list_numbers_out_of_range() -> None:
             CPU.seal(x, x.clone(), ids, 0, torch.full((1, 4), bad, dtype=torch.int32), torch.zeros((1, 6), dtype=torch.int32))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(data=st.data(), dtype=DTYPES, seed=SEEDS, bad=st.sampled_from([None, float("nan"), float("inf"), float("-inf")]))
 def test_append(data: st.DataObject, dtype: torch.dtype, seed: int, bad: float | None) -> None:
     b, h, n, d, e = 2, 3, data.draw(st.integers(1, 600)), 40, 24
