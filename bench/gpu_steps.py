@@ -138,7 +138,7 @@ def sealing(size: Size, constants: dict[str, float]) -> dict[str, Any]:
         if not kind:
             continue
         starts, predictions = [], []
-        for start, lines, nbytes in counted_change(size, kind[len(kind) // 2]):
+        for start, lines, nbytes in counted_change(replace(size, room=size.room + tokens), kind[len(kind) // 2]):
             blocks = machine_code(start.file, start.kernel, tuple(sorted(start.macros.items())), "sm_90")
             starts.append(start)
             predictions.append(predict(start, blocks, lines, nbytes, constants))
