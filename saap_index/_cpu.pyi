@@ -350,6 +350,8 @@ def find_pages(
     arg8: int,
     arg9: int,
     arg10: int,
+    arg11: int,
+    arg12: int,
     /,
 ) -> None: ...
 def scan_pages(
@@ -368,6 +370,7 @@ def scan_pages(
     arg12: bool,
     arg13: int,
     arg14: int,
+    arg15: int,
     /,
 ) -> None: ...
 def search_pages(
@@ -387,6 +390,9 @@ def search_pages(
     nprobe: int,
     budgets: int,
     unread_mass: int,
+    sampled: int,
+    exponents: int,
+    caps: int,
     q: int,
     q_type: int,
     g: int,

@@ -29,6 +29,7 @@ from .addresses import (
     code_of,
     codes_of,
     dtype_names,
+    listed_rows,
     lists_of,
     means_of,
     places_of,
@@ -253,12 +254,7 @@ class CpuBackend(Backend):
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
         k_at = plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
         v_at = plain("arena_values", arena_values, dtype, (b, h, capacity, e))
-        rows_at = counts_at = t = 0
-        if rows is not None and counts is not None:
-            t = rows.shape[2]
-            rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
-        elif rows is not counts:
-            raise ShapeError("rows, counts: expected both or neither")
+        listed = listed_rows(rows, counts, b, h)
         check_spans(sinks, sealed, lengths, b, capacity, coded)
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
@@ -275,9 +271,7 @@ class CpuBackend(Backend):
             d,
             e,
             capacity,
-            rows_at if t else 0,
-            counts_at,
-            t,
+            *listed,
             list(sinks),
             list(sealed),
             list(lengths),
@@ -287,7 +281,7 @@ class CpuBackend(Backend):
             lse.data_ptr(),
             *(NO_TAIL if tail is None else means_of(tail, dtype, (b, h, d, e))),
             *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
-            0 if biases is None or not t else plain("biases", biases, F32, (b, h, t)),
+            0 if biases is None or not listed[0] else plain("biases", biases, F32, (b, h, listed[2])),
         )
         return out, lse
 
@@ -299,12 +293,7 @@ class CpuBackend(Backend):
         capacity, n = arena_keys.shape[2], b * q
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
         k_at = plain("arena_keys", arena_keys, arena_keys.dtype, (b, h, capacity, d))
-        rows_at = counts_at = t = 0
-        if rows is not None and counts is not None:
-            t = rows.shape[2]
-            rows_at, counts_at = plain("rows", rows, I32, (n, h, t)), plain("counts", counts, I32, (n, h))
-        elif rows is not counts:
-            raise ShapeError("rows, counts: expected both or neither")
+        listed = listed_rows(rows, counts, n, h)
         check_spans(sinks, sealed, lengths, n, capacity)
         scores = torch.empty((b, h, g, q, k), dtype=F32, device="cpu")
         rows_of_best = torch.empty((b, h, g, q, k), dtype=torch.int64, device="cpu")
@@ -319,9 +308,7 @@ class CpuBackend(Backend):
             q,
             d,
             capacity,
-            rows_at if t else 0,
-            counts_at,
-            t,
+            *listed,
             list(sinks),
             list(sealed),
             list(lengths),

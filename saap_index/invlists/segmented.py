@@ -133,9 +133,7 @@ class SegmentedInvertedLists(StoredTokens):
             self._set_arena(memory)
         return KnownLists(lists)
 
-    def _seal_together(
-        self, wanted: dict[int, Arrangement], assign: Assign, final: bool = False
-    ) -> dict[int, Arrangement]:
+    def _seal_together(self, wanted: dict[int, Arrangement], assign: Assign, final: bool = False) -> dict[int, Arrangement]:
         """`_seal_alone` of these sequences in one go, where the backend can; returns those that are left. final: it will not be
         taken back."""
         quantizer = assign.by_position()
@@ -214,8 +212,8 @@ class SegmentedInvertedLists(StoredTokens):
                 self.backend.seal_many(*rows, want[run[0] : run[-1] + 1], torch.cat(list_nos, 1), tables[:, part])
             self.rows_moved += sum(map(Tensor.numel, list_nos))
         for s, old in partly:
-            same = have.merging is not None and (have.merging.first, have.merging.stop) == (old.start, old.stop)
-            done = have.merging.heads if have.merging is not None and same else 0
+            now = have.merging
+            done = now.heads if now is not None and (now.first, now.stop) == (old.start, old.stop) else 0
             if done:
                 tables[:done, s - first] = joined_table(self.tables[i, :done, old.start : old.stop])
             self._sort(i, slice(done, None), have.segments[old.start : old.stop], old.start, tables[done:, s - first])

@@ -98,25 +98,27 @@ class PromptFit:
     """tower : the routers, or None if those of before were kept; before, after : cross-entropy in nats on what was held out, of
     the routers that were there and of the new ones, nan without any; queries : positions that were sampled. measured : what the
     routers that are used from now on lose at each budget, on queries that were held out; None without values, or where none of
-    these has a sealed token."""
+    these has a sealed token. lists : of the keys of this prompt and those before, for where prompts share them."""
 
     tower: TwoTower | None
     before: float
     after: float
     queries: int
-    measured: Measured | None = None
+    measured: Measured | None
+    lists: KeyQuantizer
 
 
 @full_precision
 def fit_prompt(
     keys: Tensor, queries: Tensor, positions: np.ndarray, rope: Rope | None, scale: float, layout: Layout,
     options: PromptTraining, start: TwoTower | None = None, lengths: np.ndarray | None = None, values: Tensor | None = None,
+    shared: KeyQuantizer | None = None, prompts: int = 0,
 ) -> PromptFit:
     """Train the routers of one layer, or refine ``start``.
 
     keys : float (h, n, d) and queries : float (hq, q, d) as attention sees them; positions : int64 (q,) of the queries, each
     before n; lengths : int64 (n,), those that the keys were rotated at, where the angles depend on them. values : float
-    (h, n, e), with which budgets are measured.
+    (h, n, e), with which budgets are measured. shared : lists of so many prompts before, counted as if as long as this one.
 
     Deterministic for a seed and thread count. LengthError with too few queries past window and sinks to fit and hold out any.
     """
@@ -132,6 +134,7 @@ def fit_prompt(
         coarse, routed = rope.unrotate(coarse, np.arange(n), by_key), rope.unrotate(grouped, positions, by_query)
     quantizer = KeyQuantizer.of_prompt(coarse, options.nlist, assign=_assign)
     lists = _assign(quantizer.centroids, coarse)
+    shared = quantizer if shared is None else shared.refined(coarse, prompts * n, assign=_assign)
     del coarse
     first_knot = max(MIN_FIRST_KNOT, max(1, layout.window).bit_length() - 1)
     num_knots = max(1, math.ceil(math.log2(n)) - first_knot + 1)
@@ -159,7 +162,7 @@ def fit_prompt(
     fitted, before, after = fit_tower(data, quantizer.centroids, held_out, config, first_knot, num_knots, begin)
     tower = fitted if start is None or after < before - GAIN else None
     if values is None:
-        return PromptFit(tower, before, after, count)
+        return PromptFit(tower, before, after, count, None, shared)
     del data
     outside = np.flatnonzero(positions - layout.window >= layout.sinks)
     places = np.sort(outside[shuffled[count - held_out :].numpy()][:MEASURED])
@@ -169,7 +172,7 @@ def fit_prompt(
     measured = measure(
         keys, values.float(), grouped[:, :, some], routed[:, :, some], positions[places], lists, router, sealed, scale
     )
-    return PromptFit(tower, before, after, count, measured if measured.queries else None)
+    return PromptFit(tower, before, after, count, measured if measured.queries else None, shared)
 
 
 def _assign(centroids: Tensor, keys: Tensor) -> Tensor:

@@ -77,6 +77,25 @@ def test_lists_of_a_prompt(seed: int, heads: int, n: int, nlist: int) -> None:
     assert far(found) <= far(KeyQuantizer.of_prompt(keys, nlist, niter=0)) * (1 + 1e-5)
 
 
+@given(seed=SEEDS, n=st.integers(1, 60), nlist=st.integers(1, 5), seen=st.integers(0, 200))
+def test_lists_move_towards_more_keys(seed: int, n: int, nlist: int, seen: int) -> None:
+    """Against plain means, in float64, of the keys that lie nearest and as many as a list stands for."""
+    draw = torch.Generator().manual_seed(seed)
+    before, keys = torch.randn((1, nlist, 4), generator=draw), torch.randn((1, n, 4), generator=draw)
+    want, halves, weight = before[0].double().numpy(), [keys[0].double().numpy()], seen / nlist
+    if n >= 8 * nlist:
+        halves, weight = [halves[0][1::2], halves[0][::2]], weight / 2
+    for step in range(3):
+        some, moved = halves[step % len(halves)], want.copy()
+        nearest = ((some[:, None] - want) ** 2).sum(-1).argmin(1)
+        for i in range(nlist):
+            own = some[nearest == i]
+            if len(own) or weight:
+                moved[i] = (own.sum(0) + weight * before[0, i].double().numpy()) / (len(own) + weight)
+        want = moved
+    np.testing.assert_allclose(KeyQuantizer(before).refined(keys, seen).centroids[0], want, atol=1e-4)
+
+
 def test_refusals() -> None:
     with pytest.raises(ParameterError, match="keys"):
         KeyQuantizer.of_prompt(torch.zeros(1, 0, 4), 2)
