@@ -120,9 +120,10 @@ def _served(
     device = getattr(backend, "device", torch.device("cpu"))
     unread_mass = None if target is None else layer.unread_mass(target, device)
     weights = router.weights.map(lambda x: x[own].contiguous().to(device))
-    centroids, bias = quantizer.of_heads(own).to(device).products()
+    vectors, bias = quantizer.of_heads(own).to(device).products()
+    lists = backend.prepare_quantizer(vectors.contiguous(), bias)
     rope = next((x for x in ropes if x == layer.rope), layer.rope)
     return ServedLayer(
-        number, place, rope, backend.prepare_quantizer(centroids.contiguous(), bias), backend.prepare_router(weights), nlist, router.first_knot,
+        number, place, rope, lists, backend.prepare_router(weights), nlist, router.first_knot,
         router.size_weighted, np.asarray(shares, np.float32), unread_mass,
     )
