@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help setup demo compare routers test test-dtypes test-vllm newest oldest versions test-gpu lint stubs docs wheel bench bench-gpu clean
+.PHONY: help setup demo compare routers test suite types test-dtypes test-vllm newest oldest versions test-gpu lint stubs docs wheel bench bench-gpu clean
 
 help: ## at once | show this; the second column says how long it takes on two cores, without downloads
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## (.*) \| /\t\1\t/' | expand -t 12,22
@@ -34,10 +34,17 @@ compare: setup ## minutes | sparse attention methods side by side on SmolLM2-135
 routers: setup ## ~ 30 min | train routers for all layers of SmolLM2-135M; kept in the cache folder, the demo's and tests' to use
 	$(BIN)/python -m saap_lab.smollm2.routers
 
-test: setup lint ## ~ 15 min | lint, and everything that needs no GPU
+test: setup ## ~ 25 min | lint, and everything that needs no GPU
+	$(BIN)/ruff check .
+	$(MAKE) --no-print-directory --jobs 2 types suite
+
+suite: setup
 	$(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-newest: setup ## > 15 min | the tests with the newest of every package, in an environment of its own; says what is newer, and what broke
+types: setup
+	$(BIN)/mypy saap_index bench
+
+newest: setup ## > 25 min | the tests with the newest of every package, in an environment of its own; says what is newer, and what broke
 	$(BIN)/python tests/versions.py newest --jobs $(JOBS)
 
 oldest: setup ## minutes | the tests of transformers with the oldest release that is supported

@@ -1,12 +1,32 @@
 """The compiled module; everything else about the package stands in setup.cfg."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from itertools import chain
 
 import nanobind
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildAtOnce(build_ext):
+    """Compiles as many files at a time as there are cores; setuptools takes one after the other."""
+
+    def build_extension(self, ext):
+        compile_some = self.compiler.compile
+
+        def compile_all(sources, *args, **options):
+            longest_first = sorted(sources, key=lambda x: "kernels" not in x)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(chain.from_iterable(pool.map(lambda x: compile_some([x], *args, **options), longest_first)))
+
+        self.compiler.compile = compile_all
+        super().build_extension(ext)
+
 
 setup(
+    cmdclass={"build_ext": BuildAtOnce},
     # What measures the library lies with the benchmarks, and is installed beside it.
     packages=[
         *find_packages(include=["saap_index*"], exclude=["saap_index.cuda*"]),

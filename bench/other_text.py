@@ -1,11 +1,11 @@
-"""What routing captures on text of other kinds than it was trained on, and what raises it: SmolLM2, five layers, at equal tokens.
+"""What routing captures on text of other kinds than it was trained on, and what raises it: SmolLM2, five layers, equal tokens.
 
     python bench/other_text.py --text bible.txt faq.txt --captures FOLDER    each file a kind; captures are not made again
     python bench/other_text.py --text bible.txt --captures FOLDER --arms plain shipped --nlist 256 512 1024
 
-Of each file its first 8192 tokens are taken. All but the last 512 are the prompt, which makes the lists; 32 queries of the rest are
-measured, in values of bfloat16: the attention outside sinks and window that 5 % of the tokens hold, the same budget in every layer,
-in percent, means of layers and texts. The routers are those of the package, and
+Of each file its first 8192 tokens are taken. All but the last 512 are the prompt, which makes the lists; 32 queries of the rest
+are measured, in values of bfloat16: the attention outside sinks and window that 5 % of the tokens hold, the same budget in every
+layer, in percent, means of layers and texts. The routers are those of the package, and
 
     plain       lists by Euclidean distance, as before `TwoTower.transform`
     shipped     lists in the metric of the queries of the calibration's texts, as the package has it

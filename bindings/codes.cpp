@@ -13,11 +13,14 @@ void encode(int bits, DType type, Strided rows, int h, int64_t n, int dim, uint8
   const Kernels& kern = kernels();
   const int64_t blocks = (n + kRows - 1) / kRows, size = static_cast<int64_t>(size_of(type)), code = code_size(dim, bits);
   pool().run(blocks * h, [&](int64_t item) {
-    alignas(64) float row[256 + 16] = {};
-    const int64_t head = item / blocks, from = item % blocks * kRows;
-    for (int64_t i = from; i < std::min(n, from + kRows); i++) {
-      kern.load_row(type, static_cast<const char*>(rows.data) + (head * rows.h + i * rows.n) * size, dim, nullptr, nullptr, 0, false, 1, row);
-      kern.encode(bits, row, dim, out + head * out_stride + i * code);
+    alignas(64) float floats[kEncodeRows][256 + 16] = {};
+    const int64_t head = item / blocks, from = item % blocks * kRows, stop = std::min(n, from + kRows);
+    for (int64_t i = from; i < stop; i += kEncodeRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kEncodeRows, stop - i));
+      for (int r = 0; r < count; r++)
+        kern.load_row(type, static_cast<const char*>(rows.data) + (head * rows.h + (i + r) * rows.n) * size, dim, nullptr, nullptr, 0, false, 1,
+                      floats[r]);
+      kern.encode(bits, floats[0], 256 + 16, count, dim, out + head * out_stride + i * code);
     }
   });
 }

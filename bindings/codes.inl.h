@@ -193,7 +193,13 @@ void scan_codes(int value_bits, const ScanItem& it) {
 
 // -- making codes -----------------------------------------------------------------------------------------------------------
 
-INLINE float sign_of(int i) { return (uint32_t)(i + 1) * 0x9E3779B1u >> 31 ? -1.f : 1.f; }
+struct Signs {
+  alignas(64) float of[256];
+  constexpr Signs() : of() {
+    for (int i = 0; i < 256; i++) of[i] = (uint32_t)(i + 1) * 0x9E3779B1u >> 31 ? -1.f : 1.f;
+  }
+};
+constexpr Signs kSigns;
 
 // Numbers of type T in vectors of whole registers.
 template <class T> struct Lanes {
@@ -206,54 +212,77 @@ template <int H, class V, int... I> INLINE V butterfly(V x, std::integer_sequenc
   constexpr V one = {(I & H ? -1 : 1)...};
   return __builtin_shufflevector(x, x, (I ^ H)...) + x * one;
 }
-template <class T, int H> INLINE void butterflies(T* part, int size) {
-  using L = Lanes<T>;
-  for (int i = 0; i < size; i += L::count) {
-    typename L::type x;
-    std::memcpy(&x, part + i, sizeof x);
-    x = butterfly<H>(x, std::make_integer_sequence<int, L::count>{});
-    std::memcpy(part + i, &x, sizeof x);
-  }
+// The stages within a vector.
+template <class V, int... I> INLINE V lane_stages(V x, std::integer_sequence<int, I...> lanes) {
+  constexpr int count = sizeof...(I);
+  x = butterfly<1>(x, lanes);
+  if constexpr (count > 2) x = butterfly<2>(x, lanes);
+  if constexpr (count > 4) x = butterfly<4>(x, lanes);
+  if constexpr (count > 8) x = butterfly<8>(x, lanes);
+  return x;
 }
 
-// A Walsh-Hadamard transform of each block, powers of two that make up dim, in the order of additions that reference.rotate has.
-template <class T> INLINE void hadamard(T* x, int dim) {
+// The stages of a Walsh-Hadamard transform of `size` numbers from distance `half` on, a multiple of the lanes, two at a time so that
+// numbers are read half as often, and what comes out times scale.
+template <class T> INLINE void wide_stages(T* x, int size, int half, T scale) {
+  using L = Lanes<T>;
+  typedef typename L::type V;
+  auto get = [&](int i) __attribute__((always_inline)) { V v; std::memcpy(&v, x + i, sizeof v); return v; };
+  auto put = [&](int i, V v) __attribute__((always_inline)) { std::memcpy(x + i, &v, sizeof v); };
+  const V factor = scale - V{};
+  for (; 2 * half < size; half *= 4) {
+    const bool last = 4 * half >= size;
+    for (int i = 0; i < size; i += 4 * half)
+      for (int k = i; k < i + half; k += L::count) {
+        const V a = get(k), b = get(k + half), c = get(k + 2 * half), d = get(k + 3 * half);
+        const V s = a + b, t = a - b, u = c + d, v = c - d;
+        V w = s + u, y = t + v, z = s - u, e = t - v;
+        if (last) w *= factor, y *= factor, z *= factor, e *= factor;
+        put(k, w), put(k + half, y), put(k + 2 * half, z), put(k + 3 * half, e);
+      }
+  }
+  if (half < size)
+    for (int k = 0; k < half; k += L::count) {
+      const V a = get(k), b = get(k + half);
+      put(k, (a + b) * factor), put(k + half, (a - b) * factor);
+    }
+}
+
+// x (dim) = a Walsh-Hadamard transform of each block, powers of two that make up dim, of the numbers that get(i) has as [i, i + lanes),
+// in the order of additions that reference.rotate has. What get has past the row is written behind it.
+template <class T, class Get> INLINE void hadamard(T* x, int dim, Get&& get) {
   using L = Lanes<T>;
   for (int start = 0, left = dim; left; ) {
     int size = 1;
     while (2 * size <= left) size *= 2;
     T* part = x + start;
-    int half = 1;
-    if (size >= L::count) {
-      butterflies<T, 1>(part, size), half = 2;
-      if constexpr (L::count > 2) butterflies<T, 2>(part, size), half = 4;
-      if constexpr (L::count > 4) butterflies<T, 4>(part, size), half = 8;
-      if constexpr (L::count > 8) butterflies<T, 8>(part, size), half = 16;
-    }
-    for (; half < size; half *= 2)
-      for (int i = 0; i < size; i += 2 * half)
-        for (int k = i; k < i + half;) {
-          if (half >= L::count) {
-            typename L::type a, b;
-            std::memcpy(&a, part + k, sizeof a), std::memcpy(&b, part + k + half, sizeof b);
-            const typename L::type sum = a + b, difference = a - b;
-            std::memcpy(part + k, &sum, sizeof sum), std::memcpy(part + k + half, &difference, sizeof difference);
-            k += L::count;
-          } else {
+    const T scale = (T)(1 / std::sqrt((double)size));
+    if (size > L::count) {
+      for (int i = 0; i < size; i += L::count) {
+        const typename L::type v = lane_stages(get(start + i), std::make_integer_sequence<int, L::count>{});
+        std::memcpy(part + i, &v, sizeof v);
+      }
+      wide_stages(part, size, L::count, scale);
+    } else {
+      for (int i = 0; i < size; i += L::count) {
+        const typename L::type v = get(start + i);
+        std::memcpy(part + i, &v, sizeof v);
+      }
+      for (int half = 1; half < size; half *= 2)
+        for (int i = 0; i < size; i += 2 * half)
+          for (int k = i; k < i + half; k++) {
             const T a = part[k], b = part[k + half];
             part[k] = a + b, part[k + half] = a - b;
-            k++;
           }
-        }
-    const T scale = (T)(1 / std::sqrt((double)size));
-    for (int i = 0; i < size; i++) part[i] *= scale;
+      for (int i = 0; i < size; i++) part[i] *= scale;
+    }
     start += size, left -= size;
   }
 }
 
 void rotate_back(float* x, int dim) {
-  hadamard(x, dim);
-  for (int i = 0; i < dim; i++) x[i] *= sign_of(i);
+  hadamard(x, dim, [&](int i) __attribute__((always_inline)) { return load(x + i); });
+  for (int i = 0; i < dim; i++) x[i] *= kSigns.of[i];
 }
 
 // The second half added to the first until one is left. Overwrites x, which has room for a power of two.
@@ -316,49 +345,141 @@ INLINE float last_below(double bound, double divisor) {
   return x;
 }
 
-// Every product below is of numbers whose significands together fit a double, so a fused multiplication rounds like two steps.
-void encode4(const float* row, int dim, uint8_t* code) {
-  alignas(64) double x[256], terms[256];
-  alignas(64) float turned[256 + 8];
-  alignas(64) int32_t number[256 + 8], level[256 + 8];
-  for (int i = 0; i < dim; i++) x[i] = (double)(row[i] * sign_of(i));
-  hadamard(x, dim);
-  const double largest = 3.4028234663852886e38;
-  for (int i = 0; i < dim; i++) {
-    const double capped = x[i] > largest ? largest : x[i] < -largest ? -largest : x[i];
-    turned[i] = (float)capped;
-    terms[i] = (double)turned[i] * (double)turned[i];
+// How many of 7 ascending bounds each x >= 0 is beyond, and kLevels there.
+struct Bounds {
+  alignas(64) float of[8];
+};
+INLINE void find_level(vf x, const Bounds& bounds, vi& index, vi& level) {
+#if W == 8
+  const __m256 all = _mm256_load_ps(bounds.of);
+  const __m256i levels = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kLevels));
+  __m256i i = _mm256_and_si256((__m256i)(x > splat(bounds.of[3])), _mm256_set1_epi32(4));
+  const vf second = (vf)_mm256_permutevar8x32_ps(all, _mm256_add_epi32(i, _mm256_set1_epi32(1)));
+  i = _mm256_add_epi32(i, _mm256_and_si256((__m256i)(x > second), _mm256_set1_epi32(2)));
+  const vf third = (vf)_mm256_permutevar8x32_ps(all, i);
+  i = _mm256_sub_epi32(i, (__m256i)(x > third));
+  index = (vi)i;
+  level = (vi)_mm256_permutevar8x32_epi32(levels, i);
+#else
+  index = vi{}, level = splat((int32_t)kLevels[0]);
+  for (int k = 0; k < 7; k++) {
+    const vi beyond = x > splat(bounds.of[k]);
+    index -= beyond, level += beyond & splat((int32_t)(kLevels[k + 1] - kLevels[k]));
   }
-  const double unit = std::sqrt(pairwise_sum(terms, dim) / dim) / kGauss, divisor = unit > 0 ? unit : 1;
-  float bounds[7];
-  for (int k = 0; k < 7; k++) bounds[k] = last_below((kLevels[k] + kLevels[k + 1]) / 2.0, divisor);
-  for (int i = dim; i < dim + 8; i++) turned[i] = 0;  // half a vector, at most
-  vi squares{};  // whole, so in any order
-  for (int i = 0; i < dim; i += W) {
-    const vf x = load(turned + i), size = (vf)((vi)x & 0x7fffffff);
-    const vi negative = x < vf{};
-    vi index{}, positive = splat((int32_t)kLevels[0]);
-    for (int k = 0; k < 7; k++) {
-      const vi beyond = size > splat(bounds[k]);
-      index -= beyond, positive += beyond & splat((int32_t)(kLevels[k + 1] - kLevels[k]));
-    }
-    const vi named = index + (negative & 8), signed_level = (positive ^ negative) - negative;
-    std::memcpy(number + i, &named, sizeof named), std::memcpy(level + i, &signed_level, sizeof signed_level);
-    squares += positive * positive;
-  }
-  int square_sum = -(dim % W) * kLevels[0] * kLevels[0];  // what the zeros behind the row were named
-  for (int i = 0; i < W; i++) square_sum += squares[i];
-  for (int i = 0; i < dim; i++) terms[i] = (double)turned[i] * level[i];
-  const float scale = (float)(pairwise_sum(terms, dim) / square_sum);
-  for (int start = 0; start < dim; start += kRun) {
-    const int half = (dim - start < kRun ? dim - start : kRun) / 2;
-    for (int i = 0; i < half; i++) code[start / 2 + i] = (uint8_t)(number[start + i] | number[start + half + i] << 4);
-  }
-  std::memcpy(code + dim / 2, &scale, sizeof scale);
+#endif
 }
 
-// row: dim floats and zeros up to a multiple of W.
-void encode(int bits, const float* row, int dim, uint8_t* code) {
-  if (bits == 8) return encode8(row, dim, code);
-  encode4(row, dim, code);
+// Numbers below 256 as bytes.
+INLINE void store_low_bytes(vi x, uint8_t* out) {
+#if W == 16 && !defined(SAAP_EMULATE_AVX512)
+  _mm_storeu_si128((__m128i*)out, _mm512_maskz_cvtepi32_epi8((__mmask16)-1, (__m512i)x));
+#elif W == 8
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storel_epi64((__m128i*)out, _mm_packus_epi16(words, words));
+#else
+  const vb b = __builtin_convertvector(x, vb);
+  std::memcpy(out, &b, sizeof b);
+#endif
+}
+
+typedef Lanes<double>::type vd;
+constexpr int kDoubles = Lanes<double>::count;
+typedef float half_vf __attribute__((vector_size(kDoubles * 4)));
+typedef int32_t half_vi __attribute__((vector_size(kDoubles * 4)));
+#if W == 16 && !defined(SAAP_EMULATE_AVX512)
+INLINE vd widen(half_vf x) { return (vd)_mm512_maskz_cvtps_pd((__mmask8)-1, (__m256)x); }
+INLINE vd widen(half_vi x) { return (vd)_mm512_maskz_cvtepi32_pd((__mmask8)-1, (__m256i)x); }
+INLINE half_vf narrow(vd x) { return (half_vf)_mm512_maskz_cvtpd_ps((__mmask8)-1, (__m512d)x); }
+#elif W == 8  // what GCC makes of __builtin_convertvector takes twice as long
+INLINE vd widen(half_vf x) { return (vd)_mm256_cvtps_pd((__m128)x); }
+INLINE vd widen(half_vi x) { return (vd)_mm256_cvtepi32_pd((__m128i)x); }
+INLINE half_vf narrow(vd x) { return (half_vf)_mm256_cvtpd_ps((__m256d)x); }
+#else
+INLINE vd widen(half_vf x) { return __builtin_convertvector(x, vd); }
+INLINE vd widen(half_vi x) { return __builtin_convertvector(x, vd); }
+INLINE half_vf narrow(vd x) { return __builtin_convertvector(x, half_vf); }
+#endif
+INLINE vd load_doubles(const float* p) { half_vf v; std::memcpy(&v, p, sizeof v); return widen(v); }
+INLINE vd load_doubles(const int32_t* p) { half_vi v; std::memcpy(&v, p, sizeof v); return widen(v); }
+INLINE vd load_doubles(const double* p) { vd v; std::memcpy(&v, p, sizeof v); return v; }
+INLINE void store_doubles(double* p, vd v) { std::memcpy(p, &v, sizeof v); }
+
+// pairwise_sum of what term(i) says of numbers [i, i + kDoubles), i a multiple of that. Of a power of two the first two halvings are
+// done on the way. x: room for 256 + kDoubles.
+template <class Term> INLINE double sum_terms(double* x, int dim, Term&& term) {
+  if (dim & (dim - 1) || dim < 4 * kDoubles) {
+    for (int i = 0; i < dim; i += kDoubles) store_doubles(x + i, term(i));
+    return pairwise_sum(x, dim);
+  }
+  const int quarter = dim / 4;
+  for (int i = 0; i < quarter; i += kDoubles)
+    store_doubles(x + i, (term(i) + term(i + 2 * quarter)) + (term(i + quarter) + term(i + 3 * quarter)));
+  return pairwise_sum(x, quarter);
+}
+
+// Several rows at a time, so that none waits for the sum, the root and the quotients of another. Every product below is of numbers
+// whose significands together fit a double, so a fused multiplication rounds like two steps.
+void encode4(const float* rows, int64_t stride, int n, int dim, uint8_t* codes) {
+  alignas(64) double x[256 + 16], terms[256 + 16];
+  alignas(64) float turned[kEncodeRows][256 + 16];
+  alignas(64) int32_t number[256 + 16], level[256 + 16];
+  double divisors[kEncodeRows];
+  Bounds bounds[kEncodeRows];
+  const vd largest = 3.4028234663852886e38 - vd{};
+  for (int r = 0; r < n; r++) {
+    hadamard(x, dim, [&](int i) __attribute__((always_inline)) {  // past the row there are zeros
+      half_vf a, b;
+      std::memcpy(&a, rows + r * stride + i, sizeof a), std::memcpy(&b, kSigns.of + i, sizeof b);
+      return widen(a * b);
+    });
+    divisors[r] = sum_terms(terms, dim, [&](int i) __attribute__((always_inline)) {
+      vd wide = load_doubles(x + i);
+      wide = wide > largest ? largest : wide;
+      wide = wide < -largest ? -largest : wide;
+      const half_vf rounded = narrow(wide);
+      std::memcpy(turned[r] + i, &rounded, sizeof rounded);
+      wide = widen(rounded);
+      return wide * wide;
+    });
+    for (int i = dim; i < dim + 16; i++) turned[r][i] = 0;  // a vector, at most
+  }
+  for (int r = 0; r < n; r++) {
+    const double unit = std::sqrt(divisors[r] / dim) / kGauss;
+    divisors[r] = unit > 0 ? unit : 1;
+  }
+  for (int r = 0; r < n; r++)
+    for (int k = 0; k < 8; k++) bounds[r].of[k] = k < 7 ? last_below((kLevels[k] + kLevels[k + 1]) / 2.0, divisors[r]) : 0;
+  for (int r = 0; r < n; r++) {
+    uint8_t* code = codes + (int64_t)r * code_bytes<4>(dim);
+    vi squares{};  // whole, so in any order
+    for (int i = 0; i < dim; i += W) {
+      const vf x = load(turned[r] + i);
+      const vi negative = x < vf{};
+      vi index, positive;
+      find_level((vf)((vi)x & 0x7fffffff), bounds[r], index, positive);
+      const vi named = index + (negative & 8), signed_level = (positive ^ negative) - negative;
+      std::memcpy(number + i, &named, sizeof named), std::memcpy(level + i, &signed_level, sizeof signed_level);
+      squares += positive * positive;
+    }
+    int square_sum = -((W - dim % W) % W) * kLevels[0] * kLevels[0];  // what the zeros behind the row were named
+    for (int i = 0; i < W; i++) square_sum += squares[i];
+    const double product =
+        sum_terms(terms, dim, [&](int i) __attribute__((always_inline)) { return load_doubles(turned[r] + i) * load_doubles(level + i); });
+    const float scale = (float)(product / square_sum);
+    int start = 0;
+    for (; start + kRun <= dim; start += kRun)
+      for (int i = 0; i < kRun / 2; i += W) {
+        vi low, high;
+        std::memcpy(&low, number + start + i, sizeof low), std::memcpy(&high, number + start + kRun / 2 + i, sizeof high);
+        store_low_bytes(low | high << 4, code + start / 2 + i);
+      }
+    const int half = (dim - start) / 2;
+    for (int i = 0; i < half; i++) code[start / 2 + i] = (uint8_t)(number[start + i] | number[start + half + i] << 4);
+    std::memcpy(code + dim / 2, &scale, sizeof scale);
+  }
+}
+
+void encode(int bits, const float* rows, int64_t stride, int n, int dim, uint8_t* codes) {
+  if (bits == 4) return encode4(rows, stride, n, dim, codes);
+  for (int r = 0; r < n; r++) encode8(rows + r * stride, dim, codes + (int64_t)r * code_bytes<8>(dim));
 }

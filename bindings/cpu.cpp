@@ -62,6 +62,13 @@ NB_MODULE(_cpu, m) {
          at<int32_t>(table), table_stride);
   });
 
+  m.def("merge", [](int type, Address keys, Address values, Address ids, int h, int64_t N, int d, int e, const Ints& bounds, int l,
+                    Address tables, int64_t tables_stride, Address joined, int64_t joined_stride) {
+    Free free;
+    merge(static_cast<DType>(type), at<void>(keys), at<void>(values), at<int32_t>(ids), h, N, d, e, bounds, l, at<int32_t>(tables),
+          tables_stride, at<int32_t>(joined), joined_stride);
+  });
+
   m.def("encode", [](int bits, int type, Address rows, int64_t rows_h, int64_t rows_n, int h, int64_t n, int dim, Address out,
                      int64_t out_stride) {
     Free free;

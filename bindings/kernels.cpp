@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__) || defined(_M_X64)
 #define SAAP_X86 1
@@ -24,7 +25,7 @@ constexpr bool kWideFile = false;
 
 #define TABLE(title)                                                                                                              \
   const Kernels table = {title,       W,      2 * W,   scan,  scores,   pack_queries, unpack_values, scan_codes,                  \
-                         rotate_back, encode, nearest, dense, load_row, run_weights,  list_weights,  find_lists};
+                         rotate_back, encode, nearest, dense, load_row, run_weights,  list_weights,  heavy_runs, find_lists};
 
 namespace baseline {
 #define W 4

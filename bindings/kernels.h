@@ -11,7 +11,8 @@ namespace saap {
 constexpr int kPanel = 16;       // output columns of a weight panel, for every instruction set
 constexpr int kScanPad = 48;     // valid row numbers that must follow the last one of a ScanItem, for prefetching
 constexpr int kScanColumns = 64; // most query columns of a ScanItem
-constexpr int kFindPad = 16;     // numbers that find_lists may overwrite behind its last
+constexpr int kEncodeRows = 8;   // most rows that `encode` is given at once
+constexpr int kFindPad = 16;     // numbers that find_lists and heavy_runs may overwrite behind their last
 
 // Attention of a few query columns over listed rows of one head. All columns pass over a block of rows while it is in cache.
 struct ScanItem {
@@ -78,8 +79,8 @@ struct Kernels {
   // added up rotated, and rotate_back of an accumulated row gives its numbers.
   void (*scan_codes)(int value_bits, const ScanItem&);
   void (*rotate_back)(float* row, int dim);
-  // The code of a row of dim floats, finite, with zeros behind them up to a multiple of `lanes`.
-  void (*encode)(int bits, const float* row, int dim, uint8_t* code);
+  // The codes of n rows, kEncodeRows at most, of dim floats, finite, with zeros behind them up to a multiple of `lanes`.
+  void (*encode)(int bits, const float* rows, int64_t stride, int n, int dim, uint8_t* codes);
 
   // best[i] = argmax over columns of x_i w + bias, the lower on ties. Wide panels only.
   void (*nearest)(const PanelProduct&, int32_t* best);
@@ -92,6 +93,10 @@ struct Kernels {
   bool (*run_weights)(const ProbeHead&, float* w);
   // w (lp): weight of each list from z alone.
   bool (*list_weights)(const ProbeHead&, float* w);
+
+  // Numbers of those of n weights, n a multiple of kPanel, that are `least` or more, ascending; returns how many. May overwrite
+  // kFindPad numbers behind the last.
+  int (*heavy_runs)(const float* w, int n, float least, int32_t* out);
 
   // Of tokens [0, n) of a page, numbered first + i * step, those whose list is chosen: a bit for each of 256 lists. Writes up to n
   // numbers, and may overwrite kFindPad beyond them; returns how many.

@@ -56,6 +56,9 @@ struct RouterArrays {
 };
 std::shared_ptr<Router> make_router(const RouterArrays&, int h, int u, int d, int l, int m, int k);
 void route(const Router&, DType, const void* queries, int b, int g, int q, const Angles&, float* z, float* a);
+// The same in items: `items` of each of b * h heads, as route_items says; those of head i are [i * items, (i + 1) * items).
+int64_t route_items(const Router&, int b, int g, int q);
+void route_item(const Router&, DType, const void* queries, int g, int q, const Angles&, float* z, float* a, int64_t items, int64_t item);
 
 struct ProbeArgs {
   const float *z, *a, *knots;
@@ -81,6 +84,9 @@ struct ProbeOut {
 int64_t probe_bound(const ProbeArgs&, const Ints& num_segments);
 // means: leading segments of each sequence with means; tail is used if p.entries is.
 void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, ProbeOut& rows, ProbeOut& tail);
+// The same a head at a time: probe_head of each, which is false if it cannot be, then finish_probe, if all were.
+bool probe_head(const ProbeArgs&, const Ints& num_segments, const Ints& means, const ProbeOut& rows, const ProbeOut& tail, int64_t head);
+void finish_probe(const ProbeArgs&, bool fine, ProbeOut& rows, ProbeOut& tail);
 
 // Runs read through their means: numbers s * l + list of each head, and where their means and lengths are.
 struct TailArgs {
@@ -167,6 +173,10 @@ bool append(DType, const AppendSide& keys, const AppendSide& values, int b, int 
 
 void seal(DType, void* keys, void* values, int32_t* ids, int h, int64_t N, int d, int e, int64_t start, int64_t n,
           const int32_t* list_nos, int l, int32_t* table, int64_t table_stride);
+// Sorts rows of neighbours, segments [bounds[p], bounds[p + 1]) that are sorted themselves, as those of one. tables: (h, parts, l + 1)
+// strided over h, theirs; joined: (h, l + 1) out, strided over h, or null: `tables` becomes it, cut at the bounds.
+void merge(DType, void* keys, void* values, int32_t* ids, int h, int64_t N, int d, int e, const Ints& bounds, int l, int32_t* tables,
+           int64_t tables_stride, int32_t* joined, int64_t joined_stride);
 
 // Bytes of the code of a row.
 inline int64_t code_size(int64_t dim, int bits) { return dim * bits / 8 + 4; }

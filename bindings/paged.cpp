@@ -95,9 +95,40 @@ struct Part {
   int list, left_out, taken;
 };
 
-// The rows of one head. False if `numbers` are not the last rows of runs, ascending.
+// Of segment k the tokens that `numbers` [from, to) name, of any runs, with their biases. False if they are not ascending rows of it.
+bool find_some(const Pages& pages, const PageRows& rows, const Sequence& s, int head, int k, int l, const int32_t* table, const int32_t* numbers,
+               const float* biases, int64_t from, int64_t to, int32_t* out, float* out_biases) {
+  int32_t seen[kLists], wanted[kLists];  // the row that the next token of a list is, and the next one to be read
+  int64_t at[kLists], ends[kLists];
+  constexpr int32_t kNone = -1;
+  int64_t next = from;
+  for (int i = 0; i < kLists; i++) {
+    seen[i] = i < l ? table[i] : 0, wanted[i] = kNone, at[i] = next;
+    if (i >= l) continue;
+    while (next < to && numbers[next] < table[i + 1]) {
+      if (numbers[next] < (next > at[i] ? numbers[next - 1] + 1 : table[i])) return false;
+      next++;
+    }
+    ends[i] = next;
+    if (at[i] < next) wanted[i] = numbers[at[i]];
+  }
+  if (next != to) return false;
+  int64_t found = 0;
+  each_lists(pages, s, head, s.bounds[k], s.bounds[k + 1], [&](const uint8_t* lists, int n, int32_t block, int place) {
+    for (int i = 0; i < n; i++) {
+      const int list = lists[i];
+      if (seen[list]++ != wanted[list]) continue;
+      if (found < to - from) out[found] = block * rows.block + (place + i) * rows.token, out_biases[found] = biases[at[list]];
+      found++;
+      wanted[list] = ++at[list] < ends[list] ? numbers[at[list]] : kNone;
+    }
+  });
+  return found == to - from;
+}
+
+// The rows of one head. False if `numbers` are not ascending rows of runs, without biases the last of each.
 bool find_head(const Pages& pages, const PageRows& rows, const Sequence& s, int head, int l, const int32_t* table, const int32_t* numbers,
-               int64_t count, int32_t* out, int64_t expected) {
+               int64_t count, int32_t* out, int64_t expected, const float* biases, float* out_biases) {
   thread_local Scratch memory;
   thread_local std::vector<Part> parts;
   int32_t *const begin = memory.get<int32_t>(expected + kFindPad + pages.page), *to = begin;
@@ -116,11 +147,20 @@ bool find_head(const Pages& pages, const PageRows& rows, const Sequence& s, int 
     });
     return found == room;
   };
+  if (out_biases) std::fill_n(out_biases, expected, 0.f);
   whole(0, s.sinks());
   int64_t at = 0;
   for (int k = 0; k < s.segments; k++, table += l + 1) {
     if (at < count && numbers[at] < table[0]) return false;
     if (at == count || numbers[at] >= table[l]) continue;
+    if (biases) {
+      const int64_t from = at;
+      while (at < count && numbers[at] < table[l]) at++;
+      if (to - begin + at - from > expected) return false;
+      if (!find_some(pages, rows, s, head, k, l, table, numbers, biases, from, at, to, out_biases + (to - begin))) return false;
+      to += at - from;
+      continue;
+    }
     if (count - at >= table[l] - table[0] && numbers[at + table[l] - table[0] - 1] == table[l] - 1 && numbers[at] == table[0]) {
       whole(s.bounds[k], s.bounds[k + 1]);
       at += table[l] - table[0];
@@ -220,15 +260,17 @@ void find_pages(const Pages& pages, const Paged& p, const FindArgs& a) {
     if (count < 0 || count > sealed || (a.counts && count > a.t) || expected > a.most_rows) return fine.store(false);
     a.row_counts[item] = static_cast<int32_t>(expected);
     int32_t* out = a.rows + item * a.most_rows;
-    if (count == sealed) {  // all of it, in order of arrival
+    const int64_t at = item * a.most_rows;
+    if (count == sealed && !a.biases) {  // all of it, in order of arrival
       each_page(pages, s, 0, s.length, [&](const int32_t* block, int place, int n, int64_t) {
         for (int k = 0; k < n; k++) *out++ = *block * rows.block + (place + k) * rows.token;
       });
-    } else if (!find_head(pages, rows, s, static_cast<int>(item % pages.h), a.l, a.tables + item * p.S * (a.l + 1), a.numbers + item * a.t, count, out, expected)) {
+    } else if (!find_head(pages, rows, s, static_cast<int>(item % pages.h), a.l, a.tables + item * p.S * (a.l + 1), a.numbers + item * a.t, count, out, expected,
+                          a.biases ? a.biases + item * a.t : nullptr, a.biases ? a.row_biases + at : nullptr)) {
       fine.store(false);
     }
   }, Pool::Next::kSoon);
-  if (!fine) throw std::out_of_range("pages: numbers, tables: expected the last rows of runs, ascending, of lists that are still what was counted");
+  if (!fine) throw std::out_of_range("pages: numbers, tables: expected ascending rows, without biases the last of runs, of lists that are still what was counted");
 }
 
 void scan_pages(const Pages& pages, int b, const int32_t* rows, const int32_t* counts, int64_t t, const PagedScan& call) {
@@ -238,7 +280,7 @@ void scan_pages(const Pages& pages, int b, const int32_t* rows, const int32_t* c
   s.b = b, s.h = pages.h, s.g = call.g, s.n_queries = call.n_queries, s.d = pages.d, s.e = pages.e, s.N = numbers.count;
   s.rows = t ? rows : nullptr, s.counts = counts, s.t = t;
   s.scale = call.scale, s.causal = call.causal, s.out = call.out, s.lse = call.lse;
-  s.row = numbers.row, s.head_step = pages.head_step;
+  s.row = numbers.row, s.head_step = pages.head_step, s.biases = call.biases;
   const Ints none(b, 0);
   scan(s, none, none, none);
 }
@@ -260,12 +302,14 @@ int64_t search_pages(const Pages& pages, const Paged& p, const PagedSearch& sear
   int32_t* tables = ints.get<int32_t>(table_size + heads * (bound + longest + 2));
   int32_t *numbers = tables + table_size, *counts = numbers + heads * bound, *rows = counts + heads, *row_counts = rows + heads * longest;
   FindArgs find{l, tables, nullptr, nullptr, 0, longest, rows, row_counts};
+  PagedScan reading = call;
   if (segments) {
     const Router& router = *search.router;
     count_pages(pages, p, l, tables);
     ProbeArgs a{};
     a.j = call.g * call.n_queries, a.l = l, a.m = router.knots;
-    float* z = floats.get<float>(heads * a.j * (a.l + a.m) + static_cast<int64_t>(p.b) * p.S);
+    const int64_t biased = search.sampled ? heads * (bound + longest) : 0;
+    float* z = floats.get<float>(heads * a.j * (a.l + a.m) + static_cast<int64_t>(p.b) * p.S + biased);
     float *bend = z + heads * a.j * a.l, *knots = bend + heads * a.j * a.m;
     const double last = std::max(0, a.m - 2);  // of the m columns the first m - 1 are knots
     for (int64_t i = 0; i < p.b; i++)
@@ -279,13 +323,19 @@ int64_t search_pages(const Pages& pages, const Paged& p, const PagedSearch& sear
     a.z = z, a.a = bend, a.knots = knots, a.tables = tables, a.b = p.b, a.h = pages.h, a.S = p.S;
     a.size_weighted = search.size_weighted, a.nprobe = search.nprobe, a.budgets = search.budgets, a.unread_mass = search.unread_mass;
     ProbeOut taken{bound, numbers, counts}, none{};
+    if (search.sampled) {
+      a.sampled = search.sampled, a.exponents = search.exponents, a.caps = search.caps;
+      taken.biases = knots + static_cast<int64_t>(p.b) * p.S;
+      find.biases = taken.biases, find.row_biases = taken.biases + heads * bound;
+      reading.biases = find.row_biases;
+    }
     probe(a, p.num_segments, {}, taken, none);
     find.numbers = numbers, find.counts = counts, find.t = taken.width;
     for (int64_t i = 0; i < heads; i++)
       if (!p.num_segments[i / pages.h]) counts[i] = 0;
   }
   find_pages(pages, p, find);
-  scan_pages(pages, p.b, rows, row_counts, longest, call);
+  scan_pages(pages, p.b, rows, row_counts, longest, reading);
   return std::accumulate(row_counts, row_counts + heads, int64_t{0});
 }
 

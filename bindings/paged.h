@@ -41,11 +41,14 @@ void write_pages(const Pages&, Strided keys, Strided values, const int64_t* slot
 void count_pages(const Pages&, const Paged&, int l, int32_t* tables);
 
 // numbers (b, h, t), counts (b, h) as from probe; null: every token of the sequence. rows (b, h, most_rows), row_counts (b, h).
+// With biases (b, h, t) the numbers of a run are any, and row_biases (b, h, most_rows) say which is whose; else the last ones.
 struct FindArgs {
   int l;
   const int32_t *tables, *numbers, *counts;
   int64_t t, most_rows;
   int32_t *rows, *row_counts;
+  const float* biases = nullptr;
+  float* row_biases = nullptr;
 };
 void find_pages(const Pages&, const Paged&, const FindArgs&);
 
@@ -57,6 +60,7 @@ struct PagedScan {
   bool causal;
   void* out;
   float* lse;
+  const float* biases = nullptr;  // (b, h, t), nats, of rows; null: 0 each
 };
 // rows (b, h, t), counts (b, h).
 void scan_pages(const Pages&, int b, const int32_t* rows, const int32_t* counts, int64_t t, const PagedScan&);
@@ -70,6 +74,8 @@ struct PagedSearch {
   int nprobe;
   const int32_t* budgets;
   const float* unread_mass;
+  const int32_t *sampled = nullptr, *exponents = nullptr;  // as in ProbeArgs
+  const float* caps = nullptr;
 };
 // Returns the rows read of all sequences and heads.
 int64_t search_pages(const Pages&, const Paged&, const PagedSearch&, const PagedScan&);

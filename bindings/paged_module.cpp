@@ -52,28 +52,30 @@ void define_paged(nb::module_& m) {
     count_pages(shape.at_(0, 0, lists), p, l, at<int32_t>(tables));
   });
   m.def("find_pages", [](const PageShape& shape, Address lists, const Paged& p, int l, Address tables, Address numbers, Address counts, int64_t t,
-                         int64_t most_rows, Address rows, Address row_counts) {
+                         int64_t most_rows, Address rows, Address row_counts, Address biases, Address row_biases) {
     Free free;
     find_pages(shape.at_(0, 0, lists), p,
-               {l, at<const int32_t>(tables), at<const int32_t>(numbers), at<const int32_t>(counts), t, most_rows, at<int32_t>(rows), at<int32_t>(row_counts)});
+               {l, at<const int32_t>(tables), at<const int32_t>(numbers), at<const int32_t>(counts), t, most_rows, at<int32_t>(rows), at<int32_t>(row_counts),
+                at<const float>(biases), at<float>(row_biases)});
   });
   m.def("scan_pages", [](const PageShape& shape, Address k, Address v, int b, Address rows, Address counts, int64_t t, Address q, int q_type, int g,
-                         int n_queries, float scale, bool causal, Address out, Address lse) {
+                         int n_queries, float scale, bool causal, Address out, Address lse, Address biases) {
     Free free;
     scan_pages(shape.at_(k, v, 0), b, at<const int32_t>(rows), at<const int32_t>(counts), t,
-               {at<const void>(q), static_cast<DType>(q_type), g, n_queries, scale, causal, at<void>(out), at<float>(lse)});
+               {at<const void>(q), static_cast<DType>(q_type), g, n_queries, scale, causal, at<void>(out), at<float>(lse), at<const float>(biases)});
   });
   m.def("search_pages", [](const PageShape& shape, Address k, Address v, Address lists, const Paged& p, const Router* router, int first_knot,
                            bool size_weighted, Address cos, Address sin, int r, bool interleaved, float turn, int nprobe, Address budgets, Address unread_mass,
-                           Address q, int q_type, int g, int n_queries, float scale, Address out, Address lse) {
+                           Address sampled, Address exponents, Address caps, Address q, int q_type, int g, int n_queries, float scale, Address out, Address lse) {
     PagedSearch search{router, first_knot, size_weighted, {at<const float>(cos), at<const float>(sin), r, interleaved, turn}, nprobe,
-                       at<const int32_t>(budgets), at<const float>(unread_mass)};
+                       at<const int32_t>(budgets), at<const float>(unread_mass), at<const int32_t>(sampled), at<const int32_t>(exponents),
+                       at<const float>(caps)};
     Free free;
     return search_pages(shape.at_(k, v, lists), p, search,
                         {at<const void>(q), static_cast<DType>(q_type), g, n_queries, scale, true, at<void>(out), at<float>(lse)});
   }, nb::arg("shape"), nb::arg("k"), nb::arg("v"), nb::arg("lists"), nb::arg("paged"), nb::arg("router").none(), nb::arg("first_knot"),
      nb::arg("size_weighted"), nb::arg("cos"), nb::arg("sin"), nb::arg("r"), nb::arg("interleaved"), nb::arg("turn"), nb::arg("nprobe"),
-     nb::arg("budgets"), nb::arg("unread_mass"), nb::arg("q"), nb::arg("q_type"), nb::arg("g"), nb::arg("n_queries"), nb::arg("scale"), nb::arg("out"),
+     nb::arg("budgets"), nb::arg("unread_mass"), nb::arg("sampled"), nb::arg("exponents"), nb::arg("caps"), nb::arg("q"), nb::arg("q_type"), nb::arg("g"), nb::arg("n_queries"), nb::arg("scale"), nb::arg("out"),
      nb::arg("lse"));
 }
 

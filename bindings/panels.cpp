@@ -152,50 +152,64 @@ std::shared_ptr<Router> make_router(const RouterArrays& w, int h, int u, int d, 
   return router;
 }
 
-void route(const Router& router, DType type, const void* queries, int b, int g, int q, const Angles& angles, float* z, float* a) {
-  constexpr int64_t kColumns = 48;  // queries of an item: weights are read once for all of them
-  const Kernels& kern = kernels();
-  const int u = router.hidden_units, d = router.dim, k = u + d, half = angles.r / 2, leading = router.leading;
+namespace {
+constexpr int64_t kColumns = 48;  // queries of an item: weights are read once for all of them
+int64_t column_groups(int g, int q) { return (static_cast<int64_t>(g) * q + kColumns - 1) / kColumns; }
+}  // namespace
+
+int64_t route_items(const Router& router, int b, int g, int q) {
   const Panels& last_panels = router.scales ? router.to_lists : router.to_leading;
-  const int64_t j = static_cast<int64_t>(g) * q, groups = (j + kColumns - 1) / kColumns;
-  const int64_t whole = static_cast<int64_t>(b) * router.heads * groups;
+  const int64_t groups = column_groups(g, q), whole = static_cast<int64_t>(b) * router.heads * groups;
   // With few heads the lists are shared out too, at the price of computing what comes before them once for each part: little if
   // those are hidden units alone.
   const int64_t items = (router.scales ? 1 : 2) * static_cast<int64_t>(pool().threads());
   const int64_t wanted = (items + whole - 1) / std::max<int64_t>(whole, 1);
-  const int parts = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max(1, last_panels.count / 4)));
-  pool().run(whole * parts, [&](int64_t item) {
-    thread_local Scratch memory;
-    float* x = memory.get<float>(kColumns * (k + leading));
-    float* sought = x + kColumns * k;
-    const int part = static_cast<int>(item % parts);
-    const int64_t group = item / parts % groups, bh = item / parts / groups;
-    const int head = static_cast<int>(bh % router.heads);
-    const int64_t sequence = bh / router.heads, from = group * kColumns;
-    const int n = static_cast<int>(std::min(kColumns, j - from));
-    const char* src = static_cast<const char*>(queries) + (bh * j + from) * d * static_cast<int64_t>(size_of(type));
-    for (int i = 0; i < n; i++) {
-      const int64_t at = (sequence * q + (from + i) % q) * half;
-      kern.load_row(type, src + static_cast<int64_t>(i) * d * static_cast<int64_t>(size_of(type)), d, angles.cos + at, angles.sin + at,
-                    angles.r, angles.interleaved, angles.scale, x + static_cast<int64_t>(i) * k + u);
-    }
-    if (u) kern.dense(product(router.hidden, head, 0, router.hidden.count, x + u, n, k), true, x, k, u);
-    const float* input = x;
-    int64_t width = k;
-    if (router.scales) {
-      kern.dense(product(router.to_leading, head, 0, router.to_leading.count, x, n, k), false, sought, leading, leading);
-      for (int i = 0; i < n; i++)
-        for (int c = 0; c < leading; c++) sought[i * leading + c] *= router.scales[static_cast<int64_t>(head) * leading + c];
-      input = sought, width = leading;
-    }
-    const int count = last_panels.count;
-    const int first = static_cast<int>(static_cast<int64_t>(count) * part / parts), last = static_cast<int>(static_cast<int64_t>(count) * (part + 1) / parts);
-    const int64_t row = bh * j + from;
-    kern.dense(product(last_panels, head, first, last, input, n, width), false, z + row * router.lists + static_cast<int64_t>(first) * kPanel,
-               router.lists, router.lists - first * kPanel);
-    if (part == parts - 1 && router.knots)
-      kern.dense(product(router.to_knots, head, 0, router.to_knots.count, x, n, k), false, a + row * router.knots, router.knots, router.knots);
-  }, Pool::Next::kSoon);
+  return groups * std::clamp<int64_t>(wanted, 1, std::max(1, last_panels.count / 4));
+}
+
+void route_item(const Router& router, DType type, const void* queries, int g, int q, const Angles& angles, float* z, float* a,
+                int64_t items, int64_t item) {
+  const Kernels& kern = kernels();
+  const int u = router.hidden_units, d = router.dim, k = u + d, half = angles.r / 2, leading = router.leading;
+  const Panels& last_panels = router.scales ? router.to_lists : router.to_leading;
+  const int64_t j = static_cast<int64_t>(g) * q, groups = column_groups(g, q);
+  const int parts = static_cast<int>(items / groups);
+  thread_local Scratch memory;
+  float* x = memory.get<float>(kColumns * (k + leading));
+  float* sought = x + kColumns * k;
+  const int part = static_cast<int>(item % parts);
+  const int64_t group = item / parts % groups, bh = item / parts / groups;
+  const int head = static_cast<int>(bh % router.heads);
+  const int64_t sequence = bh / router.heads, from = group * kColumns;
+  const int n = static_cast<int>(std::min(kColumns, j - from));
+  const char* src = static_cast<const char*>(queries) + (bh * j + from) * d * static_cast<int64_t>(size_of(type));
+  for (int i = 0; i < n; i++) {
+    const int64_t at = (sequence * q + (from + i) % q) * half;
+    kern.load_row(type, src + static_cast<int64_t>(i) * d * static_cast<int64_t>(size_of(type)), d, angles.cos + at, angles.sin + at,
+                  angles.r, angles.interleaved, angles.scale, x + static_cast<int64_t>(i) * k + u);
+  }
+  if (u) kern.dense(product(router.hidden, head, 0, router.hidden.count, x + u, n, k), true, x, k, u);
+  const float* input = x;
+  int64_t width = k;
+  if (router.scales) {
+    kern.dense(product(router.to_leading, head, 0, router.to_leading.count, x, n, k), false, sought, leading, leading);
+    for (int i = 0; i < n; i++)
+      for (int c = 0; c < leading; c++) sought[i * leading + c] *= router.scales[static_cast<int64_t>(head) * leading + c];
+    input = sought, width = leading;
+  }
+  const int count = last_panels.count;
+  const int first = static_cast<int>(static_cast<int64_t>(count) * part / parts), last = static_cast<int>(static_cast<int64_t>(count) * (part + 1) / parts);
+  const int64_t row = bh * j + from;
+  kern.dense(product(last_panels, head, first, last, input, n, width), false, z + row * router.lists + static_cast<int64_t>(first) * kPanel,
+             router.lists, router.lists - first * kPanel);
+  if (part == parts - 1 && router.knots)
+    kern.dense(product(router.to_knots, head, 0, router.to_knots.count, x, n, k), false, a + row * router.knots, router.knots, router.knots);
+}
+
+void route(const Router& router, DType type, const void* queries, int b, int g, int q, const Angles& angles, float* z, float* a) {
+  const int64_t items = route_items(router, b, g, q);
+  pool().run(items * b * router.heads, [&](int64_t item) { route_item(router, type, queries, g, q, angles, z, a, items, item); },
+             Pool::Next::kSoon);
 }
 
 }  // namespace saap

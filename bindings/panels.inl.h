@@ -54,17 +54,20 @@ struct Best {
   int32_t panel[kRows][kPanel];
 };
 
+// Of M rows from `row` on, which are rows `at` and on of the tile.
 template <int M>
-INLINE void update_best(const PanelProduct& p, int row, int panel, Best& best) {
+INLINE void update_best(const PanelProduct& p, int row, int panel, Best& best, int at = 0) {
   vf sum[M][kVectors];
   product<M>(p.x + row * p.ldx, p.ldx, p.k, p.wide_at(panel), kPanel, p.bias + (int64_t)panel * kPanel, sum);
   for (int m = 0; m < M; m++)
     for (int v = 0; v < kVectors; v++) {
-      vf old = load(best.value[m] + v * W);
-      vi which = load(best.panel[m] + v * W), better = sum[m][v] > old;  // strict: the earlier panel keeps a tie
-      store(best.value[m] + v * W, better ? sum[m][v] : old);
+      float* value = best.value[at + m] + v * W;
+      int32_t* number = best.panel[at + m] + v * W;
+      vf old = load(value);
+      vi which = load(number), better = sum[m][v] > old;  // strict: the earlier panel keeps a tie
+      store(value, better ? sum[m][v] : old);
       which = better ? splat(panel) : which;
-      std::memcpy(best.panel[m] + v * W, &which, sizeof which);
+      std::memcpy(number, &which, sizeof which);
     }
 }
 
@@ -84,15 +87,12 @@ void nearest(const PanelProduct& p, int32_t* best_columns) {
       for (int t = 0; t < tiles; t++) {
         const int row = start + t * kRows;
         if (row + kRows <= p.n) update_best<kRows>(p, row, panel, best[t]);
-        else
-          for (int i = row; i < p.n; i++) {
-            Best one;
-            std::memcpy(one.value[0], best[t].value[i - row], sizeof one.value[0]);
-            std::memcpy(one.panel[0], best[t].panel[i - row], sizeof one.panel[0]);
-            update_best<1>(p, i, panel, one);
-            std::memcpy(best[t].value[i - row], one.value[0], sizeof one.value[0]);
-            std::memcpy(best[t].panel[i - row], one.panel[0], sizeof one.panel[0]);
-          }
+        else {  // each step reads the panel once
+          int i = row;
+          for (; i + 4 <= p.n && kRows > 4; i += 4) update_best<4>(p, i, panel, best[t], i - row);
+          for (; i + 2 <= p.n; i += 2) update_best<2>(p, i, panel, best[t], i - row);
+          if (i < p.n) update_best<1>(p, i, panel, best[t], i - row);
+        }
       }
     for (int i = 0; i < n; i++) {
       const float* value = best[i / kRows].value[i % kRows];
@@ -150,24 +150,39 @@ void dense(const PanelProduct& p, bool silu, float* y, int64_t ldy, int cols) {
   for (; row < p.n; row++) dense_rows<1>(p, row, silu, y, ldy, cols);
 }
 
+// load2 with elements where they lie in memory.
+template <class T> INLINE void load2_in_order(const T* p, vf& x, vf& y) {
+  if constexpr (!kEvenOdd<T>) {
+    load2(p, x, y);
+  } else {
+#if W == 8
+    if constexpr (std::is_same_v<T, bf16>) {
+      x = (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+      y = (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + W))), 16);
+      return;
+    }
+#elif W == 16 && !defined(SAAP_EMULATE_AVX512)
+    if constexpr (std::is_same_v<T, bf16>) {
+      x = (vf)_mm512_maskz_slli_epi32((__mmask16)-1, _mm512_maskz_cvtepu16_epi32((__mmask16)-1, _mm256_loadu_si256((const __m256i*)p)), 16);
+      y = (vf)_mm512_maskz_slli_epi32((__mmask16)-1, _mm512_maskz_cvtepu16_epi32((__mmask16)-1, _mm256_loadu_si256((const __m256i*)(p + W))), 16);
+      return;
+    }
+#endif
+    vf even, odd;
+    load2(p, even, odd);
+    for (int i = 0; i < W / 2; i++) x[2 * i] = even[i], x[2 * i + 1] = odd[i];
+    for (int i = 0; i < W / 2; i++) y[2 * i] = even[W / 2 + i], y[2 * i + 1] = odd[W / 2 + i];
+  }
+}
+
 template <class T>
 void load_row_of(const T* src, int d, const float* cos, const float* sin, int r, bool interleaved, float scale, float* dst) {
-  alignas(64) float x_y[kStep];
   int j = 0;
   for (; j + kStep <= d; j += kStep) {
     vf x, y;
-    load2(src + j, x, y);
-    if (kEvenOdd<T>) {
-      store(x_y, x);
-      store(x_y + W, y);
-      for (int i = 0; i < W; i++) {
-        dst[j + 2 * i] = x_y[i];
-        dst[j + 2 * i + 1] = x_y[W + i];
-      }
-    } else {
-      store(dst + j, x);
-      store(dst + j + W, y);
-    }
+    load2_in_order(src + j, x, y);
+    store(dst + j, x);
+    store(dst + j + W, y);
   }
   for (; j < d; j++) dst[j] = saap::to_float(src[j]);
   const int half = r / 2;

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <span>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -46,7 +47,8 @@ struct Room {
   void take(int64_t more_rows, double more_mass) { rows -= more_rows, mass -= more_mass; }
 };
 
-double mass_of(const Candidate& run) { return static_cast<double>(bit_float(static_cast<uint32_t>(run.order >> 32))) * run.length; }
+float weight_of(const Candidate& run) { return bit_float(static_cast<uint32_t>(run.order >> 32)); }
+double mass_of(const Candidate& run) { return static_cast<double>(weight_of(run)) * run.length; }
 
 // The plain way, for scores too far apart for single precision: everything relative to the largest single weight, in float64.
 void run_weights_wide(const ProbeHead& p, float* w) {
@@ -97,47 +99,102 @@ constexpr uint32_t kOffset = 0x5A5A5;
 int bin_of(float weight) { return static_cast<int>((float_bits(weight) + kOffset) >> kShift); }
 float edge_of(int bin) { return bin > 0 ? bit_float((static_cast<uint32_t>(bin) << kShift) - kOffset) : 0.f; }
 
+// f(number, s, l, rows) for runs s * lp + l, ascending, but for those of no rows and what fills the last panel of lists up.
+template <class F>
+void each_run(const ProbeHead& p, std::span<const int32_t> runs, F&& f) {
+  const int32_t* table = p.tables;
+  int s = 0, first = 0;
+  for (int32_t run : runs) {
+    for (; run - first >= p.lp; s++) first += p.lp, table += p.l + 1;
+    const int l = run - first;
+    if (l < p.l && table[l + 1] > table[l]) f(run, s, l, table + l);
+  }
+}
+
+using Candidates = std::span<Candidate>;  // of this thread, until it gathers again
+
+// These runs, in row order, but for those of no rows.
+Candidates candidates(const ProbeHead& p, const float* w, std::span<const int32_t> some) {
+  thread_local Scratch memory;
+  Candidate* const first = memory.get<Candidate>(some.size());
+  Candidate* last = first;
+  each_run(p, some, [&](int run, int s, int l, const int32_t* at) { *last++ = {preference(w[run], s, l), at[1], at[1] - at[0]}; });
+  return {first, last};
+}
+
+// Runs that are at least as heavy as the edge of some bin, and their rows by weight, where those have `rows` rows or more. Returns
+// the highest bin in use, or 0, if no such edge was guessed. The guess counts some of the runs, and no result depends on it.
+int guess_heavy(const ProbeHead& p, const float* w, int64_t rows, std::vector<int32_t>& numbers, Candidates& runs, int32_t* bins) {
+  constexpr int kSome = 8, kLeastRuns = 2048;
+  const int all = p.s * p.lp;
+  if (all < kLeastRuns || rows <= 0) return 0;
+  std::fill(bins, bins + kBins, 0);
+  int bin = 0;
+  for (int s = 0; s < p.s; s++) {  // other lists in every segment
+    const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
+    for (int from = s % kSome * kPanel; from < p.l; from += kSome * kPanel)
+      for (int l = from; l < std::min(from + kPanel, p.l); l++) {
+        const int of_run = bin_of(w[s * p.lp + l]);
+        bins[of_run] += table[l + 1] - table[l];
+        bin = std::max(bin, of_run);
+      }
+  }
+  const int64_t enough = (rows + rows / 2) / kSome + 1;
+  for (int64_t sum = bins[bin]; sum < enough && bin > 0;) sum += bins[--bin];
+  if (bin <= 0) return 0;
+  const size_t found = static_cast<size_t>(kernels().heavy_runs(w, all, edge_of(bin), numbers.data()));
+  runs = candidates(p, w, {numbers.data(), found});
+  std::fill(bins, bins + kBins, 0);
+  int64_t sum = 0;
+  int top = 0;
+  for (const Candidate& run : runs) {
+    bin = bin_of(weight_of(run));
+    bins[bin] += run.length;
+    sum += run.length;
+    top = std::max(top, bin);
+  }
+  return sum >= rows ? top : 0;
+}
+
 // The runs among which the room ends, and the better ones, in row order. `room` becomes what is left for those of weight below
 // `edge`. `allowed` : mass that may stay unread, used if Enough. False, with no runs, if no more than that is there at all.
-// bins (kBins): rows of all runs by weight.
+// bins (kBins): rows of all runs by weight, or null, if nobody asks for them.
 template <bool Enough>
-bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, std::vector<Candidate>& runs, float& edge, int32_t* bins) {
-  thread_local std::vector<int32_t> places;
-  std::fill(bins, bins + kBins, 0);
+bool gather(const ProbeHead& p, const float* w, double allowed, Room& room, Candidates& runs, float& edge, int32_t* bins) {
+  thread_local std::vector<int32_t> numbers;
+  if (numbers.size() < static_cast<size_t>(p.s) * p.lp + kFindPad) numbers.resize(static_cast<size_t>(p.s) * p.lp + kFindPad);
+  int32_t own[kBins];
   double masses[Enough ? kBins : 1] = {};
-  for (int s = 0; s < p.s; s++) {
-    const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
-    const float* row = w + static_cast<int64_t>(s) * p.lp;
-    for (int l = 0; l < p.l; l++) {
-      const int32_t n = table[l + 1] - table[l];
-      bins[bin_of(row[l])] += n;
-      if (Enough) masses[bin_of(row[l])] += static_cast<double>(row[l]) * n;
+  int bin = Enough || bins ? 0 : guess_heavy(p, w, room.rows, numbers, runs, own);
+  const bool guessed = bin > 0;
+  if (!bins) bins = own;
+  if (!guessed) {
+    bin = kBins - 1;
+    std::fill(bins, bins + kBins, 0);
+    for (int s = 0; s < p.s; s++) {
+      const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
+      const float* row = w + static_cast<int64_t>(s) * p.lp;
+      for (int l = 0; l < p.l; l++) {
+        const int32_t n = table[l + 1] - table[l];
+        bins[bin_of(row[l])] += n;
+        if (Enough) masses[bin_of(row[l])] += static_cast<double>(row[l]) * n;
+      }
     }
   }
-  runs.clear();
   room.mass = INFINITY;
   if (Enough) {
     room.mass = -allowed;
     for (double mass : masses) room.mass += mass;
-    if (!(room.mass > 0)) return false;
+    if (!(room.mass > 0)) return runs = {}, false;
   }
-  int bin = kBins - 1;
   for (; bin > 0 && !room.ends_with(bins[bin], masses[Enough ? bin : 0]); bin--) room.take(bins[bin], masses[Enough ? bin : 0]);
   edge = edge_of(bin + 1);
   const float least = edge_of(bin);
-  places.resize(p.l + 1);
-  for (int s = 0; s < p.s; s++) {
-    const int32_t* table = p.tables + static_cast<int64_t>(s) * (p.l + 1);
-    const float* row = w + static_cast<int64_t>(s) * p.lp;
-    int found = 0;  // without a branch: which runs are good is anybody's guess
-    for (int l = 0; l < p.l; l++) {
-      places[found] = l;
-      found += row[l] >= least;
-    }
-    for (int i = 0; i < found; i++) {
-      const int l = places[i];
-      if (table[l + 1] > table[l]) runs.push_back({preference(row[l], s, l), table[l + 1], table[l + 1] - table[l]});
-    }
+  if (guessed) {
+    runs = {runs.begin(), std::remove_if(runs.begin(), runs.end(), [least](const Candidate& run) { return weight_of(run) < least; })};
+  } else {
+    const size_t found = static_cast<size_t>(kernels().heavy_runs(w, p.s * p.lp, least, numbers.data()));
+    runs = candidates(p, w, {numbers.data(), found});
   }
   return true;
 }
@@ -161,15 +218,25 @@ Cut find_cut(std::vector<Candidate>& few, Room room) {
   return {few[from].order, static_cast<int32_t>(std::min<int64_t>(few[from].length, room.rows))};
 }
 
-int32_t* write_rows(int32_t first, int32_t n, int32_t* out) {
-  for (int32_t i = 0; i < n; i++) out[i] = first + i;
+// stop: as far as may be written, over what is written later.
+int32_t* write_rows(int32_t first, int32_t n, int32_t* out, const int32_t* stop = nullptr) {
+  typedef int32_t four __attribute__((vector_size(16)));
+  if (stop && stop - out >= n + 8) {
+    four rows = first + four{0, 1, 2, 3};
+    for (int32_t i = 0; i < n; i += 8, rows += 8) {
+      const four more = rows + 4;
+      std::memcpy(out + i, &rows, sizeof rows), std::memcpy(out + i + 4, &more, sizeof more);
+    }
+  } else {
+    for (int32_t i = 0; i < n; i++) out[i] = first + i;
+  }
   return out + n;
 }
 
 // The last run that gets rows when the best are taken until `budget` rows are, or the rest has no more mass than `allowed` (if
 // Enough); kNoRun if none gets any. w : weights of the runs; runs : the better ones, in row order, and some that get none.
 template <bool Enough>
-Cut cut_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, std::vector<Candidate>& runs, int32_t* bins) {
+Cut cut_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, Candidates& runs, int32_t* bins) {
   thread_local std::vector<Candidate> few;
   float edge;
   Room room{budget, 0};
@@ -181,18 +248,17 @@ Cut cut_best(const ProbeHead& p, const float* w, int64_t budget, double allowed,
   return few.empty() ? Cut{0, 0} : find_cut(few, room);
 }
 
-// Writes the rows of the runs before the cut and moves `out` to the end of them; returns the last run, in order of preference, that
-// got rows.
+// Writes the rows of the runs before the cut and moves `out` to the end of them, `stop` at most; returns the last run, in order of
+// preference, that got rows.
 template <bool Enough>
-uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, int32_t*& out) {
-  thread_local std::vector<Candidate> runs;
-  int32_t bins[kBins];
-  const Cut cut = cut_best<Enough>(p, w, budget, allowed, runs, bins);
+uint64_t take_best(const ProbeHead& p, const float* w, int64_t budget, double allowed, int32_t*& out, const int32_t* stop) {
+  Candidates runs;
+  const Cut cut = cut_best<Enough>(p, w, budget, allowed, runs, nullptr);
   if (cut.order == kNoRun) return kNoRun;
   for (const Candidate& run : runs) {
     if (run.order < cut.order) continue;
     const int32_t n = run.order == cut.order ? cut.rows : run.length;
-    out = write_rows(run.end - n, n, out);
+    out = write_rows(run.end - n, n, out, stop);
   }
   return cut.order;
 }
@@ -264,12 +330,12 @@ struct Sampled {
 // take_best of budget - sampled.rows, and a sample of what is left: see reference.weighted_probe. Moves out and biases to the ends of
 // what it wrote. There are more than `budget` rows.
 void take_sampled(const ProbeHead& p, const float* w, int64_t budget, const Sampled& sampled, int32_t*& out, float*& biases) {
-  thread_local std::vector<Candidate> runs;
+  Candidates runs;
   int32_t bins[kBins], probability[kBins];
   float bias[kBins];
   const Cut cut = cut_best<false>(p, w, budget - sampled.rows, 0, runs, bins);
   for (const Candidate& run : runs) {
-    const int bin = bin_of(bit_float(static_cast<uint32_t>(run.order >> 32)));
+    const int bin = bin_of(weight_of(run));
     if (run.order >= cut.order) bins[bin] -= run.order == cut.order ? cut.rows : run.length;
   }
   inclusion(bins, sampled.rows, sampled.exponent, probability);
@@ -402,7 +468,8 @@ void take_runs(const ProbeHead& p, float* w, int64_t total, const Limits& most, 
   uint64_t last = kNoRun;
   if (most.sampled.rows > 0) return take_sampled(p, w, most.rows, most.sampled, out, biases);
   if (biases) std::fill_n(biases, most.rows, 0.f);
-  if (most.rows > 0) last = enough ? take_best<true>(p, w, most.rows, most.allowed, out) : take_best<false>(p, w, most.rows, 0, out);
+  const int32_t* stop = out + std::min(most.rows, total);
+  if (most.rows > 0) last = enough ? take_best<true>(p, w, most.rows, most.allowed, out, stop) : take_best<false>(p, w, most.rows, 0, out, stop);
   tail = take_tail(p, w, last, most.means, most.entries, tail);
 }
 
@@ -488,60 +555,69 @@ void pack(ProbeOut& out, int64_t heads) {
 
 }  // namespace
 
-void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, ProbeOut& rows, ProbeOut& tail) {
+bool probe_head(const ProbeArgs& p, const Ints& num_segments, const Ints& means, const ProbeOut& rows, const ProbeOut& tail, int64_t bh) {
+  thread_local Scratch memory;
+  const int64_t i = bh / p.h;
+  ProbeHead head{};
+  head.j = p.j, head.l = p.l, head.lp = (p.l + kPanel - 1) / kPanel * kPanel;
+  head.s = static_cast<int>(num_segments[i]);
+  head.z = p.z + bh * p.j * p.l;
+  head.tables = table_of(p, bh, 0);
+  head.size_weighted = p.size_weighted;
+  rows.counts[bh] = 0;
+  if (p.entries) tail.counts[bh] = 0;
+  for (int s = 0; s < head.s; s++)
+    if (!ordered(table_of(p, bh, s), p.l)) return false;
+  const int64_t total = total_of(p, bh, head.s);
+  if (std::min<int64_t>(p.budgets[bh], total) > rows.bound) return false;
+  const int64_t runs = static_cast<int64_t>(head.s) * head.lp, e_size = static_cast<int64_t>(p.j) * head.lp;
+  float* w = memory.get<float>(std::max<int64_t>(runs, head.lp) + e_size + 2 * static_cast<int64_t>(p.j) * head.s + p.j);
+  head.e = w + std::max<int64_t>(runs, head.lp);
+  head.c = head.e + e_size;
+  float* interpolated = head.c + static_cast<int64_t>(p.j) * head.s;
+  head.a = interpolated;
+  float* share = interpolated + static_cast<int64_t>(p.j) * head.s;
+  const double log_share = head_shares(p, bh, share, p.sampled && p.sampled[bh] > 0);
+  head.share = share;
+  const int knots = p.m - 1;
+  for (int s = 0; s < head.s; s++) {
+    const float place = knots > 0 ? std::clamp(p.knots[i * p.S + s], 0.f, static_cast<float>(knots - 1)) : 0.f;
+    const int low = static_cast<int>(place), high = std::min(low + 1, knots - 1);
+    for (int j = 0; j < p.j; j++) {
+      const float* a = p.a + (bh * p.j + j) * p.m;
+      interpolated[static_cast<int64_t>(j) * head.s + s] = knots > 0 ? a[low] + (place - static_cast<float>(low)) * (a[high] - a[low]) : 0.f;
+    }
+  }
+  int32_t *const out = rows.numbers + bh * rows.bound, *end = out;
+  if (p.nprobe) {
+    end = take_lists(head, w, p.nprobe, p.budgets[bh], out);
+  } else {
+    Limits most{p.budgets[bh], -1, 0, 0, {}};
+    if (p.sampled) most.sampled = {std::min(p.sampled[bh], p.budgets[bh]), p.exponents[bh % p.h], p.caps[bh % p.h]};
+    // Shares beyond float64 let nothing be read: what they say lies outside sinks and window is nothing.
+    if (p.unread_mass) most.allowed = std::isfinite(log_share) ? static_cast<double>(p.unread_mass[bh % p.h]) * p.j * std::exp(-log_share) : INFINITY;
+    if (p.entries) most.entries = p.entries[bh], most.means = static_cast<int>(means[i]);
+    int32_t *const tail_out = tail.numbers + bh * tail.bound, *tail_end = tail_out;
+    take_runs(head, w, total, most, end, tail_end, p.sampled ? rows.biases + bh * rows.bound : nullptr);
+    if (p.entries) tail.counts[bh] = static_cast<int32_t>(tail_end - tail_out);
+  }
+  rows.counts[bh] = static_cast<int32_t>(end - out);
+  return true;
+}
+
+void finish_probe(const ProbeArgs& p, bool fine, ProbeOut& rows, ProbeOut& tail) {
   const int64_t heads = static_cast<int64_t>(p.b) * p.h;
-  std::atomic<bool> fine{true};
-  pool().run(heads, [&](int64_t bh) {
-    thread_local Scratch memory;
-    const int64_t i = bh / p.h;
-    ProbeHead head{};
-    head.j = p.j, head.l = p.l, head.lp = (p.l + kPanel - 1) / kPanel * kPanel;
-    head.s = static_cast<int>(num_segments[i]);
-    head.z = p.z + bh * p.j * p.l;
-    head.tables = table_of(p, bh, 0);
-    head.size_weighted = p.size_weighted;
-    rows.counts[bh] = 0;
-    if (p.entries) tail.counts[bh] = 0;
-    for (int s = 0; s < head.s; s++)
-      if (!ordered(table_of(p, bh, s), p.l)) return fine.store(false);
-    const int64_t total = total_of(p, bh, head.s);
-    if (std::min<int64_t>(p.budgets[bh], total) > rows.bound) return fine.store(false);
-    const int64_t runs = static_cast<int64_t>(head.s) * head.lp, e_size = static_cast<int64_t>(p.j) * head.lp;
-    float* w = memory.get<float>(std::max<int64_t>(runs, head.lp) + e_size + 2 * static_cast<int64_t>(p.j) * head.s + p.j);
-    head.e = w + std::max<int64_t>(runs, head.lp);
-    head.c = head.e + e_size;
-    float* interpolated = head.c + static_cast<int64_t>(p.j) * head.s;
-    head.a = interpolated;
-    float* share = interpolated + static_cast<int64_t>(p.j) * head.s;
-    const double log_share = head_shares(p, bh, share, p.sampled && p.sampled[bh] > 0);
-    head.share = share;
-    const int knots = p.m - 1;
-    for (int s = 0; s < head.s; s++) {
-      const float place = knots > 0 ? std::clamp(p.knots[i * p.S + s], 0.f, static_cast<float>(knots - 1)) : 0.f;
-      const int low = static_cast<int>(place), high = std::min(low + 1, knots - 1);
-      for (int j = 0; j < p.j; j++) {
-        const float* a = p.a + (bh * p.j + j) * p.m;
-        interpolated[static_cast<int64_t>(j) * head.s + s] = knots > 0 ? a[low] + (place - static_cast<float>(low)) * (a[high] - a[low]) : 0.f;
-      }
-    }
-    int32_t *const out = rows.numbers + bh * rows.bound, *end = out;
-    if (p.nprobe) {
-      end = take_lists(head, w, p.nprobe, p.budgets[bh], out);
-    } else {
-      Limits most{p.budgets[bh], -1, 0, 0, {}};
-      if (p.sampled) most.sampled = {std::min(p.sampled[bh], p.budgets[bh]), p.exponents[bh % p.h], p.caps[bh % p.h]};
-      // Shares beyond float64 let nothing be read: what they say lies outside sinks and window is nothing.
-      if (p.unread_mass) most.allowed = std::isfinite(log_share) ? static_cast<double>(p.unread_mass[bh % p.h]) * p.j * std::exp(-log_share) : INFINITY;
-      if (p.entries) most.entries = p.entries[bh], most.means = static_cast<int>(means[i]);
-      int32_t *const tail_out = tail.numbers + bh * tail.bound, *tail_end = tail_out;
-      take_runs(head, w, total, most, end, tail_end, p.sampled ? rows.biases + bh * rows.bound : nullptr);
-      if (p.entries) tail.counts[bh] = static_cast<int32_t>(tail_end - tail_out);
-    }
-    rows.counts[bh] = static_cast<int32_t>(end - out);
-  }, Pool::Next::kSoon);
   if (!fine) throw std::out_of_range("probe: tables: the offsets of a segment are not ascending, or hold more rows than they did");
   pack(rows, heads);
   if (p.entries) pack(tail, heads);
+}
+
+void probe(const ProbeArgs& p, const Ints& num_segments, const Ints& means, ProbeOut& rows, ProbeOut& tail) {
+  std::atomic<bool> fine{true};
+  pool().run(static_cast<int64_t>(p.b) * p.h, [&](int64_t head) {
+    if (!probe_head(p, num_segments, means, rows, tail, head)) fine.store(false);
+  }, Pool::Next::kSoon);
+  finish_probe(p, fine, rows, tail);
 }
 
 }  // namespace saap

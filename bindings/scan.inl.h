@@ -235,11 +235,11 @@ void scores(DType t, const ScanItem& it, float* s) {
   with_type(t, [&](auto x) { score_group<decltype(x), 0>(it, s); });
 }
 
-// Head dims of 64 and 128 in 16 bits are worth code of their own; in 32 bits memory is the limit before arithmetic is.
+// Head dims of 64, and of 128 in 16 bits, are worth code of their own.
 template <class T> void scan_dims(const ScanItem& it) {
 #if W >= 8
+  if (it.d == 64 && it.e == 64) return scan_group<NumberRows<T>, 64>(it);
   if constexpr (sizeof(T) == 2) {
-    if (it.d == 64 && it.e == 64) return scan_group<NumberRows<T>, 64>(it);
     if (it.d == 128 && it.e == 128) return scan_group<NumberRows<T>, 128>(it);
   }
 #endif

@@ -1,8 +1,11 @@
 // A decode step in one call: route, probe and scan, with nothing between them but the place of each segment on the knots.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <vector>
 
 #include "ops.h"
+#include "pool.h"
 #include "scratch.h"
 
 namespace saap {
@@ -21,9 +24,21 @@ void search(const SearchPlan& plan, const SearchCall& call, ProbeOut& rows, Prob
     const double distance = static_cast<double>(call.ends[i / p.S] - 1) - plan.centres[i];
     knots[i] = static_cast<float>(std::clamp(std::log2(std::max(distance, 1.0)) - plan.first_knot, 0.0, last));
   }
-  route(*plan.router, call.q_type, call.q, p.b, call.g, call.n_queries, call.angles, z, a);
   p.z = z, p.a = a, p.knots = knots;
-  probe(p, plan.num_segments, plan.means, rows, tail);
+  // Whoever routes the last part of a head selects for it: nobody waits for other heads.
+  const int64_t items = route_items(*plan.router, p.b, call.g, call.n_queries);
+  thread_local std::vector<std::atomic<int64_t>> parts_left;
+  if (static_cast<int64_t>(parts_left.size()) < heads) parts_left = std::vector<std::atomic<int64_t>>(heads);
+  for (int64_t head = 0; head < heads; head++) parts_left[head].store(items, std::memory_order_relaxed);
+  std::atomic<int64_t>* left = parts_left.data();
+  std::atomic<bool> fine{true};
+  pool().run(items * heads, [&](int64_t item) {
+    route_item(*plan.router, call.q_type, call.q, call.g, call.n_queries, call.angles, z, a, items, item);
+    const int64_t head = item / items;
+    if (left[head].fetch_sub(1, std::memory_order_acq_rel) == 1 && !probe_head(p, plan.num_segments, plan.means, rows, tail, head))
+      fine.store(false);
+  }, Pool::Next::kSoon);
+  finish_probe(p, fine, rows, tail);
   s.q = call.q, s.q_type = call.q_type, s.g = call.g, s.n_queries = call.n_queries;
   s.rows = rows.width ? rows.numbers : nullptr, s.counts = rows.counts, s.t = rows.width;
   s.biases = rows.biases;

@@ -47,6 +47,23 @@ def assign(
     arg11: int,
     /,
 ) -> None: ...
+def merge(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: Sequence[int],
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    /,
+) -> None: ...
 def seal(
     arg0: int,
     arg1: int,
@@ -333,6 +350,8 @@ def find_pages(
     arg8: int,
     arg9: int,
     arg10: int,
+    arg11: int,
+    arg12: int,
     /,
 ) -> None: ...
 def scan_pages(
@@ -351,6 +370,7 @@ def scan_pages(
     arg12: bool,
     arg13: int,
     arg14: int,
+    arg15: int,
     /,
 ) -> None: ...
 def search_pages(
@@ -370,6 +390,9 @@ def search_pages(
     nprobe: int,
     budgets: int,
     unread_mass: int,
+    sampled: int,
+    exponents: int,
+    caps: int,
     q: int,
     q_type: int,
     g: int,

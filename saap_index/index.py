@@ -7,7 +7,7 @@ quantizer and router (maps), inverted lists (storage), search (selection and sof
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from . import checks, interop, ops
-from .backends import Backend, get_backend
+from .backends import get_backend
 from .backends.types import MAX_STEP_TOKENS
-from .errors import DeviceError, LengthError, NotTrainedError, ShapeError, StateError
+from .errors import LengthError, NotTrainedError, ShapeError, StateError
 from .invlists.layout import Layout
 from .invlists.runs import rows_of
 from .invlists.segmented import SegmentedInvertedLists
@@ -35,16 +35,16 @@ from .routing.two_tower import TwoTower
 from .search.arguments import Arguments, ArrayForm
 from .search.options import Field, IndexOptions
 from .search.params import SELECTIVITY, SearchParametersIVF
-from .search.select import attend, best_of, extend_to_window, sample_error, select_lists, side_by_side
+from .search.select import attend, best_of, best_of_none, extend_to_window, sample_error, select_lists, side_by_side
 from .search.selection import Selection, read_ids
 from .search.session import SearchSession
 from .search.states import empty_state
 from .search.stats import IndexStats, gather
 from .search.steady import SteadySteps
 from .training.config import TrainingConfig
-from .training.layer import train_layer
+from .training.layer import announced, train_layer
 from .training.sampling import calibrate_sampling
-from .whole import restored, signals_wait, within
+from .whole import whole, within
 
 _STATE = "_last", "_lists", "_options", "_prepared_quantizer", "_prepared_router", "_session", "_trained"
 """What a change may set."""
@@ -126,7 +126,7 @@ class AsymmetricIndex:
         named = checks.named_device(device)
         self._backend = get_backend(named, backend)  # which has the better words where its device cannot serve
         self.device = checks.device(getattr(self._backend, "device", named))
-        self._require_codes(self._backend, self.device)
+        self._options.check_backend(self._backend, self.device)
         self.backend_name = backend
         self._arguments = Arguments(self._options, self.device)
         self._rotates_by_length = rope is not None and rope.is_dynamic
@@ -163,14 +163,7 @@ class AsymmetricIndex:
         self._require_empty("train")
         sequences = self._arguments.sequences(keys, queries, positions)
         config = TrainingConfig() if config is None else config
-        if self.verbose:
-            sizes = [[x.shape[1] for x in column if x is not None] for column in zip(*(s[:2] for s in sequences), strict=True)]
-            num_keys, num_queries = map(sum, sizes)
-            print(f"Training {self.nlist} lists of {self.num_kv_heads} KV heads on {num_keys} keys of {self.d} dims")
-            router = f"Training the query router on {num_queries} queries per head"
-            print(router if num_queries else "No queries: routing is symmetric")
-            if config.progress is None:
-                config = replace(config, progress=_print_epoch)
+        config = announced(sequences, self.nlist, config) if self.verbose else config
         self.load_trained(train_layer(sequences, self.nlist, self.rope, self.layout, self.scale, config))
 
     def load_trained(self, layer: TrainedLayer) -> None:
@@ -210,9 +203,7 @@ class AsymmetricIndex:
         parts = layer.quantizer, layer.router, layer.rope, self.layout, layer.scale
         measured: dict[str, Any] = {"calibration": calibrate(sequences, *parts, confidence)}
         if values is not None:
-            shape = (len(sequences), self.num_kv_heads, sequences[0][0].shape[1], self.d_v)
-            each = self._arguments.tensor(values, "values", "b h n e", shape, checks.STORAGE_DTYPES)
-            measured["sampling"] = calibrate_sampling([(*s, v) for s, v in zip(sequences, each, strict=True)], *parts)
+            measured["sampling"] = calibrate_sampling(self._arguments.with_values(sequences, values), *parts)
         self._set_trained(**measured)
 
     # -- adding -------------------------------------------------------------------------------------------------------
@@ -256,9 +247,8 @@ class AsymmetricIndex:
                 raise StateError("coarse_keys: expected lists to assign them to, got a tower, which is yet to make them")
             coarse = self._arguments.coarse_keys(coarse_keys, keys.shape)
             list_nos = torch.stack([self._backend.assign(self._prepared_quantizer, x, None) for x in coarse])
-        rotated = None
-        if self._rotates_by_length or seq_len is not None:
-            rotated = rotation_lengths(self._trained.rope, self._lists, counts, seq_len)
+        by_length = self._rotates_by_length or seq_len is not None
+        rotated = rotation_lengths(self._trained.rope, self._lists, counts, seq_len) if by_length else None
         self._append(keys, values, counts, list_nos, seal, rotated)
 
     def add_preassigned(
@@ -352,7 +342,7 @@ class AsymmetricIndex:
         """`add` inside a capture."""
         if not plain:
             raise StateError("capture: expected add of keys and values alone, got coarse_keys or lengths")
-        if self.rope is not None and self.rope.is_dynamic:
+        if self._rotates_by_length:
             session.refuse_capture("a rope whose angles depend on the length")
         self._refuse_lists_to_come(session)
         keys, values = self._arguments.step_tokens(keys, values, session.lists.batch)
@@ -436,14 +426,12 @@ class AsymmetricIndex:
         """
         checks.integer(k, "k", 1)
         x, form = self._arguments.queries(queries, self._lists, any_number=True)
-        b, h, g, q, _ = x.shape
-        if self._lists is None or not q:
-            scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=self.device)
-            ids = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=self.device)
+        if self._lists is None or not x.shape[3]:
+            scores, ids = best_of_none(x, k)
         else:
             self._last = self._select_each(x, params)
             scores, ids = best_of(self._backend, self._lists, x, self._last, k)
-        return form.output(scores.view(b, h * g, q, k)), form.output(ids.view(b, h * g, q, k))
+        return form.output(scores.flatten(1, 2)), form.output(ids.flatten(1, 2))
 
     def assign(self, queries: Any, k: int = 1, *, params: SearchParametersIVF | None = None) -> Any:
         """The ids of `search` alone, as FAISS's assign: int64 (b, hq, q, k). The list of a key: ``key_quantizer.assign``."""
@@ -487,9 +475,7 @@ class AsymmetricIndex:
             return side_by_side([self._select(x[:, :, :, j : j + 1].contiguous(), params, None) for j in range(x.shape[3])])
         return session.select_each(x, self._trained, self._prepared_router, settings)
 
-    def _attend(
-        self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool, return_error: bool = False
-    ) -> Any:
+    def _attend(self, x: Tensor, selection: Selection, form: ArrayForm, return_lse: bool, return_error: bool = False) -> Any:
         self._last = selection
         out, lse = attend(self._backend, self.invlists, x, selection, self.scale, causal=True)
         error = sample_error(self.invlists, x, selection, out, lse, self.scale) if return_error else None
@@ -499,8 +485,7 @@ class AsymmetricIndex:
 
     def reset(self) -> None:
         """Forget every token; keep the training and the memory. The next `add` may bring another batch size."""
-        session = self._present_session()
-        if session is not None:
+        if (session := self._present_session()) is not None:
             session.invalidate()
         with self._whole():
             if self._lists is not None:
@@ -595,7 +580,7 @@ class AsymmetricIndex:
         new._steady = SteadySteps()
         if device is not None:
             new.device, new._backend, new.backend_name = device, get_backend(device), None
-            new._require_codes(new._backend, device)
+            new._options.check_backend(new._backend, device)
             new._trained = self._trained.to(device)
             new._prepare()
         new._arguments = Arguments(new._options, new.device)
@@ -621,20 +606,13 @@ class AsymmetricIndex:
     @within("_in_step")
     def stats(self) -> IndexStats:
         """What the index holds, and what its last search read. Reads device memory: not for the decode path."""
-        session = self._present_session()
-        if session is not None:
+        if (session := self._present_session()) is not None:
             self._last = session.newest(self._last)
         return gather(self._lists, self._last, self.key_quantizer, self.query_router)
 
     def _new_lists(self, batch: int) -> SegmentedInvertedLists:
         shape = (batch, self.num_kv_heads, self.d, self.d_v, self.nlist)
         return SegmentedInvertedLists(self._backend, self._options.layout, *shape, self.dtype, self._options.code)
-
-    def _require_codes(self, backend: Backend, device: torch.device) -> None:
-        """DeviceError for codes where nothing reads them."""
-        if self.storage is not None and not backend.reads_codes:
-            where = f"{str(device)!r}, backend {backend.name!r}"
-            raise DeviceError(f"storage: expected a backend that reads codes, got {self.storage!r} on {where}")
 
     # -- FAISS --------------------------------------------------------------------------------------------------------
 
@@ -664,14 +642,11 @@ class AsymmetricIndex:
     window = Field[int]("_options.layout.window", "Recent tokens always read, at least. Setting it re-sorts what is stored.")
     sinks = Field[int]("_options.layout.sinks", "First tokens always read. Setting it re-sorts what is stored.")
     mean_run_tokens = Field[int](
-        "_options.layout.mean_run_tokens",
-        "Tokens that an average run of a segment needs for its runs to keep their means; 0: none do. Setting it re-sorts.",
+        "_options.layout.mean_run_tokens", "Tokens per run of a segment that keeps the means of its runs; 0: none. Re-sorts."
     )
     break_even = Field[int]("_options.layout.break_even", "Shorter sequences are not sealed. Setting it re-sorts what is stored.")
     nprobe = Field["int | None"](
-        "_options.params.nprobe",
-        """Lists visited per query, SAAP as published; setting it unsets `selectivity`, `target_mass` and `tail`. None: the budget
-        decides.""",
+        "_options.params.nprobe", "Lists visited per query (as published); setting it unsets selectivity, target_mass and tail."
     )
     selectivity = Field["float | None"](
         "_options.params.selectivity",
@@ -695,11 +670,17 @@ class AsymmetricIndex:
     )
     max_codes = Field[int]("_options.params.max_codes", "Most sealed tokens read per KV head; 0 means no limit.", 0)
     options = Field[IndexOptions]("_options", "Shapes, dtype, layout and default search parameters, as one record.")
-    trained = Field[TrainedLayer](
-        "_trained", "What routes the queries of this layer, as one record, for `Routers` and for `load_trained` of another index."
-    )
+    trained = Field[TrainedLayer]("_trained", "What is trained of this layer, for `Routers` and `load_trained` of another index.")
     is_trained = Field[bool]("_trained.is_trained", "Whether there are a key quantizer and a query router.")
     rope = Field["Rope | None"]("_trained.rope", "The rotary embedding that is undone to route, or None.")
+    scale = Field[float]("_trained.scale", "Of the logits.")
+    calibration = Field[Calibration | None](
+        "_trained.calibration", "What `target_mass` makes of the router's word, see `calibrate`; None takes it at its word."
+    )
+    sampling = Field[Sampling | None](
+        "_trained.sampling",
+        "What of the budget each KV head spends on a weighted sample where the search parameters say nothing; None: nothing.",
+    )
 
     @property
     def ntotal(self) -> int:
@@ -719,16 +700,6 @@ class AsymmetricIndex:
         return self._lists
 
     @property
-    def scale(self) -> float:
-        """Of the logits."""
-        return self._trained.scale
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        if value != self._trained.scale:  # set before every step by a cache of transformers
-            self._set_trained(scale=value)
-
-    @property
     def key_quantizer(self) -> KeyQuantizer | None:
         """The k-means partition. Assigning one checks its shape; StateError while tokens are stored."""
         return self._trained.key_quantizer
@@ -741,8 +712,7 @@ class AsymmetricIndex:
 
     @property
     def query_router(self) -> QueryRouter | None:
-        """The classifier of queries. May be replaced at any time by one for the same lists, which drops `calibration` and
-        `sampling`."""
+        """The classifier of queries. One for the same lists may replace it, which drops `calibration` and `sampling`."""
         return self._trained.query_router
 
     @query_router.setter
@@ -766,24 +736,6 @@ class AsymmetricIndex:
         else:
             router = self._router_of(tower, self.key_quantizer)
             self._set_trained(tower=tower.to(self.device), query_router=router, calibration=None, sampling=None)
-
-    @property
-    def calibration(self) -> Calibration | None:
-        """What `target_mass` makes of the router's word, see `calibrate`; None takes the router at its word."""
-        return self._trained.calibration
-
-    @calibration.setter
-    def calibration(self, value: Calibration | None) -> None:
-        self._set_trained(calibration=value)
-
-    @property
-    def sampling(self) -> Sampling | None:
-        """What of the budget each KV head spends on a weighted sample where the search parameters say nothing; None: nothing."""
-        return self._trained.sampling
-
-    @sampling.setter
-    def sampling(self, value: Sampling | None) -> None:
-        self._set_trained(sampling=value)
 
     @property
     def budget_shares(self) -> np.ndarray | None:
@@ -833,7 +785,7 @@ class AsymmetricIndex:
     @property
     def _assign_rows(self) -> AssignRows:
         """What the inverted lists ask when they seal."""
-        return AssignRows(self._backend, self.invlists, self._prepared_quantizer, self.rope)
+        return AssignRows(self._backend, self.invlists, self._prepared_quantizer, self._trained.rope, self._rotates_by_length)
 
     def _make_lists(
         self, lists: SegmentedInvertedLists, keys: Tensor | None = None, counts: Sequence[int] | None = None,
@@ -873,11 +825,9 @@ class AsymmetricIndex:
 
     # -- changes and steps --------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
+    def _whole(self) -> AbstractContextManager[None]:
         """Around a change: it happens whole or not at all, whatever is raised in it; signals are answered after it."""
-        with signals_wait(), restored(self, _STATE), nullcontext() if self._lists is None else self._lists.whole():
-            yield
+        return whole(self, _STATE, None if self._lists is None else self._lists.whole())
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -888,12 +838,10 @@ class AsymmetricIndex:
     @contextmanager
     def _in_step(self) -> Iterator[None]:
         """Host and device agree before it, and after it where a graph may be replayed next."""
-        session = self._present_session()
-        if session is not None:
+        if (session := self._present_session()) is not None:
             session.synchronize()
         yield
-        session = self._present_session()
-        if session is not None:
+        if (session := self._present_session()) is not None:
             session.changed()
 
     def _session_of(self, lists: SegmentedInvertedLists) -> SearchSession:
@@ -925,8 +873,7 @@ class AsymmetricIndex:
 
     def _refuse_capture(self, what: str) -> None:
         """StateError while a graph is captured."""
-        session = self._capturing()
-        if session is not None:
+        if (session := self._capturing()) is not None:
             session.refuse_capture(what)
 
     def _refuse_lists_to_come(self, session: SearchSession) -> None:
@@ -936,8 +883,7 @@ class AsymmetricIndex:
 
     def release_graphs(self) -> None:
         """Say that no CUDA graph captured over this index is replayed any more: its memory may move again, as `add` asks for."""
-        session = self._present_session()
-        if session is not None:
+        if (session := self._present_session()) is not None:
             session.release_graphs()
 
     def graph_key(self, params: SearchParametersIVF | None = None) -> tuple[Any, ...]:
@@ -945,9 +891,7 @@ class AsymmetricIndex:
 
         It may be replayed as long as `same_graph` says so.
         """
-        lists = self._lists
-        moved = None if lists is None else lists.moved
-        layer = self._trained
+        layer, moved = self._trained, None if self._lists is None else self._lists.moved
         trained = layer.query_router, layer.budget_shares, layer.calibration, layer.sampling
         return moved, layer.scale, params, self._options.params, *trained
 
@@ -955,7 +899,3 @@ class AsymmetricIndex:
         """Whether a graph with this `graph_key` still holds: numbers are the same by value, all else by identity."""
         now = self.graph_key(params)
         return all(x is y or (isinstance(x, int | float) and x == y) for x, y in zip(key, now, strict=True))
-
-
-def _print_epoch(epoch: int, epochs: int, loss: float) -> None:
-    print(f"  epoch {epoch} of {epochs}: cross-entropy {loss:.4f} nats")

@@ -6,7 +6,7 @@ import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 try:  # the functions beneath those of `signal`, which spend a hundred times as long on looking for an enum
@@ -70,6 +70,14 @@ def signals_wait() -> Iterator[None]:
         _restore(list(handlers.items()))
         for number in came:
             signal.raise_signal(number)
+
+
+@contextmanager
+def whole(owner: Any, names: Sequence[str], part: AbstractContextManager[None] | None) -> Iterator[None]:
+    """Around a change of ``owner``: if it raises, these attributes are what they were, and what ``part`` is the context of takes
+    back its own; signals are answered after it."""
+    with signals_wait(), restored(owner, names), nullcontext() if part is None else part:
+        yield
 
 
 def _restore(handlers: list[tuple[int, Any]]) -> None:

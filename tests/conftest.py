@@ -1,34 +1,24 @@
-"""Profiles of hypothesis, and what every test shares."""
+"""What every test shares."""
 
 import importlib
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its spinning threads would slow everything beside them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Iterator
 
+import profiles  # noqa: F401, it loads the one that is asked for
 import pytest
 import torch
 from default_dtype import for_the_library
-from hypothesis import HealthCheck, settings
 from suite_guard import pytest_configure
 
 __all__ = ["pytest_configure"]
 
-import saap_index.hf.crossover
 import saap_index.invlists.layout
 from saap_index import register_backend
-
-settings.register_profile(
-    "ci",
-    deadline=None,
-    derandomize=True,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)
-settings.register_profile("explore", parent=settings.get_profile("ci"), derandomize=False, max_examples=1000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,9 +53,11 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _break_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `attach` measures on a machine is one number here, and nothing is timed."""
-    found = saap_index.hf.crossover.Crossover(2048, ())
-    monkeypatch.setattr(saap_index.hf.crossover, "measured", lambda key, times: found)
+    """What `attach` measures on a machine is one number here, and nothing is timed. transformers need not be there for it."""
+    crossover = sys.modules.get("saap_index.hf.crossover")
+    if crossover is not None:
+        found = crossover.Crossover(2048, ())
+        monkeypatch.setattr(crossover, "measured", lambda key, times: found)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saap_index.backends import Budget, RouterWeights
+from saap_index.backends import Budget, RouterWeights, Sample
 from saap_index.backends.paged import PagedBackend, PagedBatch, PagedRouting, Pages
 from saap_index.invlists.octaves import bounds_of
 
@@ -99,13 +99,20 @@ def weights_of(h: int, d: int, nlist: int, knots: int, seed: int) -> RouterWeigh
 
 
 def routing(
-    backend: PagedBackend, scene: Scene, share: float, seed: int, nprobe: int = 0, miss: float | None = None
+    backend: PagedBackend, scene: Scene, share: float, seed: int, nprobe: int = 0, miss: float | None = None,
+    sampled: float | None = None,
 ) -> PagedRouting:
+    """sampled : share of the budget that is a weighted sample."""
     weights = weights_of(scene.heads, scene.keys.shape[3], scene.nlist, 5, seed)
     sealed = [int(x[s] - x[0]) for x, s in zip(scene.batch.bounds, scene.batch.num_segments, strict=True)]
     rows = torch.tensor([[int(np.ceil(share * n))] * scene.heads for n in sealed], dtype=torch.int32)
     unread = None if miss is None else torch.full((scene.heads,), miss)
-    return PagedRouting(backend.backend.prepare_router(weights), scene.nlist, 4, True, None, Budget(rows, nprobe, unread))
+    sample = None
+    if sampled is not None:
+        ways = torch.full((scene.heads,), 6, dtype=torch.int32), torch.full((scene.heads,), 1.5)
+        sample = Sample((rows * sampled).int(), *ways)
+    budget = Budget(rows, nprobe, unread, sample=sample)
+    return PagedRouting(backend.backend.prepare_router(weights), scene.nlist, 4, True, None, budget)
 
 
 def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError, DTypeError, LayoutError, LengthError, ParameterError, ShapeError
-from .codes import DTYPE_CODES
+from .codes import BYTES_CODE, DTYPE_CODES
 from .scalar_quantizer import Coded
 from .types import MAX_EXPONENT, MAX_SAMPLED, Budget, Probed, Rotation, Tail
 
@@ -49,6 +49,33 @@ def _refuse(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], la
     if x.shape != shape:
         raise ShapeError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
     raise LayoutError(f"{name}: expected rows {layout}, got strides {x.stride()}")
+
+
+def listed_rows(rows: Tensor | None, counts: Tensor | None, b: int, h: int) -> tuple[int, int, int]:
+    """Addresses of rows : int32 (b, h, t) and counts : int32 (b, h), and t, as the module takes them; zeros without either."""
+    if rows is None or counts is None:
+        if rows is not counts:
+            raise ShapeError("rows, counts: expected both or neither")
+        return 0, 0, 0
+    t = rows.shape[2]
+    rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
+    return rows_at if t else 0, counts_at, t
+
+
+def rows_to_merge(
+    keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], tables: Tensor, joined: Tensor | None
+) -> tuple[Any, ...]:
+    """Arguments of `Backend.merge` as the module takes them: as `rows_to_seal`, with the bounds of the segments."""
+    h, capacity, lists, bounds = *keys.shape[:2], tables.shape[2] - 1, [segments[0][0], *(stop for _, stop in segments)]
+    if not (0 <= bounds[0] and bounds == sorted(bounds) and bounds[-1] <= capacity):
+        raise LengthError(f"segments: expected neighbours within {capacity} rows, got {list(segments)}")
+    return (
+        *sequence_of(keys, values, ids),
+        bounds,
+        lists,
+        *lists_of("tables", tables, I32, (h, len(segments), lists + 1)),
+        *((0, 0) if joined is None else (rows_of("joined", joined, I32, (h, lists + 1)), joined.stride(0))),
+    )
 
 
 def means_of(tail: Tail, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
@@ -194,6 +221,37 @@ def target_of(arena_keys: Tensor, arena_values: Tensor) -> Target:
     (b, h, capacity, d), e, dtype = arena_keys.shape, arena_values.shape[-1], arena_keys.dtype
     at = plain("arena_keys", arena_keys, dtype, arena_keys.shape), plain("arena_values", arena_values, dtype, (b, h, capacity, e))
     return Target((b, h, d, e), capacity, dtype, code_of("arena_keys", arena_keys), at)
+
+
+def tokens_of(target: Target, keys: Tensor, values: Tensor) -> tuple[int, ...]:
+    """Address and strides over b, h and n of new keys (b, h, n, d), then of values (b, h, n, e), as the module takes them."""
+    (b, h, d, e), n = target.shape, keys.shape[2]
+    k_at, v_at = rows_of("keys", keys, target.dtype, (b, h, n, d)), rows_of("values", values, target.dtype, (b, h, n, e))
+    return k_at, *keys.stride()[:3], v_at, *values.stride()[:3]
+
+
+def rows_to_seal(keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> tuple[int, ...]:
+    """Arguments of `Backend.seal` as the module takes them."""
+    h, capacity, n, lists = *keys.shape[:2], list_nos.shape[1], table.shape[1] - 1
+    if not 0 <= start <= capacity - n:
+        raise LengthError(f"start: expected {n} rows within {capacity}, got them from row {start}")
+    nos_at, table_at = plain("list_nos", list_nos, I32, (h, n)), rows_of("table", table, I32, (h, lists + 1))
+    return *sequence_of(keys, values, ids), start, n, nos_at, lists, table_at, table.stride(0)
+
+
+def sequence_of(keys: Tensor, values: Tensor, ids: Tensor) -> tuple[int, ...]:
+    """Code of the dtype, addresses of keys (h, N, d), values (h, N, e) and ids : int32 (h, N), and h, N, d, e."""
+    (h, capacity, d), e = keys.shape, values.shape[-1]
+    return (
+        BYTES_CODE if keys.dtype is torch.uint8 else code_of("keys", keys),
+        plain("keys", keys, keys.dtype, (h, capacity, d)),
+        plain("values", values, keys.dtype, (h, capacity, e)),
+        plain("ids", ids, I32, (h, capacity)),
+        h,
+        capacity,
+        d,
+        e,
+    )
 
 
 def places_of(module: Any, tables: Tensor, num_segments: Sequence[int], budget: Budget, shape: tuple[int, int, int]) -> Places:

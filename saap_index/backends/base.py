@@ -109,6 +109,18 @@ class Backend(ABC):
             part = slice(start - segments[0][0], stop - segments[0][0])
             self.seal(keys, values, ids, start, list_nos[:, part].contiguous(), table)
 
+    def merge(
+        self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], tables: Tensor,
+        joined: Tensor | None,
+    ) -> bool:
+        """`seal` of segments [start, stop), each of which begins where the one before ends and is sorted itself, as one.
+
+        tables : int32 (h, s, l + 1), theirs, strided over h; joined : int32 (h, l + 1) out, strided over h, the offsets of all
+        as one, or None, where ``tables`` become these, cut at the bounds of the segments. Returns False, having done nothing, if
+        a backend knows of rows only by the lists that they are in.
+        """
+        return False
+
     reads_codes: ClassVar[bool] = False
     """Whether `scan` takes ``coded``."""
 

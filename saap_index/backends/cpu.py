@@ -29,15 +29,19 @@ from .addresses import (
     code_of,
     codes_of,
     dtype_names,
+    listed_rows,
     lists_of,
     means_of,
     places_of,
     plain,
     rows_of,
+    rows_to_merge,
+    rows_to_seal,
     target_of,
+    tokens_of,
 )
 from .base import Backend, Session
-from .codes import BYTES_CODE, DTYPE_CODES, SEALED, SEGMENTS, SINKS
+from .codes import DTYPE_CODES, SEALED, SEGMENTS, SINKS
 from .scalar_quantizer import SCALE_BYTES, Coded, StorageCode
 from .threads import available_cores
 from .types import Budget, Frequencies, Placement, Plan, Probed, Rotation, Routing, Tail
@@ -94,7 +98,7 @@ class CpuBackend(Backend):
     def append_to(self, target: Target, keys: Tensor, values: Tensor, starts: Sequence[int], counts: Sequence[int]) -> bool:
         """`append` to an arena that was checked before."""
         (b, h, d, e), n, capacity = target.shape, keys.shape[2], target.capacity
-        k_at, v_at = rows_of("keys", keys, target.dtype, (b, h, n, d)), rows_of("values", values, target.dtype, (b, h, n, e))
+        rows = tokens_of(target, keys, values)
         if len(starts) != b or len(counts) != b:
             raise ShapeError(f"starts, counts: expected {b} numbers each, got {len(starts)} and {len(counts)}")
         for start, count in zip(starts, counts, strict=True):
@@ -102,9 +106,7 @@ class CpuBackend(Backend):
                 raise LengthError(
                     f"starts, counts: expected at most {n} tokens within {capacity} rows, got {count} tokens from row {start}"
                 )
-        (kb, kh, kn, _), (vb, vh, vn, _) = keys.stride(), values.stride()
-        rows = k_at, kb, kh, kn, v_at, vb, vh, vn, *target.addresses
-        return bool(self._module().append(target.code, *rows, b, h, capacity, d, e, starts, counts))
+        return bool(self._module().append(target.code, *rows, *target.addresses, b, h, capacity, d, e, starts, counts))
 
     def prepare_quantizer(self, centroids: Tensor, bias: Tensor | None = None) -> Any:
         h, lists, d = centroids.shape
@@ -121,26 +123,14 @@ class CpuBackend(Backend):
         return out
 
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:
-        h, capacity, d = keys.shape
-        e, n, lists = values.shape[-1], list_nos.shape[1], table.shape[1] - 1
-        if not 0 <= start <= capacity - n:
-            raise LengthError(f"start: expected {n} rows within {capacity}, got them from row {start}")
-        self._module().seal(
-            BYTES_CODE if keys.dtype is torch.uint8 else code_of("keys", keys),
-            plain("keys", keys, keys.dtype, (h, capacity, d)),
-            plain("values", values, keys.dtype, (h, capacity, e)),
-            plain("ids", ids, I32, (h, capacity)),
-            h,
-            capacity,
-            d,
-            e,
-            start,
-            n,
-            plain("list_nos", list_nos, I32, (h, n)),
-            lists,
-            rows_of("table", table, I32, (h, lists + 1)),
-            table.stride(0),
-        )
+        self._module().seal(*rows_to_seal(keys, values, ids, start, list_nos, table))
+
+    def merge(
+        self, keys: Tensor, values: Tensor, ids: Tensor, segments: Sequence[tuple[int, int]], tables: Tensor,
+        joined: Tensor | None,
+    ) -> bool:
+        self._module().merge(*rows_to_merge(keys, values, ids, segments, tables, joined))
+        return True
 
     def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
         for name, x, bits, out in (
@@ -265,12 +255,7 @@ class CpuBackend(Backend):
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
         k_at = plain("arena_keys", arena_keys, dtype, (b, h, capacity, d))
         v_at = plain("arena_values", arena_values, dtype, (b, h, capacity, e))
-        rows_at = counts_at = t = 0
-        if rows is not None and counts is not None:
-            t = rows.shape[2]
-            rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
-        elif rows is not counts:
-            raise ShapeError("rows, counts: expected both or neither")
+        listed = listed_rows(rows, counts, b, h)
         check_spans(sinks, sealed, lengths, b, capacity, coded)
         out = torch.empty((b, h, g, q, e), dtype=queries.dtype, device="cpu")
         lse = torch.empty((b, h, g, q), dtype=F32, device="cpu")
@@ -287,9 +272,7 @@ class CpuBackend(Backend):
             d,
             e,
             capacity,
-            rows_at if t else 0,
-            counts_at,
-            t,
+            *listed,
             list(sinks),
             list(sealed),
             list(lengths),
@@ -299,7 +282,7 @@ class CpuBackend(Backend):
             lse.data_ptr(),
             *(NO_TAIL if tail is None else means_of(tail, dtype, (b, h, d, e))),
             *(NO_CODES if coded is None else codes_of(coded, (b, h, d, e))),
-            0 if biases is None or not t else plain("biases", biases, F32, (b, h, t)),
+            0 if biases is None or not listed[0] else plain("biases", biases, F32, (b, h, listed[2])),
         )
         return out, lse
 
@@ -311,12 +294,7 @@ class CpuBackend(Backend):
         capacity, n = arena_keys.shape[2], b * q
         q_at = plain("queries", queries, queries.dtype, (b, h, g, q, d))
         k_at = plain("arena_keys", arena_keys, arena_keys.dtype, (b, h, capacity, d))
-        rows_at = counts_at = t = 0
-        if rows is not None and counts is not None:
-            t = rows.shape[2]
-            rows_at, counts_at = plain("rows", rows, I32, (n, h, t)), plain("counts", counts, I32, (n, h))
-        elif rows is not counts:
-            raise ShapeError("rows, counts: expected both or neither")
+        listed = listed_rows(rows, counts, n, h)
         check_spans(sinks, sealed, lengths, n, capacity)
         scores = torch.empty((b, h, g, q, k), dtype=F32, device="cpu")
         rows_of_best = torch.empty((b, h, g, q, k), dtype=torch.int64, device="cpu")
@@ -331,9 +309,7 @@ class CpuBackend(Backend):
             q,
             d,
             capacity,
-            rows_at if t else 0,
-            counts_at,
-            t,
+            *listed,
             list(sinks),
             list(sealed),
             list(lengths),

@@ -4,7 +4,7 @@ A pool has pages of some tokens each. A page holds, for every KV head, keys, val
 a function of key, position and frozen centroids alone, so that pages may be shared, freed and used again without any
 bookkeeping. What a search needs besides is derived in every step: runs are counted from these bytes (`count`), routed and
 probed as in an arena (`Backend.route`, `Backend.probe`), the tokens of chosen runs are found by a second pass (`find`), and
-rows of the pool are scanned (`scan`).
+rows of the pool are scanned (`scan`). Where part of a budget is a weighted sample, `find` takes biases along.
 
 Axes: B pages of a pool, N tokens of a page, b sequences, h KV heads, g query heads per KV head, q queries, n tokens, d key dim, e
 value dim, l lists (256 at most), S segments, t rows, M pages of a sequence.
@@ -148,37 +148,47 @@ class PagedBackend(ABC):
         Raises IndexError if a list number is nlist or more.
         """
 
-    @abstractmethod
     def find(
         self, pages: Any, batch: Any, tables: Tensor, numbers: Tensor | None, counts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """`find_biased` without biases: rows and how many."""
+        return self.find_biased(pages, batch, tables, numbers, counts, None)[:2]
+
+    @abstractmethod
+    def find_biased(
+        self, pages: Any, batch: Any, tables: Tensor, numbers: Tensor | None, counts: Tensor | None, biases: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Row numbers of what is read: tokens before the segments, those of ``numbers``, and tokens behind the segments.
 
         tables : as from `count`; numbers : int32 (b, h, t) in the order of ``tables``, counts : int32 (b, h), as `Backend.probe`
-        takes them: ascending, of each run its last ones. None for every token.
+        takes them: ascending, of each run its last ones, but with ``biases`` any. None for every token. biases : float32
+        (b, h, t), of the numbers, or None; only with numbers, and where the backend ``reads_samples``.
 
         Returns int32 (b, h, t'), anything behind the last, and how many, int32 (b, h). Tokens behind the segments come last and
-        in order; the others in any.
+        in order; the others in any. And biases of these rows, float32 (b, h, t'), 0 outside the segments; None without.
         """
 
     @abstractmethod
     def scan(
-        self, pages: Any, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool
+        self, pages: Any, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool, biases: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Softmax attention of queries (b, h, g, q, d) over rows : int32 (b, h, t), counts : int32 (b, h), of a pool.
 
-        causal : query i of q does not see the last q - 1 - i rows. The rest as in `Backend.scan`.
+        causal : query i of q does not see the last q - 1 - i rows. biases : float32 (b, h, t), nats, added to the logits of the
+        rows, or None. The rest as in `Backend.scan`.
         """
 
     def search(
-        self, pages: Any, batch: Any, routing: PagedRouting, queries: Tensor, scale: float
+        self, pages: Any, batch: Any, routing: PagedRouting, queries: Tensor, scale: float, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, int]:
         """`count`, `Backend.route`, `Backend.probe`, `find` and the causal `scan`; also the rows that were read, of all heads.
+
+        out : as `scan` returns it, contiguous, to write into; None for one of its own.
 
         A segment lies on the knots where log2 of the distance of its middle from the newest token, at least 1, less first_knot
         does.
         """
-        numbers = counts = None
+        numbers = counts = biases = None
         plan: PagedBatch = batch
         device = queries.device
         tables = torch.empty((len(plan.lengths), queries.shape[1], 0, routing.nlist + 1), dtype=torch.int32, device=device)
@@ -191,7 +201,7 @@ class PagedBackend(ABC):
             last = max(0, a.shape[3] - 2)
             knots = (distances.log2() - routing.first_knot).clamp(0.0, last).float().to(device)
             probed = self.backend.probe(z, a, knots, tables, plan.num_segments, routing.budget, routing.size_weighted)
-            numbers, counts = probed.rows, probed.counts
-        rows, read = self.find(pages, batch, tables, numbers, counts)
-        out, lse = self.scan(pages, queries, rows, read, scale, True)
-        return out, lse, int(read.sum())
+            numbers, counts, biases = probed.rows, probed.counts, probed.biases
+        rows, read, row_biases = self.find_biased(pages, batch, tables, numbers, counts, biases)
+        found, lse = self.scan(pages, queries, rows, read, scale, True, row_biases)
+        return found if out is None else out.copy_(found), lse, int(read.sum())

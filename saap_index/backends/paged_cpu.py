@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LengthError, ShapeError
-from .addresses import F32, I32, angles_of, code_of, plain, rows_of
+from .addresses import F32, I32, NO_SAMPLE, angles_of, code_of, plain, rows_of, sample_of
 from .cpu import CpuBackend
 from .paged import MAX_LISTS, PagedBackend, PagedBatch, PagedRouting, Pages
 from .types import Rotation
@@ -76,47 +76,52 @@ class PagedCpu(PagedBackend):
         self.backend._module().count_pages(pages.shape, pages.lists, batch.handle, nlist, tables.data_ptr())
         return tables
 
-    def find(
-        self, pages: _Pool, batch: _Batch, tables: Tensor, numbers: Tensor | None, counts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def find_biased(
+        self, pages: _Pool, batch: _Batch, tables: Tensor, numbers: Tensor | None, counts: Tensor | None, biases: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         plan, h = batch.plan, pages.pages.keys.shape[1]
         b, segments, nlist = len(plan.lengths), plan.bounds.shape[1] - 1, tables.shape[3] - 1
-        tables_at = numbers_at = counts_at = t = 0
+        tables_at = numbers_at = counts_at = biases_at = t = 0
         if numbers is not None and counts is not None:
             t = numbers.shape[2]
             tables_at = plain("tables", tables, I32, (b, h, segments, nlist + 1))
             numbers_at, counts_at = plain("numbers", numbers, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
-        elif numbers is not counts:
-            raise ShapeError("numbers, counts: expected both or neither")
+        elif numbers is not counts or biases is not None:
+            raise ShapeError("numbers, counts: expected both or neither, and biases only with both")
+        if biases is not None:
+            biases_at = plain("biases", biases, F32, (b, h, t))
         most = max(plan.lengths, default=0)
         rows = torch.empty((b, h, most), dtype=I32, device="cpu")
         taken = torch.empty((b, h), dtype=I32, device="cpu")
+        row_biases = None if biases is None else torch.zeros((b, h, most), dtype=F32, device="cpu")
         self.backend._module().find_pages(
             pages.shape, pages.lists, batch.handle, nlist, tables_at, numbers_at, counts_at, t, most, rows.data_ptr(),
-            taken.data_ptr(),
+            taken.data_ptr(), biases_at, 0 if row_biases is None else row_biases.data_ptr(),
         )
-        return rows, taken
+        return rows, taken, row_biases
 
     def scan(
-        self, pages: _Pool, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool
+        self, pages: _Pool, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, _ = queries.shape
         t = rows.shape[2]
         q_at = self._queries(pages, queries)
         rows_at, counts_at = plain("rows", rows, I32, (b, h, t)), plain("counts", counts, I32, (b, h))
         out, lse = self._results(pages, queries)
+        biases_at = 0 if biases is None else plain("biases", biases, F32, (b, h, t))
         self.backend._module().scan_pages(
             pages.shape, pages.k, pages.v, b, rows_at, counts_at, t, q_at, code_of("queries", queries), g, q, scale, causal,
-            out.data_ptr(), lse.data_ptr(),
+            out.data_ptr(), lse.data_ptr(), biases_at,
         )
         return out, lse
 
     def search(
-        self, pages: _Pool, batch: _Batch, routing: PagedRouting, queries: Tensor, scale: float
+        self, pages: _Pool, batch: _Batch, routing: PagedRouting, queries: Tensor, scale: float, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, int]:
         b, h, g, q, d = queries.shape
-        q_at, (out, lse) = self._queries(pages, queries), self._results(pages, queries)
-        budgets_at = unread_at = 0
+        q_at, (out, lse) = self._queries(pages, queries), self._results(pages, queries, out)
+        budgets_at, unread_at, sample_at = 0, 0, NO_SAMPLE
         if any(batch.plan.num_segments):
             if routing.router is None or routing.budget.mean_entries is not None:
                 raise ShapeError("routing: expected a router, and a budget without entries")
@@ -126,9 +131,11 @@ class PagedCpu(PagedBackend):
             budgets_at = plain("budget.rows", routing.budget.rows, I32, (b, h))
             unread = routing.budget.unread_mass
             unread_at = 0 if unread is None else plain("budget.unread_mass", unread, F32, (h,))
+            if routing.budget.sample is not None:
+                sample_at = sample_of(routing.budget, (b, h))
         read = self.backend._module().search_pages(
             pages.shape, pages.k, pages.v, pages.lists, batch.handle, routing.router, routing.first_knot, routing.size_weighted,
-            *angles_of(routing.rotation, b * q, d), routing.budget.nprobe, budgets_at, unread_at, q_at,
+            *angles_of(routing.rotation, b * q, d), routing.budget.nprobe, budgets_at, unread_at, *sample_at, q_at,
             code_of("queries", queries), g, q, scale, out.data_ptr(), lse.data_ptr(),
         )
         return out, lse, int(read)
@@ -138,7 +145,11 @@ class PagedCpu(PagedBackend):
         b, _, g, q, _ = queries.shape
         return plain("queries", queries, queries.dtype, (b, h, g, q, d))
 
-    def _results(self, pages: _Pool, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def _results(self, pages: _Pool, queries: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shape = queries.shape[:-1]
-        out = torch.empty((*shape, pages.pages.values.shape[3]), dtype=queries.dtype, device="cpu")
+        of = (*shape, pages.pages.values.shape[3])
+        if out is None:
+            out = torch.empty(of, dtype=queries.dtype, device="cpu")
+        else:
+            plain("out", out, queries.dtype, of)
         return out, torch.empty(shape, dtype=F32, device="cpu")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .. import reference
 from .paged import PagedBackend, PagedBatch, Pages
@@ -40,11 +41,12 @@ class PagedReference(PagedBackend):
                 tables[i, head, :s] = reference.count_runs(nos, _bounds(batch, i), nlist)
         return torch.from_numpy(tables)
 
-    def find(
-        self, pages: Pages, batch: PagedBatch, tables: Tensor, numbers: Tensor | None, counts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def find_biased(
+        self, pages: Pages, batch: PagedBatch, tables: Tensor, numbers: Tensor | None, counts: Tensor | None,
+        biases: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         b, h = len(batch.lengths), pages.keys.shape[1]
-        found = []
+        found, raised = [], []
         for i, length in enumerate(batch.lengths):
             bounds = _bounds(batch, i)
             for head in range(h):
@@ -52,12 +54,20 @@ class PagedReference(PagedBackend):
                 if numbers is not None and counts is not None and batch.num_segments[i]:
                     chosen = numbers[i, head, : int(counts[i, head])].numpy().astype(np.int64)
                 middle = reference.sorted_tokens(_lists(pages, batch, i, head), bounds)[chosen]
-                positions = np.concatenate([np.arange(bounds[0]), np.sort(middle), np.arange(bounds[-1], length)])
+                order = np.argsort(middle)
+                positions = np.concatenate([np.arange(bounds[0]), middle[order], np.arange(bounds[-1], length)])
                 found.append(row_numbers(pages, batch.blocks[i], torch.from_numpy(positions)).numpy())
-        return _padded(found, b, h)
+                if biases is not None:
+                    own = np.zeros(len(positions), np.float32)
+                    if batch.num_segments[i]:
+                        own[bounds[0] :][: len(order)] = biases[i, head, : len(order)].numpy()[order]
+                    raised.append(own)
+        rows, taken = _padded(found, b, h)
+        return rows, taken, None if biases is None else pad_sequence(list(map(torch.from_numpy, raised)), True).view(b, h, -1)
 
     def scan(
-        self, pages: Pages, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool
+        self, pages: Pages, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, d = queries.shape
         out, lse = np.zeros((b, h, g, q, pages.values.shape[3])), np.full((b, h, g, q), -np.inf)
@@ -66,8 +76,9 @@ class PagedReference(PagedBackend):
                 n = int(counts[i, head])
                 keys, values = (_f64(rows_of(x, pages.row, head, rows[i, head, :n])) for x in (pages.keys, pages.values))
                 limit = n - q + 1 + np.arange(q) if causal else np.full(q, n)
+                raised = None if biases is None else _f64(biases[i, head, :n])
                 seen = np.tile(np.arange(n)[None] < limit[:, None], (g, 1))
-                o, e = reference.attend(_f64(queries[i, head]).reshape(g * q, d), keys, values, scale, seen)
+                o, e = reference.attend(_f64(queries[i, head]).reshape(g * q, d), keys, values, scale, seen, biases=raised)
                 out[i, head], lse[i, head] = o.reshape(g, q, -1), e.reshape(g, q)
         return torch.from_numpy(out).to(queries.dtype), torch.from_numpy(lse).float()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..precision import full_precision
 from .paged import PagedBackend, PagedBatch, Pages
@@ -44,11 +45,12 @@ class PagedTorch(PagedBackend):
                 from_ = ends[:, -1]
         return tables
 
-    def find(
-        self, pages: Pages, batch: PagedBatch, tables: Tensor, numbers: Tensor | None, counts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def find_biased(
+        self, pages: Pages, batch: PagedBatch, tables: Tensor, numbers: Tensor | None, counts: Tensor | None,
+        biases: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         b, h, device = len(batch.lengths), pages.keys.shape[1], pages.lists.device
-        found = []
+        found, raised = [], []
         for i, bounds in enumerate(batch.bounds.tolist()):
             length, s = batch.lengths[i], batch.num_segments[i]
             low, high = (bounds[0], bounds[s]) if s else (length, length)
@@ -62,13 +64,19 @@ class PagedTorch(PagedBackend):
                 if numbers is not None and counts is not None and s:
                     middle = order[head, numbers[i, head, : int(counts[i, head])].long()]
                 found.append(row_numbers(pages, batch.blocks[i].to(device), torch.cat([before, middle, behind])))
+                if biases is not None:
+                    own = biases.new_zeros(len(found[-1]))
+                    if s:
+                        own[low : low + len(middle)] = biases[i, head, : len(middle)]
+                    raised.append(own)
         taken = torch.tensor([len(x) for x in found], dtype=torch.int32, device=device).view(b, h)
-        rows = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
-        return rows.int().view(b, h, -1), taken
+        rows = pad_sequence(found, batch_first=True, padding_value=-1).int().view(b, h, -1)
+        return rows, taken, None if biases is None else pad_sequence(raised, batch_first=True).view(b, h, -1)
 
     @full_precision
     def scan(
-        self, pages: Pages, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool
+        self, pages: Pages, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         b, h, g, q, _ = queries.shape
         t = rows.shape[2]
@@ -77,6 +85,8 @@ class PagedTorch(PagedBackend):
         seen = place < (counts[:, :, None] - back)[..., None]  # (b, h, q, t)
         keys, values = (_gather(x, pages.row, rows).float() for x in (pages.keys, pages.values))
         logits = torch.einsum("bhgqd,bhtd->bhgqt", queries.float(), keys) * scale
+        if biases is not None:
+            logits = logits + biases[:, :, None, None]
         logits = logits.masked_fill(~seen[:, :, None], float("-inf"))
         lse = torch.logsumexp(logits, -1) if t else logits.new_full((b, h, g, q), float("-inf"))
         weights = torch.exp(logits - lse.nan_to_num(neginf=0.0)[..., None])

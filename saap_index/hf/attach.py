@@ -32,7 +32,8 @@ from .graphs import GraphedDecoder, GraphWarning
 from .kept import folder_of, kept_routers
 from .layer_plan import LayerPlan
 from .learner import PromptLearner, options_of
-from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
+from .options import MAX_SPARSE_TOKENS, AttachOptions
+from .plan import Plan, make_plan
 from .weighing import weighing
 
 
@@ -201,19 +202,21 @@ def attach(
     if getattr(model, ATTACHED, None) is not None:
         raise StateError("model: expected one without routers attached; call detach first")
 
+    asked = AttachOptions.of(
+        options, selectivity=selectivity, dense_layers=dense_layers, max_sparse_tokens=max_sparse_tokens,
+        audit_every=audit_every, audit_bound=audit_bound, cuda_graphs=cuda_graphs,
+    )
+
     def graphs(decoder: Any, layers: Mapping[int, LayerPlan]) -> bool | str:
-        why_not = "audits, which compare on the host" if audit_every else obstacle(decoder, layers)
-        return _graphs(decoder, cuda_graphs, why_not)
+        why_not = "audits, which compare on the host" if asked.audit_every else obstacle(decoder, layers)
+        return _graphs(decoder, asked.cuda_graphs, why_not)
 
     def make(routers: Routers) -> Plan:
-        plan = make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options, graphs)
-        return plan.audited(audit_every, audit_bound) if audit_every else plan
+        return make_plan(model, routers, asked, graphs)
 
-    if audit_bound is not None and not audit_every:
-        raise ParameterError("audit_bound: expected audit_every beside it, got none")
     training = options_of(train)
     if routers is None:
-        plan = _learning(model, training, make, "budget_shares" in options)
+        plan = _learning(model, training, make, asked.own_shares)
     elif isinstance(train, PromptTraining):
         raise ParameterError("train: expected no PromptTraining beside routers, which are used as they are, got one")
     else:
@@ -239,9 +242,7 @@ def _learning(model: Any, training: PromptTraining | None, make: Callable[[Route
 
 
 def _graphs(decoder: Any, cuda_graphs: bool | str, why_not: str | None) -> bool | str:
-    """``asked``, or False where no graph is to be made."""
-    if cuda_graphs not in (True, False, "auto"):
-        raise ParameterError(f"cuda_graphs: expected True, False or 'auto', got {cuda_graphs!r}")
+    """``cuda_graphs``, or False where no graph is to be made."""
     if not cuda_graphs or why_not is None:
         return cuda_graphs
     what = f"cuda_graphs: expected a model whose decode steps a CUDA graph can hold, got {why_not}"

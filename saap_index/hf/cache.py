@@ -19,7 +19,8 @@ from ..search.params import SearchParametersIVF
 from ..search.stats import IndexStats
 from .calls import Call, undo_of
 from .layer import IndexedLayer
-from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
+from .options import MAX_SPARSE_TOKENS, AttachOptions
+from .plan import Plan, make_plan
 from .rotation import rotary_of
 from .support import decoder_of
 
@@ -52,7 +53,8 @@ class SaapCache(DynamicCache):
         if routers is not None:
             if plan is not None:
                 raise StateError("routers: expected none for a model they are attached to; detach first, or leave them out")
-            plan = make_plan(model, routers, selectivity, dense_layers, max_sparse_tokens, options)
+            named = {"selectivity": selectivity, "dense_layers": dense_layers, "max_sparse_tokens": max_sparse_tokens}
+            plan = make_plan(model, routers, AttachOptions.of(options, **named))
         elif plan is None:
             raise StateError("routers: expected those of the model, or a model that they are attached to, got neither")
         elif selectivity is not None or options or dense_layers or max_sparse_tokens != MAX_SPARSE_TOKENS:

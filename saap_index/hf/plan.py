@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,10 +18,8 @@ from . import support
 from .audit import Audit, promised_shares
 from .break_even import break_evens
 from .layer_plan import LayerPlan
+from .options import AttachOptions
 from .probe import check_rotation
-
-MAX_SPARSE_TOKENS = 8
-"""Tokens that one forward call may bring and still be attended to as decoding does: those that assisted decoding verifies."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +69,13 @@ class Plan:
 def make_plan(
     model: Any,
     routers: Routers,
-    selectivity: float | None,
-    dense_layers: Iterable[int],
-    max_sparse_tokens: int,
-    options: Mapping[str, Any],
+    options: AttachOptions,
     cuda_graphs: Callable[[Any, Mapping[int, LayerPlan]], bool | str] = lambda decoder, layers: False,
 ) -> Plan:
     """Check a model against its routers and decide which layers are indexed; see `attach`.
 
-    A layer is indexed if it attends to the whole context, has a router, and is not named in ``dense_layers``.
+    A layer is indexed if it attends to the whole context, has a router, and is not named in ``dense_layers``. With
+    ``audit_every`` every layer has an `Audit`.
     cuda_graphs : (decoder, layers that are indexed) -> what `Plan.cuda_graphs` is to be.
     """
     decoder = support.decoder_of(model)
@@ -88,8 +84,7 @@ def make_plan(
     if not isinstance(routers, Routers):
         raise ParameterError(f"routers: expected those that load_routers returns, got {type(routers).__name__}")
     routers.check(config)
-    dense = support.check_dense_layers(dense_layers, config.num_hidden_layers)
-    checks.integer(max_sparse_tokens, "max_sparse_tokens", 1)
+    dense = support.check_dense_layers(options.dense_layers, config.num_hidden_layers)
     whole = support.global_layers(decoder)
     chosen = [number for number in whole if number in routers.layers and number not in dense]
     if not chosen:
@@ -98,11 +93,11 @@ def make_plan(
             f"layers {whole} with such attention, routers for {sorted(routers.layers)}, dense_layers {sorted(dense)}"
         )
     modules = support.attention_layers(decoder)
-    layers = {number: _layer_plan(config, number, modules[number].self_attn, routers, selectivity, options) for number in chosen}
+    layers = {number: _layer_plan(config, number, modules[number].self_attn, routers, options) for number in chosen}
     ropes = {number: plan.trained.rope for number, plan in layers.items()}
     check_rotation(decoder, {n: rope for n, rope in ropes.items() if rope == routers.layers[n].model_rope})
     graphs = cuda_graphs(decoder, layers)
-    if "break_even" not in options:
+    if options.break_even is None:
         for number, by_batch in break_evens(layers, modules, decoder.dtype, bool(graphs)).items():
             mine = {**layers[number].options, "break_even": by_batch[1]}
             layers[number] = replace(layers[number], options=mine, break_evens=by_batch, _empty={})
@@ -113,15 +108,16 @@ def make_plan(
         "ranks": ranks,
     }
     evaluation = routers.config.get("evaluation") or {}
-    return Plan(layers, config.num_hidden_layers, max_sparse_tokens, config, identity, evaluation, None, graphs)
+    plan = Plan(layers, config.num_hidden_layers, options.max_sparse_tokens, config, identity, evaluation, None, graphs)
+    return plan.audited(options.audit_every, options.audit_bound) if options.audit_every else plan
 
 
 def _layer_plan(
-    config: Any, number: int, attention: Any, routers: Routers, selectivity: float | None, options: Mapping[str, Any]
+    config: Any, number: int, attention: Any, routers: Routers, options: AttachOptions
 ) -> LayerPlan:
     trained = routers.layers[number]
-    if "nlist" in options:
-        trained = trained.with_lists(options["nlist"])
+    if options.nlist is not None:
+        trained = trained.with_lists(options.nlist)
     heads, kv_heads = config.num_attention_heads, support.kv_heads_of(config)
     h, nlist, d = trained.quantizer.centroids.shape
     support.check_head_dim(d, number)
@@ -137,15 +133,10 @@ def _layer_plan(
         raise CompatibilityError(f"model: expected KV heads that divide among {shard[1]} processes, got {kv_heads}")
     layout = routers.config.get("layout", {})
     mine = {name: layout[name] for name in ("sinks", "window") if name in layout}  # what they were trained outside of
-    mine |= {**({} if selectivity is None else {"selectivity": selectivity}), **options}
-    mine.pop("nlist", None)
-    shares = mine.pop("budget_shares", trained.budget_shares)
+    mine |= options.of_index
+    shares = options.budget_shares if options.own_shares else trained.budget_shares
     trained = replace(trained, budget_shares=None if shares is None else checks.shares(shares, "budget_shares", kv_heads))
     types = getattr(config, "layer_types", None)
-    plan = LayerPlan(number, heads, kv_heads, trained, mine, shard, types[number] if types else None)
-    try:
-        AsymmetricIndex(d, nlist, heads, kv_heads, rope=trained.rope, **mine)  # what is wrong with an option is said now
-    except TypeError as error:
-        raise ParameterError(f"options: expected those of AsymmetricIndex, got {sorted(options)}: {error}") from error
-    return plan
+    AsymmetricIndex(d, nlist, heads, kv_heads, rope=trained.rope, **mine)  # what is wrong with an option is said now
+    return LayerPlan(number, heads, kv_heads, trained, mine, shard, types[number] if types else None)
 

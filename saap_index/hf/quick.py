@@ -15,7 +15,8 @@ from . import support
 from .attach import Attachment, detach
 from .cache import ATTACHED, SaapCache
 from .learner import PromptLearner
-from .plan import MAX_SPARSE_TOKENS, Plan, make_plan
+from .options import AttachOptions
+from .plan import Plan, make_plan
 
 
 def train_on_prompts(
@@ -38,7 +39,7 @@ def train_on_prompts(
     learner = PromptLearner(model, options, folder)
 
     def make(routers: Routers) -> Plan:
-        return make_plan(model, routers, None, (), MAX_SPARSE_TOKENS, {"break_even": 0})
+        return make_plan(model, routers, AttachOptions(break_even=0))
 
     setattr(model, ATTACHED, Attachment(model, learner.make(make)))
     decoder = support.decoder_of(model)

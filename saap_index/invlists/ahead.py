@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-AHEAD_ROWS = 32
-"""Rows of a sequence that are assigned together, at most."""
+AHEAD_ROWS = 24
+"""Rows of a sequence that are assigned together, at most: a multiple of what the kernels multiply at once (`kRows`)."""
 
 AHEAD_TOKENS = 8
 """Tokens from one time to the next."""
@@ -27,6 +27,10 @@ class Ahead(NamedTuple):
     @property
     def stop(self) -> int:
         return self.first + self.lists.shape[1]
+
+    def part(self, start: int, stop: int) -> list[Tensor]:
+        """List numbers of the leading rows of [start, stop) that are known: int32 (h, n), or none."""
+        return [self.lists[:, start - self.first : stop - self.first]] if self.first <= start < self.stop else []
 
     def up_to(self, length: int) -> Ahead | None:
         """The same of a sequence of which ``length`` rows are left."""
@@ -50,9 +54,12 @@ def next_time(sealed_at: int, assigned: int, stop: int) -> int:
     return min(sealed_at, max(at, assigned + min(left, AHEAD_ROWS)))
 
 
-def due_rows(length: int, sealed_at: int, assigned: int, stop: int) -> int:
-    """Past which row lists are to be assigned with ``length`` tokens, ``assigned`` or more; other arguments as above."""
-    if length < next_time(sealed_at, assigned, stop):
-        return assigned
+def due_rows(length: int, sealed_at: int, assigned: int, stop: int) -> tuple[int, int]:
+    """Past which row lists are to be assigned with ``length`` tokens, ``assigned`` or more, and the `next_time` after that; other
+    arguments as above."""
+    again = next_time(sealed_at, assigned, stop)
+    if length < again:
+        return assigned, again
     wait = AHEAD_ROWS * (-(-(sealed_at - length) // AHEAD_TOKENS) - 1)
-    return max(assigned, min(length, stop - max(0, wait)))
+    until = max(assigned, min(length, stop - max(0, wait)))
+    return until, next_time(sealed_at, until, stop)

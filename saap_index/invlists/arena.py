@@ -59,7 +59,7 @@ def resized(
         old = getattr(arena, name)
         if size is not None and old is not None:
             new = empty(backend, (*old.shape[:2], size, *old.shape[3:]), old.dtype)
-            if name == "pending":
+            if name in ("pending", "ids"):  # ids for no other reason than that a later token must not wait for its pages
                 new.fill_(-1)
             keep = min(size, used if name in ROW_ARRAYS else old.shape[2])
             new[:, :, :keep] = old[:, :, :keep]

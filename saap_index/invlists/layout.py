@@ -143,6 +143,10 @@ class Layout:
         at = max(self.break_even, self._length_of(self.num_blocks(length) + 1))
         return at, self.sinks + self.num_blocks(at) * self.block
 
+    def coming(self, length: int, heads: int) -> tuple[int, int, int]:
+        """`next_change` and `next_seal`."""
+        return self.next_change(length, heads), *self.next_seal(length)
+
     def merged_segments(self, length: int) -> tuple[Segment, ...]:
         """The segments of a sequence of ``length`` tokens as soon as no merge is under way."""
         return _segments(self.num_blocks(length), self.sinks, self.recent, self.block, self.max_segment)

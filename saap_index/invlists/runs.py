@@ -15,7 +15,12 @@ from .layout import Segment
 
 
 class Assign(Protocol):
-    """What says which lists rows in arrival order belong to."""
+    """What says which lists rows in arrival order belong to.
+
+    from_keys : whether that follows from their keys and positions alone, so that it may be asked before they are sealed.
+    """
+
+    from_keys: bool
 
     def __call__(self, i: int, start: int, stop: int) -> Tensor:
         """List numbers of rows [start, stop) of sequence i: int32 (h, n)."""
@@ -29,6 +34,7 @@ class KnownLists:
     """`Assign` where list numbers are there already: lists[i] is (first row, int32 (h, n)) of sequence i."""
 
     __slots__ = ("_lists",)
+    from_keys = False
 
     def __init__(self, lists: Mapping[int, tuple[int, Tensor]]) -> None:
         self._lists = lists
@@ -51,18 +57,17 @@ def run_lists(table: Tensor, segment: Segment) -> Tensor:
 
 
 def merged_lists(
-    tables: Tensor, have: Sequence[Segment], want: Sequence[Segment], recent_lists: Callable[[int, int], Tensor]
+    tables: Tensor, have: Sequence[Segment], want: Segment, recent_lists: Callable[[int, int], Tensor]
 ) -> Tensor:
-    """List numbers of the rows that become the segments ``want``, as they lie: int32 (h, n).
+    """List numbers of the rows that become the segment ``want``, as they lie: int32 (h, n).
 
     tables : int32 (h, S, l + 1), of the segments ``have``, whose rows stay in front; behind them recent_lists(start, stop) has
     those of recent rows.
     """
-    sealed, parts = have[-1][1] if have else 0, []
-    for start, stop in want:
-        parts += [run_lists(tables[:, s], (a, b)) for s, (a, b) in enumerate(have) if start <= a and b <= stop]
-        if stop > sealed:
-            parts.append(recent_lists(max(start, sealed), stop))
+    sealed, (start, stop) = have[-1][1] if have else 0, want
+    parts = [run_lists(tables[:, s], (a, b)) for s, (a, b) in enumerate(have) if start <= a and b <= stop]
+    if stop > sealed:
+        parts.append(recent_lists(max(start, sealed), stop))
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..backends import Backend, SegmentChange, StorageCode
 from . import arena, coded
-from .ahead import Ahead, due_rows, next_time
+from .ahead import Ahead, due_rows
 from .common import before_merge, common_prefix, common_segments, diverged, picked
 from .layout import MAX_QUERY_TOKENS, Arrangement, Layout, Merging, Segment
 from .runs import Assign, KnownLists, cut_table, joined_table, merged_lists, run_lists
@@ -32,9 +32,9 @@ class SegmentedInvertedLists(StoredTokens):
 
     def only_grows(self, counts: Sequence[int], seal: bool = True) -> bool:
         """Whether to add so many tokens, to be sealed or not, is to write them behind the others and nothing else."""
-        if self.pending is not None or not self.has_room(counts):
+        if self.pending is not None or (seal and any(map(operator.ge, map(operator.add, self.lengths, counts), self._due_at))):
             return False
-        return not seal or all(map(operator.lt, map(operator.add, self.lengths, counts), self._due_at))
+        return self.has_room(counts)
 
     def due(self) -> bool:
         """Whether `seal` has anything to do."""
@@ -83,12 +83,16 @@ class SegmentedInvertedLists(StoredTokens):
     def _seal(self, sequences: Iterable[int], assign: Assign, final: bool = False) -> None:
         """`seal` of these sequences; the rows past the last segment are in arrival order. final: it will not be taken back."""
         chosen = list(sequences)
+        have = {i: Arrangement(self.segments[i], self.merging[i]) for i in chosen}
         wanted = {i: self.layout.arrangement(self.lengths[i], self.heads) for i in chosen}
-        wanted = {i: want for i, want in wanted.items() if want != self.arrangement(i)}
+        wanted = {i: want for i, want in wanted.items() if want != have[i]}
         if wanted:
             by_key = assign if self.code is None else self._code(wanted, self.code, assign)
-            for i in self._seal_together(wanted, by_key, final):
-                self._seal_alone(i, wanted[i], by_key)
+            if self.backend.seals_batches and self.code is None:
+                wanted = self._seal_together(wanted, by_key, final)
+                have = {i: self.arrangement(i) for i in wanted}
+            for i, want in wanted.items():
+                self._seal_alone(i, have[i], want, by_key)
             if self.code is not None and not any(map(self._lists_given, range(self.batch))):
                 self.arena = replace(self.arena, pending=None)
         for i in chosen:
@@ -96,20 +100,19 @@ class SegmentedInvertedLists(StoredTokens):
 
     def _look_ahead(self, i: int, assign: Assign) -> None:
         """Assign what is due of the next block of sequence i, and note with how many tokens something is due again."""
-        length, at = self.lengths[i], self.layout.next_change(self.lengths[i], self.heads)
-        quantizer = None if self.backend.seals_batches or self.pending is not None else assign.by_position()
-        if quantizer is not None and quantizer[0] is not None:
-            sealed_at, stop = self.layout.next_seal(length)
-            if not self.segments[i]:  # a block more, which may be due a few tokens after the first ones
+        length, segments = self.lengths[i], self.segments[i]
+        at, sealed_at, stop = self.layout.coming(length, self.heads)
+        if assign.from_keys and not self.backend.seals_batches and self.pending is None:
+            if not segments:  # a block more, which may be due a few tokens after the first ones
                 stop += self.layout.block
-            ahead, start = self.ahead[i], self.sealed(i) or self.layout.sinks
+            ahead, start = self.ahead[i], segments[-1][1] if segments else self.layout.sinks
             assigned = start if ahead is None else ahead.stop
-            until = due_rows(length, sealed_at, assigned, stop)
+            until, again = due_rows(length, sealed_at, assigned, stop)
             if until > assigned:
                 lists = assign(i, assigned, until)
                 self.rows_assigned += lists.numel()
                 self.ahead[i] = Ahead(start, lists) if ahead is None else ahead.followed_by(lists)
-            at = min(at, next_time(sealed_at, max(assigned, until), stop))
+            at = min(at, again)
         self._due_at[i] = at
 
     def _code(self, wanted: dict[int, Arrangement], code: StorageCode, assign: Assign) -> Assign:
@@ -130,10 +133,10 @@ class SegmentedInvertedLists(StoredTokens):
             self._set_arena(memory)
         return KnownLists(lists)
 
-    def _seal_together(self, wanted: dict[int, Arrangement], assign: Assign, final: bool = False) -> list[int]:
+    def _seal_together(self, wanted: dict[int, Arrangement], assign: Assign, final: bool = False) -> dict[int, Arrangement]:
         """`_seal_alone` of these sequences in one go, where the backend can; returns those that are left. final: it will not be
         taken back."""
-        quantizer = assign.by_position() if self.backend.seals_batches and self.code is None else None
+        quantizer = assign.by_position()
         while quantizer is not None and wanted:
             changes = [self._change(i, want) for i, want in wanted.items()]
             self._room_for_segments(max(len(c.want) for c in changes))
@@ -147,7 +150,7 @@ class SegmentedInvertedLists(StoredTokens):
                 self.rows_assigned += self.heads * len(c.positions)
                 self._arrange(c.sequence, Arrangement(tuple(c.want), None if c.merging is None else Merging(*c.merging)))
             wanted = {i: want for i, want in wanted.items() if want != self.arrangement(i)}
-        return list(wanted)
+        return wanted
 
     def _change(self, i: int, want: Arrangement) -> SegmentChange:
         """The next change on the way of sequence i to an arrangement: to its segments, then to what of them is merged."""
@@ -158,28 +161,27 @@ class SegmentedInvertedLists(StoredTokens):
         means = self.layout.num_means(segments, self.nlist)
         return SegmentChange(i, first, have, segments, positions, means, self.merging[i], merging)
 
-    def _seal_alone(self, i: int, want: Arrangement, assign: Assign) -> None:
-        """Bring sequence i to an arrangement that follows its own, by the backend's single operations."""
-        have = self.arrangement(i)
-        self._room_for_segments(len(want.segments))
-        self._changed()
-        first = common_prefix(have.segments, want.segments)
-        if first < len(want.segments):
-            self._merge(i, first, have, want.segments, assign)
+    def _seal_alone(self, i: int, have: Arrangement, want: Arrangement, assign: Assign) -> None:
+        """Bring sequence i from one arrangement to another that follows it, by the backend's single operations."""
+        if len(want.segments) > self.tables.shape[2]:
+            self._room_for_segments(len(want.segments))
+        if have.segments != want.segments:
+            self._merge(i, have, want.segments, assign)
         if want.merging is not None:
             self._merge_heads(i, have, want.segments, want.merging)
         self._arrange(i, want)
         ahead = self.ahead[i]
-        self.ahead[i] = None if ahead is None else ahead.behind(self.sealed(i))
+        self.ahead[i] = None if ahead is None else ahead.behind(want.segments[-1][1])
 
-    def _merge(self, i: int, first: int, have: Arrangement, want: Sequence[Segment], assign: Assign) -> None:
-        """Make the segments of sequence i from number ``first`` on those of ``want``. Rows of a segment that stays do not move,
-        nor those of KV heads that have merged it."""
-        sealed, means = self.sealed(i), self.num_means(i)
+    def _merge(self, i: int, have: Arrangement, want: Sequence[Segment], assign: Assign) -> None:
+        """Make the segments of sequence i those of ``want``. Rows of a segment that stays do not move, nor those of KV heads that
+        have merged it."""
+        first, sealed = common_prefix(have.segments, want), have.segments[-1][1] if have.segments else 0
+        means = self.num_means(i) if self.layout.mean_run_tokens else 0
         tables = self.tables.new_empty((self.heads, len(want) - first, self.nlist + 1))
         stays: dict[int, int] = {}  # segments by number: which they were
-        whole: list[tuple[int, Segment]] = []  # to be sorted for every KV head
-        partly: list[tuple[int, range]] = []  # sorted for some, and which segments they were
+        whole: list[tuple[int, Segment]] = []  # with recent rows
+        partly: list[tuple[int, range]] = []  # of whole segments, and which these were
         stops = [stop for _, stop in have.segments]
         for s in range(first, len(want)):
             start, stop = want[s]
@@ -189,29 +191,35 @@ class SegmentedInvertedLists(StoredTokens):
             elif len(old) == 1:
                 stays[s] = old[0]
                 tables[:, s - first] = self.tables[i, :, old[0]]
-            elif have.merging is not None and (have.merging.first, have.merging.stop) == (old.start, old.stop):
-                partly.append((s, old))
             else:
-                whole.append((s, want[s]))
+                partly.append((s, old))
         fresh = partial(self._recent_lists, i, assign)
-        lists = [(s, merged_lists(self.tables[i], have.segments, [segment], fresh)) for s, segment in whole]
-        self._undo.before_tables(self.arena, i, slice(first, len(have.segments)))
+        lists = [
+            (s, fresh(*x).contiguous() if x[0] >= sealed else merged_lists(self.tables[i], have.segments, x, fresh))
+            for s, x in whole
+        ]
+        if first < len(have.segments):
+            self._undo.before_tables(self.arena, i, slice(first, len(have.segments)))
         for run in _neighbours([s for s, _ in whole]):
             part = slice(run[0] - first, run[-1] + 1 - first)
             list_nos = [x for s, x in lists if s in run]
-            nos = list_nos[0] if len(list_nos) == 1 else torch.cat(list_nos, 1)
             start, stop = want[run[0]][0], want[run[-1]][1]
             self._undo.before_move(self.arena, i, slice(start, stop))
-            self.backend.seal_many(self.keys[i], self.values[i], self.ids[i], want[run[0] : run[-1] + 1], nos, tables[:, part])
-            self.rows_moved += nos.numel()
+            rows = self.keys[i], self.values[i], self.ids[i]
+            if len(run) == 1:
+                self.backend.seal(*rows, start, list_nos[0], tables[:, part.start])
+            else:
+                self.backend.seal_many(*rows, want[run[0] : run[-1] + 1], torch.cat(list_nos, 1), tables[:, part])
+            self.rows_moved += sum(map(Tensor.numel, list_nos))
         for s, old in partly:
-            assert have.merging is not None
-            done = have.merging.heads
-            tables[:done, s - first] = joined_table(self.tables[i, :done, old.start : old.stop])
+            now = have.merging
+            done = now.heads if now is not None and (now.first, now.stop) == (old.start, old.stop) else 0
+            if done:
+                tables[:done, s - first] = joined_table(self.tables[i, :done, old.start : old.stop])
             self._sort(i, slice(done, None), have.segments[old.start : old.stop], old.start, tables[done:, s - first])
         self.tables[i, :, first : len(want)] = tables
         self.segments[i] = tuple(want)
-        for s in range(first, self.num_means(i)):
+        for s in range(first, self.num_means(i) if self.layout.mean_run_tokens else 0):
             old_s = stays.get(s, means)
             if old_s < means:
                 for x in (self.mean_keys, self.mean_values):
@@ -224,30 +232,33 @@ class SegmentedInvertedLists(StoredTokens):
         parts, old = segments[merging.first : merging.stop], have.merging
         done = old.heads if old is not None and have.segments[old.first : old.stop] == parts else 0
         heads = slice(done, merging.heads)
-        table = self.tables.new_empty((merging.heads - done, self.nlist + 1))
         self._undo.before_tables(self.arena, i, slice(merging.first, merging.stop))
-        self._sort(i, heads, parts, merging.first, table)
-        self.tables[i, heads, merging.first : merging.stop] = cut_table(table, parts)
+        self._sort(i, heads, parts, merging.first, None)
         for s in range(merging.first, min(merging.stop, self.num_means(i))):
             self._mean_runs(i, s, heads)
 
-    def _sort(self, i: int, heads: slice, parts: Sequence[Segment], first: int, table: Tensor) -> None:
+    def _sort(self, i: int, heads: slice, parts: Sequence[Segment], first: int, table: Tensor | None) -> None:
         """Sort the rows of these neighbours, of which the first is segment number ``first``, as those of one segment.
 
-        table : int32 (heads, l + 1) out.
+        table : int32 (heads, l + 1) out; None: their tables become it, cut at their bounds.
         """
-        lists = merged_lists(self.tables[i, heads, first:], parts, [(parts[0][0], parts[-1][1])], _none_fresh)
-        self._undo.before_move(self.arena, i, slice(parts[0][0], parts[-1][1]), heads)
+        start, stop = parts[0][0], parts[-1][1]
+        tables = self.tables[i, heads, first : first + len(parts)]
+        self._undo.before_move(self.arena, i, slice(start, stop), heads)
         rows = self.keys[i, heads], self.values[i, heads], self.ids[i, heads]
-        self.backend.seal(*rows, parts[0][0], lists, table)
-        self.rows_moved += lists.numel()
+        if not self.backend.merge(*rows, parts, tables, table):
+            lists = merged_lists(tables, parts, (start, stop), _none_fresh)
+            joined = tables.new_empty((len(tables), self.nlist + 1)) if table is None else table
+            self.backend.seal(*rows, start, lists, joined)
+            if table is None:
+                tables.copy_(cut_table(joined, parts))
+        self.rows_moved += len(tables) * (stop - start)
 
     def _assigned(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
         """List numbers of recent rows by the quantizer: int32 (h, n); of as many as were assigned ahead without asking it."""
-        ahead, parts = self.ahead[i], []
-        if ahead is not None and ahead.first <= start < ahead.stop:
-            parts.append(ahead.lists[:, start - ahead.first : stop - ahead.first])
-            start = min(stop, ahead.stop)
+        ahead = self.ahead[i]
+        parts = [] if ahead is None else ahead.part(start, stop)
+        start += sum(x.shape[1] for x in parts)
         if start < stop:
             parts.append(assign(i, start, stop))
             self.rows_assigned += parts[-1].numel()
@@ -255,7 +266,11 @@ class SegmentedInvertedLists(StoredTokens):
 
     def _recent_lists(self, i: int, assign: Assign, start: int, stop: int) -> Tensor:
         """List numbers of recent rows about to be sealed, whose ids are written: int32 (h, n)."""
-        self.ids[i, :, start:stop] = torch.from_numpy(self.positions(i, np.arange(start, stop))).to(self.ids)
+        positions = self.gaps[i].positions(np.arange(start, stop))
+        if self.ids.is_cpu:
+            self.ids.numpy()[i, :, start:stop] = positions  # in a fraction of the time that torch takes
+        else:
+            self.ids[i, :, start:stop] = torch.from_numpy(positions).to(self.ids)
         if not self._lists_missing(i, start, stop):
             assert self.pending is not None
             return self.pending[i, :, start:stop]

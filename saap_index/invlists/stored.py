@@ -134,7 +134,7 @@ class StoredTokens:
         finally:
             undo.depth -= 1
             if not undo.depth:
-                undo.forget()
+                undo.steps = []
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -234,6 +234,7 @@ class StoredTokens:
 
     def _arrange(self, i: int, arrangement: Arrangement) -> None:
         """Those of sequence i lie so from now on."""
+        self._changed()
         self.segments[i], self.merging[i] = arrangement
 
     # -- positions ---------------------------------------------------------------------------------------------------

@@ -16,28 +16,24 @@ from .arena import Step, empty
 class UndoLog:
     """Steps that put the tokens of an arena back into their rows, kept while a change is under way.
 
-    depth : changes under way, one within the other; with 0 nothing is noted.
+    depth : changes under way, one within the other; with 0 nothing is noted. steps : of the outermost one, newest last.
     """
 
-    __slots__ = ("_steps", "backend", "depth")
+    __slots__ = ("backend", "depth", "steps")
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.depth = backend, 0
-        self._steps: list[Step] = []  # newest last
+        self.steps: list[Step] = []
 
     def note(self, *steps: Step) -> None:
         if self.depth:
-            self._steps += steps
+            self.steps += steps
 
     def undo(self, arena: Arena) -> bool:
         """Take everything back in ``arena``, which is the memory of before the change; returns whether there was something."""
-        for step in reversed(self._steps):
+        for step in reversed(self.steps):
             step(arena)
-        return bool(self._steps)
-
-    def forget(self) -> None:
-        """The change is over."""
-        self._steps, self.depth = [], 0
+        return bool(self.steps)
 
     def before_move(self, arena: Arena, i: int, rows: slice, heads: slice = slice(None)) -> None:
         """These rows of sequence i are about to change places, of these KV heads: note what they are."""

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from ..routing.calibration import replay, table
-from ..routing.quantizer import KeyQuantizer
 from ..routing.rope import Rope
 from ..routing.trained import TrainedLayer
 from ..routing.two_tower import TwoTower
@@ -55,17 +54,12 @@ def train_one(
     losses = total.loss / max(1e-30, float(total.norm.sum())) * store.weight(layer)
     calibration = table(curves) if curves else None
     sampling = best_sampling([errors for _, _, errors in results])
-    shared = None if tower is None else shared_lists(trained.quantizer)
+    shared = None if tower is None else trained.quantizer.rounded()
     routers = replace(
         trained, model_rope=model_rope, calibration=calibration, losses=losses.astype(np.float32), shared_lists=shared,
         sampling=sampling,
     )
     return LayerResult(routers, _figures(measured, store.weight(layer)))
-
-
-def shared_lists(quantizer: KeyQuantizer) -> KeyQuantizer:
-    """As a file keeps them, in 16 bits."""
-    return KeyQuantizer(quantizer.centroids.bfloat16().float())
 
 
 def _without_queries(store: CaptureStore, layer: int, numbers: list[int], device: torch.device) -> list[TrainingSequence]:

@@ -17,12 +17,18 @@ from .two_tower import TwoTower, prompt_keys
 
 
 class AssignRows:
-    """`invlists.runs.Assign` of a quantizer, as a backend prepared it, and a rope or None."""
+    """`invlists.runs.Assign` of a quantizer, as a backend prepared it, and a rope or None.
 
-    __slots__ = ("_backend", "_lists", "_quantizer", "_rope")
+    by_length : whether the rope's angles depend on the length of the sequence.
+    """
 
-    def __init__(self, backend: Backend, lists: SegmentedInvertedLists, quantizer: Any, rope: Rope | None) -> None:
+    __slots__ = ("_backend", "_lists", "_quantizer", "_rope", "from_keys")
+
+    def __init__(
+        self, backend: Backend, lists: SegmentedInvertedLists, quantizer: Any, rope: Rope | None, by_length: bool
+    ) -> None:
         self._backend, self._lists, self._quantizer, self._rope = backend, lists, quantizer, rope
+        self.from_keys = quantizer is not None and not by_length
 
     def __call__(self, i: int, start: int, stop: int) -> Tensor:
         rotation = None if self._rope is None else row_rotation(self._rope, self._lists, i, start, stop)

@@ -124,16 +124,24 @@ class KeyQuantizer:
         x = keys.float()
         if n > nlist * MAX_POINTS_PER_CENTROID:
             x = x[:, _evenly(n, nlist * MAX_POINTS_PER_CENTROID, keys.device)]
-        if transform is not None:
-            transform = transform.to(keys.device)
+        transform = None if transform is None else transform.to(keys.device)
         centroids = x[:, _evenly(x.shape[1], nlist, keys.device)]
-        halves = [x[:, 1::2], x[:, ::2]] if x.shape[1] >= 2 * _KEYS_OF_A_HALF * nlist else [x]
-        for step in range(niter):
-            some = halves[step % len(halves)]
-            made = cls(centroids, transform)
-            lists = made.assign(some) if assign is None else assign(made, some)
-            centroids = _means(some, lists, centroids)
-        return cls(centroids, transform)
+        return cls(_steps(x, cls(centroids, transform), niter, assign), transform)
+
+    def refined(self, keys: Tensor, seen: int, niter: int = PROMPT_ITERATIONS, assign: Assign | None = None) -> KeyQuantizer:
+        """These lists, moved towards further keys : float (h, n, d), as if ``seen`` keys before lay in them, in all alike.
+
+        Steps as in `of_prompt`, from here. Source: mini-batch k-means, Sculley 2010, with one weight for all lists.
+        """
+        most = self.nlist * MAX_POINTS_PER_CENTROID
+        n, x = keys.shape[1], keys.float()
+        if n > most:
+            x, seen = x[:, _evenly(n, most, keys.device)], seen * most // n
+        return KeyQuantizer(_steps(x, self, niter, assign, seen / self.nlist), self.transform) if n else self
+
+    def rounded(self) -> KeyQuantizer:
+        """As a file keeps lists that prompts share, in 16 bits."""
+        return KeyQuantizer(self.centroids.bfloat16().float())
 
 
 def require_faiss(what: str = "training key quantizers") -> Any:
@@ -158,12 +166,29 @@ def _evenly(n: int, count: int, device: torch.device) -> Tensor:
     return (torch.arange(count, dtype=torch.int64, device=device) * n + n // 2) // count
 
 
-def _means(x: Tensor, lists: Tensor, before: Tensor) -> Tensor:
-    """Means of the keys x : (h, n, d) of each list, ``before`` : (h, l, d) where it has none; added up in order."""
+def _steps(x: Tensor, start: KeyQuantizer, niter: int, assign: Assign | None, weight: float = 0.0) -> Tensor:
+    """Steps of k-means from ``start`` over every second of the keys x : (h, n, d), the odd and the even ones in turn: centroids
+    (h, l, d). weight : keys that each centroid of the start stands for."""
+    centroids, halves = start.centroids, [x]
+    if x.shape[1] >= 2 * _KEYS_OF_A_HALF * start.nlist:
+        halves, weight = [x[:, 1::2], x[:, ::2]], weight / 2
+    for step in range(niter):
+        some = halves[step % len(halves)]
+        made = KeyQuantizer(centroids, start.transform)
+        lists = made.assign(some) if assign is None else assign(made, some)
+        centroids = _means(some, lists, centroids, start.centroids * weight, weight)
+    return centroids
+
+
+def _means(x: Tensor, lists: Tensor, before: Tensor, added: Tensor, weight: float) -> Tensor:
+    """Means of the keys x : (h, n, d) of each list, ``before`` : (h, l, d) where it has none; added up in order, and at last
+    ``added`` : (h, l, d), the sum of ``weight`` keys more of each list."""
     heads, nlist, d = before.shape
     bags = (lists + torch.arange(heads, dtype=torch.int64, device=x.device)[:, None] * nlist).reshape(-1)
     counts = torch.bincount(bags, minlength=heads * nlist)
     order = bags.argsort(stable=True)
     sums = functional.embedding_bag(order, x.reshape(-1, d), counts.cumsum(0) - counts, mode="sum").view(heads, nlist, d)
     counts = counts.view(heads, nlist, 1)
-    return torch.where(counts > 0, sums / counts.clamp(min=1), before)
+    if not weight:
+        return torch.where(counts > 0, sums / counts.clamp(min=1), before)
+    return (sums + added) / (counts + weight)

@@ -49,7 +49,7 @@ class TrainedLayer:
     budget_shares: np.ndarray | None = None
     """float32 (h,), what the selectivity is multiplied with for each KV head; mean 1 over the model. None: 1 each."""
     losses: np.ndarray | None = None
-    """float32 (h, s), see `budget_plan`, at the shares of ``config["budget"]["grid"]``; None where nothing was measured."""
+    """float32 (h, s), see `training.budget.plan_budget`, at the shares of ``config["budget"]["grid"]``; None: not measured."""
     shared_lists: KeyQuantizer | None = None
     """Beside a tower, lists of the training texts, for where no prompt can have its own: in an engine, in which prompts share
     pages. None in folders of before."""

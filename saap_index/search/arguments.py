@@ -151,3 +151,9 @@ class Arguments:
         queries = self.tensor(queries, "queries", "b hq q d", (keys.shape[0], o.num_heads, None, o.d), checks.STORAGE_DTYPES)
         checks.finite(queries, "queries")
         return list(zip(keys, queries, checks.positions(positions, keys.shape[0], queries.shape[2], keys.shape[2]), strict=True))
+
+    def with_values(self, sequences: list[tuple[Tensor, Any, Any]], values: Any) -> list[tuple[Tensor, Any, Any, Tensor]]:
+        """These `sequences`, each with its checked values (h, n, e)."""
+        shape = (len(sequences), self.options.num_kv_heads, sequences[0][0].shape[1], self.options.d_v)
+        each = self.tensor(values, "values", "b h n e", shape, checks.STORAGE_DTYPES)
+        return [(*x, v) for x, v in zip(sequences, each, strict=True)]

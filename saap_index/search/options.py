@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 
 from .. import checks
-from ..backends import STORAGE_CODES, StorageCode
-from ..errors import ParameterError
+from ..backends import STORAGE_CODES, Backend, StorageCode
+from ..errors import DeviceError, ParameterError
 from ..invlists.layout import Layout
 from .params import SAMPLING, SELECTIVITY, SearchParametersIVF
 from .plan import MOST_PLANS
@@ -71,6 +71,12 @@ class IndexOptions:
             raise ParameterError(f"tail: expected an index with mean_run_tokens of 1 or more, got tail={params.tail} and 0")
         return params
 
+    def check_backend(self, backend: Backend, device: torch.device) -> None:
+        """DeviceError for codes where nothing reads them."""
+        if self.storage is not None and not backend.reads_codes:
+            where = f"{str(device)!r}, backend {backend.name!r}"
+            raise DeviceError(f"storage: expected a backend that reads codes, got {self.storage!r} on {where}")
+
     @property
     def code(self) -> StorageCode | None:
         """What sealed keys and values are stored as; None for numbers."""
@@ -126,10 +132,14 @@ class IndexOptions:
         return replace(self, params=budget.over(params))
 
 
+_READ_ONLY = "is_trained", "rope"
+
+
 class Field(property, Generic[Value]):
     """A property of an `AsymmetricIndex`: a field of one of its records, by the path there.
 
-    unset : what a field at None reads as. Those of layout and search parameters may be set: `AsymmetricIndex._set_option`.
+    unset : what a field at None reads as. Those of layout and search parameters may be set (`AsymmetricIndex._set_option`), and
+    parts of what is trained (`AsymmetricIndex._set_trained`).
     """
 
     def __init__(self, path: str, doc: str, unset: Any = None) -> None:
@@ -142,10 +152,15 @@ class Field(property, Generic[Value]):
                 value = getattr(value, part)
             return unset if value is None else value
 
-        def write(index: Any, value: Any) -> None:
+        def write_option(index: Any, value: Any) -> None:
             index._set_option(name, value)
 
-        super().__init__(read, write if record in ("_options.layout", "_options.params") else None, doc=doc)
+        def write_trained(index: Any, value: Any) -> None:
+            if not isinstance(value, float) or value != read(index):  # a cache of transformers sets the scale before every step
+                index._set_trained(**{name: value})
+
+        writers = dict.fromkeys(("_options.layout", "_options.params"), write_option) | {"_trained": write_trained}
+        super().__init__(read, None if name in _READ_ONLY else writers.get(record), doc=doc)
         self.__doc__ = doc  # of a subclass, Python shows the docstring of the class otherwise
 
     if TYPE_CHECKING:

@@ -83,22 +83,34 @@ def sample_of(
     """What of budgets, int32 (b, h), is sampled from sequences with ``sizes`` sealed tokens; None if nothing is."""
     if not params.samples or not router.size_weighted or not lists.backend.reads_samples:
         return None
-    if sampling is None:
-        if params.sampled_share is None:
-            return None
-        sampling = Sampling(*(np.full(lists.heads, x, np.float32) for x in (0.0, EXPONENT, CAP)))
-
-    def of_heads(parameter: float | None, calibrated: np.ndarray) -> np.ndarray:
-        return calibrated if parameter is None else np.full(lists.heads, parameter, np.float32)
-
-    shares = of_heads(params.sampled_share, sampling.shares)
-    rows = np.floor(budgets * shares.astype(np.float64) + 1e-6).astype(np.int32)
-    rows[budgets >= np.array(sizes)[:, None]] = 0  # all is read for certain
-    if not rows.any():
+    found = sampling_of(params, sampling, lists.heads)
+    rows = None if found is None else sampled_rows(budgets, found.shares, sizes)
+    if found is None or rows is None or not rows.any():
         return None
-    exponents = np.round(4 * of_heads(params.sample_exponent, sampling.exponents)).astype(np.int32)
-    caps = of_heads(params.sample_cap, sampling.caps)
-    return Sample(*map(torch.from_numpy, (np.minimum(rows, MAX_SAMPLED), exponents, caps.copy())))
+    return Sample(torch.from_numpy(rows), *of_sample(found))
+
+
+def sampling_of(params: SearchParametersIVF, sampling: Sampling | None, heads: int) -> Sampling | None:
+    """What these parameters make of what was calibrated, None for nothing; None where nothing is sampled."""
+    if not params.samples or (sampling is None and params.sampled_share is None):
+        return None
+    if sampling is None:
+        sampling = Sampling(*(np.full(heads, x, np.float32) for x in (0.0, EXPONENT, CAP)))
+    said = (params.sampled_share, params.sample_exponent, params.sample_cap)
+    calibrated = (sampling.shares, sampling.exponents, sampling.caps)
+    return Sampling(*(y if x is None else np.full(heads, x, np.float32) for x, y in zip(said, calibrated, strict=True)))
+
+
+def sampled_rows(budgets: np.ndarray, shares: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Of budgets, int32 (..., b, h), what is sampled from sequences with ``sizes`` sealed tokens; shares : float32 (..., h)."""
+    rows = np.floor(budgets * shares[..., None, :].astype(np.float64) + 1e-6).astype(np.int32)
+    rows[budgets >= np.array(sizes)[:, None]] = 0  # all is read for certain
+    return np.minimum(rows, np.int32(MAX_SAMPLED))
+
+
+def of_sample(sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Exponents and caps as `Sample` takes them."""
+    return torch.from_numpy(np.round(4 * sampling.exponents).astype(np.int32)), torch.from_numpy(sampling.caps.copy())
 
 
 def _check_sample(

@@ -53,13 +53,19 @@ def best_of(
     return scores, ids
 
 
+def best_of_none(queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`best_of` queries (b, h, g, q, d) that read nothing."""
+    shape, device = (*queries.shape[:-1], k), queries.device
+    scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
+    return scores, torch.full(shape, -1, dtype=torch.int64, device=device)
+
+
 @full_precision
 def _best_rows(lists: SegmentedInvertedLists, queries: Tensor, selection: Selection, k: int) -> tuple[Tensor, Tensor]:
     """What `Backend.best` returns."""
     b, h, g, q, d = queries.shape
     device = queries.device
-    scores = torch.full((b, h, g, q, k), float("-inf"), dtype=torch.float32, device=device)
-    best = torch.full((b, h, g, q, k), -1, dtype=torch.int64, device=device)
+    scores, best = best_of_none(queries, k)
     width = 0 if selection.rows is None else selection.rows.shape[2]
     rows_in_use = max(selection.sealed, default=0)
     at_once = q * width >= rows_in_use  # to multiply all sealed keys reads less than to gather those of each query

@@ -138,7 +138,10 @@ class SearchSession:
                 what = "a CUDA graph holds the addresses of this index; call reserve_memory and capture again"
                 raise StateError(f"add: expected room, for {what}")
             lists.make_room(counts)
-        self.publish()
+        if self._captures or lists.code is not None or self._moved != lists.moved:
+            self.publish()
+        else:  # memory is where it was, which is all that the host needs: the rest is for the next search
+            session.lengths = lists.lengths
         session.append(keys, values, counts, in_bulk)
         lists.advance(counts, list_nos, rotated)
         if session.captured and session.lengths != lists.lengths:

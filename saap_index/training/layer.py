@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,6 +65,21 @@ def train_layer(
     some = data.x[:, :: max(1, data.x.shape[1] // TRANSFORM_QUERIES)]
     tower = tower.with_transform(some.transpose(1, 2))
     return TrainedLayer(quantizer, tower.for_lists(quantizer.centroids), *about, tower)
+
+
+def announced(sequences: Sequence[TrainingSequence], nlist: int, config: TrainingConfig) -> TrainingConfig:
+    """Print what is about to be trained; returns a config that goes on to print, as an index of FAISS does."""
+    num_queries = sum(queries.shape[1] for _, queries, _ in sequences if queries is not None)
+    h, _, d = sequences[0][0].shape
+    num_keys = sum(int(keys.shape[1]) for keys, _, _ in sequences)
+    print(f"Training {nlist} lists of {h} KV heads on {num_keys} keys of {d} dims")
+    router = f"Training the query router on {num_queries} queries per head"
+    print(router if num_queries else "No queries: routing is symmetric")
+    return config if config.progress is not None else replace(config, progress=_print_epoch)
+
+
+def _print_epoch(epoch: int, epochs: int, loss: float) -> None:
+    print(f"  epoch {epoch} of {epochs}: cross-entropy {loss:.4f} nats")
 
 
 def _sample(sequences: Sequence[TrainingSequence], nlist: int, rope: Rope | None) -> Tensor:

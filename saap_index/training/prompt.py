@@ -100,13 +100,15 @@ class PromptFit:
     """tower : the routers, or None if those of before were kept; before, after : cross-entropy in nats on what was held out, of
     the routers that were there and of the new ones, nan without any; queries : positions that were sampled. measured : what the
     routers that are used from now on lose at each budget, on queries that were held out, and sampling : what is best sampled of
-    it; None without values, or where none of these has a sealed token."""
+    it; None without values, or where none of these has a sealed token. lists : of the keys of this prompt and those before, for
+    where prompts share them."""
 
     tower: TwoTower | None
     before: float
     after: float
     queries: int
-    measured: Measured | None = None
+    measured: Measured | None
+    lists: KeyQuantizer
     sampling: Sampling | None = None
 
 
@@ -114,12 +116,13 @@ class PromptFit:
 def fit_prompt(
     keys: Tensor, queries: Tensor, positions: np.ndarray, rope: Rope | None, scale: float, layout: Layout,
     options: PromptTraining, start: TwoTower | None = None, lengths: np.ndarray | None = None, values: Tensor | None = None,
+    shared: KeyQuantizer | None = None, prompts: int = 0,
 ) -> PromptFit:
     """Train the routers of one layer, or refine ``start``.
 
     keys : float (h, n, d) and queries : float (hq, q, d) as attention sees them; positions : int64 (q,) of the queries, each
     before n; lengths : int64 (n,), those that the keys were rotated at, where the angles depend on them. values : float
-    (h, n, e), with which budgets are measured.
+    (h, n, e), with which budgets are measured. shared : lists of so many prompts before, counted as if as long as this one.
 
     Deterministic for a seed and thread count. LengthError with too few queries past window and sinks to fit and hold out any.
     """
@@ -137,6 +140,10 @@ def fit_prompt(
     begin = TwoTower.symmetric(h, d, scale).to(keys.device).with_transform(routed) if start is None else start
     quantizer = KeyQuantizer.of_prompt(coarse, options.nlist, assign=_assign, transform=begin.transform)
     lists = _assign(quantizer, coarse)
+    if shared is None:
+        shared = KeyQuantizer.of_prompt(coarse, options.nlist, assign=_assign)
+    else:
+        shared = shared.refined(coarse, prompts * n, assign=_assign)
     first_knot = max(MIN_FIRST_KNOT, max(1, layout.window).bit_length() - 1)
     num_knots = max(1, math.ceil(math.log2(n)) - first_knot + 1)
     if start is not None:
@@ -163,7 +170,7 @@ def fit_prompt(
         if start is not None and start.transform is not None:
             tower = tower.mixed(start)
     if values is None:
-        return PromptFit(tower, before, after, count)
+        return PromptFit(tower, before, after, count, None, shared)
     del data
     if tower is not None:  # measured as it will be used
         quantizer = KeyQuantizer.of_prompt(coarse, options.nlist, assign=_assign, transform=tower.transform)
@@ -177,9 +184,9 @@ def fit_prompt(
     replayed = keys, values.float(), grouped[:, :, some], routed[:, :, some], positions[places], lists, router, sealed, scale
     measured = measure(*replayed)
     if not measured.queries:
-        return PromptFit(tower, before, after, count)
+        return PromptFit(tower, before, after, count, None, shared)
     sampling = best_sampling([sample_errors(*replayed, FEW_CANDIDATES)], FEW_CANDIDATES)
-    return PromptFit(tower, before, after, count, measured, sampling)
+    return PromptFit(tower, before, after, count, measured, shared, sampling)
 
 
 def _assign(quantizer: KeyQuantizer, keys: Tensor) -> Tensor:

@@ -72,7 +72,10 @@ def line(model: ServedModel, numbers: dict[str, int | None], backend: str) -> st
     dense = f"; dense: layers {_ranges(rest)}" if rest else ""
     others = sum(n is None for n in numbers.values())
     dense += f"; dense: {others} of no number" if others else ""
-    dense += "; weighted samples, for which these routers are calibrated, are not read" if model.calibrated_samples else ""
+    if model.unread_samples:
+        dense += "; weighted samples, for which these routers are calibrated, are not read"
+    elif model.sampled:
+        dense += f"; {100 * model.sampled:.0f} % of what is chosen is a weighted sample"
     always = f"the first {model.sinks} and last {max(model.window, MAX_QUERY_TOKENS)}"
     return (
         f"saap_index: layers {_ranges(served)} read {what} from {model.options.break_even} tokens on, and {always}; prompts are "

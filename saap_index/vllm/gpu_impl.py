@@ -83,7 +83,7 @@ class SaapGpuImpl(FlashAttentionImpl):
     ) -> Tensor:
         """query, output : (n or more, hq, d)."""
         engine, scales = self.engine(query.device), (output_scale, output_block_scale)
-        groups = () if attn_metadata is None else getattr(attn_metadata, "groups", ())
+        groups = () if getattr(attn_metadata, "for_replay", True) else attn_metadata.groups
         if not groups or layer.layer_name not in engine.layers:
             dense: Tensor = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return dense

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -74,6 +75,17 @@ def cut_step(
             tokens = [starts[i] + k for i in members for k in range(q)]
             groups.append(Members(q, members, tokens))
     return Cut(tuple(groups), count, starts[count])
+
+
+def uniform(starts: Sequence[int], tokens: int, queries: int) -> int:
+    """Query tokens of each request where all have as many, or none as padding behind the others, up to ``queries``; else 0: a
+    step that only decodes, of which a graph may be replayed. tokens : of the step, those of padding included."""
+    r = len(starts) - 1
+    q = starts[1] - starts[0] if r else 0
+    if not 0 < q <= queries or tokens != r * q:
+        return 0
+    used = sum(b > a for a, b in pairwise(starts))
+    return q if list(starts) == [*range(0, used * q + 1, q), *[used * q] * (r - used)] else 0
 
 
 def plan_groups(session: PagedSession, cut: Cut, lengths: Tensor, blocks: Tensor) -> tuple[Group, ...]:

@@ -81,23 +81,27 @@ class SaapImpl(AttentionImpl[Step]):
 
     def _search(self, paged: PagedBackend, pool: Any, step: Step, group: Group, query: Tensor, output: Tensor) -> None:
         b, h, d, q = len(group.sealed), self.num_kv_heads, self.head_size, group.q
-        x = query[group.tokens].view(b, q, h, -1, d).permute(0, 2, 3, 1, 4).contiguous()
+        shape = b, h, self.num_heads // h, q, d
+        x, own = query[group.tokens], output[group.tokens]
+        # of one query each the order is that of the operations, and nothing moves
+        x = (x.view(shape) if q == 1 else x.view(b, q, h, -1, d).permute(0, 2, 3, 1, 4)).contiguous()
+        in_place = q == 1 and isinstance(group.tokens, slice) and own.is_contiguous()
+        out = own.view(shape) if in_place else torch.empty(shape, dtype=x.dtype, device="cpu")
         served = self._layer if group.sparse else None
         if served is None:
             none = PagedRouting(None, 1, 0, True, None, Budget(torch.empty((b, h), dtype=torch.int32, device="cpu")))
-            out, _, read = paged.search(pool, group.whole, none, x, self.scale)
+            _, _, read = paged.search(pool, group.whole, none, x, self.scale, out)
             COUNTERS.dense_queries += b * q
         else:
-            budget = Budget(group.budgets[served.place], 0, served.unread_mass)
-            rotation = step.rotation(served.rope, group)
+            budget, rotation = group.budgets[served.place], step.rotation(served.rope, group)
             routing = PagedRouting(served.router, served.nlist, served.first_knot, served.size_weighted, rotation, budget)
-            out, _, read = paged.search(pool, group.selecting, routing, x, self.scale)
-            whole = sum(n for n, chosen in zip(group.batch.lengths, group.sealed, strict=True) if not chosen)
+            _, _, read = paged.search(pool, group.selecting, routing, x, self.scale, out)
             COUNTERS.sparse_queries += group.sparse * q
             COUNTERS.dense_queries += (b - group.sparse) * q
-            COUNTERS.rows_read += (read - whole * h) * q
-            COUNTERS.rows_stored += (sum(group.batch.lengths) - whole) * h * q
-        output[group.tokens] = out.permute(0, 3, 1, 2, 4).reshape(b * q, self.num_heads, d)
+            COUNTERS.rows_read += (read - group.whole_tokens * h) * q
+            COUNTERS.rows_stored += group.partial_tokens * h * q
+        if not in_place:
+            output[group.tokens] = out.permute(0, 3, 1, 2, 4).reshape(b * q, self.num_heads, d)
 
     def _read_whole(self, kv_cache: Tensor, prefill: Prefill, query: Tensor, output: Tensor) -> None:
         size, d, n = kv_cache.shape[2], self.head_size, prefill.length

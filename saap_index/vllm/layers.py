@@ -12,16 +12,19 @@ from torch import Tensor
 
 from ..backends import Backend
 from ..backends.paged import MAX_LISTS
+from ..backends.types import Sample
 from ..errors import CompatibilityError, ParameterError
 from ..routers import LayerRouters, Routers
 from ..routing.rope import Rope
+from ..routing.sampling import Sampling
+from ..search.plan import of_sample, sampled_rows, sampling_of
 from .options import Options
 
 
 @dataclass(frozen=True)
 class ServedLayer:
     """place : among the served layers of this process. quantizer, router : prepared by the backend. shares : float32 (h,);
-    unread_mass : float32 (h,) or None, as in `Budget`."""
+    unread_mass : float32 (h,) or None, as in `Budget`; sampling : of the KV heads, or None where nothing is sampled."""
 
     number: int
     place: int
@@ -33,12 +36,13 @@ class ServedLayer:
     size_weighted: bool
     shares: np.ndarray
     unread_mass: Tensor | None
+    sampling: Sampling | None
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """sinks, window : what every query reads; layers : by number; ropes : those that differ. calibrated_samples : whether the
-    routers ask for weighted samples, which are not read here."""
+    """sinks, window : what every query reads; layers : by number; ropes : those that differ. unread_samples : whether weighted
+    samples are asked for, which the backend does not read."""
 
     options: Options
     sinks: int
@@ -46,7 +50,7 @@ class ServedModel:
     layers: dict[int, ServedLayer]
     ropes: tuple[Rope, ...]
     shares: np.ndarray
-    calibrated_samples: bool = False
+    unread_samples: bool = False
 
     def budgets(self, sealed: Sequence[int]) -> Tensor:
         """Most tokens that each layer, sequence and KV head may read of so many, int32 (layers, b, h): for each what
@@ -56,6 +60,20 @@ class ServedModel:
         shares = np.ones_like(self.shares) if params.target_mass is not None else self.shares
         wanted = np.ceil((params.selectivity or 1.0) * shares[:, None].astype(np.float64) * n - 1e-6)
         return torch.from_numpy(np.minimum(n, wanted).astype(np.int32))
+
+    def samples(self, budgets: Tensor, sealed: Sequence[int]) -> tuple[Sample | None, ...]:
+        """What of `budgets` each layer reads as a weighted sample."""
+        ways = [x.sampling for x in sorted(self.layers.values(), key=lambda x: x.place)]
+        rows = [None if x is None else sampled_rows(y.numpy(), x.shares, sealed) for x, y in zip(ways, budgets, strict=True)]
+        return tuple(
+            None if x is None or y is None or not y.any() else Sample(torch.from_numpy(y), *of_sample(x))
+            for x, y in zip(ways, rows, strict=True)
+        )
+
+    @property
+    def sampled(self) -> float:
+        """Share of the budget that is sampled, on average over layers and heads."""
+        return float(np.mean([0.0 if x.sampling is None else x.sampling.shares.mean() for x in self.layers.values()] or [0.0]))
 
 
 def heads_of_rank(total: int, rank: int, ranks: int) -> slice:
@@ -89,9 +107,9 @@ def serve(
         if layer.rope is not None and layer.rope not in ropes:
             ropes.append(layer.rope)
     shares = np.stack([x.shares for x in served.values()]) if served else np.ones((0, 0), np.float32)
-    samplings = [routers.layers[number].sampling for number in served]
-    calibrated = options.target_mass is None and any(x is not None and x.shares.any() for x in samplings)
-    return ServedModel(options, layout.get("sinks", 4), layout.get("window", 128), served, tuple(ropes), shares, calibrated)
+    ways = [sampling_of(options.params, routers.layers[number].sampling, 1) for number in served]
+    asked = not backend.reads_samples and any(x is not None and x.shares.any() for x in ways)
+    return ServedModel(options, layout.get("sinks", 4), layout.get("window", 128), served, tuple(ropes), shares, asked)
 
 
 def _served(
@@ -101,7 +119,7 @@ def _served(
     if parts is None:
         raise CompatibilityError(
             f"routers: expected lists that all prompts share in layer {number}, got those that each prompt makes its own: in an "
-            "engine prompts share pages. `saap train` makes both; saap_index.pipeline.shared_lists adds them to older routers"
+            "engine prompts share pages. `saap train`, also with --quick, makes both: train anew"
         )
     quantizer, router = parts
     total, nlist, _ = quantizer.centroids.shape
@@ -119,11 +137,14 @@ def _served(
     target = options.target_mass
     device = getattr(backend, "device", torch.device("cpu"))
     unread_mass = None if target is None else layer.unread_mass(target, device)
+    sampling = None
+    if backend.reads_samples and router.size_weighted:
+        sampling = sampling_of(options.params, layer.sampling, own.stop - own.start)
     weights = router.weights.map(lambda x: x[own].contiguous().to(device))
     vectors, bias = quantizer.of_heads(own).to(device).products()
     lists = backend.prepare_quantizer(vectors.contiguous(), bias)
     rope = next((x for x in ropes if x == layer.rope), layer.rope)
     return ServedLayer(
         number, place, rope, lists, backend.prepare_router(weights), nlist, router.first_knot,
-        router.size_weighted, np.asarray(shares, np.float32), unread_mass,
+        router.size_weighted, np.asarray(shares, np.float32), unread_mass, sampling,
     )

@@ -17,9 +17,9 @@ KEY = "saap"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """routers : a folder written by ``saap train``. selectivity, target_mass : as in `SearchParametersIVF`; 0.05 if neither is
-    given. break_even : a sequence with fewer tokens is read whole. layers : numbers of those to serve, None for all with routers
-    but those that training advises to leave dense.
+    """routers : a folder written by ``saap train``. selectivity, target_mass, sampled_share : as in `SearchParametersIVF`; 0.05
+    if neither of the first two is given. break_even : a sequence with fewer tokens is read whole. layers : numbers of those to
+    serve, None for all with routers but those that training advises to leave dense.
 
     Raises ParameterError for a value outside its range.
     """
@@ -27,6 +27,7 @@ class Options:
     routers: str
     selectivity: float | None = None
     target_mass: float | None = None
+    sampled_share: float | None = None
     break_even: int = Layout().break_even
     layers: tuple[int, ...] | None = None
 
@@ -43,7 +44,7 @@ class Options:
         selectivity = self.selectivity
         if selectivity is None:
             selectivity = SELECTIVITY if self.target_mass is None else TARGET_CAP
-        return SearchParametersIVF(selectivity=selectivity, target_mass=self.target_mass)
+        return SearchParametersIVF(selectivity=selectivity, target_mass=self.target_mass, sampled_share=self.sampled_share)
 
     @property
     def reads_all(self) -> bool:

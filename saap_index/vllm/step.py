@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import Rotation
+from ..backends import Budget, Rotation
 from ..backends.paged import PagedBackend, PagedBatch
 from ..invlists.layout import MAX_QUERY_TOKENS
 from ..invlists.octaves import bounds_of
@@ -47,10 +47,20 @@ class Group:
     backend: PagedBackend = field(repr=False)
     model: ServedModel = field(repr=False)
 
-    @property
+    @cached_property
     def sparse(self) -> int:
         """Sequences that are not read whole."""
         return sum(1 for n in self.sealed if n)
+
+    @cached_property
+    def whole_tokens(self) -> int:
+        """Of the sequences that are."""
+        return sum(n for n, chosen in zip(self.batch.lengths, self.sealed, strict=True) if not chosen)
+
+    @cached_property
+    def partial_tokens(self) -> int:
+        """Of those that are not."""
+        return sum(self.batch.lengths) - self.whole_tokens
 
     @cached_property
     def selecting(self) -> Any:
@@ -64,9 +74,13 @@ class Group:
         return self.backend.prepare_batch(PagedBatch(self.batch.blocks, self.batch.lengths, none, [0] * len(self.sealed)))
 
     @cached_property
-    def budgets(self) -> Tensor:
-        """int32 (layers, b, h)."""
-        return self.model.budgets(self.sealed)
+    def budgets(self) -> tuple[Budget, ...]:
+        """Of each served layer."""
+        rows, layers = self.model.budgets(self.sealed), sorted(self.model.layers.values(), key=lambda x: x.place)
+        samples = self.model.samples(rows, self.sealed)
+        return tuple(
+            Budget(x, unread_mass=layer.unread_mass, sample=y) for x, y, layer in zip(rows.unbind(), samples, layers, strict=True)
+        )
 
 
 @dataclass(frozen=True)

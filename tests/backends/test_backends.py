@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 from torch.nn import functional
 
@@ -215,7 +216,7 @@ def weights(h: int, u: int, d: int, nlist: int, knots: int, seed: int, dims: int
     nlist=st.sampled_from([1, 3, 16, 65]), knots=st.integers(0, 9), dims=st.sampled_from([0, 0, 1, 20, 64]),
     narrow=st.booleans(), dtype=DTYPES, turn=ROTATIONS, seed=SEEDS,
 )
-@settings(max_examples=90)
+@settings(max_examples=examples(90))
 def test_route(
     name: str, b: int, h: int, g: int, q: int, d: int, u: int, nlist: int, knots: int, dims: int, narrow: bool,
     dtype: torch.dtype, turn: Any, seed: int,
@@ -233,7 +234,7 @@ def test_route(
 
 
 @given(dims=st.sampled_from([1, 20, 64]), knots=st.integers(0, 3), seed=SEEDS)
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_a_composed_router_is_the_same_router(dims: int, knots: int, seed: int) -> None:
     router = weights(2, 5, 8, 7, knots, seed, dims)
     queries = torch.randn((1, 2, 3, 1, 8), generator=generator(seed + 1))
@@ -308,7 +309,7 @@ def check_probe(name: str, case: dict[str, Any], z: Tensor, a: Tensor) -> None:
 
 @over_backends
 @given(case=probes())
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_probe(name: str, case: dict[str, Any]) -> None:
     b, h, j, nlist, m = case["shape"]
     z, a = (torch.from_numpy(case["r"].normal(size=(b, h, j, x)).astype(np.float32)) for x in (nlist, m))
@@ -317,7 +318,7 @@ def test_probe(name: str, case: dict[str, Any]) -> None:
 
 @over_backends
 @given(case=probes(), steps=st.integers(1, 3), minus=st.booleans())
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_probe_with_ties(name: str, case: dict[str, Any], steps: int, minus: bool) -> None:
     """Scores from very few values, all alike among them, some of them -inf: newer segments first, then lower lists."""
     b, h, j, nlist, m = case["shape"]
@@ -451,7 +452,7 @@ def check_scan(name: str, case: dict[str, Any], queries: Tensor, keys: Tensor, v
 
 @over_backends
 @given(case=scans(), d=DIMS, e=DIMS, stored=DTYPES, asked=DTYPES, size=st.sampled_from([0.0, 1.0, 30.0]))
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_scan(
     name: str, case: dict[str, Any], d: int, e: int, stored: torch.dtype, asked: torch.dtype, size: float
 ) -> None:

@@ -5,6 +5,7 @@ Tolerance: the error against float64 may be twice that of torch computing the sa
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 
 from saap_index.backends.cpu import CpuBackend
@@ -126,7 +128,7 @@ def check_scan(
             assert np.abs(got_lse[~empty] - want_lse[~empty]).max(initial=0) <= NOISE * reach * 8
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     dtype=DTYPES,
     d=DIMS,
@@ -297,7 +299,7 @@ def probe_head(
     return sorted(taken)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(data=st.data(), seed=SEEDS, size_weighted=st.booleans(), ties=st.booleans())
 def test_probe(data: st.DataObject, seed: int, size_weighted: bool, ties: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -330,6 +332,30 @@ def test_probe(data: st.DataObject, seed: int, size_weighted: bool, ties: bool) 
             want = probe_head(z[i, k], a[i, k], knots[i, :s], tables[i, k, :s], budgets[i], nprobe, size_weighted)
             assert rows[i, k, : counts[i, k]].tolist() == want
             assert (rows[i, k, counts[i, k] :] == -1).all()
+
+
+@pytest.mark.parametrize("case", ["spread", "one list", "equal", "budget of most"])
+def test_probe_of_many_runs(case: str) -> None:
+    """So many that the heaviest are guessed from some of them, also where the guess is wrong: attention on a list that is not
+    among these, or all weights equal."""
+    lists, segments, j = 200, 30, 3
+    rng = np.random.default_rng(0)
+    z = np.repeat(0.5 * np.log(1 + rng.permutation(lists))[None], j, axis=0)
+    if case == "one list":
+        z[:] = -3.0
+        z[:, 57] = 4.0
+    elif case == "equal":
+        z[:] = 0
+    lengths = rng.integers(0, 9, (segments, lists))
+    tables = np.concatenate([np.zeros((segments, 1)), lengths.cumsum(1)], 1)
+    tables = (tables + np.concatenate([[0], lengths.sum(1).cumsum()[:-1]])[:, None] + 5).astype(np.int32)
+    a = np.zeros((j, 3)) if case == "equal" else 0.37 * rng.standard_normal((1, 3)).repeat(j, 0)
+    knots = rng.uniform(0, 1, segments)
+    for budget in (20000,) if case == "budget of most" else (1, 40, 700, 5000):
+        to = lambda x: torch.from_numpy(np.ascontiguousarray(x)).float()[None, None]  # noqa: E731
+        arguments = to(z), to(a), to(knots)[0], torch.from_numpy(tables)[None, None], [segments]
+        rows = CPU.probe(*arguments, Budget(torch.tensor([[budget]], dtype=torch.int32)), True).rows
+        assert rows[0, 0].tolist() == probe_head(z, a, knots, tables, budget, 0, True)
 
 
 def test_probe_scores_beyond_float32() -> None:
@@ -373,7 +399,7 @@ def rotations(n: int, d: int, seed: int) -> st.SearchStrategy[Rotation | None]:
     return st.one_of(st.none(), st.builds(make, st.sampled_from([d // 2, d // 4, 1]), st.booleans()))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data(), dtype=DTYPES, d=DIMS, n=st.integers(0, 220), lists=st.integers(1, 70), seed=SEEDS)
 def test_assign(data: st.DataObject, dtype: torch.dtype, d: int, n: int, lists: int, seed: int) -> None:
     h = data.draw(st.integers(1, 3))
@@ -395,7 +421,7 @@ def test_assign_ties_go_to_the_lower_list() -> None:
     assert (got == 7).all()
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data(), dtype=DTYPES, d=DIMS, seed=SEEDS)
 def test_route(data: st.DataObject, dtype: torch.dtype, d: int, seed: int) -> None:
     b, h, g, q = (data.draw(st.integers(1, most)) for most in (2, 3, 8, 12))
@@ -430,7 +456,7 @@ def test_route(data: st.DataObject, dtype: torch.dtype, d: int, seed: int) -> No
 # -- moving rows ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data(), dtype=DTYPES, d=DIMS, e=DIMS, n=st.integers(0, 300), lists=st.integers(1, 40), seed=SEEDS)
 def test_seal(data: st.DataObject, dtype: torch.dtype, d: int, e: int, n: int, lists: int, seed: int) -> None:
     h, start, capacity = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 5)), n + 9
@@ -451,6 +477,39 @@ def test_seal(data: st.DataObject, dtype: torch.dtype, d: int, e: int, n: int, l
     assert (tables[:, [0, 2]] == -7).all()
 
 
+@settings(max_examples=40)
+@given(data=st.data(), dtype=DTYPES, d=DIMS, lists=st.integers(1, 40), cut=st.booleans(), seed=SEEDS)
+def test_merge(data: st.DataObject, dtype: torch.dtype, d: int, lists: int, cut: bool, seed: int) -> None:
+    """What sealing all of the rows at once leaves; the tables are those of the whole, or cut at the bounds of the parts."""
+    h, sizes, e = data.draw(st.integers(1, 3)), data.draw(st.lists(st.integers(0, 80), min_size=1, max_size=5)), 24
+    bounds = np.cumsum([data.draw(st.integers(0, 5)), *sizes])
+    segments, n = list(itertools.pairwise(bounds.tolist())), int(bounds[-1] - bounds[0])
+    keys, values = (randn(h, int(bounds[-1]) + 3, x, seed=seed + x, dtype=dtype) for x in (d, e))
+    ids = torch.arange(keys[..., 0].numel(), dtype=torch.int32).view(keys.shape[:2])
+    list_nos = torch.from_numpy(np.random.default_rng(seed).integers(0, lists, (h, n)).astype(np.int32))
+    want, table = [x.clone() for x in (keys, values, ids)], torch.empty((h, lists + 1), dtype=torch.int32)
+    CPU.seal(*want, segments[0][0], list_nos, table)
+    tables = torch.full((h, len(segments) + 2, lists + 1), -7, dtype=torch.int32)
+    CPU.seal_many(keys, values, ids, segments, list_nos, tables[:, 1:-1])
+    joined = None if cut else torch.empty_like(table)
+    assert CPU.merge(keys, values, ids, segments, tables[:, 1:-1], joined)
+    assert all(torch.equal(x, y) for x, y in zip(want, (keys, values, ids), strict=True))
+    if joined is None:
+        assert torch.equal(tables[:, 1:-1], torch.stack([table.clamp(low, high) for low, high in segments], 1))
+    else:
+        assert torch.equal(joined, table)
+    assert (tables[:, [0, -1]] == -7).all()
+
+
+def test_merge_refuses() -> None:
+    x, ids = torch.zeros((1, 4, 8)), torch.zeros((1, 4), dtype=torch.int32)
+    for bad in ([[0, 1, 2], [2, 3, 5]], [[0, 1, 2], [2, 1, 4]], [[1, 1, 2], [2, 3, 4]]):
+        with pytest.raises(IndexError, match="tables"):
+            CPU.merge(x, x.clone(), ids, [(0, 2), (2, 4)], torch.tensor([bad], dtype=torch.int32), None)
+    with pytest.raises(LengthError, match="segments"):
+        CPU.merge(x, x.clone(), ids, [(0, 2), (2, 5)], torch.zeros((1, 2, 3), dtype=torch.int32), None)
+
+
 def test_seal_refuses_list_numbers_out_of_range() -> None:
     x, ids = torch.zeros((1, 4, 8)), torch.zeros((1, 4), dtype=torch.int32)
     for bad in (-1, 5):
@@ -458,7 +517,7 @@ def test_seal_refuses_list_numbers_out_of_range() -> None:
             CPU.seal(x, x.clone(), ids, 0, torch.full((1, 4), bad, dtype=torch.int32), torch.zeros((1, 6), dtype=torch.int32))
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(data=st.data(), dtype=DTYPES, seed=SEEDS, bad=st.sampled_from([None, float("nan"), float("inf"), float("-inf")]))
 def test_append(data: st.DataObject, dtype: torch.dtype, seed: int, bad: float | None) -> None:
     b, h, n, d, e = 2, 3, data.draw(st.integers(1, 600)), 40, 24

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from test_backends import DTYPES, SEEDS, check_probe
 from test_cpu_kernels import CPU, DIMS, _cpu, randn
 from test_tail import check_tail, scans_with_tails, tails
@@ -28,7 +29,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpu.set_isa(before)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(dtype=DTYPES, d=DIMS, e=DIMS, lists=st.integers(1, 5), longest=st.sampled_from([1, 40]), seed=SEEDS)
 def test_means(dtype: torch.dtype, d: int, e: int, lists: int, longest: int, seed: int) -> None:
     sizes = np.random.default_rng(seed).integers(0, longest + 1, lists)
@@ -57,7 +58,7 @@ def test_means_refuses() -> None:
         CPU.means(x, x, torch.zeros((1, 4)).int(), torch.zeros((1, 8, 3)).transpose(1, 2), out)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(case=tails())
 def test_probe_of_the_tail(case: dict[str, Any]) -> None:
     b, h, j, lists, m = case["shape"]
@@ -94,7 +95,7 @@ def test_probe_refuses_budgets() -> None:
     assert found.rows.shape == (1, 2, 0) and found.tail is not None and found.tail.shape == (1, 2, 0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(case=scans_with_tails(), d=DIMS, e=DIMS, stored=DTYPES, asked=DTYPES)
 def test_scan_with_a_tail(case: dict[str, Any], d: int, e: int, stored: torch.dtype, asked: torch.dtype) -> None:
     check_tail("cpu", case, d, e, stored, asked, 1.0)

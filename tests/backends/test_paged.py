@@ -80,6 +80,32 @@ def test_tokens_of_chosen_runs_are_found(scene: Scene, share: float, seed: int) 
                     assert sorted(a) == sorted(z) and a[n - behind :] == z[n - behind :], name
 
 
+@given(SCENES, st.floats(0, 1), SEEDS)
+@settings(max_examples=25)
+def test_sampled_tokens_are_found_with_their_biases(scene: Scene, share: float, seed: int) -> None:
+    """Any rows of any runs, and 0 for tokens outside the segments."""
+    draw, (b, h) = torch.Generator().manual_seed(seed), (len(scene.batch.lengths), scene.heads)
+    want = BACKENDS["reference"]
+    tables = want.count(*prepared(want, scene), scene.nlist)
+    sealed = [int(x[s] - x[0]) for x, s in zip(scene.batch.bounds, scene.batch.num_segments, strict=True)]
+    chosen = [torch.nonzero(torch.rand(n, generator=draw) < share)[:, 0].int() for n in sealed for _ in range(h)]
+    counts = torch.tensor(list(map(len, chosen)), dtype=torch.int32).view(b, h)
+    numbers = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=-1).view(b, h, -1)
+    biases = torch.rand(numbers.shape, generator=draw) + 1
+    rows, taken, raised = want.find_biased(*prepared(want, scene), tables, numbers, counts, biases)
+    assert raised is not None
+    for name, backend in BACKENDS.items():
+        found, number, own = backend.find_biased(*prepared(backend, scene), tables, numbers, counts, biases)
+        assert torch.equal(number, taken) and own is not None, name
+        for i, head in np.ndindex(b, h):
+            n = int(taken[i, head])
+            both = ((rows, raised), (found, own))
+            pairs, same = (dict(zip(x[i, head, :n].tolist(), y[i, head, :n].tolist(), strict=True)) for x, y in both)
+            assert same == pairs and sum(map(bool, pairs.values())) == counts[i, head], name
+            behind = scene.batch.lengths[i] - sealed[i] - int(scene.batch.bounds[i, 0]) if sealed[i] else scene.batch.lengths[i]
+            assert torch.equal(found[i, head, n - behind : n], rows[i, head, n - behind : n]), name
+
+
 @given(SCENES, st.integers(1, 5), st.integers(1, 8), st.booleans(), SEEDS)
 @settings(max_examples=40)
 def test_scan_of_all_rows_is_dense_attention(scene: Scene, g: int, q: int, causal: bool, seed: int) -> None:
@@ -138,13 +164,13 @@ def test_search_is_that_of_an_arena(scene: Scene, g: int, q: int, share: float, 
     assert read == int(found.counts.sum()) + h * always
 
 
-KINDS = st.sampled_from([(0, None), (2, None), (0, 0.2)])  # nprobe and miss
+KINDS = st.sampled_from([(0, None, None), (2, None, None), (0, 0.2, None), (0, None, 0.5)])  # nprobe, miss and sampled
 
 
 @given(SCENES, st.integers(1, 4), st.sampled_from([0.0, 0.05, 0.3, 1.0]), KINDS, SEEDS)
 @settings(max_examples=30)
 def test_search_in_one_call_is_its_parts(
-    scene: Scene, g: int, share: float, kind: tuple[int, float | None], seed: int
+    scene: Scene, g: int, share: float, kind: tuple[int, float | None, float | None], seed: int
 ) -> None:
     """The one call of the kernels, their parts one after the other, and the same on torch and of the specification."""
     b, h, _, d = scene.keys.shape
@@ -153,7 +179,9 @@ def test_search_in_one_call_is_its_parts(
     cpu = BACKENDS["cpu"]
     pages, batch = prepared(cpu, scene)
     way = routing(cpu, scene, share, seed, *kind)
-    out, lse, read = cpu.search(pages, batch, way, queries, d**-0.5)
+    own = torch.full((b, h, g, 1, d), float("nan"))
+    out, lse, read = cpu.search(pages, batch, way, queries, d**-0.5, own)
+    assert out is own
 
     class Parts(type(cpu)):  # type: ignore[misc]
         search = PagedBackend.search
@@ -243,7 +271,7 @@ def test_what_does_not_fit_is_refused() -> None:
     tables = cpu.count(pages, batch, 5)
     one = torch.ones((2, 2), dtype=torch.int32)
     run = int(tables[0, 0, 0, 2])  # the last of a run is run - 1: a number alone that is not
-    with pytest.raises(IndexError, match="last rows of runs"):
+    with pytest.raises(IndexError, match="without biases the last of runs"):
         cpu.find(pages, batch, tables, torch.full((2, 2, 1), run - 2, dtype=torch.int32), one)
     x.pages.lists[int(x.batch.blocks[0, 1])] = 3  # other lists than were counted
     with pytest.raises(IndexError, match="still what was counted"):

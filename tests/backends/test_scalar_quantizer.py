@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 
 from saap_index import reference
@@ -57,7 +58,7 @@ def rows(*shape: int, seed: int, dtype: torch.dtype, kind: str = "channels") -> 
 KINDS = st.sampled_from(["channels", "channels", "tiny", "huge", "equal", "zero"])
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(code=CODES, h=st.integers(1, 3), n=st.integers(0, 9), d=DIMS, e=DIMS, dtype=DTYPES, kind=KINDS, seed=SEEDS)
 def test_the_same_bytes_from_every_backend(
     backend: Backend, code: object, h: int, n: int, d: int, e: int, dtype: torch.dtype, kind: str, seed: int
@@ -189,7 +190,7 @@ def check(
             np.testing.assert_allclose(m[i, head].double().reshape(-1).numpy(), want_lse, rtol=2e-5, atol=2e-5)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     name=st.sampled_from(list(STORAGE_CODES)), shapes=st.lists(spans(), min_size=1, max_size=2), h=st.integers(1, 2),
     g=st.integers(1, 9), q=st.integers(1, 3), d=DIMS, e=DIMS, dtype=DTYPES, share=st.sampled_from([0.0, 0.3, 1.0]),

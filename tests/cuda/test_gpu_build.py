@@ -8,7 +8,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from emu import sanitize
 from emu.runtime import EmulatedRuntime, available
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -620,10 +619,10 @@ def test_means_of_some_segments_of_some_sequences() -> None:
                 assert same_bits(x[i, :, s], one[0, :, s]) if (i, s) in due else bool((x[i, :, s] == 9).all())
 
 
-# -- sanitizers ------------------------------------------------------------------------------------------------------------
+# -- for sanitizers ------------------------------------------------------------------------------------------------------------
 
 
-def all_kernels_once() -> None:
+def once() -> None:
     """A small build, every kernel of it: what the sanitizers watch."""
     run, dtype, h, n, d, nlist = EmulatedRuntime("random", 3, 3), torch.bfloat16, 2, 70, 40, 7
     keys, values = random_rows((1, h, n, d), dtype, 0), random_rows((1, h, n, d), dtype, 1)
@@ -649,9 +648,3 @@ def all_kernels_once() -> None:
         gpu_seal.means(run, *parts[:2], parts.tables, *means, numbers[plan.means_at :], plan.means)
     gpu_seal.publish(run, 1, torch.from_numpy(gpu_seal.pieces_of([(meta.data_ptr(), np.arange(8, dtype=np.int32))])))
     assert meta.tolist() == [list(range(8))]
-
-
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_sanitizers_find_nothing(sanitizer: str) -> None:
-    result = sanitize.run(sanitizer, ["-c", "import test_gpu_build; test_gpu_build.all_kernels_once(); print('all done')"])
-    assert result.returncode == 0 and "all done" in result.stdout, result.stdout[-3000:] + result.stderr[-6000:]

@@ -264,6 +264,6 @@ def test_configurations_fit() -> None:
 
 
 def once() -> None:
-    """What the sanitizers watch, see test_gpu_select.py: batches of columns, blocks that share a head, padding everywhere."""
+    """What the sanitizers watch, see test_gpu_sanitized.py: batches of columns, blocks that share a head, padding everywhere."""
     case = Case(replace(BUILDS[2], tiles=1), 1, 2, 3, 4, 50, 6, 2, pairs=10)
     assert_as_exact_as_fp16(run(case, inputs(case), runtime(SCHEDULES[-1])), case, inputs(case))

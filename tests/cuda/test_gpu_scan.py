@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emu import sanitize
 from emu.runtime import CUDA, EmulatedRuntime, available
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -536,19 +535,12 @@ def test_shared_memory_is_read_without_conflicts() -> None:
             assert phases > 0 and further == 0, (d, e, place)
 
 
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_sanitized(sanitizer: str) -> None:
-    """Memory and races: the same kernel built with a sanitizer, in a process of its own."""
-    done = sanitize.run(sanitizer, [__file__])
-    assert done.returncode == 0 and "sanitized" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
-
-
-def sanitized() -> None:
+def once() -> None:
+    """What the sanitizers watch, see test_gpu_sanitized.py."""
     small = {"order": "random", "seed": 1, "inflight": 3}
     for name in ("nothing but sequences", "junk", "tail alone", "one long", "more pairs than places", "runs"):
         smallest(CORNERS[name], **small)
     smallest(Case(((2, 150, 190), (0, 0, 25)), share=0.6, q=2, causal=True), **small)
-    print("sanitized")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -581,7 +573,3 @@ def test_parameter_structs() -> None:
         (("combine.cu", "saap_combine"), {"SAAP_T": 1}, gpu_scan.COMBINE_PARAMS),
     ):
         assert runtime.kernel(file, name, macros).sizeof(name.removeprefix("saap_")) == dtype.itemsize
-
-
-if __name__ == "__main__":
-    sanitized()

@@ -8,7 +8,6 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from emu import sanitize
 from emu.guarded import guarded
 from emu.runtime import EmulatedRuntime, available
 from hypothesis import given, settings
@@ -387,11 +386,3 @@ def once() -> None:
     alike = make_case(8, "plain", "plain", ties=True, nlist=200, j=2)
     alike.entries = np.full((2, 2), 20, np.int32)
     assert_as_specified(alike, run(alike, on))
-
-
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_sanitizers_find_nothing(sanitizer: str) -> None:
-    """In this kernel and in the router's, of one process: what it costs is its start."""
-    program = "import test_gpu_route, test_gpu_select as s; test_gpu_route.once(); s.once(); print('all done')"
-    result = sanitize.run(sanitizer, ["-c", program])
-    assert result.returncode == 0 and "all done" in result.stdout, result.stdout[-3000:] + result.stderr[-6000:]

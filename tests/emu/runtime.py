@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -199,7 +199,8 @@ class Library:
             return ""
         base = min(first for first, _, other in ranges if other == path)
         run = ["addr2line", "-i", "-s", "-e", path, hex(at - base)]
-        lines = [x.split(" ")[0] for x in subprocess.run(run, capture_output=True, text=True).stdout.split("\n") if x]
+        said = subprocess.run(run, capture_output=True, text=True, env=_plain()).stdout
+        lines = [x.split(" ")[0] for x in said.split("\n") if x]
         kept = [x for x in lines if x.split(":")[0].endswith((".cu", ".cuh"))]
         return f" at {' < '.join(kept or lines)}"
 
@@ -238,7 +239,12 @@ def _load(path: Path, sanitizer: str | None) -> Library:
 def _compiler() -> str:
     """Version and what -march=native means here: a build of another machine is not reused."""
     run = [COMPILER, "-march=native", "-E", "-v", "-x", "c++", "/dev/null"]
-    return subprocess.run(run, capture_output=True, text=True, check=True).stderr
+    return subprocess.run(run, capture_output=True, text=True, check=True, env=_plain()).stderr
+
+
+def _plain() -> dict[str, str]:
+    """The environment for a compiler, which a sanitizer loaded into it would make twice as slow."""
+    return {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
 
 
 def available() -> bool:
@@ -292,6 +298,19 @@ def _compile(name: str, files: list[Path], options: list[str], linked: list[str]
         texts |= sources(path, includes)
     flags = [*FLAGS, *options]
     key = [_compiler(), tail, *flags, *linked, *(f"{p.name}\n{text}" for p, text in sorted(texts.items()))]
+
+    def make(to: Path) -> None:
+        unit = "".join(f'#include "{x.name}"\n' for x in [CUDA / "prims.cuh", *files]) + tail
+        run = [COMPILER, *flags, *(f"-I{x}" for x in includes), "-x", "c++", "-", *linked, "-o", str(to)]
+        result = subprocess.run(run, input=unit, capture_output=True, text=True, env=_plain())
+        if result.returncode:
+            raise EmulationError(f"{files[0].name}: {name} does not compile\n{result.stderr[:8000]}")
+
+    return cached(name, key, make)
+
+
+def cached(name: str, key: Sequence[str], make: Callable[[Path], None]) -> Path:
+    """What ``make`` writes to the path that it is given, from the cache if it was made for these very texts before."""
     folder = cache_folder()
     _prune(folder)
     target = folder / f"{name}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:24]}.so"
@@ -301,10 +320,6 @@ def _compile(name: str, files: list[Path], options: list[str], linked: list[str]
             os.utime(target)
             return target
         unfinished = target.with_suffix(f".{os.getpid()}")
-        unit = "".join(f'#include "{x.name}"\n' for x in [CUDA / "prims.cuh", *files]) + tail
-        run = [COMPILER, *flags, *(f"-I{x}" for x in includes), "-x", "c++", "-", *linked, "-o", str(unfinished)]
-        result = subprocess.run(run, input=unit, capture_output=True, text=True)
-        if result.returncode:
-            raise EmulationError(f"{files[0].name}: {name} does not compile\n{result.stderr[:8000]}")
+        make(unfinished)
         os.replace(unfinished, target)
     return target

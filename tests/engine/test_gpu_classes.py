@@ -22,6 +22,7 @@ from saap_index.vllm import gpu_builder, gpu_impl
 from saap_index.vllm.gpu_backend import SaapGpuBackend
 from saap_index.vllm.gpu_builder import SaapGpuBuilder, SaapGpuMetadata
 from saap_index.vllm.gpu_impl import SaapGpuImpl
+from saap_index.vllm.gpu_step import uniform
 
 NAME = "model.layers.3.self_attn.attn"
 
@@ -54,7 +55,11 @@ def test_the_interface_is_what_the_plugin_uses() -> None:
 def test_what_is_said_to_the_engine() -> None:
     assert SaapGpuBackend.get_name() == "CUSTOM" and SaapGpuBackend.get_impl_cls() is SaapGpuImpl
     assert SaapGpuBackend.get_builder_cls() is SaapGpuBuilder
-    assert SaapGpuBuilder.get_cudagraph_support(None, None) is AttentionCGSupport.NEVER
+    for drafts, support in ((None, "UNIFORM_BATCH"), (7, "UNIFORM_BATCH"), (8, "NEVER")):
+        speculation = SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
+        config = SimpleNamespace(speculative_config=speculation, use_v2_model_runner=True)
+        assert SaapGpuBuilder.get_cudagraph_support(config, None) is AttentionCGSupport[support]
+    assert SaapGpuBuilder.get_varlen_cudagraph_max_query_len(None, None) is None
     assert not SaapGpuBuilder.supports_update_block_table and not SaapGpuImpl.supports_dcp and not SaapGpuImpl.supports_pcp
     no = ("sink", "rswa", "non_causal", "mm_prefix", "batch_invariance", "kv_connector", "dcp", "pcp", "per_head_quant_scales")
     assert not any(getattr(SaapGpuBackend, f"supports_{name}")() for name in no)
@@ -81,7 +86,7 @@ class Session:
         return SimpleNamespace(q=q)
 
 
-def builder(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+def builder(monkeypatch: pytest.MonkeyPatch, replayed: int = 0, **options: Any) -> Any:
     def build(self: Any, common_prefix_len: int, m: Any, fast_build: bool = False) -> FlashAttentionMetadata:
         self.built.append((m, fast_build))
         return metadata(m)
@@ -92,7 +97,8 @@ def builder(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     made.engine = SimpleNamespace(
         session=Session(), model=SimpleNamespace(options=said), queries=4, dense_queries=0, layers={NAME: object()}
     )
-    made._served, made._ticker, made.built = True, None, []
+    made._served, made._ticker, made.built, made._replayed_tokens = True, None, [], replayed
+    made._positions = torch.zeros(64, dtype=torch.int32)
     return made
 
 
@@ -130,6 +136,37 @@ def test_what_the_index_has_no_part_in_is_flash_attention_s(
     assert not found.groups and found.rest is None and len(made.built) == 1 and made.engine.dense_queries == sum(queries)
 
 
+def test_a_step_that_may_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One group of all requests, padding included, at the addresses of before, however short they are; run without a graph,
+    short ones and ends of prompts are FlashAttention's."""
+    made = builder(monkeypatch, replayed=8)
+    long = made.build(0, step([1, 1, 1], [200, 50, 99], [False] * 3))
+    assert made.engine.session.planned == [(1, [200, 50, 99], [[0, 1, 2], [3, 4, 5], [6, 7, 8]])]
+    assert [group.tokens for group in long.groups] == [slice(0, 3)] and not long.for_replay and long.rest is None
+    padded = step([2, 2, 0, 0], [60, 50, 0, 0], [False, False])
+    padded.num_actual_tokens = 8
+    short = made.build(0, padded)
+    assert made.engine.session.planned[1] == (2, [60, 50, 0, 0], padded.block_table_tensor.tolist())
+    assert [group.tokens for group in short.groups] == [slice(0, 8)] and short.for_replay
+    assert short.positions.data_ptr() == long.positions.data_ptr() == made._positions.data_ptr()
+    assert made.build(0, step([1, 1], [200, 150], [False, True])).for_replay
+    captured = made.build_for_cudagraph_capture(step([1, 1], [1, 1], [False, False]))
+    assert captured.groups and not captured.for_replay
+    mixed = made.build(0, step([1, 2], [200, 200], [False, False]))
+    assert [group.tokens for group in mixed.groups] == [slice(0, 1), slice(1, 3)] and not mixed.for_replay
+    for queries in ([1] * 9, [5, 5]):  # larger than any graph; more drafts than are verified
+        other = made.build(0, step(queries, [50] * len(queries), [False] * len(queries)))
+        assert not other.groups and not other.for_replay
+
+
+@pytest.mark.parametrize("starts, tokens, q", [
+    ([0, 1, 2, 3], 3, 1), ([0, 3, 6, 6], 9, 3), ([0, 3, 6, 6], 6, 0), ([0, 1, 3], 3, 0), ([0, 1, 1, 2], 3, 0), ([0, 5], 5, 0),
+    ([0], 0, 0), ([0, 0], 1, 0),
+])
+def test_steps_that_graphs_serve(starts: list[int], tokens: int, q: int) -> None:
+    assert uniform(starts, tokens, 4) == q
+
+
 def test_a_layer_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is FlashAttention's to it, and the rest to the index; and new tokens where there are positions."""
     dense: list[Any] = []
@@ -161,6 +198,11 @@ def test_a_layer_hands_on(monkeypatch: pytest.MonkeyPatch) -> None:
     out = torch.zeros((8, 2, 16))
     assert made.forward(layer, x, x, x, x, m, out) is out
     assert answered == ["group"] and dense == [("rest", 5)] and not out[:3].any() and out[3:].all()
+    dense.clear()
+    m.for_replay = True  # of what only a graph would run
+    made.forward(layer, x, x, x, x, m, out)
+    m.for_replay = False
+    assert dense == [(m, 8)] and len(answered) == 1
     dense.clear()
     made.forward(other, x, x, x, x, m, out)
     made.forward(layer, x, x, x, x, None, out)

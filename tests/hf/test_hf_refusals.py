@@ -87,7 +87,9 @@ def test_options() -> None:
     model = tiny("llama")
     refused(model, saap.ParameterError, "selectivity", selectivity=1.5)
     refused(model, saap.ParameterError, "nprobe", nprobe=0)
-    refused(model, saap.ParameterError, "warp", warp=9)
+    refused(model, saap.ParameterError, "options: expected some of .*window.*, got d_v, warp$", warp=9, d_v=32)
+    with pytest.raises(saap.ParameterError, match=r"options: .* got audit_every$"):
+        saap.SaapCache(model, make_routers(model), audit_every=3)
     refused(model, saap.ParameterError, "dense_layers: .* 3 layers, got 3", dense_layers=[3])
     refused(model, saap.ParameterError, "max_sparse_tokens", max_sparse_tokens=0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +27,17 @@ needs_model = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    """Model and tokenizer. Whoever attaches to it detaches."""
+    return demo_model.load()
+
+
 @needs_model
 @torch.inference_mode()
-def test_text_is_continued_alike() -> None:
+def test_text_is_continued_alike(loaded: tuple[Any, Any]) -> None:
     """Reading everything gives SDPA's logits and tokens; reading a fifth, nearly its choices. Routers as of a plain IVF index."""
-    model, tokenizer = demo_model.load()
+    model, tokenizer = loaded
     model.generation_config.eos_token_id = 10**6
     ids = torch.tensor([demo_model.encode(tokenizer, inspect.getsource(inspect))[:TOKENS]])
     document, text = ids[:, :-LAST], ids[:, -LAST:]
@@ -59,6 +66,7 @@ def test_text_is_continued_alike() -> None:
             assert torch.equal(greedy(model, ids, 12, **{CACHE: cache}), tokens)
         cache.crop(document.shape[1])
     assert min(sealed_tokens(cache)) > 600
+    saap.detach(model)
     torch.testing.assert_close(found[1.0], want, atol=2e-3, rtol=1e-3)
     agree = int((want.argmax(-1) == found[0.2].argmax(-1)).sum())
     assert agree >= 0.8 * LAST, f"{agree} of {LAST}"
@@ -66,9 +74,9 @@ def test_text_is_continued_alike() -> None:
 
 @needs_model
 @torch.inference_mode()
-def test_routers_of_the_package_are_of_the_model() -> None:
+def test_routers_of_the_package_are_of_the_model(loaded: tuple[Any, Any]) -> None:
     """They fit it, every layer is there, and with a tenth of the cache the model writes on as it would with all of it."""
-    model, tokenizer = demo_model.load()
+    model, tokenizer = loaded
     routers = saap.load_routers(demo_routers.SHIPPED)
     routers.check(model.config)
     assert routers.config["model"]["fingerprint"] == support.fingerprint(support.decoder_of(model))
@@ -82,5 +90,6 @@ def test_routers_of_the_package_are_of_the_model() -> None:
     model(document, **{CACHE: cache}, logits_to_keep=1)
     found = model(text, **{CACHE: cache}).logits[0]
     assert cache.tokens_read() < 0.3  # window, sinks and what is not sealed yet count too
+    saap.detach(model)
     agree = int((want.argmax(-1) == found.argmax(-1)).sum())
     assert agree >= 0.85 * LAST, f"{agree} of {LAST}"

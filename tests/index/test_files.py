@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import stat
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 import saap_index
@@ -29,11 +29,20 @@ from saap_index import files
 """
 
 
+def start(body: str, *arguments: object) -> int:
+    """A process of its own that runs this Python code."""
+    code = compile(CHILD.format(body=body), "child", "exec")
+
+    def run() -> None:
+        sys.argv = ["child", *map(str, arguments)]
+        exec(code, {})
+
+    return forked.start(run)
+
+
 def child(body: str, *arguments: object) -> int:
     """Exit status of Python code in a process of its own."""
-    where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
-    command = [sys.executable, "-c", CHILD.format(body=body), *map(str, arguments)]
-    return subprocess.run(command, env=where, timeout=120).returncode
+    return forked.wait(start(body, *arguments))
 
 
 def fill(value: str) -> Callable[[Path], None]:
@@ -203,11 +212,9 @@ for _ in range(40):
 
 def test_writers_of_one_name(tmp_path: Path) -> None:
     """Of two processes that write the same names, each result is one process's."""
-    where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *sys.path])}
     path = tmp_path / "target"
-    code = CHILD.format(body=WRITES)
-    running = [subprocess.Popen([sys.executable, "-c", code, str(path), value], env=where) for value in "xy"]
-    assert [process.wait(120) for process in running] == [0, 0]
+    running = [start(WRITES, path, value) for value in "xy"]
+    assert [forked.wait(process) for process in running] == [0, 0]
     assert content(path) in ({"x"}, {"y"}) and (tmp_path / "target.txt").read_text() in ("x" * 1000, "y" * 1000)
     assert not drafts(tmp_path)
 

@@ -14,6 +14,7 @@ import torch
 from helpers import random_router, small_index, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from saap_index import AsymmetricIndex, LayoutError, LengthError, Rope, SearchParametersIVF, ShapeError, StateError
 from saap_index.backends import Budget, Plan, Routing, Session
@@ -80,7 +81,7 @@ def assert_same(index: AsymmetricIndex, queries: torch.Tensor, params: SearchPar
         assert got is expected is None or torch.equal(got, expected), name
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     lengths=st.lists(st.integers(0, 200), min_size=1, max_size=3), chosen=st.sampled_from(PARAMETERS), q=st.integers(1, 8),
     knots=st.integers(0, 5), rope=st.booleans(), seed=st.integers(0, 99), gone=st.integers(0, 60),

@@ -13,6 +13,7 @@ from helpers import assert_close, dense, random_router, small_index, tokens
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from profiles import examples
 
 from saap_index import (
     AsymmetricIndex,
@@ -488,8 +489,8 @@ def same_state(a: AsymmetricIndex, b: AsymmetricIndex) -> None:
 @pytest.mark.over_backends("backend", BACKENDS)
 def test_walk(backend: str) -> None:
     walk = type(f"Walk_{backend}", (Walk,), {"backend": backend})
-    examples = {"reference": 10}.get(backend, 60)
-    run_state_machine_as_test(walk, settings=settings(max_examples=examples, stateful_step_count=25))
+    number = {"reference": 10, "torch": 30}.get(backend, 60)
+    run_state_machine_as_test(walk, settings=settings(max_examples=examples(number), stateful_step_count=25))
 
 
 @pytest.mark.parametrize("storage", [None, "SQ8", "SQ8/SQ4"])

@@ -100,7 +100,7 @@ def test_rows_known_ahead_come_a_few_at_a_time(sealed_at: int, rows: int, recent
     known = first = max(0, stop - rows)
     at = next_time(sealed_at, known, stop)
     for length in range(first, sealed_at):
-        until = due_rows(length, sealed_at, known, stop)
+        until, _ = due_rows(length, sealed_at, known, stop)
         assert (until > known) == (length >= at > 0 or (length >= at and until > known)) and until <= max(known, length)
         if length > first:
             assert until - known <= AHEAD_ROWS

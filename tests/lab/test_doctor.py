@@ -21,6 +21,7 @@ from saap_index.hf import detach
 from saap_index.hf.attach import Attachment
 from saap_index.hf.cache import ATTACHED
 from saap_index.hf.models import load_model
+from saap_index.hf.options import AttachOptions
 from saap_index.hf.plan import make_plan
 from saap_index.hf.support import decoder_of
 from saap_lab.doctor import command, inside, machine, versions
@@ -240,7 +241,8 @@ def test_the_routers_of_the_package_and_wrong_ones() -> None:
     seen = inside.read_text(loaded, inspect.getsource(inspect), 1200)
     found, want = {}, None
     for name, some in (("right", routers), ("wrong", saap.Routers(routers.config, mixed))):
-        plan = make_plan(model, some, 0.05, (), inside.QUESTION, {"break_even": 0}).audited(1, in_turn=False)
+        options = AttachOptions((), inside.QUESTION, selectivity=0.05, break_even=0)
+        plan = make_plan(model, some, options).audited(1, in_turn=False)
         setattr(model, ATTACHED, Attachment(model, plan))
         cache = inside.indexed(seen.cache, plan, decoder_of(model))
         want = inside.dense_logits(model, seen) if want is None else want

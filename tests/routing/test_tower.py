@@ -115,6 +115,25 @@ def test_a_transform_gives_lists_to_the_directions_that_queries_look_in() -> Non
     assert lost(plain.with_transform(queries)) < 0.3 * lost(plain)
 
 
+@given(seed=SEEDS, n=st.integers(1, 60), nlist=st.integers(1, 5), seen=st.integers(0, 200))
+def test_lists_move_towards_more_keys(seed: int, n: int, nlist: int, seen: int) -> None:
+    """Against plain means, in float64, of the keys that lie nearest and as many as a list stands for."""
+    draw = torch.Generator().manual_seed(seed)
+    before, keys = torch.randn((1, nlist, 4), generator=draw), torch.randn((1, n, 4), generator=draw)
+    want, halves, weight = before[0].double().numpy(), [keys[0].double().numpy()], seen / nlist
+    if n >= 8 * nlist:
+        halves, weight = [halves[0][1::2], halves[0][::2]], weight / 2
+    for step in range(3):
+        some, moved = halves[step % len(halves)], want.copy()
+        nearest = ((some[:, None] - want) ** 2).sum(-1).argmin(1)
+        for i in range(nlist):
+            own = some[nearest == i]
+            if len(own) or weight:
+                moved[i] = (own.sum(0) + weight * before[0, i].double().numpy()) / (len(own) + weight)
+        want = moved
+    np.testing.assert_allclose(KeyQuantizer(before).refined(keys, seen).centroids[0], want, atol=1e-4)
+
+
 def test_refusals() -> None:
     with pytest.raises(ShapeError, match="transform"):
         TwoTower(some_tower(0).weights, 5, torch.zeros(2, 8, 7))

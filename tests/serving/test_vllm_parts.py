@@ -23,6 +23,7 @@ from saap_index.errors import CompatibilityError, LayoutError, ParameterError, S
 from saap_index.routers import load_routers, save_routers
 from saap_index.routing.quantizer import KeyQuantizer
 from saap_index.routing.rope import Rope
+from saap_index.routing.sampling import Sampling
 from saap_index.vllm.counters import COUNTERS, Counters
 from saap_index.vllm.dense import continue_prompt
 from saap_index.vllm.layers import ServedModel, heads_of_rank, serve
@@ -139,6 +140,24 @@ def test_budgets_are_those_of_an_index(sealed: list[int], selectivity: float, ta
         assert np.array_equal(found[place].numpy(), want)
 
 
+def test_what_is_sampled_is_as_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of each head's budget, but nothing where all is read; on a backend that reads no samples that is said."""
+    made, way = routers(), Sampling(*(np.array(x, np.float32) for x in ([0, 0.5, 1], [2, 1, 0.25], [1, 2, 3])))
+    made = Routers(made.config, {**made.layers, 1: replace(made.layers[1], sampling=way)})
+    model = serve(made, Options(routers="r", selectivity=0.1), CPU, range(3))
+    budgets = model.budgets([1000, 0])
+    one, none = model.samples(budgets, [1000, 0])
+    assert none is None and one is not None and budgets[0, 0].tolist() == [50, 100, 150]
+    assert one.rows.tolist() == [[0, 50, 150], [0, 0, 0]]
+    assert one.exponents.tolist() == [8, 4, 1] and one.caps.tolist() == [1, 2, 3]
+    assert model.sampled == 0.25 and not model.unread_samples
+    assert serve(made, Options(routers="r", sampled_share=0.0), CPU, range(3)).samples(budgets, [1000, 0]) == (None, None)
+    assert not serve(made, Options(routers="r", target_mass=0.9), CPU, range(3)).sampled
+    monkeypatch.setattr(type(CPU), "reads_samples", False)
+    blind = serve(made, Options(routers="r"), CPU, range(3))
+    assert blind.unread_samples and not blind.sampled
+
+
 # -- steps ----------------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +183,7 @@ def test_every_token_of_a_step_is_in_one_place(requests: list[tuple[int, int, bo
             assert torch.equal(group.batch.blocks[i], blocks[request])
             sparse = not prefilling and n >= 100 and selectivity < 1
             assert group.sealed[i] == (n - 2 - 32 if sparse else 0) and bool(group.batch.num_segments[i]) == sparse
-        assert group.budgets.shape == (2, len(tokens), H)
+        assert [x.rows.shape for x in group.budgets] == [(len(tokens), H)] * 2
         seen += tokens.flatten().tolist()
     for prefill in step.prefills:
         assert prefill.last - prefill.first > 8

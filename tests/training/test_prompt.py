@@ -101,6 +101,17 @@ def test_same_seed_same_routers() -> None:
     assert not torch.equal(mine["skip"], other.tower.tensors()["skip"])
 
 
+def test_lists_that_prompts_share() -> None:
+    """Of one prompt its own; of a second one those of the first, moved."""
+    options = PromptTraining(nlist=16, queries=96, epochs=1)
+    first, (keys, queries, positions) = fit(options=options), scene(1)
+    rope = saap.Rope(head_dim=16)
+    coarse = [rope.unrotate(x.float(), np.arange(600), 600) for x in (scene(0)[0], keys)]
+    assert torch.equal(first.lists.centroids, saap.KeyQuantizer.of_prompt(coarse[0], 16).centroids)
+    again = fit_prompt(keys, queries, positions, rope, 0.25, LAYOUT, options, first.tower, shared=first.lists, prompts=1)
+    assert torch.equal(again.lists.centroids, first.lists.refined(coarse[1], 600).centroids)
+
+
 def test_refining_keeps_what_is_no_better() -> None:
     """On the prompt that they are of, routers have little to learn: what comes back is better, or nothing."""
     start = fit(options=PromptTraining(nlist=16, queries=96, epochs=30)).tower

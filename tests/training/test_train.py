@@ -627,6 +627,8 @@ def test_quick(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert done == 0 and "reading 3 sequences of 512 tokens" in capsys.readouterr().err
     routers = load_routers(tmp_path / "out")
     assert sorted(routers.layers) == [0, 1] and routers.config["prompts"] == {"0": 3, "1": 3}
+    shared = [layer.shared() for layer in routers.layers.values()]  # an engine can serve them as they are
+    assert [None if parts is None else parts[0].nlist for parts in shared] == [8, 8]
     model = load_model(checkpoint, dtype="float32").model
     ids = torch.randint(3, VOCABULARY, (1, 600), generator=torch.Generator().manual_seed(2))
     dense = greedy(model, ids, 4)

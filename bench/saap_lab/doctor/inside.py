@@ -24,6 +24,7 @@ from saap_index.hf.break_even import LayerTimes, key_of
 from saap_index.hf.cache import ATTACHED, SaapCache, adopt
 from saap_index.hf.generate import decode, read
 from saap_index.hf.models import LoadedModel
+from saap_index.hf.options import AttachOptions
 from saap_index.hf.plan import Plan, make_plan
 from saap_index.hf.slots import NEVER
 from saap_index.pipeline import capture
@@ -78,7 +79,8 @@ def examine(
     try:
         say("reading the text")
         seen = read_text(loaded, text, tokens)
-        plan = make_plan(model, routers or plain_routers(model), selectivity, (), QUESTION, {"break_even": 0})
+        options = AttachOptions((), QUESTION, selectivity=selectivity, break_even=0)
+        plan = make_plan(model, routers or plain_routers(model), options)
     except Exception as error:
         rows = ("dense parity", *of_routers, "crossover", "model memory")
         if findings[0].verdict == FAIL and isinstance(error, CompatibilityError):

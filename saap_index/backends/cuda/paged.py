@@ -288,25 +288,32 @@ class PagedCuda(PagedBackend):
             )()
         return cut, pieces, tables
 
-    def find(
-        self, pages: Pool, batch: CudaBatch, tables: Tensor, numbers: Tensor | None, counts: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def find_biased(
+        self, pages: Pool, batch: CudaBatch, tables: Tensor, numbers: Tensor | None, counts: Tensor | None, biases: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Reads no samples."""
+        if biases is not None:
+            raise ShapeError("biases: expected none, for weighted samples are not read from pages here, got some")
         device, h = self.backend.device, pages.pages.keys.shape[1]
         b, most, nlist = len(batch.lengths), max(batch.lengths, default=0), tables.shape[3] - 1
         rows, found = (torch.empty(x, dtype=torch.int32, device=device) for x in ((b, h, most), (b, h)))
         if (numbers is None) != (counts is None):
             raise ShapeError("numbers, counts: expected both or neither")
         if not b:
-            return rows, found
+            return rows, found, None
         taken = None if numbers is None or counts is None else _taken(tables, numbers, counts)
         cut, pieces, _ = self._count(pages, batch, nlist, None)
         where = batch.pages, batch.meta, batch.spans, pieces
         bind_find(self.backend.runtime, cut, pages, *where, tables, taken, rows, found)()
-        return rows, found
+        return rows, found, None
 
     def scan(
-        self, pages: Pool, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool
+        self, pages: Pool, queries: Tensor, rows: Tensor, counts: Tensor, scale: float, causal: bool,
+        biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Reads no samples."""
+        if biases is not None:
+            raise ShapeError("biases: expected none, for weighted samples are not read from pages here, got some")
         backend, k, v = self.backend, pages.pages.keys, pages.pages.values
         b, h, g, q, d = queries.shape
         e, device = v.shape[3], backend.device
