@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saap_index import Rope
+from saap_index.backends import STORAGE_CODES, Coded, SegmentChange
 from saap_index.backends.cuda.backend import CudaBackend
 from saap_index.backends.cuda.launch import Kernel, Runtime
 from saap_index.backends.cuda.route import pack_router
@@ -84,7 +85,8 @@ SHIPPED = Layout()
 
 @dataclass(frozen=True)
 class Size:
-    """What a step works on; Llama-3.1-8B's layer. share : of the sealed tokens that is read."""
+    """What a step works on; Llama-3.1-8B's layer. share : of the sealed tokens that is read; storage : a code of these, or
+    nothing for ``dtype``."""
 
     tokens: int
     batch: int
@@ -98,6 +100,7 @@ class Size:
     dtype: torch.dtype = torch.bfloat16
     layout: Layout = SHIPPED
     room: int = 1024
+    storage: str = ""
 
     @property
     def row_bytes(self) -> int:
@@ -130,16 +133,26 @@ class Scene:
         segments = size.layout.segments(size.tokens)
         most = size.layout.most_segments(capacity)
         memory = (b, h, capacity, d)
-        keys, values = (self._normal(memory).to(size.dtype) if drawn else untouched(memory, size.dtype) for _ in range(2))
         meta, centres = np.zeros((b, 7), np.int32), np.zeros((b, most), np.float64)
         sealed = segments[-1][1] if segments else 0
         meta[:] = (size.tokens, size.layout.sinks, sealed, len(segments), size.tokens, 0, 0)
         centres[:, : len(segments)] = [(start + stop - 1) / 2 for start, stop in segments]
         no_means = torch.zeros((b, h, 0, size.nlist, d), dtype=size.dtype, device=self.device)
         ids = torch.arange(capacity, dtype=torch.int32, device=self.device).expand(b, h, capacity).contiguous()
-        arena = Arena(keys, values, ids, self._tables(segments, most), no_means, no_means, None)
-        self.session = CudaBackend(self.device, runtime).session(b, h, d, d, size.nlist, size.dtype)
-        self.session.publish(Placement(arena, meta, centres), ())
+        tables, coded = self._tables(segments, most), None
+        if size.storage:
+            code, low = STORAGE_CODES[size.storage], size.layout.sinks
+            keys, values = (untouched((b, h, capacity, x), torch.uint8) for x in code.sizes(d, d))
+            coded = Coded(code, keys, values, [low] * b, [sealed] * b)
+            plain = b, h, capacity - (sealed - low), d
+            numbers = untouched(plain, size.dtype), untouched(plain, size.dtype)
+            self.arena = Arena(keys, values, ids, tables, no_means, no_means, None, *numbers)
+        else:
+            keys, values = (self._normal(memory).to(size.dtype) if drawn else untouched(memory, size.dtype) for _ in range(2))
+            self.arena = Arena(keys, values, ids, tables, no_means, no_means, None)
+        self.backend = CudaBackend(self.device, runtime)
+        self.session = self.backend.session(b, h, d, d, size.nlist, size.dtype)
+        self.session.publish(Placement(self.arena, meta, centres, coded), ())
         rows = int(size.share * (sealed - size.layout.sinks))
         budgets = torch.full((b, h), rows, dtype=torch.int32, device=self.device)
         self.plan = Plan((), max_rows=rows)
@@ -156,11 +169,26 @@ class Scene:
         out, lse, _ = self.session.run(self.queries, self.routing, self.plan, self.size.d**-0.5)
         return out, lse
 
-    def rows_read(self) -> int:
-        """Of all heads, in the last step: listed ones, sinks and recent ones."""
+    def change(self, change: Callable[[int], SegmentChange]) -> None:
+        """A change of the segments of every sequence, change(i) of sequence i, and what the host publishes of it."""
+        size = self.size
+        centroids = self._normal((size.kv_heads, size.nlist, size.d))
+        quantizer, angles = self.backend.prepare_quantizer(centroids), self.routing.rope
+        assert angles is None or isinstance(angles, Frequencies)
+        self.runtime.watching = True
+        self.backend.seal_batch(self.arena, [change(i) for i in range(size.batch)], quantizer, angles)
+        placement = self.session._published
+        self.session.publish(placement, ())
+        self.runtime.watching = False
+
+    def rows_near(self) -> int:
+        """Of all heads: sinks and recent ones."""
         meta = self.session.read()
-        near = int((meta[:, 1] + meta[:, 0] - meta[:, 2]).sum()) * self.size.kv_heads
-        return int(self.plan.packed.selected.counts.sum()) + near
+        return int((meta[:, 1] + meta[:, 0] - meta[:, 2]).sum()) * self.size.kv_heads
+
+    def rows_listed(self) -> int:
+        """Of all heads, in the last step."""
+        return int(self.plan.packed.selected.counts.sum())
 
     def _normal(self, shape: tuple[int, ...], deviation: float = 1.0) -> Tensor:
         return torch.from_numpy(self._random.standard_normal(shape, np.float32) * np.float32(deviation))

@@ -3,7 +3,8 @@
 # and how fast they are. A failing stage does not stop the others; failures are listed at the end, and are the exit status.
 #
 #   bench/gpu_session.sh                 results in bench/results/gpu-<date>, or in $OUT
-#   STAGES="environment step"            these stages alone, in this order; `generate`, a model of 8 layers, is no part of the rest
+#   STAGES="environment step"            these stages alone, in this order; `generate`, a model of 8 layers, and `sweep`, a step
+#                                        with each of some configurations of its kernels, are no part of the rest
 #   PYTHON=... WHEELS=folder             another interpreter; wheels to install beforehand, without a network
 #   SIZES=131072x1,131072x8              tokens and batch sizes of the stage `step`, LIMIT=520 seconds for everything
 #   RECORDING=file                       of `bench/gpu_replay.py record`, for the stage `bisect`; else it is made here, by g++
@@ -26,9 +27,14 @@ export CUPY_CACHE_DIR=${CUPY_CACHE_DIR:-$(mktemp -d)} # the home folder may not 
 BEGAN=$(date +%s)
 [ -n "${DRY:-}" ] && LIMIT=${LIMIT:-1500}
 LIMIT=${LIMIT:-520} # seconds for everything
-STAGES=${STAGES:-environment primitives bisect memcheck step model host build tests racecheck}
+STAGES=${STAGES:-environment primitives bisect memcheck step codes model host build tests racecheck}
 FAILED=()
 dry=${DRY:+--dry}
+FEW=131072x1,131072x8 # sizes of the stages `codes` and `sweep`
+SWEEP="scan:SAAP_STAGES=2;scan:SAAP_WARPS=6,scan:SAAP_STAGES=4;scan:SAAP_WARPS=4,scan:SAAP_STAGES=4"
+SWEEP+=";scan:SAAP_BLOCKS=2,scan:SAAP_WARPS=4,scan:SAAP_STAGES=2;scan:SAAP_TILE=32,scan:SAAP_WARPS=4,scan:SAAP_STAGES=3"
+SWEEP+=";route_select:SAAP_CLUSTER=4;route_select:SAAP_THREADS=256"
+if [ -n "$dry" ]; then FEW=160x1 SWEEP="scan:SAAP_STAGES=2"; fi
 
 # Whatever happens, what there is goes back, in few files.
 pack() {
@@ -151,6 +157,12 @@ for name in $STAGES; do
   step)
     ready
     LINES_SHOWN=110 stage step 200 "$PYTHON" bench/gpu_step.py $dry --out "$WORK" --budget 150 ${SIZES:+--sizes "$SIZES"}
+    ;;
+  codes)
+    LINES_SHOWN=20 stage codes 60 "$PYTHON" bench/gpu_step.py $dry --storage SQ8,SQ8/SQ4 --sizes "$FEW" --out "$WORK"
+    ;;
+  sweep)
+    LINES_SHOWN=40 stage sweep 120 "$PYTHON" bench/gpu_step.py $dry --sweep "$SWEEP" --sizes "$FEW" --out "$WORK"
     ;;
   host) stage host 30 "$PYTHON" bench/gpu_host.py --out "$WORK" ;;
   build) LINES_SHOWN=40 stage build 60 "$PYTHON" bench/gpu_build.py $dry --out "$WORK" --budget 45 ;;

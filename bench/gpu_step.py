@@ -4,6 +4,7 @@
     python bench/gpu_step.py --sizes 131072x1,131072x8    # tokens x batch
     python bench/gpu_step.py --knobs select:SAAP_THREADS=512,scan:SAAP_STAGES=2
     python bench/gpu_step.py --sweep "scan:SAAP_STAGES=2;route_select:SAAP_CLUSTER=4"    # each beside what is chosen
+    python bench/gpu_step.py --storage SQ8,SQ8/SQ4        # steps alone, of indexes that store these codes
     python bench/gpu_step.py --dry                        # the same code on the emulated device, tiny
 
 Against what a user would run otherwise, in the same run and on the same memory: torch SDPA with every backend that takes the
@@ -19,6 +20,7 @@ the cache take turns, each with its own query and its own router, so that no cal
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
@@ -91,8 +93,10 @@ def router(device: harness.Device, shape: Shape, deviation: float, seed: int) ->
     return QueryRouter(RouterWeights(hidden, bias_hidden, out, skip, bias_out, shape.nlist), first_knot=7)
 
 
-def build(device: harness.Device, shape: Shape, n: int, batch: int, copies: int) -> list[AsymmetricIndex]:
-    """Indexes of ``batch`` sequences of ``n`` random tokens."""
+def build(
+    device: harness.Device, shape: Shape, n: int, batch: int, copies: int, storage: str | None = None
+) -> list[AsymmetricIndex]:
+    """Indexes of ``batch`` sequences of ``n`` random tokens; storage : a code, or None for numbers."""
     g = torch.Generator(device.device).manual_seed(0)
 
     def randn(*size: int) -> Tensor:
@@ -101,7 +105,7 @@ def build(device: harness.Device, shape: Shape, n: int, batch: int, copies: int)
     small: dict[str, Any] = {"window": 16, "seal_tokens": 16, "max_segment": 64, "break_even": 0} if device.dry else {}
     index = AsymmetricIndex(
         shape.d, shape.nlist, shape.heads, shape.kv_heads, dtype=shape.dtype, device=device.device, backend=device.backend,
-        rope=Rope(head_dim=shape.d, theta=500000.0), **small,
+        rope=Rope(head_dim=shape.d, theta=500000.0), storage=storage, **small,
     )
     index.key_quantizer = KeyQuantizer.of_prompt(randn(shape.kv_heads, 64 * shape.nlist, shape.d), shape.nlist)
     index.query_router = router(device, shape, ROUTERS["peaked"], 0)
@@ -130,7 +134,8 @@ def check(index: AsymmetricIndex, queries: Tensor, report: Report, what: str) ->
         for i in {0, len(index.lengths) - 1}:
             for head in {0, index.num_kv_heads - 1}:
                 rows = torch.cat([x for x in _parts(selection, i, head, index.lengths[i], queries.device)])
-                keys, values = (x[i, head].index_select(0, rows).double() for x in (index.invlists.keys, index.invlists.values))
+                of, n = index.invlists, index.lengths[i]
+                keys, values = (x(i, 0, n, head).index_select(0, rows).double() for x in (of.key_rows, of.value_rows))
                 x = queries[i, head * group : (head + 1) * group, 0].double()
                 want = torch.softmax(x @ keys.T * index.scale, -1) @ values
                 got = out[i, head * group : (head + 1) * group, 0].double()
@@ -238,21 +243,22 @@ def use_knobs(indexes: list[AsymmetricIndex], text: str) -> None:
         index._backend.knobs.clear()  # type: ignore[attr-defined]
         index._backend.knobs.update(harness.parse_knobs(text))  # type: ignore[attr-defined]
         session: Any = index._session_of(index.invlists).backend_session
-        session._selecting.clear()
-        session._scanning.clear()
+        session.searches.clear()
 
 
 def measure(
-    device: harness.Device, shape: Shape, n: int, batch: int, read: float, seconds: float, quick: bool, sweep: list[str]
+    device: harness.Device, shape: Shape, n: int, batch: int, read: float, seconds: float, quick: bool, sweep: list[str],
+    storage: str | None = None,
 ) -> Report:
-    """Every candidate at one context length and batch size. read : bytes per second of a bare read."""
+    """Every candidate at one context length and batch size. read : bytes per second of a bare read; storage : of indexes that
+    store this code, the step alone."""
     kv_bytes = shape.kv_bytes(n, batch)
     cold = math.ceil(3 * device.l2_bytes / (0.02 * kv_bytes)) if device.l2_bytes else 2
     copies = max(1, min(12, cold, int(0.4 * device.free_bytes() / (1.1 * kv_bytes))))
     report = Report()
     if 1.3 * copies * kv_bytes > device.free_bytes():
         return report
-    indexes = build(device, shape, n, batch, copies)
+    indexes = build(device, shape, n, batch, copies, storage)
     g = torch.Generator(device.device).manual_seed(1)
     size = (batch, shape.heads, 1, shape.d)
     drawn = [torch.randn(size, generator=g, device=device.device, dtype=torch.float32).to(shape.dtype) for _ in indexes]
@@ -302,6 +308,12 @@ def measure(
         both = {"eager_us": step["eager_us"] + more, "graph_us": step["graph_us"] + more, "sealing_us": more}
         report.figures.append({**step, **both, "name": f"{step['name']}, sealing included"})
 
+    if storage is not None:
+        params = SearchParametersIVF(selectivity=SHARES[0])
+        indexes[0].search_attend(drawn[0], params=params)
+        note_step(f"ours step {SHARES[0]:.0%} {storage}", params, indexes[0].stats().last_search.total_bytes)
+        note_sealed(report.figures[-1])
+        return rates(report, error, read)
     if sweep:
         params = SearchParametersIVF(selectivity=SHARES[0])
         indexes[0].search_attend(drawn[0], params=params)
@@ -400,7 +412,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one share of the tokens, no gather")
     parser.add_argument("--knobs", default="", help="macros of kernels, such as select:SAAP_THREADS=512,scan:SAAP_STAGES=2")
     parser.add_argument("--sweep", default="", help="sets of such macros, between semicolons: the times of a step with each")
+    parser.add_argument("--storage", default="", help="codes, between commas: steps alone, of indexes that store them")
     options = parser.parse_args()
+    storages = options.storage.split(",") if options.storage else [None]
     sweep = [x for x in options.sweep.split(";") if x]
     began = time.perf_counter()
     knobs = harness.parse_knobs(options.knobs) if options.knobs or sweep else None
@@ -411,12 +425,12 @@ def main() -> int:
     read = device.read_bandwidth()
     figures: list[dict[str, Any]] = []
     whole, skipped = Report(), []
-    for n, batch in cases:
+    for (n, batch), storage in itertools.product(cases, storages):
         if time.perf_counter() - began > options.budget:
             skipped.append([n, batch])
             continue
         try:
-            report = measure(device, shape, n, batch, read, options.seconds, options.quick, sweep)
+            report = measure(device, shape, n, batch, read, options.seconds, options.quick, sweep, storage)
         except torch.OutOfMemoryError:
             report = Report()
         except Exception as failure:
@@ -432,7 +446,8 @@ def main() -> int:
     compare(figures, read, shape)
     results = {"environment": harness.environment(device), "read_bytes_per_s": read, "skipped": skipped, "figures": figures}
     results |= {"kernels_us": whole.kernels, "wrong": whole.wrong, "knobs": options.knobs}
-    harness.save(options.out, "gpu_step", results, table(figures, whole, read))
+    name = "gpu_codes" if options.storage else "gpu_sweep" if sweep else "gpu_step"
+    harness.save(options.out, name, results, table(figures, whole, read))
     return 0 if figures and not whole.wrong else 1
 
 

@@ -105,8 +105,8 @@ void assign(const Quantizer& quantizer, DType type, Strided keys, int64_t n, con
   constexpr int64_t kKeys = 96;  // of an item: their floats and the best columns so far stay in the first caches
   const Kernels& kern = kernels();
   const int d = quantizer.dim, half = angles.r / 2;
-  const int64_t blocks = (n + kKeys - 1) / kKeys;
-  pool().run(blocks * quantizer.heads, [&](int64_t item) {
+  const int64_t blocks = (n + kKeys - 1) / kKeys, items = blocks * quantizer.heads;
+  auto one = [&](int64_t item) {
     thread_local Scratch memory;
     float* x = memory.get<float>(kKeys * d);
     const int head = static_cast<int>(item / blocks);
@@ -119,7 +119,12 @@ void assign(const Quantizer& quantizer, DType type, Strided keys, int64_t n, con
                     angles.interleaved, angles.scale, x + static_cast<int64_t>(i) * d);
     }
     kern.nearest(product(quantizer.panels, head, 0, quantizer.panels.count, x, count, d), list_nos + head * n + from);
-  });
+  };
+  // A few rows of a token that looks ahead take a quarter of a millisecond: on a loaded machine a worker that has one of their heads,
+  // and no core, would make the token wait for many times that.
+  if (n * quantizer.heads * quantizer.lists * d < (16 << 20))
+    for (int64_t item = 0; item < items; item++) one(item);
+  else pool().run(items, one);
 }
 
 std::shared_ptr<Router> make_router(const RouterArrays& w, int h, int u, int d, int l, int m, int k) {

@@ -22,6 +22,9 @@
 #ifndef SAAP_CLOCK
 #define SAAP_CLOCK 0  // 1: the first thread of each block notes the time at each stage
 #endif
+#ifndef SAAP_SAMPLED
+#define SAAP_SAMPLED 0  // 1: a part of each budget is spent on a sample of what the rest leaves; without it nothing of it is compiled
+#endif
 
 struct RouteSelectParams {
   const void* queries;       // dtype SAAP_DTYPE (b, h, j, d)
@@ -47,9 +50,16 @@ struct RouteSelectParams {
   int pairs, interleaved;    // rotated pairs: r / 2 <= d / 2
   int l, outputs, out_tiles;
   int segments, first_knot;  // S
-  int t_cap, most_runs;      // most_runs: S * l
+  int t_cap, most_runs;      // most_runs: S * l, and one more with samples
   int num_tickets;
-  int early;                 // whether weights, tables, centres and budgets are complete, whatever launches have not ended yet
+  int early;                 // whether all that the host publishes is complete, whatever launches have not ended yet
+#if SAAP_SAMPLED
+  const int* sampled;        // (b, h) rows of the budget that are sampled
+  const int* exponents;      // (h) quarters, of the weight of a run in the probability of its rows
+  const float* caps;         // (h) nats
+  int4* weights;             // out (b, h, most_runs): of each run rows before it, probability, offset, bias, as the scan's Weight;
+                             // runs then have the sum of first row and rows in place of the row behind
+#endif
 };
 
 namespace {
@@ -62,6 +72,21 @@ constexpr int kKeyShift = 17;                    // of the first histogram: bins
 constexpr int kFirstBin = (130 << 6) + 63 - (kBins - 1);  // of weights from 2^-28 to 2^4; smaller ones are in the lowest bin
 constexpr int kMetaWords = 8;  // of which 3 are segments, 4 the next position
 static_assert(kColumns <= 8 && kThreads >= 8 * kCluster && kCoarse == 64 && !SAAP_LISTS && !SAAP_FAR, "no such configuration");
+
+#if SAAP_SAMPLED
+// Probabilities are whole parts of kOne: reference.inclusion has the rules, and these numbers.
+constexpr u32 kOne = 1u << 20, kSampleOffset = 0x5a5a5;
+constexpr int kSampleShift = 20, kMostSteps = 32 * 21;
+__constant__ const u32 kPowers[32] = {
+    1048576, 1071537, 1095000, 1118978, 1143480, 1168519, 1194106, 1220254,
+    1246974, 1274279, 1302182, 1330696, 1359835, 1389611, 1420040, 1451135,
+    1482910, 1515382, 1548564, 1582474, 1617125, 1652536, 1688722, 1725700,
+    1763488, 1802103, 1841564, 1881889, 1923097, 1965207, 2008240, 2052214,
+};
+
+// 2^(-steps / 32) in parts of kOne.
+__device__ __forceinline__ u32 power_of(int steps) { return steps < kMostSteps ? kPowers[-steps & 31] >> ((steps + 31) / 32) : 0; }
+#endif
 
 // What blocks read of each other's shared memory, and write to it, and what all threads of a block share.
 struct Shared {
@@ -185,6 +210,12 @@ struct Block {
   float* centres;    // (S); later places on the knots
   float* inv_freq;   // (pairs), if there are any
   float* biases;     // of hidden units (32 U), of outputs (tiles + more_tiles, 16)
+#if SAAP_SAMPLED
+  u32* rest;         // (kBins) rows of this block that the cut leaves, by the bin of their weight
+  u32* probability;  // (kBins) of the rows of each bin that has some
+  u32* sums;         // (S) of the probabilities of this block's rows; modulo 2^32, as all that comes of them
+  u32* places;       // (S) of this block's first run of a segment, among the probabilities of all rows in the order of memory
+#endif
 
   __device__ __forceinline__ Block(const RouteSelectParams& p, char* memory)
       : p(p), size(p), shared(reinterpret_cast<Shared*>(memory)), head(static_cast<int>(blockIdx.x) / kCluster),
@@ -198,6 +229,11 @@ struct Block {
     weights = at, at += (kHiddenTiles * kD + tiles * kK) * kUnit;
     rows = at, at += 8 * kRow;
     products = reinterpret_cast<float*>(at), at += (kHiddenTiles + 2 * tiles) * kParts * 512;
+#if SAAP_SAMPLED
+    rest = reinterpret_cast<u32*>(at), at += kBins * 4;
+    probability = reinterpret_cast<u32*>(at), at += kBins * 4;
+    sums = reinterpret_cast<u32*>(at), places = sums + p.segments, at += (2 * p.segments + 3) / 4 * 16;
+#endif
     z = reinterpret_cast<float*>(at), at += size.lists * kColumns * 4;
     a = reinterpret_cast<float*>(at), at += (kMostKnots + 1) * kColumns * 4;
     bend = reinterpret_cast<float*>(at), at += p.segments * kColumns * 4;
@@ -228,10 +264,6 @@ struct Block {
     const char* hidden = reinterpret_cast<const char*>(p.hidden) + static_cast<i64>(head) * kHiddenTiles * kD * kUnit;
     const char* out = reinterpret_cast<const char*>(p.out) + static_cast<i64>(head) * p.out_tiles * kK * kUnit;
     const int tile = rank * size.tiles, tiles = clamp(p.out_tiles - tile, 0, size.tiles), more = p.l / 16;
-    fetch(weights, hidden, kHiddenTiles * kD * kUnit);
-    fetch(out_weights(), out + static_cast<i64>(tile) * kK * kUnit, tiles * kK * kUnit);
-    fetch(out_weights() + size.tiles * kK * kUnit, out + static_cast<i64>(more) * kK * kUnit, size.more_tiles * kK * kUnit);
-    cp_async_commit();
     const float* bias = p.bias_out + static_cast<i64>(head) * p.out_tiles * 16;
     fetch_words(0, biases, p.bias_hidden + head * 32 * kU, 32 * kU);
     fetch_words(1, biases + 32 * kU, bias + tile * 16, tiles * 16);
@@ -244,6 +276,11 @@ struct Block {
     for (int s = threadIdx.x / 32; s < p.segments; s += kWarps)
       fetch_words(threadIdx.x / 32, table + s * (size.lists + 1), from + s * (p.l + 1), width);
     cp_async_commit();
+    // The weights last: nobody waits for them before `route` multiplies.
+    fetch(weights, hidden, kHiddenTiles * kD * kUnit);
+    fetch(out_weights(), out + static_cast<i64>(tile) * kK * kUnit, tiles * kK * kUnit);
+    fetch(out_weights() + size.tiles * kK * kUnit, out + static_cast<i64>(more) * kK * kUnit, size.more_tiles * kK * kUnit);
+    cp_async_commit();
   }
 
   __device__ __forceinline__ void clear_bins() const {
@@ -251,6 +288,10 @@ struct Block {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kBins; i += kThreads) shared->bins[i] = {0, 0};
     if (threadIdx.x < kCoarse) shared->coarse[threadIdx.x] = {0, 0};
+#if SAAP_SAMPLED
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kBins; i += kThreads) rest[i] = 0;
+#endif
   }
 
   // Fills z and a.
@@ -658,27 +699,175 @@ struct Block {
     }
   }
 
-  // Writes the block's runs that are read, behind those of the blocks before it.
-  __device__ __forceinline__ void write_runs() const {
+  // Rows of a run that are read for certain, its last ones.
+  __device__ __forceinline__ u32 read_of(const Cut& cut, u32 key, int s, int list) const {
+    if (key < cut.key || key == kNoItem) return 0;
+    const u32 n = static_cast<u32>(length(s, list));
+    const int place = static_cast<int>(place_of(s, list));
+    if (key > cut.key || place < cut.place) return n;
+    return place == cut.place ? (cut.rows < n ? cut.rows : n) : 0;
+  }
+
+#if SAAP_SAMPLED
+  __device__ __forceinline__ u32 sample_bin(u32 key) const {
+    return (__float_as_uint(__uint_as_float(key) * shared->most_share) + kSampleOffset) >> kSampleShift;
+  }
+
+  // Fills `probability` as reference.inclusion does, in every block: `rows` rows of what the cut leaves.
+  __device__ __forceinline__ void find_probabilities(u32 rows, int exponent) const {
     const Cut cut = shared->cut;
-    const i64 pair = static_cast<i64>(sequence) * p.h + head;
-    const u32 most = static_cast<u32>(p.t_cap);
-    int2* const to = p.runs + pair * p.most_runs;
-    Measure at{0, 0};  // rows and runs: first of the thread, then before the run at hand
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     each_run([&](int s, int list) {
-      u32& key = keys[s * size.lists + list];
-      u32 read = 0;  // rows, at the end of the run; from here on in place of its key
-      if (key >= cut.key && key != kNoItem) {
-        const u32 n = static_cast<u32>(length(s, list));
-        const int place = static_cast<int>(place_of(s, list));
-        if (key > cut.key || place < cut.place) read = n;
-        else if (place == cut.place) read = cut.rows < n ? cut.rows : n;
-      }
-      key = read;
-      at = at + Measure{read, read > 0};
+      const u32 key = keys[s * size.lists + list];
+      if (key == kNoItem) return;
+      const u32 left = static_cast<u32>(length(s, list)) - read_of(cut, key, s, list);
+      if (left) atomicAdd(&rest[sample_bin(key)], left);
     });
+    cluster_barrier();  // all has been tallied, and nobody reads another's bins any more
+    // The bins that have rows, from the highest down: each with the rows above it. The last bin has none.
+    static_assert(kBins % (4 * kThreads) == 0, "four bins to a thread");
+    Measure* const filled = shared->bins;
+    Measure before{0, 0};  // bins and rows
+#pragma unroll 1
+    for (int top = kBins - 1 - 4 * static_cast<int>(threadIdx.x); top >= 0; top -= 4 * kThreads) {
+      u32 of[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < kCluster; i++) {
+        const uint4 x = *reinterpret_cast<const uint4*>(of_block(rest, i) + top - 3);
+        of[0] += x.w, of[1] += x.z, of[2] += x.y, of[3] += x.x;
+      }
+      Measure mine{0, 0}, total;
+#pragma unroll
+      for (int k = 0; k < 4; k++) mine = mine + Measure{of[k] > 0, of[k]};
+      Measure at = before + exclusive_scan(mine, total, shared->scan);
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        if (of[k]) filled[at.rows] = {static_cast<u32>(top - k), at.mass}, at = at + Measure{1, of[k]};
+      before = before + total;
+    }
+    const int count = static_cast<int>(before.rows);
+    if (threadIdx.x == 0) filled[count] = {0, before.mass};
+    __syncthreads();
+    // The first bin whose rows are not all read for certain. A warp has a bin.
+    i64* const totals = reinterpret_cast<i64*>(shared->partial);
+    int first = count;
+    i64 whole = 1;
+#pragma unroll 1
+    for (int base = 0; base < count && first == count; base += kWarps) {
+      const int mine = base + warp;
+      i64 total = 0;
+#pragma unroll 1
+      for (int k = mine + lane; k < count; k += 32) {
+        const u32 power = power_of(exponent * static_cast<int>(filled[mine].rows - filled[k].rows));
+        if (!power) break;
+        total += static_cast<i64>(power) * (filled[k + 1].mass - filled[k].mass);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+      if (lane == 0) totals[warp] = total;
+      __syncthreads();
+#pragma unroll 1
+      for (int w = 0; w < kWarps && base + w < count && first == count; w++)
+        if ((static_cast<i64>(rows) - filled[base + w].mass) * kOne < totals[w]) first = base + w, whole = totals[w];
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      u32 each = kOne;
+      if (i >= first) {
+        const u32 power = power_of(exponent * static_cast<int>(filled[first].rows - filled[i].rows));
+        const i64 spent = (static_cast<i64>(rows) - filled[first].mass) * kOne;
+        each = power ? static_cast<u32>(static_cast<i64>(power) * spent / whole) : 0;
+      }
+      probability[filled[i].rows] = each;
+    }
+    __syncthreads();
+  }
+
+  // Writes the block's runs of which something is read: of each the sample of its first rows, then those that are read for certain.
+  // Where the sample takes a row follows from the sum of the probabilities of all rows before it, in the order of memory.
+  __device__ __forceinline__ void write_samples(float cap) const {
+    const Cut cut = shared->cut;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const i64 pair = static_cast<i64>(sequence) * p.h + head;
+    const u32 most = static_cast<u32>(p.t_cap), most_runs = static_cast<u32>(p.most_runs);
+    Measure start{0, 0};
+    // Sums of probabilities; then how much there is to write; then it is written.
+#pragma unroll 1
+    for (int stage = 0; stage < 3; stage++) {
+      Measure at = start;
+#pragma unroll 1
+      for (int s = warp; s < segments; s += kWarps) {
+        u32 place = stage ? places[s] : 0;
+#pragma unroll 1
+        for (int base = 0; base < lists; base += 32) {
+          const int list = base + lane;
+          u32 read = 0, left = 0, each = 0;
+          if (list < lists) {
+            const u32 key = keys[s * size.lists + list];
+            if (key != kNoItem) {
+              read = read_of(cut, key, s, list);
+              left = static_cast<u32>(length(s, list)) - read;
+              if (left) each = probability[sample_bin(key)];
+            }
+          }
+          const u32 mine = each * left, end = place + inclusive_scan_warp(mine), offset = (end - mine) % kOne;
+          place = from_lane(end, 31);
+          if (stage == 0) continue;
+          const u32 marks = static_cast<u32>((offset + static_cast<u64>(each) * left) / kOne);
+          if (stage == 2) {
+            const int begin = list < lists ? table[s * (size.lists + 1) + list] : 0;
+            auto put = [&](Measure to, u32 row, u32 rows, u32 of, float bias) {
+              if (to.mass >= most_runs) return;
+              const i64 i = pair * p.most_runs + to.mass;
+              p.runs[i] = make_int2(static_cast<int>(row + rows), static_cast<int>(min(to.rows + rows, most)));
+              const int bits = static_cast<int>(__float_as_uint(bias));
+              p.weights[i] = make_int4(static_cast<int>(to.rows), static_cast<int>(of), static_cast<int>(offset), bits);
+            };
+            if (marks) {
+              const float bias = static_cast<float>(log(static_cast<double>(kOne) / static_cast<double>(each)));
+              put(at, static_cast<u32>(begin), marks, each, fminf(bias, cap));
+            }
+            if (read) put(at + Measure{marks, marks > 0}, static_cast<u32>(begin) + left, read, kOne, 0.f);
+          }
+          at = at + Measure{marks + read, static_cast<u32>((marks > 0) + (read > 0))};
+        }
+        if (stage == 0 && lane == 0) sums[s] = place;
+      }
+      if (stage == 0) {
+        cluster_barrier();  // all sums are there
+        if (warp == 0) {
+          u32 before = kOne / 2;
+#pragma unroll 1
+          for (int base = 0; base < segments; base += 32) {
+            const int s = base + lane;
+            u32 total = 0, lower = 0;
+            if (s < segments)
+#pragma unroll
+              for (int i = 0; i < kCluster; i++) {
+                const u32 sum = of_block(sums, i)[s];
+                if (i < rank) lower += sum;
+                total += sum;
+              }
+            const u32 end = before + inclusive_scan_warp(total);
+            if (s < segments) places[s] = end - total + lower;
+            before = from_lane(end, 31);
+          }
+        }
+        __syncthreads();
+      } else if (stage == 1) {
+        start = place_in_cluster(at);
+      }
+    }
+  }
+#endif
+
+  // From what each thread is to write, rows and runs, to what is in front of that; notes how many there are of the pair.
+  __device__ __forceinline__ Measure place_in_cluster(Measure mine) const {
+    const i64 pair = static_cast<i64>(sequence) * p.h + head;
     Measure total;
-    at = exclusive_scan(at, total, shared->scan);
+    const Measure at = exclusive_scan(mine, total, shared->scan);
     if (threadIdx.x < kCluster) of_block(shared, static_cast<int>(threadIdx.x))->written[rank] = total;
     note(10);
     cluster_barrier();  // the last: from here on nobody looks into another's memory
@@ -688,11 +877,25 @@ struct Block {
       if (i < rank) before = before + shared->written[i];
       all = all + shared->written[i];
     }
-    at = at + before;
     if (rank == 0 && threadIdx.x == 0) {
-      p.counts[pair] = static_cast<int>(all.rows < most ? all.rows : most);
+      p.counts[pair] = static_cast<int>(min(all.rows, static_cast<u32>(p.t_cap)));
       p.run_counts[pair] = static_cast<int>(min(all.mass, static_cast<u32>(p.most_runs)));
     }
+    return at + before;
+  }
+
+  // Writes the block's runs that are read, behind those of the blocks before it.
+  __device__ __forceinline__ void write_runs() const {
+    const Cut cut = shared->cut;
+    const u32 most = static_cast<u32>(p.t_cap);
+    int2* const to = p.runs + (static_cast<i64>(sequence) * p.h + head) * p.most_runs;
+    Measure at{0, 0};  // rows and runs: of the thread, then before the run at hand
+    each_run([&](int s, int list) {
+      u32& key = keys[s * size.lists + list];
+      key = read_of(cut, key, s, list);  // from here on the rows that are read
+      at = at + Measure{key, key > 0};
+    });
+    at = place_in_cluster(at);
     each_run([&](int s, int list) {
       const u32 read = keys[s * size.lists + list];
       if (!read) return;
@@ -706,9 +909,9 @@ struct Block {
 }  // namespace
 
 // Backend.route and then Backend.probe of backends/base.py, without nprobe and tail, with budgets of their own for every (sequence,
-// KV head). The positions of queries: see saap_route. Weights are float32, equal if their bits are; among equal ones newer segments
-// come first, then lower lists. Runs are written in the order of (list's block, thread, run); of the one that the budget cuts the
-// newest rows.
+// KV head), and with samples where SAAP_SAMPLED. The positions of queries: see saap_route. Weights are float32, equal if their bits
+// are; among equal ones newer segments come first, then lower lists. Runs are written in the order of (list's block, thread, run); of
+// the one that the budget cuts the newest rows.
 //
 // Grid (SAAP_CLUSTER * h, b), clusters of SAAP_CLUSTER blocks in x; block SAAP_THREADS, a power of two.
 // Shared memory: Shared, rounded up to 128, and what Block lays out behind it.
@@ -723,8 +926,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(cons
   const i64 pair = static_cast<i64>(block.sequence) * p.h + block.head;
   const int budget = clamp(p.budgets[pair], 0, p.t_cap);
   const float unread_mass = p.unread_mass ? p.unread_mass[block.head] : -1.f;
+#if SAAP_SAMPLED
+  const int sampled = clamp(p.sampled[pair], 0, min(budget, 1 << 21)), exponent = p.exponents[block.head];
+  const float cap = p.caps[block.head];
+#endif
   block.clear_bins();
-  cp_async_wait<0>();
+  cp_async_wait<1>();
   cluster_barrier();  // all blocks are there
   grid_dependency_wait();
   grid_dependency_launch();
@@ -753,14 +960,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) saap_route_select(cons
     const double whole = static_cast<double>(total) * block.shared->most_share;
     limits.spare = whole > 0 ? static_cast<double>(unread_mass) * p.j / whole : 1.0;
   }
-  if (budget > 0) {
+#if SAAP_SAMPLED
+  limits.rows -= static_cast<u32>(sampled);
+#endif
+  if (limits.rows > 0) {
     block.find_cut(limits, units);
   } else {
     if (threadIdx.x == 0) block.shared->cut = take_nothing();
     __syncthreads();
   }
   block.note(9);
+#if SAAP_SAMPLED
+  block.find_probabilities(static_cast<u32>(sampled), clamp(exponent, 1, 64));
+  block.write_samples(cap);
+#else
   block.write_runs();
+#endif
   block.note(11);
 }
 

@@ -265,12 +265,18 @@ class AsymmetricIndex:
         """Correct the ``seq_len`` of `add` for the n newest tokens of every sequence, which are not sealed yet."""
         note_rotation(self.rope, self.invlists, n, seq_len)
 
-    @within("_changing")
     def seal(self) -> None:
         """Bring tokens that were added with ``seal=False`` to where a plain `add` would have put them."""
-        if self._lists is not None:
-            self._make_lists(self._lists)
-            self._lists.seal(self._assign_rows, last=True)
+        self._refuse_capture("seal")
+        session = self._present_session()
+        if session is not None:
+            session.follow_stream()  # and not synchronize: as `add`, it does not wait for the device
+        with self._whole():
+            if self._lists is not None:
+                self._make_lists(self._lists)
+                self._lists.seal(self._assign_rows, last=True)
+        if session is not None:
+            session.changed()
 
     @within("_changing")
     def rearrange(self) -> None:
@@ -305,14 +311,17 @@ class AsymmetricIndex:
         """Seal what the next n tokens of every sequence make due, 1 <= n <= 8, before a replay brings them: it then reads what a
         step without a graph would read. They have to come next.
 
-        Raises StateError for a backend without graphs, inside a capture, or if the device holds another number of tokens than the
-        index; NotFiniteError if a step brought NaN or infinity.
+        Does not wait for the device. Raises StateError for a backend without graphs, inside a capture, or if the device held more
+        or fewer tokens than the index when it last sealed; NotFiniteError if a step before that brought NaN or infinity.
         """
         session = self._device_session("seal_ahead")
+        session.refuse_capture("seal_ahead")
         checks.integer(n, "n", 1, MAX_STEP_TOKENS)
         if any(map(self._options.layout.num_blocks, (x + n for x in self.lengths))):
-            with self._changing():
+            session.follow_stream()
+            with self._whole():
                 session.lists.seal_ahead(n, self._assign_rows)
+            session.changed()
 
     def _append(
         self, keys: Tensor, values: Tensor, counts: list[int], list_nos: Tensor | None, seal: bool = True,

@@ -91,6 +91,11 @@ class RecordingKernel:
     def launch(
         self, grid: Grid, block: int, shared_bytes: int, params: np.ndarray[Any, Any], cluster: int = 1, dependent: bool = False
     ) -> None:
+        if self.runtime.aside is not None:
+            self.runtime.launched.append(f"{self.name} beside")
+            again = self.kernel.prepare(grid, block, shared_bytes, params.copy(), cluster, dependent)
+            self.runtime.aside.append(again)
+            return
         self.runtime.launched.append(self.name)
         self.runtime.structs.append(params)
         if self.runtime.graph is None:
@@ -103,8 +108,9 @@ class RecordingKernel:
 class RecordingRuntime:
     """A runtime that can record.
 
-    launched : names of the kernels launched since it was cleared, recorded ones among them; structs : their parameters, the
-    arrays themselves; looked_up : names of the kernels that were asked for.
+    launched : names of the kernels launched since it was cleared, recorded ones among them, "waited" where a stream waits for
+    those that run beside it; structs : their parameters, the arrays themselves; looked_up : names of the kernels that were asked
+    for. What is launched beside the stream runs at once, or, ``late``, when it is waited for, if ever.
     """
 
     def __init__(self, inner: Runtime) -> None:
@@ -115,6 +121,28 @@ class RecordingRuntime:
         self.structs: list[np.ndarray[Any, Any]] = []
         self.looked_up: list[str] = []
         self.graph: Graph | None = None
+        self.aside: list[Callable[[], None]] | None = None
+        self.late = True
+
+    @contextmanager
+    def beside(self, *memory: torch.Tensor) -> Iterator[Callable[[], None]]:
+        assert self.graph is None and self.aside is None
+        self.aside = launches = []
+
+        def run() -> None:
+            while launches:
+                launches.pop(0)()
+
+        def wait() -> None:
+            self.launched.append("waited")
+            run()
+
+        try:
+            yield wait
+        finally:
+            self.aside = None
+        if not self.late:
+            run()
 
     @property
     def capturing(self) -> bool:

@@ -130,12 +130,25 @@ class Backend(ABC):
     seals_batches: ClassVar[bool] = False
     """Whether `seal_batch` may be of use."""
 
-    def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
+    seals_beside: ClassVar[bool] = False
+    """Whether `begin_seal` may be of use."""
+
+    def begin_seal(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> Any:
+        """Begin a `seal_batch` of rows that are all there, beside what comes before it: what is returned is given to it, if
+        neither the rows nor their segments have changed until then, or dropped. Changes nothing, does not wait for the device.
+        None where there is nothing to begin.
+        """
+        return None
+
+    def seal_batch(
+        self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None, begun: Any = None
+    ) -> bool:
         """Bring the segments of several sequences to what they shall be: assign, sort, write ids and tables, means.
 
         The tables have room for ``want``. What comes out is that of `assign`, `seal` and `means` one after the other. quantizer :
         as from `prepare_quantizer`, or None where ``arena.pending`` has every list. Does not wait for the device. Raises
         before it moves a row, or not at all. Returns False, having done nothing, if a backend does one after the other.
+        begun : of these very changes, from `begin_seal`; given where there is something.
         """
         return False
 

@@ -66,10 +66,10 @@ class Frequencies:
 
     def _angles(self, positions: np.ndarray[Any, Any]) -> Rotation:
         place = positions.astype(np.float32, copy=False).reshape(-1, 1)
-        if self.inv_freq.is_cpu:
-            angles = torch.from_numpy(place * self.inv_freq.numpy())  # in half the time that torch takes for a few
-        else:
-            angles = torch.from_numpy(place).to(self.inv_freq.device) * self.inv_freq
+        if self.inv_freq.is_cpu:  # torch wakes threads for a few numbers, and on a loaded machine waits for milliseconds
+            radians = place * self.inv_freq.numpy()
+            return Rotation(torch.from_numpy(np.cos(radians)), torch.from_numpy(np.sin(radians)), self.interleaved, self.scale)
+        angles = torch.from_numpy(place).to(self.inv_freq.device) * self.inv_freq
         return Rotation(angles.cos(), angles.sin_(), self.interleaved, self.scale)
 
 
@@ -130,6 +130,9 @@ class InRuns(Protocol):
 
     def rows(self) -> Tensor:
         """int32 (b, h, t), in any order; anything behind the last."""
+
+    def biases(self) -> Tensor | None:
+        """float32 (b, h, t), as `Probed.biases`, in the order of the rows; None for 0 each."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,7 @@ class Plan:
 
     key : the objects that it follows from.
     dense : whether every row is read now; always_dense : and whatever else is sealed.
-    max_rows, max_entries : no later budget is larger; of a session that `captures`.
+    max_rows, max_entries : no later budget is larger; samples : whether one may have a sample; of a session that `captures`.
     budget : of the segments there are now, where the session reads it; packed : what else it made of the plan.
     captured : whether a graph may read it.
     """
@@ -240,6 +243,7 @@ class Plan:
     always_dense: bool = False
     max_rows: int = 0
     max_entries: int = 0
+    samples: bool = False
     budget: Budget | None = None
     packed: Any = None
     captured: bool = False

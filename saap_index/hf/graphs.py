@@ -250,9 +250,11 @@ class _Part:
         return self.index.same_graph(self.key, self.params)
 
     def seal(self) -> None:
-        """What the token that comes next makes due."""
+        """What the token that comes next makes due; and what later ones do is begun beside the replays until then."""
         if self.index.invlists.due_with(1):
             self.index.seal_ahead(1)
+        elif self.index.invlists.due():
+            self.index.seal()
 
     def replayed(self, layer: Any, visible: Tensor | None) -> None:
         self.index.advance(1, seal=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..backends import Backend, SegmentChange, StorageCode
 from . import arena, coded
 from .ahead import Ahead, due_rows
+from .beside import rows_missing
 from .common import before_merge, common_prefix, common_segments, diverged, picked
 from .layout import MAX_QUERY_TOKENS, Arrangement, Layout, Merging, Segment
 from .runs import Assign, KnownLists, cut_table, joined_table, merged_lists, run_lists
@@ -97,6 +98,30 @@ class SegmentedInvertedLists(StoredTokens):
                 self.arena = replace(self.arena, pending=None)
         for i in chosen:
             self._look_ahead(i, assign)
+        if self.backend.seals_beside:
+            try:
+                self._begin_next(assign)
+            except Exception:  # nothing may fail behind a change that is not taken back; what does, fails again when it is due
+                self._beside.drop()
+
+    def _begin_next(self, assign: Assign) -> None:
+        """Have the backend begin the change that comes next, a few tokens before it, or note when."""
+        quantizer, beside = assign.by_position(), self._beside
+        if quantizer is None or quantizer[0] is None or self.pending is not None or self.code is not None:
+            return
+        if beside.is_begun(self.version):
+            return
+        at = [self.layout.next_change(length, self.heads) for length in self.lengths]
+        tokens = min(map(operator.sub, at, self.lengths))
+        wait = tokens - beside.lead
+        if wait <= 0:
+            wanted = {i: self.layout.arrangement(n + tokens, self.heads) for i, n in enumerate(self.lengths)}
+            changes = [self._change(i, want) for i, want in wanted.items() if want != self.arrangement(i)]
+            wait = rows_missing(changes, self.lengths)
+            if wait <= 0 and max(len(c.want) for c in changes) <= self.tables.shape[2]:
+                beside.note(self.version, changes, quantizer, self.backend.begin_seal(self.arena, changes, *quantizer))
+        if 0 < wait < tokens:
+            self._due_at = [min(due, n + wait) for due, n in zip(self._due_at, self.lengths, strict=True)]
 
     def _look_ahead(self, i: int, assign: Assign) -> None:
         """Assign what is due of the next block of sequence i, and note with how many tokens something is due again."""
@@ -141,8 +166,9 @@ class SegmentedInvertedLists(StoredTokens):
             changes = [self._change(i, want) for i, want in wanted.items()]
             self._room_for_segments(max(len(c.want) for c in changes))
             steps = [] if final else self._undo.before_changes(self.arena, changes)
+            begun = self._beside.of(self.version, changes, quantizer)
             self._changed()
-            if not self.backend.seal_batch(self.arena, changes, *quantizer):
+            if not self.backend.seal_batch(self.arena, changes, *quantizer, *(() if begun is None else (begun,))):
                 break
             self._undo.note(*steps)  # not before: it says that it moves nothing if it fails
             for c in changes:
@@ -247,7 +273,7 @@ class SegmentedInvertedLists(StoredTokens):
         self._undo.before_move(self.arena, i, slice(start, stop), heads)
         rows = self.keys[i, heads], self.values[i, heads], self.ids[i, heads]
         if not self.backend.merge(*rows, parts, tables, table):
-            lists = merged_lists(tables, parts, (start, stop), _none_fresh)
+            lists = merged_lists(tables, parts, (start, stop))
             joined = tables.new_empty((len(tables), self.nlist + 1)) if table is None else table
             self.backend.seal(*rows, start, lists, joined)
             if table is None:
@@ -293,6 +319,7 @@ class SegmentedInvertedLists(StoredTokens):
         if length == self.lengths[i]:
             return
         self._unseal(i, length, length)
+        self._beside.drop()
         self._common = diverged(self._common, i, length)
         last = int(self.positions(i, np.array([length - 1]))[0]) if length else -1
         gaps = self.gaps[i].up_to(last)
@@ -439,10 +466,6 @@ class SegmentedInvertedLists(StoredTokens):
         new.ahead = [None] * new.batch
         new._set_arena(arena.on_device(new.arena, device))
         return new
-
-
-def _none_fresh(start: int, stop: int) -> Tensor:
-    raise AssertionError(f"expected rows in segments, got recent ones [{start}, {stop})")
 
 
 def _neighbours(numbers: Sequence[int]) -> list[range]:

@@ -24,6 +24,7 @@ from ..backends.scalar_quantizer import decode, rows_at
 from ..errors import StateError
 from . import arena, coded
 from .ahead import Ahead
+from .beside import SealsBeside
 from .gaps import Gaps
 from .layout import Arrangement, Layout, Merging, Segment
 from .rotated import RotationLengths
@@ -80,7 +81,7 @@ class StoredTokens:
         self.version = self.moved = next(_VERSIONS)
         self.rows_moved = self.rows_assigned = 0
         self.arena, self.capacity = arena.without_rows(backend, batch, heads, d, d_v, nlist, dtype, code), 0
-        self._undo = UndoLog(backend)
+        self._undo, self._beside = UndoLog(backend), SealsBeside()
         self._centres: list[tuple[int, np.ndarray] | None] = [None] * batch
         self._forget()
 

@@ -51,6 +51,7 @@ def new_plan(
         plan.always_dense, plan.max_rows = covers_all(params, router, capacity, most, unread_mass), int(most.max())
         runs = lists.mean_keys.shape[2] * lists.nlist if params.tail and not params.nprobe else 0
         plan.max_entries = min(plan.max_rows, runs)
+        plan.samples = sample_of(lists, params, router, sampling, [2 * n for n in capacity], most) is not None
         if params.tail:
             _check_tail(params, router)
     return plan, budget_of(plan, lists)

@@ -97,6 +97,11 @@ class SearchSession:
         if problem is not None:
             raise problem
 
+    def follow_stream(self) -> None:
+        """Before a change that does not wait for the device: `publish`, and what comes is behind what was started before."""
+        self.backend_session.wait_stream()
+        self.publish()
+
     def changed(self, step_next: bool = False) -> None:
         """After a change of the index: a graph may be replayed next, and memory that is not the lists' any more is let go.
 

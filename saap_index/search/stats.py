@@ -124,10 +124,11 @@ def _codes_beside(lists: SegmentedInvertedLists, last: Selection, i: int) -> int
 
 def _sampled(last: Selection) -> int:
     """Rows that were sampled, over all sequences and KV heads."""
-    if last.biases is None or last.counts is None:
+    biases = last.biases if last.in_runs is None else last.in_runs.biases()
+    if biases is None or last.counts is None:
         return 0
-    places = torch.arange(last.biases.shape[2], dtype=torch.int32, device=last.biases.device)
-    return int(((last.biases > 0) & (places < last.counts[..., None])).sum())
+    places = torch.arange(biases.shape[2], dtype=torch.int32, device=biases.device)
+    return int(((biases > 0) & (places < last.counts[..., None])).sum())
 
 
 def search_stats(lists: SegmentedInvertedLists, last: Selection, router: QueryRouter | None) -> SearchStats:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from saap_index import reference
 from saap_index.backends import codes
 
 ROOT = Path(__file__).parents[2]
@@ -51,3 +52,12 @@ def test_scan_reads_the_first_columns_as_one_vector() -> None:
     text = (ROOT / "cuda" / "scan_walk.cuh").read_text()
     assert all(x in text for x in ("int length = clamp(meta.x", "sinks = clamp(meta.y", "sealed = clamp(meta.z"))
     assert f"p.inverse_heads)) * {codes.META})" in text
+
+
+def test_samples_are_those_of_the_specification() -> None:
+    text = (ROOT / "cuda" / "route_select.cu").read_text()
+    table = text[text.index("kPowers[32] = {") :].split("{")[1].split("}")[0]
+    assert [int(x) for x in re.findall(r"\d+", table)] == reference.POWERS
+    bits = reference.ONE.bit_length() - 1
+    assert f"kOne = 1u << {bits}, kSampleOffset = {reference.BIN_OFFSET:#x};" in text
+    assert f"kSampleShift = {reference.BIN_SHIFT}, kMostSteps = 32 * {bits + 1};" in text

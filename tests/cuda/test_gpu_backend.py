@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saap_index import AsymmetricIndex, QueryRouter, Rope, SearchParametersIVF, StateError
 from saap_index.backends import RouterWeights
+from saap_index.invlists import beside
 
 
 @pytest.fixture(params=PLACES)
@@ -107,8 +108,9 @@ def test_launches_of_a_step(emu: Place) -> None:
     assert len(index.invlists.segments[0]) == before, "nothing was sealed meanwhile"
 
 
-SEALING = {"lift_fresh": 9, "slice": 5, "copy_": 1}
-"""How often at most a step that seals does what a plain one does not; copy_ is of what `advance` and its like look at later."""
+SEALING = {"lift_fresh": 14, "slice": 9, "copy_": 1}
+"""How often at most a step that seals, and begins the next seal, does what a plain one does not; copy_ is of what `advance` and
+its like look at later."""
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -135,6 +137,7 @@ def test_launches_of_a_step_that_seals(emu: Place, batch: int) -> None:
         plain.add(new, new)
         after = [lists.arrangement(i) for i in range(batch)]
         changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
+        aside, launched = [x for x in launched if "beside" in x], [x for x in launched if "beside" not in x]
         if not changed:
             assert launched == ["saap_append"]
             continue
@@ -142,15 +145,16 @@ def test_launches_of_a_step_that_seals(emu: Place, batch: int) -> None:
         merged += any(len(after[i].segments) < len(before[i].segments) for i in changed)
         partly += any(after[i].merging is not None for i in changed)
         together += len(changed) > 1
-        kinds.add(tuple(launched))
-        assert [x for x in launched if x != "saap_means"] == [
-            "saap_append", *(["saap_assign"] if sealed else []), "saap_rank", "saap_permute", "saap_permute", "saap_publish"
-        ] and launched.count("saap_means") <= 1
+        begun = launched[1] == "waited"
+        kinds.add(begun)
+        first = ["waited"] if begun else [*(["saap_assign"] if sealed else []), "saap_rank", "saap_permute"]
+        assert [x for x in launched if x != "saap_means"] == ["saap_append", *first, "saap_permute", "saap_publish"]
+        assert launched.count("saap_means") <= 1 and aside in ([], ["saap_rank beside", "saap_permute beside"])
         more = [x for x in seen.names if x not in FREE]
         assert all(more.count(x) <= SEALING.get(x, 0) for x in set(more)), more
-        assert seen.names.count("empty") == 2 and len(seen.names) <= 19
+        assert seen.names.count("empty") == 2 + bool(aside) - begun and len(seen.names) <= 30
     same_state(index, plain)
-    assert merged and partly and (together or batch == 1) and len(kinds) <= 4
+    assert merged and partly and (together or batch == 1) and kinds == {False, True}
 
 
 TAKEN_BACK = (
@@ -162,7 +166,8 @@ TAKEN_BACK = (
 
 @emulation
 @pytest.mark.parametrize("name", TAKEN_BACK)
-def test_without_memory(name: str) -> None:
+def test_without_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "SPREAD_TOKENS", 1)  # every index begins its seals at the same token
     test_whole.check_without_memory(name, "cuda-emu", 23)
 
 
@@ -187,6 +192,7 @@ def test_taken_back_when_all_is_done(name: str) -> None:
 @pytest.mark.parametrize("name", TAKEN_BACK)
 def test_without_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each time that one is asked for once, it cannot be had: at the first, second, ... time."""
+    monkeypatch.setattr(beside, "SPREAD_TOKENS", 1)
     make, change = test_whole.CHANGES[name]
     index = make("cuda-emu")
     before = test_whole.state(index)
@@ -194,8 +200,8 @@ def test_without_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change(index)
     count = len(RUNTIME.looked_up)
     after = test_whole.state(index)
-    assert {"saap_rank", "saap_permute", "saap_means"} <= set(RUNTIME.looked_up)
-    original = RUNTIME.kernel
+    assert {"saap_rank", "saap_permute", "saap_means"} & set(RUNTIME.looked_up)
+    original, failed = RUNTIME.kernel, 0
     for at in range(count):
         index = make("cuda-emu")
         RUNTIME.clear()
@@ -208,9 +214,13 @@ def test_without_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
         with monkeypatch.context() as patch:
             patch.setattr(RUNTIME, "kernel", kernel)
-            with pytest.raises(RuntimeError, match="none"):
+            try:
                 change(index)
+            except RuntimeError as error:
+                assert str(error) == "none"
+                failed += 1
         test_whole.usable(index, change, before, after)
+    assert failed, "and not where a seal is begun beside the steps: that is made up for when it is due"
 
 
 STEPS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -235,7 +245,7 @@ def test_a_step_makes_nothing_anew(emu: Place, name: str) -> None:
             RUNTIME.clear()
             step()
             launched = tuple(RUNTIME.launched)
-            if "saap_rank" in launched:
+            if any("saap_permute" in x for x in launched):
                 sealed.append(t)  # no plain step: the layout changes
             elif launched in first:
                 assert not RUNTIME.looked_up, (t, launched)

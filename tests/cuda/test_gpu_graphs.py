@@ -267,29 +267,29 @@ def test_wrong_tickets_last_until_the_next_token(place: Place, name: str, in_gra
         x.reserve_memory(760, batch=1)  # enough for two blocks, which share tickets
         x.add(place.tokens(1, 1, 720, 32, BF16), place.tokens(1, 1, 720, 32, BF16, seed=1))
     replay, k, v, queries, out = captured_step(place, index, params=params)
-    state = index._session_of(index.invlists).backend_session
-    assert state._tickets.numel(), "one for each KV head and pass"
+    state = index._session_of(index.invlists).backend_session._numbers
+    assert state.tickets.numel(), "one for each KV head and pass"
     for t in range(6):
         new = [place.tokens(1, heads, 1, 32, BF16, seed=10 * t + i) for i, heads in enumerate((1, 1, 4))]
         for held, x in zip((k, v, queries), new, strict=True):
             held.copy_(x)
         healthy.add(k, v, seal=False)
         want = healthy.search_attend(queries, params=params)
-        state._tickets.fill_((-1, 1, 2, 7)[t % 4])
+        state.tickets.fill_((-1, 1, 2, 7)[t % 4])
         if in_graph:
             replay()
         else:
             index.add(k, v, seal=False)
         got = out if in_graph else index.search_attend(queries, params=params)
-        assert torch.equal(got, want) and not state._tickets.any()
+        assert torch.equal(got, want) and not state.tickets.any()
         if in_graph:
             index.advance(1)
         index.seal(), healthy.seal()
-        state._tickets.fill_((1, -1, 3)[t % 3])
+        state.tickets.fill_((1, -1, 3)[t % 3])
         index.search_attend(queries, params=params)
-        assert state._tickets.any() == (name != "one launch"), "a wrong start would stay wrong; route_select writes zeros too"
+        assert state.tickets.any() == (name != "one launch"), "a wrong start would stay wrong; route_select writes zeros too"
         if t % 4 == 3:  # what the host publishes is as good
-            state._tickets.fill_(1)
+            state.tickets.fill_(1)
             index.truncate(index.lengths[0] - 1), healthy.truncate(healthy.lengths[0] - 1)
             assert torch.equal(*(x.search_attend(queries, params=params) for x in (index, healthy)))
 

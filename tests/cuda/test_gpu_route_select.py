@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -14,16 +14,19 @@ from hypothesis import strategies as st
 from test_gpu_select import FIRST_KNOT, SCHEDULES, SEEDS, UNTOUCHED, Array, make_tables, runtime
 from torch import Tensor
 
+from saap_index.backends.base import knots_of
 from saap_index.backends.cuda import route as gpu_route
 from saap_index.backends.cuda import route_select as gpu_route_select
 from saap_index.backends.cuda import select as gpu_select
 from saap_index.backends.cuda.route_select import RouteSelect, RouteSelectShape
 from saap_index.backends.cuda.scan import Runs
-from saap_index.backends.types import Frequencies, Rotation
+from saap_index.backends.reference import ReferenceBackend
+from saap_index.backends.types import Budget, Frequencies, Rotation, Sample
 from saap_index.backends.weights import RouterWeights
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs g++")
 
+SPEC = ReferenceBackend()
 SMALL = {"SAAP_THREADS": 64, "SAAP_CLUSTER": 2}
 T_CAP = 400
 
@@ -226,6 +229,67 @@ def test_lengths_that_a_table_gives_wrong_write_nothing_out_of_place() -> None:
     assert all(len(x) <= T_CAP for x in got)
 
 
+def sampled(
+    case: Case, on: EmulatedRuntime, shares: tuple[float, ...], exponents: list[int], caps: list[float], rows: int = 250
+) -> None:
+    """Budgets of ``rows`` at most, a part of each a sample: rows and biases are those of the specification for these scores."""
+    of, b, h = inputs(case), case.b, case.h
+    router = gpu_route.pack_router(of.weights)
+    of.meta[:, 3] = [case.segments, case.segments - 2, 0][:b]
+    budget = torch.tensor(of.budgets).clamp(max=rows)
+    parts = torch.tensor([[shares[(i + k) % len(shares)] for k in range(h)] for i in range(b)])
+    sample = Sample((budget * parts).int(), torch.tensor(exponents, dtype=torch.int32), torch.tensor(caps))
+    tables, centres, meta = (guarded(torch.from_numpy(np.ascontiguousarray(x))) for x in (of.tables, of.centres, of.meta))
+    shape = RouteSelectShape(b, h, case.g, 1, case.segments, FIRST_KNOT, case.dtype, sampled=True)
+    assert gpu_route_select.covers(on, router, shape)
+    most = shape.most_runs(case.nlist)
+    runs, run_counts, counts, weights = (
+        guarded(torch.full(size, UNTOUCHED, dtype=torch.int32)) for size in ((b, h, most, 2), (b, h), (b, h), (b, h, most, 4))
+    )
+    found = Runs(runs, run_counts, counts, T_CAP, weights)
+    given_sample = Sample(*map(guarded, (sample.rows, sample.exponents, sample.caps)))
+    one = RouteSelect(on, router, shape, case.knobs).bind(
+        None, meta, tables, centres, guarded(budget), found, None, None, dependent=True, sample=given_sample
+    )
+    with on.allow(router.hidden, router.out, router.bias_hidden, router.bias_out, meta, tables, centres):
+        one(queries=guarded(of.queries))
+    z, a = (torch.empty((b, h, case.g, n), dtype=torch.float32) for n in (case.nlist, case.knots + 1))
+    with on.allow(router.hidden, router.out, router.bias_hidden, router.bias_out):
+        gpu_route.Route(on, router, b, case.g, 1, case.dtype).bind(None, meta, z, a)(queries=of.queries)
+    knots = torch.from_numpy(knots_of(of.meta[:, 4:5].astype(np.float64) - 1 - of.centres, FIRST_KNOT, case.knots))
+    want = SPEC.probe(
+        z, a, knots, torch.from_numpy(of.tables), of.meta[:, 3].tolist(), Budget(budget, sample=sample), size_weighted=True
+    )
+    rows_found, biases = found.rows(), found.biases()
+    assert biases is not None and want.biases is not None
+    for i, k in np.ndindex(b, h):
+        n, m = int(counts[i, k]), int(run_counts[i, k])
+        assert n == want.counts[i, k] and int(runs[i, k, m - 1, 1] if m else 0) == n
+        assert (runs[i, k, m:] == UNTOUCHED).all() and (weights[i, k, m:] == UNTOUCHED).all()
+        listed, order = rows_found[i, k, :n].sort()
+        assert torch.equal(listed, want.rows[i, k, :n]), (i, k)
+        assert torch.equal(biases[i, k, :n][order], want.biases[i, k, :n].float()), "to the bit"
+
+
+SAMPLED = {
+    "half": (Case(21), (0.5, 0.3), [8, 6], [2.0, 0.7]),
+    "all, some of them none": (Case(22), (1.0, 0.0), [1, 64], [9.0, 1.4]),
+    "equal weights": (Case(23, exact=True, ties=True, units=0, nlist=150), (0.6, 1.0), [8, 16], [1.4, 30.0]),
+    "empty lists": (Case(24, tables="sparse", knots=0), (0.4,), [4, 8], [2.0, 2.0]),
+    "a list of everything": (Case(25, tables="one list", nlist=31), (0.5, 0.9), [8, 8], [2.0, 2.0]),
+    "scores that are none": (Case(26, kind="nan"), (0.5,), [8, 8], [2.0, 2.0]),
+    "four blocks": (Case(27, nlist=150, g=1, knobs={"SAAP_THREADS": 128, "SAAP_CLUSTER": 4}), (0.5,), [8, 8], [2.0, 2.0]),
+    "more than there is": (Case(28), (0.5,), [8, 8], [2.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULES[0], SCHEDULES[-1]])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_samples(name: str, schedule: tuple[str, int, int]) -> None:
+    case, *sample = SAMPLED[name]
+    sampled(case, runtime(schedule), *sample, rows=T_CAP if name == "more than there is" else 250)
+
+
 def test_sizes_are_those_of_the_kernel() -> None:
     case = Case(1)
     of = inputs(case)
@@ -236,6 +300,9 @@ def test_sizes_are_those_of_the_kernel() -> None:
         kernel = runtime().kernel("route_select.cu", "saap_route_select", one.macros)
         assert kernel.sizeof("route_select") == gpu_route_select.PARAMS.itemsize
         assert kernel.sizeof("route_select_shared") == gpu_route_select.fixed_bytes(one.macros)
+        with_samples = RouteSelect(runtime(), router, replace(shape, sampled=True), knobs)
+        kernel = runtime().kernel("route_select.cu", "saap_route_select", with_samples.macros)
+        assert kernel.sizeof("route_select") == gpu_route_select.SAMPLED_PARAMS.itemsize
 
 
 def test_what_is_not_covered() -> None:
@@ -255,3 +322,6 @@ def once() -> None:
     turned = Case(2, rotation="frequencies", unread_mass=(0.3, 0.02))
     for case in (Case(1), turned, Case(4, exact=True, ties=True, units=0, nlist=150)):
         run(case, inputs(case), on)
+    for name in ("half", "equal weights"):
+        case, *sample = SAMPLED[name]
+        sampled(case, on, *sample)

@@ -40,6 +40,9 @@ def test_a_session(tmp_path: Path) -> None:
         bisect, model = (archive.extractfile(f"./{name}.log") for name in ("bisect", "model"))
         assert bisect is not None and bisect.read().decode() == "every launch is as recorded\n"
         assert model is not None and "128k x 1  step" in model.read().decode()
+        codes = archive.extractfile("./gpu_codes.json")
+        assert codes is not None
+        assert {"ours step 5% SQ8", "ours step 5% SQ8/SQ4"} <= {x["name"] for x in json.loads(codes.read())["figures"]}
     assert {"environment.json", "environment.log", "gpu_host.json", "gpu_step.txt", "test_gpu_graphs.log"} <= packed
     assert len(list(tmp_path.iterdir())) <= 8, "all that a session leaves is a few files"
 
@@ -52,7 +55,7 @@ def test_a_failing_stage_does_not_stop_the_others(tmp_path: Path) -> None:
     done = session(tmp_path, PYTHON="false", PATH=f"{sanitizer.parent}:{os.environ['PATH']}")
     assert done.returncode == 1
     failed = {x.split()[1].rstrip(":"): x for x in (tmp_path / "failures.txt").read_text().splitlines()}
-    stages = ["environment", "primitives", "record", "memcheck", "step", "model", "host", "build", "racecheck"]
+    stages = ["environment", "primitives", "record", "memcheck", "step", "codes", "model", "host", "build", "racecheck"]
     assert {*stages, "test_gpu_backend", "test_gpu_graphs"} <= failed.keys()
     assert all("exit status 1" in x or x.startswith("FAILED record: exit status not 0") for x in failed.values())
     options = "--kernel-name kns=saap_ --report-api-errors no --error-exitcode 9"

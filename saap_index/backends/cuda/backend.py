@@ -7,14 +7,15 @@ session.py. What a kernel does not cover (more lists than fit a block's shared m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import DeviceError, DTypeError
+from ...errors import DTypeError
 from ..codes import DTYPE_CODES, LENGTH, MEANS, META, NEXT, SEALED, SEGMENTS, SINKS
 from ..plain_torch import TorchBackend
 from ..scalar_quantizer import Coded, StorageCode
@@ -36,8 +37,10 @@ from . import scan as gpu_scan
 from . import seal as gpu_seal
 from . import select as gpu_select
 from .launch import Runtime
+from .route_select import LEAST_CAPABILITY
 from .seal_plan import Job, places, planned
-from .session import CudaSession, Knobs, refuse_sample, sent
+from .searches import Knobs
+from .session import CudaSession, sent
 
 MOST_SORTED_LISTS = 32768
 """More do not fit the shared memory of a block of every device; torch sorts then."""
@@ -46,11 +49,26 @@ SEAL_BYTES = 256 << 20
 """Most scratch memory of a seal, where a segment needs it not at once."""
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A seal of which the half that moves no row is started. remaining : what starts the other half; wait : makes the current
+    stream wait for the first; memory : lives as long as this."""
+
+    remaining: Sequence[Callable[[], None]]
+    wait: Callable[[], None]
+    memory: tuple[Any, ...]
+
+
 class CudaBackend(TorchBackend):
     """See `Backend` for the contract of every method."""
 
     name = "cuda"
     reads_codes = True
+
+    @property
+    def reads_samples(self) -> bool:  # type: ignore[override]
+        """Where the kernel that selects them is."""
+        return self.runtime.capability >= LEAST_CAPABILITY
 
     def __init__(self, device: torch.device | str, runtime: Runtime, knobs: Knobs | None = None) -> None:
         """knobs : macros of the kernels "route", "select" and "scan" other than the launchers choose, to try."""
@@ -106,20 +124,54 @@ class CudaBackend(TorchBackend):
         workspace = torch.empty(max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
         gpu_seal.seal(self.runtime, arena, jobs, numbers, gpu_seal.Fresh(list_nos), workspace)
 
-    def seal_batch(self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None) -> bool:
+    @property
+    def seals_beside(self) -> bool:  # type: ignore[override]
+        return hasattr(self.runtime, "beside")
+
+    def begin_seal(
+        self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None
+    ) -> _Begun | None:
+        plan = planned(changes)
+        if arena.tables.shape[3] > MOST_SORTED_LISTS or not plan.jobs or getattr(self.runtime, "capturing", False):
+            return None
+        # What nothing but this writes is made before the streams part; the rest is as it is now, or it is dropped.
+        numbers, workspace = self._to_seal(arena, plan, quantizer)
+        memory = [arena.keys, arena.values, arena.ids, arena.tables, numbers, workspace]
+        memory += [] if quantizer is None else [quantizer.panels, quantizer.scales]
+        memory += [] if angles is None else [angles.inv_freq]
+        with self.runtime.beside(*memory) as wait:  # type: ignore[attr-defined]
+            remaining = self._begin(arena, plan, numbers, workspace, quantizer, angles)
+        return _Begun(remaining, wait, (arena, numbers, workspace))
+
+    def seal_batch(
+        self, arena: Arena, changes: Sequence[SegmentChange], quantizer: Any, angles: Frequencies | None,
+        begun: _Begun | None = None,
+    ) -> bool:
+        if begun is not None:
+            begun.wait()
+            for start in begun.remaining:
+                start()
+            return True
         if arena.tables.shape[3] > MOST_SORTED_LISTS:
             return False
         plan = planned(changes)
-        if not plan.jobs:
-            return True
-        heads, rows = arena.keys.shape[1], gpu_seal.Arena(arena.keys, arena.values, arena.ids, arena.tables)
-        numbers = sent(plan.numbers, self.device)
-        least, most = gpu_seal.workspace_bytes(rows, plan.jobs)
-        lists = gpu_seal.aligned(heads * plan.fresh * 4) if quantizer is not None else 0
-        workspace = torch.empty(lists + max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
-        means = arena.mean_keys, arena.mean_values
-        gpu_seal.seal_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.pending, workspace, means)
+        if plan.jobs:
+            for start in self._begin(arena, plan, *self._to_seal(arena, plan, quantizer), quantizer, angles):
+                start()
         return True
+
+    def _to_seal(self, arena: Arena, plan: gpu_seal.Plan, quantizer: Any) -> tuple[Tensor, Tensor]:
+        """The numbers of a plan on the device, and a workspace for it."""
+        least, most = gpu_seal.workspace_bytes(gpu_seal.Arena(arena.keys, arena.values, arena.ids, arena.tables), plan.jobs)
+        lists = gpu_seal.aligned(arena.keys.shape[1] * plan.fresh * 4) if quantizer is not None else 0
+        workspace = torch.empty(lists + max(least, min(most, SEAL_BYTES)), dtype=torch.uint8, device=self.device)
+        return sent(plan.numbers, self.device), workspace
+
+    def _begin(
+        self, arena: Arena, plan: gpu_seal.Plan, numbers: Tensor, workspace: Tensor, quantizer: Any, angles: Frequencies | None
+    ) -> list[Callable[[], None]]:
+        rows, means = gpu_seal.Arena(arena.keys, arena.values, arena.ids, arena.tables), (arena.mean_keys, arena.mean_values)
+        return gpu_seal.begin_batch(self.runtime, rows, plan, numbers, quantizer, angles, arena.pending, workspace, means)
 
     def encode(self, code: StorageCode, keys: Tensor, values: Tensor, key_codes: Tensor, value_codes: Tensor) -> None:
         gpu_codes.encode(self.runtime, keys, code.key_bits, key_codes)
@@ -147,7 +199,8 @@ class CudaBackend(TorchBackend):
         self, z: Tensor, a: Tensor, knots: Tensor, tables: Tensor, num_segments: Sequence[int], budget: Budget,
         size_weighted: bool,
     ) -> Probed:
-        refuse_sample(budget, self.device)
+        if budget.sample is not None:  # as route_select.cu does of a step; scores alone are no hot path
+            return super().probe(z, a, knots, tables, num_segments, budget, size_weighted)
         b, h, j, nlist = z.shape
         segments, m = tables.shape[2], a.shape[3] - 1
         shape = gpu_select.SelectShape(b, h, j, nlist, segments, m, 0, budget.nprobe, size_weighted)
@@ -187,14 +240,13 @@ class CudaBackend(TorchBackend):
         sinks: Sequence[int], sealed: Sequence[int], lengths: Sequence[int], scale: float, causal: bool, tail: Tail | None = None,
         coded: Coded | None = None, biases: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if biases is not None:
-            raise DeviceError(f"biases: expected None on {str(self.device)!r}, which reads no samples yet, got some")
         b, h, g, q, d = queries.shape
         if coded is not None and not gpu_codes.covers(coded, lengths, q, causal):
             memory = queries, arena_keys, arena_values
-            return super().scan(*memory, rows, counts, sinks, sealed, lengths, scale, causal, tail, coded)
+            return super().scan(*memory, rows, counts, sinks, sealed, lengths, scale, causal, tail, coded, biases)
         shape = gpu_scan.ScanShape(
-            b, h, g * q, q, d, arena_values.shape[3], arena_keys.dtype, queries.dtype, arena_keys.shape[2], causal
+            b, h, g * q, q, d, arena_values.shape[3], arena_keys.dtype, queries.dtype, arena_keys.shape[2], causal,
+            weighted=biases is not None,
         )
         knobs = self.knobs.get("scan")
         if coded is None:
@@ -205,7 +257,9 @@ class CudaBackend(TorchBackend):
         lse = torch.empty((b, h, g, q), dtype=torch.float32, device=self.device)
         floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self.device)
         tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self.device)
-        listed = None if rows is None or counts is None else gpu_scan.Listed(rows, counts)
+        listed: gpu_scan.Listed | gpu_scan.Runs | None = None
+        if rows is not None and counts is not None:
+            listed = gpu_scan.Listed(rows, counts) if biases is None else gpu_scan.rows_as_runs(rows, counts, biases)
         if isinstance(scan, gpu_codes.CodedScan):
             assert coded is not None
             columns = gpu_codes.numbers_meta(coded, lengths, sinks, sealed)

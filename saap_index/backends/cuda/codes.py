@@ -18,7 +18,7 @@ from ..codes import DTYPE_CODES
 from ..scalar_quantizer import Coded
 from ..types import Tail
 from .launch import Launch, Runtime
-from .scan import CODED_KERNEL, H200_SHARED_BYTES, Listed, Runs, Scan, ScanShape, coded_configuration
+from .scan import CODED_KERNEL, H200_SHARED_BYTES, WEIGHTED, Listed, Runs, Scan, ScanShape, coded_configuration
 
 ENCODE_PARAMS = np.dtype(
     [(name, np.uint64) for name in ("rows", "codes")]
@@ -72,7 +72,8 @@ def covers(coded: Coded, lengths: Sequence[int], num_queries: int, causal: bool)
 
 
 class CodedScan:
-    """The scans of one shape, and their memory: results in between. ``shape`` is that of the rows that are numbers."""
+    """The scans of one shape, and their memory: results in between. ``shape`` is that of the rows that are numbers; codes alone
+    are selected, and ``weighted``."""
 
     def __init__(
         self, runtime: Runtime, shape: ScanShape, bits: int, rows: int, device: torch.device, knobs: dict[str, int] | None = None
@@ -84,7 +85,7 @@ class CodedScan:
             *(torch.empty(size, dtype=torch.float32, device=device) for _ in range(2)),
         ]
         self._runtime, self._bits = runtime, bits
-        self.numbers = Scan(runtime, replace(shape, dense=False), knobs)
+        self.numbers = Scan(runtime, replace(shape, dense=False, weighted=False), knobs)
         self.codes = Scan(runtime, replace(shape, dense=False, storage=torch.float16, capacity=rows, coded=bits), knobs)
         self.num_floats = max(self.numbers.num_floats, self.codes.num_floats)
         self.num_tickets = max(self.numbers.num_tickets, self.codes.num_tickets)
@@ -129,6 +130,7 @@ def _shipped() -> Iterator[tuple[str, str, dict[str, int]]]:
     for bits in (8, 4):
         for d, e, j, query in shapes[: -1 if bits == 4 else None]:
             yield *CODED_KERNEL, coded_configuration(d, e, bits, query, j, H200_SHARED_BYTES)
+        yield *CODED_KERNEL, coded_configuration(128, 128, bits, bf16, 8, H200_SHARED_BYTES) | WEIGHTED
     yield "codes.cu", "saap_encode", {}
     yield "codes.cu", "saap_join_codes", {}
 

@@ -47,7 +47,13 @@ class Kernel(Protocol):
 
 
 class Runtime(Protocol):
-    """Compiles kernels and says what the device offers."""
+    """Compiles kernels and says what the device offers.
+
+    May have ``beside(*memory)``, a context: launches inside it start on a stream of their own, behind what the current stream
+    holds by then and beside what comes after. memory : what they read or write; it goes to others only when they are done with
+    it. As what is entered comes a function that makes the then current stream wait for them, and nothing else does. Not inside a
+    capture.
+    """
 
     @property
     def name(self) -> str: ...

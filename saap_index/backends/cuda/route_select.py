@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..codes import DTYPE_CODES
-from ..types import Frequencies, Rotation
+from ..types import Frequencies, Rotation, Sample
 from .launch import Launch, Runtime
 from .route import PackedRouter
 from .scan import Runs
@@ -27,6 +27,10 @@ _POINTERS = (
 _INTS = "b h j q d pairs interleaved l outputs out_tiles segments first_knot t_cap most_runs num_tickets early"
 PARAMS = np.dtype(
     [(name, np.uint64) for name in _POINTERS.split()] + [("scale", np.float32)] + [(name, np.int32) for name in _INTS.split()],
+    align=True,
+)
+SAMPLED_PARAMS = np.dtype(
+    [(name, PARAMS[name]) for name in PARAMS.names or ()] + [(x, np.uint64) for x in ("sampled", "exponents", "caps", "weights")],
     align=True,
 )
 
@@ -46,7 +50,8 @@ STAGES = (
 
 @dataclass(frozen=True)
 class RouteSelectShape:
-    """What a launch is compiled and sized for. segments: most that a sequence may have; first_knot: log2 of a distance."""
+    """What a launch is compiled and sized for. segments: most that a sequence may have; first_knot: log2 of a distance; sampled:
+    whether a part of the budgets is a sample."""
 
     sequences: int
     heads: int
@@ -55,6 +60,11 @@ class RouteSelectShape:
     segments: int
     first_knot: int
     query: torch.dtype
+    sampled: bool = False
+
+    def most_runs(self, nlist: int) -> int:
+        """Of a selection: of the run that the budget cuts a sample is one more."""
+        return self.segments * nlist + self.sampled
 
 
 def covers(runtime: Runtime, router: PackedRouter, shape: RouteSelectShape) -> bool:
@@ -74,6 +84,7 @@ def configuration(router: PackedRouter, shape: RouteSelectShape, multiprocessors
         "SAAP_U32": -(-router.units // 32),
         "SAAP_COLUMNS": 4 if shape.vectors <= 4 else 8,
         "SAAP_THREADS": THREADS,
+        **({"SAAP_SAMPLED": 1} if shape.sampled else {}),
     }
     for cluster in CLUSTERS:
         macros["SAAP_CLUSTER"] = cluster
@@ -93,6 +104,8 @@ def shared_bytes(router: PackedRouter, segments: int, macros: dict[str, int]) ->
     products = 512 * (hidden + 2 * all_tiles) * (2 if d32 > 1 else 1)
     floats = lists * columns + (MOST_KNOTS + 1) * columns + segments * columns + segments * (lists + 1) + segments * lists
     floats += segments + 16 * d32 + 4 + 32 * u32 + 16 * all_tiles
+    if macros.get("SAAP_SAMPLED"):
+        floats += 2 * BINS + (2 * segments + 3) // 4 * 4
     return fixed_bytes(macros) + weights + rows + products + 4 * floats
 
 
@@ -120,7 +133,7 @@ class RouteSelect:
         self.shared_bytes = shared_bytes(router, shape.segments, macros)
         self._kernel = runtime.kernel("route_select.cu", "saap_route_select", macros)
         self.clocks: Tensor | None = None
-        p = self._params = np.zeros((), PARAMS)
+        p = self._params = np.zeros((), SAMPLED_PARAMS if shape.sampled else PARAMS)
         if macros.get("SAAP_CLOCK"):
             blocks = self.grid[0] * self.grid[1]
             self.clocks = torch.zeros((blocks, 16), dtype=torch.int64, device=router.hidden.device)
@@ -133,11 +146,12 @@ class RouteSelect:
 
     def bind(
         self, rotation: Rotation | Frequencies | None, meta: Tensor, tables: Tensor, centres: Tensor, budgets: Tensor,
-        found: Runs, unread_mass: Tensor | None, tickets: Tensor | None, dependent: bool,
+        found: Runs, unread_mass: Tensor | None, tickets: Tensor | None, dependent: bool, sample: Sample | None = None,
     ) -> Launch:
         """One selection per (sequence, KV head), as `Route.bind` and `Select.bind` make it, but for the order of the rows.
 
-        found : out, with room for every run, S * l; most_rows bounds every budget. tickets : int32, out: zeros.
+        found : out, with room for `RouteSelectShape.most_runs`; most_rows bounds every budget. tickets : int32, out: zeros.
+        sample : of a shape that is ``sampled``; ``found`` then has weights, and there is no ``unread_mass``.
         dependent : whether blocks may start before the launch in front of this one has ended; the field ``early`` of the
         parameters then says that weights, tables, centres, budgets and unread_mass are complete, whatever launches have not
         ended yet.
@@ -158,7 +172,10 @@ class RouteSelect:
             p["unread_mass"] = unread_mass.data_ptr()
         if tickets is not None:
             p["tickets"], p["num_tickets"] = tickets.data_ptr(), tickets.numel()
-        kept = self.router, rotation, meta, tables, centres, budgets, found, unread_mass, tickets
+        if sample is not None and found.weights is not None:
+            p["sampled"], p["exponents"], p["caps"] = (x.data_ptr() for x in (sample.rows, sample.exponents, sample.caps))
+            p["weights"] = found.weights.data_ptr()
+        kept = self.router, rotation, meta, tables, centres, budgets, found, unread_mass, tickets, sample
         return Launch(
             self._kernel, self.grid, self.block, self.shared_bytes, p, *kept, cluster=self.cluster, dependent=dependent
         )
@@ -167,12 +184,13 @@ class RouteSelect:
 CONFIGURATIONS = tuple(
     ("route_select.cu", "saap_route_select", {
         "SAAP_DTYPE": DTYPE_CODES[query], "SAAP_D32": d32, "SAAP_U32": u32, "SAAP_COLUMNS": columns, "SAAP_THREADS": THREADS,
-        "SAAP_CLUSTER": cluster,
+        "SAAP_CLUSTER": cluster, **({"SAAP_SAMPLED": 1} if sampled else {}),
     })
-    for d32, u32, query, columns, cluster in (
-        (4, 2, torch.bfloat16, 4, 8), (4, 2, torch.bfloat16, 4, 4), (4, 2, torch.bfloat16, 8, 2), (4, 2, torch.float16, 4, 8),
-        (4, 2, torch.float32, 4, 8), (2, 2, torch.bfloat16, 4, 8), (8, 2, torch.bfloat16, 8, 8), (4, 0, torch.bfloat16, 4, 8),
-        (4, 8, torch.bfloat16, 4, 4),
+    for d32, u32, query, columns, cluster, sampled in (
+        (4, 2, torch.bfloat16, 4, 8, False), (4, 2, torch.bfloat16, 4, 4, False), (4, 2, torch.bfloat16, 8, 2, False),
+        (4, 2, torch.float16, 4, 8, False), (4, 2, torch.float32, 4, 8, False), (2, 2, torch.bfloat16, 4, 8, False),
+        (8, 2, torch.bfloat16, 8, 8, False), (4, 0, torch.bfloat16, 4, 8, False), (4, 8, torch.bfloat16, 4, 4, False),
+        (4, 2, torch.bfloat16, 4, 8, True), (4, 2, torch.bfloat16, 8, 2, True), (2, 2, torch.float32, 4, 8, True),
     )
 )
 """What is shipped, a sample of it: (file, kernel, macros)."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,7 @@ class CupyRuntime:
         self.capability = capability if gpu_driver.available() else min(capability, LEAST_CAPABILITY)
         self.max_shared_bytes = int(self._cupy.cuda.runtime.deviceGetAttribute(SHARED_BYTES_PER_BLOCK_OPTIN, device.index))
         self._kernels: dict[tuple[str, str, tuple[str, ...]], CupyKernel] = {}
+        self._side: torch.cuda.Stream | None = None
 
     @property
     def capturing(self) -> bool:
@@ -125,6 +127,21 @@ class CupyRuntime:
     def stream(self) -> int | None:
         """The address of the current stream; None while another device is current."""
         return _raw_stream(self.device.index) if torch.cuda.current_device() == self.device.index else None
+
+    @contextmanager
+    def beside(self, *memory: torch.Tensor) -> Iterator[Callable[[], None]]:
+        """See `Runtime.beside`."""
+        current = torch.cuda.current_stream(self.device)
+        if self._side is None:
+            self._side = torch.cuda.Stream(self.device)
+        side = self._side
+        side.wait_stream(current)
+        event = torch.cuda.Event()
+        for x in memory:
+            x.record_stream(side)
+        with torch.cuda.stream(side):
+            yield lambda: torch.cuda.current_stream(self.device).wait_event(event)
+        event.record(side)
 
     def kernel(self, file: str, name: str, macros: Mapping[str, int]) -> Kernel:
         key = file, name, gpu_source.options(macros)

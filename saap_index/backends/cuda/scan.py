@@ -35,6 +35,7 @@ _FIELDS = [(name, PARAMS[name]) for name in PARAMS.names or ()]
 CLOCK_PARAMS = np.dtype([*_FIELDS, ("clocks", np.uint64)], align=True)
 CODED_PARAMS = np.dtype([*_FIELDS, ("spans", np.uint64)], align=True)
 WEIGHTED_PARAMS = np.dtype([*_FIELDS, ("weights", np.uint64)], align=True)
+CODED_WEIGHTED_PARAMS = np.dtype([*_FIELDS, ("weights", np.uint64), ("spans", np.uint64)], align=True)
 PAGED_PARAMS = np.dtype([*_FIELDS, ("head_bytes", np.int64), ("row_bytes", np.int32)], align=True)
 POINTS = "began", "waited", "planned", "copying", "arrived", "added", "merged", "ticketed", "ended"
 """Of a block, with SAAP_CLOCK: scan_params.cuh."""
@@ -230,8 +231,7 @@ class Scan:
         self._mass_offset = 4 * self._states * shape.e
         self._kernel = runtime.kernel(*(CODED_KERNEL if shape.coded else file_of(shape.storage)), macros)
         self.num_clocks = blocks * passes * len(POINTS) if macros.get("SAAP_CLOCK") and not shape.paged else 0
-        plain = CODED_PARAMS if shape.coded else CLOCK_PARAMS if self.num_clocks else PARAMS
-        self._params = np.zeros((), PAGED_PARAMS if shape.paged else WEIGHTED_PARAMS if shape.weighted else plain)
+        self._params = np.zeros((), _params_of(shape, self.num_clocks > 0))
         self._dependent = runtime.capability >= CLUSTERS
         for name in ("sequences", "heads", "vectors", "num_queries", "capacity", "causal", "dense"):
             self._params[name] = getattr(shape, name)
@@ -297,6 +297,25 @@ class Scan:
             p["spans"] = spans.data_ptr()
         kept = keys, values, meta, listed, means, floats, tickets, clocks, spans
         return Launch(self._kernel, self.grid, self.block, self.shared_bytes, p, *kept, dependent=self._dependent)
+
+
+def _params_of(shape: ScanShape, clocks: bool) -> np.dtype[Any]:
+    """The struct of the kernel that is compiled for this."""
+    if shape.paged:
+        return PAGED_PARAMS
+    if shape.weighted:
+        return CODED_WEIGHTED_PARAMS if shape.coded else WEIGHTED_PARAMS
+    return CODED_PARAMS if shape.coded else CLOCK_PARAMS if clocks else PARAMS
+
+
+def rows_as_runs(rows: Tensor, counts: Tensor, biases: Tensor) -> Runs:
+    """Listed rows, int32 (b, h, t), each a run of its own with its bias, float32 (b, h, t)."""
+    t = rows.shape[2]
+    entries = torch.arange(t, dtype=torch.int32, device=rows.device).expand_as(rows)
+    runs = torch.stack([rows + 1, entries + 1], -1)
+    whole, none = torch.full_like(rows, 1 << 20), torch.zeros_like(rows)
+    weights = torch.stack([entries, whole, none, biases.contiguous().view(torch.int32)], -1)
+    return Runs(runs, counts, counts, t, weights)
 
 
 def aligned(queries: Tensor) -> Tensor:

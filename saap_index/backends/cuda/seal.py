@@ -246,6 +246,43 @@ def _prepare_seal(
 # -- a batch ---------------------------------------------------------------------------------------------------------------
 
 
+def begin_batch(
+    runtime: Runtime,
+    arena: Arena,
+    plan: Plan,
+    numbers: Tensor,
+    centroids: PackedCentroids | None,
+    angles: Frequencies | None,
+    pending: Tensor | None,
+    workspace: Tensor,
+    outs: tuple[Tensor, Tensor] | None = None,
+) -> list[Callable[[], None]]:
+    """The half of `seal_batch` that writes nothing but ``workspace``, assign, rank and permute, and returns the other half: what
+    remains to be started, in this order, on memory as it is now. Arguments as there."""
+    positions = numbers[plan.positions_at :] if plan.positions_at >= 0 else None
+    list_nos = None
+    if centroids is not None:
+        heads = arena.keys.shape[1]
+        nbytes = heads * plan.fresh * 4
+        list_nos = workspace[:nbytes].view(torch.int32).view(heads, plan.fresh)
+        workspace = workspace[aligned(nbytes) :]
+    starts = _prepare_seal(runtime, arena, plan.jobs, numbers, Fresh(list_nos, pending, positions), workspace)
+    if outs is not None and plan.means:
+        due = numbers[plan.means_at :], plan.means
+        starts.append(_prepare_means(runtime, arena.keys, arena.values, arena.tables, *outs, *due))
+    if centroids is not None and list_nos is not None and plan.stretches:
+        turns = None if angles is None else Turns(angles.inv_freq, positions, 0, angles.interleaved, angles.scale)
+        jobs = AssignJobs(numbers[plan.stretches_at :], plan.stretches, plan.longest)
+        assign_jobs(runtime, centroids, arena.keys, jobs, list_nos, turns)
+    for start in starts[:READING]:
+        start()
+    return starts[READING:]
+
+
+READING = 2
+"""Launches of `_prepare_seal`, the first ones, that move nothing: rank, and the first rows to scratch."""
+
+
 def seal_batch(
     runtime: Runtime,
     arena: Arena,
@@ -264,22 +301,7 @@ def seal_batch(
     outs : mean_keys and mean_values as in `means`, for a fifth launch that computes those of the plan; None: it is not made.
     Raises before it moves a row, or not at all.
     """
-    positions = numbers[plan.positions_at :] if plan.positions_at >= 0 else None
-    list_nos = None
-    if centroids is not None:
-        heads = arena.keys.shape[1]
-        nbytes = heads * plan.fresh * 4
-        list_nos = workspace[:nbytes].view(torch.int32).view(heads, plan.fresh)
-        workspace = workspace[aligned(nbytes) :]
-        if plan.stretches:
-            turns = None if angles is None else Turns(angles.inv_freq, positions, 0, angles.interleaved, angles.scale)
-            jobs = AssignJobs(numbers[plan.stretches_at :], plan.stretches, plan.longest)
-            assign_jobs(runtime, centroids, arena.keys, jobs, list_nos, turns)
-    starts = _prepare_seal(runtime, arena, plan.jobs, numbers, Fresh(list_nos, pending, positions), workspace)
-    if outs is not None and plan.means:
-        due = numbers[plan.means_at :], plan.means
-        starts.append(_prepare_means(runtime, arena.keys, arena.values, arena.tables, *outs, *due))
-    for start in starts:
+    for start in begin_batch(runtime, arena, plan, numbers, centroids, angles, pending, workspace, outs):
         start()
 
 

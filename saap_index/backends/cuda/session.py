@@ -10,51 +10,29 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import DeviceError, NotFiniteError, StateError
+from ...errors import NotFiniteError, StateError
 from ..base import Backend, Session
 from ..codes import FLAGS, FULL, LENGTH, META, NEXT, NOT_FINITE, SEALED, SINKS
 from ..scalar_quantizer import Coded
-from ..types import (
-    MAX_STEP_TOKENS,
-    Arena,
-    Budget,
-    Placement,
-    Plan,
-    Probed,
-    Rotation,
-    Routing,
-    Tail,
-    columns_in_use,
-)
+from ..types import MAX_STEP_TOKENS, Arena, Budget, Placement, Plan, Probed, Rotation, Routing, Sample, columns_in_use
 from . import append_assign as gpu_build
 from . import codes as gpu_codes
-from . import route_select as gpu_route_select
 from . import seal as gpu_seal
 from .launch import Launch, Runtime
-from .route import Route
-from .route_select import RouteSelect, RouteSelectShape
-from .scan import Runs, Scan, ScanShape, aligned
-from .select import Select, SelectShape
+from .scan import Runs, aligned
+from .searches import BOUND, Knobs, Searches
 from .steady import SteadyAppend, SteadySearch
-from .workspace import OneLaunch, Packed, Scanning, Selecting, TwoLaunches, evict, listed_of, queries_key, runs_of, selecting_key
-
-Knobs = Mapping[str, dict[str, int]]
+from .workspace import DeviceNumbers, OneLaunch, Packed, TwoLaunches, evict, listed_of, no_sample, selecting_key
 
 _MEMORY = "keys", "values", "ids", "tables", "mean_keys", "mean_values", "plain_keys", "plain_values"
 """What of an `Arena` launches read or write."""
-
-_KEPT = 8
-"""Shapes of queries, and routers, whose workspaces are kept."""
-
-_BOUND = 32
-"""Launches that are kept of each of these, and of new tokens."""
 
 
 class CudaSession(Session):
@@ -69,33 +47,27 @@ class CudaSession(Session):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(backend)
-        self._runtime, self._device, self._shape, self._dtype, self._knobs = runtime, device, shape, dtype, knobs
-        b = shape[0]
-        self._meta = torch.zeros((b, META), dtype=torch.int32, device=device)
-        self._spans = torch.zeros((2, b, 4), dtype=torch.int32, device=device)  # of codes: for searches, and where all is read
-        self._counts = torch.zeros((b,), dtype=torch.int32, device=device)
-        self._centres = torch.zeros((b, 0), dtype=torch.float32, device=device)
-        self._selecting: dict[Any, Selecting] = {}
-        self._scanning: dict[Any, Scanning] = {}
-        # Of every scan: each appended token makes them zeros again, so that what a misuse left in them is gone a step later.
-        # As many as a step of few query vectors has; more move to other memory, and launches are bound anew.
-        self._tickets = torch.zeros((b * shape[1],), dtype=torch.int32, device=device)
+        self._runtime, self._device, self._shape = runtime, device, shape
+        self._numbers = DeviceNumbers.zeros(*shape[:2], device)
         self._appending: dict[Any, Launch] = {}
+        self.searches = Searches(runtime, knobs, device, shape, dtype, self._numbers, self._appending.clear)
         gpu_build.append_kernel(runtime, True)  # compiled now: inside the capture of a graph it would be too late
-        self._held: list[Any] = []  # what graphs hold addresses of
         # Whether no selection has waited yet for tables, centres and budgets to be written; the next one then waits before it
         # reads. That an append lies in between does not help: it starts its successor before it waits itself.
         self._just_published = True
         self._plans: weakref.WeakSet[Plan] = weakref.WeakSet()
         self._stream: Any = None
         self._raw: int | None = None  # its address
-        self.generation = 0
-        """Changes when launches that are bound come to be of no use."""
         # meta on its way to the host as of the last publication, the event behind it, and the lengths that the host knew
         self._watched: tuple[Tensor, Any, list[int]] | None = None
         self.lock = threading.Lock()  # parameter structs and workspaces serve one call at a time
 
     # -- what the host decides ---------------------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> int:
+        """Changes when launches that are bound come to be of no use."""
+        return self.searches.generation
 
     @property
     def capturing(self) -> bool:  # type: ignore[override]
@@ -130,22 +102,15 @@ class CudaSession(Session):
         self.captured = False
         for plan in self._plans:
             plan.captured = False
-        self._held.clear()
+        self.searches.held.clear()
 
     def _memory(self) -> Iterator[Tensor]:
         """All that launches read or write but for what a call brings."""
-        memory: list[Tensor | None] = [self._meta, self._spans, self._counts, self._centres, self._tickets]
+        memory: list[Tensor | None] = [*self._numbers.memory(), *self.searches.memory()]
         if self._placement is not None:
             memory += [getattr(self._placement.arena, name) for name in _MEMORY]
-            memory += [x for s in self._scanning.values() if isinstance(s.scan, gpu_codes.CodedScan) for x in s.scan.results]
-        for s in self._selecting.values():
-            memory += s.by.memory()
-            memory += [getattr(routing.rope, "inv_freq", None) for _, (routing, _) in s.bound.values()]
-        memory += [scanning.floats for scanning in self._scanning.values()]
         for plan in self._plans:
-            p, selected = plan.packed, plan.packed.selected
-            memory += [p.budgets, p.mean_entries, p.unread_mass]
-            memory += [selected.rows, selected.counts, selected.tail, selected.tail_counts]
+            memory += plan.packed.memory()
         yield from (x for x in memory if x is not None)
 
     def publish(self, placement: Placement, budgets: Sequence[tuple[Plan, Budget]]) -> None:
@@ -159,39 +124,40 @@ class CudaSession(Session):
             columns = columns.copy()
             columns[:, [LENGTH, SINKS, SEALED]] = np.array(gpu_codes.numbers_meta(coded, lengths, sinks, sealed), np.int32).T
         self._use(placement.arena, None if self._placement is None else self._placement.arena)
-        if self._centres.shape != placement.centres.shape:
-            self._centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
-            self._unbind()
+        on = self._numbers
+        if on.centres.shape != placement.centres.shape:
+            on.centres = torch.zeros(placement.centres.shape, dtype=torch.float32, device=self._device)
+            self.searches.unbind()
         centres = placement.centres.astype(np.float32)
         writes: list[tuple[int, np.ndarray[Any, Any]]] = []
-        for to, x in ((self._centres, centres), (self._tickets, np.zeros(self._tickets.shape, np.int32))):
+        for to, x in ((on.centres, centres), (on.tickets, np.zeros(on.tickets.shape, np.int32))):
             writes += [(to.data_ptr(), x)] if x.size else []
         if coded is not None:
             spans = [gpu_codes.coded_spans(coded, sinks, sealed, dense) for dense in (False, True)]
-            writes.append((self._spans.data_ptr(), np.stack(spans)))
+            writes.append((on.spans.data_ptr(), np.stack(spans)))
         for i, row in enumerate(columns):
-            at = self._meta.data_ptr() + i * META * 4
+            at = on.meta.data_ptr() + i * META * 4
             parts = ((LENGTH + 1, NEXT), (NEXT + 1, FLAGS)) if counted else ((0, FLAGS),)
             writes += [(at + 4 * a, row[a:b]) for a, b in parts]
         for plan, budget in budgets:
-            writes += _numbers(plan.packed, budget)
+            writes += plan.packed.numbers(budget)
+            plan.budget = budget
         numbers = sent(gpu_seal.pieces_of(writes), self._device)
         self._just_published = True
         gpu_seal.publish(self._runtime, len(writes), numbers)
         super().publish(placement, ())
+        self.searches.placement = placement
         self._watch()
 
     def _use(self, arena: Arena, before: Arena | None) -> None:
         """Launches and workspaces that were made for other memory, or for memory of another size, go."""
         if before is None or _shapes(before) != _shapes(arena):
-            self._selecting.clear()
-            self._scanning.clear()
+            self.searches.clear()
         if before is None or any(getattr(before, name) is not getattr(arena, name) for name in _MEMORY):
-            self._unbind()
+            self.searches.unbind()
             self.captured = False  # graphs hold addresses of before
 
     def plan(self, plan: Plan, budget: Budget) -> None:
-        refuse_sample(budget, self._device)
         self.wait_stream()
         b, h = self._shape[:2]
 
@@ -205,8 +171,13 @@ class CudaSession(Session):
         mean_entries = None
         if plan.max_entries:
             mean_entries = ints(b, h) if budget.mean_entries is None else sent(budget.mean_entries.numpy().copy(), self._device)
-        rows = sent(budget.rows.numpy().copy(), self._device)
-        plan.packed = Packed(rows, mean_entries, budget.unread_mass, budget.nprobe, selected)
+        rows, sample = sent(budget.rows.numpy().copy(), self._device), None
+        if plan.samples:
+            of = budget.sample or no_sample((b, h))
+            caps = sent(of.caps.numpy().view(np.int32).copy(), self._device).view(torch.float32)
+            sample = Sample(*(sent(x.numpy().copy(), self._device) for x in (of.rows, of.exponents)), caps)
+        plan.packed = Packed(rows, mean_entries, budget.unread_mass, budget.nprobe, selected, sample)
+        plan.budget = budget
         self._plans.add(plan)
 
     # -- what the device counts and notes ----------------------------------------------------------------------------
@@ -214,8 +185,8 @@ class CudaSession(Session):
     def _watch(self) -> None:
         """Have meta fetched as it is now. Does not wait for the device."""
         on_gpu = self._device.type == "cuda"
-        host = torch.empty(self._meta.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
-        host.copy_(self._meta, non_blocking=True)
+        host = torch.empty(self._numbers.meta.shape, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+        host.copy_(self._numbers.meta, non_blocking=True)
         event = torch.cuda.current_stream(self._device).record_event() if on_gpu else None
         self._watched = host, event, self._lengths_published
 
@@ -263,9 +234,9 @@ class CudaSession(Session):
 
     def read(self) -> np.ndarray[Any, Any]:
         """Wait for the device and return meta : int32 (b, 8); its flags are reset."""
-        meta: np.ndarray[Any, Any] = self._meta.cpu().numpy().copy()
+        meta: np.ndarray[Any, Any] = self._numbers.meta.cpu().numpy().copy()
         if meta[:, FLAGS].any():
-            self._meta[:, FLAGS] = 0
+            self._numbers.meta[:, FLAGS] = 0
         return meta
 
     # -- what a step launches ----------------------------------------------------------------------------------------
@@ -281,7 +252,7 @@ class CudaSession(Session):
             self.lengths = lengths
             return
         self.wait_stream()
-        by = None if all(count == n for count in counts) else self._counts
+        by = None if all(count == n for count in counts) else self._numbers.counts
         with self.lock:
             if by is not None:
                 some = torch.tensor(counts, dtype=torch.int32, pin_memory=self._device.type == "cuda", device="cpu")
@@ -289,11 +260,11 @@ class CudaSession(Session):
             key = (by is None, *gpu_build.append_layout(keys, values))
             launch = self._appending.get(key)
             if launch is None:
-                memory = *place.arena.numbers, self._meta, by, self._tickets
+                memory = *place.arena.numbers, self._numbers.meta, by, self._numbers.tickets
                 launch = self._appending[key] = gpu_build.bind_append_to_meta(self._runtime, keys, values, *memory)
-                evict(self._appending, _BOUND)
+                evict(self._appending, BOUND)
             if self.capturing:
-                self._held.append(launch)
+                self.searches.held.append(launch)
             launch(keys=keys, values=values)
         if self.capturing:
             self.captured = True
@@ -303,12 +274,15 @@ class CudaSession(Session):
     def select(self, queries: Tensor, routing: Routing, plan: Plan) -> Probed:
         self.wait_stream()
         packed: Packed = plan.packed
+        if not self._covers(queries, routing, packed):
+            self._have_budget(plan)
+            return super().select(queries, routing, plan)
         with self.lock:
-            self._select(queries, routing, packed)
-            selected = packed.selected
+            by = self._select(queries, routing, packed)
+            selected, listed = packed.selected, listed_of(by, packed)
             counts = selected.counts.clone()
-            by = self._selecting_of(queries, routing, packed).by
-            listed = listed_of(by, packed)
+            if isinstance(listed, Runs) and listed.weights is not None:
+                return _in_order(listed, counts)
             rows = listed.rows() if isinstance(listed, Runs) else listed.rows
             rows = columns_in_use(rows, counts, isinstance(by, TwoLaunches))
             if selected.tail is None or selected.tail_counts is None:
@@ -328,19 +302,26 @@ class CudaSession(Session):
             if self.capturing:
                 raise StateError("capture: expected as many tokens behind the sinks as queries, got fewer")
             return super().run(queries, routing, plan, scale)
+        if not dense and not self._covers(queries, routing, packed):
+            if self.capturing:
+                raise StateError(
+                    "capture: expected a search of whole runs, got one with a sample that no kernel selects (more than 8 query "
+                    "vectors of a KV head, or too many segments); sampled_share=0 makes it one"
+                )
+            self._have_budget(plan)
+            return super().run(queries, routing, plan, scale)
         with self.lock:
             if self.capturing:
-                if not self._ready(queries, routing, packed, dense):
+                if not self.searches.is_ready(queries, routing, packed, dense):
                     raise StateError("capture: expected a step that ran once before, got one with other queries")
                 plan.captured = self.captured = True
-                self._held.append((routing, plan))
+                self.searches.held.append((routing, plan))
             elif plan.dense and not dense:
                 dense = True
-                if not self._ready(queries, routing, packed, False):  # a graph of this step will not be dense for ever
-                    self._scanning_of(queries, False)
-                    self._selecting_of(queries, routing, packed)
+                if not self.searches.is_ready(queries, routing, packed, False):  # a graph of this step will not be dense for ever
+                    self.searches.make_ready(queries, routing, packed)
             by = None if dense else self._select(queries, routing, packed)
-            scan, selected = self._scan_of(queries, by, packed, scale)
+            scan, selected = self.searches.scan_of(queries, by, packed, scale, self.capturing)
             scan(queries=queries, out=out, lse=lse)
         return out, lse, selected
 
@@ -354,148 +335,43 @@ class CudaSession(Session):
         if plan.dense or isinstance(routing.rope, Rotation) or self.capturing:
             return None
         with self.lock:
-            made = self._selecting.get(selecting_key(queries, routing, packed))
+            made = self.searches.selecting.get(selecting_key(queries, routing, packed))
             select = None if made is None else made.bound.get((id(routing), id(packed)))
             if made is None or select is None:
                 return None
-            scan = self._scanning_of(queries, False).bound.get((id(made.by), id(packed), scale))
-            if scan is None or not isinstance(scan[0], Launch):
+            scan = self.searches.bound_scan(queries, made.by, packed, scale)
+            if scan is None:
                 return None
             if isinstance(made.by, OneLaunch):
                 select[0][0].params["early"] = True
             lse = torch.empty(queries.shape[:-1], dtype=torch.float32, device=self._device)
-            return SteadySearch(self, select[0], scan[0], lse, *self._shape[2:4])
+            return SteadySearch(self, select[0], scan, lse, *self._shape[2:4])
 
-    def _ready(self, queries: Tensor, routing: Routing, packed: Packed, dense: bool) -> bool:
-        """Whether a step with such queries finds its memory and kernels in place, as it does from the second time on."""
-        return (queries_key(queries), dense) in self._scanning and (
-            dense or selecting_key(queries, routing, packed) in self._selecting
-        )
+    def _covers(self, queries: Tensor, routing: Routing, packed: Packed) -> bool:
+        """Whether kernels select what the plan asks for: a sample is for the one that routes and selects."""
+        return packed.sample is None or self.searches.in_one_launch(queries, routing, packed) is not None
+
+    def _have_budget(self, plan: Plan) -> None:
+        """On the device, where the backend's single operations select."""
+        packed, budget = plan.packed, plan.budget
+        assert budget is not None, "published with the plan"
+        super().plan(plan, budget)
+        plan.packed = packed
 
     def _select(self, queries: Tensor, routing: Routing, packed: Packed) -> TwoLaunches | OneLaunch:
-        """Launch what routes and selects; it writes to ``packed.selected``, or runs to what is returned and counts of rows."""
-        s = self._selecting_of(queries, routing, packed)
-        key = id(routing), id(packed)
-        bound = s.bound.get(key)
-        if bound is None:
-            bound = self._bind_selecting(s.by, queries, routing, packed), (routing, packed)
-            if not isinstance(routing.rope, Rotation):  # else of this step alone
-                s.bound[key] = bound
-                evict(s.bound, _BOUND)
-        if self.capturing:
-            self._held.append(bound)
-        first, *others = bound[0]
-        if isinstance(s.by, OneLaunch):
-            first.params["early"] = self.capturing or not self._just_published
-        first(queries=queries)
-        for launch in others:
-            launch()
+        by = self.searches.select(queries, routing, packed, self.capturing or not self._just_published, self.capturing)
         self._just_published = False
-        return s.by
+        return by
 
-    def _bind_selecting(
-        self, by: TwoLaunches | OneLaunch, queries: Tensor, routing: Routing, packed: Packed
-    ) -> tuple[Launch, ...]:
-        turn = routing.rope
-        selected, tables = packed.selected, self._published.arena.tables
-        if isinstance(by, OneLaunch):
-            self._scanning_of(queries, False)  # its tickets are there
-            memory = self._meta, tables, self._centres, packed.budgets, runs_of(by, packed), packed.unread_mass, self._tickets
-            return (by.launcher.bind(turn, *memory, dependent=True),)
-        route = by.route.bind(turn, self._meta, by.z, by.a)
-        select = by.select.bind(
-            by.z, by.a, tables, self._centres, self._meta, packed.budgets, selected.rows, selected.counts, packed.unread_mass,
-            packed.mean_entries, selected.tail, selected.tail_counts, by.floats,
-        )
-        return route, select
 
-    def _scan_of(
-        self, queries: Tensor, by: TwoLaunches | OneLaunch | None, packed: Packed, scale: float
-    ) -> tuple[Launch | gpu_codes.CodedLaunch, Probed | None]:
-        """The scan of what a selection within ``packed`` comes to, or, without one, of every row; and that."""
-        s = self._scanning_of(queries, by is None)
-        key = id(by), id(packed), scale
-        bound = s.bound.get(key)
-        if bound is None:
-            at, listed, means, seen = self._published.arena, None, None, None
-            if by is not None:
-                seen, listed = packed.selected, listed_of(by, packed)
-                if seen.tail is not None and seen.tail_counts is not None:
-                    means = Tail(seen.tail, seen.tail_counts, at.mean_keys, at.mean_values, at.tables)
-                if isinstance(listed, Runs):
-                    seen = Probed(seen.rows[..., :0], seen.counts, in_runs=listed)
-            coded, memory = self._published.coded, (s.floats, self._tickets)
-            launch: Launch | gpu_codes.CodedLaunch
-            if isinstance(s.scan, gpu_codes.CodedScan):
-                assert coded is not None, "of this arena"
-                spans = self._spans[int(by is None)]
-                launch = s.scan.bind(at.numbers, coded, self._meta, spans, listed, means, scale, *memory)
-            else:
-                launch = s.scan.bind(at.keys, at.values, self._meta, listed, means, scale, *memory)
-            bound = s.bound[key] = launch, seen, (by, packed)
-            evict(s.bound, _BOUND)
-        if self.capturing:
-            self._held.append(bound)
-        return bound[:2]
-
-    def _unbind(self) -> None:
-        """Memory has moved: launches made for where it was are of no use."""
-        self.generation += 1
-        self._appending.clear()
-        for selecting in self._selecting.values():
-            selecting.bound.clear()
-        for scanning in self._scanning.values():
-            scanning.bound.clear()
-
-    # -- workspaces --------------------------------------------------------------------------------------------------
-
-    def _selecting_of(self, queries: Tensor, routing: Routing, packed: Packed) -> Selecting:
-        key = selecting_key(queries, routing, packed)
-        made = self._selecting.get(key)
-        if made is None:
-            made = self._selecting[key] = Selecting(self._launchers(queries, routing, packed))
-            evict(self._selecting, _KEPT)
-        return made
-
-    def _launchers(self, queries: Tensor, routing: Routing, packed: Packed) -> TwoLaunches | OneLaunch:
-        b, h, g, q, _ = queries.shape
-        router, segments = routing.router, self._published.arena.tables.shape[2]
-        shape = RouteSelectShape(b, h, g * q, q, segments, routing.first_knot, queries.dtype)
-        usual = routing.size_weighted and not packed.nprobe and packed.mean_entries is None
-        if usual and gpu_route_select.covers(self._runtime, router, shape):
-            sizes = (b, h, segments * router.nlist, 2), (b, h)
-            runs, run_counts = (torch.zeros(size, dtype=torch.int32, device=self._device) for size in sizes)
-            return OneLaunch(RouteSelect(self._runtime, router, shape, self._knobs.get("route_select")), runs, run_counts)
-        route = Route(self._runtime, router, b, g * q, q, queries.dtype, self._knobs.get("route"))
-        knots = router.outputs - router.nlist - 1
-        settings = routing.first_knot, packed.nprobe, routing.size_weighted
-        of = SelectShape(b, h, g * q, router.nlist, segments, knots, *settings)
-        select = Select(self._runtime, of, self._knobs.get("select"))
-        floats = torch.empty(select.num_floats, dtype=torch.float32, device=self._device)
-        z, a = (
-            torch.empty((b, h, g * q, n), dtype=torch.float32, device=self._device) for n in (router.nlist, knots + 1)
-        )
-        return TwoLaunches(route, select, z, a, floats)
-
-    def _scanning_of(self, queries: Tensor, dense: bool) -> Scanning:
-        key = (queries_key(queries), dense)
-        made = self._scanning.get(key)
-        if made is None:
-            b, h, g, q, d = queries.shape
-            at, e = self._published.arena, self._shape[3]
-            rows, coded, knobs = at.numbers[0].shape[2], self._published.coded, self._knobs.get("scan")
-            shape = ScanShape(b, h, g * q, q, d, e, self._dtype, queries.dtype, rows, causal=True, dense=dense)
-            if coded is None:
-                scan: Scan | gpu_codes.CodedScan = Scan(self._runtime, shape, knobs)
-            else:
-                scan = gpu_codes.CodedScan(self._runtime, shape, coded.code.value_bits, at.keys.shape[2], self._device, knobs)
-            floats = torch.empty(scan.num_floats, dtype=torch.float32, device=self._device)
-            if scan.num_tickets > self._tickets.numel():
-                self._tickets = torch.zeros(scan.num_tickets, dtype=torch.int32, device=self._device)
-                self._unbind()
-            made = self._scanning[key] = Scanning(scan, floats)
-            evict(self._scanning, _KEPT)
-        return made
+def _in_order(listed: Runs, counts: Tensor) -> Probed:
+    """A copy of weighted rows, ascending, and of their biases."""
+    rows, biases = listed.rows(), listed.biases()
+    assert biases is not None, "of runs with weights"
+    width = int(counts.max()) if counts.numel() else 0
+    behind = torch.arange(width, dtype=torch.int32, device=rows.device) >= counts[..., None]
+    rows, order = rows[..., :width].masked_fill(behind, torch.iinfo(torch.int32).max).sort(2)
+    return Probed(rows.masked_fill(behind, -1), counts, biases=biases.gather(2, order).masked_fill(behind, 0.0))
 
 
 def _shapes(arena: Arena) -> list[Any]:
@@ -513,22 +389,6 @@ def sent(numbers: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     pinned = torch.empty(numbers.shape, dtype=torch.int32, device="cpu", pin_memory=True)
     pinned.numpy()[...] = numbers
     return pinned.to(device, non_blocking=True)
-
-
-def refuse_sample(budget: Budget, device: torch.device) -> None:
-    """DeviceError for a budget of which something is sampled: no kernel does that yet."""
-    if budget.sample is not None:
-        raise DeviceError(f"budget: expected one without a sample on {str(device)!r}, which reads no samples yet, got one")
-
-
-def _numbers(packed: Packed, budget: Budget) -> list[tuple[int, np.ndarray[Any, Any]]]:
-    """The budgets of ``packed``, by the addresses where they belong."""
-    writes = [(packed.budgets.data_ptr(), budget.rows.numpy())]
-    if packed.mean_entries is not None:
-        none = np.zeros(packed.mean_entries.shape, np.int32)
-        most = none if budget.mean_entries is None else budget.mean_entries.numpy()
-        writes.append((packed.mean_entries.data_ptr(), most))
-    return writes
 
 
 def _error(flags: int) -> Exception | None:
