@@ -86,9 +86,10 @@ PanelProduct product(const Panels& p, int head, int first, int last, const float
 
 }  // namespace
 
-std::shared_ptr<Quantizer> make_quantizer(const float* centroids, int h, int l, int d) {
+std::shared_ptr<Quantizer> make_quantizer(const float* centroids, const float* bias, int h, int l, int d) {
   auto at = [=](int head, int list) { return centroids + (static_cast<int64_t>(head) * l + list) * d; };
-  auto half_norm = [=](int head, int list) {
+  auto raised_by = [=](int head, int list) {
+    if (bias) return bias[static_cast<int64_t>(head) * l + list];
     double sum = 0;
     for (int i = 0; i < d; i++) sum += static_cast<double>(at(head, list)[i]) * at(head, list)[i];
     return static_cast<float>(-0.5 * sum);
@@ -96,7 +97,7 @@ std::shared_ptr<Quantizer> make_quantizer(const float* centroids, int h, int l, 
   auto weight = [=](int head, int list, int i) { return at(head, list)[i]; };
   auto out = std::make_shared<Quantizer>();
   out->heads = h, out->lists = l, out->dim = d;
-  out->panels = make_panels(h, l, d, -std::numeric_limits<float>::infinity(), weight, half_norm);
+  out->panels = make_panels(h, l, d, -std::numeric_limits<float>::infinity(), weight, raised_by);
   return out;
 }
 
