@@ -1,7 +1,9 @@
-"""What the shipped routers of SmolLM2 sample, measured anew on texts held out of their training: nothing is trained.
+"""The metric of the lists of SmolLM2's shipped routers, and what these sample, measured anew on texts held out of their training:
+nothing is trained.
 
     python bench/calibrate_sampling.py FOLDER                   captures of four texts are kept in FOLDER, 1.5 GB
     python bench/calibrate_sampling.py FOLDER --out ROUTERS     where the routers go, by default over the shipped ones
+    python bench/calibrate_sampling.py FOLDER --only transform  the metric alone, seconds once the captures are there
 
 Takes about eight minutes of two cores. The texts are those that `python -m saap_lab.smollm2.routers` holds out of training.
 """
@@ -21,7 +23,7 @@ import torch
 
 from saap_index.pipeline import texts
 from saap_index.pipeline.capture import Capture, LayerCapture
-from saap_index.pipeline.sampling import with_sampling
+from saap_index.pipeline.sampling import with_sampling, with_transforms
 from saap_index.pipeline.settings import TrainSettings
 from saap_index.routers import load_routers, save_routers
 from saap_lab.smollm2 import capture, model
@@ -35,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=SHIPPED, help="default the shipped ones")
+    parser.add_argument("--only", choices=("transform", "sampling"), help="leave the other as it is")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -57,9 +60,11 @@ def main() -> int:
         whole = capture.load(path, [number])
         return whole, whole.layers[number]
 
-    routers = with_sampling(
-        load_routers(SHIPPED), [partial(layer_of, path) for path in paths.values()], lambda n: print(f"layer {n}", flush=True)
-    )
+    held_out, routers = [partial(layer_of, path) for path in paths.values()], load_routers(SHIPPED)
+    if options.only != "sampling":
+        routers = with_transforms(routers, held_out)
+    if options.only != "transform":
+        routers = with_sampling(routers, held_out, lambda n: print(f"layer {n}", flush=True))
     save_routers(routers, options.out)
     for number, layer in routers.layers.items():
         if layer.sampling is not None:

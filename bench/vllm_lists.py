@@ -65,7 +65,7 @@ def captured(network: Any, tokens: list[int], layers: set[int], queries: int) ->
         if layer == max(layers):
             raise capture.Finished
 
-    capture.run(network, torch.tensor(tokens), keep)
+    capture.run(network, tokens, keep)
     return found
 
 

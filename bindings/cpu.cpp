@@ -46,7 +46,9 @@ NB_MODULE(_cpu, m) {
     return append(static_cast<DType>(type), k, v, b, h, N, starts, counts);
   });
 
-  m.def("make_quantizer", [](Address centroids, int h, int l, int d) { return make_quantizer(at<const float>(centroids), h, l, d); });
+  m.def("make_quantizer", [](Address centroids, Address bias, int h, int l, int d) {
+    return make_quantizer(at<const float>(centroids), at<const float>(bias), h, l, d);
+  });
   m.def("assign", [](const Quantizer& q, int type, Address keys, int64_t kh, int64_t kn, int64_t n, Address cos, Address sin, int r,
                      bool interleaved, float scale, Address list_nos) {
     Free free;

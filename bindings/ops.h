@@ -40,7 +40,8 @@ struct Quantizer {
   int heads, lists, dim;
   Panels panels;
 };
-std::shared_ptr<Quantizer> make_quantizer(const float* centroids, int h, int l, int d);
+// bias: (h, l), or null for that of Euclidean distance, -|c|^2 / 2.
+std::shared_ptr<Quantizer> make_quantizer(const float* centroids, const float* bias, int h, int l, int d);
 // keys: Strided with b unused.
 void assign(const Quantizer&, DType, Strided keys, int64_t n, const Angles&, int32_t* list_nos);
 

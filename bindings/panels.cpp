@@ -86,9 +86,10 @@ PanelProduct product(const Panels& p, int head, int first, int last, const float
 
 }  // namespace
 
-std::shared_ptr<Quantizer> make_quantizer(const float* centroids, int h, int l, int d) {
+std::shared_ptr<Quantizer> make_quantizer(const float* centroids, const float* bias, int h, int l, int d) {
   auto at = [=](int head, int list) { return centroids + (static_cast<int64_t>(head) * l + list) * d; };
-  auto half_norm = [=](int head, int list) {
+  auto raised_by = [=](int head, int list) {
+    if (bias) return bias[static_cast<int64_t>(head) * l + list];
     double sum = 0;
     for (int i = 0; i < d; i++) sum += static_cast<double>(at(head, list)[i]) * at(head, list)[i];
     return static_cast<float>(-0.5 * sum);
@@ -96,7 +97,7 @@ std::shared_ptr<Quantizer> make_quantizer(const float* centroids, int h, int l, 
   auto weight = [=](int head, int list, int i) { return at(head, list)[i]; };
   auto out = std::make_shared<Quantizer>();
   out->heads = h, out->lists = l, out->dim = d;
-  out->panels = make_panels(h, l, d, -std::numeric_limits<float>::infinity(), weight, half_norm);
+  out->panels = make_panels(h, l, d, -std::numeric_limits<float>::infinity(), weight, raised_by);
   return out;
 }
 
@@ -104,8 +105,8 @@ void assign(const Quantizer& quantizer, DType type, Strided keys, int64_t n, con
   constexpr int64_t kKeys = 96;  // of an item: their floats and the best columns so far stay in the first caches
   const Kernels& kern = kernels();
   const int d = quantizer.dim, half = angles.r / 2;
-  const int64_t blocks = (n + kKeys - 1) / kKeys;
-  pool().run(blocks * quantizer.heads, [&](int64_t item) {
+  const int64_t blocks = (n + kKeys - 1) / kKeys, items = blocks * quantizer.heads;
+  auto one = [&](int64_t item) {
     thread_local Scratch memory;
     float* x = memory.get<float>(kKeys * d);
     const int head = static_cast<int>(item / blocks);
@@ -118,7 +119,12 @@ void assign(const Quantizer& quantizer, DType type, Strided keys, int64_t n, con
                     angles.interleaved, angles.scale, x + static_cast<int64_t>(i) * d);
     }
     kern.nearest(product(quantizer.panels, head, 0, quantizer.panels.count, x, count, d), list_nos + head * n + from);
-  });
+  };
+  // A few rows of a token that looks ahead take a quarter of a millisecond: on a loaded machine a worker that has one of their heads,
+  // and no core, would make the token wait for many times that.
+  if (n * quantizer.heads * quantizer.lists * d < (16 << 20))
+    for (int64_t item = 0; item < items; item++) one(item);
+  else pool().run(items, one);
 }
 
 std::shared_ptr<Router> make_router(const RouterArrays& w, int h, int u, int d, int l, int m, int k) {

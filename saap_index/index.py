@@ -176,7 +176,8 @@ class AsymmetricIndex:
         parts: dict[str, Any] = {"tower": new.tower, "calibration": new.calibration, "sampling": new.sampling}
         if new.key_quantizer is not None:
             self._require_empty("key_quantizer")
-            parts["key_quantizer"] = KeyQuantizer(new.key_quantizer.centroids.contiguous())
+            lists = new.key_quantizer
+            parts["key_quantizer"] = KeyQuantizer(lists.centroids.contiguous(), lists.transform)
         if layer.tower is not None:
             parts["query_router"] = self._router_of(layer.tower, parts.get("key_quantizer", self.key_quantizer))
         elif new.query_router is not None:
@@ -768,7 +769,7 @@ class AsymmetricIndex:
     def _prepare(self, names: Collection[str] = ("key_quantizer", "query_router")) -> None:
         layer = self._trained
         if "key_quantizer" in names and layer.key_quantizer is not None:
-            self._prepared_quantizer = self._backend.prepare_quantizer(layer.key_quantizer.centroids)
+            self._prepared_quantizer = self._backend.prepare_quantizer(*layer.key_quantizer.products())
         if "query_router" in names and layer.query_router is not None:
             self._prepared_router = self._backend.prepare_router(layer.query_router.weights)
 

@@ -109,6 +109,9 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     if index.key_quantizer is not None:
         tensors["centroids"] = index.key_quantizer.centroids
+        if index.key_quantizer.transform is not None:
+            config["transform"] = True  # files of before name none
+            tensors["transform"] = index.key_quantizer.transform.clone()  # the tower's own, and a file shares no memory
     if index.query_router is not None:
         router = index.query_router
         config["router"] = {
@@ -118,7 +121,9 @@ def _state(index: AsymmetricIndex) -> tuple[dict[str, Tensor], dict[str, Any]]:
         # cloned, for those of a symmetric router are the centroids, and a file shares no memory
         tensors.update({f"router.{name}": x.clone() for name, x in router.tensors().items()})
     if index.tower is not None:
-        config["tower"] = {"units": index.tower.weights.hidden.shape[1], "outputs": index.tower.weights.bias_out.shape[1]}
+        weights = index.tower.weights
+        config["tower"] = {"units": weights.hidden.shape[1], "outputs": weights.bias_out.shape[1]}
+        config["tower"] |= {} if index.tower.transform is None else {"transform": True}
         tensors.update({f"tower.{name}": x for name, x in index.tower.tensors().items()})
     if index.calibration is not None:
         tensors["calibration"] = index.calibration.unread_mass
@@ -163,6 +168,8 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
     want: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if config["quantizer"]:
         want["centroids"] = ((h, nlist, d), torch.float32)
+    if config.get("transform"):
+        want["transform"] = ((h, d, d), torch.float32)
     if config["router"] is not None:
         u, outputs = config["router"]["units"], config["router"]["outputs"]
         want.update({f"router.{n}": s for n, s in _weights(h, u, outputs, d).items()})
@@ -171,6 +178,8 @@ def _expected(config: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.
             want["router.lists"], want["router.list_scales"] = ((h, nlist, k), torch.float32), ((h, k), torch.float32)
     if config.get("tower") is not None:
         want.update({f"tower.{n}": s for n, s in _weights(h, config["tower"]["units"], config["tower"]["outputs"], d).items()})
+        if config["tower"].get("transform"):
+            want["tower.transform"] = ((h, d, d), torch.float32)
     if config.get("calibrated"):
         want["calibration"] = ((h, len(TARGETS)), torch.float32)
     if config.get("sampled"):
@@ -247,13 +256,12 @@ def _trained(index: AsymmetricIndex, config: dict[str, Any], tensors: dict[str, 
     """What ``index`` was trained to."""
     quantizer = router = tower = None
     if config["quantizer"]:
-        quantizer = KeyQuantizer(tensors["centroids"])
+        quantizer = KeyQuantizer(tensors["centroids"], tensors.get("transform"))
     if config["router"] is not None:
         weights = RouterWeights.of(tensors, index.nlist, "router.")
         router = QueryRouter(weights, int(config["router"]["first_knot"]), bool(config["router"]["count_lists"]))
     if config.get("tower") is not None:
-        weights = RouterWeights.of(tensors, index.d, "tower.")
-        tower = TwoTower(weights, int(config["router"]["first_knot"]))
+        tower = TwoTower.of(tensors, index.d, int(config["router"]["first_knot"]), "tower.")
     calibration = Calibration(tensors["calibration"]) if config.get("calibrated") else None
     sampling = Sampling.of_table(tensors["sampling"]) if config.get("sampled") else None
     layer = replace(index.trained, key_quantizer=quantizer, query_router=router, tower=tower)

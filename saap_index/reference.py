@@ -71,9 +71,10 @@ def unrotate(x: Array, cos: Array, sin: Array, interleaved: bool, scale: float) 
     return out
 
 
-def assign(keys: Array, centroids: Array) -> Ints:
-    """Nearest centroid (Euclidean) of each key: keys (n, d), centroids (l, d) -> (n,). Ties go to the lower list."""
-    scores = keys @ centroids.T - 0.5 * (centroids**2).sum(axis=1)
+def assign(keys: Array, centroids: Array, bias: Array | None = None) -> Ints:
+    """The list of each key, that of the largest <k, c> + bias: keys (n, d), centroids (l, d), bias (l,) -> (n,). Without a bias
+    that of the nearest centroid (Euclidean). Ties go to the lower list."""
+    scores = keys @ centroids.T + (-0.5 * (centroids**2).sum(axis=1) if bias is None else bias)
     nearest: Ints = scores.argmax(axis=1)
     return nearest
 

@@ -230,9 +230,10 @@ def unpack_layer(facts: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Trai
         raise FormatError(f"two_tower, count_lists: expected booleans, got {own!r} and {facts['count_lists']!r}")
     tower = None
     if own:
-        tower = TwoTower(RouterWeights.of(arrays, d, "router.").map(_wide), first_knot)
+        weights = {name: _wide(x) for name, x in arrays.items() if name.startswith("router.")}
+        tower = TwoTower.of(weights, d, first_knot, "router.")
         if "centroids" in arrays:
-            quantizer = KeyQuantizer(arrays["centroids"])
+            quantizer = KeyQuantizer(arrays["centroids"], tower.transform)
             router = tower.for_lists(quantizer.centroids)
         else:
             quantizer, router = unmade_lists(tower, checks.integer(facts["nlist"], "nlist", 1, MAX_LISTS))

@@ -73,6 +73,8 @@ def make_routers(model: Any, nlist: int = 8, layers: Any = None, own_lists: bool
         centroids = torch.randn((heads, nlist, d), generator=g)
         rope = saap.Rope.from_config(model.config, layer=layer)
         tower = saap.TwoTower.symmetric(heads, d) if own_lists else None
+        if tower is not None:
+            tower = tower.with_transform(torch.randn((heads, 1, 3 * d, d), generator=g))
         parts = saap.KeyQuantizer(centroids), saap.QueryRouter.symmetric(centroids), rope, rope, d**-0.5, tower
         made[layer] = saap.LayerRouters(*parts)
     return saap.Routers({"model": shape, "layout": {"sinks": 2, "window": 8}}, made)

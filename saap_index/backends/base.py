@@ -74,12 +74,15 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def prepare_quantizer(self, centroids: Tensor) -> Any:
-        """Pack centroids : float32 (h, l, d) into whatever `assign` reads fastest; done once per index."""
+    def prepare_quantizer(self, centroids: Tensor, bias: Tensor | None = None) -> Any:
+        """Pack centroids : float32 (h, l, d) into whatever `assign` reads fastest; done once per index.
+
+        bias : float32 (h, l), what a list's products are raised by; None for Euclidean distance, -|c_l|^2 / 2.
+        """
 
     @abstractmethod
     def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
-        """List number of each key: argmax over l of <k', c_l> - |c_l|^2 / 2, k' the key with ``rotation`` undone.
+        """List number of each key: argmax over l of <k', c_l> + bias_l, k' the key with ``rotation`` undone.
 
         keys : storage dtype (h, n, d), strided freely over h and n. Returns int32 (h, n). Ties go to the lower list.
         """

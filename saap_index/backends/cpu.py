@@ -108,9 +108,10 @@ class CpuBackend(Backend):
                 )
         return bool(self._module().append(target.code, *rows, *target.addresses, b, h, capacity, d, e, starts, counts))
 
-    def prepare_quantizer(self, centroids: Tensor) -> Any:
+    def prepare_quantizer(self, centroids: Tensor, bias: Tensor | None = None) -> Any:
         h, lists, d = centroids.shape
-        return self._cpu.make_quantizer(plain("centroids", centroids, F32, (h, lists, d)), h, lists, d)
+        bias_at = 0 if bias is None else plain("bias", bias, F32, (h, lists))
+        return self._cpu.make_quantizer(plain("centroids", centroids, F32, (h, lists, d)), bias_at, h, lists, d)
 
     def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
         heads, _, d = quantizer.shape

@@ -51,8 +51,8 @@ class TorchBackend(Backend):
             arena_values[i, :, start : start + count] = values[i, :, :count]
         return True
 
-    def prepare_quantizer(self, centroids: Tensor) -> Any:
-        return centroids.transpose(1, 2).contiguous(), -0.5 * centroids.square().sum(-1)
+    def prepare_quantizer(self, centroids: Tensor, bias: Tensor | None = None) -> Any:
+        return centroids.transpose(1, 2).contiguous(), -0.5 * centroids.square().sum(-1) if bias is None else bias
 
     @full_precision
     def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:

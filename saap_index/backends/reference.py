@@ -40,14 +40,14 @@ class ReferenceBackend(Backend):
             arena_values[i, :, start : start + count] = values[i, :, :count]
         return True
 
-    def prepare_quantizer(self, centroids: Tensor) -> Any:
-        return _f64(centroids)
+    def prepare_quantizer(self, centroids: Tensor, bias: Tensor | None = None) -> Any:
+        return list(zip(_f64(centroids), [None] * len(centroids) if bias is None else _f64(bias), strict=True))
 
     def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
         x = _f64(keys)
         if rotation is not None:
             x = reference.unrotate(x, _f64(rotation.cos), _f64(rotation.sin), rotation.interleaved, rotation.scale)
-        nos = [reference.assign(k, c) for k, c in zip(x, quantizer, strict=True)]
+        nos = [reference.assign(k, *of_head) for k, of_head in zip(x, quantizer, strict=True)]
         return torch.from_numpy(np.stack(nos)).to(torch.int32)
 
     def seal(self, keys: Tensor, values: Tensor, ids: Tensor, start: int, list_nos: Tensor, table: Tensor) -> None:

@@ -66,10 +66,10 @@ class Frequencies:
 
     def _angles(self, positions: np.ndarray[Any, Any]) -> Rotation:
         place = positions.astype(np.float32, copy=False).reshape(-1, 1)
-        if self.inv_freq.is_cpu:
-            angles = torch.from_numpy(place * self.inv_freq.numpy())  # in half the time that torch takes for a few
-        else:
-            angles = torch.from_numpy(place).to(self.inv_freq.device) * self.inv_freq
+        if self.inv_freq.is_cpu:  # torch wakes threads for a few numbers, and on a loaded machine waits for milliseconds
+            radians = place * self.inv_freq.numpy()
+            return Rotation(torch.from_numpy(np.cos(radians)), torch.from_numpy(np.sin(radians)), self.interleaved, self.scale)
+        angles = torch.from_numpy(place).to(self.inv_freq.device) * self.inv_freq
         return Rotation(angles.cos(), angles.sin_(), self.interleaved, self.scale)
 
 

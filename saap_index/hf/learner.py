@@ -23,6 +23,7 @@ from ..invlists.layout import NEVER, Layout
 from ..routers import Routers, model_shape
 from ..routing.quantizer import KeyQuantizer
 from ..routing.rope import Rope
+from ..routing.sampling import Sampling
 from ..routing.trained import TrainedLayer, unmade_lists
 from ..routing.two_tower import TwoTower
 from ..search.params import SELECTIVITY
@@ -185,7 +186,7 @@ class PromptLearner:
         try:
             # what is trained must not be made in inference mode, and generate turns gradients off
             with torch.inference_mode(False), torch.enable_grad():
-                tower, losses, shared = self._fit_heads(index, sample, before, self.prompts.get(number, 0))
+                tower, losses, sampling, shared = self._fit_heads(index, sample, before, self.prompts.get(number, 0))
         except (SaapError, MemoryError, torch.OutOfMemoryError) as error:
             LOGGER.warning("layer %d: routers are not trained on this prompt: %s", number, error)
             return None
@@ -193,14 +194,16 @@ class PromptLearner:
         parts = unmade_lists(tower, self.options.nlist)
         if before is not None and before.losses is not None and losses is not None:  # the more prompts, the less is chance
             losses = before.losses + (losses - before.losses) / (self.prompts[number] + 1)
-        return TrainedLayer(*parts, rope, rope, index.scale, tower, losses=losses, shared_lists=shared)
+        return TrainedLayer(
+            *parts, rope, rope, index.scale, tower, losses=losses, shared_lists=shared, sampling=sampling
+        )
 
     def _fit_heads(
         self, index: Any, sample: QuerySample, before: TrainedLayer | None, prompts: int
-    ) -> tuple[TwoTower, np.ndarray | None, KeyQuantizer]:
+    ) -> tuple[TwoTower, np.ndarray | None, Sampling | None, KeyQuantizer]:
         """A few KV heads at a time where all of them would take more memory than is allowed: the routers; what every KV head
-        loses at each budget, float32 (h, s), see `TrainedLayer.losses`, None where that was not measured; and lists of this
-        prompt and those before, for where prompts share them."""
+        loses at each budget, float32 (h, s), see `TrainedLayer.losses`, and what it should sample, None where that was not
+        measured; and lists of this prompt and those before, for where prompts share them."""
         sequence, heads, kv_heads, d = sample.sequence or 0, index.num_heads, index.num_kv_heads, index.d
         n, rope, options = index.lengths[sequence], index.rope, self.options
         assert sample.queries is not None
@@ -216,7 +219,7 @@ class PromptLearner:
             raise LengthError(f"max_bytes: expected {need(some)} or more for a prompt of {n} tokens, got {options.max_bytes}")
         lengths = index.invlists.rotated.at(sequence, 0, n) if rope is not None and rope.is_dynamic else None
         layout = index.layout
-        parts, measured, lists = [], [], []
+        parts, measured, samplings, lists = [], [], [], []
         for first in range(0, kv_heads, some):
             share = slice(first, min(first + some, kv_heads))
             group = slice(share.start * heads // kv_heads, share.stop * heads // kv_heads)
@@ -230,15 +233,19 @@ class PromptLearner:
             )
             lists.append(fit.lists.centroids)
             measured.append(fit.measured)
+            samplings.append(fit.sampling)
             tower = fit.tower if fit.tower is not None else start
             assert tower is not None
             parts.append(tower)
         tower, shared = parts[0] if len(parts) == 1 else _joined(parts), KeyQuantizer(torch.cat(lists)).rounded()
         curves = [one for one in measured if one is not None]
         if sample.weight is None or len(curves) < len(parts):
-            return tower, None, shared
+            return tower, None, None, shared
+        of_heads = [one for one in samplings if one is not None]
+        sampling = Sampling.cat(of_heads) if len(of_heads) == len(parts) else None
         norm = max(1e-30, float(sum(one.norm.sum() for one in curves)))
-        return tower, (np.concatenate([one.loss for one in curves]) / norm * sample.weight).astype(np.float32), shared
+        losses = (np.concatenate([one.loss for one in curves]) / norm * sample.weight).astype(np.float32)
+        return tower, losses, sampling, shared
 
     def _publish(self, done: Mapping[int, TrainedLayer]) -> None:
         """Use these routers from now on, and keep them."""
@@ -311,9 +318,8 @@ def _rows(index: Any, sequence: int, heads: slice) -> tuple[Tensor, Tensor]:
 
 def _joined(parts: Sequence[TwoTower]) -> TwoTower:
     """The towers of some heads and of the next as one."""
-    names = parts[0].weights.tensors()
-    tensors = {name: torch.cat([part.weights.tensors()[name] for part in parts]) for name in names}
-    return TwoTower(RouterWeights.of(tensors, parts[0].d), parts[0].first_knot)
+    tensors = {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
+    return TwoTower.of(tensors, parts[0].d, parts[0].first_knot)
 
 
 __all__ = ["PromptLearner", "options_of"]

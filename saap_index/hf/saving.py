@@ -192,7 +192,8 @@ def _restore_indexed(
         shape = index.num_kv_heads, index.nlist, index.d
         if tuple(centroids.shape) != shape:
             raise FormatError(f"{name}: expected centroids {shape}, got {tuple(centroids.shape)}")
-        index.key_quantizer = KeyQuantizer(centroids.to(device))
+        assert index.tower is not None
+        index.key_quantizer = KeyQuantizer(centroids.to(device), index.tower.transform)
         index.tower = index.tower  # which makes the router for these lists
         index.calibration, index.sampling = calibration, sampling  # as where lists are made: they hold for those of this kind
     b, h, rows = tensors["keys"].shape[:3]

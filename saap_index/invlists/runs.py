@@ -57,16 +57,17 @@ def run_lists(table: Tensor, segment: Segment) -> Tensor:
 
 
 def merged_lists(
-    tables: Tensor, have: Sequence[Segment], want: Segment, recent_lists: Callable[[int, int], Tensor]
+    tables: Tensor, have: Sequence[Segment], want: Segment, recent_lists: Callable[[int, int], Tensor] | None = None
 ) -> Tensor:
     """List numbers of the rows that become the segment ``want``, as they lie: int32 (h, n).
 
     tables : int32 (h, S, l + 1), of the segments ``have``, whose rows stay in front; behind them recent_lists(start, stop) has
-    those of recent rows.
+    those of recent rows, if there are any.
     """
     sealed, (start, stop) = have[-1][1] if have else 0, want
     parts = [run_lists(tables[:, s], (a, b)) for s, (a, b) in enumerate(have) if start <= a and b <= stop]
     if stop > sealed:
+        assert recent_lists is not None, f"expected rows in segments, got recent ones up to {stop}"
         parts.append(recent_lists(max(start, sealed), stop))
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
 

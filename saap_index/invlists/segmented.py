@@ -273,7 +273,7 @@ class SegmentedInvertedLists(StoredTokens):
         self._undo.before_move(self.arena, i, slice(start, stop), heads)
         rows = self.keys[i, heads], self.values[i, heads], self.ids[i, heads]
         if not self.backend.merge(*rows, parts, tables, table):
-            lists = merged_lists(tables, parts, (start, stop), _none_fresh)
+            lists = merged_lists(tables, parts, (start, stop))
             joined = tables.new_empty((len(tables), self.nlist + 1)) if table is None else table
             self.backend.seal(*rows, start, lists, joined)
             if table is None:
@@ -466,10 +466,6 @@ class SegmentedInvertedLists(StoredTokens):
         new.ahead = [None] * new.batch
         new._set_arena(arena.on_device(new.arena, device))
         return new
-
-
-def _none_fresh(start: int, stop: int) -> Tensor:
-    raise AssertionError(f"expected rows in segments, got recent ones [{start}, {stop})")
 
 
 def _neighbours(numbers: Sequence[int]) -> list[range]:

@@ -1,9 +1,12 @@
-"""Calibrating the weighted sample of routers that were trained before, from captures of a model: nothing is trained anew."""
+"""Calibrating routers that were trained before, from captures of a model: the metric of the lists that prompts make, and the
+weighted sample. Nothing is trained anew."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+import torch
 
 from ..errors import ParameterError
 from ..invlists.layout import Layout
@@ -12,15 +15,36 @@ from ..training.measure import HeldOut
 from ..training.sampling import best_sampling, sample_errors
 from .capture import Capture, LayerCapture
 
+Texts = Sequence[Callable[[int], tuple[Capture, LayerCapture]]]
+"""Of each text, from the number of a layer to the capture and that layer's part of it."""
 
-def with_sampling(
-    routers: Routers, texts: Sequence[Callable[[int], tuple[Capture, LayerCapture]]], step: Callable[[int], None] | None = None
-) -> Routers:
+
+def with_transforms(routers: Routers, texts: Texts) -> Routers:
+    """The same routers, with `TwoTower.transform` of every layer that has a tower, for queries like those of these texts: some
+    tens of positions past an eighth of four varied ones are enough. ParameterError without texts.
+
+    What else was measured of them was measured on the lists of before; these capture more.
+    """
+    if not texts:
+        raise ParameterError("texts: expected at least one, got none")
+    layers = {}
+    for number, layer in routers.layers.items():
+        if layer.tower is not None:
+            parts = []
+            for text in texts:
+                capture, row = text(number)
+                x = row.queries[0].float().reshape(layer.tower.heads, -1, *row.queries.shape[2:])
+                parts.append(x if layer.rope is None else layer.rope.unrotate(x, capture.positions.numpy(), row.keys.shape[2]))
+            layer = replace(layer, tower=layer.tower.with_transform(torch.cat(parts, 2)))
+        layers[number] = layer
+    return Routers(routers.config, layers)
+
+
+def with_sampling(routers: Routers, texts: Texts, step: Callable[[int], None] | None = None) -> Routers:
     """The same routers, with `TrainedLayer.sampling` of every layer as these texts ask for.
 
-    texts : of each text, from the number of a layer to the capture and that layer's part of it; some tens of query positions past
-    an eighth of four texts are enough. They should be as varied as those of the training, and in no test. step : told of each
-    layer that is done.
+    texts : some tens of query positions past an eighth of four of them are enough. They should be as varied as those of the
+    training, and in no test. step : told of each layer that is done.
 
     Raises ParameterError without texts, and what `best_sampling` raises.
     """

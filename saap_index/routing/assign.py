@@ -47,8 +47,8 @@ def prompt_lists(
 ) -> tuple[KeyQuantizer, QueryRouter]:
     """Lists of these very sequences and the router for them; arguments as of `two_tower.prompt_keys`."""
 
-    def assign(centroids: Tensor, keys: Tensor) -> Tensor:
-        return backend.assign(backend.prepare_quantizer(centroids), keys, None)
+    def assign(quantizer: KeyQuantizer, keys: Tensor) -> Tensor:
+        return backend.assign(backend.prepare_quantizer(*quantizer.products()), keys, None)
 
     x = prompt_keys(lists, keys, counts, rotated, rope)
     return tower.for_prompt(x, lists.nlist, assign if x.is_cpu else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,11 @@ class Sampling:
     def of_heads(self, share: slice) -> Sampling:
         """The same for some of the KV heads."""
         return Sampling(self.shares[share], self.exponents[share], self.caps[share])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Sampling]) -> Sampling:
+        """That of some KV heads, and of the next, as one."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("shares", "exponents", "caps")))
 
     def table(self) -> Tensor:
         """As files keep it: float32 (h, 3), shares, exponents, caps."""

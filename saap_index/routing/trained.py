@@ -142,13 +142,13 @@ class TrainedLayer:
         quantizer, router, tower, calibration = self.key_quantizer, self.query_router, self.tower, self.calibration
         return replace(
             self,
-            key_quantizer=None if quantizer is None else KeyQuantizer(quantizer.centroids[share]),
+            key_quantizer=None if quantizer is None else quantizer.of_heads(share),
             query_router=None if router is None else replace(router, weights=router.weights.map(lambda x: x[share])),
-            tower=None if tower is None else replace(tower, weights=tower.weights.map(lambda x: x[share])),
+            tower=None if tower is None else tower.of_heads(share),
             calibration=None if calibration is None else Calibration(calibration.unread_mass[share]),
             budget_shares=None if self.budget_shares is None else self.budget_shares[share],
             losses=None if self.losses is None else self.losses[share],
-            shared_lists=None if self.shared_lists is None else KeyQuantizer(self.shared_lists.centroids[share]),
+            shared_lists=None if self.shared_lists is None else self.shared_lists.of_heads(share),
             sampling=None if self.sampling is None else self.sampling.of_heads(share),
         )
 

@@ -8,19 +8,28 @@ of all if the text is of another kind. Knows queries and centroids, not tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from .. import checks
 from ..backends import RouterWeights
 from ..errors import CompatibilityError, ShapeError
 from ..invlists.segmented import SegmentedInvertedLists
+from ..precision import full_precision
 from .quantizer import MAX_POINTS_PER_CENTROID, Assign, KeyQuantizer
 from .rope import Rope
 from .router import QueryRouter
+
+TRANSFORM = "transform"
+
+POWER, RIDGE = 0.7, 0.02
+"""Of the second moment of what queries look for, its power and what is added to its mean: chosen on SmolLM2-135M. The queries of
+one text are not those of the next, so directions that these never look in are not to be worth nothing."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class TwoTower:
 
     weights : `RouterWeights` with d in place of l: the first d outputs are the wanted key w(q), the next m the distance term at
         the knots, the last the share of attention outside sinks and window. first_knot : as in `QueryRouter`.
+    transform : float32 (h, d, d) or None, of the lists that prompts make, see `with_transform`.
 
     The score of list l, log attention mass per token, is z_l(q) = <centroid of l, w(q)> + const(q).
 
@@ -38,12 +48,17 @@ class TwoTower:
 
     weights: RouterWeights
     first_knot: int = 7
+    transform: Tensor | None = None
 
     def __post_init__(self) -> None:
         router = QueryRouter(self.weights, self.first_knot)  # checks all but what follows
         d = self.weights.hidden.shape[2]
         if router.nlist != d or not router.predicts_outside:
             raise ShapeError(f"two-tower router: expected d + m + 1 outputs, the first d = {d} a key, got nlist = {router.nlist}")
+        if self.transform is not None:
+            device = self.weights.hidden.device
+            checks.array(self.transform, "transform", "h d d", (self.heads, d, d), [torch.float32], device)
+            checks.finite(self.transform, "transform")
 
     @classmethod
     def symmetric(cls, heads: int, d: int, scale: float = 1.0) -> TwoTower:
@@ -83,19 +98,64 @@ class TwoTower:
         weights = replace(self.weights, nlist=int(centroids.shape[1]), lists=lists, list_scales=scales)
         return QueryRouter(weights, self.first_knot)
 
+    @full_precision
+    def with_transform(self, queries: Tensor) -> TwoTower:
+        """With a transform for queries like these : float (h, g, q, d), RoPE undone, some hundreds of a few texts.
+
+        How far lists are off by a key counts as queries see it: <k - c, w(q)>, whose mean square over queries is
+        (k - c)' M (k - c) with M the second moment of the keys they look for, each as often as it attends outside sinks and
+        window. K-means in the metric of M spends its lists where queries tell keys apart, not where keys differ most. `POWER`
+        says how far.
+
+        Source: k-means under a quadratic form; that the form is the other side's second moment is score-aware quantisation
+        (Guo et al., ScaNN, ICML 2020, whose loss it is without its weighing by direction).
+        """
+        y = self._outputs(queries.float())
+        wanted, weight = y[..., : self.d].double(), torch.sigmoid(y[..., -1:].double())
+        moment = torch.einsum("hgqd,hgqe->hde", wanted * weight, wanted) / weight.sum((1, 2)).clamp(min=1e-30)[..., None]
+        values, vectors = torch.linalg.eigh(moment)
+        values = values / values.mean(1, keepdim=True).clamp(min=1e-30) + RIDGE
+        root = vectors * values[:, None] ** (POWER / 2) @ vectors.transpose(1, 2)
+        return replace(self, transform=root.to(torch.bfloat16).float().contiguous())
+
+    def mixed(self, other: TwoTower) -> TwoTower:
+        """With the mean of both transforms, of towers that have some: lists for queries of either kind."""
+        assert self.transform is not None and other.transform is not None
+        mean = (self.transform + other.transform.to(self.transform.device)) / 2
+        return replace(self, transform=mean.to(torch.bfloat16).float())
+
+    def _outputs(self, queries: Tensor) -> Tensor:
+        """Of queries : float32 (h, g, q, d), all outputs: (h, g, q, d + m + 1)."""
+        w = self.weights
+        inner = functional.silu(torch.einsum("hgqd,hud->hgqu", queries, w.hidden) + w.bias_hidden[:, None, None])
+        y = torch.einsum("hgqu,hlu->hgql", inner, w.out) + torch.einsum("hgqd,hld->hgql", queries, w.skip)
+        return y + w.bias_out[:, None, None]
+
     def for_prompt(self, keys: Tensor, nlist: int, assign: Assign | None = None) -> tuple[KeyQuantizer, QueryRouter]:
         """Lists of a prompt's own, from its keys with RoPE undone : float (h, n, d), and the router for them.
 
         assign : as in `KeyQuantizer.of_prompt`.
         """
-        quantizer = KeyQuantizer.of_prompt(keys, nlist, assign=assign)
+        quantizer = KeyQuantizer.of_prompt(keys, nlist, assign=assign, transform=self.transform)
         return quantizer, self.for_lists(quantizer.centroids)
 
     def to(self, device: torch.device | str) -> TwoTower:
-        return TwoTower(self.weights.map(lambda x: x.to(device)), self.first_knot)
+        transform = None if self.transform is None else self.transform.to(device)
+        return TwoTower(self.weights.map(lambda x: x.to(device)), self.first_knot, transform)
+
+    def of_heads(self, share: slice) -> TwoTower:
+        """The same for some of the KV heads."""
+        transform = None if self.transform is None else self.transform[share]
+        return TwoTower(self.weights.map(lambda x: x[share]), self.first_knot, transform)
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.weights.tensors()
+        """By name; the transform only if there is one."""
+        return {**self.weights.tensors(), **({} if self.transform is None else {TRANSFORM: self.transform})}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], d: int, first_knot: int, prefix: str = "") -> TwoTower:
+        """From `tensors`, or from a file's that has them under ``prefix`` and their names. LookupError if some are missing."""
+        return cls(RouterWeights.of(tensors, d, prefix), first_knot, tensors.get(prefix + TRANSFORM))
 
     def check_heads(self, num_kv_heads: int, d: int) -> None:
         """CompatibilityError if the router belongs to another head shape."""

@@ -22,6 +22,9 @@ from .config import TrainingConfig
 from .fitting import fit_linear, train_router, train_tower
 from .targets import RouterTargets, bin_edges, targets
 
+TRANSFORM_QUERIES = 1024
+"""Positions, about, whose queries say in which metric prompts make their lists."""
+
 MIN_FIRST_KNOT = 4  # 16 tokens: nearer ones are in any window worth the name
 
 TrainingSequence = tuple[Tensor, "Tensor | None", "np.ndarray | None"]
@@ -59,6 +62,8 @@ def train_layer(
     if not config.two_tower:
         return TrainedLayer(quantizer, train_router(data, nlist, config, first_knot, num_knots), *about)
     tower = train_tower(data, torch.stack(centroids), torch.cat(of_sequence), config, first_knot, num_knots)
+    some = data.x[:, :: max(1, data.x.shape[1] // TRANSFORM_QUERIES)]
+    tower = tower.with_transform(some.transpose(1, 2))
     return TrainedLayer(quantizer, tower.for_lists(quantizer.centroids), *about, tower)
 
 

@@ -20,11 +20,13 @@ from ..invlists.layout import Layout
 from ..precision import full_precision
 from ..routing.quantizer import KeyQuantizer
 from ..routing.rope import Rope
+from ..routing.sampling import Sampling
 from ..routing.two_tower import TwoTower
 from .config import TrainingConfig
 from .fitting import fit_tower
 from .layer import MIN_FIRST_KNOT
 from .measure import Measured, measure
+from .sampling import FEW_CANDIDATES, best_sampling, sample_errors
 from .targets import BLOCK, LISTS_AT_ONCE, bin_edges, targets
 
 HELD_OUT = 8
@@ -97,8 +99,9 @@ def priorities(positions: np.ndarray, seed: int) -> np.ndarray:
 class PromptFit:
     """tower : the routers, or None if those of before were kept; before, after : cross-entropy in nats on what was held out, of
     the routers that were there and of the new ones, nan without any; queries : positions that were sampled. measured : what the
-    routers that are used from now on lose at each budget, on queries that were held out; None without values, or where none of
-    these has a sealed token. lists : of the keys of this prompt and those before, for where prompts share them."""
+    routers that are used from now on lose at each budget, on queries that were held out, and sampling : what is best sampled of
+    it; None without values, or where none of these has a sealed token. lists : of the keys of this prompt and those before, for
+    where prompts share them."""
 
     tower: TwoTower | None
     before: float
@@ -106,6 +109,7 @@ class PromptFit:
     queries: int
     measured: Measured | None
     lists: KeyQuantizer
+    sampling: Sampling | None = None
 
 
 @full_precision
@@ -132,10 +136,14 @@ def fit_prompt(
         by_key = n if lengths is None else lengths
         by_query = n if lengths is None else lengths[positions]
         coarse, routed = rope.unrotate(coarse, np.arange(n), by_key), rope.unrotate(grouped, positions, by_query)
-    quantizer = KeyQuantizer.of_prompt(coarse, options.nlist, assign=_assign)
-    lists = _assign(quantizer.centroids, coarse)
-    shared = quantizer if shared is None else shared.refined(coarse, prompts * n, assign=_assign)
-    del coarse
+    # lists that tell keys apart as queries do: without routers yet, as if these asked for themselves
+    begin = TwoTower.symmetric(h, d, scale).to(keys.device).with_transform(routed) if start is None else start
+    quantizer = KeyQuantizer.of_prompt(coarse, options.nlist, assign=_assign, transform=begin.transform)
+    lists = _assign(quantizer, coarse)
+    if shared is None:
+        shared = KeyQuantizer.of_prompt(coarse, options.nlist, assign=_assign)
+    else:
+        shared = shared.refined(coarse, prompts * n, assign=_assign)
     first_knot = max(MIN_FIRST_KNOT, max(1, layout.window).bit_length() - 1)
     num_knots = max(1, math.ceil(math.log2(n)) - first_knot + 1)
     if start is not None:
@@ -154,30 +162,36 @@ def fit_prompt(
     draw = torch.Generator().manual_seed(config.seed)
     shuffled = torch.randperm(count, generator=draw, dtype=torch.int64, device="cpu")
     data = data.picked(shuffled.to(keys.device))
-    if start is None:
-        begin = TwoTower.symmetric(h, d, scale).to(keys.device)
-        held_out = 0 if values is None else min(MEASURED, count // HELD_OUT)
-    else:
-        begin, held_out = start, count // HELD_OUT
+    held_out = count // HELD_OUT if start is not None else 0 if values is None else min(MEASURED, count // HELD_OUT)
     fitted, before, after = fit_tower(data, quantizer.centroids, held_out, config, first_knot, num_knots, begin)
-    tower = fitted if start is None or after < before - GAIN else None
+    tower = None
+    if start is None or after < before - GAIN:
+        tower = fitted.with_transform(routed)
+        if start is not None and start.transform is not None:
+            tower = tower.mixed(start)
     if values is None:
         return PromptFit(tower, before, after, count, None, shared)
     del data
+    if tower is not None:  # measured as it will be used
+        quantizer = KeyQuantizer.of_prompt(coarse, options.nlist, assign=_assign, transform=tower.transform)
+        lists = _assign(quantizer, coarse)
+    del coarse
     outside = np.flatnonzero(positions - layout.window >= layout.sinks)
     places = np.sort(outside[shuffled[count - held_out :].numpy()][:MEASURED])
     router = (tower or begin).for_lists(quantizer.centroids)
     sealed = replace(layout, break_even=min(layout.break_even, n // 2))  # also of a prompt that is sealed for what follows
     some = torch.from_numpy(places).to(keys.device)
-    measured = measure(
-        keys, values.float(), grouped[:, :, some], routed[:, :, some], positions[places], lists, router, sealed, scale
-    )
-    return PromptFit(tower, before, after, count, measured if measured.queries else None, shared)
+    replayed = keys, values.float(), grouped[:, :, some], routed[:, :, some], positions[places], lists, router, sealed, scale
+    measured = measure(*replayed)
+    if not measured.queries:
+        return PromptFit(tower, before, after, count, None, shared)
+    sampling = best_sampling([sample_errors(*replayed, FEW_CANDIDATES)], FEW_CANDIDATES)
+    return PromptFit(tower, before, after, count, measured, shared, sampling)
 
 
-def _assign(centroids: Tensor, keys: Tensor) -> Tensor:
+def _assign(quantizer: KeyQuantizer, keys: Tensor) -> Tensor:
     """Nearest centroids, as `Assign` says, of some keys at a time."""
-    quantizer, some = KeyQuantizer(centroids), max(1, _PRODUCTS // (centroids.shape[0] * centroids.shape[1]))
+    some = max(1, _PRODUCTS // (quantizer.centroids.shape[0] * quantizer.nlist))
     return torch.cat([quantizer.assign(part) for part in keys.split(some, 1)], 1)
 
 
@@ -192,4 +206,4 @@ def fit_bytes(heads: int, kv_heads: int, d: int, tokens: int, queries: int, nlis
     targets_of_queries = queries * (heads * (nlist + 4 * d + 6 * bins) * 8 + kv_heads * bins * nlist * 8)
     network = 16 * kv_heads * (2 * d + bins) * 4 * (d + 128)
     step = 12 * min(queries, 128) * heads * (nlist + 6 * d + 8 * bins) * 4
-    return rotation + products + masses + targets_of_queries + network + max(step, measuring)
+    return rotation + keys + products + masses + targets_of_queries + network + max(step, measuring)

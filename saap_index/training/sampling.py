@@ -32,8 +32,16 @@ BUDGETS = (0.05, 0.1)
 
 SHARES, EXPONENTS, CAPS = (0.25, 0.5, 0.75, 1.0), (1.5, 2.0, 3.0, 4.0), (1.0, 1.5, 2.0, 2.5)
 
-CANDIDATES = ((0.0, EXPONENT, CAP), *product(SHARES, EXPONENTS, CAPS))
-"""(share, exponent, cap)."""
+Candidates = tuple[tuple[float, float, float], ...]
+"""(share, exponent, cap) of each; the first is no sample at all, the others are all products of shares, exponents and caps."""
+
+NONE = 0.0, EXPONENT, CAP
+
+CANDIDATES: Candidates = (NONE, *product(SHARES, EXPONENTS, CAPS))
+
+FEW_CANDIDATES: Candidates = (NONE, *product((0.5, 1.0), (1.5,), (1.5, 2.5)))
+"""For where few queries of a single text can be had: a choice among many would be chance, and takes ten times as long. Those that
+the layers of SmolLM2-135M choose most."""
 
 LEAST_GAIN = 0.02
 """By how much the error has to be smaller, and surely so: text of other kinds gains a little less."""
@@ -57,7 +65,7 @@ def calibrate_sampling(
     return best_sampling([sample_errors(*text.replayed(quantizer, router, layout, scale)) for text in texts])
 
 
-def best_sampling(errors: Sequence[np.ndarray | None]) -> Sampling | None:
+def best_sampling(errors: Sequence[np.ndarray | None], candidates: Candidates = CANDIDATES) -> Sampling | None:
     """The candidate of each KV head that makes the error smallest, as a mean over texts and budgets with a standard error more
     that it has over the texts; none where it gains less than `LEAST_GAIN`.
 
@@ -72,12 +80,12 @@ def best_sampling(errors: Sequence[np.ndarray | None]) -> Sampling | None:
     spread = each.std(axis=0, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else np.zeros(each.shape[1:])
     score = each.mean(axis=0) + spread
     best = np.where(score.min(axis=0) <= 1 - LEAST_GAIN, score.argmin(axis=0) + 1, 0)
-    return Sampling(*(np.array([CANDIDATES[i][k] for i in best], np.float32) for k in range(3)))
+    return Sampling(*(np.array([candidates[i][k] for i in best], np.float32) for k in range(3)))
 
 
 def sample_errors(
     keys: Tensor, values: Tensor, queries: Tensor, routed: Tensor, positions: np.ndarray, lists: Tensor, router: QueryRouter,
-    layout: Layout, scale: float,
+    layout: Layout, scale: float, candidates: Candidates = CANDIDATES,
 ) -> np.ndarray | None:
     """Relative errors of the output, sums over the queries of one sequence: float64 (c, s, h). None where nothing is sealed, or
     for a router of whole lists.
@@ -93,11 +101,11 @@ def sample_errors(
     h, g, q, _ = queries.shape
     z, a = TorchBackend(host).route(router.weights, routed.reshape(1, h, g, q, -1), None)
     z, a = z.view(1, h, g, q, -1), a.view(1, h, g, q, -1)
-    total, replayed = np.zeros((len(CANDIDATES), len(BUDGETS), h)), False
+    total, replayed = np.zeros((len(candidates), len(BUDGETS), h)), False
     for j, position in enumerate(positions.tolist()):
         if layout.segments(position + 1):
             scores = z[:, :, :, j].contiguous(), a[:, :, :, j].contiguous()
-            total += _one(backend, keys, values, queries[:, :, j], *scores, position, lists, router, layout, scale)
+            total += _one(backend, keys, values, queries[:, :, j], *scores, position, lists, router, layout, scale, candidates)
             replayed = True
     return total if replayed else None
 
@@ -105,7 +113,7 @@ def sample_errors(
 @full_precision
 def _one(
     backend: Backend, keys: Tensor, values: Tensor, x: Tensor, z: Tensor, a: Tensor, position: int, lists: Tensor,
-    router: QueryRouter, layout: Layout, scale: float,
+    router: QueryRouter, layout: Layout, scale: float, candidates: Candidates,
 ) -> np.ndarray:
     """One query position; x : (h, g, d), z : (1, h, g, l), a : (1, h, g, m + 1). float64 (c, s, h)."""
     segments = layout.segments(position + 1)
@@ -132,7 +140,8 @@ def _one(
     beside_values = torch.cat([values[:, :low], values[:, high : position + 1]], 1)
     sums, mass = torch.einsum("hgn,hne->hge", beside, beside_values), beside.sum(-1)
 
-    cells = list(product(BUDGETS, (0.0, *SHARES)))
+    shares, exponents, caps = (list(dict.fromkeys(c[k] for c in candidates[1:])) for k in range(3))
+    cells = list(product(BUDGETS, (0.0, *shares)))
     rows = np.array([int(np.ceil(budget * (high - low) - 1e-6)) for budget, _ in cells], np.int32)
     sampled = np.floor(rows * np.array([share for _, share in cells]) + 1e-6).astype(np.int32)
     of_cells = [torch.from_numpy(n)[:, None].expand(-1, h).contiguous() for n in (rows, sampled)]
@@ -141,9 +150,9 @@ def _one(
         return t.expand(len(cells), *t.shape[1:]).contiguous()
 
     scores = repeated(z), repeated(a), repeated(knots), repeated(tables)
-    errors = np.zeros((len(CANDIDATES), len(BUDGETS), h))
-    number = {candidate: i for i, candidate in enumerate(CANDIDATES)}
-    for exponent in EXPONENTS:
+    errors = np.zeros((len(candidates), len(BUDGETS), h))
+    number = {candidate: i for i, candidate in enumerate(candidates)}
+    for exponent in exponents:
         quarters = torch.full((h,), round(4 * exponent), dtype=torch.int32, device="cpu")
         sample = Sample(of_cells[1], quarters, torch.full((h,), 99.0, dtype=torch.float32, device="cpu"))
         found = backend.probe(*scores, [used] * len(cells), Budget(of_cells[0], sample=sample), True)
@@ -155,13 +164,12 @@ def _one(
             real = order.gather(1, (at - low).clamp(min=0))
             seen = weights.gather(2, real[:, None].expand(-1, x.shape[1], -1)) * present[:, None]
             picked = values.gather(1, real[..., None].expand(-1, -1, values.shape[2]))
-            caps = CAPS if share else (CAP,)
-            if not share and exponent != EXPONENTS[0]:
+            if not share and exponent != exponents[0]:
                 continue
-            for cap in caps:
+            for cap in caps if share else (CAP,):
                 counted = seen * torch.exp(found.biases[i, :, :count].clamp(max=cap))[:, None]
                 out = (sums + torch.bmm(counted, picked)) / (mass + counted.sum(-1))[..., None]
                 error = (torch.linalg.vector_norm(out - exact, dim=-1) / length).sum(1)
-                candidate = number[(share, exponent, cap) if share else CANDIDATES[0]]
+                candidate = number[(share, exponent, cap) if share else NONE]
                 errors[candidate, BUDGETS.index(budget)] = error.double().numpy()
     return errors

@@ -141,9 +141,10 @@ def _served(
     if backend.reads_samples and router.size_weighted:
         sampling = sampling_of(options.params, layer.sampling, own.stop - own.start)
     weights = router.weights.map(lambda x: x[own].contiguous().to(device))
-    centroids = quantizer.centroids[own].contiguous().to(device)
+    vectors, bias = quantizer.of_heads(own).to(device).products()
+    lists = backend.prepare_quantizer(vectors.contiguous(), bias)
     rope = next((x for x in ropes if x == layer.rope), layer.rope)
     return ServedLayer(
-        number, place, rope, backend.prepare_quantizer(centroids), backend.prepare_router(weights), nlist, router.first_knot,
+        number, place, rope, lists, backend.prepare_router(weights), nlist, router.first_knot,
         router.size_weighted, np.asarray(shares, np.float32), unread_mass, sampling,
     )

@@ -161,26 +161,28 @@ ROTATIONS = st.one_of(st.none(), st.tuples(st.sampled_from([1, 2, 4]), st.boolea
 @over_backends
 @given(
     data=st.data(), h=st.integers(1, 3), n=st.one_of(st.integers(0, 40), st.sampled_from([255, 300])), nlist=st.integers(1, 70),
-    d=DIMS, dtype=DTYPES, turn=ROTATIONS, seed=SEEDS,
+    d=DIMS, dtype=DTYPES, turn=ROTATIONS, biased=st.booleans(), seed=SEEDS,
 )
 def test_assign(
-    name: str, data: st.DataObject, h: int, n: int, nlist: int, d: int, dtype: torch.dtype, turn: Any, seed: int
+    name: str, data: st.DataObject, h: int, n: int, nlist: int, d: int, dtype: torch.dtype, turn: Any, biased: bool, seed: int
 ) -> None:
     keys = data.draw(strided(1, h, n, d, dtype, seed))[0]
     centroids = torch.randn((h, nlist, d), generator=generator(seed + 1))
+    bias = torch.randn((h, nlist), generator=generator(seed + 2)) * d**0.5 if biased else None
     angles = None if turn is None else rotation(n, d // 2 // turn[0], turn[1], turn[2], seed)
     ours = backend(name)
-    got = ours.assign(ours.prepare_quantizer(centroids), keys, angles)
+    got = ours.assign(ours.prepare_quantizer(centroids, bias), keys, angles)
     assert got.dtype == torch.int32 and got.shape == (h, n)
     x = keys.double().numpy()
     if angles is not None:
         x = reference.unrotate(x, angles.cos.double().numpy(), angles.sin.double().numpy(), angles.interleaved, angles.scale)
     c = centroids.double().numpy()
-    scores = np.einsum("hnd,hld->hnl", x, c) - 0.5 * (c**2).sum(-1)[:, None]
+    raised = -0.5 * (c**2).sum(-1) if bias is None else bias.double().numpy()
+    scores = np.einsum("hnd,hld->hnl", x, c) + raised[:, None]
     chosen = np.take_along_axis(scores, got.numpy()[:, :, None].astype(np.int64), 2)[:, :, 0]
     worst = np.abs(x).max(initial=1.0) * np.abs(c).max() * d * 4 * EPS32  # of a float32 sum of d products
     assert (chosen >= scores.max(2, initial=-np.inf) - worst).all()
-    assert (got == SPEC.assign(SPEC.prepare_quantizer(centroids), keys, angles)).float().mean() > 0.99 or n * h < 100
+    assert (got == SPEC.assign(SPEC.prepare_quantizer(centroids, bias), keys, angles)).float().mean() > 0.99 or n * h < 100
 
 
 @over_backends

@@ -222,6 +222,20 @@ def test_assign(
         assert_nearest(room[head, :n], exact, error)
 
 
+def test_assign_with_a_bias_of_the_lists_own() -> None:
+    """That of |c|^2 / 2 is the default; another one moves keys as it says."""
+    h, nlist, d = 2, 130, 40
+    centroids, keys = random_rows((h, nlist, d), torch.float32, 0), random_rows((h, 70, d), torch.float32, 1)
+    bias = torch.randn((h, nlist), generator=torch.Generator().manual_seed(2)) * 5
+    found = []
+    for given_bias in (None, -0.5 * centroids.square().sum(-1), bias):
+        found.append(torch.empty((h, 70), dtype=torch.int32))
+        gpu_build.assign(runtime(SCHEDULES[0]), gpu_build.pack_centroids(centroids, given_bias), keys, found[-1], None, 64)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    want = torch.einsum("hnd,hld->hnl", keys.double(), centroids.double()) + bias[:, None].double()
+    assert torch.equal(found[2].long(), want.argmax(-1))
+
+
 def test_assign_reads_many_lists_and_finds_the_first_of_equals() -> None:
     nlist, d = 2000, 32
     centroids = random_rows((1, nlist, d), torch.float32, 0)

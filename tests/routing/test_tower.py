@@ -77,6 +77,44 @@ def test_lists_of_a_prompt(seed: int, heads: int, n: int, nlist: int) -> None:
     assert far(found) <= far(KeyQuantizer.of_prompt(keys, nlist, niter=0)) * (1 + 1e-5)
 
 
+@given(seed=SEEDS, heads=st.integers(1, 2), nlist=st.integers(1, 9))
+def test_lists_in_the_metric_of_the_queries(seed: int, heads: int, nlist: int) -> None:
+    """A key lies with the centroid nearest to it once both are transformed, whatever all of them have in common."""
+    tower, rng = some_tower(seed, heads), torch.Generator().manual_seed(seed + 1)
+    queries = torch.randn((heads, 2, 40, 8), generator=rng)
+    made = tower.with_transform(queries)
+    assert made.transform is not None and torch.equal(made.transform, made.transform.bfloat16().float())
+    keys = torch.randn((heads, 60, 8), generator=rng) * 2 + 5
+    quantizer, router = made.for_prompt(keys, nlist)
+    assert torch.equal(router.weights.lists, tower.for_lists(quantizer.centroids).weights.lists)
+    x, c = (each.double() @ made.transform.double() for each in (keys, quantizer.centroids))
+    far = torch.cdist(x, c)
+    lists = quantizer.assign(keys)
+    assert bool((far.gather(2, lists[..., None].long())[..., 0] <= far.min(2).values + 1e-3 * far.max()).all())
+    cpu = TorchBackend()
+    assert torch.equal(cpu.assign(cpu.prepare_quantizer(*quantizer.products()), keys, None), lists)
+    for part in (slice(0, 1), slice(heads - 1, heads)):
+        alone = made.of_heads(part)
+        torch.testing.assert_close(alone.transform, tower.of_heads(part).with_transform(queries[part]).transform)
+        assert torch.equal(quantizer.of_heads(part).assign(keys[part]), lists[part])
+
+
+def test_a_transform_gives_lists_to_the_directions_that_queries_look_in() -> None:
+    """Keys differ most in the first dim, queries look at the second alone: lists tell keys apart in the second."""
+    rng = torch.Generator().manual_seed(0)
+    keys = torch.randn((1, 400, 8), generator=rng) * torch.tensor([3.0, 1, 0, 0, 0, 0, 0, 0])
+    queries = torch.zeros((1, 1, 64, 8))
+    queries[..., 1] = torch.randn(64, generator=rng)
+    plain = TwoTower.symmetric(1, 8)
+
+    def lost(tower: TwoTower) -> float:
+        quantizer = tower.for_prompt(keys, 8)[0]
+        mean = quantizer.centroids[0][quantizer.assign(keys)[0].long()]
+        return float((keys[0] - mean)[:, 1].square().mean())
+
+    assert lost(plain.with_transform(queries)) < 0.3 * lost(plain)
+
+
 @given(seed=SEEDS, n=st.integers(1, 60), nlist=st.integers(1, 5), seen=st.integers(0, 200))
 def test_lists_move_towards_more_keys(seed: int, n: int, nlist: int, seen: int) -> None:
     """Against plain means, in float64, of the keys that lie nearest and as many as a list stands for."""
@@ -97,6 +135,10 @@ def test_lists_move_towards_more_keys(seed: int, n: int, nlist: int, seen: int) 
 
 
 def test_refusals() -> None:
+    with pytest.raises(ShapeError, match="transform"):
+        TwoTower(some_tower(0).weights, 5, torch.zeros(2, 8, 7))
+    with pytest.raises(ShapeError, match="transform"):
+        KeyQuantizer(torch.zeros(2, 3, 4), torch.zeros(1, 4, 4))
     with pytest.raises(ParameterError, match="keys"):
         KeyQuantizer.of_prompt(torch.zeros(1, 0, 4), 2)
     tower = some_tower(0)
@@ -246,13 +288,18 @@ def linear_task(seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return keys[None, None], queries[None, None], places
 
 
-def test_a_file_keeps_the_tower_and_the_lists_of_the_prompt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_file_keeps_the_tower_and_the_lists_of_the_prompt(transformed: bool, tmp_path: Path) -> None:
     index = adaptive()
+    if transformed:
+        queries = torch.randn((2, 2, 9, 8), generator=torch.Generator().manual_seed(8)) * torch.arange(8)
+        index.tower = index.tower.with_transform(queries)
     index.add(*sequence(0, 200))
     write_index(index, tmp_path / "index.safetensors")
     again = read_index(tmp_path / "index.safetensors")
     query = torch.randn((1, 4, 1, 8), generator=torch.Generator().manual_seed(6))
     assert torch.equal(again.search_attend(query), index.search_attend(query))
+    assert (index.key_quantizer.transform is not None) == transformed
     for x in (index, again):
         x.reset()
         x.add(*sequence(1, 200))

@@ -42,7 +42,7 @@ def made(value: float = 1.0) -> Routers:
     rope = Rope(head_dim=D, scaling="linear", factor=2.0)
     calibration = Calibration(torch.linspace(0.5, 0.0, len(TARGETS), dtype=torch.float32).expand(HEADS, -1).contiguous())
     shares = torch.ones(HEADS, dtype=torch.float32).numpy()
-    tower = TwoTower(weights(D))
+    tower = TwoTower(weights(D), transform=torch.full((HEADS, D, D), value, dtype=torch.float32))
     layers = {
         0: LayerRouters(KeyQuantizer(centroids), QueryRouter(weights(NLIST)), rope, rope, value, None, calibration, shares),
         2: LayerRouters(
@@ -58,6 +58,7 @@ def value_of(folder: Path) -> float:
     """Of routers that were `made`; AssertionError if configuration and arrays are of different ones."""
     routers = load_routers(folder)
     values = {routers.config["trained"], *(layer.scale for layer in routers.layers.values())}
+    values |= {float(routers.layers[2].tower.transform.unique())}
     values |= {float(layer.query_router.weights.hidden.unique()) for layer in routers.layers.values()}
     assert len(values) == 1
     return float(values.pop())

@@ -218,8 +218,9 @@ class PackedCentroids:
     d: int
 
 
-def pack_centroids(centroids: Tensor) -> PackedCentroids:
-    """float32 (h, l, d) -> panels of 128 lists by 64 dims: fp16 high parts, low parts, and -|c|^2 / 2; on the same device."""
+def pack_centroids(centroids: Tensor, bias: Tensor | None = None) -> PackedCentroids:
+    """float32 (h, l, d) -> panels of 128 lists by 64 dims: fp16 high parts, low parts, and the bias : float32 (h, l), by default
+    -|c|^2 / 2; on the same device."""
     h, nlist, d = centroids.shape
     tiles, chunks = -(-nlist // LISTS_PER_PANEL), -(-d // DIMS_PER_PANEL)
     exact = centroids.double()
@@ -228,8 +229,8 @@ def pack_centroids(centroids: Tensor) -> PackedCentroids:
     scaled[:, :nlist, :d] = exact * torch.exp2(14 - exponent)[:, None, None]
     high = scaled.to(torch.float16)
     low = (scaled - high.double()).to(torch.float16)
-    bias = exact.new_full((h, tiles * LISTS_PER_PANEL), -torch.inf)
-    bias[:, :nlist] = -0.5 * exact.square().sum(2)
+    biases = exact.new_full((h, tiles * LISTS_PER_PANEL), -torch.inf)
+    biases[:, :nlist] = -0.5 * exact.square().sum(2) if bias is None else bias.double()
 
     lists = torch.arange(LISTS_PER_PANEL, dtype=torch.int64, device=centroids.device)
     eight = torch.arange(8, dtype=torch.int64, device=centroids.device)
@@ -239,8 +240,8 @@ def pack_centroids(centroids: Tensor) -> PackedCentroids:
         rows = x.reshape(h, tiles, LISTS_PER_PANEL, chunks, 8, 8).movedim(3, 2)
         return rows[:, :, :, lists[:, None], places].contiguous().view(torch.uint8).reshape(h, tiles, chunks, -1)
 
-    biases = bias.float().reshape(h, tiles, 1, LISTS_PER_PANEL).expand(-1, -1, chunks, -1).contiguous().view(torch.uint8)
-    panels = torch.cat([half_panels(high), half_panels(low), biases], 3)
+    of_panel = biases.float().reshape(h, tiles, 1, LISTS_PER_PANEL).expand(-1, -1, chunks, -1).contiguous().view(torch.uint8)
+    panels = torch.cat([half_panels(high), half_panels(low), of_panel], 3)
     return PackedCentroids(panels, torch.exp2(exponent - 14).float(), nlist, d)
 
 

@@ -94,8 +94,8 @@ class CudaBackend(TorchBackend):
         gpu_build.append(self.runtime, keys, values, arena_keys, arena_values, *numbers)
         return True
 
-    def prepare_quantizer(self, centroids: Tensor) -> Any:
-        return gpu_build.pack_centroids(centroids)
+    def prepare_quantizer(self, centroids: Tensor, bias: Tensor | None = None) -> Any:
+        return gpu_build.pack_centroids(centroids, bias)
 
     def assign(self, quantizer: Any, keys: Tensor, rotation: Rotation | None) -> Tensor:
         list_nos = torch.empty(keys.shape[:2], dtype=torch.int32, device=self.device)
