@@ -75,7 +75,8 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append tokens: keys (b, h, q, d), after RoPE, and values (b, h, q, e). Returns those of all slots, views of the index.
+        """Append tokens: keys (b, h, q, d), after RoPE, and values (b, h, q, e). Returns those of all slots, views of the index;
+        in an index of codes tensors of that shape, as `attend` asks for rows where it needs them, and no step is to decode all.
 
         Raises StateError if the attention function "saap" has not seen what came before, or if gradients are asked for. A call
         that fails, here or later, leaves all layers of the cache as they were.
@@ -104,7 +105,7 @@ class SlotLayer(CacheLayerMixin):
         self.slots += key_states.shape[2]
         if not self.ragged:
             self._append(key_states, value_states)
-            key_states, value_states = self._rows()
+            key_states, value_states = self._shown()
         setattr(key_states, LAYER, self)
         return key_states, value_states
 
@@ -306,6 +307,16 @@ class SlotLayer(CacheLayerMixin):
         assert self.index is not None
         if length is not None:
             self.index.note_rotation(n, length)
+
+    def _shown(self) -> tuple[Tensor, Tensor]:
+        """`_rows`, of which transformers and the attention function look at the shape; NaN in place of what codes stand for."""
+        assert self.index is not None
+        lists = self.index.invlists
+        if lists.code is None:
+            return self._rows()
+        nan = torch.full((1, 1, 1, 1), torch.nan, dtype=lists.dtype, device=lists.keys.device)
+        shape = lists.batch, lists.heads, self.slots
+        return nan.expand(*shape, lists.d), nan.expand(*shape, lists.d_v)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Keys (b, h, slots, d) and values (b, h, slots, e): views of the arena, or what its codes stand for."""

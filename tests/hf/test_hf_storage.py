@@ -10,6 +10,7 @@ import torch
 from hf_models import CACHE, attached, greedy, left_padded, prompt, sealed_tokens, tiny
 
 import saap_index as saap
+from saap_index.invlists import stored
 
 STORAGES = {"SQ8": 0.05, "SQ8/SQ4": 0.3}
 """Root mean square of the difference of logits, in deviations of the logits: of random weights, which forgive nothing."""
@@ -49,6 +50,18 @@ def test_logits_are_nearly_those_of_numbers(storage: str, case: str, padding: li
     assert min(sealed_tokens(cache)) > 100
     error = float((got - want).square().mean().sqrt() / want.std())
     assert 0 < error < STORAGES[storage], error
+
+
+def test_a_step_decodes_no_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, later = left_padded(prompt(1, 200), [0]), prompt(1, 12, seed=9)
+    model = attached(tiny("llama"), storage="SQ8")
+    cache = saap.SaapCache(model)
+    with torch.no_grad():
+        model(**inputs, **{CACHE: cache})
+        assert min(sealed_tokens(cache)) > 100
+        monkeypatch.setattr(stored, "rows_at", lambda *args, **kwargs: pytest.fail("codes were decoded"))
+        for i in range(later.shape[1]):
+            assert model(later[:, i : i + 1], **{CACHE: cache}).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("use", USES)
