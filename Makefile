@@ -38,10 +38,10 @@ test: setup ## ~ 25 min | lint, and everything that needs no GPU
 	$(BIN)/ruff check .
 	$(MAKE) --no-print-directory --jobs 2 types suite
 
-suite: setup
+suite: setup ## ~ 25 min | the tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu and not harness" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-types: setup
+types: setup ## minutes | mypy
 	$(BIN)/mypy saap_index bench
 
 newest: setup ## > 25 min | the tests with the newest of every package, in an environment of its own; says what is newer, and what broke

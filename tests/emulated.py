@@ -127,7 +127,8 @@ class RecordingRuntime:
     @contextmanager
     def beside(self, *memory: torch.Tensor) -> Iterator[Callable[[], None]]:
         assert self.graph is None and self.aside is None
-        self.aside = launches = []
+        launches: list[Callable[[], None]] = []
+        self.aside = launches
 
         def run() -> None:
             while launches:

@@ -124,6 +124,7 @@ class TwoTower:
         mean = (self.transform + other.transform.to(self.transform.device)) / 2
         return replace(self, transform=mean.to(torch.bfloat16).float())
 
+    @full_precision
     def _outputs(self, queries: Tensor) -> Tensor:
         """Of queries : float32 (h, g, q, d), all outputs: (h, g, q, d + m + 1)."""
         w = self.weights

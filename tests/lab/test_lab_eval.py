@@ -144,7 +144,7 @@ def test_everything_is_measured_and_reported(folder: Path) -> None:
     found = json.loads((folder / "summary.json").read_text())
     assert set(found["layers"]) == {"all", "late", "early"} and set(found["each_layer"]) == {"0", "1"}
     assert len(found["end"]) == len(methods) + 2 and len(found["needles"]) == 5 * 2
-    assert found["targets"]["saap-mass-0.5"]["heads"] == 4 and found["targets"]["saap-mass-0.5"]["mean"] > 0.4
+    assert found["targets"]["saap-mass-0.5"]["heads"] == 4 and found["targets"]["saap-mass-0.5"]["mean"] > 0.35
     pictures = {path.stem for path in folder.glob("*.png")}
     assert pictures == {
         "mass_all", "mass_late", "kl", "error_all", "layers_0.1", "layers_0.25", "layers_0.3", "needles_passkey",

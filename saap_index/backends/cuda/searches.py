@@ -69,10 +69,10 @@ class Searches:
         for s in self.selecting.values():
             yield from s.by.memory()
             yield from (getattr(routing.rope, "inv_freq", None) for _, (routing, _) in s.bound.values())
-        for s in self.scanning.values():
-            yield s.floats
-            if isinstance(s.scan, gpu_codes.CodedScan):
-                yield from s.scan.results
+        for scanning in self.scanning.values():
+            yield scanning.floats
+            if isinstance(scanning.scan, gpu_codes.CodedScan):
+                yield from scanning.scan.results
 
     def clear(self) -> None:
         """Sizes are others."""
@@ -83,8 +83,10 @@ class Searches:
         """Memory has moved: launches made for where it was are of no use."""
         self.generation += 1
         self._unbound()
-        for kept in (*self.selecting.values(), *self.scanning.values()):
-            kept.bound.clear()
+        for selecting in self.selecting.values():
+            selecting.bound.clear()
+        for scanning in self.scanning.values():
+            scanning.bound.clear()
 
     def is_ready(self, queries: Tensor, routing: Routing, packed: Packed, dense: bool) -> bool:
         """Whether a step with such queries finds its memory and kernels in place, as it does from the second time on."""

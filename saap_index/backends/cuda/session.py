@@ -175,7 +175,7 @@ class CudaSession(Session):
         if plan.samples:
             of = budget.sample or no_sample((b, h))
             caps = sent(of.caps.numpy().view(np.int32).copy(), self._device).view(torch.float32)
-            sample = Sample(*(sent(x.numpy().copy(), self._device) for x in (of.rows, of.exponents)), caps)
+            sample = Sample(sent(of.rows.numpy().copy(), self._device), sent(of.exponents.numpy().copy(), self._device), caps)
         plan.packed = Packed(rows, mean_entries, budget.unread_mass, budget.nprobe, selected, sample)
         plan.budget = budget
         self._plans.add(plan)

@@ -22,10 +22,12 @@ _VECTOR = 16
 class DeviceSession(Protocol):
     """What of a `CudaSession` is asked here; see there."""
 
-    generation: int
     lengths: list[int] | None
     captured: bool
     lock: Any
+
+    @property
+    def generation(self) -> int: ...
 
     def raw_stream(self) -> int | None: ...
 
